@@ -1,0 +1,80 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every setting of MoEtion, declared once. ``--moetion-*`` flags and their help are made from it."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, field
+from typing import Any
+
+from megatron_moetion.errors import ConfigError
+
+MODES = ("full", "popularity")
+
+
+def setting(default: Any, help: str, **metadata: Any) -> Any:
+    """A dataclass field whose metadata becomes the flag's help (and ``choices``, ``metavar``)."""
+    return field(default=default, metadata={"help": help, **metadata})
+
+
+def default_store() -> str:
+    """Shared memory of this machine, one folder a user."""
+    return f"/dev/shm/moetion-{os.getuid()}"
+
+
+@dataclass(frozen=True, kw_only=True)
+class MoetionConfig:
+    """Settings of one run; equal on all ranks. Sizes in bytes, times in the unit the name ends with."""
+
+    mode: str = setting(
+        "popularity", "what a snapshot holds: 'full' (all units, bitwise recovery) or 'popularity' "
+        "(dense units and the selected experts)", choices=MODES,
+    )
+    run_id: str = setting(
+        "", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID"
+    )
+    store: str = setting("", "folder for the arenas, in memory; default: /dev/shm/moetion-UID", metavar="DIR")
+    replicas: int = setting(1, "copies of each rank's snapshots in other nodes' memory; 0 keeps none")
+    ranks_per_node: int = setting(
+        0, "ranks that form one node; 0: as launched. Smaller numbers emulate several nodes on one machine"
+    )
+    interval: int = setting(1, "iterations between snapshots")
+    experts_per_snapshot: int = setting(
+        0, "K: experts of this rank in each snapshot of mode 'popularity'; 0: twice what the staleness cap needs"
+    )
+    staleness_cap: int = setting(8, "mode 'popularity': an expert is captured again after at most so many snapshots")
+    chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES")
+    pack_threads: int = setting(0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8")
+    max_stall_ms: int = setting(
+        2000, "how long an optimizer step waits for a snapshot in flight before the snapshot is dropped"
+    )
+    timeout_s: int = setting(120, "limit for every wait on a peer")
+    in_flight_bytes: int = setting(64 << 20, "most bytes handed to the network at once by one rank", metavar="BYTES")
+    report: str = setting("", "file to which rank 0 appends events as JSON lines", metavar="PATH")
+    allow_fresh: bool = setting(False, "start from iteration 0 although a restart finds nothing to recover")
+    inject_fault: str = setting(
+        "", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL"
+    )
+
+    def __post_init__(self) -> None:
+        positive = ("interval", "staleness_cap", "max_stall_ms", "timeout_s", "in_flight_bytes")
+        for name in positive:
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        for name in ("replicas", "ranks_per_node", "experts_per_snapshot", "pack_threads"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+        if self.mode not in MODES:
+            raise ConfigError(f"--moetion-mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.mode == "full" and self.experts_per_snapshot:
+            raise ConfigError(
+                "--moetion-experts-per-snapshot has no meaning in mode 'full', which captures all experts; "
+                "drop it, or use --moetion-mode popularity"
+            )
+        if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
+            raise ConfigError(f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096")
+
+    @property
+    def store_folder(self) -> str:
+        """The store's folder on this machine."""
+        return self.store or default_store()

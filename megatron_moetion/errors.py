@@ -1,0 +1,40 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Errors with a name. A user's mistake is a ``ValueError``; a bug is an ``AssertionError``."""
+
+from __future__ import annotations
+
+
+class MoetionError(RuntimeError):
+    """Base of every expected operational fault."""
+
+    exit_code = 2
+
+
+class ConfigError(MoetionError, ValueError):
+    """A setting, or a combination of settings, that cannot work. Raised before iteration 1."""
+
+
+class StoreError(MoetionError):
+    """The store on this node cannot be used: not writable, too small, or locked by another process."""
+
+
+class IdentityMismatch(StoreError):
+    """An arena belongs to another run, topology, model or format. The message names both sides."""
+
+
+class CorruptArena(StoreError):
+    """An arena whose header, or both manifest pages, do not verify. It is never loaded."""
+
+
+class ChannelError(MoetionError):
+    """A transfer to or from a peer failed or ran past its time limit."""
+
+
+class UnsupportedState(MoetionError):
+    """The model or optimizer holds state that cannot be captured bit for bit."""
+
+
+class NothingRecoverable(MoetionError):
+    """A restart found no state that every rank can reach."""
+
+    exit_code = 3

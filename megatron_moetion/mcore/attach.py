@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ties MoEtion to a Megatron-Core training loop, with hooks that ``close`` removes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.mcore.optimizer import MegatronState, UserState
+from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.session import Resumed, Session
+
+
+class Attached:
+    """A session tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``."""
+
+    def __init__(self, session: Session, state: MegatronState) -> None:
+        self._session = session
+        self._state = state
+        self._handles = [
+            o.register_step_pre_hook(lambda *_: session.before_optimizer_step()) for o in state.inner_optimizers()
+        ]
+
+    def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
+        """See ``Session.start``."""
+        return self._session.start(load_persistent)
+
+    def on_step_end(self, iteration: int) -> None:
+        """See ``Session.on_step_end``."""
+        self._session.on_step_end(iteration)
+
+    def scalars(self) -> dict[str, float]:
+        """See ``Session.scalars``."""
+        return self._session.scalars()
+
+    @property
+    def stable_iteration(self) -> int:
+        """See ``Session.stable_iteration``."""
+        return self._session.stable_iteration
+
+    def close(self) -> None:
+        """Finish what is in flight and undo everything that ``attach`` did."""
+        self._session.close()
+        for handle in self._handles:
+            handle.remove()
+        self._state.close()
+
+
+def attach(
+    *,
+    model: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    opt_param_scheduler: OptimizerParamScheduler | None,
+    config: MoetionConfig,
+    user_state: UserState,
+) -> Attached:
+    """Prepare in-memory checkpointing; collective over all ranks.
+
+    ``model`` is the list of DDP-wrapped model chunks, ``optimizer`` what ``get_megatron_optimizer`` returned for
+    them. ``user_state`` is the loop's own state (iteration, consumed samples). Call it after model parallelism and
+    the random seeds are set up and before the first step. Raises ``MoetionError`` subclasses for settings and
+    models that cannot be captured exactly.
+    """
+    state = MegatronState(
+        model=model,
+        optimizer=optimizer,
+        scheduler=opt_param_scheduler,
+        user_state=user_state,
+        count_tokens=config.mode != "full",
+    )
+    fabric = GlooFabric(
+        expert_peers=state.expert_peers(), timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes
+    )
+    session = Session(config=config, adapter=state, fabric=fabric, topology=_topology())
+    return Attached(session, state)
+
+
+def _topology() -> str:
+    sizes: dict[str, Any] = {
+        "tp": parallel_state.get_tensor_model_parallel_world_size(),
+        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
+        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "cp": parallel_state.get_context_parallel_world_size(),
+        "ep": parallel_state.get_expert_model_parallel_world_size(),
+        "dp": parallel_state.get_data_parallel_world_size(),
+    }
+    return " ".join(f"{name}{size}" for name, size in sizes.items())

@@ -1,0 +1,297 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``StateAdapter`` for Megatron-Core: the model's and optimizer's state as units, and the way back."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from torch import nn
+
+from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
+from megatron_moetion.mcore.router import TokenCounters
+from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
+from megatron_moetion.snapshot.host_state import encode
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
+
+_SPARE_HOST_BYTES = 64 << 10
+"""Room for the host state to grow, beyond twice its size at start."""
+
+
+class UserState(Protocol):
+    """The training loop's own state: iteration, consumed samples, whatever a resume needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, text, bytes, lists, tuples and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        ...
+
+
+class MegatronState:
+    """Inventory, host state and write-back of one rank.
+
+    ``model`` is the list of DDP-wrapped chunks. Keeps references to all tensors that regions point into; the
+    inventory is taken once, here, so optimizer state is created if it does not exist yet.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler | None,
+        user_state: UserState,
+        count_tokens: bool,
+    ) -> None:
+        self._model = tuple(model)
+        self._links = chain(optimizer)
+        self._scheduler = scheduler
+        self._user_state = user_state
+        layout = ModelLayout([_unwrap(chunk) for chunk in model])
+        self._blocks = layout.blocks
+        if self._blocks and self._blocks[0].module.config.fp8:
+            raise UnsupportedState("--fp8-format is not supported: quantised parameters carry scales beside their bytes")
+        self._counters = TokenCounters(self._blocks if count_tokens else ())
+        for link in self._links:
+            create_state(link.optimizer)
+        self._shards = {id(s.parameter): s for link in self._links for s in shards(link)}
+        self._inventory = self._take_inventory(layout)
+
+    # -- StateAdapter ---------------------------------------------------------------------------------
+
+    def inventory(self) -> Inventory:
+        """See ``StateAdapter``."""
+        return self._inventory
+
+    def token_counters(self) -> tuple[TokenCounter, ...]:
+        """See ``StateAdapter``. Empty where tokens are not counted (mode ``full``)."""
+        return tuple(
+            TokenCounter(
+                expert=block.expert_unit(expert), unit=dense_unit(block), tensor=_counter_name(block.prefix), position=i
+            )
+            for block, _ in zip(self._blocks, self._counters.totals, strict=False)
+            for i, expert in enumerate(block.experts)
+        )
+
+    def expert_peers(self) -> tuple[int, ...]:
+        """See ``StateAdapter``: the expert-data-parallel group."""
+        return tuple(torch.distributed.get_process_group_ranks(parallel_state.get_expert_data_parallel_group()))
+
+    def host_state(self) -> dict[str, Any]:
+        """See ``StateAdapter``."""
+        return {
+            "rng": _rng_state(),
+            "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
+            "optimizers": [_optimizer_fields(link) for link in self._links],
+            "user": self._user_state.state_dict(),
+        }
+
+    def load_host_state(self, state: Mapping[str, Any]) -> None:
+        """See ``StateAdapter``."""
+        _load_rng_state(state["rng"])
+        if self._scheduler is not None:
+            self._scheduler.num_steps = 0
+            self._scheduler.step(increment=state["scheduler"])
+        for link, fields in zip(self._links, state["optimizers"], strict=True):
+            _load_optimizer_fields(link, fields)
+        self._user_state.load_state_dict(state["user"])
+
+    def resync(self) -> None:
+        """See ``StateAdapter``. Only between an optimizer step and the next forward."""
+        with torch.no_grad():
+            for link in self._links:
+                copy_main_to_model(link)
+            for chunk in self._model:
+                if chunk.ddp_config.use_distributed_optimizer:
+                    chunk.start_param_sync(force_sync=True)
+
+    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers whose ``step`` changes state."""
+        return [link.optimizer for link in self._links]
+
+    def close(self) -> None:
+        """Remove the hooks on the model."""
+        self._counters.close()
+
+    # -- inventory ------------------------------------------------------------------------------------
+
+    def _take_inventory(self, layout: ModelLayout) -> Inventory:
+        regions: dict[str, list[Region]] = {}
+        places: dict[str, Place] = {}
+
+        def add(place: Place, tensor: torch.Tensor, role: Role, first: int, start: int, end: int, **how: bool) -> None:
+            """Elements [start, end) of a parameter; ``tensor`` begins at element ``first``."""
+            size = tensor.element_size()
+            places.setdefault(place.unit, place)
+            regions.setdefault(place.unit, []).append(
+                Region(
+                    unit=place.unit,
+                    tensor=place.tensor,
+                    role=role,
+                    dtype=str(tensor.dtype).removeprefix("torch."),
+                    start=start,
+                    nbytes=(end - start) * size,
+                    address=tensor.data_ptr() + (start - first) * size,
+                    **how,
+                )
+            )
+
+        for parameter, spans in layout.parameters():
+            shard = self._shards.get(id(parameter))
+            for place in spans:
+                if place.kind is UnitKind.FROZEN:
+                    _require_contiguous(parameter, place.tensor)
+                    add(place, parameter, Role.WEIGHT, 0, 0, parameter.numel())
+                elif shard is not None:
+                    start, end = max(place.start, shard.start), min(place.end, shard.end)
+                    for role, tensor in shard.tensors.items() if start < end else ():
+                        add(place, tensor, role, shard.start, start, end)
+        for buffer, place in layout.buffers():
+            if buffer.numel():
+                _require_contiguous(buffer, place.tensor)
+                add(place, buffer, Role.BUFFER, 0, 0, buffer.numel(), at_once=True)
+        for block, total in zip(self._blocks, self._counters.totals, strict=False):
+            place = Place(
+                unit=dense_unit(block),
+                kind=UnitKind.DENSE,
+                tensor=_counter_name(block.prefix),
+                start=0,
+                end=total.numel(),
+                layer=block.layer,
+            )
+            add(place, total, Role.BUFFER, 0, 0, total.numel(), at_once=True)
+        units = [
+            Unit(
+                name=name,
+                kind=places[name].kind,
+                regions=tuple(found),
+                layer=places[name].layer,
+                expert=places[name].expert,
+            )
+            for name, found in regions.items()
+        ]
+        self._require_complete(layout)
+        return Inventory(units=(*units, self._host_unit()))
+
+    def _host_unit(self) -> Unit:
+        size = len(encode({"adapter": self.host_state()}))
+        return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=2 * size + _SPARE_HOST_BYTES)
+
+    def _require_complete(self, layout: ModelLayout) -> None:
+        known = {id(p) for p, _ in layout.parameters()}
+        strangers = [s for s in self._shards.values() if id(s.parameter) not in known]
+        if strangers:
+            raise UnsupportedState(
+                f"the optimizer holds {len(strangers)} parameter(s) that the given model chunks do not contain; "
+                f"pass all chunks to attach()"
+            )
+
+    @property
+    def shard_list(self) -> tuple[Shard, ...]:
+        """All shards of this rank, for tests of completeness."""
+        return tuple(self._shards.values())
+
+
+def _unwrap(chunk: DistributedDataParallel) -> nn.Module:
+    module: nn.Module = chunk.module
+    while hasattr(module, "module"):  # Float16Module and the like
+        module = module.module
+    return module
+
+
+def _counter_name(prefix: str) -> str:
+    return f"{prefix}.moetion.tokens_processed"
+
+
+def _require_contiguous(tensor: torch.Tensor, name: str) -> None:
+    if not tensor.is_contiguous():
+        raise UnsupportedState(f"{name} is not contiguous (strides {tensor.stride()}) and cannot be captured as one span")
+
+
+def _optimizer_fields(link: MegatronOptimizer) -> dict[str, Any]:
+    """Everything of one optimizer that is not a state tensor: group fields, step, loss scaler."""
+    groups = [
+        {k: _plain(v) for k, v in group.items() if k != "params"} for group in link.optimizer.param_groups
+    ]
+    scaler = getattr(link, "grad_scaler", None)  # FP32Optimizer has none
+    return {
+        "groups": groups,
+        "steps": steps(link),
+        "grad_scaler": {k: _plain(v) for k, v in scaler.state_dict().items()} if scaler is not None else None,
+    }
+
+
+def _load_optimizer_fields(link: MegatronOptimizer, fields: Mapping[str, Any]) -> None:
+    for group, values in zip(link.optimizer.param_groups, fields["groups"], strict=True):
+        for key, value in values.items():
+            if isinstance(group.get(key), torch.Tensor):
+                group[key].fill_(value)
+            else:
+                group[key] = value
+    if fields["steps"] is not None:
+        set_steps(link, fields["steps"])
+    if fields["grad_scaler"] is not None:
+        scaler = link.grad_scaler
+        now = scaler.state_dict()
+        scaler.load_state_dict(
+            {
+                k: torch.full_like(now[k], v) if isinstance(now[k], torch.Tensor) else v
+                for k, v in fields["grad_scaler"].items()
+            }
+        )
+
+
+def _plain(value: Any) -> Any:
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _rng_state() -> dict[str, Any]:
+    """All random states of this process. Saved per global rank: Megatron's own checkpoint keys them by (pp, tp)."""
+    name, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
+    return {
+        "torch": _bytes(torch.get_rng_state()),
+        "cuda": _bytes(torch.cuda.get_rng_state()),
+        "tracker": {k: _bytes(_state(v)) for k, v in get_cuda_rng_tracker().get_states().items()},
+        "numpy": (str(name), np.asarray(keys).tobytes(), int(position), int(has_gauss), float(cached)),
+        "python": random.getstate(),
+    }
+
+
+def _load_rng_state(state: Mapping[str, Any]) -> None:
+    random.setstate(state["python"])
+    name, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
+    tracker = get_cuda_rng_tracker()
+    states = tracker.get_states()
+    for key, value in state["tracker"].items():
+        if isinstance(states[key], torch.Generator):
+            states[key].set_state(_tensor(value))
+        else:
+            states[key] = _tensor(value)
+    tracker.set_states(states)
+    torch.cuda.set_rng_state(_tensor(state["cuda"]))
+    torch.set_rng_state(_tensor(state["torch"]))
+
+
+def _state(value: torch.Tensor | torch.Generator) -> torch.Tensor:
+    return value.get_state() if isinstance(value, torch.Generator) else value
+
+
+def _bytes(tensor: torch.Tensor) -> bytes:
+    return tensor.cpu().numpy().tobytes()
+
+
+def _tensor(data: bytes) -> torch.Tensor:
+    return torch.frombuffer(bytearray(data), dtype=torch.uint8)

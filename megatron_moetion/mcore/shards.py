@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The live optimizer tensors behind each parameter, for every Megatron optimizer that we know bit for bit.
+
+A *shard* is what this rank's optimizer holds of one model parameter: a flat span of it, as fp32 main values
+and moments. Sources: ``DistributedOptimizer._get_model_param_range_map`` and the parameter groups of
+``Float16OptimizerWithFloat16Params`` and ``FP32Optimizer`` (megatron-core 0.16).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import (
+    ChainedOptimizer,
+    Float16OptimizerWithFloat16Params,
+    FP32Optimizer,
+    MixedPrecisionOptimizer,
+)
+
+from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.units import Role
+
+_STATE_ROLES = {"exp_avg": Role.EXP_AVG, "exp_avg_sq": Role.EXP_AVG_SQ, "momentum_buffer": Role.EXP_AVG}
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Shard:
+    """Elements [start, end) of the flattened ``parameter``; ``tensors`` are live, flat or of the parameter's shape."""
+
+    parameter: torch.nn.Parameter
+    start: int
+    end: int
+    tensors: dict[Role, torch.Tensor]
+
+
+def chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
+    """The optimizers that really hold state; raises ``UnsupportedState`` for those that we cannot capture exactly."""
+    links = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    real = [o for o in links if not o.is_stub_optimizer]
+    for link in real:
+        if not isinstance(link, (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)):
+            raise UnsupportedState(
+                f"{type(link).__name__} is not supported: MoEtion knows DistributedOptimizer, "
+                f"Float16OptimizerWithFloat16Params and FP32Optimizer"
+            )
+        if isinstance(link.optimizer, HybridDeviceOptimizer):
+            raise UnsupportedState("HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split")
+        if link.config.use_precision_aware_optimizer:
+            raise UnsupportedState(
+                "--use-precision-aware-optimizer is not supported: it hands out converted copies of its state, and "
+                "a capture must be bit for bit"
+            )
+    return real
+
+
+def create_state(optimizer: torch.optim.Optimizer) -> None:
+    """Give a fresh Adam the state that its first step would create, so that it can be captured and written to.
+
+    Apex, Transformer Engine and our CPU ``FusedAdam`` count steps in the parameter group; torch's own counts
+    per parameter. SGD with momentum starts from a zero buffer, which its first step treats the same.
+    """
+    per_parameter = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            state = optimizer.state[parameter]
+            if state:
+                continue
+            if "betas" in group:
+                if per_parameter:
+                    on_device = group.get("capturable") or group.get("fused")
+                    device = parameter.device if on_device else torch.device("cpu")
+                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state["exp_avg"] = torch.zeros_like(parameter.detach())
+                state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
+            elif group.get("momentum"):
+                state["momentum_buffer"] = torch.zeros_like(parameter.detach())
+        if "betas" in group and not per_parameter:
+            group.setdefault("step", 0)
+
+
+def shards(link: MegatronOptimizer) -> Iterator[Shard]:
+    """Every shard of one optimizer, in the order of its parameter groups."""
+    if isinstance(link, DistributedOptimizer):
+        for parameter, (group, position) in link.model_param_group_index_map.items():
+            span = link._get_model_param_range_map(parameter)["param"]
+            main = link.optimizer.param_groups[group]["params"][position]
+            yield _shard(link, parameter, main, span.start, span.end)
+    elif isinstance(link, Float16OptimizerWithFloat16Params):
+        for models, mains in zip(link.float16_groups, link.fp32_from_float16_groups, strict=True):
+            for parameter, main in zip(models, mains, strict=True):
+                yield _shard(link, parameter, main, 0, parameter.numel())
+        for parameters in link.fp32_from_fp32_groups:
+            for parameter in parameters:
+                yield _shard(link, parameter, parameter, 0, parameter.numel())
+    else:
+        for group in link.optimizer.param_groups:
+            for parameter in group["params"]:
+                yield _shard(link, parameter, parameter, 0, parameter.numel())
+
+
+def steps(link: MegatronOptimizer) -> float | None:
+    """The one step count of a torch optimizer that keeps it per parameter; None where groups hold it."""
+    found = {float(s["step"]) for s in link.optimizer.state.values() if "step" in s}
+    if len(found) > 1:
+        raise UnsupportedState(f"parameters of one optimizer have taken different numbers of steps: {sorted(found)[:4]}")
+    return found.pop() if found else None
+
+
+def set_steps(link: MegatronOptimizer, value: float) -> None:
+    """Write the step count of every parameter."""
+    for state in link.optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(value)
+
+
+def copy_main_to_model(link: MegatronOptimizer) -> None:
+    """Model parameters of this rank's shards from the main parameters (nothing to do for plain fp32)."""
+    if isinstance(link, MixedPrecisionOptimizer):
+        link._copy_main_params_to_model_params()
+
+
+def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.Tensor, start: int, end: int) -> Shard:
+    tensors = {Role.MASTER: main.detach()}
+    for key, value in link.optimizer.state[main].items():
+        if key == "step":
+            continue
+        if key not in _STATE_ROLES or not isinstance(value, torch.Tensor) or value.shape != main.shape:
+            raise UnsupportedState(
+                f"{type(link.optimizer).__name__} keeps {key!r} for a parameter of shape {tuple(main.shape)}, which "
+                f"MoEtion does not know how to capture; known are {', '.join(_STATE_ROLES)}"
+            )
+        tensors[_STATE_ROLES[key]] = value
+    for role, tensor in tensors.items():
+        if not tensor.is_contiguous() or tensor.numel() != end - start:
+            raise UnsupportedState(f"the {role.name} of a shard [{start}, {end}) has shape {tuple(tensor.shape)}")
+    return Shard(parameter=parameter, start=start, end=end, tensors=tensors)

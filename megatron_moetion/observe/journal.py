@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a person reads: rare log lines that start with ``[moetion]``, and a JSON-lines file of events."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+_logger = logging.getLogger("megatron_moetion")
+
+
+class Journal:
+    """One rank's log lines and, where a path is given, its events (one JSON object a line, appended)."""
+
+    def __init__(self, rank: int, attempt: int, events: Path | None) -> None:
+        self._rank = rank
+        self._attempt = attempt
+        self._events = events
+        self._said: set[str] = set()
+        if events is not None:
+            events.parent.mkdir(parents=True, exist_ok=True)
+
+    def info(self, iteration: int, text: str) -> None:
+        """A rare, expected event."""
+        _logger.info("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
+
+    def warn_once(self, kind: str, iteration: int, text: str) -> None:
+        """The first trouble of its kind; the counts tell the rest."""
+        if kind not in self._said:
+            self._said.add(kind)
+            _logger.warning("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
+
+    def event(self, name: str, **fields: Any) -> None:
+        """Append one event."""
+        if self._events is None:
+            return
+        line = {"event": name, "time": time.time(), "attempt": self._attempt, "rank": self._rank, **fields}
+        with self._events.open("a") as out:
+            out.write(json.dumps(line) + "\n")
+            out.flush()
+            os.fsync(out.fileno())
+
+
+class Phases:
+    """Wall-clock seconds of the phases of a recovery, in order."""
+
+    def __init__(self) -> None:
+        self.seconds: dict[str, float] = {}
+        self._since = time.perf_counter()
+
+    def done(self, name: str) -> None:
+        """The phase that began when the last one ended is over."""
+        now = time.perf_counter()
+        self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
+        self._since = now

@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""To and from Megatron's ``torch_dist`` checkpoints, in folders named and tracked as Megatron-LM does."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import unwrap_model
+from torch import distributed as dist
+
+from megatron_moetion.errors import ConfigError
+
+TRACKER = "latest_checkpointed_iteration.txt"
+
+
+class UserState(Protocol):
+    """What the training loop itself has to remember."""
+
+    iteration: int
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def checkpoint_folder(root: str, iteration: int) -> Path:
+    """Megatron-LM's name for the checkpoint of one iteration."""
+    return Path(root) / f"iter_{iteration:07d}"
+
+
+def latest_iteration(root: str) -> int | None:
+    """The iteration that the tracker file names, or None without one."""
+    tracker = Path(root) / TRACKER
+    if not tracker.is_file():
+        return None
+    text = tracker.read_text(encoding="utf-8").strip()
+    if not text.isdigit():
+        raise ConfigError(f"{tracker} holds {text!r}; it must hold the number of an iteration")
+    return int(text)
+
+
+def save_checkpoint(
+    root: str,
+    model: list[Any],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: UserState,
+) -> Path:
+    """Write the whole training state; the tracker moves only when everything is on disk. All ranks call it."""
+    folder = checkpoint_folder(root, progress.iteration)
+    if dist.get_rank() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+    dist.barrier()
+    metadata = _metadata()
+    state = _sharded_state(model, optimizer, metadata, is_loading=False)
+    state["rng_state"] = _sharded_rng(rng_states())
+    state |= {
+        "iteration": progress.iteration,
+        "checkpoint_version": 3.0,
+        "opt_param_scheduler": scheduler.state_dict(),
+        "progress": progress.state_dict(),
+        "topology": topology(),
+    }
+    common_metadata = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
+    dist_checkpointing.save(state, str(folder), content_metadata=common_metadata)
+    dist.barrier()
+    if dist.get_rank() == 0:
+        _write_tracker(Path(root), progress.iteration)
+    dist.barrier()
+    return folder
+
+
+def load_checkpoint(
+    root: str,
+    model: list[Any],
+    optimizer: MegatronOptimizer,
+    scheduler: OptimizerParamScheduler,
+    progress: UserState,
+    seed: int,
+) -> int | None:
+    """Load the newest checkpoint below ``root``. Returns its iteration, or None if there is none.
+
+    With the topology it was saved with, training continues bitwise. With another one the random streams
+    cannot be carried over: they start anew from ``seed`` and the iteration.
+    """
+    iteration = latest_iteration(root)
+    if iteration is None:
+        return None
+    folder = checkpoint_folder(root, iteration)
+    if not folder.is_dir():
+        raise ConfigError(f"{Path(root) / TRACKER} names iteration {iteration}, but there is no folder {folder}")
+    saved_topology = dist_checkpointing.load_common_state_dict(str(folder))["topology"]
+    same_topology = saved_topology == topology()
+    metadata = _metadata()
+    with torch.no_grad():
+        state = _sharded_state(model, optimizer, metadata, is_loading=True)
+        if same_topology:
+            state["rng_state"] = _sharded_rng(rng_states())
+        loaded = dist_checkpointing.load(state, str(folder))
+        for key, chunk in zip(_model_keys(model), model, strict=True):
+            unwrap_model(chunk).load_state_dict(loaded[key], strict=True)
+        optimizer.load_state_dict(loaded["optimizer"])
+    # The scheduler's own method adds the loaded steps to those it has.
+    scheduler.num_steps = 0
+    scheduler.load_state_dict(loaded["opt_param_scheduler"])
+    progress.load_state_dict(loaded["progress"])
+    if same_topology:
+        load_rng_states(loaded["rng_state"])
+    else:
+        offset = 100 * parallel_state.get_pipeline_model_parallel_rank() + iteration
+        tensor_parallel.model_parallel_cuda_manual_seed(seed + offset, force_reset_rng=True)
+    return iteration
+
+
+def topology() -> dict[str, int]:
+    """The sizes that give a rank number its meaning."""
+    return {
+        "world": dist.get_world_size(),
+        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
+        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
+        "expert": parallel_state.get_expert_model_parallel_world_size(),
+    }
+
+
+def rng_states() -> dict[str, Any]:
+    """The states of all random generators that training may draw from, as copies."""
+    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
+    return {
+        "random_rng_state": random.getstate(),
+        "np_rng_state": np.random.get_state(),
+        "torch_rng_state": torch.get_rng_state().clone(),
+        "cuda_rng_state": torch.cuda.get_rng_state().clone(),
+        "rng_tracker_states": {name: state.clone() for name, state in tracker.items()},
+    }
+
+
+def load_rng_states(states: dict[str, Any]) -> None:
+    """Put back what ``rng_states`` returned."""
+    random.setstate(states["random_rng_state"])
+    np.random.set_state(states["np_rng_state"])
+    # Without a GPU the last two are one generator, with one state.
+    torch.set_rng_state(states["torch_rng_state"])
+    torch.cuda.set_rng_state(states["cuda_rng_state"])
+    tracker = {name: state.clone() for name, state in states["rng_tracker_states"].items()}
+    tensor_parallel.get_cuda_rng_tracker().set_states(tracker)
+
+
+def _metadata() -> dict[str, Any]:
+    """How Megatron-Core lays the state out; 'fully_reshardable' loads under another topology, too."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def _model_keys(model: list[Any]) -> list[str]:
+    return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
+
+
+def _sharded_state(
+    model: list[Any], optimizer: MegatronOptimizer, metadata: dict[str, Any], *, is_loading: bool
+) -> dict[str, Any]:
+    state: dict[str, Any] = {
+        key: unwrap_model(chunk).sharded_state_dict(metadata=metadata)
+        for key, chunk in zip(_model_keys(model), model, strict=True)
+    }
+    state["optimizer"] = optimizer.sharded_state_dict(dict(state), is_loading=is_loading, metadata=metadata)
+    return state
+
+
+def _sharded_rng(states: dict[str, Any]) -> ShardedObject:
+    """One entry a global rank: expert parallel ranks draw from streams of their own."""
+    return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),))
+
+
+def _write_tracker(root: Path, iteration: int) -> None:
+    temporary = root / f".{TRACKER}.tmp"
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(str(iteration))
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(root / TRACKER)

@@ -1,0 +1,339 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The training loop: set up, resume, step, evaluate, save."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import time
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core.pipeline_parallel import get_forward_backward_func
+from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
+from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
+from torch import distributed as dist
+
+from megatron_moetion.mcore.arguments import moetion_config
+from megatron_moetion.persist import export
+from megatron_moetion.pretrain.corpus import MockCorpus, Split, StdlibCorpus, TokenSource, batches, sample_numbers
+from megatron_moetion.pretrain.indexed import IndexedCorpus
+from megatron_moetion.pretrain.launch import Place
+from megatron_moetion.pretrain.model import build_model, build_optimizer
+from megatron_moetion.pretrain.progress import Progress
+from megatron_moetion.pretrain.rendezvous import connect
+from megatron_moetion.pretrain.report import Reporter, StepResult
+
+AUX_LOSS_NAMES = {
+    "aux_loss": "load_balancing_loss",
+    "seq_aux_loss": "seq_load_balancing_loss",
+    "global_aux_loss": "global_load_balancing_loss",
+}
+
+
+def pretrain(args: argparse.Namespace, place: Place) -> None:
+    """Train to ``--train-iters`` on this rank, from wherever the run stands."""
+    attempt = initialize(args, place)
+    source = build_source(args)
+    # The last rank is on the last pipeline stage, which has the loss.
+    reporter = Reporter(args, active=place.rank == place.world_size - 1, attempt=attempt)
+    trainer = Trainer(args, source, reporter)
+    say(f"> data: {source.description}")
+    say(f"> {trainer.num_parameters:,} parameters on rank 0, {args.num_microbatches} micro batches a step")
+    trainer.train()
+    reporter.close()
+    dist.destroy_process_group()
+
+
+def say(text: str) -> None:
+    """Print once, from rank 0."""
+    if dist.get_rank() == 0:
+        print(text, flush=True)
+
+
+def initialize(args: argparse.Namespace, place: Place) -> int:
+    """Connect the ranks, form Megatron's groups, seed. Returns the attempt number."""
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    timeout = timedelta(minutes=args.distributed_timeout_minutes)
+    attempt = connect(place, timeout, "nccl" if on_gpu else "gloo")
+    parallel_state.initialize_model_parallel(
+        args.tensor_model_parallel_size,
+        args.pipeline_model_parallel_size,
+        args.virtual_pipeline_model_parallel_size,
+        expert_model_parallel_size=args.expert_model_parallel_size,
+        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
+        distributed_timeout_minutes=args.distributed_timeout_minutes,
+    )
+    # Announces itself as a warning although it is off.
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    init_num_microbatches_calculator(
+        place.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+    )
+    # As Megatron-LM: pipeline stages differ, data parallel replicas agree; the tracker adds the expert ranks.
+    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    torch.manual_seed(seed)
+    tensor_parallel.model_parallel_cuda_manual_seed(seed)
+    return attempt
+
+
+def build_source(args: argparse.Namespace) -> TokenSource:
+    """The data that the flags ask for. All ranks call it together."""
+    if args.mock_data:
+        return MockCorpus(seq_length=args.seq_length, seed=args.seed)
+    if args.data_path is None:
+        return StdlibCorpus(seq_length=args.seq_length, seed=args.seed)
+    evaluations = args.train_iters // args.eval_interval + 1
+    return IndexedCorpus(
+        paths=args.data_path,
+        split=args.split,
+        seq_length=args.seq_length,
+        seed=args.seed,
+        num_train=max(args.train_iters, 1) * args.global_batch_size,
+        num_validation=max(evaluations * args.eval_iters, 1) * args.global_batch_size,
+        num_ids=args.vocab_size,
+        cache=args.data_cache_path,
+    )
+
+
+class Trainer:
+    """One rank's part of a run."""
+
+    def __init__(self, args: argparse.Namespace, source: TokenSource, reporter: Reporter) -> None:
+        self.args = args
+        self.source = source
+        self.reporter = reporter
+        self.progress = Progress()
+        self.model = build_model(args, source.vocab_size)
+        self.optimizer, self.scheduler = build_optimizer(args, self.model)
+        self._forward_backward = get_forward_backward_func()
+        device = torch.cuda.current_device()
+        self._positions = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)
+        self._mask: torch.Tensor | None = None
+        if args.transformer_impl == "local":
+            # True is hidden. Transformer Engine makes its own causal mask.
+            square = torch.ones(1, 1, args.seq_length, args.seq_length, dtype=torch.bool, device=device)
+            self._mask = square.triu(1)
+
+    @property
+    def num_parameters(self) -> int:
+        """Model parameters on this rank."""
+        return sum(p.numel() for chunk in self.model for p in chunk.parameters())
+
+    def train(self) -> None:
+        """Resume, then step to the end."""
+        session = self._start()
+        args, progress = self.args, self.progress
+        say(f"> training from iteration {progress.iteration} to {args.train_iters}")
+        evaluated = saved = -1
+        for chunk in self.model:
+            chunk.train()
+        while progress.iteration < args.train_iters:
+            result = self.train_step()
+            self.reporter.step(progress, result)
+            if args.eval_iters and progress.iteration % args.eval_interval == 0:
+                self.evaluate()
+                evaluated = progress.iteration
+            if session is not None:
+                session.on_step_end(progress.iteration)
+            if args.save_interval is not None and progress.iteration % args.save_interval == 0:
+                self.save()
+                saved = progress.iteration
+            if args.exit_interval is not None and progress.iteration % args.exit_interval == 0:
+                say(f"> leaving at iteration {progress.iteration}, a multiple of --exit-interval")
+                break
+        if session is not None:
+            session.close()
+        if args.eval_iters and evaluated != progress.iteration:
+            self.evaluate()
+        if args.save is not None and saved != progress.iteration:
+            self.save()
+
+    def _start(self) -> Any:
+        """Put the newest state in place. Returns the checkpointing session, or None without ``--moetion``."""
+        if not self.args.moetion:
+            self.load()
+            return None
+        # Imported here only: a run without --moetion loads nothing of the checkpointing runtime.
+        from megatron_moetion.mcore.attach import attach
+
+        session = attach(
+            model=self.model,
+            optimizer=self.optimizer,
+            opt_param_scheduler=self.scheduler,
+            config=moetion_config(self.args),
+            user_state=self.progress,
+        )
+        session.start(load_persistent=self.load)
+        return session
+
+    def load(self) -> int | None:
+        """Load the newest checkpoint below ``--load``. Returns its iteration, or None if there is none."""
+        if self.args.load is None:
+            return None
+        iteration = export.load_checkpoint(
+            self.args.load, self.model, self.optimizer, self.scheduler, self.progress, self.args.seed
+        )
+        if iteration is None:
+            say(f"> no checkpoint in {self.args.load}: starting from random weights")
+        else:
+            say(f"> loaded the checkpoint of iteration {iteration} from {self.args.load}")
+        return iteration
+
+    def save(self) -> None:
+        """Write a torch_dist checkpoint below ``--save``."""
+        started = time.perf_counter()
+        with self._params_gathered():
+            export.save_checkpoint(self.args.save, self.model, self.optimizer, self.scheduler, self.progress)
+        seconds = time.perf_counter() - started
+        say(f"> saved the checkpoint of iteration {self.progress.iteration} to {self.args.save} in {seconds:.1f} s")
+
+    def train_step(self) -> StepResult:
+        """One step on one global batch; ``progress`` moves with it."""
+        started = time.perf_counter()
+        for chunk in self.model:
+            chunk.zero_grad_buffer()
+        self.optimizer.zero_grad()
+        losses = self._run_schedule(Split.TRAIN, self.progress.consumed_train_samples, forward_only=False)
+        applied, grad_norm, _ = self.optimizer.step()
+        if self.args.fp16:
+            applied = all_ranks_agree(applied)
+        if applied:
+            self.scheduler.step(increment=self.args.global_batch_size)
+        else:
+            self.progress.skipped_iterations += 1
+        self.progress.iteration += 1
+        self.progress.consumed_train_samples += self.args.global_batch_size
+        averages = self._average(losses) | self._auxiliary_losses()
+        return StepResult(
+            losses=averages,
+            grad_norm=None if grad_norm is None else float(grad_norm),
+            learning_rate=canonical_learning_rate(self.optimizer.param_groups),
+            loss_scale=float(self.optimizer.get_loss_scale()),
+            skipped=not applied,
+            seconds=time.perf_counter() - started,
+        )
+
+    def evaluate(self) -> None:
+        """Average loss over ``--eval-iters`` global batches of the validation split.
+
+        Training is not disturbed: RNG states are put back, and validation has a data cursor of its own.
+        """
+        states = export.rng_states()
+        total = 0.0
+        for chunk in self.model:
+            chunk.eval()
+        with self._params_gathered(), torch.no_grad():
+            for _ in range(self.args.eval_iters):
+                consumed = self.progress.consumed_valid_samples
+                losses = self._run_schedule(Split.VALIDATION, consumed, forward_only=True)
+                total += self._average(losses).get("lm loss", 0.0)
+                self.progress.consumed_valid_samples += self.args.global_batch_size
+        for chunk in self.model:
+            chunk.train()
+        export.load_rng_states(states)
+        self.reporter.validation(self.progress, total / self.args.eval_iters)
+
+    def _params_gathered(self) -> ParamsGathered:
+        return ParamsGathered(self.model, needed=self.args.overlap_param_gather)
+
+    def _run_schedule(self, split: Split, consumed: int, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
+        """Run the pipeline schedule over one global batch. Returns the losses of each micro batch (last stage only)."""
+        losses: list[dict[str, torch.Tensor]] = self._forward_backward(
+            forward_step_func=self._forward_step,
+            data_iterator=[self._batches(split, consumed) for _ in self.model],
+            model=self.model,
+            num_microbatches=self.args.num_microbatches,
+            seq_length=self.args.seq_length,
+            micro_batch_size=self.args.micro_batch_size,
+            forward_only=forward_only,
+        )
+        return losses
+
+    def _batches(self, split: Split, consumed: int) -> Iterator[torch.Tensor]:
+        numbers = sample_numbers(
+            consumed=consumed,
+            num_microbatches=self.args.num_microbatches,
+            micro_batch_size=self.args.micro_batch_size,
+            data_parallel_rank=parallel_state.get_data_parallel_rank(),
+            data_parallel_size=self.args.data_parallel_size,
+        )
+        return batches(self.source, split, numbers)
+
+    def _forward_step(
+        self, iterator: Iterator[torch.Tensor], model: torch.nn.Module
+    ) -> tuple[torch.Tensor, Callable[[torch.Tensor], tuple[torch.Tensor, dict[str, torch.Tensor]]]]:
+        tokens = next(iterator).to(self._positions.device)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return model(inputs, self._positions, self._mask, labels=labels), mean_loss
+
+    def _average(self, losses: list[dict[str, torch.Tensor]]) -> dict[str, float]:
+        """Mean over micro batches and data parallel ranks; nothing except on the last pipeline stage."""
+        if not losses:
+            return {}
+        mean = torch.stack([loss["lm loss"] for loss in losses]).mean()
+        dist.all_reduce(mean, group=parallel_state.get_data_parallel_group())
+        return {"lm loss": mean.item() / self.args.data_parallel_size}
+
+    def _auxiliary_losses(self) -> dict[str, float]:
+        """Mean router losses over layers and micro batches. All ranks call it: layers live on all stages."""
+        if self.args.num_experts is None:
+            return {}
+        names = [AUX_LOSS_NAMES[k] for k in self.args.moe_router_load_balancing_type if k in AUX_LOSS_NAMES]
+        if self.args.moe_z_loss_coeff is not None:
+            names.append("z_loss")
+        if not names:
+            clear_aux_losses_tracker()
+            return {}
+        totals: dict[str, torch.Tensor] = {}
+        track_moe_metrics(
+            loss_scale=1 / self.args.num_microbatches,
+            iteration=self.progress.iteration,
+            writer=self.reporter.writer,
+            total_loss_dict=totals,
+            force_initialize=True,
+            track_names=names,
+            num_layers=self.args.num_layers,
+            moe_layer_freq=self.args.moe_layer_freq,
+        )
+        return {name: float(totals[name]) for name in names}
+
+
+class ParamsGathered:
+    """While it is entered, every rank holds all parameters, also with ``--overlap-param-gather``."""
+
+    def __init__(self, model: list[Any], *, needed: bool) -> None:
+        self._model = model if needed else []
+
+    def __enter__(self) -> None:
+        for chunk in self._model:
+            chunk.disable_forward_pre_hook(param_sync=True)
+
+    def __exit__(self, *exc: object) -> None:
+        for chunk in self._model:
+            chunk.enable_forward_pre_hook()
+
+
+def mean_loss(losses: torch.Tensor) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    """Loss of one micro batch from the losses of its tokens, ``[micro_batch_size, seq_length]``."""
+    loss = losses.float().mean()
+    return loss, {"lm loss": loss.detach().clone()}
+
+
+def all_ranks_agree(applied: bool) -> bool:
+    """Whether every rank applied the step: a loss that overflows on one rank is skipped on all."""
+    flag = torch.tensor([int(applied)], device=torch.cuda.current_device())
+    dist.all_reduce(flag, op=dist.ReduceOp.MIN)
+    return bool(flag.item())
+
+
+def canonical_learning_rate(groups: list[dict[str, Any]]) -> float:
+    """The rate of the groups that follow the schedule without a multiplier of their own."""
+    return next((float(group["lr"]) for group in groups if group["default_config"]), math.nan)

@@ -1,0 +1,215 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where every rank's state comes from after a failure. Pure: reports in, a plan or an explanation out.
+
+The plan names the newest iteration T that all ranks can reach, for each unit of each rank the capture to load
+and the node to load it from. Loading part of a state is never planned.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+
+from megatron_moetion.recover.survey import ArenaReport
+from megatron_moetion.replicate.placement import Placement
+from megatron_moetion.store.manifest import Branch, Record, in_history
+from megatron_moetion.units import UnitKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankFacts:
+    """What the plan needs to know of one rank: its units as (name, kind), by unit number."""
+
+    rank: int
+    units: tuple[tuple[str, UnitKind], ...]
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Choice:
+    """One capture to be loaded."""
+
+    unit: int
+    iteration: int
+    node: int
+    """The node that it is read from."""
+    digest: int
+    tokens: int
+
+
+@dataclass(frozen=True, kw_only=True, order=True)
+class Transfer:
+    """One capture of ``owner`` that travels from rank ``source`` to rank ``target``."""
+
+    owner: int
+    unit: int
+    iteration: int
+    source: int
+    target: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RecoveryPlan:
+    """One consistent recovery. Equal on all ranks, which compare ``digest`` before they move a byte."""
+
+    iteration: int
+    epoch: int
+    """The epoch that begins with this recovery."""
+    branches: tuple[Branch, ...]
+    """All recoveries of this run, this one included."""
+    history_epoch: int
+    """Epoch of the history that is recovered from."""
+    choices: tuple[tuple[Choice, ...], ...]
+    """For each owner, one choice a unit, by unit number."""
+    fetches: tuple[Transfer, ...]
+    """From other nodes to the owners."""
+    copies: tuple[Transfer, ...]
+    """From owners to buddies that lack a capture, so that redundancy is complete again."""
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of the plan's canonical JSON."""
+        return hashlib.sha256(json.dumps(asdict(self), sort_keys=True).encode()).hexdigest()
+
+
+@dataclass(frozen=True, kw_only=True)
+class NoPlan:
+    """Why nothing can be recovered, for a person."""
+
+    reason: str
+    began: bool
+    """Whether this run had trained: False only if every arena found was still waiting for its first baseline."""
+    last_epoch: int
+
+
+_Available = dict[int, dict[int, dict[int, dict[int, Record]]]]
+"""owner -> unit -> iteration -> node -> record"""
+
+
+def plan_recovery(
+    facts: Sequence[RankFacts], reports: Sequence[ArenaReport], placement: Placement, mode: str
+) -> RecoveryPlan | NoPlan:
+    """The newest iteration that every rank can reach, or why there is none."""
+    sound = [r for r in reports if not r.problem]
+    if not sound:
+        problems = "; ".join(r.problem for r in reports) or "no arena of this run was found on any node"
+        return NoPlan(reason=problems, began=bool(reports), last_epoch=0)
+    newest = max(sound, key=lambda r: (r.epoch, len(r.branches)))
+    available = _available(sound, newest.branches, newest.epoch)
+    missing: list[str] = []
+    for iteration in _candidates(facts, available):
+        chosen = _choose(facts, available, iteration, mode)
+        if isinstance(chosen, str):
+            missing.append(f"iteration {iteration}: {chosen}")
+            continue
+        return _plan(iteration, newest, facts, chosen, available, placement)
+    without = [f.rank for f in facts if f.rank not in available]
+    reason = "; ".join(missing[:3]) or (
+        f"no copy of rank(s) {_short(without)} is left on any node"
+        if without
+        else "there is no iteration of which every rank has its host state"
+    )
+    began = any(r.stable >= 0 for r in sound) or any(r.problem for r in reports)
+    return NoPlan(reason=reason, began=began, last_epoch=newest.epoch)
+
+
+def custodian(owner: int, node: int, placement: Placement) -> int:
+    """The rank that opens ``owner``'s arena on ``node``: the owner, its buddy, else a fixed rank of the node."""
+    if placement.node_of[owner] == node:
+        return owner
+    for holder in placement.holders[owner]:
+        if placement.node_of[holder] == node:
+            return holder
+    ranks = placement.ranks_on(node)
+    return ranks[owner % len(ranks)]
+
+
+def _available(reports: Sequence[ArenaReport], branches: Sequence[Branch], epoch: int) -> _Available:
+    available: _Available = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+    for report in reports:
+        for record in report.captures:
+            if in_history(record, branches, epoch):
+                available[report.owner][record.unit][record.iteration][report.node] = record
+    return available
+
+
+def _candidates(facts: Sequence[RankFacts], available: _Available) -> list[int]:
+    """Iterations of which every rank has its host state, newest first."""
+    common: set[int] | None = None
+    for rank in facts:
+        host = next(i for i, (_, kind) in enumerate(rank.units) if kind is UnitKind.HOST)
+        found = set(available[rank.rank][host]) if rank.rank in available else set()
+        common = found if common is None else common & found
+    return sorted(common or (), reverse=True)
+
+
+def _choose(
+    facts: Sequence[RankFacts], available: _Available, iteration: int, mode: str
+) -> dict[int, list[int]] | str:
+    """For each rank the iteration of each unit's capture at T; or what is missing."""
+    shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
+    chosen: dict[int, list[int]] = {f.rank: [-1] * len(f.units) for f in facts}
+    for rank in facts:
+        for number, (name, kind) in enumerate(rank.units):
+            if kind is UnitKind.EXPERT and mode != "full":
+                shards[name].append((rank.rank, number))
+                continue
+            found = available[rank.rank][number]
+            usable = [i for i in found if i == iteration or (kind is UnitKind.FROZEN and i <= iteration)]
+            if not usable:
+                return f"unit {name} of rank {rank.rank} has no copy"
+            chosen[rank.rank][number] = max(usable)
+    for name, places in shards.items():
+        common = set.intersection(*(set(available[rank][number]) for rank, number in places))
+        usable = [i for i in common if i <= iteration]
+        if not usable:
+            return f"expert {name} has no iteration that ranks {_short([r for r, _ in places])} all hold"
+        for rank_number, number in places:
+            chosen[rank_number][number] = max(usable)
+    return chosen
+
+
+def _plan(
+    iteration: int,
+    newest: ArenaReport,
+    facts: Sequence[RankFacts],
+    chosen: Mapping[int, Sequence[int]],
+    available: _Available,
+    placement: Placement,
+) -> RecoveryPlan:
+    choices: list[tuple[Choice, ...]] = []
+    fetches: list[Transfer] = []
+    copies: list[Transfer] = []
+    for rank in facts:
+        owner, home = rank.rank, placement.node_of[rank.rank]
+        row = []
+        for unit, at in enumerate(chosen[owner]):
+            nodes = available[owner][unit][at]
+            node = home if home in nodes else min(nodes)
+            row.append(Choice(unit=unit, iteration=at, node=node, digest=nodes[node].digest, tokens=nodes[node].tokens))
+            move = {"owner": owner, "unit": unit, "iteration": at}
+            if node != home:
+                fetches.append(Transfer(**move, source=custodian(owner, node, placement), target=owner))
+            copies.extend(
+                Transfer(**move, source=owner, target=holder)
+                for holder in placement.holders[owner]
+                if placement.node_of[holder] not in nodes
+            )
+        choices.append(tuple(row))
+    epoch = newest.epoch + 1
+    return RecoveryPlan(
+        iteration=iteration,
+        epoch=epoch,
+        branches=(*newest.branches, Branch(epoch=epoch, iteration=iteration)),
+        history_epoch=newest.epoch,
+        choices=tuple(choices),
+        fetches=tuple(fetches),
+        copies=tuple(copies),
+    )
+
+
+def _short(ranks: Sequence[int]) -> str:
+    listed = ", ".join(str(r) for r in ranks[:8])
+    return listed + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries out a recovery plan: moves captures to where they belong, verifies them, writes them back."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from megatron_moetion._C import HostPool
+from megatron_moetion.errors import ChannelError, CorruptArena
+from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
+from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.snapshot.packer import Packer, verify
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import Page, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mover:
+    """One rank's part in moving captures between nodes. ``arenas`` are those that this rank opened, by owner."""
+
+    rank: int
+    arenas: Mapping[int, Arena]
+    channel: Channel
+    pool: HostPool
+    plan: RecoveryPlan
+
+    def make_room(self, transfers: Sequence[Transfer]) -> None:
+        """Before receiving: drop from the receiving arenas what the plan does not load."""
+        for owner in {t.owner for t in transfers if t.target == self.rank}:
+            wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
+            self.arenas[owner].edit(partial(_only, wanted))
+
+    def move(self, transfers: Sequence[Transfer]) -> int:
+        """Take part in the transfers, in the plan's order, which is the same on all ranks; returns bytes received."""
+        received = 0
+        for transfer in transfers:
+            if transfer.source == self.rank:
+                self._send(transfer)
+            elif transfer.target == self.rank:
+                received += self._receive(transfer)
+        return received
+
+    def _choice(self, transfer: Transfer) -> Choice:
+        return self.plan.choices[transfer.owner][transfer.unit]
+
+    def _send(self, transfer: Transfer) -> None:
+        arena = self.arenas[transfer.owner]
+        record = arena.find(transfer.unit, transfer.iteration)
+        assert record is not None, f"the plan reads {transfer} from an arena that lacks it"
+        head = np.array([record.epoch, record.digest], dtype=np.uint64)
+        for part in (head.view(np.uint8), arena.digests(record.slot).view(np.uint8), arena.payload(record.slot)):
+            self.channel.exchange([Message(peer=transfer.target, data=part)], [])
+
+    def _receive(self, transfer: Transfer) -> int:
+        arena, choice = self.arenas[transfer.owner], self._choice(transfer)
+        nbytes = arena.spec.units[transfer.unit][2]
+        slot = arena.acquire(nbytes)
+        assert slot is not None, f"no free slot of {nbytes} bytes in {arena.path}, although room was made"
+        head = np.zeros(2, dtype=np.uint64)
+        payload, digests = arena.payload(slot), arena.digests(slot)
+        for part in (head.view(np.uint8), digests.view(np.uint8), payload):
+            self.channel.exchange([], [Message(peer=transfer.source, data=part)])
+        if not verify(self.pool, arena.spec.identity.chunk_bytes, payload, digests, choice.digest):
+            arena.release([slot])
+            raise ChannelError(
+                f"unit {arena.spec.units[transfer.unit][0]} of rank {transfer.owner} arrived damaged from rank "
+                f"{transfer.source}; nothing was loaded, restart to try again"
+            )
+        record = Record(
+            unit=transfer.unit,
+            iteration=transfer.iteration,
+            epoch=int(head[0]),
+            slot=slot,
+            nbytes=nbytes,
+            digest=choice.digest,
+            tokens=choice.tokens,
+        )
+        arena.add([record])
+        return nbytes
+
+    def begin_epoch(self) -> None:
+        """Durably: the new epoch, T stable, and only what T needs, in every arena that stays in use."""
+        for owner, arena in self.arenas.items():
+            wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
+            arena.edit(
+                partial(_only, wanted, epoch=self.plan.epoch, stable=self.plan.iteration, branches=self.plan.branches)
+            )
+
+
+def _only(wanted: set[tuple[int, int]], page: Page, **fields: Any) -> dict[str, Any]:
+    """The page with no other captures than the wanted ones."""
+    return {"records": tuple(r for r in page.records if r.key in wanted), **fields}
+
+
+def write_back(packer: Packer, arena: Arena, choices: Sequence[Choice], host_unit: int) -> bytes:
+    """Verify every chosen capture, then write all of them into live state; returns the host state's bytes.
+
+    Nothing is written unless everything verifies.
+    """
+    records = []
+    for choice in choices:
+        record = arena.find(choice.unit, choice.iteration)
+        name = arena.spec.units[choice.unit][0]
+        if record is None:
+            raise CorruptArena(f"{arena.path}: the capture of {name} at iteration {choice.iteration} has gone")
+        if not packer.verify(arena.payload(record.slot), arena.digests(record.slot), choice.digest):
+            raise CorruptArena(f"{arena.path}: the capture of {name} changed after it was surveyed; restart to try again")
+        records.append(record)
+    for record in records:
+        packer.scatter(record.unit, arena.payload(record.slot))
+    host = next(r for r in records if r.unit == host_unit)
+    return bytes(arena.payload(host.slot))

@@ -1,0 +1,209 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From processes that know nothing to open arenas: look at what is there, then recover or begin anew.
+
+All methods are collective. The plan itself is made in ``plan.py``; here it is carried out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+from megatron_moetion._C import HostPool
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ConfigError, IdentityMismatch, MoetionError, StoreError
+from megatron_moetion.observe.journal import Phases
+from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, custodian, plan_recovery
+from megatron_moetion.recover.restore import Mover, write_back
+from megatron_moetion.recover.survey import ArenaReport, survey_store
+from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.placement import Placement, place
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
+from megatron_moetion.store.manifest import Branch, Page
+from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.units import UnitKind
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class OpenArenas:
+    """The arenas that this rank writes while it trains."""
+
+    own: Arena
+    held: Mapping[int, Arena]
+    """By owner: those that this rank is a buddy of."""
+
+    def all(self) -> list[Arena]:
+        """Own first."""
+        return [self.own, *self.held.values()]
+
+    def close(self) -> None:
+        """Let go of all files; they stay."""
+        for arena in self.all():
+            arena.close()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Situation:
+    """What all ranks found together; equal on all of them."""
+
+    specs: tuple[ArenaSpec, ...]
+    placement: Placement
+    reports: tuple[ArenaReport, ...]
+    outcome: RecoveryPlan | NoPlan
+    restarted: bool
+
+
+class Startup:
+    """One rank's part in starting a run."""
+
+    def __init__(
+        self,
+        *,
+        config: MoetionConfig,
+        fabric: Fabric,
+        node: NodeFolder,
+        spec: ArenaSpec,
+        pool: HostPool,
+        phases: Phases,
+        probe: Callable[[str, int], None],
+    ) -> None:
+        self._config = config
+        self._fabric = fabric
+        self._node = node
+        self._spec = spec
+        self._pool = pool
+        self._phases = phases
+        self._probe = probe
+
+    def look(self, attempt: int) -> Situation:
+        """Survey every node and plan. Raises ``ConfigError`` or ``IdentityMismatch`` where ranks do not fit together."""
+        rank = self._fabric.rank
+        notes = self._fabric.gather(
+            {"node": self._node.key, "attempt": attempt, "spec": self._spec.to_json().decode()}
+        )
+        specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
+        _require_one_run(specs)
+        placement = place([n["node"] for n in notes], self._config.replicas)
+        node = placement.node_of[rank]
+        neighbours = placement.ranks_on(node)
+        mine = sorted(self._node.path.glob("*.arena"))[neighbours.index(rank) :: len(neighbours)]
+        self._probe("survey", -1)
+        found = [r.to_json() for r in survey_store(mine, node, self._spec, self._pool)]
+        reports = tuple(ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each)
+        strangers = [r.problem for r in reports if r.stranger]
+        if strangers:
+            raise IdentityMismatch(strangers[0])
+        facts = [
+            RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in spec.units))
+            for r, spec in enumerate(specs)
+        ]
+        outcome = plan_recovery(facts, reports, placement, self._config.mode)
+        self._phases.done("survey")
+        return Situation(
+            specs=specs,
+            placement=placement,
+            reports=reports,
+            outcome=outcome,
+            restarted=max(n["attempt"] for n in notes) > 0,
+        )
+
+    def recover(self, situation: Situation, plan: RecoveryPlan, packer: Packer) -> tuple[OpenArenas, bytes]:
+        """Carry out the plan; returns the arenas, ready for step T + 1, and the host state's bytes.
+
+        Nothing that T needs is freed before it is complete everywhere again, and the new epoch is written on
+        every rank before any rank returns: a failure at any moment leaves T recoverable.
+        """
+        if len(set(self._fabric.gather(plan.digest))) != 1:
+            raise AssertionError("ranks made different recovery plans from the same reports")
+        rank = self._fabric.rank
+        page = Page(epoch=plan.history_epoch, stable=plan.iteration, branches=plan.branches[:-1])
+        arenas, leftovers = self._open(situation, page)
+        mover = Mover(
+            rank=rank,
+            arenas={rank: arenas.own, **arenas.held, **leftovers},
+            channel=self._fabric.channel,
+            pool=self._pool,
+            plan=plan,
+        )
+        for phase, transfers in (("fetch", plan.fetches), ("replicate", plan.copies)):
+            mover.make_room(transfers)
+            self._probe("fetch", -1)
+            mover.move(transfers)
+            self._fabric.gather(phase)
+            self._phases.done(phase)
+        self._probe("restore", -1)
+        host_unit = next(i for i, (_, kind, _) in enumerate(self._spec.units) if kind == UnitKind.HOST)
+        host_state = write_back(packer, arenas.own, plan.choices[rank], host_unit)
+        self._fabric.gather("loaded")
+        self._phases.done("restore")
+        replace(mover, arenas={rank: arenas.own, **arenas.held}).begin_epoch()
+        self._fabric.gather("epoch")
+        for arena in leftovers.values():
+            arena.remove()
+        self._phases.done("epoch")
+        self._probe("restored", -1)
+        return arenas, host_state
+
+    def begin(self, situation: Situation, iteration: int) -> tuple[OpenArenas, int]:
+        """New, empty arenas for state that was initialised, or loaded from disk, at ``iteration``; and their epoch."""
+        if self._fabric.rank == min(situation.placement.ranks_on(situation.placement.node_of[self._fabric.rank])):
+            for path in self._node.path.glob("*.arena"):
+                path.unlink()
+        self._fabric.gather("cleared")
+        epoch = 0
+        branches: tuple[Branch, ...] = ()
+        if isinstance(situation.outcome, NoPlan) and situation.outcome.began:
+            epoch = situation.outcome.last_epoch + 1
+            branches = (Branch(epoch=epoch, iteration=iteration),)
+        problem = ""
+        arenas: OpenArenas | None = None
+        try:
+            arenas, _ = self._open(replace(situation, reports=()), Page(epoch=epoch, branches=branches))
+        except MoetionError as error:
+            problem = str(error)
+        problems = [p for p in self._fabric.gather(problem) if p]
+        if problems or arenas is None:
+            raise StoreError(problems[0])
+        return arenas, epoch
+
+    def _open(self, situation: Situation, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
+        """Open what the survey found sound and make what is missing; leftovers are only read from."""
+        rank, placement = self._fabric.rank, situation.placement
+        node = placement.node_of[rank]
+        sound = {r.owner for r in situation.reports if r.node == node and not r.problem}
+
+        def take(owner: int) -> Arena:
+            path = self._node.path / arena_name(owner)
+            if owner in sound:
+                return Arena.open(path)
+            path.unlink(missing_ok=True)
+            return Arena.create(path, situation.specs[owner], page)
+
+        held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
+        arenas = OpenArenas(own=take(rank), held=held)
+        wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
+        leftovers = {owner: Arena.open(self._node.path / arena_name(owner)) for owner in wanted}
+        self._remove_damaged(situation.reports, node, {rank, *held})
+        return arenas, leftovers
+
+    def _remove_damaged(self, reports: Sequence[ArenaReport], node: int, owners: set[int]) -> None:
+        """Arenas that do not verify at all serve nobody; those under our names were made anew."""
+        ours = {arena_name(o) for o in owners}
+        for report in reports:
+            path = Path(report.path)
+            if report.problem and report.node == node and path.name not in ours and path.parent == self._node.path:
+                path.unlink(missing_ok=True)
+
+
+def _require_one_run(specs: Sequence[ArenaSpec]) -> None:
+    first = asdict(specs[0].identity)
+    for rank, spec in enumerate(specs):
+        other = asdict(spec.identity)
+        differing = [k for k in first if k not in ("owner", "layout") and first[k] != other[k]]
+        if differing:
+            raise ConfigError(
+                f"ranks 0 and {rank} were started differently: {differing[0]} is {first[differing[0]]!r} on one and "
+                f"{other[differing[0]]!r} on the other; give all ranks the same settings"
+            )

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a node's store really holds: every arena opened, every capture verified, reported as plain values.
+
+A rank looks only at files of its own node. Reports travel as JSON; nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion._C import HostPool
+from megatron_moetion.errors import CorruptArena, IdentityMismatch
+from megatron_moetion.snapshot.packer import verify
+from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity
+from megatron_moetion.store.manifest import Branch, Record
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaReport:
+    """One arena as found. ``problem`` is set where it cannot be used at all, or is not ours to use."""
+
+    path: str
+    node: int
+    owner: int = -1
+    epoch: int = 0
+    stable: int = -1
+    branches: tuple[Branch, ...] = ()
+    captures: tuple[Record, ...] = ()
+    """Captures whose bytes verify."""
+    damaged: int = 0
+    """Captures that are listed and do not verify."""
+    verified_bytes: int = 0
+    problem: str = ""
+    stranger: bool = False
+    """The arena is sound and belongs to another run, topology or model."""
+
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> ArenaReport:
+        """Inverse of ``to_json``."""
+        values = dict(raw)
+        values["branches"] = tuple(Branch(**b) for b in raw["branches"])
+        values["captures"] = tuple(Record(**c) for c in raw["captures"])
+        return cls(**values)
+
+
+def survey_store(paths: Sequence[Path], node: int, expected: ArenaSpec, pool: HostPool) -> list[ArenaReport]:
+    """Verify the given arenas of this node. ``expected`` is this rank's own spec, to compare identities with."""
+    return [_report(path, node, expected, pool) for path in paths]
+
+
+def _report(path: Path, node: int, expected: ArenaSpec, pool: HostPool) -> ArenaReport:
+    try:
+        arena = Arena.open(path)
+    except CorruptArena as error:
+        return ArenaReport(path=str(path), node=node, problem=str(error))
+    try:
+        check_identity(arena.spec, expected, path)
+        page = arena.page
+        sound = [r for r in page.records if _verifies(arena, r, pool)]
+        return ArenaReport(
+            path=str(path),
+            node=node,
+            owner=arena.spec.identity.owner,
+            epoch=page.epoch,
+            stable=page.stable,
+            branches=page.branches,
+            captures=tuple(sound),
+            damaged=len(page.records) - len(sound),
+            verified_bytes=sum(r.nbytes for r in sound),
+        )
+    except IdentityMismatch as error:
+        return ArenaReport(path=str(path), node=node, problem=str(error), stranger=True)
+    finally:
+        arena.close()
+
+
+def _verifies(arena: Arena, record: Record, pool: HostPool) -> bool:
+    units = arena.spec.units
+    if record.unit >= len(units) or record.slot >= arena.spec.num_slots or units[record.unit][2] != record.nbytes:
+        return False
+    payload = arena.payload(record.slot)
+    if payload.nbytes != record.nbytes:
+        return False
+    return verify(pool, arena.spec.identity.chunk_bytes, payload, arena.digests(record.slot), record.digest)

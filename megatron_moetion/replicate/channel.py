@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What replication and recovery need of a network. One contract suite runs over every implementation."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+Bytes = npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Message:
+    """Bytes to or from one peer (a global rank). ``data`` must stay in place until ``exchange`` returns."""
+
+    peer: int
+    data: Bytes
+
+
+class Channel(Protocol):
+    """Moves bytes between pairs of ranks. Used by one thread at a time."""
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        """Send and receive, all at once, and return when everything has arrived.
+
+        Both sides must call with matching messages: the n-th message to a peer is the n-th that this peer
+        receives from us, of the same size. Every wait is bounded; a lost or late peer raises ``ChannelError``,
+        after which the channel must not be used again. Bytes in flight are bounded.
+        """
+        ...
+
+
+class Fabric(Protocol):
+    """Everything that one rank's runtime says to other ranks. Calls that name no peer are collective."""
+
+    rank: int
+    world_size: int
+    channel: Channel
+
+    def gather(self, document: Any) -> list[Any]:
+        """Every rank's JSON-able document, by rank. Bounded wait; ``ChannelError`` on a lost peer."""
+        ...
+
+    def start_agreement(self, mask: int) -> None:
+        """Begin to AND a bitmask (63 bits) over all ranks; hides behind an iteration."""
+        ...
+
+    def finish_agreement(self) -> int | None:
+        """The result of the last ``start_agreement``, None if there was none."""
+        ...
+
+    def start_sum(self, counts: Sequence[int]) -> None:
+        """Begin to add up token counts over the ranks that share this rank's experts."""
+        ...
+
+    def finish_sum(self) -> list[int] | None:
+        """The result of the last ``start_sum``, None if there was none."""
+        ...
+
+    def close(self) -> None:
+        """Release groups; the fabric must not be used again."""
+        ...

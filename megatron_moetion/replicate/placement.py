@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who holds whose replicas. Pure.
+
+Nodes form groups of ``replicas + 1``; inside a group every node holds the state of all others, so a group
+survives the loss of any ``replicas`` of its nodes. Nodes that do not fill a group join the last one, which
+then is a ring: each node's state goes to the next ``replicas``. (GEMINI, SOSP'23, calls this mixed placement
+and shows that it maximises the odds of surviving simultaneous losses.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from megatron_moetion.errors import ConfigError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placement:
+    """Nodes by rank, and for each rank the ranks that hold its replicas (its buddies)."""
+
+    node_of: tuple[int, ...]
+    """Node number of each rank."""
+    holders: tuple[tuple[int, ...], ...]
+    """For each owner the holding ranks, on as many different nodes as there are replicas."""
+    groups: tuple[tuple[int, ...], ...]
+    """Placement groups, as node numbers."""
+
+    @property
+    def num_nodes(self) -> int:
+        """Nodes of the run."""
+        return len(set(self.node_of))
+
+    def ranks_on(self, node: int) -> tuple[int, ...]:
+        """Ranks of one node, in order."""
+        return tuple(r for r, n in enumerate(self.node_of) if n == node)
+
+    def owners_held_by(self, rank: int) -> tuple[int, ...]:
+        """Ranks whose replicas this rank holds."""
+        return tuple(owner for owner, holders in enumerate(self.holders) if rank in holders)
+
+
+def place(node_keys: Sequence[str], replicas: int) -> Placement:
+    """Place the ranks' replicas; ``node_keys[r]`` names the node that rank r runs on."""
+    order = {key: number for number, key in enumerate(dict.fromkeys(node_keys))}
+    node_of = tuple(order[key] for key in node_keys)
+    num_nodes = len(order)
+    members = [tuple(r for r, n in enumerate(node_of) if n == node) for node in range(num_nodes)]
+    sizes = {len(m) for m in members}
+    if len(sizes) != 1:
+        listed = ", ".join(f"{key}: {len(members[n])}" for key, n in order.items())
+        raise ConfigError(f"nodes must run equally many ranks; they run {listed}")
+    if num_nodes < replicas + 1:
+        raise ConfigError(
+            f"{replicas} replica(s) need {replicas + 1} nodes and this run has {num_nodes} "
+            f"({len(node_keys)} ranks, {sizes.pop()} a node). Add nodes, emulate them with "
+            f"--moetion-ranks-per-node, or accept with --moetion-replicas 0 that nothing survives the loss of a node"
+        )
+    groups = _groups(num_nodes, replicas)
+    holders: list[tuple[int, ...]] = [()] * len(node_of)
+    for group in groups:
+        for position, node in enumerate(group):
+            for local, rank in enumerate(members[node]):
+                holders[rank] = tuple(
+                    members[group[(position + step) % len(group)]][local] for step in range(1, replicas + 1)
+                )
+    return Placement(node_of=node_of, holders=tuple(holders), groups=groups)
+
+
+def _groups(num_nodes: int, replicas: int) -> tuple[tuple[int, ...], ...]:
+    size = replicas + 1
+    starts = list(range(0, num_nodes - num_nodes % size, size))
+    ends = [*starts[1:], num_nodes]
+    return tuple(tuple(range(a, b)) for a, b in zip(starts, ends, strict=True))

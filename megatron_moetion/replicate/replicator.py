@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Carries a rank's snapshots to its buddies and receives those of the ranks that it is a buddy of.
+
+All ranks call ``replicate`` for the same iterations in the same order. Each round has five small steps, each
+one exchange: header, table of captures, acceptance, payload, acknowledgement. A round in which one side has
+nothing, or no room, still takes place, so that both sides stay in step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion._C import HostPool
+from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.snapshot.packer import verify
+from megatron_moetion.store.arena import Arena, num_chunks
+from megatron_moetion.store.manifest import RECORD, Record, record_table, records_of
+
+Bytes = npt.NDArray[np.uint8]
+_HEADER_WORDS = 4  # epoch, iteration, captures, table bytes
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Incoming:
+    """One owner's announcement of a snapshot."""
+
+    owner: int
+    records: tuple[Record, ...]
+    digests: tuple[npt.NDArray[np.uint64], ...]
+
+
+class Replicator:
+    """One rank's side of replication. Runs in one background thread; ``ChannelError`` ends its use."""
+
+    def __init__(
+        self,
+        *,
+        channel: Channel,
+        own: Arena,
+        holders: Sequence[int],
+        held: Mapping[int, Arena],
+        pool: HostPool,
+        epoch: int,
+        probe: Callable[[str, int], None],
+    ) -> None:
+        self._channel = channel
+        self._own = own
+        self._holders = tuple(holders)
+        self._held = dict(sorted(held.items()))
+        self._pool = pool
+        self._epoch = epoch
+        self._probe = probe
+        self.bytes_sent = 0
+        self.refused = 0
+        """Rounds in which a buddy had no room, or received damaged bytes."""
+
+    def replicate(self, iteration: int, records: Sequence[Record]) -> bool:
+        """Send one committed snapshot (empty: dropped here); True once it is whole on every buddy."""
+        incoming = self._announce(iteration, records)
+        accepted_here, slots = self._make_room(incoming)
+        accepted = self._swap_flags(accepted_here)
+        self._probe("mid-replication", iteration)
+        self._transfer(records, accepted, incoming, slots)
+        whole_here = {
+            owner: bool(slots.get(owner)) and self._keep(incoming[owner], slots[owner]) for owner in self._held
+        }
+        whole = self._swap_flags(whole_here)
+        if records and not all(whole.values()):
+            self.refused += 1
+        return bool(records) and all(whole.values())
+
+    def _announce(self, iteration: int, records: Sequence[Record]) -> dict[int, _Incoming]:
+        table = _table(self._own, records)
+        header = np.array([self._epoch, iteration, len(records), table.nbytes], dtype=np.int64)
+        headers = {owner: np.zeros(_HEADER_WORDS, dtype=np.int64) for owner in self._held}
+        self._channel.exchange(
+            [Message(peer=h, data=header.view(np.uint8)) for h in self._holders],
+            [Message(peer=o, data=data.view(np.uint8)) for o, data in headers.items()],
+        )
+        for owner, (epoch, theirs, _, _) in ((o, h.tolist()) for o, h in headers.items()):
+            if (epoch, theirs) != (self._epoch, iteration):
+                raise AssertionError(
+                    f"rank {owner} replicates iteration {theirs} of epoch {epoch}; "
+                    f"here it is iteration {iteration} of epoch {self._epoch}"
+                )
+        tables = {owner: np.zeros(int(h[3]), dtype=np.uint8) for owner, h in headers.items()}
+        self._channel.exchange(
+            [Message(peer=h, data=table) for h in self._holders],
+            [Message(peer=o, data=data) for o, data in tables.items()],
+        )
+        return {o: self._parse(o, tables[o], int(headers[o][2])) for o in self._held}
+
+    def _parse(self, owner: int, table: Bytes, count: int) -> _Incoming:
+        spec = self._held[owner].spec
+        rows = table[: count * RECORD.itemsize].view(RECORD)
+        records, digests, cursor = [], [], count * RECORD.itemsize
+        for record in records_of(rows):
+            if spec.units[record.unit][2] != record.nbytes:
+                raise AssertionError(f"rank {owner} sends {record.nbytes} bytes for unit {spec.units[record.unit]}")
+            records.append(record)
+            end = cursor + 8 * num_chunks(record.nbytes, spec.identity.chunk_bytes)
+            digests.append(table[cursor:end].view(np.uint64))
+            cursor = end
+        return _Incoming(owner=owner, records=tuple(records), digests=tuple(digests))
+
+    def _make_room(self, incoming: Mapping[int, _Incoming]) -> tuple[dict[int, bool], dict[int, list[int]]]:
+        slots: dict[int, list[int]] = {}
+        for owner, announced in incoming.items():
+            taken: list[int] = []
+            for record in announced.records:
+                slot = self._held[owner].acquire(record.nbytes)
+                if slot is None:
+                    self._held[owner].release(taken)
+                    taken = []
+                    break
+                taken.append(slot)
+            slots[owner] = taken
+        return {owner: bool(taken) for owner, taken in slots.items()}, slots
+
+    def _swap_flags(self, to_owners: Mapping[int, bool]) -> dict[int, bool]:
+        """Tell each owner one bit, hear one bit from each holder."""
+        outgoing = {o: np.array([flag], dtype=np.uint8) for o, flag in to_owners.items()}
+        answers = {h: np.zeros(1, dtype=np.uint8) for h in self._holders}
+        self._channel.exchange(
+            [Message(peer=o, data=data) for o, data in outgoing.items()],
+            [Message(peer=h, data=data) for h, data in answers.items()],
+        )
+        return {h: bool(a[0]) for h, a in answers.items()}
+
+    def _transfer(
+        self,
+        records: Sequence[Record],
+        accepted: Mapping[int, bool],
+        incoming: Mapping[int, _Incoming],
+        slots: Mapping[int, Sequence[int]],
+    ) -> None:
+        sends = [
+            Message(peer=h, data=self._own.payload(r.slot)) for h in self._holders if accepted[h] for r in records
+        ]
+        receives = [
+            Message(peer=owner, data=self._held[owner].payload(slot)) for owner in incoming for slot in slots[owner]
+        ]
+        self._channel.exchange(sends, receives)
+        self.bytes_sent += sum(m.data.nbytes for m in sends)
+
+    def _keep(self, announced: _Incoming, slots: Sequence[int]) -> bool:
+        """Verify what arrived and commit it; damaged bytes are given up, all of the snapshot."""
+        arena = self._held[announced.owner]
+        chunk_bytes = arena.spec.identity.chunk_bytes
+        placed = []
+        for record, digests, slot in zip(announced.records, announced.digests, slots, strict=True):
+            if not verify(self._pool, chunk_bytes, arena.payload(slot), digests, record.digest):
+                arena.release(slots)
+                return False
+            arena.digests(slot)[:] = digests
+            placed.append(replace(record, slot=slot))
+        arena.add(placed)
+        return True
+
+
+def _table(arena: Arena, records: Sequence[Record]) -> Bytes:
+    """The records, then their chunk digests, as bytes."""
+    parts = [record_table(records).view(np.uint8), *(arena.digests(r.slot).view(np.uint8) for r in records)]
+    return np.concatenate(parts)

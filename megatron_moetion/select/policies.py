@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which experts go into a snapshot. Pure: numbers in, positions out, the same on every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+
+def unsaved_tokens(unsaved: Sequence[int], staleness: Sequence[int], num_experts: int, cap: int) -> tuple[int, ...]:
+    """The ``num_experts`` (K) experts whose loss would cost most, without letting any pass the staleness cap.
+
+    ``unsaved[e]`` counts tokens since e's last capture; ``staleness[e]`` counts snapshots since then, this one
+    included (1: captured by the previous snapshot). Most unsaved tokens first is the greedy choice that
+    minimises the expected tokens lost; ties go to the staler, then the lower position.
+
+    The cap is kept by reservation: with d(e) = cap - staleness(e) + 1 snapshots left in which e must be taken
+    (this one included), at most K * s experts may have d <= s, for every s. If that holds before the choice,
+    K * cap >= E, and the choice takes at least ``count(d <= s) - K * (s - 1)`` of those with d <= s, it holds
+    again afterwards. So a group that was captured together (the baseline, say) is spread over the cap instead
+    of expiring at once. Should drops have broken it, the most overdue go first. O(E log E + E cap).
+    """
+    order = sorted(range(len(unsaved)), key=lambda e: (-unsaved[e], -staleness[e], e))
+    deadline = cap + 1 - np.asarray(staleness, dtype=np.int64)
+    chosen: list[int] = []
+    taken = np.zeros(len(unsaved), dtype=bool)
+    for s in range(min(1, int(deadline.min(initial=1))), cap + 1):
+        due = deadline <= s
+        missing = min(int(due.sum()) - num_experts * max(s - 1, 0), num_experts) - int((due & taken).sum())
+        for e in order if missing > 0 else ():
+            if due[e] and not taken[e] and len(chosen) < num_experts:
+                chosen.append(e)
+                taken[e] = True
+                missing -= 1
+                if missing == 0:
+                    break
+    for e in order:
+        if len(chosen) >= num_experts:
+            break
+        if not taken[e]:
+            chosen.append(e)
+            taken[e] = True
+    return tuple(sorted(chosen))
+
+
+def sustainable(num_experts: int, total: int, cap: int) -> bool:
+    """Whether K experts per snapshot can keep ``total`` experts within the cap: K * cap >= E."""
+    return num_experts * cap >= total
+
+
+def default_num_experts(total: int, cap: int) -> int:
+    """K where the user gave none: twice what the cap needs, so that half of the slots follow popularity."""
+    return min(total, -(-2 * total // cap))

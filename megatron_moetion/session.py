@@ -1,0 +1,468 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The one orchestrator: says what happens after what, and decides nothing.
+
+Policies are in ``select``, ``recover/plan.py`` and ``replicate/placement.py``; effects in ``snapshot``,
+``store`` and ``replicate``.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from megatron_moetion._C import HostPool
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ChannelError, ConfigError, NothingRecoverable, StoreError
+from megatron_moetion.observe.fault import make_probe, parse_faults
+from megatron_moetion.observe.journal import Journal, Phases
+from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
+from megatron_moetion.recover.startup import OpenArenas, Situation, Startup
+from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
+from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.flight import Flight, FlightCounts
+from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.select.policies import default_num_experts, sustainable, unsaved_tokens
+from megatron_moetion.select.popularity import Ledger, tokens_lost_share
+from megatron_moetion.snapshot.host_state import decode, encode
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec
+from megatron_moetion.store.manifest import retain
+from megatron_moetion.store.node import open_node, restart_count, run_id_of, write_pid
+from megatron_moetion.units import Inventory, StateAdapter, UnitKind
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """What a recovery did. ``lost_tokens`` and ``plt`` count over all ranks; both are 0 in mode ``full``."""
+
+    iteration: int
+    epoch: int
+    local_units: int
+    fetched_units: int
+    seconds: Mapping[str, float]
+    lost_tokens: int
+    plt: float
+
+
+class Session:
+    """In-memory checkpointing of one rank. Made by ``mcore.attach``; call order: ``start``, then one
+    ``on_step_end`` an iteration, ``close``. ``before_optimizer_step`` is called by a hook on the optimizer.
+    """
+
+    def __init__(
+        self,
+        *,
+        config: MoetionConfig,
+        adapter: StateAdapter,
+        fabric: Fabric,
+        topology: str,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
+        self._config = config
+        self._adapter = adapter
+        self._fabric = fabric
+        self._attempt = restart_count(environment)
+        rank = fabric.rank
+        run_id = run_id_of(config, environment)
+        self._probe = make_probe(parse_faults(config.inject_fault), self._attempt, rank)
+        self._journal = Journal(
+            rank, self._attempt, Path(config.report) if config.report and rank == 0 else None
+        )
+        self._node = open_node(config, run_id, environment, fabric.world_size)
+        write_pid(self._node, rank, self._attempt)
+        self._inventory: Inventory = adapter.inventory()
+        self._experts = self._inventory.of_kind(UnitKind.EXPERT)
+        self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
+        self._num_experts = _experts_per_snapshot(config, len(self._experts))
+        threads = _pack_threads(config, environment)
+        self._pool = HostPool(threads)
+        self._packer = Packer(self._inventory, config.chunk_bytes, threads)
+        self._spec = ArenaSpec.of(
+            ArenaIdentity(
+                run_id=run_id,
+                owner=rank,
+                world_size=fabric.world_size,
+                topology=topology,
+                layout=self._inventory.fingerprint,
+                mode=config.mode,
+                chunk_bytes=config.chunk_bytes,
+            ),
+            self._inventory,
+            self._copies(),
+        )
+        self._counters = self._find_counters()
+        self._ledger = Ledger(len(self._experts))
+        self._lost = dict.fromkeys((self._inventory.units[u].name for u in self._experts), 0)
+        self._open_iterations: set[int] = set()
+        self._stable = -1
+        self._base = -1
+        self._degraded = ""
+        self._arenas: OpenArenas | None = None
+        self._flight: Flight | None = None
+
+    # -- public ---------------------------------------------------------------------------------------
+
+    @property
+    def stable_iteration(self) -> int:
+        """The newest iteration known to be whole on every rank and its replicas; -1 before ``start``."""
+        return self._stable
+
+    def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
+        """Recover from memory, else load a persistent checkpoint, else begin; then make a baseline stable.
+
+        ``load_persistent`` loads the newest checkpoint on disk and returns its iteration, or None if there is
+        none. It is called only when memory holds nothing that can be recovered. Returns what was recovered
+        from memory, None otherwise. Raises ``NothingRecoverable`` rather than start from zero by accident.
+        """
+        phases = Phases()
+        startup = Startup(
+            config=self._config,
+            fabric=self._fabric,
+            node=self._node,
+            spec=self._spec,
+            pool=self._pool,
+            phases=phases,
+            probe=self._probe,
+        )
+        situation = startup.look(self._attempt)
+        if isinstance(situation.outcome, RecoveryPlan):
+            resumed = self._recover(startup, situation, situation.outcome, phases)
+        else:
+            resumed = None
+            self._begin(startup, situation, situation.outcome, load_persistent)
+        self._announce(situation)
+        return resumed
+
+    def before_optimizer_step(self) -> None:
+        """Return once no snapshot reads live state any more; a late one is dropped. Called by the optimizer hook."""
+        if self._flight is not None:
+            self._flight.finish_packing(self._config.max_stall_ms / 1000)
+
+    def on_step_end(self, iteration: int) -> None:
+        """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
+
+        ``iteration`` counts completed steps and must be the same on all ranks. Does not raise for a failed
+        snapshot: that is dropped, counted and logged once.
+        """
+        if iteration % self._config.interval or self._degraded:
+            return
+        flight, _ = self._running()
+        flight.finish_packing(None)
+        try:
+            self._learn()
+            self._freeze()
+            self._fabric.start_sum(self._token_counts())
+            self._base = iteration
+            self._fabric.start_agreement(mask_of(flight.whole, iteration))
+        except ChannelError as error:
+            self._degraded = str(error)
+            self._journal.warn_once("agreement", iteration, f"snapshots stop, iteration {self._stable} stays: {error}")
+            return
+        self._probe("before-select", iteration)
+        self._open_iterations.add(iteration)
+        flight.begin(iteration, self._select(iteration), dict(zip(self._experts, self._token_counts(), strict=True)))
+        self._report_drops(flight, iteration)
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers for a dashboard, this rank's."""
+        flight, _ = self._running()
+        counts = flight.counts
+        return {
+            "moetion/stable-lag-iterations": float(self._base - self._stable),
+            "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
+            "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
+            "moetion/unsaved-tokens-max": float(max(self._ledger.unsaved, default=0)),
+        }
+
+    def close(self) -> None:
+        """Finish what is in flight, report, and let go of everything. The arenas stay for the next start."""
+        if self._flight is None or self._arenas is None:
+            return
+        self._flight.drain()
+        counts = self._flight.counts
+        totals = self._fabric.gather(
+            {
+                "committed": counts.committed,
+                "bytes": counts.bytes_committed,
+                "full": self._inventory.nbytes,
+                "dropped": dict(counts.dropped),
+                "layers": self._layer_tokens(self._token_counts()),
+            }
+        )
+        snapshots = min(t["committed"] for t in totals)
+        self._journal.event(
+            "summary",
+            snapshots=snapshots,
+            dropped=sum(sum(t["dropped"].values()) for t in totals),
+            snapshot_bytes_full=sum(t["full"] for t in totals),
+            snapshot_bytes_mean=sum(t["bytes"] / max(t["committed"], 1) for t in totals),
+            plt=_plt(t["layers"] for t in totals),
+            stable=self._stable,
+        )
+        self._flight.close()
+        self._arenas.close()
+        self._fabric.close()
+        self._flight = self._arenas = None
+
+    # -- starting -------------------------------------------------------------------------------------
+
+    def _recover(self, startup: Startup, situation: Situation, plan: RecoveryPlan, phases: Phases) -> Resumed:
+        self._arenas, blob = startup.recover(situation, plan, self._packer)
+        state = decode(blob)
+        self._adapter.load_host_state(state["adapter"])
+        self._adapter.resync()
+        self._lost.update(state["session"]["lost"])
+        self._stable = self._base = plan.iteration
+        self._fly(self._arenas, situation, plan.epoch)
+        lost_before = sum(self._lost.values())
+        self._count_losses(plan)
+        mine = {"lost": sum(self._lost.values()) - lost_before, "layers": self._layer_tokens(self._token_counts())}
+        everyone = self._fabric.gather(mine)
+        phases.done("resync")
+        choices = plan.choices[self._fabric.rank]
+        home = situation.placement.node_of[self._fabric.rank]
+        resumed = Resumed(
+            iteration=plan.iteration,
+            epoch=plan.epoch,
+            local_units=sum(c.node == home for c in choices),
+            fetched_units=sum(c.node != home for c in choices),
+            seconds=phases.seconds,
+            lost_tokens=sum(m["lost"] for m in everyone),
+            plt=_plt(m["layers"] for m in everyone),
+        )
+        spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items())
+        self._journal.info(
+            plan.iteration,
+            f"recovered, epoch {plan.epoch}; {resumed.local_units} units from this node's memory, "
+            f"{resumed.fetched_units} from other nodes; {resumed.lost_tokens} tokens lost (PLT {resumed.plt:.4%}); {spent}",
+        )
+        self._journal.event(
+            "recovered",
+            iteration=plan.iteration,
+            epoch=plan.epoch,
+            phases_s=dict(phases.seconds),
+            lost_tokens=resumed.lost_tokens,
+            plt=resumed.plt,
+            fetched_units=len(plan.fetches),
+            damaged=sum(r.damaged for r in situation.reports),
+            process_start=_process_start(),
+        )
+        return resumed
+
+    def _begin(
+        self, startup: Startup, situation: Situation, why: NoPlan, load_persistent: Callable[[], int | None] | None
+    ) -> None:
+        loaded = load_persistent() if load_persistent is not None else None
+        if loaded is None and (why.began or situation.restarted) and not self._config.allow_fresh:
+            raise NothingRecoverable(
+                f"nothing can be recovered: {why.reason}. There is no persistent checkpoint to fall back to "
+                f"(--load); more --moetion-replicas survive more lost nodes. --moetion-allow-fresh starts from "
+                f"iteration 0"
+            )
+        iteration = loaded or 0
+        self._arenas, epoch = startup.begin(situation, iteration)
+        if why.began or situation.restarted:
+            self._journal.warn_once("fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here")
+        flight = self._fly(self._arenas, situation, epoch)
+        self._freeze()
+        everything = range(len(self._inventory.units))
+        flight.begin(iteration, everything, dict(zip(self._experts, self._token_counts(), strict=True)))
+        flight.drain()
+        self._fabric.start_agreement(mask_of(flight.whole, iteration))
+        if newest_common(self._fabric.finish_agreement() or 0, iteration) is None:
+            raise StoreError(
+                f"the first snapshot could not be made whole on every rank ({flight.broken or dict(flight.counts.dropped)})"
+            )
+        flight.counts = FlightCounts()  # the baseline is no steady-state snapshot
+        self._stable = self._base = iteration
+        self._ledger.captured(iteration, range(len(self._experts)))
+        for arena in self._arenas.all():
+            arena.edit(lambda page: {"stable": iteration})
+        self._fabric.gather("baseline")
+
+    def _fly(self, arenas: OpenArenas, situation: Situation, epoch: int) -> Flight:
+        rank = self._fabric.rank
+        replicator = Replicator(
+            channel=self._fabric.channel,
+            own=arenas.own,
+            holders=situation.placement.holders[rank],
+            held=arenas.held,
+            pool=self._pool,
+            epoch=epoch,
+            probe=self._probe,
+        )
+        self._flight = Flight(
+            packer=self._packer,
+            inventory=self._inventory,
+            arena=arenas.own,
+            replicator=replicator if self._config.replicas else None,
+            epoch=epoch,
+            probe=self._probe,
+        )
+        return self._flight
+
+    def _announce(self, situation: Situation) -> None:
+        if self._fabric.rank:
+            return
+        _, arenas = self._running()
+        nodes = situation.placement.num_nodes
+        selection = f", {self._num_experts} of {len(self._experts)} experts each" if self._config.mode != "full" else ""
+        self._journal.info(
+            self._stable,
+            f"mode {self._config.mode}: a snapshot every {self._config.interval} iteration(s){selection}; state "
+            f"{self._inventory.nbytes / 2**20:.1f} MiB, arenas {sum(a.nbytes for a in arenas.all()) / 2**20:.1f} MiB "
+            f"on this rank; {nodes} node(s), {self._config.replicas} replica(s); store {self._node.path}",
+        )
+        if not self._config.replicas:
+            self._journal.warn_once("replicas", self._stable, "--moetion-replicas 0: nothing survives the loss of a node")
+
+    # -- the steady state -----------------------------------------------------------------------------
+
+    def _running(self) -> tuple[Flight, OpenArenas]:
+        if self._flight is None or self._arenas is None:
+            raise ConfigError("call start() before on_step_end(), and neither after close()")
+        return self._flight, self._arenas
+
+    def _learn(self) -> None:
+        """Read what the ranks agreed on one snapshot ago, and free what is no longer needed."""
+        _, arenas = self._running()
+        totals = self._fabric.finish_sum()
+        mask = self._fabric.finish_agreement()
+        if totals is not None:
+            self._ledger.update(totals)
+        if not mask:
+            return
+        settled = fates(mask, self._base, self._open_iterations)
+        stable = newest_common(mask, self._base)
+        if stable is None or stable <= self._stable:
+            return
+        self._stable = stable
+        self._open_iterations -= settled.keys()
+        for iteration, whole in sorted(settled.items()):
+            self._ledger.settle(iteration, whole)
+        for arena in arenas.all():
+            arena.edit(lambda page: {"records": retain(page.records, stable, settled), "stable": stable})
+
+    def _freeze(self) -> None:
+        state: dict[str, Any] = {"adapter": self._adapter.host_state(), "session": {"lost": self._lost}}
+        self._packer.freeze(encode(state))
+
+    def _select(self, iteration: int) -> tuple[int, ...]:
+        if self._config.mode == "full":
+            return (*self._always, *self._experts)
+        chosen = unsaved_tokens(
+            self._ledger.unsaved, self._ledger.staleness, self._num_experts, self._config.staleness_cap
+        )
+        self._ledger.captured(iteration, chosen)
+        return (*self._always, *(self._experts[e] for e in chosen))
+
+    def _report_drops(self, flight: Flight, iteration: int) -> None:
+        for reason, count in flight.counts.dropped.items():
+            if count:
+                self._journal.warn_once(
+                    f"drop-{reason}", iteration, f"a snapshot was dropped ({reason}); training goes on, counts follow"
+                )
+        if flight.broken:
+            self._journal.warn_once(
+                "channel", iteration, f"replication stopped, iteration {self._stable} stays: {flight.broken}"
+            )
+
+    # -- tokens ---------------------------------------------------------------------------------------
+
+    def _find_counters(self) -> dict[int, tuple[int, int, int]]:
+        """For each expert unit: unit, region and position of its token count."""
+        found: dict[int, tuple[int, int, int]] = {}
+        for counter in self._adapter.token_counters():
+            unit = self._inventory.index[counter.unit]
+            regions = self._inventory.units[unit].regions
+            region = next(i for i, r in enumerate(regions) if r.tensor == counter.tensor)
+            found[self._inventory.index[counter.expert]] = (unit, region, counter.position)
+        return found
+
+    def _token_counts(self) -> list[int]:
+        """Tokens processed by each local expert as of the last freeze; zeros where they are not counted."""
+        counts = []
+        for expert in self._experts:
+            if expert not in self._counters:
+                counts.append(0)
+                continue
+            unit, region, position = self._counters[expert]
+            counts.append(int(self._packer.staged(unit, region).view(np.int64)[position]))
+        return counts
+
+    def _count_losses(self, plan: RecoveryPlan) -> None:
+        """After a recovery: tokens between each expert's capture and T, and a ledger that knows of them."""
+        self._freeze()
+        now = self._token_counts()
+        choices = [plan.choices[self._fabric.rank][u] for u in self._experts]
+        for unit, total, choice in zip(self._experts, now, choices, strict=True):
+            self._lost[self._inventory.units[unit].name] += max(0, total - choice.tokens) if self._counters else 0
+        self._fabric.start_sum(now)
+        totals = self._fabric.finish_sum() or now
+        self._fabric.start_sum([c.tokens for c in choices])
+        saved = self._fabric.finish_sum() or []
+        self._ledger.seed([c.iteration for c in choices], totals, saved)
+
+    def _layer_tokens(self, counts: list[int]) -> dict[str, tuple[int, int]]:
+        """Per MoE layer: tokens lost to all faults so far, and tokens processed, by this rank's experts."""
+        layers: dict[str, tuple[int, int]] = {}
+        for unit, processed in zip(self._experts, counts, strict=True):
+            name = self._inventory.units[unit].name
+            lost, total = layers.get(str(self._inventory.units[unit].layer), (0, 0))
+            layers[str(self._inventory.units[unit].layer)] = (lost + self._lost[name], total + processed)
+        return layers
+
+    def _copies(self) -> dict[str, int]:
+        """Slots per unit: stable, awaiting agreement, in flight; in ``popularity`` one an expert plus two selections."""
+        copies = {}
+        pooled: dict[int, int] = {}
+        for unit in self._inventory.units:
+            if unit.kind is UnitKind.FROZEN:
+                copies[unit.name] = 1
+            elif unit.kind is UnitKind.EXPERT and self._config.mode != "full":
+                taken = pooled.get(unit.nbytes, 0)
+                extra = min(2, 2 * self._num_experts - taken)
+                pooled[unit.nbytes] = taken + extra
+                copies[unit.name] = 1 + extra
+            else:
+                copies[unit.name] = 3
+        return copies
+
+
+def _experts_per_snapshot(config: MoetionConfig, total: int) -> int:
+    chosen = config.experts_per_snapshot or default_num_experts(total, config.staleness_cap)
+    if config.mode != "full" and not sustainable(chosen, total, config.staleness_cap):
+        raise ConfigError(
+            f"--moetion-experts-per-snapshot {chosen} x --moetion-staleness-cap {config.staleness_cap} is less than the "
+            f"{total} experts of this rank, so the cap cannot be kept; raise either"
+        )
+    return min(chosen, total)
+
+
+def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:
+    if config.pack_threads:
+        return config.pack_threads
+    share = len(os.sched_getaffinity(0)) / int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, int(share / 2)))
+
+
+def _plt(layers_of_ranks: Any) -> float:
+    lost: dict[str, int] = {}
+    processed: dict[str, int] = {}
+    for layers in layers_of_ranks:
+        for layer, (a, b) in layers.items():
+            lost[layer] = lost.get(layer, 0) + a
+            processed[layer] = processed.get(layer, 0) + b
+    return tokens_lost_share([lost[k] for k in sorted(lost)], [processed[k] for k in sorted(lost)])
+
+
+def _process_start() -> float:
+    """Unix time at which this process was started."""
+    import psutil
+
+    return float(psutil.Process().create_time())

@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Host state as bytes and back: JSON, with bytes and tuples spelled out. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from megatron_moetion.errors import CorruptArena, UnsupportedState
+
+_LENGTH_BYTES = 8
+
+
+def encode(state: Mapping[str, Any]) -> bytes:
+    """The document's length (8 bytes, little-endian), then the document."""
+    body = json.dumps(_plain(state, "host state"), separators=(",", ":")).encode()
+    return len(body).to_bytes(_LENGTH_BYTES, "little") + body
+
+
+def decode(data: bytes | memoryview) -> dict[str, Any]:
+    """Inverse of ``encode``; bytes behind the document are ignored."""
+    length = int.from_bytes(data[:_LENGTH_BYTES], "little")
+    if not 0 < length <= len(data) - _LENGTH_BYTES:
+        raise CorruptArena(f"host state claims {length} bytes of {len(data) - _LENGTH_BYTES}")
+    state = _restore(json.loads(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + length])))
+    assert isinstance(state, dict)
+    return state
+
+
+def _plain(value: Any, where: str) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    if isinstance(value, bytes):
+        return {"$bytes": base64.b64encode(value).decode()}
+    if isinstance(value, tuple):
+        return {"$tuple": [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]}
+    if isinstance(value, list):
+        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if isinstance(value, Mapping):
+        strange = [k for k in value if not isinstance(k, str) or k.startswith("$")]
+        if strange:
+            raise UnsupportedState(f"{where} has the key {strange[0]!r}; keys must be text that does not start with $")
+        return {k: _plain(v, f"{where}.{k}") for k, v in value.items()}
+    raise UnsupportedState(f"{where} is a {type(value).__name__}, which host state cannot hold: use numbers, text, bytes")
+
+
+def _restore(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_restore(v) for v in value]
+    if isinstance(value, dict):
+        if set(value) == {"$bytes"}:
+            return base64.b64decode(value["$bytes"])
+        if set(value) == {"$tuple"}:
+            return tuple(_restore(v) for v in value["$tuple"])
+        return {k: _restore(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,370 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's captures in a shared-memory file that outlives the process.
+
+A file holds a header (who it belongs to, how it is laid out), two manifest pages and fixed slots. It is
+allocated whole when it is made, so memory cannot run out later. An exclusive ``flock`` makes the process
+that opened it the only writer; the kernel drops the lock when that process dies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import mmap
+import os
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
+from megatron_moetion.store.manifest import Page, Record, current_page, decode_page, encode_page, page_bytes, successor
+from megatron_moetion.units import Inventory, UnitKind, align_up
+
+FORMAT_VERSION = 1
+_MAGIC = b"MOETION1"
+_HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
+_BLOCK_BYTES = 4096
+LOCK_WAIT_S = 40.0
+"""A supervisor ends the processes of a failed attempt within 30 s; their locks go with them."""
+
+Bytes = npt.NDArray[np.uint8]
+Digests = npt.NDArray[np.uint64]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaIdentity:
+    """Whose state an arena holds. Arenas of one run differ in ``owner`` and, with it, ``layout``."""
+
+    run_id: str
+    owner: int
+    world_size: int
+    topology: str
+    layout: str
+    mode: str
+    chunk_bytes: int
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaSpec:
+    """All that is needed to make an arena: identity, the owner's units, and slots as (bytes, count)."""
+
+    identity: ArenaIdentity
+    units: tuple[tuple[str, int, int], ...]
+    """Name, kind and capture bytes of each unit, by unit number."""
+    slots: tuple[tuple[int, int], ...]
+
+    @classmethod
+    def of(cls, identity: ArenaIdentity, inventory: Inventory, copies: Mapping[str, int]) -> ArenaSpec:
+        """Slots for ``copies[unit name]`` captures of each unit, pooled by size."""
+        pools: Counter[int] = Counter()
+        for unit in inventory.units:
+            pools[unit.nbytes] += copies[unit.name]
+        return cls(
+            identity=identity,
+            units=tuple((u.name, int(u.kind), u.nbytes) for u in inventory.units),
+            slots=tuple(sorted(pools.items())),
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in total; also the most records a page can need."""
+        return sum(count for _, count in self.slots)
+
+    def to_json(self) -> bytes:
+        """The header's document."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ArenaSpec:
+        """Inverse of ``to_json``; raises ``CorruptArena`` on a document of another shape."""
+        try:
+            raw: dict[str, Any] = json.loads(data)
+            return cls(
+                identity=ArenaIdentity(**raw["identity"]),
+                units=tuple((str(n), int(UnitKind(k)), int(b)) for n, k, b in raw["units"]),
+                slots=tuple((int(b), int(c)) for b, c in raw["slots"]),
+            )
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Layout:
+    """Byte offsets inside the file."""
+
+    page_starts: tuple[int, int]
+    page_area: int
+    slot_starts: tuple[int, ...]
+    slot_sizes: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, spec: ArenaSpec) -> _Layout:
+        header = _round(_HEADER_PREFIX_BYTES + len(spec.to_json()))
+        area = _round(page_bytes(spec.num_slots))
+        cursor = header + 2 * area
+        starts, sizes = [], []
+        for size, count in spec.slots:
+            stride = _round(size + 8 * num_chunks(size, spec.identity.chunk_bytes))
+            for _ in range(count):
+                starts.append(cursor)
+                sizes.append(size)
+                cursor += stride
+        return cls(
+            page_starts=(header, header + area),
+            page_area=area,
+            slot_starts=tuple(starts),
+            slot_sizes=tuple(sizes),
+            nbytes=cursor,
+        )
+
+
+class Arena:
+    """An open arena. All methods may be called from any thread of the process that opened it.
+
+    Views returned by ``payload`` and ``digests`` live as long as the arena is open.
+    """
+
+    def __init__(self, path: Path, spec: ArenaSpec, fd: int, memory: mmap.mmap, page: Page, page_number: int) -> None:
+        self.path = path
+        self.spec = spec
+        self._fd = fd
+        self._memory = memory
+        self._view: Bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._layout = _Layout.of(spec)
+        self._lock = threading.RLock()
+        self._page = page
+        self._next_page = 1 - page_number
+        self._taken = {r.slot for r in page.records}
+
+    # -- making and opening ---------------------------------------------------------------------------
+
+    @classmethod
+    def create(cls, path: Path, spec: ArenaSpec, page: Page) -> Arena:
+        """Make and allocate a new arena; the file appears under its name only when it is complete.
+
+        ``page`` is its first manifest page and must list no captures. Raises ``StoreError`` where memory is short.
+        """
+        assert not page.records, "a new arena holds no captures"
+        layout = _Layout.of(spec)
+        _check_space(path.parent, layout.nbytes)
+        scratch = path.with_suffix(f".{os.getpid()}.tmp")
+        fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            _allocate(fd, layout.nbytes, path.parent)
+            memory = mmap.mmap(fd, layout.nbytes)
+            document = spec.to_json()
+            prefix = _MAGIC + len(document).to_bytes(8, "little") + _digest(document)
+            memory[: len(prefix) + len(document)] = prefix + document
+            first = encode_page(page, spec.num_slots)
+            memory[layout.page_starts[0] : layout.page_starts[0] + len(first)] = first
+            os.rename(scratch, path)
+        except BaseException:
+            os.close(fd)
+            scratch.unlink(missing_ok=True)
+            raise
+        return cls(path, spec, fd, memory, page, 0)
+
+    @classmethod
+    def open(cls, path: Path, wait_s: float = LOCK_WAIT_S) -> Arena:
+        """Open an arena for writing; waits at most ``wait_s`` for another process to let go of it.
+
+        Raises ``CorruptArena`` where the header or both pages fail to verify.
+        """
+        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        try:
+            _lock(fd, path, wait_s)
+            spec = read_spec(fd, path)
+            layout = _Layout.of(spec)
+            if os.fstat(fd).st_size != layout.nbytes:
+                raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {layout.nbytes}")
+            memory = mmap.mmap(fd, layout.nbytes)
+            pages = [decode_page(memory[s : s + layout.page_area]) for s in layout.page_starts]
+            page = current_page(pages)
+            if page is None:
+                raise CorruptArena(f"{path}: neither manifest page verifies")
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(path, spec, fd, memory, page, pages.index(page))
+
+    def close(self) -> None:
+        """Let go of the file; it stays. Views of it must no longer be used."""
+        with self._lock:
+            if self._fd >= 0:
+                os.close(self._fd)
+                self._fd = -1
+
+    def remove(self) -> None:
+        """Delete the file and let go of it."""
+        self.path.unlink(missing_ok=True)
+        self.close()
+
+    # -- reading --------------------------------------------------------------------------------------
+
+    @property
+    def page(self) -> Page:
+        """The current manifest page."""
+        with self._lock:
+            return self._page
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file."""
+        return self._layout.nbytes
+
+    def payload(self, slot: int) -> Bytes:
+        """The slot's capture bytes, writable."""
+        start = self._layout.slot_starts[slot]
+        return self._view[start : start + self._layout.slot_sizes[slot]]
+
+    def digests(self, slot: int) -> Digests:
+        """The slot's chunk digests, writable."""
+        size = self._layout.slot_sizes[slot]
+        start = self._layout.slot_starts[slot] + size
+        return self._view[start : start + 8 * num_chunks(size, self.spec.identity.chunk_bytes)].view(np.uint64)
+
+    def find(self, unit: int, iteration: int) -> Record | None:
+        """The whole capture of one unit at one iteration."""
+        return next((r for r in self.page.records if r.key == (unit, iteration)), None)
+
+    # -- writing --------------------------------------------------------------------------------------
+
+    def acquire(self, nbytes: int) -> int | None:
+        """A free slot for a capture of exactly ``nbytes``, or None. It stays taken until released or dropped."""
+        with self._lock:
+            for slot, size in enumerate(self._layout.slot_sizes):
+                if size == nbytes and slot not in self._taken:
+                    self._taken.add(slot)
+                    return slot
+            return None
+
+    def release(self, slots: Iterable[int]) -> None:
+        """Give back slots that were acquired and never committed."""
+        with self._lock:
+            listed = {r.slot for r in self._page.records}
+            for slot in slots:
+                if slot in listed:
+                    raise AssertionError(f"slot {slot} of {self.path} holds a whole capture; drop it by an edit")
+                self._taken.discard(slot)
+
+    def add(self, records: Sequence[Record]) -> None:
+        """Make captures visible, all of them or none. A capture of the same unit and iteration is replaced."""
+        new = {r.key for r in records}
+        self.edit(lambda page: {"records": (*(r for r in page.records if r.key not in new), *records)})
+
+    def edit(self, change: Callable[[Page], Mapping[str, Any]]) -> None:
+        """Write the page that follows the current one, with the fields that ``change`` returns; then make it current.
+
+        Where captures are dropped, the other page is written too, so that no valid page refers to their slots
+        when these are handed out again.
+        """
+        with self._lock:
+            before = {r.slot for r in self._page.records}
+            self._write(successor(self._page, **change(self._page)))
+            dropped = before - {r.slot for r in self._page.records}
+            if dropped:
+                self._write(successor(self._page))
+                self._taken -= dropped
+
+    def _write(self, page: Page) -> None:
+        start = self._layout.page_starts[self._next_page]
+        data = encode_page(page, self.spec.num_slots)
+        self._memory[start : start + len(data)] = data
+        self._page = page
+        self._next_page = 1 - self._next_page
+
+
+def arena_name(owner: int) -> str:
+    """File name of one rank's arena inside a node's store."""
+    return f"rank{owner:05d}.arena"
+
+
+def num_chunks(nbytes: int, chunk_bytes: int) -> int:
+    """Chunks of a capture."""
+    return -(-nbytes // chunk_bytes)
+
+
+def read_spec(fd: int, path: Path) -> ArenaSpec:
+    """The header of an arena file; ``CorruptArena`` where it does not verify."""
+    prefix = os.pread(fd, _HEADER_PREFIX_BYTES, 0)
+    length = int.from_bytes(prefix[8:16], "little")
+    if len(prefix) < _HEADER_PREFIX_BYTES or prefix[:8] != _MAGIC or length > os.fstat(fd).st_size:
+        raise CorruptArena(f"{path} is not an arena, or its header is damaged")
+    document = os.pread(fd, length, _HEADER_PREFIX_BYTES)
+    if _digest(document) != prefix[16:]:
+        raise CorruptArena(f"{path}: the header does not verify")
+    return ArenaSpec.from_json(document)
+
+
+def check_identity(found: ArenaSpec, expected: ArenaSpec, path: Path) -> None:
+    """Raise ``IdentityMismatch``, naming both sides, unless the two belong together.
+
+    Arenas of different owners differ in layout and slots; those are compared only where the owner is the same.
+    """
+    ours, theirs = asdict(expected.identity), asdict(found.identity)
+    ours["slots"], theirs["slots"] = expected.slots, found.slots
+    personal = () if found.identity.owner == expected.identity.owner else ("layout", "slots")
+    differing = [k for k in ours if k != "owner" and k not in personal and ours[k] != theirs[k]]
+    if differing:
+        sides = "; ".join(f"{k}: the arena has {theirs[k]!r}, this run has {ours[k]!r}" for k in differing)
+        raise IdentityMismatch(
+            f"{path} belongs to something else ({sides}). Use the settings that it was made with, "
+            f"another --moetion-run-id, or delete the folder if its state is no longer wanted"
+        )
+
+
+def _round(nbytes: int) -> int:
+    return -(-align_up(nbytes) // _BLOCK_BYTES) * _BLOCK_BYTES
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _check_space(folder: Path, need: int) -> None:
+    stat = os.statvfs(folder)
+    have = stat.f_bavail * stat.f_frsize
+    if have < need:
+        raise _no_space(folder, need, have)
+
+
+def _no_space(folder: Path, need: int, have: int) -> StoreError:
+    return StoreError(
+        f"the store {folder} has {have / 2**20:,.1f} MiB free and this arena needs {need / 2**20:,.1f} MiB: "
+        f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas or "
+        f"--moetion-experts-per-snapshot"
+    )
+
+
+def _allocate(fd: int, nbytes: int, folder: Path) -> None:
+    try:
+        os.posix_fallocate(fd, 0, nbytes)
+    except OSError as error:
+        stat = os.statvfs(folder)
+        raise _no_space(folder, nbytes, stat.f_bavail * stat.f_frsize) from error
+
+
+def _lock(fd: int, path: Path, wait_s: float) -> None:
+    deadline = time.monotonic() + wait_s
+    while True:
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise StoreError(
+                    f"{path} is still in use by another process after {wait_s:.0f} s; is another job with the "
+                    f"same --moetion-run-id running on this node?"
+                ) from error
+            time.sleep(0.05)

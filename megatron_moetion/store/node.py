@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""This rank's node: its folder in shared memory, and who is who in the run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import uuid
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ConfigError, StoreError
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeFolder:
+    """The store of one node, real or emulated. ``key`` names the node: equal for ranks that share its memory."""
+
+    path: Path
+    key: str
+
+
+def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
+    """The run's name: the flag, else the SLURM job, else a real torchrun id; ``ConfigError`` without one."""
+    elastic = environment.get("TORCHELASTIC_RUN_ID", "none")
+    found = config.run_id or environment.get("SLURM_JOB_ID", "") or ("" if elastic == "none" else elastic)
+    if not found:
+        raise ConfigError(
+            "this run has no name that a restart would share: give --moetion-run-id (neither SLURM_JOB_ID nor a "
+            "torchrun --rdzv-id is set)"
+        )
+    if "/" in found or found.startswith("."):
+        raise ConfigError(f"--moetion-run-id is {found!r}; it names a folder, so it must not hold / or start with a dot")
+    return found
+
+
+def restart_count(environment: Mapping[str, str]) -> int:
+    """How often a supervisor has restarted this process's job, as far as this process can know."""
+    return max(int(environment.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
+def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str], world_size: int) -> NodeFolder:
+    """Make this node's folder if it is not there. Raises ``StoreError`` where that cannot be done."""
+    local_rank = int(environment.get("LOCAL_RANK", "0"))
+    local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    per_node = config.ranks_per_node or local_size
+    if world_size % per_node or local_size % per_node:
+        raise ConfigError(
+            f"--moetion-ranks-per-node {per_node} does not divide the {world_size} ranks of the run and the "
+            f"{local_size} of this machine into whole nodes"
+        )
+    path = Path(config.store_folder) / run_id / f"node{local_rank // per_node}"
+    try:
+        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        probe = path / f".probe{os.getpid()}"
+        probe.touch()
+        probe.unlink()
+        key = _key(path)
+    except OSError as error:
+        raise StoreError(f"the store {path} cannot be written: {error.strerror}; choose another with --moetion-store") from error
+    return NodeFolder(path=path, key=key)
+
+
+def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
+    """Leave this process's id where an operator, or a test, finds it."""
+    scratch = node.path / f".rank{rank:05d}.pid.{os.getpid()}"
+    scratch.write_text(json.dumps({"pid": os.getpid(), "rank": rank, "attempt": attempt}))
+    scratch.rename(node.path / f"rank{rank:05d}.pid")
+
+
+def remove_run(config: MoetionConfig, run_id: str) -> None:
+    """Delete all of a run's state on this machine."""
+    shutil.rmtree(Path(config.store_folder) / run_id, ignore_errors=True)
+
+
+def _key(path: Path) -> str:
+    """A name that lives and dies with the folder's memory, so that a replaced node is a new node."""
+    marker = path / "node.id"
+    scratch = path / f".node.id.{os.getpid()}"
+    scratch.write_text(uuid.uuid4().hex)
+    try:
+        os.link(scratch, marker)  # atomic: the first rank of the node wins
+    except FileExistsError:
+        pass
+    finally:
+        scratch.unlink()
+    return marker.read_text()

@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a GPT with Mixture-of-Experts layers on Megatron-Core: ``torchrun ... pretrain_gpt_moe.py --help``."""
+
+import sys
+
+from megatron_moetion.pretrain.launch import run
+
+if __name__ == "__main__":
+    sys.exit(run(sys.argv[1:]))
