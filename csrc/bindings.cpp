@@ -35,9 +35,9 @@ Table<Row> table(const char* name, const Rows& rows) {
 uint64_t* results(Digests& digests, int64_t num_chunks) {
   if (digests.ndim() != 1 || digests.shape(0) != num_chunks ||
       reinterpret_cast<uintptr_t>(digests.data()) % alignof(uint64_t))
-    throw std::invalid_argument("digests holds " + std::to_string(digests.size()) + " values in " +
-                                std::to_string(digests.ndim()) + " dimensions; it must be an aligned array of " +
-                                std::to_string(num_chunks) + ", one for each chunk");
+    throw std::invalid_argument(
+        "digests holds " + std::to_string(digests.size()) + " values in " + std::to_string(digests.ndim()) +
+        " dimensions; it must be an aligned array of " + std::to_string(num_chunks) + ", one for each chunk");
   return digests.mutable_data();  // throws for a read-only array
 }
 
@@ -96,7 +96,8 @@ PYBIND11_MODULE(_C, m) {
             py::gil_scoped_release unlocked;
             self.copy(piece_table, chunk_table, streaming);
           },
-          py::arg("pieces").noconvert(), py::arg("chunks").noconvert(), py::kw_only(), py::arg("streaming") = false)
+          py::arg("pieces").noconvert(), py::arg("chunks").noconvert(), py::kw_only(),
+          py::arg("streaming") = false)
       .def(
           "prefault",
           [](HostPool& self, int64_t address, int64_t nbytes) {

@@ -60,15 +60,15 @@ MOETION_HD uint64_t digest_position(uint64_t word) {
   return digest_stride(word) + kWeyl;
 }
 
-// Additive keys would not do: the differences of two swapped blocks then sum to signs times one constant, which
-// cancels (a quarter of swapped 16-byte blocks of int64 zeros and ones went unseen). One stir still left keys
-// quadratic in the position, whose third differences cancel; two leave nothing that we could find.
+// Additive keys would not do: the differences of two swapped blocks then sum to signs times one constant,
+// which cancels (a quarter of swapped 16-byte blocks of int64 zeros and ones went unseen). One stir still
+// left keys quadratic in the position, whose third differences cancel; two leave nothing that we could find.
 MOETION_HD uint64_t digest_key(uint64_t position) {
   return digest_stir(digest_stir(position));
 }
 
-// Sums over words in any order and any split; `linear` counts in units of 2^32. `product` is UMAC's NH; `linear`
-// makes any change within one half of a word certain to show.
+// Sums over words in any order and any split; `linear` counts in units of 2^32. `product` is UMAC's NH;
+// `linear` makes any change within one half of a word certain to show.
 struct DigestSum {
   uint64_t product = 0;
   uint32_t linear = 0;

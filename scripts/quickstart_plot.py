@@ -24,6 +24,8 @@ PHASE_COLORS = {
     "fetch": BLUE,
     "verify": "#CC79A7",
     "restore": GREEN,
+    "resync": "#F0E442",
+    "epoch": BLACK,
     "first_step": ORANGE,
 }
 PHASE_LABELS = {
@@ -142,8 +144,15 @@ def _draw_recoveries(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_title("How long the recovery took", fontweight="bold")
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
-    axes.legend(ncols=7, loc="lower right", bbox_to_anchor=(1.0, 1.0), fontsize=9, columnspacing=1.0,
-                handlelength=1.0, handletextpad=0.4, borderaxespad=0.1)  # fmt: skip
+    axes.figure.legend(
+        *axes.get_legend_handles_labels(),
+        loc="outside lower left",
+        ncols=5 if len(entries) == 1 else len(named),
+        fontsize=9,
+        columnspacing=1.2,
+        handlelength=1.0,
+        handletextpad=0.4,
+    )
 
 
 def _mark_fault(axes: Axes, entry: Mapping[str, Any]) -> None:

@@ -16,9 +16,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-PHASES = ("detect", "restart", "survey", "fetch", "verify", "restore", "first_step")
-"""Phases of a recovery, in the order in which they happen."""
-
 
 class RunError(RuntimeError):
     """A run did not do what it should; the message says which run and what."""
@@ -109,21 +106,27 @@ def unequal_iterations(run: Run, reference: Run, attempts: Iterable[int] | None 
 
 
 def recovery_seconds(run: Run) -> dict[str, float]:
-    """Seconds of each phase, from the kill until the first step after the recovery is done.
+    """Seconds of each phase, in order, from the kill until the first step after the recovery is done.
 
-    The runtime times the phases from the survey on. Before that, ``detect`` lasts from the kill until the new
-    processes exist, and ``restart`` until they begin the survey.
+    The runtime reports its own phases, from the survey on, when the state is restored. Before them, ``detect`` lasts
+    from the kill until the new process exists, and ``restart`` until it begins the survey; after them comes
+    ``first_step``, until the first step is logged. So the phases add up to the time without training.
     """
     recovered = run.event("recovered")
     if recovered is None or run.fault is None:
         raise RunError(f"run '{run.name}' reports no recovery")
-    phases = {name: float(seconds) for name, seconds in recovered["phases_s"].items() if seconds is not None}
-    timed = sum(seconds for name, seconds in phases.items() if name not in ("detect", "restart"))
-    if "process_start" in recovered:
-        phases["detect"] = max(0.0, float(recovered["process_start"]) - run.fault.time)
-        phases["restart"] = max(0.0, float(recovered["time"]) - float(recovered["process_start"]) - timed)
-    ordered = [name for name in PHASES if name in phases] + [name for name in phases if name not in PHASES]
-    return {name: round(phases[name], 3) for name in ordered}
+    restored, started = float(recovered["time"]), float(recovered["process_start"])
+    steps = [float(step["time"]) for step in run.steps if float(step["time"]) > restored]
+    if not steps:
+        raise RunError(f"run '{run.name}' logs no step after its recovery")
+    phases = {name: float(seconds) for name, seconds in recovered["phases_s"].items()}
+    phases = {
+        "detect": max(0.0, started - run.fault.time),
+        "restart": max(0.0, restored - started - sum(phases.values())),
+        **phases,
+        "first_step": min(steps) - restored,
+    }
+    return {name: round(seconds, 3) for name, seconds in phases.items()}
 
 
 def summarise(run: Run, reference: Run) -> dict[str, Any]:

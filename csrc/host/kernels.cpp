@@ -41,13 +41,15 @@ constexpr Kernels kScalar = {"scalar", lines_scalar<Store::kNone>, lines_scalar<
 #define TARGET_AVX2 __attribute__((target("avx2")))
 #define TARGET_AVX512 __attribute__((target("avx512f")))
 
-// The arithmetic crowds out the loads that a copy alone would have in flight, and hardware prefetchers stop at a
-// page's end: measured, reading runs at 0.6 of its speed without this. 2 to 8 KiB ahead are equally good.
+// The arithmetic crowds out the loads that a copy alone would have in flight, and hardware prefetchers stop
+// at a page's end: measured, reading runs at 0.6 of its speed without this. 2 to 8 KiB ahead are equally
+// good.
 constexpr size_t kAheadLines = 64;
 
 // Fetches line i + kAheadLines, counted on into what comes next.
 inline __attribute__((always_inline)) void fetch_ahead(const Lines& lines, size_t i, size_t num_own) {
-  const uint8_t* ahead = i < num_own ? lines.src + kAheadLines * kLineBytes : lines.next - num_own * kLineBytes;
+  const uint8_t* ahead =
+      i < num_own ? lines.src + kAheadLines * kLineBytes : lines.next - num_own * kLineBytes;
   _mm_prefetch(reinterpret_cast<const char*>(ahead + i * kLineBytes), _MM_HINT_T0);
 }
 inline __attribute__((always_inline)) size_t num_fetched_in_run(const Lines& lines) {
@@ -57,9 +59,15 @@ inline __attribute__((always_inline)) size_t num_fetched_in_run(const Lines& lin
 // The vector paths hold one position per 64-bit lane; `linear` is summed in 32-bit lanes. The arithmetic is
 // that of DigestSum::add, lane by lane.
 
-TARGET_AVX2 inline __m256i swap_halves(__m256i x) { return _mm256_shuffle_epi32(x, 0xB1); }
-TARGET_AVX2 inline __m256i half_product(__m256i x) { return _mm256_mul_epu32(x, swap_halves(x)); }
-TARGET_AVX2 inline __m256i stir(__m256i x) { return _mm256_add_epi64(swap_halves(x), half_product(x)); }
+TARGET_AVX2 inline __m256i swap_halves(__m256i x) {
+  return _mm256_shuffle_epi32(x, 0xB1);
+}
+TARGET_AVX2 inline __m256i half_product(__m256i x) {
+  return _mm256_mul_epu32(x, swap_halves(x));
+}
+TARGET_AVX2 inline __m256i stir(__m256i x) {
+  return _mm256_add_epi64(swap_halves(x), half_product(x));
+}
 
 template <Store kStore, bool kDigest>
 TARGET_AVX2 void lines_avx2(const Lines& lines, DigestSum& sum) {
@@ -95,8 +103,12 @@ TARGET_AVX2 void lines_avx2(const Lines& lines, DigestSum& sum) {
 TARGET_AVX512 inline __m512i swap_halves(__m512i x) {
   return _mm512_maskz_shuffle_epi32(0xFFFF, x, static_cast<_MM_PERM_ENUM>(0xB1));
 }
-TARGET_AVX512 inline __m512i half_product(__m512i x) { return _mm512_maskz_mul_epu32(0xFF, x, swap_halves(x)); }
-TARGET_AVX512 inline __m512i stir(__m512i x) { return _mm512_add_epi64(swap_halves(x), half_product(x)); }
+TARGET_AVX512 inline __m512i half_product(__m512i x) {
+  return _mm512_maskz_mul_epu32(0xFF, x, swap_halves(x));
+}
+TARGET_AVX512 inline __m512i stir(__m512i x) {
+  return _mm512_add_epi64(swap_halves(x), half_product(x));
+}
 
 template <Store kStore, bool kDigest>
 TARGET_AVX512 void lines_avx512(const Lines& lines, DigestSum& sum) {

@@ -35,7 +35,8 @@ class HostPool {
   // Copies each piece; destinations must not overlap.
   void scatter(Table<Piece> pieces);
 
-  // What `pack` moves, by memcpy or by streaming stores alone: the benchmark's baseline. Gaps stay as they are.
+  // What `pack` moves, by memcpy or by streaming stores alone: the benchmark's baseline. Gaps stay as they
+  // are.
   void copy(Table<Piece> pieces, Table<Chunk> chunks, bool streaming);
 
   // Makes every page of the span present and writable; its contents stay, also under concurrent writers.

@@ -18,8 +18,9 @@ struct ThreadPool::State {
 
   std::mutex mutex;  // guards everything below but `next`
   std::condition_variable wake, done;
-  uint64_t job = 0;
-  int busy = 0;
+  uint64_t job = 0;   // number of the newest job
+  bool open = false;  // it may be joined: the caller has not run out of tasks yet
+  int active = 0;     // workers that joined it
   bool stop = false;
   int64_t num_tasks = 0;
   const std::function<void(int64_t)>* task = nullptr;
@@ -46,13 +47,14 @@ struct ThreadPool::State {
     uint64_t seen = 0;
     std::unique_lock<std::mutex> lock(mutex);
     for (;;) {
-      wake.wait(lock, [&] { return stop || job != seen; });
+      wake.wait(lock, [&] { return stop || (open && job != seen); });
       if (stop) return;
       seen = job;
+      ++active;
       lock.unlock();
       work();
       lock.lock();
-      if (--busy == 0) done.notify_one();
+      if (--active == 0) done.notify_one();
     }
   }
 };
@@ -91,13 +93,14 @@ void ThreadPool::run(int64_t num_tasks, const std::function<void(int64_t)>& task
     state.task = &task;
     state.at_end = &at_end;
     state.next.store(0, std::memory_order_relaxed);
-    state.busy = num_tasks > 1 ? num_threads_ - 1 : 0;
-    if (state.busy > 0) ++state.job;
+    state.open = num_tasks > 1;
+    ++state.job;
   }
   if (num_tasks > 1) state.wake.notify_all();
   state.work();
   std::unique_lock<std::mutex> lock(state.mutex);
-  state.done.wait(lock, [&] { return state.busy == 0; });
+  state.open = false;  // a worker that wakes up only now is not waited for
+  state.done.wait(lock, [&] { return state.active == 0; });
 }
 
 }  // namespace moetion

@@ -21,8 +21,8 @@ class ThreadPool {
 
   int num_threads() const { return num_threads_; }
 
-  // Calls task(0), ..., task(num_tasks - 1), each once, on whichever thread is free, then `at_end` once on each
-  // thread that ran a task; returns when all have. Neither may throw. Concurrent callers take turns.
+  // Calls task(0), ..., task(num_tasks - 1), each once, on whichever thread is free, then `at_end` once on
+  // each thread that ran a task; returns when all have. Neither may throw. Concurrent callers take turns.
   // Throws std::runtime_error in a forked child.
   void run(int64_t num_tasks, const std::function<void(int64_t)>& task, const std::function<void()>& at_end);
 

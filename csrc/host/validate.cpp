@@ -53,16 +53,17 @@ void check_pack(Table<Piece> pieces, Table<Chunk> chunks) {
     check_range("chunk", c, "dst", chunk.dst, chunk.nbytes);
     if (chunk.first_piece < 0 || chunk.num_pieces < 0 || chunk.first_piece > pieces.num_rows ||
         chunk.num_pieces > pieces.num_rows - chunk.first_piece)
-      refuse("chunk ", c, ": first_piece=", chunk.first_piece, ", num_pieces=", chunk.num_pieces, "; there are ",
-             pieces.num_rows, " pieces");
+      refuse("chunk ", c, ": first_piece=", chunk.first_piece, ", num_pieces=", chunk.num_pieces,
+             "; there are ", pieces.num_rows, " pieces");
     int64_t filled = chunk.dst;
     for (int64_t p = chunk.first_piece; p < chunk.first_piece + chunk.num_pieces; ++p) {
       const Piece& piece = pieces.rows[p];
       check_piece(piece, p);
       if (piece.dst < filled || piece.nbytes > chunk.dst + chunk.nbytes - piece.dst)
         refuse("piece ", p, ": dst=", std::hex, piece.dst, std::dec, ", nbytes=", piece.nbytes,
-               "; it must begin at or after ", std::hex, filled, " (the end of the piece before) and end at or before ",
-               chunk.dst + chunk.nbytes, std::dec, ", the end of chunk ", c);
+               "; it must begin at or after ", std::hex, filled,
+               " (the end of the piece before) and end at or before ", chunk.dst + chunk.nbytes, std::dec,
+               ", the end of chunk ", c);
       filled = piece.dst + piece.nbytes;
     }
   }

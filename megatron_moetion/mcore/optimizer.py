@@ -20,11 +20,11 @@ from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
 from megatron_moetion.mcore.router import TokenCounters
 from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
-from megatron_moetion.snapshot.host_state import encode
+from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
 
 _SPARE_HOST_BYTES = 64 << 10
-"""Room for the host state to grow, beyond twice its size at start."""
+"""Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
 
 
 class UserState(Protocol):
@@ -186,8 +186,9 @@ class MegatronState:
         return Inventory(units=(*units, self._host_unit()))
 
     def _host_unit(self) -> Unit:
-        size = len(encode({"adapter": self.host_state()}))
-        return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=2 * size + _SPARE_HOST_BYTES)
+        experts = [block.expert_unit(e) for block in self._blocks for e in block.experts]
+        size = size_bound({"adapter": self.host_state(), "session": dict.fromkeys(experts, 0)})
+        return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
 
     def _require_complete(self, layout: ModelLayout) -> None:
         known = {id(p) for p, _ in layout.parameters()}

@@ -17,7 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.utils import unwrap_model
 from torch import distributed as dist
 
-from megatron_moetion.errors import ConfigError
+from megatron_moetion.errors import ConfigError, UnsupportedState
 
 TRACKER = "latest_checkpointed_iteration.txt"
 
@@ -30,6 +30,19 @@ class UserState(Protocol):
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+def check_supported(optimizer: MegatronOptimizer) -> None:
+    """Raise ``UnsupportedState`` for an optimizer whose checkpoints Megatron-Core 0.16 loads wrongly.
+
+    Torch's Adam and AdamW keep ``step`` in each parameter's state; it is lost on the way.
+    """
+    for inner in optimizer.chained_optimizers:
+        if isinstance(inner.optimizer, torch.optim.Adam):
+            raise UnsupportedState(
+                f"--save and --load do not work with torch's {type(inner.optimizer).__name__}: Megatron-Core restores "
+                "its step counts wrongly; install Apex or Transformer Engine for a FusedAdam"
+            )
 
 
 def checkpoint_folder(root: str, iteration: int) -> Path:

@@ -113,6 +113,8 @@ class Trainer:
         self.progress = Progress()
         self.model = build_model(args, source.vocab_size)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
+        if args.save is not None or args.load is not None:
+            export.check_supported(self.optimizer)
         self._forward_backward = get_forward_backward_func()
         device = torch.cuda.current_device()
         self._positions = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)

@@ -189,6 +189,7 @@ def build_optimizer(
         ),
         model,
     )
+    _create_state(optimizer)
     model[0].config.grad_scale_func = optimizer.scale_loss
     samples = args.global_batch_size
     scheduler = OptimizerParamScheduler(
@@ -205,3 +206,13 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
+
+
+def _create_state(optimizer: MegatronOptimizer) -> None:
+    """Zero moments from the start: with fp16 many steps may be skipped before the first one makes them.
+
+    Torch's own AdamW is left alone: state that it did not make lacks a ``step``.
+    """
+    for inner in optimizer.chained_optimizers:
+        if not inner.is_stub_optimizer and not isinstance(inner.optimizer, torch.optim.Adam):
+            inner.init_state_fn(inner.optimizer, inner.config)

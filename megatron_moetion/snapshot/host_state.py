@@ -11,6 +11,8 @@ from typing import Any
 from megatron_moetion.errors import CorruptArena, UnsupportedState
 
 _LENGTH_BYTES = 8
+_NUMBER_BYTES = 32
+"""No number takes more: 64-bit integers have up to 20 characters, floats up to 25."""
 
 
 def encode(state: Mapping[str, Any]) -> bytes:
@@ -27,6 +29,26 @@ def decode(data: bytes | memoryview) -> dict[str, Any]:
     state = _restore(json.loads(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + length])))
     assert isinstance(state, dict)
     return state
+
+
+def size_bound(state: Mapping[str, Any]) -> int:
+    """Bytes that suffice for any document of this shape: the same keys and lengths, whatever the numbers.
+
+    Unlike ``len(encode(state))`` it is the same in every process of a run, so it may enter a layout.
+    """
+    return _LENGTH_BYTES + _bound(state)
+
+
+def _bound(value: Any) -> int:
+    if isinstance(value, bytes):
+        return 16 + 4 * (len(value) // 3 + 1)
+    if isinstance(value, str):
+        return 8 + 6 * len(value)  # JSON may spell a character as \uXXXX
+    if isinstance(value, (tuple, list)):
+        return 16 + sum(1 + _bound(v) for v in value)
+    if isinstance(value, Mapping):
+        return 2 + sum(2 + _bound(k) + _bound(v) for k, v in value.items())
+    return _NUMBER_BYTES
 
 
 def _plain(value: Any, where: str) -> Any:

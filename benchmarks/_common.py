@@ -1,0 +1,139 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What all benchmarks share: the command line, the JSON document, the table, and honest statistics."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One figure. ``value`` is None if it was not measured; ``target`` and ``met`` are None if there is none."""
+
+    name: str
+    value: float | None
+    unit: str
+    target: str | None = None
+    met: bool | None = None
+
+
+def at_least(name: str, value: float, unit: str, target: float) -> Result:
+    """A figure that should not be below ``target``."""
+    return Result(name=name, value=value, unit=unit, target=f">= {target:g}", met=value >= target)
+
+
+def at_most(name: str, value: float, unit: str, target: float) -> Result:
+    """A figure that should not be above ``target``."""
+    return Result(name=name, value=value, unit=unit, target=f"<= {target:g}", met=value <= target)
+
+
+def parser(description: str) -> argparse.ArgumentParser:
+    """The options every benchmark takes."""
+    options = argparse.ArgumentParser(description=description)
+    options.add_argument("--quick", action="store_true", help="a smaller run that ends within about a minute on 2 cores")
+    options.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
+    return options
+
+
+def report(benchmark: str, results: Sequence[Result], json_path: Path | None, notes: Sequence[str] = ()) -> None:
+    """Print the table and, if asked, write the JSON document."""
+    machine = hardware()
+    table = Table(title=f"{benchmark} on {machine['cpu']}, {machine['cores']} cores")
+    for column in ("figure", "value", "unit", "target", "met"):
+        table.add_column(column, justify="right" if column == "value" else "left")
+    for result in results:
+        value = "not measured" if result.value is None else f"{result.value:.3g}"
+        met = {True: "yes", False: "[red]NO[/red]", None: ""}[result.met]
+        table.add_row(result.name, value, result.unit, result.target or "", met)
+    console = Console()
+    console.print(table)
+    for note in notes:
+        console.print(note, highlight=False)
+    if json_path is not None:
+        document = {
+            "benchmark": benchmark,
+            "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+            "hardware": machine,
+            "versions": versions(),
+            "command": shlex.join(["python", *sys.argv]),
+            "results": [asdict(result) for result in results],
+        }
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def hardware() -> dict[str, Any]:
+    """The machine, as far as the operating system tells. Unknown facts are null."""
+    return {
+        "cpu": _proc_value("/proc/cpuinfo", "model name") or platform.processor() or None,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "last_level_cache_bytes": last_level_cache_bytes(),
+        "gpus": _gpus(),
+    }
+
+
+def versions() -> dict[str, str | None]:
+    """Versions of what a figure may depend on; null if not installed."""
+    found: dict[str, str | None] = {"python": platform.python_version(), "kernel": platform.release()}
+    for package in ("megatron-moetion", "megatron-core", "torch", "numpy"):
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = None
+    return found
+
+
+def last_level_cache_bytes() -> int | None:
+    """Size of the largest cache that the first core sees."""
+    sizes = [path.read_text().strip() for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    factor = {"K": 1 << 10, "M": 1 << 20}
+    return max((int(size[:-1]) * factor[size[-1]] for size in sizes if size[-1:] in factor), default=None)
+
+
+def median(samples: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """The median, as a Python float."""
+    return float(np.median(np.asarray(samples)))
+
+
+def median_interval(
+    samples: Sequence[float] | npt.NDArray[np.float64], confidence: float = 0.95, num_resamples: int = 10_000
+) -> tuple[float, float]:
+    """Confidence interval of the median by the percentile bootstrap; resampling has a fixed seed."""
+    values = np.asarray(samples, dtype=np.float64)
+    picks = np.random.default_rng(0).integers(0, values.size, (num_resamples, values.size))
+    medians = np.median(values[picks], axis=1)
+    low, high = np.quantile(medians, ((1 - confidence) / 2, (1 + confidence) / 2))
+    return float(low), float(high)
+
+
+def _proc_value(path: str, key: str) -> str | None:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except OSError:
+        return None
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith(key)), None)
+
+
+def _gpus() -> list[str]:
+    if "torch" not in sys.modules:  # a benchmark that uses a GPU has imported it
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
