@@ -35,7 +35,7 @@ def check_cuda() -> None:
     nvcc = shutil.which("nvcc") or shutil.which("nvcc", path=f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin")
     why = "this version has no CUDA kernels yet" if nvcc else "nvcc is neither on PATH nor in CUDA_HOME"
     if wanted == "1":
-        raise SystemExit(f"MOETION_CUDA=1, but {why}; set CUDA_HOME, or build for the host with MOETION_CUDA=0")
+        raise SystemExit(f"MOETION_CUDA=1, but {why}; MOETION_CUDA=0 or auto builds for the host")
     if wanted == "auto":
         print(f"[moetion] {why}: building the host kernels only", flush=True)
 

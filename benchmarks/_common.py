@@ -46,7 +46,7 @@ def at_most(name: str, value: float, unit: str, target: float) -> Result:
 def parser(description: str) -> argparse.ArgumentParser:
     """The options every benchmark takes."""
     options = argparse.ArgumentParser(description=description)
-    options.add_argument("--quick", action="store_true", help="a smaller run that ends within about a minute on 2 cores")
+    options.add_argument("--quick", action="store_true", help="a smaller run, of about a minute on 2 cores")
     options.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     return options
 

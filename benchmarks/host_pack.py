@@ -3,8 +3,9 @@
 
 For each segment size the same bytes are moved by ``HostPool.pack``, by memcpy, and by a copy with streaming
 stores (and the same prefetching, so that it differs from pack in the digest alone), with the same threads and
-the same split, in turn within one run. The baseline is the copy with the smaller
-median time; a ratio is the median over the repetitions of (time of that copy / time of pack). Segments are scattered over the source in random order.
+the same split, in turn within one run. The baseline is the copy with the smaller median time; a ratio is the
+median over the repetitions of (time of that copy / time of pack). Segments are scattered over the source in
+random order.
 """
 
 from __future__ import annotations

@@ -27,12 +27,12 @@ class MoetionConfig:
     """Settings of one run; equal on all ranks. Sizes in bytes, times in the unit the name ends with."""
 
     mode: str = setting(
-        "popularity", "what a snapshot holds: 'full' (all units, bitwise recovery) or 'popularity' "
-        "(dense units and the selected experts)", choices=MODES,
+        "popularity",
+        "what a snapshot holds: 'full' (all units, bitwise recovery) or 'popularity' "
+        "(dense units and the selected experts)",
+        choices=MODES,
     )
-    run_id: str = setting(
-        "", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID"
-    )
+    run_id: str = setting("", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID")
     store: str = setting("", "folder for the arenas, in memory; default: /dev/shm/moetion-UID", metavar="DIR")
     replicas: int = setting(1, "copies of each rank's snapshots in other nodes' memory; 0 keeps none")
     ranks_per_node: int = setting(
@@ -52,9 +52,7 @@ class MoetionConfig:
     in_flight_bytes: int = setting(64 << 20, "most bytes handed to the network at once by one rank", metavar="BYTES")
     report: str = setting("", "file to which rank 0 appends events as JSON lines", metavar="PATH")
     allow_fresh: bool = setting(False, "start from iteration 0 although a restart finds nothing to recover")
-    inject_fault: str = setting(
-        "", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL"
-    )
+    inject_fault: str = setting("", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL")
 
     def __post_init__(self) -> None:
         positive = ("interval", "staleness_cap", "max_stall_ms", "timeout_s", "in_flight_bytes")
@@ -63,7 +61,9 @@ class MoetionConfig:
                 raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         for name in ("replicas", "ranks_per_node", "experts_per_snapshot", "pack_threads"):
             if getattr(self, name) < 0:
-                raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative")
+                raise ConfigError(
+                    f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
+                )
         if self.mode not in MODES:
             raise ConfigError(f"--moetion-mode is {self.mode!r}; choose one of {', '.join(MODES)}")
         if self.mode == "full" and self.experts_per_snapshot:
@@ -72,7 +72,9 @@ class MoetionConfig:
                 "drop it, or use --moetion-mode popularity"
             )
         if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
-            raise ConfigError(f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096")
+            raise ConfigError(
+                f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
+            )
 
     @property
     def store_folder(self) -> str:

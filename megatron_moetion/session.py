@@ -70,15 +70,14 @@ class Session:
         rank = fabric.rank
         run_id = run_id_of(config, environment)
         self._probe = make_probe(parse_faults(config.inject_fault), self._attempt, rank)
-        self._journal = Journal(
-            rank, self._attempt, Path(config.report) if config.report and rank == 0 else None
-        )
+        self._journal = Journal(rank, self._attempt, Path(config.report) if config.report and rank == 0 else None)
         self._node = open_node(config, run_id, environment, fabric.world_size)
         write_pid(self._node, rank, self._attempt)
         self._inventory: Inventory = adapter.inventory()
-        self._experts = self._inventory.of_kind(UnitKind.EXPERT)
+        self._counters = self._find_counters()
+        self._expert_units = [self._inventory.index.get(c.expert) for c in adapter.token_counters()]
         self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
-        self._num_experts = _experts_per_snapshot(config, len(self._experts))
+        self._num_experts = _experts_per_snapshot(config, len(self._counters))
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
         self._packer = Packer(self._inventory, config.chunk_bytes, threads)
@@ -95,9 +94,8 @@ class Session:
             self._inventory,
             self._copies(),
         )
-        self._counters = self._find_counters()
-        self._ledger = Ledger(len(self._experts))
-        self._lost = dict.fromkeys((self._inventory.units[u].name for u in self._experts), 0)
+        self._ledger = Ledger(len(self._counters))
+        self._lost = [0] * len(self._counters)
         self._open_iterations: set[int] = set()
         self._stable = -1
         self._base = -1
@@ -156,7 +154,8 @@ class Session:
         try:
             self._learn()
             self._freeze()
-            self._fabric.start_sum(self._token_counts())
+            counts = self._token_counts()
+            self._fabric.start_sum(counts)
             self._base = iteration
             self._fabric.start_agreement(mask_of(flight.whole, iteration))
         except ChannelError as error:
@@ -165,7 +164,14 @@ class Session:
             return
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
-        flight.begin(iteration, self._select(iteration), dict(zip(self._experts, self._token_counts(), strict=True)))
+        units = self._select(iteration, counts)
+        if moved := self._adapter.moved():
+            self._journal.warn_once(
+                "moved", iteration, f"snapshots are dropped, iteration {self._stable} stays: {moved}"
+            )
+            flight.skip(iteration, "moved")
+        else:
+            flight.begin(iteration, units, self._tokens_of_units(counts))
         self._report_drops(flight, iteration)
 
     def scalars(self) -> dict[str, float]:
@@ -216,12 +222,12 @@ class Session:
         state = decode(blob)
         self._adapter.load_host_state(state["adapter"])
         self._adapter.resync()
-        self._lost.update(state["session"]["lost"])
+        self._lost = list(state["session"]["lost"])
         self._stable = self._base = plan.iteration
         self._fly(self._arenas, situation, plan.epoch)
-        lost_before = sum(self._lost.values())
-        self._count_losses(plan)
-        mine = {"lost": sum(self._lost.values()) - lost_before, "layers": self._layer_tokens(self._token_counts())}
+        lost_before = sum(self._lost)
+        self._count_losses(situation, plan, state["session"]["history"])
+        mine = {"lost": sum(self._lost) - lost_before, "layers": self._layer_tokens(self._token_counts())}
         everyone = self._fabric.gather(mine)
         phases.done("resync")
         choices = plan.choices[self._fabric.rank]
@@ -267,11 +273,14 @@ class Session:
         iteration = loaded or 0
         self._arenas, epoch = startup.begin(situation, iteration)
         if why.began or situation.restarted:
-            self._journal.warn_once("fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here")
+            self._journal.warn_once(
+                "fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here"
+            )
         flight = self._fly(self._arenas, situation, epoch)
         self._freeze()
         everything = range(len(self._inventory.units))
-        flight.begin(iteration, everything, dict(zip(self._experts, self._token_counts(), strict=True)))
+        counts = self._token_counts()
+        flight.begin(iteration, everything, self._tokens_of_units(counts))
         flight.drain()
         self._fabric.start_agreement(mask_of(flight.whole, iteration))
         if newest_common(self._fabric.finish_agreement() or 0, iteration) is None:
@@ -280,7 +289,7 @@ class Session:
             )
         flight.counts = FlightCounts()  # the baseline is no steady-state snapshot
         self._stable = self._base = iteration
-        self._ledger.captured(iteration, range(len(self._experts)))
+        self._ledger.captured(iteration, range(len(counts)), counts)
         for arena in self._arenas.all():
             arena.edit(lambda page: {"stable": iteration})
         self._fabric.gather("baseline")
@@ -311,7 +320,9 @@ class Session:
             return
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
-        selection = f", {self._num_experts} of {len(self._experts)} experts each" if self._config.mode != "full" else ""
+        selection = (
+            f", {self._num_experts} of {len(self._counters)} experts each" if self._config.mode != "full" else ""
+        )
         self._journal.info(
             self._stable,
             f"mode {self._config.mode}: a snapshot every {self._config.interval} iteration(s){selection}; state "
@@ -319,7 +330,9 @@ class Session:
             f"on this rank; {nodes} node(s), {self._config.replicas} replica(s); store {self._node.path}",
         )
         if not self._config.replicas:
-            self._journal.warn_once("replicas", self._stable, "--moetion-replicas 0: nothing survives the loss of a node")
+            self._journal.warn_once(
+                "replicas", self._stable, "--moetion-replicas 0: nothing survives the loss of a node"
+            )
 
     # -- the steady state -----------------------------------------------------------------------------
 
@@ -349,17 +362,21 @@ class Session:
             arena.edit(lambda page: {"records": retain(page.records, stable, settled), "stable": stable})
 
     def _freeze(self) -> None:
-        state: dict[str, Any] = {"adapter": self._adapter.host_state(), "session": {"lost": self._lost}}
+        state: dict[str, Any] = {
+            "adapter": self._adapter.host_state(),
+            "session": {"lost": self._lost, "history": self._ledger.history},
+        }
         self._packer.freeze(encode(state))
 
-    def _select(self, iteration: int) -> tuple[int, ...]:
+    def _select(self, iteration: int, counts: list[int]) -> tuple[int, ...]:
+        """Unit numbers of this snapshot. Ranks that share experts choose the same ones, each its shards of them."""
         if self._config.mode == "full":
-            return (*self._always, *self._experts)
+            return (*self._always, *self._inventory.of_kind(UnitKind.EXPERT))
         chosen = unsaved_tokens(
             self._ledger.unsaved, self._ledger.staleness, self._num_experts, self._config.staleness_cap
         )
-        self._ledger.captured(iteration, chosen)
-        return (*self._always, *(self._experts[e] for e in chosen))
+        self._ledger.captured(iteration, chosen, counts)
+        return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
         for reason, count in flight.counts.dropped.items():
@@ -374,47 +391,53 @@ class Session:
 
     # -- tokens ---------------------------------------------------------------------------------------
 
-    def _find_counters(self) -> dict[int, tuple[int, int, int]]:
-        """For each expert unit: unit, region and position of its token count."""
-        found: dict[int, tuple[int, int, int]] = {}
+    def _find_counters(self) -> list[tuple[int, int, int]]:
+        """For each local expert the unit, region and position of its token count."""
+        found: list[tuple[int, int, int]] = []
         for counter in self._adapter.token_counters():
             unit = self._inventory.index[counter.unit]
             regions = self._inventory.units[unit].regions
             region = next(i for i, r in enumerate(regions) if r.tensor == counter.tensor)
-            found[self._inventory.index[counter.expert]] = (unit, region, counter.position)
+            found.append((unit, region, counter.position))
         return found
 
     def _token_counts(self) -> list[int]:
-        """Tokens processed by each local expert as of the last freeze; zeros where they are not counted."""
-        counts = []
-        for expert in self._experts:
-            if expert not in self._counters:
-                counts.append(0)
-                continue
-            unit, region, position = self._counters[expert]
-            counts.append(int(self._packer.staged(unit, region).view(np.int64)[position]))
-        return counts
+        """Tokens processed by each local expert as of the last freeze."""
+        return [int(self._packer.staged(u, r).view(np.int64)[position]) for u, r, position in self._counters]
 
-    def _count_losses(self, plan: RecoveryPlan) -> None:
-        """After a recovery: tokens between each expert's capture and T, and a ledger that knows of them."""
+    def _tokens_of_units(self, counts: list[int]) -> dict[int, int]:
+        return {u: tokens for u, tokens in zip(self._expert_units, counts, strict=True) if u is not None}
+
+    def _count_losses(self, situation: Situation, plan: RecoveryPlan, history: list[list[list[int]]]) -> None:
+        """After a recovery: tokens between each expert's capture and T, and a ledger that knows of them.
+
+        Every rank counts the tokens that it processed itself, also for experts whose state others hold.
+        """
         self._freeze()
         now = self._token_counts()
-        choices = [plan.choices[self._fabric.rank][u] for u in self._experts]
-        for unit, total, choice in zip(self._experts, now, choices, strict=True):
-            self._lost[self._inventory.units[unit].name] += max(0, total - choice.tokens) if self._counters else 0
+        at = {
+            spec.units[choice.unit][0]: choice.iteration
+            for spec, choices in zip(situation.specs, plan.choices, strict=True)
+            for choice in choices
+        }
+        captured = [at.get(c.expert, plan.iteration) for c in self._adapter.token_counters()]
+        then = []
+        for position, iteration in enumerate(captured):
+            known = {i: tokens for i, tokens in history[position] if i <= iteration}
+            then.append(now[position] if iteration == plan.iteration else known[max(known)] if known else 0)
+        self._lost = [lost + a - b for lost, a, b in zip(self._lost, now, then, strict=True)]
         self._fabric.start_sum(now)
-        totals = self._fabric.finish_sum() or now
-        self._fabric.start_sum([c.tokens for c in choices])
-        saved = self._fabric.finish_sum() or []
-        self._ledger.seed([c.iteration for c in choices], totals, saved)
+        totals = self._fabric.finish_sum() or []
+        self._fabric.start_sum(then)
+        self._ledger.seed(captured, totals, self._fabric.finish_sum() or [], then)
 
     def _layer_tokens(self, counts: list[int]) -> dict[str, tuple[int, int]]:
-        """Per MoE layer: tokens lost to all faults so far, and tokens processed, by this rank's experts."""
+        """Per MoE layer: tokens lost to all faults so far, and tokens processed, both on this rank."""
         layers: dict[str, tuple[int, int]] = {}
-        for unit, processed in zip(self._experts, counts, strict=True):
+        for (unit, _, _), lost, processed in zip(self._counters, self._lost, counts, strict=True):
             name = self._inventory.units[unit].name
-            lost, total = layers.get(str(self._inventory.units[unit].layer), (0, 0))
-            layers[str(self._inventory.units[unit].layer)] = (lost + self._lost[name], total + processed)
+            before = layers.get(name, (0, 0))
+            layers[name] = (before[0] + lost, before[1] + processed)
         return layers
 
     def _copies(self) -> dict[str, int]:

@@ -168,7 +168,15 @@ class StateAdapter(Protocol):
         ...
 
     def token_counters(self) -> tuple[TokenCounter, ...]:
-        """Tokens processed since the run began, for each expert unit of the inventory."""
+        """Tokens processed here since the run began, for each expert of this rank's layers.
+
+        In the same order on all ranks that share the experts, also for experts whose optimizer state is on
+        another of these ranks, so that this rank has no unit of them. Empty where tokens are not counted.
+        """
+        ...
+
+    def moved(self) -> str:
+        """Which tensor is no longer where the inventory says, for a person; empty while all are in place."""
         ...
 
     def expert_peers(self) -> tuple[int, ...]:

@@ -164,6 +164,11 @@ class Training:
         steps = [m for m in read_json_lines(self.job.folder / "metrics.jsonl") if "loss" in m]
         return steps[-1] if steps else None
 
+    def device(self) -> str:
+        """What the trainer says about GPUs, for instance "no GPU for 4 ranks: CPU path"; empty if nothing."""
+        lines = self.job.log.read_text(errors="replace").splitlines()
+        return next((line[2:] for line in lines if line.startswith("> ") and "GPU" in line), "")
+
     def close(self) -> None:
         """Ends every process of the job: ``torchrun`` is asked first, the rest is killed after 3 seconds."""
         processes: list[psutil.Process] = []
@@ -206,6 +211,8 @@ def train(job: Job, display: Display, clock: Callable[[], float] = time.time) ->
         while True:
             code = training.exit_code()
             step = training.newest_step()
+            if step is not None and iteration == 0 and job.store is None and training.device():
+                display.say(f"{job.name}: {training.device()}")
             if step is not None and int(step["iteration"]) != iteration:
                 iteration, moved = int(step["iteration"]), time.monotonic()
             if job.store is not None and fault is None and iteration >= job.iterations // 2:
@@ -339,11 +346,13 @@ def main() -> int:
 
 
 def print_tail(error: RunError, out: Path) -> None:
-    """The end of the log that was written last, then the error."""
+    """The end of the log that was written last, the ranks' own last words, then the error."""
     logs = sorted(out.glob("*/log.txt"), key=lambda path: path.stat().st_mtime)
     if logs:
-        lines = logs[-1].read_text(errors="replace").splitlines()[-30:]
-        print("\n".join(lines), f"\n(the end of {logs[-1]})", file=sys.stderr)
+        lines = logs[-1].read_text(errors="replace").splitlines()
+        said = [line for line in dict.fromkeys(lines) if line.startswith("error:")]
+        # Each rank tells its error before torchrun's long report of who failed.
+        print("\n".join([*lines[-30:], "...", *said[-RANKS:]]), f"\n(from {logs[-1]})", file=sys.stderr)
     print(f"error: {error}", file=sys.stderr)
 
 

@@ -147,7 +147,7 @@ def _draw_recoveries(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     axes.figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower left",
-        ncols=5 if len(entries) == 1 else len(named),
+        ncols=len(named),
         fontsize=9,
         columnspacing=1.2,
         handlelength=1.0,

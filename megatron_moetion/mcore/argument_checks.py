@@ -205,6 +205,11 @@ def _check_moe(args: argparse.Namespace, machine: Machine) -> None:
         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --num-experts needs --sequence-parallel",
     )
     _refuse_if(
+        args.transformer_impl == "local" and args.add_bias_linear and max(parallel, args.expert_tensor_parallel_size) == 1,
+        f"--expert-model-parallel-size {parallel} with --transformer-impl local: Megatron-Core cannot train experts with "
+        "biases that are not spread over ranks; add --disable-bias-linear",
+    )
+    _refuse_if(
         args.moe_grouped_gemm and (not machine.has_gpu or not machine.packages),
         "--moe-grouped-gemm needs a GPU and the package transformer_engine or grouped_gemm; drop the flag",
     )

@@ -51,8 +51,7 @@ class HostStream:
     def __enter__(self) -> HostStream:
         return self
 
-    def __exit__(self, *exc: object) -> bool:
-        return False
+    def __exit__(self, *exc: object) -> None: ...
 
 
 class HostEvent:
@@ -82,7 +81,8 @@ class _DefaultGenerators:
 
 def is_installed() -> bool:
     """Whether ``install`` has run in this process."""
-    return torch.cuda.Stream is HostStream
+    stream_class: Any = torch.cuda.Stream
+    return stream_class is HostStream
 
 
 def install() -> None:

@@ -142,7 +142,13 @@ def _places(name: str, parameter: nn.Parameter, scopes: Sequence[_Scope]) -> tup
         return (Place(unit=_outer_unit(rest), kind=UnitKind.DENSE, tensor=rest, **whole),)
     if scope.block is None:
         return (
-            Place(unit=_dense_unit(scope), kind=UnitKind.DENSE, tensor=f"{scope.prefix}.{rest}", layer=scope.layer, **whole),
+            Place(
+                unit=_dense_unit(scope),
+                kind=UnitKind.DENSE,
+                tensor=f"{scope.prefix}.{rest}",
+                layer=scope.layer,
+                **whole,
+            ),
         )
     return _expert_places(scope.block, rest, parameter)
 

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
@@ -23,6 +24,7 @@ from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, crea
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
 
+_CAPTURES_IN_FLIGHT = 8
 _SPARE_HOST_BYTES = 64 << 10
 """Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
 
@@ -62,12 +64,17 @@ class MegatronState:
         layout = ModelLayout([_unwrap(chunk) for chunk in model])
         self._blocks = layout.blocks
         if self._blocks and self._blocks[0].module.config.fp8:
-            raise UnsupportedState("--fp8-format is not supported: quantised parameters carry scales beside their bytes")
+            raise UnsupportedState(
+                "--fp8-format is not supported: quantised parameters carry scales beside their bytes"
+            )
         self._counters = TokenCounters(self._blocks if count_tokens else ())
         for link in self._links:
             create_state(link.optimizer)
+        for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
+            module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
         self._shards = {id(s.parameter): s for link in self._links for s in shards(link)}
         self._inventory = self._take_inventory(layout)
+        self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
 
     # -- StateAdapter ---------------------------------------------------------------------------------
 
@@ -116,6 +123,13 @@ class MegatronState:
             for chunk in self._model:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)
+
+    def moved(self) -> str:
+        """See ``StateAdapter``. Looks each tensor up where its owner keeps it; 0.1 us a tensor."""
+        for holder, key, address in self._residents:
+            if holder[key].data_ptr() != address:
+                return f"the tensor {key!r} that was at {address:#x} was replaced or moved after attach()"
+        return ""
 
     def inner_optimizers(self) -> list[torch.optim.Optimizer]:
         """The torch optimizers whose ``step`` changes state."""
@@ -187,7 +201,8 @@ class MegatronState:
 
     def _host_unit(self) -> Unit:
         experts = [block.expert_unit(e) for block in self._blocks for e in block.experts]
-        size = size_bound({"adapter": self.host_state(), "session": dict.fromkeys(experts, 0)})
+        session = {"lost": [0 for _ in experts], "history": [[[0, 0]] * _CAPTURES_IN_FLIGHT for _ in experts]}
+        size = size_bound({"adapter": self.host_state(), "session": session})
         return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
 
     def _require_complete(self, layout: ModelLayout) -> None:
@@ -205,6 +220,31 @@ class MegatronState:
         return tuple(self._shards.values())
 
 
+_Resident = tuple[Any, Any, int]
+"""A container, the key of a tensor in it, and the address that the tensor had."""
+
+
+def _optimizer_residents(links: Sequence[MegatronOptimizer]) -> Iterator[_Resident]:
+    for link in links:
+        for group in link.optimizer.param_groups:
+            for position, main in enumerate(group["params"]):
+                yield group["params"], position, main.data_ptr()
+                for key, value in link.optimizer.state[main].items():
+                    if isinstance(value, torch.Tensor) and key != "step":
+                        yield link.optimizer.state[main], key, value.data_ptr()
+
+
+def _module_residents(model: Sequence[nn.Module], layout: ModelLayout) -> Iterator[_Resident]:
+    captured = {id(buffer) for buffer, _ in layout.buffers()}
+    for module in (m for chunk in model for m in chunk.modules()):
+        for name, tensor in module._buffers.items():
+            if tensor is not None and id(tensor) in captured:
+                yield module._buffers, name, tensor.data_ptr()
+        for name, parameter in module._parameters.items():
+            if parameter is not None and not parameter.requires_grad:
+                yield module._parameters, name, parameter.data_ptr()
+
+
 def _unwrap(chunk: DistributedDataParallel) -> nn.Module:
     module: nn.Module = chunk.module
     while hasattr(module, "module"):  # Float16Module and the like
@@ -218,14 +258,14 @@ def _counter_name(prefix: str) -> str:
 
 def _require_contiguous(tensor: torch.Tensor, name: str) -> None:
     if not tensor.is_contiguous():
-        raise UnsupportedState(f"{name} is not contiguous (strides {tensor.stride()}) and cannot be captured as one span")
+        raise UnsupportedState(
+            f"{name} is not contiguous (strides {tensor.stride()}) and cannot be captured as one span"
+        )
 
 
 def _optimizer_fields(link: MegatronOptimizer) -> dict[str, Any]:
     """Everything of one optimizer that is not a state tensor: group fields, step, loss scaler."""
-    groups = [
-        {k: _plain(v) for k, v in group.items() if k != "params"} for group in link.optimizer.param_groups
-    ]
+    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in link.optimizer.param_groups]
     scaler = getattr(link, "grad_scaler", None)  # FP32Optimizer has none
     return {
         "groups": groups,

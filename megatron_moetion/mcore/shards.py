@@ -49,7 +49,9 @@ def chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
                 f"Float16OptimizerWithFloat16Params and FP32Optimizer"
             )
         if isinstance(link.optimizer, HybridDeviceOptimizer):
-            raise UnsupportedState("HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split")
+            raise UnsupportedState(
+                "HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split"
+            )
         if link.config.use_precision_aware_optimizer:
             raise UnsupportedState(
                 "--use-precision-aware-optimizer is not supported: it hands out converted copies of its state, and "
@@ -107,7 +109,9 @@ def steps(link: MegatronOptimizer) -> float | None:
     """The one step count of a torch optimizer that keeps it per parameter; None where groups hold it."""
     found = {float(s["step"]) for s in link.optimizer.state.values() if "step" in s}
     if len(found) > 1:
-        raise UnsupportedState(f"parameters of one optimizer have taken different numbers of steps: {sorted(found)[:4]}")
+        raise UnsupportedState(
+            f"parameters of one optimizer have taken different numbers of steps: {sorted(found)[:4]}"
+        )
     return found.pop() if found else None
 
 

@@ -63,6 +63,15 @@ def initialize(args: argparse.Namespace, place: Place) -> int:
         torch.cuda.set_device(place.local_rank)
     timeout = timedelta(minutes=args.distributed_timeout_minutes)
     attempt = connect(place, timeout, "nccl" if on_gpu else "gloo")
+    # Announces itself as a warning although it is off.
+    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    form_groups(args, place)
+    return attempt
+
+
+def form_groups(args: argparse.Namespace, place: Place) -> None:
+    """Megatron's process groups and random seeds for one set of flags, over ranks that are connected."""
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
         args.pipeline_model_parallel_size,
@@ -71,9 +80,6 @@ def initialize(args: argparse.Namespace, place: Place) -> int:
         expert_tensor_parallel_size=args.expert_tensor_parallel_size,
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
-    # Announces itself as a warning although it is off.
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     init_num_microbatches_calculator(
         place.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
     )
@@ -81,7 +87,6 @@ def initialize(args: argparse.Namespace, place: Place) -> int:
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
-    return attempt
 
 
 def build_source(args: argparse.Namespace) -> TokenSource:

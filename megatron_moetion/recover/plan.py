@@ -145,9 +145,7 @@ def _candidates(facts: Sequence[RankFacts], available: _Available) -> list[int]:
     return sorted(common or (), reverse=True)
 
 
-def _choose(
-    facts: Sequence[RankFacts], available: _Available, iteration: int, mode: str
-) -> dict[int, list[int]] | str:
+def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, mode: str) -> dict[int, list[int]] | str:
     """For each rank the iteration of each unit's capture at T; or what is missing."""
     shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
     chosen: dict[int, list[int]] = {f.rank: [-1] * len(f.units) for f in facts}

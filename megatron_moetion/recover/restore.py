@@ -109,7 +109,9 @@ def write_back(packer: Packer, arena: Arena, choices: Sequence[Choice], host_uni
         if record is None:
             raise CorruptArena(f"{arena.path}: the capture of {name} at iteration {choice.iteration} has gone")
         if not packer.verify(arena.payload(record.slot), arena.digests(record.slot), choice.digest):
-            raise CorruptArena(f"{arena.path}: the capture of {name} changed after it was surveyed; restart to try again")
+            raise CorruptArena(
+                f"{arena.path}: the capture of {name} changed after it was surveyed; restart to try again"
+            )
         records.append(record)
     for record in records:
         packer.scatter(record.unit, arena.payload(record.slot))

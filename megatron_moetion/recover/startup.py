@@ -80,9 +80,7 @@ class Startup:
     def look(self, attempt: int) -> Situation:
         """Survey every node and plan. Raises ``ConfigError`` or ``IdentityMismatch`` where ranks do not fit together."""
         rank = self._fabric.rank
-        notes = self._fabric.gather(
-            {"node": self._node.key, "attempt": attempt, "spec": self._spec.to_json().decode()}
-        )
+        notes = self._fabric.gather({"node": self._node.key, "attempt": attempt, "spec": self._spec.to_json().decode()})
         specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
         _require_one_run(specs)
         placement = place([n["node"] for n in notes], self._config.replicas)

@@ -33,7 +33,7 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``refused`` (a buddy had no room), ``channel``."""
+    """By reason: ``no-slot``, ``late``, ``moved``, ``refused`` (a buddy had no room), ``channel``."""
 
 
 class Flight:
@@ -74,6 +74,13 @@ class Flight:
         self.counts.begun += 1
         slots = self._acquire(units)
         self._pack = self._packing.submit(self._capture, iteration, tuple(units), slots, dict(tokens))
+
+    def skip(self, iteration: int, reason: str) -> None:
+        """Drop this iteration's snapshot on this rank; its round takes place, empty."""
+        self.finish_packing(None)
+        self.counts.begun += 1
+        self.counts.dropped[reason] += 1
+        self._pack = self._packing.submit(self._capture, iteration, (), None, {})
 
     def finish_packing(self, max_stall_s: float | None) -> None:
         """Return once live state is no longer read; a snapshot that takes longer than ``max_stall_s`` is dropped."""

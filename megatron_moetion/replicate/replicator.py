@@ -138,9 +138,7 @@ class Replicator:
         incoming: Mapping[int, _Incoming],
         slots: Mapping[int, Sequence[int]],
     ) -> None:
-        sends = [
-            Message(peer=h, data=self._own.payload(r.slot)) for h in self._holders if accepted[h] for r in records
-        ]
+        sends = [Message(peer=h, data=self._own.payload(r.slot)) for h in self._holders if accepted[h] for r in records]
         receives = [
             Message(peer=owner, data=self._held[owner].payload(slot)) for owner in incoming for slot in slots[owner]
         ]

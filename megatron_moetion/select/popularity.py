@@ -10,11 +10,21 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Capture:
+    iteration: int
+    snapshot: int
+    total: int
+    """Tokens that all ranks knew of then."""
+    local: int
+    """Tokens that this rank had processed by then, exactly."""
+
+
 @dataclass
 class _Expert:
     total: int = 0
-    captures: list[tuple[int, int, int]] = field(default_factory=list)
-    """(iteration, snapshot number, total then) of the captures not yet known to be dropped, oldest first."""
+    captures: list[_Capture] = field(default_factory=list)
+    """Captures not yet known to be dropped, oldest first; at most one settled one."""
 
 
 class Ledger:
@@ -24,16 +34,21 @@ class Ledger:
         self._experts = [_Expert() for _ in range(num_experts)]
         self._snapshots = 0
 
-    def seed(self, captured: Sequence[int], totals: Sequence[int], saved: Sequence[int]) -> None:
-        """Start from a recovery: iteration of each expert's capture, tokens now, tokens at the capture.
+    def seed(self, captured: Sequence[int], totals: Sequence[int], saved: Sequence[int], local: Sequence[int]) -> None:
+        """Start from a recovery: iteration of each expert's capture, tokens now, tokens at the capture (all ranks', here).
 
         Experts captured longest ago count as stalest, one snapshot for each distinct iteration.
         """
         ages = {iteration: age for age, iteration in enumerate(sorted(set(captured)))}
         self._snapshots = len(ages)
-        for expert, iteration, total, then in zip(self._experts, captured, totals, saved, strict=True):
+        for expert, iteration, total, then, here in zip(self._experts, captured, totals, saved, local, strict=True):
             expert.total = total
-            expert.captures = [(iteration, ages[iteration] + 1, then)]
+            expert.captures = [_Capture(iteration=iteration, snapshot=ages[iteration] + 1, total=then, local=here)]
+
+    @property
+    def history(self) -> list[list[list[int]]]:
+        """For each expert ``[iteration, tokens here]`` of its captures; travels with the host state."""
+        return [[[c.iteration, c.local] for c in e.captures] for e in self._experts]
 
     def update(self, totals: Sequence[int]) -> None:
         """Tokens processed since the run began, per expert."""
@@ -43,28 +58,33 @@ class Ledger:
     @property
     def unsaved(self) -> list[int]:
         """Tokens that would be lost now, per expert."""
-        return [e.total - (e.captures[-1][2] if e.captures else 0) for e in self._experts]
+        return [e.total - (e.captures[-1].total if e.captures else 0) for e in self._experts]
 
     @property
     def staleness(self) -> list[int]:
         """Snapshots since the last capture, the coming one included, per expert."""
-        return [self._snapshots + 1 - (e.captures[-1][1] if e.captures else 0) for e in self._experts]
+        return [self._snapshots + 1 - (e.captures[-1].snapshot if e.captures else 0) for e in self._experts]
 
-    def captured(self, iteration: int, positions: Sequence[int]) -> None:
-        """A snapshot takes these experts; it counts until it is known to be dropped."""
+    def captured(self, iteration: int, positions: Sequence[int], local: Sequence[int]) -> None:
+        """A snapshot takes these experts; it counts until it is known to be dropped.
+
+        ``local`` is what this rank has processed so far, for all experts.
+        """
         self._snapshots += 1
         for position in positions:
             expert = self._experts[position]
-            expert.captures.append((iteration, self._snapshots, expert.total))
+            expert.captures.append(
+                _Capture(iteration=iteration, snapshot=self._snapshots, total=expert.total, local=local[position])
+            )
 
     def settle(self, iteration: int, whole: bool) -> None:
         """The fate of a snapshot: whole on all ranks, or dropped on one and therefore worth nothing."""
         for expert in self._experts:
             if whole:
-                older = [c for c in expert.captures if c[0] <= iteration]
-                expert.captures = older[-1:] + [c for c in expert.captures if c[0] > iteration]
+                older = [c for c in expert.captures if c.iteration <= iteration]
+                expert.captures = older[-1:] + [c for c in expert.captures if c.iteration > iteration]
             else:
-                expert.captures = [c for c in expert.captures if c[0] != iteration]
+                expert.captures = [c for c in expert.captures if c.iteration != iteration]
 
 
 def tokens_lost_share(lost: Sequence[int], processed: Sequence[int]) -> float:

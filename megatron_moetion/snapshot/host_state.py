@@ -65,7 +65,9 @@ def _plain(value: Any, where: str) -> Any:
         if strange:
             raise UnsupportedState(f"{where} has the key {strange[0]!r}; keys must be text that does not start with $")
         return {k: _plain(v, f"{where}.{k}") for k, v in value.items()}
-    raise UnsupportedState(f"{where} is a {type(value).__name__}, which host state cannot hold: use numbers, text, bytes")
+    raise UnsupportedState(
+        f"{where} is a {type(value).__name__}, which host state cannot hold: use numbers, text, bytes"
+    )
 
 
 def _restore(value: Any) -> Any:

@@ -49,9 +49,7 @@ class Packer:
         self._staged = {(unit, region): offset for unit, region, offset in staged}
         base = self._staging.ctypes.data
         self._templates: list[Template] = [
-            template(
-                unit, chunk_bytes, {r: base + offset for (u, r), offset in self._staged.items() if u == number}
-            )
+            template(unit, chunk_bytes, {r: base + offset for (u, r), offset in self._staged.items() if u == number})
             for number, unit in enumerate(inventory.units)
         ]
 

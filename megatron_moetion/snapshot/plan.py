@@ -63,9 +63,11 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Templa
     ``sources`` replaces the address of regions (by position) whose bytes were staged elsewhere. A unit without
     regions (host state) is one staged region, number 0, of ``reserved_bytes``.
     """
-    spans = [(r.address, o, r.nbytes) for r, o in zip(unit.regions, unit.offsets, strict=True)] if unit.regions else [
-        (0, 0, unit.reserved_bytes)
-    ]
+    spans = (
+        [(r.address, o, r.nbytes) for r, o in zip(unit.regions, unit.offsets, strict=True)]
+        if unit.regions
+        else [(0, 0, unit.reserved_bytes)]
+    )
     pieces: list[tuple[int, int, int]] = []
     owner: list[int] = []
     for number, (address, offset, nbytes) in enumerate(spans):

@@ -17,7 +17,6 @@ takes is written in ``docs/snapshot_format.md``.
 from __future__ import annotations
 
 import ctypes
-
 from typing import Any, Final
 
 import numpy as np
@@ -39,7 +38,8 @@ Buffer = bytes | bytearray | memoryview | npt.NDArray[Any]
 
 def word_keys(num_words: int) -> Words:
     """The keys of the first ``num_words`` positions of a chunk."""
-    return _stir(_stir((2 * np.arange(num_words, dtype=np.uint64) + np.uint64(1)) * np.uint64(_WEYL)))
+    positions: Words = (2 * np.arange(num_words, dtype=np.uint64) + np.uint64(1)) * np.uint64(_WEYL)
+    return _stir(_stir(positions))
 
 
 def word_values(words: Words) -> Words:
@@ -48,7 +48,8 @@ def word_values(words: Words) -> Words:
     low = (words + keys) & _HALF_MASK
     high = ((words >> _HALF_BITS) + (keys >> _HALF_BITS)) & _HALF_MASK
     linear = (words & _HALF_MASK) + (words >> _HALF_BITS)
-    return low * high + (linear << _HALF_BITS)
+    values: Words = low * high + (linear << _HALF_BITS)
+    return values
 
 
 def finish(total: int, nbytes: int) -> int:
@@ -90,4 +91,5 @@ def scatter(pieces: npt.NDArray[np.int64]) -> None:
 
 def _stir(x: Words) -> Words:
     low, high = x & _HALF_MASK, x >> _HALF_BITS
-    return ((low << _HALF_BITS) | high) + low * high
+    stirred: Words = ((low << _HALF_BITS) | high) + low * high
+    return stirred

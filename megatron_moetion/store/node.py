@@ -33,7 +33,9 @@ def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
             "torchrun --rdzv-id is set)"
         )
     if "/" in found or found.startswith("."):
-        raise ConfigError(f"--moetion-run-id is {found!r}; it names a folder, so it must not hold / or start with a dot")
+        raise ConfigError(
+            f"--moetion-run-id is {found!r}; it names a folder, so it must not hold / or start with a dot"
+        )
     return found
 
 
@@ -60,7 +62,9 @@ def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str]
         probe.unlink()
         key = _key(path)
     except OSError as error:
-        raise StoreError(f"the store {path} cannot be written: {error.strerror}; choose another with --moetion-store") from error
+        raise StoreError(
+            f"the store {path} cannot be written: {error.strerror}; choose another with --moetion-store"
+        ) from error
     return NodeFolder(path=path, key=key)
 
 

@@ -20,7 +20,7 @@ BASE = (
     "--num-layers 4 --hidden-size 64 --num-attention-heads 4 --seq-length 32 --micro-batch-size 2 "
     "--train-iters 10 --lr 1e-3"
 )
-MOE = f"{BASE} --num-experts 8 --moe-token-dispatcher-type alltoall"
+MOE = f"{BASE} --num-experts 8 --moe-token-dispatcher-type alltoall --disable-bias-linear"
 
 
 def parse(flags: str, machine: Machine = CPU) -> argparse.Namespace:
@@ -111,6 +111,13 @@ def test_expert_flags_without_experts() -> None:
 def test_interleaving_needs_enough_micro_batches() -> None:
     with pytest.raises(ConfigError, match="number of micro batches, 1"):
         parse(f"{BASE} --pipeline-model-parallel-size 2 --num-layers-per-virtual-pipeline-stage 1")
+
+
+def test_experts_with_biases_need_expert_parallelism() -> None:
+    flags = f"{BASE} --num-experts 8"
+    with pytest.raises(ConfigError, match="--expert-model-parallel-size 1.*--disable-bias-linear"):
+        parse(flags)
+    assert parse(f"{flags} --expert-model-parallel-size 2").add_bias_linear
 
 
 def test_every_setting_has_a_flag_and_arrives() -> None:

@@ -114,7 +114,7 @@ def test_random_bit_flips_in_a_whole_chunk_show(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CONTENTS)
-@pytest.mark.parametrize("block_bytes", (4, 8, 16, 64, 4096))
+@pytest.mark.parametrize("block_bytes", [4, 8, 16, 64, 4096])
 def test_swapped_blocks_show(name: str, block_bytes: int) -> None:
     rng = np.random.default_rng(13)
     blocks = low_entropy(name, 1 << 18).reshape(-1, block_bytes)
@@ -154,7 +154,7 @@ PATTERNS = [
 ]
 
 
-@pytest.mark.parametrize("block_words", (1, 2, 4, 8, 16, 64, 512))
+@pytest.mark.parametrize("block_words", [1, 2, 4, 8, 16, 64, 512])
 def test_all_swaps_of_two_constant_blocks(block_words: int) -> None:
     """Census over all pairs of blocks in a chunk: swapping block i of one constant with block j of another.
 

@@ -62,7 +62,9 @@ def make_case(layout: list[list[tuple[int, int]]], rng: np.random.Generator, mis
     """``layout``: for each chunk its (gap, nbytes) pairs; a last pair without bytes is a gap at the end."""
     sizes = [sum(gap + nbytes for gap, nbytes in chunk) for chunk in layout]
     dst = aligned(sum(sizes) + MARGIN * (len(sizes) + 1), misalignment)
-    pieces, chunks, keep, at = [], [], [], MARGIN
+    pieces: list[tuple[int, ...]] = []
+    chunks: list[tuple[int, ...]] = []
+    keep, at = [], MARGIN
     for chunk, size in zip(layout, sizes, strict=True):
         chunks.append((address(dst) + at, size, len(pieces), len(chunk)))
         cursor = at
@@ -93,7 +95,8 @@ def test_every_size_and_alignment(pool: _C.HostPool) -> None:
     rng = np.random.default_rng(1)
     for misalignment in (0, 1, 8, 32, 63):
         check(make_case([[(0, size)] for size in SIZES], rng, misalignment), pool)
-        check(make_case([[(gap, size), (gap, 0)] for size in SIZES for gap in (0, 1, 64, 5000)], rng, misalignment), pool)
+        with_gaps = [[(gap, size), (gap, 0)] for size in SIZES for gap in (0, 1, 64, 5000)]
+        check(make_case(with_gaps, rng, misalignment), pool)
 
 
 def test_pieces_that_share_lines_and_words(pool: _C.HostPool) -> None:
@@ -143,7 +146,7 @@ def test_scatter_brings_the_pieces_back(pool: _C.HostPool) -> None:
         np.testing.assert_array_equal(src, want)
 
 
-@pytest.mark.parametrize("streaming", (False, True))
+@pytest.mark.parametrize("streaming", [False, True])
 def test_plain_copy_moves_the_same_bytes(pool: _C.HostPool, streaming: bool) -> None:
     case = make_case([[(0, size)] for size in (*SIZES, 600_003)], np.random.default_rng(7), misalignment=1)
     want, _ = case.run(pool)
@@ -172,10 +175,12 @@ def test_cancel_stops_a_pack_and_can_be_cleared(pool: _C.HostPool) -> None:
     cancel, digests = _C.Cancel(), np.zeros(4, dtype=np.uint64)
     case.dst[:] = POISON
     cancel.set()
-    assert cancel.is_set() and not pool.pack(case.pieces, case.chunks, digests, cancel)
+    assert cancel.is_set()
+    assert not pool.pack(case.pieces, case.chunks, digests, cancel)
     assert (case.dst == POISON).all()
     cancel.clear()
-    assert not cancel.is_set() and pool.pack(case.pieces, case.chunks, digests, cancel)
+    assert not cancel.is_set()
+    assert pool.pack(case.pieces, case.chunks, digests, cancel)
 
 
 def test_concurrent_callers_take_turns(pool: _C.HostPool) -> None:
@@ -186,7 +191,7 @@ def test_concurrent_callers_take_turns(pool: _C.HostPool) -> None:
         try:
             for _ in range(10):
                 check(case, pool)
-        except BaseException as failure:  # noqa: BLE001 - carried to the main thread, whatever it is
+        except BaseException as failure:  # carried to the main thread, whatever it is
             failures.append(failure)
 
     threads = [threading.Thread(target=work, args=(case,)) for case in cases]
@@ -224,7 +229,7 @@ def test_a_bad_table_is_refused_with_row_and_values(
 def test_bad_arrays_are_refused() -> None:
     pool, pieces = _C.HostPool(1), np.zeros((0, 3), np.int64)
     chunks = np.zeros((2, 4), np.int64)
-    with pytest.raises(ValueError, match="digests holds 1 values .* array of 2"):
+    with pytest.raises(ValueError, match=r"digests holds 1 values .* array of 2"):
         pool.pack(pieces, chunks, np.zeros(1, np.uint64))
     with pytest.raises(ValueError, match=r"chunks .* shape \[n, 4\]"):
         pool.pack(pieces, np.zeros((2, 3), np.int64), np.zeros(2, np.uint64))
@@ -233,7 +238,7 @@ def test_bad_arrays_are_refused() -> None:
     with pytest.raises(TypeError):  # a strided view would have to be copied
         pool.digest(chunks[:, :2], np.zeros(2, np.uint64))
     with pytest.raises(TypeError):
-        pool.pack(pieces.astype(np.int32), chunks, np.zeros(2, np.uint64))  # type: ignore[arg-type]
+        pool.pack(pieces.astype(np.int32), chunks, np.zeros(2, np.uint64))
     read_only = np.zeros(2, np.uint64)
     read_only.flags.writeable = False
     with pytest.raises(ValueError, match="not writeable"):
@@ -241,7 +246,8 @@ def test_bad_arrays_are_refused() -> None:
 
 
 def test_pools_say_what_they_are() -> None:
-    assert _C.HostPool(3).isa == ISAS[-1] and _C.HostPool(3).num_threads == 3
+    assert _C.HostPool(3).isa == ISAS[-1]
+    assert _C.HostPool(3).num_threads == 3
     with pytest.raises(ValueError, match="num_threads is 0"):
         _C.HostPool(0)
     with pytest.raises(ValueError, match="isa is 'sse9'; this machine and build offer auto, scalar"):
