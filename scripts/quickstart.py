@@ -133,7 +133,7 @@ class Display:
 
     def say(self, text: str) -> None:
         """One line that stays."""
-        self._console.print(text, highlight=False)
+        self._console.print(text, highlight=False, soft_wrap=True)
 
 
 class Training:
@@ -296,7 +296,7 @@ def print_table(console: Console, entries: Sequence[Mapping[str, Any]], out: Pat
         table.add_row(title, *(render(entry) for entry in entries))
     console.print(table)
     for name in ("loss.png", "summary.json"):
-        console.print(f"{os.path.relpath(out / name)}", highlight=False)
+        console.print(os.path.relpath(out / name), highlight=False, soft_wrap=True)
 
 
 def run_all(iterations: int, out: Path, console: Console) -> list[dict[str, Any]]:

@@ -205,9 +205,11 @@ def _check_moe(args: argparse.Namespace, machine: Machine) -> None:
         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --num-experts needs --sequence-parallel",
     )
     _refuse_if(
-        args.transformer_impl == "local" and args.add_bias_linear and max(parallel, args.expert_tensor_parallel_size) == 1,
-        f"--expert-model-parallel-size {parallel} with --transformer-impl local: Megatron-Core cannot train experts with "
-        "biases that are not spread over ranks; add --disable-bias-linear",
+        args.transformer_impl == "local"
+        and args.add_bias_linear
+        and max(parallel, args.expert_tensor_parallel_size) == 1,
+        f"--expert-model-parallel-size {parallel} with --transformer-impl local: Megatron-Core cannot train experts "
+        "with biases that are not spread over ranks; add --disable-bias-linear",
     )
     _refuse_if(
         args.moe_grouped_gemm and (not machine.has_gpu or not machine.packages),
@@ -292,8 +294,7 @@ def _check_data_and_output(args: argparse.Namespace) -> None:
         prefixes = args.data_path if len(args.data_path) == 1 else args.data_path[1::2]
         _refuse_if(
             len(args.data_path) > 1 and bool(len(args.data_path) % 2),
-            "--data-path takes one prefix, or weight and prefix in turn; "
-            f"it was given {len(args.data_path)} values",
+            f"--data-path takes one prefix, or weight and prefix in turn; it was given {len(args.data_path)} values",
         )
         missing = [p + end for p in prefixes for end in (".bin", ".idx") if not Path(p + end).is_file()]
         _refuse_if(bool(missing), f"--data-path: no such file: {', '.join(missing)}")

@@ -113,9 +113,7 @@ def _add_moe(group: Any) -> None:
     group.add_argument("--moe-router-score-function", choices=("softmax", "sigmoid"), default="softmax")
     group.add_argument("--moe-router-enable-expert-bias", action="store_true")
     group.add_argument("--moe-router-bias-update-rate", type=float, default=1e-3)
-    group.add_argument(
-        "--moe-expert-capacity-factor", type=float, help="without it, or negative: no token is dropped"
-    )
+    group.add_argument("--moe-expert-capacity-factor", type=float, help="without it, or negative: no token is dropped")
     group.add_argument("--moe-pad-expert-input-to-capacity", action="store_true")
     group.add_argument("--moe-token-drop-policy", choices=("probs", "position"), default="probs")
     group.add_argument("--moe-token-dispatcher-type", choices=("allgather", "alltoall", "flex"), default="allgather")

@@ -16,7 +16,7 @@ from megatron_moetion.errors import ConfigError
 from megatron_moetion.pretrain.corpus import Split
 
 
-class IdTokenizer(MegatronTokenizerBase):  # type: ignore[misc]
+class IdTokenizer(MegatronTokenizerBase):
     """The text is token ids already; one id past them marks the end of a document."""
 
     def __init__(self, num_ids: int) -> None:

@@ -41,8 +41,10 @@ def test_samples_repeat_exactly(kind: type[StdlibCorpus] | type[MockCorpus]) -> 
     for split in Split:
         for number in (0, 1, 5, 10**9):
             sample = first.sample(split, number)
-            assert sample.dtype == torch.int64 and sample.shape == (65,)
-            assert 0 <= int(sample.min()) and int(sample.max()) < first.vocab_size
+            assert sample.dtype == torch.int64
+            assert sample.shape == (65,)
+            assert int(sample.min()) >= 0
+            assert int(sample.max()) < first.vocab_size
             assert torch.equal(sample, again.sample(split, number))
     assert not torch.equal(first.sample(Split.TRAIN, 3), other.sample(Split.TRAIN, 3))
     assert not torch.equal(first.sample(Split.TRAIN, 3), first.sample(Split.TRAIN, 4))

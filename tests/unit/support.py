@@ -1,0 +1,267 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What several unit tests need: training state in NumPy memory, arenas for it, and a network of queues."""
+
+from __future__ import annotations
+
+import json
+import queue
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion._C import HostPool
+from megatron_moetion.errors import ChannelError
+from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
+from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
+
+CHUNK_BYTES = 4096
+T = TypeVar("T")
+
+
+class ToyState:
+    """A ``StateAdapter`` over NumPy arrays: one dense unit, experts, token counts, and a host state."""
+
+    def __init__(self, num_experts: int = 4, seed: int = 0, elements: int = 1500, frozen: bool = False) -> None:
+        rng = np.random.default_rng(seed)
+        self.arrays: dict[str, npt.NDArray[Any]] = {"dense": rng.normal(size=elements).astype(np.float32)}
+        if frozen:
+            self.arrays["frozen"] = rng.normal(size=33).astype(np.float32)
+        for e in range(num_experts):
+            self.arrays[f"expert{e}"] = rng.normal(size=elements // 3).astype(np.float32)
+        self.counts = np.zeros(max(num_experts, 1), dtype=np.int64)
+        self.num_experts = num_experts
+        self.host: dict[str, Any] = {"iteration": 0, "rng": rng.bytes(100)}
+        self.resyncs = 0
+
+    def inventory(self) -> Inventory:
+        dense = "layers.0.dense"
+        counts = _region(dense, "counts", self.counts, Role.BUFFER, at_once=True)
+        units = [
+            Unit(name=dense, kind=UnitKind.DENSE, layer=0, regions=(_region(dense, "dense", self.arrays["dense"]), counts))
+        ]
+        if "frozen" in self.arrays:
+            frozen = _region("frozen", "frozen", self.arrays["frozen"], Role.WEIGHT)
+            units.append(Unit(name="frozen", kind=UnitKind.FROZEN, regions=(frozen,)))
+        for e in range(self.num_experts):
+            name = f"layers.0.experts.{e}"
+            regions = (_region(name, f"expert{e}", self.arrays[f"expert{e}"]),)
+            units.append(Unit(name=name, kind=UnitKind.EXPERT, layer=0, expert=e, regions=regions))
+        units.append(Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=1000))
+        return Inventory(units=tuple(units))
+
+    def token_counters(self) -> tuple[TokenCounter, ...]:
+        return tuple(
+            TokenCounter(expert=f"layers.0.experts.{e}", unit="layers.0.dense", tensor="counts", position=e)
+            for e in range(self.num_experts)
+        )
+
+    def expert_peers(self) -> tuple[int, ...]:
+        return ()
+
+    def host_state(self) -> dict[str, Any]:
+        return dict(self.host)
+
+    def load_host_state(self, state: Mapping[str, Any]) -> None:
+        self.host = dict(state)
+
+    def resync(self) -> None:
+        self.resyncs += 1
+
+    def step(self, iteration: int) -> None:
+        """One deterministic step: every byte of the state depends on the state before."""
+        for number, array in enumerate(self.arrays.values()):
+            array *= np.float32(0.99)
+            array += np.float32(iteration % 7 + number)
+        self.counts += (np.arange(len(self.counts)) + iteration) % 5 + 1
+        self.host = {"iteration": iteration, "rng": bytes([iteration % 256]) * 100}
+
+    def image(self) -> bytes:
+        """All bytes of the state."""
+        arrays = b"".join(a.tobytes() for a in self.arrays.values())
+        return arrays + self.counts.tobytes() + repr(sorted(self.host.items())).encode()
+
+
+def _region(
+    unit: str, tensor: str, array: npt.NDArray[Any], role: Role = Role.MASTER, at_once: bool = False
+) -> Region:
+    return Region(
+        unit=unit, tensor=tensor, role=role, dtype=str(array.dtype), start=0, nbytes=array.nbytes,
+        address=array.ctypes.data, at_once=at_once,
+    )  # fmt: skip
+
+
+def identity(**changes: Any) -> ArenaIdentity:
+    """An arena's identity with some fields changed."""
+    fields: dict[str, Any] = {
+        "run_id": "run", "owner": 0, "world_size": 2, "topology": "tp1 pp1", "layout": "layout", "mode": "full",
+        "chunk_bytes": CHUNK_BYTES,
+    }  # fmt: skip
+    return ArenaIdentity(**{**fields, **changes})
+
+
+def spec_of(state: ToyState, owner: int = 0, copies: int = 3, **changes: Any) -> ArenaSpec:
+    """A spec with ``copies`` slots for each unit of the state."""
+    units = state.inventory()
+    whose = identity(owner=owner, **{"layout": units.fingerprint, **changes})
+    return ArenaSpec.of(whose, units, {u.name: copies for u in units.units})
+
+
+def make_arena(folder: Path, state: ToyState, owner: int = 0, copies: int = 3, **changes: Any) -> Arena:
+    """A new arena for a state, named as in a store."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return Arena.create(folder / f"rank{owner:05d}.arena", spec_of(state, owner, copies, **changes), Page())
+
+
+def capture(
+    packer: Packer, arena: Arena, iteration: int, units: Sequence[int] | None = None, epoch: int = 0
+) -> tuple[Record, ...]:
+    """Pack units (all, where none are named) into free slots and commit them."""
+    chosen = range(len(arena.spec.units)) if units is None else units
+    slots = [arena.acquire(arena.spec.units[u][2]) for u in chosen]
+    assert None not in slots, "the arena is full"
+    targets = [
+        Target(unit=u, address=arena.payload(s).ctypes.data, digests=arena.digests(s))
+        for u, s in zip(chosen, slots, strict=True)
+        if s is not None
+    ]
+    packer.freeze(f"host state of {iteration}".encode())
+    digests = packer.pack(targets, lambda: None)
+    assert digests is not None
+    records = tuple(
+        Record(unit=u, iteration=iteration, epoch=epoch, slot=s, nbytes=arena.spec.units[u][2], digest=d)
+        for u, s, d in zip(chosen, slots, digests, strict=True)
+        if s is not None
+    )
+    arena.add(records)
+    return records
+
+
+class Network:
+    """Queues between ranks of one process. ``damage(source, target, size)`` may give a byte to flip, or None."""
+
+    def __init__(self, world_size: int, timeout_s: float = 10.0) -> None:
+        self.world_size = world_size
+        self.timeout_s = timeout_s
+        self.damage: Callable[[int, int, int], int | None] = lambda source, target, size: None
+        self.dead: set[int] = set()
+        self._queues: dict[tuple[int, int], queue.Queue[bytes]] = {
+            (a, b): queue.Queue() for a in range(world_size) for b in range(world_size)
+        }
+        self._rounds: dict[tuple[str, int, tuple[int, ...]], dict[int, Any]] = {}
+        self._changed = threading.Condition()
+
+    def channel(self, rank: int) -> Channel:
+        return _QueueChannel(self, rank)
+
+    def send(self, source: int, target: int, data: bytes) -> None:
+        position = self.damage(source, target, len(data))
+        if position is not None:
+            flipped = bytearray(data)
+            flipped[position] ^= 1
+            data = bytes(flipped)
+        self._queues[(source, target)].put(data)
+
+    def receive(self, source: int, target: int) -> bytes:
+        try:
+            return self._queues[(source, target)].get(timeout=0.05 if source in self.dead else self.timeout_s)
+        except queue.Empty:
+            raise ChannelError(f"transfer with rank(s) [{source}] failed: timed out") from None
+
+    def post(self, kind: str, turn: int, members: tuple[int, ...], rank: int, value: Any) -> None:
+        with self._changed:
+            self._rounds.setdefault((kind, turn, members), {})[rank] = value
+            self._changed.notify_all()
+
+    def collect(self, kind: str, turn: int, members: tuple[int, ...]) -> list[Any]:
+        """What every member posted, by rank."""
+        key = (kind, turn, members)
+        with self._changed:
+            if not self._changed.wait_for(lambda: len(self._rounds.get(key, ())) == len(members), self.timeout_s):
+                raise ChannelError(f"{kind} {turn}: {sorted(self._rounds.get(key, ()))} of {members} came")
+            return [self._rounds[key][m] for m in members]
+
+
+class _QueueChannel:
+    def __init__(self, network: Network, rank: int) -> None:
+        self._network = network
+        self._rank = rank
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        if self._rank in self._network.dead:
+            raise ChannelError(f"rank {self._rank} is cut off")
+        for message in sends:
+            self._network.send(self._rank, message.peer, message.data.tobytes())
+        for message in receives:
+            data = np.frombuffer(self._network.receive(message.peer, self._rank), dtype=np.uint8)
+            assert data.nbytes == message.data.nbytes, "the two sides' messages do not match"
+            message.data[:] = data
+
+
+class ToyFabric:
+    """A ``Fabric`` over a ``Network``."""
+
+    def __init__(self, network: Network, rank: int, expert_peers: Sequence[int] = ()) -> None:
+        self.rank = rank
+        self.world_size = network.world_size
+        self.channel = network.channel(rank)
+        self._network = network
+        self._all = tuple(range(network.world_size))
+        self._peers = tuple(expert_peers) or (rank,)
+        self._turns = {"gather": 0, "and": 0, "sum": 0}
+        self._open: dict[str, int | None] = {"and": None, "sum": None}
+
+    def gather(self, document: Any) -> list[Any]:
+        turn = self._post("gather", self._all, json.loads(json.dumps(document)))
+        return list(self._network.collect("gather", turn, self._all))
+
+    def start_agreement(self, mask: int) -> None:
+        self._open["and"] = self._post("and", self._all, mask)
+
+    def finish_agreement(self) -> int | None:
+        turn, self._open["and"] = self._open["and"], None
+        if turn is None:
+            return None
+        masks = self._network.collect("and", turn, self._all)
+        return int(np.bitwise_and.reduce(np.array(masks, dtype=np.int64)))
+
+    def start_sum(self, counts: Sequence[int]) -> None:
+        self._open["sum"] = self._post("sum", self._peers, list(counts))
+
+    def finish_sum(self) -> list[int] | None:
+        turn, self._open["sum"] = self._open["sum"], None
+        if turn is None:
+            return None
+        return [sum(column) for column in zip(*self._network.collect("sum", turn, self._peers), strict=True)]
+
+    def close(self) -> None:
+        pass
+
+    def _post(self, kind: str, members: tuple[int, ...], value: Any) -> int:
+        turn = self._turns[kind]
+        self._turns[kind] += 1
+        self._network.post(kind, turn, members, self.rank, value)
+        return turn
+
+
+def together(*calls: Callable[[], T]) -> list[T]:
+    """Run one call a rank, at the same time; their results by rank. The first failure is raised."""
+    with ThreadPoolExecutor(len(calls)) as threads:
+        futures = [threads.submit(call) for call in calls]
+        return [f.result() for f in futures]
+
+
+POOL = HostPool(1)
+"""For tests that verify."""
+
+
+def no_probe(point: str, iteration: int) -> None:
+    """A probe that never kills."""

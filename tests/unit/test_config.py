@@ -1,0 +1,57 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Settings: every mistake is refused with the flag and the value in the message."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+import pytest
+
+from megatron_moetion.config import MODES, MoetionConfig
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.replicate.agreement import WINDOW, mask_of
+
+
+def test_defaults_are_valid_and_frozen() -> None:
+    config = MoetionConfig()
+    assert config.mode in MODES
+    assert config.store_folder == f"/dev/shm/moetion-{os.getuid()}"
+    assert MoetionConfig(store="/tmp/x").store_folder == "/tmp/x"
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        config.mode = "full"  # type: ignore[misc]
+
+
+def test_every_setting_says_what_it_is() -> None:
+    assert all(f.metadata["help"] for f in dataclasses.fields(MoetionConfig))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"interval": 0}, "--moetion-interval is 0"),
+        ({"staleness_cap": 0}, "--moetion-staleness-cap is 0"),
+        ({"max_stall_ms": -1}, "--moetion-max-stall-ms is -1"),
+        ({"timeout_s": 0}, "--moetion-timeout-s is 0"),
+        ({"in_flight_bytes": 0}, "--moetion-in-flight-bytes is 0"),
+        ({"replicas": -1}, "--moetion-replicas is -1"),
+        ({"ranks_per_node": -2}, "--moetion-ranks-per-node is -2"),
+        ({"experts_per_snapshot": -1}, "--moetion-experts-per-snapshot is -1"),
+        ({"pack_threads": -1}, "--moetion-pack-threads is -1"),
+        ({"mode": "partial"}, "'partial'; choose one of full, popularity"),
+        ({"mode": "full", "experts_per_snapshot": 2}, "no meaning in mode 'full'"),
+        ({"chunk_bytes": 2048}, "--moetion-chunk-bytes is 2048"),
+        ({"chunk_bytes": 4097}, "--moetion-chunk-bytes is 4097"),
+    ],
+)
+def test_a_mistake_names_the_flag_and_the_value(wrong: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MoetionConfig(**wrong)
+
+
+@pytest.mark.parametrize("interval", [1, 2, 31, 64, 1000])
+def test_the_agreement_sees_the_last_snapshots_at_every_interval_that_is_accepted(interval: int) -> None:
+    # The session passes iterations, so an interval of WINDOW or more would leave every snapshot outside the mask.
+    MoetionConfig(interval=interval)
+    assert mask_of({5 * interval}, 6 * interval) != 0, f"WINDOW is {WINDOW} iterations"
