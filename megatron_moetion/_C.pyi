@@ -49,9 +49,7 @@ class HostPool:
         """Digest of each row (address, nbytes) of ``chunks``, written to ``digests``."""
     def scatter(self, pieces: npt.NDArray[np.int64]) -> None:
         """Copy each row (src_address, dst_address, nbytes); destinations must not overlap."""
-    def copy(
-        self, pieces: npt.NDArray[np.int64], chunks: npt.NDArray[np.int64], *, streaming: bool = False
-    ) -> None:
+    def copy(self, pieces: npt.NDArray[np.int64], chunks: npt.NDArray[np.int64], *, streaming: bool = False) -> None:
         """The bytes that ``pack`` moves, by memcpy or streaming stores alone: a baseline for benchmarks."""
     def prefault(self, address: int, nbytes: int) -> None:
         """Make all pages of a span present and writable. Contents stay."""

@@ -8,7 +8,8 @@ Policies are in ``select``, ``recover/plan.py`` and ``replicate/placement.py``; 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,14 +27,14 @@ from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.flight import Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
-from megatron_moetion.select.policies import default_num_experts, sustainable, unsaved_tokens
-from megatron_moetion.select.popularity import Ledger, tokens_lost_share
+from megatron_moetion.select.book import ExpertBook, share_lost
+from megatron_moetion.select.budget import copies, experts_per_snapshot
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec
 from megatron_moetion.store.manifest import retain
 from megatron_moetion.store.node import open_node, restart_count, run_id_of, write_pid
-from megatron_moetion.units import Inventory, StateAdapter, UnitKind
+from megatron_moetion.units import Inventory, StateAdapter, TokenCounter, UnitKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,10 +75,17 @@ class Session:
         self._node = open_node(config, run_id, environment, fabric.world_size)
         write_pid(self._node, rank, self._attempt)
         self._inventory: Inventory = adapter.inventory()
-        self._counters = self._find_counters()
-        self._expert_units = [self._inventory.index.get(c.expert) for c in adapter.token_counters()]
+        counters = adapter.token_counters()
+        self._counters = self._find_counters(counters)
+        self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
         self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
-        self._num_experts = _experts_per_snapshot(config, len(self._counters))
+        self._num_experts = experts_per_snapshot(config, len(counters))
+        self._book = ExpertBook(
+            names=[c.expert for c in counters],
+            layers=[c.unit for c in counters],
+            num_experts=self._num_experts,
+            staleness_cap=config.staleness_cap,
+        )
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
         self._packer = Packer(self._inventory, config.chunk_bytes, threads)
@@ -92,10 +100,8 @@ class Session:
                 chunk_bytes=config.chunk_bytes,
             ),
             self._inventory,
-            self._copies(),
+            copies(self._inventory.units, config.mode, self._num_experts),
         )
-        self._ledger = Ledger(len(self._counters))
-        self._lost = [0] * len(self._counters)
         self._open_iterations: set[int] = set()
         self._stable = -1
         self._base = -1
@@ -182,7 +188,7 @@ class Session:
             "moetion/stable-lag-iterations": float(self._base - self._stable),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
-            "moetion/unsaved-tokens-max": float(max(self._ledger.unsaved, default=0)),
+            "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
         }
 
     def close(self) -> None:
@@ -197,7 +203,7 @@ class Session:
                 "bytes": counts.bytes_committed,
                 "full": self._inventory.nbytes,
                 "dropped": dict(counts.dropped),
-                "layers": self._layer_tokens(self._token_counts()),
+                "layers": self._book.layers(self._token_counts()),
             }
         )
         snapshots = min(t["committed"] for t in totals)
@@ -207,7 +213,7 @@ class Session:
             dropped=sum(sum(t["dropped"].values()) for t in totals),
             snapshot_bytes_full=sum(t["full"] for t in totals),
             snapshot_bytes_mean=sum(t["bytes"] / max(t["committed"], 1) for t in totals),
-            plt=_plt(t["layers"] for t in totals),
+            plt=share_lost([t["layers"] for t in totals]),
             stable=self._stable,
         )
         self._flight.close()
@@ -222,13 +228,10 @@ class Session:
         state = decode(blob)
         self._adapter.load_host_state(state["adapter"])
         self._adapter.resync()
-        self._lost = list(state["session"]["lost"])
         self._stable = self._base = plan.iteration
         self._fly(self._arenas, situation, plan.epoch)
-        lost_before = sum(self._lost)
-        self._count_losses(situation, plan, state["session"]["history"])
-        mine = {"lost": sum(self._lost) - lost_before, "layers": self._layer_tokens(self._token_counts())}
-        everyone = self._fabric.gather(mine)
+        lost = self._count_losses(situation, plan, state["session"])
+        everyone = self._fabric.gather({"lost": lost, "layers": self._book.layers(self._token_counts())})
         phases.done("resync")
         choices = plan.choices[self._fabric.rank]
         home = situation.placement.node_of[self._fabric.rank]
@@ -239,13 +242,13 @@ class Session:
             fetched_units=sum(c.node != home for c in choices),
             seconds=phases.seconds,
             lost_tokens=sum(m["lost"] for m in everyone),
-            plt=_plt(m["layers"] for m in everyone),
+            plt=share_lost([m["layers"] for m in everyone]),
         )
         spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items())
         self._journal.info(
             plan.iteration,
             f"recovered, epoch {plan.epoch}; {resumed.local_units} units from this node's memory, "
-            f"{resumed.fetched_units} from other nodes; {resumed.lost_tokens} tokens lost (PLT {resumed.plt:.4%}); {spent}",
+            f"{resumed.fetched_units} from other nodes; {resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; {spent}",
         )
         self._journal.event(
             "recovered",
@@ -285,11 +288,12 @@ class Session:
         self._fabric.start_agreement(mask_of(flight.whole, iteration))
         if newest_common(self._fabric.finish_agreement() or 0, iteration) is None:
             raise StoreError(
-                f"the first snapshot could not be made whole on every rank ({flight.broken or dict(flight.counts.dropped)})"
+                "the first snapshot could not be made whole on every rank: "
+                f"{flight.broken or dict(flight.counts.dropped)}"
             )
         flight.counts = FlightCounts()  # the baseline is no steady-state snapshot
         self._stable = self._base = iteration
-        self._ledger.captured(iteration, range(len(counts)), counts)
+        self._book.choose_all(iteration, counts)
         for arena in self._arenas.all():
             arena.edit(lambda page: {"stable": iteration})
         self._fabric.gather("baseline")
@@ -347,7 +351,7 @@ class Session:
         totals = self._fabric.finish_sum()
         mask = self._fabric.finish_agreement()
         if totals is not None:
-            self._ledger.update(totals)
+            self._book.ledger.update(totals)
         if not mask:
             return
         settled = fates(mask, self._base, self._open_iterations)
@@ -357,25 +361,19 @@ class Session:
         self._stable = stable
         self._open_iterations -= settled.keys()
         for iteration, whole in sorted(settled.items()):
-            self._ledger.settle(iteration, whole)
+            self._book.ledger.settle(iteration, whole)
         for arena in arenas.all():
             arena.edit(lambda page: {"records": retain(page.records, stable, settled), "stable": stable})
 
     def _freeze(self) -> None:
-        state: dict[str, Any] = {
-            "adapter": self._adapter.host_state(),
-            "session": {"lost": self._lost, "history": self._ledger.history},
-        }
+        state = {"adapter": self._adapter.host_state(), "session": self._book.state()}
         self._packer.freeze(encode(state))
 
     def _select(self, iteration: int, counts: list[int]) -> tuple[int, ...]:
         """Unit numbers of this snapshot. Ranks that share experts choose the same ones, each its shards of them."""
         if self._config.mode == "full":
             return (*self._always, *self._inventory.of_kind(UnitKind.EXPERT))
-        chosen = unsaved_tokens(
-            self._ledger.unsaved, self._ledger.staleness, self._num_experts, self._config.staleness_cap
-        )
-        self._ledger.captured(iteration, chosen, counts)
+        chosen = self._book.choose(iteration, counts)
         return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
@@ -391,10 +389,10 @@ class Session:
 
     # -- tokens ---------------------------------------------------------------------------------------
 
-    def _find_counters(self) -> list[tuple[int, int, int]]:
+    def _find_counters(self, counters: Sequence[TokenCounter]) -> list[tuple[int, int, int]]:
         """For each local expert the unit, region and position of its token count."""
         found: list[tuple[int, int, int]] = []
-        for counter in self._adapter.token_counters():
+        for counter in counters:
             unit = self._inventory.index[counter.unit]
             regions = self._inventory.units[unit].regions
             region = next(i for i, r in enumerate(regions) if r.tensor == counter.tensor)
@@ -408,10 +406,10 @@ class Session:
     def _tokens_of_units(self, counts: list[int]) -> dict[int, int]:
         return {u: tokens for u, tokens in zip(self._expert_units, counts, strict=True) if u is not None}
 
-    def _count_losses(self, situation: Situation, plan: RecoveryPlan, history: list[list[list[int]]]) -> None:
-        """After a recovery: tokens between each expert's capture and T, and a ledger that knows of them.
+    def _count_losses(self, situation: Situation, plan: RecoveryPlan, state: Mapping[str, Any]) -> int:
+        """After a recovery: the tokens that this rank had trained experts on since the captures they come from.
 
-        Every rank counts the tokens that it processed itself, also for experts whose state others hold.
+        Every rank counts its own tokens, also of experts whose state other ranks hold.
         """
         self._freeze()
         now = self._token_counts()
@@ -420,51 +418,13 @@ class Session:
             for spec, choices in zip(situation.specs, plan.choices, strict=True)
             for choice in choices
         }
-        captured = [at.get(c.expert, plan.iteration) for c in self._adapter.token_counters()]
-        then = []
-        for position, iteration in enumerate(captured):
-            known = {i: tokens for i, tokens in history[position] if i <= iteration}
-            then.append(now[position] if iteration == plan.iteration else known[max(known)] if known else 0)
-        self._lost = [lost + a - b for lost, a, b in zip(self._lost, now, then, strict=True)]
-        self._fabric.start_sum(now)
-        totals = self._fabric.finish_sum() or []
-        self._fabric.start_sum(then)
-        self._ledger.seed(captured, totals, self._fabric.finish_sum() or [], then)
+        losses = self._book.losses(state, at, plan.iteration, now)
+        self._book.recover(state, losses, self._sum(now), self._sum(losses.then))
+        return sum(losses.lost)
 
-    def _layer_tokens(self, counts: list[int]) -> dict[str, tuple[int, int]]:
-        """Per MoE layer: tokens lost to all faults so far, and tokens processed, both on this rank."""
-        layers: dict[str, tuple[int, int]] = {}
-        for (unit, _, _), lost, processed in zip(self._counters, self._lost, counts, strict=True):
-            name = self._inventory.units[unit].name
-            before = layers.get(name, (0, 0))
-            layers[name] = (before[0] + lost, before[1] + processed)
-        return layers
-
-    def _copies(self) -> dict[str, int]:
-        """Slots per unit: stable, awaiting agreement, in flight; in ``popularity`` one an expert plus two selections."""
-        copies = {}
-        pooled: dict[int, int] = {}
-        for unit in self._inventory.units:
-            if unit.kind is UnitKind.FROZEN:
-                copies[unit.name] = 1
-            elif unit.kind is UnitKind.EXPERT and self._config.mode != "full":
-                taken = pooled.get(unit.nbytes, 0)
-                extra = min(2, 2 * self._num_experts - taken)
-                pooled[unit.nbytes] = taken + extra
-                copies[unit.name] = 1 + extra
-            else:
-                copies[unit.name] = 3
-        return copies
-
-
-def _experts_per_snapshot(config: MoetionConfig, total: int) -> int:
-    chosen = config.experts_per_snapshot or default_num_experts(total, config.staleness_cap)
-    if config.mode != "full" and not sustainable(chosen, total, config.staleness_cap):
-        raise ConfigError(
-            f"--moetion-experts-per-snapshot {chosen} x --moetion-staleness-cap {config.staleness_cap} is less than the "
-            f"{total} experts of this rank, so the cap cannot be kept; raise either"
-        )
-    return min(chosen, total)
+    def _sum(self, counts: Sequence[int]) -> list[int]:
+        self._fabric.start_sum(counts)
+        return self._fabric.finish_sum() or []
 
 
 def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:
@@ -474,18 +434,8 @@ def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:
     return max(1, min(8, int(share / 2)))
 
 
-def _plt(layers_of_ranks: Any) -> float:
-    lost: dict[str, int] = {}
-    processed: dict[str, int] = {}
-    for layers in layers_of_ranks:
-        for layer, (a, b) in layers.items():
-            lost[layer] = lost.get(layer, 0) + a
-            processed[layer] = processed.get(layer, 0) + b
-    return tokens_lost_share([lost[k] for k in sorted(lost)], [processed[k] for k in sorted(lost)])
-
-
 def _process_start() -> float:
-    """Unix time at which this process was started."""
-    import psutil
-
-    return float(psutil.Process().create_time())
+    """Unix time at which this process was started, to a clock tick."""
+    ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
+    age_s = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
+    return time.time() - age_s

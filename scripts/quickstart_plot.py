@@ -23,6 +23,7 @@ PHASE_COLORS = {
     "survey": SKY,
     "fetch": BLUE,
     "verify": "#CC79A7",
+    "replicate": "#7B3294",
     "restore": GREEN,
     "resync": "#F0E442",
     "epoch": BLACK,
@@ -72,7 +73,8 @@ def draw(path: Path, reference: Run, runs: Sequence[Run], entries: Sequence[Mapp
 def _draw_losses(axes: Axes, reference: Run, run: Run, entry: Mapping[str, Any]) -> None:
     killed, resumed = entry["killed_at_iteration"], entry["resumed_from_iteration"]
     before = run.curve_of_attempt(0)
-    after = {i: loss for i, loss in run.curve().items() if i > resumed}
+    # From the recovered point on: its own loss is the one that the first attempt saw.
+    after = {i: before.get(i, loss) if i == resumed else loss for i, loss in run.curve().items() if i >= resumed}
     axes.plot(*_points(reference.curve()), color=ORANGE, linewidth=6, alpha=0.45, solid_capstyle="round",
               label="fault-free run")  # fmt: skip
     axes.plot(*_points(before), color=BLACK, linewidth=1.6, label="this run, before the fault")

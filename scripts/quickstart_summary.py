@@ -115,13 +115,14 @@ def recovery_seconds(run: Run) -> dict[str, float]:
     recovered = run.event("recovered")
     if recovered is None or run.fault is None:
         raise RunError(f"run '{run.name}' reports no recovery")
-    restored, started = float(recovered["time"]), float(recovered["process_start"])
+    restored = float(recovered["time"])
+    started = max(run.fault.time, float(recovered["process_start"]))  # the system's start times are rounded
     steps = [float(step["time"]) for step in run.steps if float(step["time"]) > restored]
     if not steps:
         raise RunError(f"run '{run.name}' logs no step after its recovery")
     phases = {name: float(seconds) for name, seconds in recovered["phases_s"].items()}
     phases = {
-        "detect": max(0.0, started - run.fault.time),
+        "detect": started - run.fault.time,
         "restart": max(0.0, restored - started - sum(phases.values())),
         **phases,
         "first_step": min(steps) - restored,

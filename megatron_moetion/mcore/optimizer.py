@@ -14,6 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.tensor_parallel.random import get_cuda_rng_tracker
+from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
@@ -247,9 +248,7 @@ def _module_residents(model: Sequence[nn.Module], layout: ModelLayout) -> Iterat
 
 def _unwrap(chunk: DistributedDataParallel) -> nn.Module:
     module: nn.Module = chunk.module
-    while hasattr(module, "module"):  # Float16Module and the like
-        module = module.module
-    return module
+    return module.module if isinstance(module, Float16Module) else module
 
 
 def _counter_name(prefix: str) -> str:

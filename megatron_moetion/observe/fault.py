@@ -31,7 +31,7 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
         fields = part.split(":")
         if len(fields) != 4 or fields[3] not in POINTS:
             raise ConfigError(
-                f"--moetion-inject-fault: {part!r} is not ATTEMPT:RANK:ITERATION:POINT with a point of {', '.join(POINTS)}"
+                f"--moetion-inject-fault: {part!r} is not ATTEMPT:RANK:ITERATION:POINT; points are {', '.join(POINTS)}"
             )
         try:
             attempt, rank, iteration = (int(f) for f in fields[:3])

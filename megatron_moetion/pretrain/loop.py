@@ -1,33 +1,28 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The training loop: set up, resume, step, evaluate, save."""
+"""The training loop: resume, step, evaluate, save."""
 
 from __future__ import annotations
 
 import argparse
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
-from datetime import timedelta
 from typing import Any
 
 import torch
-from megatron.core import parallel_state, tensor_parallel
-from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 from torch import distributed as dist
 
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.persist import export
-from megatron_moetion.pretrain.corpus import MockCorpus, Split, StdlibCorpus, TokenSource, batches, sample_numbers
-from megatron_moetion.pretrain.indexed import IndexedCorpus
+from megatron_moetion.pretrain.corpus import Split, TokenSource, batches, sample_numbers
 from megatron_moetion.pretrain.launch import Place
 from megatron_moetion.pretrain.model import build_model, build_optimizer
 from megatron_moetion.pretrain.progress import Progress
-from megatron_moetion.pretrain.rendezvous import connect
 from megatron_moetion.pretrain.report import Reporter, StepResult
+from megatron_moetion.pretrain.startup import build_source, initialize, say
 
 AUX_LOSS_NAMES = {
     "aux_loss": "load_balancing_loss",
@@ -48,64 +43,6 @@ def pretrain(args: argparse.Namespace, place: Place) -> None:
     trainer.train()
     reporter.close()
     dist.destroy_process_group()
-
-
-def say(text: str) -> None:
-    """Print once, from rank 0."""
-    if dist.get_rank() == 0:
-        print(text, flush=True)
-
-
-def initialize(args: argparse.Namespace, place: Place) -> int:
-    """Connect the ranks, form Megatron's groups, seed. Returns the attempt number."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(place.local_rank)
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    attempt = connect(place, timeout, "nccl" if on_gpu else "gloo")
-    # Announces itself as a warning although it is off.
-    logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
-    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
-    form_groups(args, place)
-    return attempt
-
-
-def form_groups(args: argparse.Namespace, place: Place) -> None:
-    """Megatron's process groups and random seeds for one set of flags, over ranks that are connected."""
-    parallel_state.initialize_model_parallel(
-        args.tensor_model_parallel_size,
-        args.pipeline_model_parallel_size,
-        args.virtual_pipeline_model_parallel_size,
-        expert_model_parallel_size=args.expert_model_parallel_size,
-        expert_tensor_parallel_size=args.expert_tensor_parallel_size,
-        distributed_timeout_minutes=args.distributed_timeout_minutes,
-    )
-    init_num_microbatches_calculator(
-        place.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
-    )
-    # As Megatron-LM: pipeline stages differ, data parallel replicas agree; the tracker adds the expert ranks.
-    seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
-    torch.manual_seed(seed)
-    tensor_parallel.model_parallel_cuda_manual_seed(seed)
-
-
-def build_source(args: argparse.Namespace) -> TokenSource:
-    """The data that the flags ask for. All ranks call it together."""
-    if args.mock_data:
-        return MockCorpus(seq_length=args.seq_length, seed=args.seed)
-    if args.data_path is None:
-        return StdlibCorpus(seq_length=args.seq_length, seed=args.seed)
-    evaluations = args.train_iters // args.eval_interval + 1
-    return IndexedCorpus(
-        paths=args.data_path,
-        split=args.split,
-        seq_length=args.seq_length,
-        seed=args.seed,
-        num_train=max(args.train_iters, 1) * args.global_batch_size,
-        num_validation=max(evaluations * args.eval_iters, 1) * args.global_batch_size,
-        num_ids=args.vocab_size,
-        cache=args.data_cache_path,
-    )
 
 
 class Trainer:

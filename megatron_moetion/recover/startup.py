@@ -78,7 +78,7 @@ class Startup:
         self._probe = probe
 
     def look(self, attempt: int) -> Situation:
-        """Survey every node and plan. Raises ``ConfigError`` or ``IdentityMismatch`` where ranks do not fit together."""
+        """Survey every node and plan. ``ConfigError`` or ``IdentityMismatch`` where ranks do not fit together."""
         rank = self._fabric.rank
         notes = self._fabric.gather({"node": self._node.key, "attempt": attempt, "spec": self._spec.to_json().decode()})
         specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)

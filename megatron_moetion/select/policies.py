@@ -42,13 +42,3 @@ def unsaved_tokens(unsaved: Sequence[int], staleness: Sequence[int], num_experts
             chosen.append(e)
             taken[e] = True
     return tuple(sorted(chosen))
-
-
-def sustainable(num_experts: int, total: int, cap: int) -> bool:
-    """Whether K experts per snapshot can keep ``total`` experts within the cap: K * cap >= E."""
-    return num_experts * cap >= total
-
-
-def default_num_experts(total: int, cap: int) -> int:
-    """K where the user gave none: twice what the cap needs, so that half of the slots follow popularity."""
-    return min(total, -(-2 * total // cap))

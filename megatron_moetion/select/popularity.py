@@ -35,7 +35,7 @@ class Ledger:
         self._snapshots = 0
 
     def seed(self, captured: Sequence[int], totals: Sequence[int], saved: Sequence[int], local: Sequence[int]) -> None:
-        """Start from a recovery: iteration of each expert's capture, tokens now, tokens at the capture (all ranks', here).
+        """Start from a recovery: iteration of each expert's capture; all ranks' tokens now and then; ours then.
 
         Experts captured longest ago count as stalest, one snapshot for each distinct iteration.
         """

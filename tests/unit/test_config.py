@@ -11,7 +11,6 @@ import pytest
 
 from megatron_moetion.config import MODES, MoetionConfig
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.replicate.agreement import WINDOW, mask_of
 
 
 def test_defaults_are_valid_and_frozen() -> None:
@@ -48,10 +47,3 @@ def test_every_setting_says_what_it_is() -> None:
 def test_a_mistake_names_the_flag_and_the_value(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MoetionConfig(**wrong)
-
-
-@pytest.mark.parametrize("interval", [1, 2, 31, 64, 1000])
-def test_the_agreement_sees_the_last_snapshots_at_every_interval_that_is_accepted(interval: int) -> None:
-    # The session passes iterations, so an interval of WINDOW or more would leave every snapshot outside the mask.
-    MoetionConfig(interval=interval)
-    assert mask_of({5 * interval}, 6 * interval) != 0, f"WINDOW is {WINDOW} iterations"

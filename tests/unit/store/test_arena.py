@@ -1,0 +1,401 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arenas: one writer, memory allocated at start, and no valid page that refers to bytes that were overwritten."""
+
+from __future__ import annotations
+
+import errno
+import os
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from support import ToyState, identity, make_arena, spec_of
+
+from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
+from megatron_moetion.store import arena as arena_module
+from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity
+from megatron_moetion.store.manifest import Branch, Page, Record, decode_page, page_bytes
+
+SMALL, LARGE = 64, 8192
+SPEC = ArenaSpec(
+    identity=identity(), units=(("small", 1, SMALL), ("large", 1, LARGE)), slots=((SMALL, 4), (LARGE, 2))
+)
+PAGE_STARTS = (4096, 8192)
+
+
+def create(folder: Path, page: Page | None = None) -> Arena:
+    return Arena.create(folder / "rank00000.arena", SPEC, page or Page())
+
+
+def store(arena: Arena, unit: int, iteration: int, fill: int | None = None) -> Record:
+    """Fill a slot with a byte that stands for the capture, and commit it."""
+    nbytes = SPEC.units[unit][2]
+    slot = arena.acquire(nbytes)
+    assert slot is not None
+    value = iteration % 251 if fill is None else fill
+    arena.payload(slot)[:] = value
+    record = Record(unit=unit, iteration=iteration, epoch=0, slot=slot, nbytes=nbytes, digest=value)
+    arena.add([record])
+    return record
+
+
+def valid_pages(path: Path) -> list[Page]:
+    """Both pages as they stand in the file."""
+    data = path.read_bytes()
+    area = page_bytes(SPEC.num_slots)
+    return [p for p in (decode_page(data[s : s + area]) for s in PAGE_STARTS) if p is not None]
+
+
+def damage(path: Path, position: int) -> None:
+    with path.open("r+b") as file:
+        file.seek(position)
+        byte = file.read(1)[0]
+        file.seek(position)
+        file.write(bytes([byte ^ 0x40]))
+
+
+# -- what an arena is -----------------------------------------------------------------------------------------
+
+
+def test_captures_survive_the_process(tmp_path: Path) -> None:
+    first = create(tmp_path, Page(epoch=3, stable=2, branches=(Branch(epoch=3, iteration=2),)))
+    records = [store(first, 0, 5), store(first, 1, 5)]
+    first.digests(records[1].slot)[:] = [7, 8]
+    first.close()
+    again = Arena.open(tmp_path / "rank00000.arena", wait_s=1)
+    assert again.spec == SPEC
+    assert (again.page.epoch, again.page.stable, again.page.branches) == (3, 2, (Branch(epoch=3, iteration=2),))
+    assert list(again.page.records) == records
+    assert again.find(1, 5) == records[1]
+    assert again.find(1, 6) is None
+    assert (again.payload(records[1].slot) == 5).all()
+    assert again.digests(records[1].slot).tolist() == [7, 8]
+    assert again.nbytes == (tmp_path / "rank00000.arena").stat().st_size
+
+
+def test_memory_is_allocated_when_the_arena_is_made(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    assert arena.path.stat().st_blocks * 512 >= arena.nbytes
+    assert oct(arena.path.stat().st_mode & 0o777) == "0o600"
+    assert [p.name for p in tmp_path.iterdir()] == ["rank00000.arena"]
+
+
+def test_slots_are_pooled_by_size(tmp_path: Path) -> None:
+    state = ToyState(num_experts=3)
+    spec = spec_of(state, copies=2)
+    sizes = sorted({u.nbytes for u in state.inventory().units})
+    assert [size for size, _ in spec.slots] == sizes
+    assert spec.num_slots == 2 * len(spec.units)
+    assert ArenaSpec.from_json(spec.to_json()) == spec
+    arena = make_arena(tmp_path, state, copies=2)
+    spans = sorted(
+        (view.ctypes.data, view.ctypes.data + view.nbytes)
+        for slot in range(spec.num_slots)
+        for view in (arena.payload(slot), arena.digests(slot))
+    )
+    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+
+
+def test_a_full_pool_gives_no_slot(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    slots = [arena.acquire(SMALL) for _ in range(4)]
+    assert len(set(slots)) == 4
+    assert arena.acquire(SMALL) is None
+    assert arena.acquire(SMALL + 64) is None
+    assert arena.acquire(LARGE) is not None
+    arena.release([s for s in slots[:1] if s is not None])
+    assert arena.acquire(SMALL) == slots[0]
+
+
+def test_a_capture_of_the_same_unit_and_iteration_is_replaced(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    old = store(arena, 0, 5)
+    new = store(arena, 0, 5, fill=99)
+    assert arena.page.records == (new,)
+    assert all(old not in p.records for p in valid_pages(arena.path))
+
+
+def test_a_committed_slot_is_dropped_by_an_edit_only(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    record = store(arena, 0, 1)
+    with pytest.raises(AssertionError, match="holds a whole capture"):
+        arena.release([record.slot])
+    assert arena.page.records == (record,)
+
+
+def test_room_in_the_page_for_a_record_in_every_slot(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    for unit, count in ((0, 4), (1, 2)):
+        for iteration in range(count):
+            store(arena, unit, iteration)
+    assert len(arena.page.records) == SPEC.num_slots
+
+
+# -- one writer -----------------------------------------------------------------------------------------------
+
+
+def test_a_second_writer_is_refused_in_time(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    with pytest.raises(StoreError, match=r"still in use by another process after 0 s.*--moetion-run-id"):
+        Arena.open(arena.path, wait_s=0.1)
+
+
+def test_close_lets_go_while_views_are_alive(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    view = arena.payload(0)
+    arena.close()
+    arena.close()
+    Arena.open(arena.path, wait_s=0.1).close()
+    assert view.nbytes == SMALL
+
+
+def test_a_dead_process_lets_go(tmp_path: Path) -> None:
+    path = create(tmp_path).path
+    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert other.stdout is not None
+    other.stdout.readline()
+    with pytest.raises(StoreError, match="still in use"):
+        Arena.open(path, wait_s=0.1)
+    other.send_signal(signal.SIGKILL)
+    Arena.open(path, wait_s=10).close()
+    other.communicate()
+
+
+def test_remove_deletes_the_file(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    arena.remove()
+    assert not arena.path.exists()
+
+
+# -- too little memory ----------------------------------------------------------------------------------------
+
+
+def test_too_little_memory_names_need_and_have(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=4096))
+    with pytest.raises(StoreError, match=r"has 0.0 MiB free and this arena needs 0.1 MiB.*--moetion-store"):
+        create(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_memory_that_runs_out_while_it_is_allocated_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_space(fd: int, start: int, nbytes: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", no_space)
+    with pytest.raises(StoreError, match="this arena needs"):
+        create(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_creation_that_was_killed_does_not_keep_its_memory(tmp_path: Path) -> None:
+    # SIGKILL in posix_fallocate: the scratch file has its full size and nobody's name. The next creation frees it.
+    (tmp_path / "rank00000.99999.tmp").write_bytes(b"left by a dead process")
+    create(tmp_path)
+    assert [p.name for p in tmp_path.iterdir()] == ["rank00000.arena"]
+
+
+# -- strangers and damage -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("field", "theirs"),
+    [("run_id", "other"), ("world_size", 16), ("topology", "tp1 pp4"), ("layout", "ffff"), ("mode", "popularity"),
+     ("chunk_bytes", 8192), ("format_version", 99)],
+)  # fmt: skip
+def test_a_stranger_is_refused_and_both_sides_are_named(field: str, theirs: object) -> None:
+    found = ArenaSpec(identity=identity(**{field: theirs}), units=SPEC.units, slots=SPEC.slots)
+    ours = getattr(SPEC.identity, field)
+    with pytest.raises(IdentityMismatch) as refusal:
+        check_identity(found, SPEC, Path("/store/rank00000.arena"))
+    assert f"{field}: the arena has {theirs!r}, this run has {ours!r}" in str(refusal.value)
+
+
+def test_another_owner_of_this_run_is_no_stranger() -> None:
+    check_identity(ArenaSpec(identity=identity(owner=1, layout="its own"), units=(), slots=()), SPEC, Path("x"))
+    check_identity(SPEC, SPEC, Path("x"))
+
+
+def test_the_same_owner_with_other_slots_is_refused() -> None:
+    with pytest.raises(IdentityMismatch, match="slots"):
+        check_identity(ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 5),)), SPEC, Path("x"))
+
+
+@pytest.mark.parametrize("size", [0, 10, 31, 300, 4096, 9000, -1])
+def test_a_truncated_file_is_corrupt(tmp_path: Path, size: int) -> None:
+    path = _closed(tmp_path)
+    os.truncate(path, size % path.stat().st_size)
+    with pytest.raises(CorruptArena, match="rank00000"):
+        Arena.open(path, wait_s=1)
+
+
+def test_a_damaged_header_is_corrupt(tmp_path: Path) -> None:
+    path = _closed(tmp_path)
+    for position in range(0, 32 + len(SPEC.to_json())):
+        damage(path, position)
+        with pytest.raises(CorruptArena):
+            Arena.open(path, wait_s=1)
+        damage(path, position)
+    Arena.open(path, wait_s=1).close()
+
+
+def test_a_header_of_another_shape_is_corrupt() -> None:
+    for document in (b"{}", b"[]", b"not json", b'{"identity": {"run_id": "x"}, "units": [], "slots": []}'):
+        with pytest.raises(CorruptArena, match="format"):
+            ArenaSpec.from_json(document)
+
+
+def test_a_damaged_page_falls_back_and_two_are_corrupt(tmp_path: Path) -> None:
+    path = _closed(tmp_path)
+    older, current = sorted(valid_pages(path), key=lambda p: p.sequence)
+    assert [len(older.records), len(current.records)] == [1, 2]
+    damage(path, PAGE_STARTS[current.sequence % 2] + 60)
+    arena = Arena.open(path, wait_s=1)
+    assert arena.page == older
+    store(arena, 1, 9)
+    assert len(valid_pages(path)) == 2
+    arena.close()
+    for start in PAGE_STARTS:
+        damage(path, start + 60)
+    with pytest.raises(CorruptArena, match="neither manifest page verifies"):
+        Arena.open(path, wait_s=1)
+
+
+def _closed(folder: Path) -> Path:
+    """An arena with two captures, closed."""
+    arena = create(folder)
+    store(arena, 0, 1)
+    store(arena, 0, 2)
+    arena.close()
+    return arena.path
+
+
+# -- no page refers to bytes that were overwritten ------------------------------------------------------------
+
+
+def test_a_freed_slot_that_is_overwritten_is_in_no_valid_page(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    doomed, kept = store(arena, 1, 1), store(arena, 1, 2)
+    arena.edit(lambda page: {"records": (kept,), "stable": 2})
+    slot = arena.acquire(LARGE)
+    assert slot == doomed.slot
+    arena.payload(slot)[:] = 0xEE
+    current = arena.page.sequence
+    arena.close()
+    damage(arena.path, PAGE_STARTS[current % 2] + 60)
+    again = Arena.open(arena.path, wait_s=1)
+    assert again.page.sequence == current - 1
+    assert again.page.records == (kept,)
+
+
+def test_a_crash_between_the_two_page_writes_of_an_edit_frees_no_slot(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = create(tmp_path)
+    doomed, kept = store(arena, 1, 1), store(arena, 1, 2)
+    _crash_in_edit(arena, (kept,), monkeypatch)
+    again = Arena.open(arena.path, wait_s=1)
+    assert again.page.records == (kept,)
+    assert doomed in min(valid_pages(arena.path), key=lambda p: p.sequence).records
+    assert again.acquire(LARGE) is None, "the older page is valid and refers to this slot"
+    again.edit(lambda page: {"stable": 2})
+    assert again.acquire(LARGE) == doomed.slot
+
+
+def _crash_in_edit(arena: Arena, records: tuple[Record, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Write the first page of an edit, and no second one."""
+    write = Arena._write
+
+    def write_once(self: Arena, page: Page) -> None:
+        write(self, page)
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Arena, "_write", write_once)
+        arena.edit(lambda page: {"records": records})
+    arena.close()
+
+
+OPERATIONS = st.lists(
+    st.sampled_from(("acquire", "commit", "release", "drop", "stable", "reopen", "crash in edit")), max_size=40
+)
+
+
+@given(OPERATIONS, st.integers(0, 2**32))
+@settings(max_examples=60)
+def test_every_valid_page_refers_to_the_bytes_it_was_written_for(operations: list[str], seed: int) -> None:
+    choose = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+        arena = create(Path(folder))
+        pending: list[tuple[int, int]] = []  # unit, slot
+        for clock, operation in enumerate(operations):
+            records = arena.page.records
+            if operation == "acquire":
+                unit = choose.randrange(2)
+                slot = arena.acquire(SPEC.units[unit][2])
+                if slot is not None:
+                    assert slot not in {r.slot for p in valid_pages(arena.path) for r in p.records}
+                    assert slot not in {s for _, s in pending}
+                    arena.payload(slot)[:] = 0xEE
+                    pending.append((unit, slot))
+            elif operation == "commit" and pending:
+                arena.add([_commit(arena, *pending.pop(), clock)])
+            elif operation == "release" and pending:
+                arena.release([pending.pop(0)[1]])
+            elif operation in ("drop", "crash in edit") and records:
+                kept = tuple(r for r in records if choose.random() < 0.5)
+                if operation == "drop":
+                    arena.edit(lambda page, kept=kept: {"records": kept})
+                else:
+                    _crash_in_edit(arena, kept, patch)
+                    arena, pending = Arena.open(arena.path, wait_s=1), []
+            elif operation == "stable":
+                arena.edit(lambda page, clock=clock: {"stable": clock})
+            elif operation == "reopen":
+                arena.close()
+                arena, pending = Arena.open(arena.path, wait_s=1), []
+                assert arena.page.records == records
+            pages = valid_pages(arena.path)
+            assert max(pages, key=lambda p: p.sequence) == arena.page
+            for record in (r for page in pages for r in page.records):
+                assert (arena.payload(record.slot) == record.digest).all(), f"{operation}: {record} was overwritten"
+        arena.close()
+
+
+def _commit(arena: Arena, unit: int, slot: int, clock: int) -> Record:
+    arena.payload(slot)[:] = clock
+    return Record(unit=unit, iteration=clock // 3, epoch=0, slot=slot, nbytes=SPEC.units[unit][2], digest=clock)
+
+
+def test_handing_out_slots_takes_no_search_through_all_of_them(tmp_path: Path) -> None:
+    # It happens on the training thread. Counted, not timed: the work for one slot must not grow with their number.
+    spec = ArenaSpec(identity=identity(), units=(("u", 1, SMALL),), slots=((SMALL, 600),))
+    arena = Arena.create(tmp_path / "many.arena", spec, Page())
+    lines = 0
+
+    def count(frame: object, event: str, argument: object) -> object:
+        nonlocal lines
+        lines += event == "line"
+        return count
+
+    sys.settrace(count)
+    try:
+        slots = [arena.acquire(SMALL) for _ in range(600)]
+    finally:
+        sys.settrace(None)
+    assert len(set(slots)) == 600
+    assert lines < 600 * 60
+    assert np.unique([arena.payload(s).ctypes.data for s in slots if s is not None]).size == 600
+    assert arena_module.arena_name(7) == "rank00007.arena"

@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The node's folder, its key, and the run's name."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ConfigError, StoreError
+from megatron_moetion.store.node import open_node, remove_run, restart_count, run_id_of, write_pid
+
+FOUR = {"LOCAL_WORLD_SIZE": "4"}
+
+
+@pytest.mark.parametrize(
+    ("flag", "environment", "expected"),
+    [
+        ("mine", {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "t"}, "mine"),
+        ("", {"SLURM_JOB_ID": "7", "TORCHELASTIC_RUN_ID": "t"}, "7"),
+        ("", {"SLURM_JOB_ID": "", "TORCHELASTIC_RUN_ID": "t"}, "t"),
+    ],
+)
+def test_the_run_id_is_the_flag_then_the_job_then_torchrun(
+    flag: str, environment: dict[str, str], expected: str
+) -> None:
+    assert run_id_of(MoetionConfig(run_id=flag), environment) == expected
+
+
+@pytest.mark.parametrize("environment", [{}, {"TORCHELASTIC_RUN_ID": "none"}])
+def test_a_run_without_a_name_is_asked_for_one(environment: dict[str, str]) -> None:
+    with pytest.raises(ConfigError, match="--moetion-run-id"):
+        run_id_of(MoetionConfig(), environment)
+
+
+@pytest.mark.parametrize("name", ["a/b", "..", ".hidden", "/etc"])
+def test_a_run_id_cannot_leave_the_store(name: str) -> None:
+    with pytest.raises(ConfigError, match="names a folder"):
+        run_id_of(MoetionConfig(run_id=name), {})
+
+
+def test_restarts_are_the_most_that_any_supervisor_knows() -> None:
+    assert restart_count({}) == 0
+    assert restart_count({"TORCHELASTIC_RESTART_COUNT": "2", "SLURM_RESTART_COUNT": "3"}) == 3
+    assert restart_count({"TORCHELASTIC_RESTART_COUNT": "", "SLURM_RESTART_COUNT": "1"}) == 1
+
+
+def test_ranks_of_a_node_share_a_folder_and_a_key(tmp_path: Path) -> None:
+    config = MoetionConfig(store=str(tmp_path), ranks_per_node=2)
+    nodes = [open_node(config, "run", {**FOUR, "LOCAL_RANK": str(r)}, 8) for r in range(4)]
+    assert nodes[0] == nodes[1]
+    assert nodes[2] == nodes[3]
+    assert nodes[0].key != nodes[2].key
+    assert nodes[3].path == tmp_path / "run" / "node1"
+    assert sorted(p.name for p in nodes[0].path.iterdir()) == ["node.id"]
+
+
+def test_a_key_dies_with_the_folder(tmp_path: Path) -> None:
+    config = MoetionConfig(store=str(tmp_path))
+    before = open_node(config, "run", FOUR, 4)
+    assert open_node(config, "run", FOUR, 4) == before
+    shutil.rmtree(before.path)
+    assert open_node(config, "run", FOUR, 4).key != before.key
+
+
+@pytest.mark.parametrize(("per_node", "world_size"), [(3, 12), (4, 6)])
+def test_ranks_that_do_not_split_into_nodes_are_refused(tmp_path: Path, per_node: int, world_size: int) -> None:
+    config = MoetionConfig(store=str(tmp_path), ranks_per_node=per_node)
+    with pytest.raises(ConfigError, match=f"--moetion-ranks-per-node {per_node} does not divide the {world_size} ranks"):
+        open_node(config, "run", FOUR, world_size)
+
+
+def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(StoreError, match=r"the store .*file.* cannot be written.*--moetion-store"):
+        open_node(MoetionConfig(store=str(tmp_path / "file")), "run", FOUR, 4)
+
+
+def test_a_process_leaves_its_id_and_a_run_can_be_removed(tmp_path: Path) -> None:
+    config = MoetionConfig(store=str(tmp_path))
+    node = open_node(config, "run", FOUR, 4)
+    write_pid(node, 3, 1)
+    left = json.loads((node.path / "rank00003.pid").read_text())
+    assert left == {"pid": os.getpid(), "rank": 3, "attempt": 1}
+    remove_run(config, "run")
+    assert not node.path.exists()
+    remove_run(config, "run")
