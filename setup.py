@@ -40,6 +40,11 @@ def check_cuda() -> None:
         print(f"[moetion] {why}: building the host kernels only", flush=True)
 
 
+def escaped(path: Path) -> str:
+    """A path as ninja's build statements want it."""
+    return str(path).replace("$", "$$").replace(" ", "$ ").replace(":", "$:")
+
+
 class NinjaBuild(build_ext):
     """Compiles one extension by a generated ``build.ninja``: parallel, and again only what changed."""
 
@@ -49,12 +54,12 @@ class NinjaBuild(build_ext):
         folder.mkdir(parents=True, exist_ok=True)
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         target.parent.mkdir(parents=True, exist_ok=True)
-        includes = " ".join(f"-isystem {path}" for path in (pybind11.get_include(), sysconfig.get_path("include")))
+        includes = " ".join(f"-isystem '{path}'" for path in (pybind11.get_include(), sysconfig.get_path("include")))
         objects = {source.replace("/", "_") + ".o": Path(source).resolve() for source in ext.sources}
         lines = [f"cxx = {os.environ.get('CXX', 'g++')}", f"flags = {FLAGS} {os.environ.get('CXXFLAGS', '')}"]
         lines += [f"includes = {includes}", RULES]
-        lines += [f"build {name}: compile {source}" for name, source in objects.items()]
-        lines += [f"build {target}: link {' '.join(objects)}", ""]
+        lines += [f"build {name}: compile {escaped(source)}" for name, source in objects.items()]
+        lines += [f"build {escaped(target)}: link {' '.join(objects)}", ""]
         (folder / "build.ninja").write_text("\n".join(lines))
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
 

@@ -248,7 +248,7 @@ class Session:
         self._journal.info(
             plan.iteration,
             f"recovered, epoch {plan.epoch}; {resumed.local_units} units from this node's memory, "
-            f"{resumed.fetched_units} from other nodes; {resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; {spent}",
+            f"{resumed.fetched_units} from others; {resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; {spent}",
         )
         self._journal.event(
             "recovered",

@@ -62,6 +62,8 @@ class Region:
     start: int
     nbytes: int
     address: int
+    device: str = "cpu"
+    """Where the memory is: ``cpu``, ``cuda:0``, ..."""
     at_once: bool = False
     """Changes before the next optimizer step (router bias, counters): copied inside ``on_step_end``."""
 

@@ -13,7 +13,6 @@ ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
 VENV=${MOETION_VENV:-$ROOT/.venv}
 VENV_PYTHON=$VENV/bin/python
 SETUP_LOG=$VENV/setup.log
-TORCH_CPU_INDEX=https://download.pytorch.org/whl/cpu
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -90,15 +89,14 @@ make_venv() {
 
 pip_install() { "$VENV_PYTHON" -m pip install --quiet --retries 5 --no-warn-script-location "$@"; }
 
-# The CPU build where there is no GPU: from the indexes that pip is configured with, else from PyTorch's own.
+# The CPU build where there is no GPU, if an index that pip is configured with has it (PIP_EXTRA_INDEX_URL); else the
+# default build, which brings gigabytes of CUDA libraries and runs on the CPU all the same.
 install_torch() {
   local wanted=$1
   if has_gpu; then
     pip_install "torch==$wanted"
   else
-    pip_install "torch==$wanted+cpu" ||
-      pip_install "torch==$wanted+cpu" --extra-index-url "$TORCH_CPU_INDEX" ||
-      pip_install "torch==$wanted"
+    pip_install "torch==$wanted+cpu" || pip_install "torch==$wanted"
   fi
 }
 

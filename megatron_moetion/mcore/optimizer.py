@@ -159,6 +159,7 @@ class MegatronState:
                     start=start,
                     nbytes=(end - start) * size,
                     address=tensor.data_ptr() + (start - first) * size,
+                    device=str(tensor.device),
                     **how,
                 )
             )

@@ -24,6 +24,8 @@ class Template:
     """The pieces and chunks of one unit's capture, destinations counted from the capture's first byte."""
 
     nbytes: int
+    bounced: bool
+    """Sources are offsets in the capture: the unit is first copied to a buffer in host memory, laid out like it."""
     pieces: Int64s
     """int64[n, 3]: source address, offset in the capture, nbytes."""
     chunks: Int64s
@@ -44,6 +46,8 @@ class Batch:
     """Captures that are packed by one call. Validated when made."""
 
     targets: tuple[Target, ...]
+    offsets: tuple[int, ...]
+    """Where in the bounce buffer each capture is, if it is bounced."""
     pieces: Int64s
     chunks: Int64s
     nbytes: int
@@ -57,11 +61,11 @@ class Batch:
             raise AssertionError("a batch copies more bytes than its captures hold")
 
 
-def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Template:
+def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int], *, bounced: bool = False) -> Template:
     """Cut one unit's regions at chunk boundaries.
 
     ``sources`` replaces the address of regions (by position) whose bytes were staged elsewhere. A unit without
-    regions (host state) is one staged region, number 0, of ``reserved_bytes``.
+    regions (host state) is one staged region, number 0, of ``reserved_bytes``. ``bounced``: see ``Template``.
     """
     spans = (
         [(r.address, o, r.nbytes) for r, o in zip(unit.regions, unit.offsets, strict=True)]
@@ -71,7 +75,7 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Templa
     pieces: list[tuple[int, int, int]] = []
     owner: list[int] = []
     for number, (address, offset, nbytes) in enumerate(spans):
-        source = sources.get(number, address)
+        source = offset if bounced else sources.get(number, address)
         done = 0
         while done < nbytes:
             chunk = (offset + done) // chunk_bytes
@@ -85,12 +89,15 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Templa
     chunks = np.stack([starts, np.minimum(chunk_bytes, unit.nbytes - starts), first, last - first], axis=1)
     return Template(
         nbytes=unit.nbytes,
+        bounced=bounced,
         pieces=np.array(pieces, dtype=np.int64).reshape(-1, 3),
         chunks=np.ascontiguousarray(chunks, dtype=np.int64),
     )
 
 
-def batches(templates: Sequence[Template], targets: Sequence[Target], batch_bytes: int) -> list[Batch]:
+def batches(
+    templates: Sequence[Template], targets: Sequence[Target], batch_bytes: int, bounce_address: int = 0
+) -> list[Batch]:
     """Group captures, in order, into batches of about ``batch_bytes`` (at least one capture each)."""
     groups: list[list[Target]] = []
     room = 0
@@ -101,18 +108,23 @@ def batches(templates: Sequence[Template], targets: Sequence[Target], batch_byte
             room = batch_bytes
         groups[-1].append(target)
         room -= nbytes
-    return [_batch(templates, group) for group in groups]
+    return [_batch(templates, group, bounce_address) for group in groups]
 
 
-def _batch(templates: Sequence[Template], targets: Sequence[Target]) -> Batch:
+def _batch(templates: Sequence[Template], targets: Sequence[Target], bounce_address: int) -> Batch:
     pieces, chunks, count = [], [], 0
+    offsets, cursor = [], 0
     for target in targets:
         unit = templates[target.unit]
-        pieces.append(unit.pieces + np.array([0, target.address, 0], dtype=np.int64))
+        offsets.append(cursor)
+        source = bounce_address + cursor if unit.bounced else 0
+        cursor += unit.nbytes
+        pieces.append(unit.pieces + np.array([source, target.address, 0], dtype=np.int64))
         chunks.append(unit.chunks + np.array([target.address, 0, count, 0], dtype=np.int64))
         count += len(unit.pieces)
     return Batch(
         targets=tuple(targets),
+        offsets=tuple(offsets),
         pieces=np.concatenate(pieces),
         chunks=np.concatenate(chunks),
         nbytes=sum(templates[t.unit].nbytes for t in targets),

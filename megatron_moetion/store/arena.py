@@ -15,7 +15,7 @@ import mmap
 import os
 import threading
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -134,7 +134,9 @@ class Arena:
     Views returned by ``payload`` and ``digests`` live as long as the arena is open.
     """
 
-    def __init__(self, path: Path, spec: ArenaSpec, fd: int, memory: mmap.mmap, page: Page, page_number: int) -> None:
+    def __init__(
+        self, path: Path, spec: ArenaSpec, fd: int, memory: mmap.mmap, pages: Sequence[Page | None], page: Page
+    ) -> None:
         self.path = path
         self.spec = spec
         self._fd = fd
@@ -143,8 +145,15 @@ class Arena:
         self._layout = _Layout.of(spec)
         self._lock = threading.RLock()
         self._page = page
-        self._next_page = 1 - page_number
-        self._taken = {r.slot for r in page.records}
+        self._next_page = 1 - pages.index(page)
+        older = pages[self._next_page]
+        # A crash between the two writes of an edit leaves an older page that refers to more.
+        self._only_older = {r.slot for r in older.records} - {r.slot for r in page.records} if older else set()
+        self._taken = {r.slot for r in page.records} | self._only_older
+        self._free: dict[int, list[int]] = defaultdict(list)
+        for slot in reversed(range(spec.num_slots)):
+            if slot not in self._taken:
+                self._free[self._layout.slot_sizes[slot]].append(slot)
 
     # -- making and opening ---------------------------------------------------------------------------
 
@@ -156,6 +165,8 @@ class Arena:
         """
         assert not page.records, "a new arena holds no captures"
         layout = _Layout.of(spec)
+        for left in path.parent.glob(f"{path.stem}.*.tmp"):
+            left.unlink(missing_ok=True)  # a process was killed while it made this arena; its file holds memory
         _check_space(path.parent, layout.nbytes)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
         fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
@@ -173,7 +184,7 @@ class Arena:
             os.close(fd)
             scratch.unlink(missing_ok=True)
             raise
-        return cls(path, spec, fd, memory, page, 0)
+        return cls(path, spec, fd, memory, (page, None), page)
 
     @classmethod
     def open(cls, path: Path, wait_s: float = LOCK_WAIT_S) -> Arena:
@@ -196,12 +207,13 @@ class Arena:
         except BaseException:
             os.close(fd)
             raise
-        return cls(path, spec, fd, memory, page, pages.index(page))
+        return cls(path, spec, fd, memory, pages, page)
 
     def close(self) -> None:
         """Let go of the file; it stays. Views of it must no longer be used."""
         with self._lock:
             if self._fd >= 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping holds a duplicate of the descriptor
                 os.close(self._fd)
                 self._fd = -1
 
@@ -243,11 +255,11 @@ class Arena:
     def acquire(self, nbytes: int) -> int | None:
         """A free slot for a capture of exactly ``nbytes``, or None. It stays taken until released or dropped."""
         with self._lock:
-            for slot, size in enumerate(self._layout.slot_sizes):
-                if size == nbytes and slot not in self._taken:
-                    self._taken.add(slot)
-                    return slot
-            return None
+            if not self._free[nbytes]:
+                return None
+            slot = self._free[nbytes].pop()
+            self._taken.add(slot)
+            return slot
 
     def release(self, slots: Iterable[int]) -> None:
         """Give back slots that were acquired and never committed."""
@@ -256,7 +268,7 @@ class Arena:
             for slot in slots:
                 if slot in listed:
                     raise AssertionError(f"slot {slot} of {self.path} holds a whole capture; drop it by an edit")
-                self._taken.discard(slot)
+                self._put_back(slot)
 
     def add(self, records: Sequence[Record]) -> None:
         """Make captures visible, all of them or none. A capture of the same unit and iteration is replaced."""
@@ -270,12 +282,19 @@ class Arena:
         when these are handed out again.
         """
         with self._lock:
-            before = {r.slot for r in self._page.records}
+            before = {r.slot for r in self._page.records} | self._only_older
             self._write(successor(self._page, **change(self._page)))
             dropped = before - {r.slot for r in self._page.records}
             if dropped:
                 self._write(successor(self._page))
-                self._taken -= dropped
+                self._only_older = set()
+                for slot in dropped:
+                    self._put_back(slot)
+
+    def _put_back(self, slot: int) -> None:
+        if slot in self._taken:
+            self._taken.remove(slot)
+            self._free[self._layout.slot_sizes[slot]].append(slot)
 
     def _write(self, page: Page) -> None:
         start = self._layout.page_starts[self._next_page]

@@ -80,11 +80,8 @@ class Page:
 
 def record_table(records: Sequence[Record]) -> npt.NDArray[np.void]:
     """The records as a structured array, the form in which they are stored and sent."""
-    table = np.zeros(len(records), dtype=RECORD)
-    for row, record in zip(table, records, strict=True):
-        for name in ("unit", "epoch", "iteration", "slot", "nbytes", "digest", "tokens"):
-            row[name] = getattr(record, name)
-    return table
+    rows = [(r.unit, r.epoch, r.iteration, r.slot, 0, r.nbytes, r.digest, r.tokens) for r in records]
+    return np.array(rows, dtype=RECORD)
 
 
 def records_of(table: npt.NDArray[np.void]) -> tuple[Record, ...]:

@@ -158,7 +158,9 @@ def test_close_lets_go_while_views_are_alive(tmp_path: Path) -> None:
 
 
 def test_a_dead_process_lets_go(tmp_path: Path) -> None:
-    path = create(tmp_path).path
+    arena = create(tmp_path)
+    arena.close()
+    path = arena.path
     hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
     other = subprocess.Popen(
         [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
