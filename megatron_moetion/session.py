@@ -18,7 +18,7 @@ import numpy as np
 
 from megatron_moetion._C import HostPool
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ChannelError, ConfigError, NothingRecoverable, StoreError
+from megatron_moetion.errors import ChannelError, ConfigError, NothingRecoverable, StoreError, UnsupportedState
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
@@ -159,11 +159,13 @@ class Session:
         flight.finish_packing(None)
         try:
             self._learn()
-            self._freeze()
+            overgrown = self._freeze()
             counts = self._token_counts()
             self._fabric.start_sum(counts)
             self._base = iteration
-            self._fabric.start_agreement(mask_of(flight.whole, iteration))
+            rounds = flight.rounds
+            whole = [i for i, is_whole in rounds.items() if is_whole]
+            self._fabric.start_agreement(mask_of(whole, iteration, rounds, self._config.interval))
         except ChannelError as error:
             self._degraded = str(error)
             self._journal.warn_once("agreement", iteration, f"snapshots stop, iteration {self._stable} stays: {error}")
@@ -171,11 +173,12 @@ class Session:
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
         units = self._select(iteration, counts)
-        if moved := self._adapter.moved():
+        if unusable := overgrown or self._adapter.moved():
+            reason = "host-state" if overgrown else "moved"
             self._journal.warn_once(
-                "moved", iteration, f"snapshots are dropped, iteration {self._stable} stays: {moved}"
+                reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
             )
-            flight.skip(iteration, "moved")
+            flight.skip(iteration, reason)
         else:
             flight.begin(iteration, units, self._tokens_of_units(counts))
         self._report_drops(flight, iteration)
@@ -244,12 +247,14 @@ class Session:
             lost_tokens=sum(m["lost"] for m in everyone),
             plt=share_lost([m["layers"] for m in everyone]),
         )
-        spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items())
-        self._journal.info(
-            plan.iteration,
-            f"recovered, epoch {plan.epoch}; {resumed.local_units} units from this node's memory, "
-            f"{resumed.fetched_units} from others; {resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; {spent}",
-        )
+        if self._fabric.rank == 0:
+            spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items())
+            units = sum(len(c) for c in plan.choices)
+            self._journal.info(
+                plan.iteration,
+                f"recovered, epoch {plan.epoch}: {units - len(plan.fetches)} units from their own nodes' memory, "
+                f"{len(plan.fetches)} from others; {resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; {spent}",
+            )
         self._journal.event(
             "recovered",
             iteration=plan.iteration,
@@ -267,7 +272,9 @@ class Session:
         self, startup: Startup, situation: Situation, why: NoPlan, load_persistent: Callable[[], int | None] | None
     ) -> None:
         loaded = load_persistent() if load_persistent is not None else None
-        if loaded is None and (why.began or situation.restarted) and not self._config.allow_fresh:
+        # Arenas of which none has had a first baseline show that no step was ever taken.
+        lost = why.began or (situation.restarted and not situation.reports)
+        if loaded is None and lost and not self._config.allow_fresh:
             raise NothingRecoverable(
                 f"nothing can be recovered: {why.reason}. There is no persistent checkpoint to fall back to "
                 f"(--load); more --moetion-replicas survive more lost nodes. --moetion-allow-fresh starts from "
@@ -275,12 +282,13 @@ class Session:
             )
         iteration = loaded or 0
         self._arenas, epoch = startup.begin(situation, iteration)
-        if why.began or situation.restarted:
+        if lost:
             self._journal.warn_once(
                 "fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here"
             )
         flight = self._fly(self._arenas, situation, epoch)
-        self._freeze()
+        if overgrown := self._freeze():
+            raise UnsupportedState(overgrown)
         everything = range(len(self._inventory.units))
         counts = self._token_counts()
         flight.begin(iteration, everything, self._tokens_of_units(counts))
@@ -354,20 +362,31 @@ class Session:
             self._book.ledger.update(totals)
         if not mask:
             return
-        settled = fates(mask, self._base, self._open_iterations)
-        stable = newest_common(mask, self._base)
-        if stable is None or stable <= self._stable:
+        settled = fates(mask, self._base, self._open_iterations, self._config.interval)
+        newest = newest_common(mask, self._base, self._config.interval)
+        stable = max(self._stable, -1 if newest is None else newest)
+        if stable == self._stable and not settled:
             return
         self._stable = stable
         self._open_iterations -= settled.keys()
         for iteration, whole in sorted(settled.items()):
             self._book.ledger.settle(iteration, whole)
         for arena in arenas.all():
-            arena.edit(lambda page: {"records": retain(page.records, stable, settled), "stable": stable})
+            arena.edit(
+                lambda page: {
+                    "records": retain((r for r in page.records if settled.get(r.iteration, True)), stable, settled),
+                    "stable": stable,
+                }
+            )
 
-    def _freeze(self) -> None:
+    def _freeze(self) -> str:
+        """Copy what cannot wait. Returns why the host state cannot be captured, empty if all is well."""
         state = {"adapter": self._adapter.host_state(), "session": self._book.state()}
-        self._packer.freeze(encode(state))
+        try:
+            self._packer.freeze(encode(state))
+        except UnsupportedState as error:
+            return str(error)
+        return ""
 
     def _select(self, iteration: int, counts: list[int]) -> tuple[int, ...]:
         """Unit numbers of this snapshot. Ranks that share experts choose the same ones, each its shards of them."""

@@ -87,6 +87,7 @@ class Trainer:
                 evaluated = progress.iteration
             if session is not None:
                 session.on_step_end(progress.iteration)
+                self.reporter.scalars(progress, session.scalars)
             if args.save_interval is not None and progress.iteration % args.save_interval == 0:
                 self.save()
                 saved = progress.iteration

@@ -8,6 +8,7 @@ import importlib.util
 import json
 import math
 import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
@@ -72,6 +73,12 @@ class Reporter:
         if progress.iteration % self._args.log_interval == 0:
             print(format_line(self._args, progress, self._pending), flush=True)
             self._pending = []
+
+    def scalars(self, progress: Progress, read: Callable[[], Mapping[str, float]]) -> None:
+        """More TensorBoard scalars of this iteration, read only if they are written."""
+        if self.writer is not None:
+            for name, value in read().items():
+                self.writer.add_scalar(name, value, progress.iteration)
 
     def validation(self, progress: Progress, loss: float) -> None:
         """Report one evaluation."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import sys
 from datetime import timedelta
 
 import torch
@@ -35,8 +36,19 @@ def initialize(args: argparse.Namespace, place: Place) -> int:
     # Announces itself as a warning although it is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    _show_runtime_log()
     form_groups(args, place)
     return attempt
+
+
+def _show_runtime_log() -> None:
+    """The checkpointing runtime only logs; this program is what shows it, on standard output."""
+    logger = logging.getLogger("megatron_moetion")
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+    handler = logging.StreamHandler(sys.stdout)
+    handler.setFormatter(logging.Formatter("%(message)s"))
+    logger.handlers = [handler]
 
 
 def form_groups(args: argparse.Namespace, place: Place) -> None:

@@ -61,6 +61,8 @@ class RecoveryPlan:
     """All recoveries of this run, this one included."""
     history_epoch: int
     """Epoch of the history that is recovered from."""
+    safe: int
+    """Newest iteration known to be whole on all replicas: kept until T is. T may be newer and on its owners only."""
     choices: tuple[tuple[Choice, ...], ...]
     """For each owner, one choice a unit, by unit number."""
     fetches: tuple[Transfer, ...]
@@ -104,7 +106,8 @@ def plan_recovery(
         if isinstance(chosen, str):
             missing.append(f"iteration {iteration}: {chosen}")
             continue
-        return _plan(iteration, newest, facts, chosen, available, placement)
+        safe = max(r.stable for r in sound if r.epoch == newest.epoch)
+        return _plan(iteration, safe, newest, facts, chosen, available, placement)
     without = [f.rank for f in facts if f.rank not in available]
     reason = "; ".join(missing[:3]) or (
         f"no copy of rank(s) {_short(without)} is left on any node"
@@ -171,6 +174,7 @@ def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, m
 
 def _plan(
     iteration: int,
+    safe: int,
     newest: ArenaReport,
     facts: Sequence[RankFacts],
     chosen: Mapping[int, Sequence[int]],
@@ -202,6 +206,7 @@ def _plan(
         epoch=epoch,
         branches=(*newest.branches, Branch(epoch=epoch, iteration=iteration)),
         history_epoch=newest.epoch,
+        safe=min(iteration, safe),
         choices=tuple(choices),
         fetches=tuple(fetches),
         copies=tuple(copies),

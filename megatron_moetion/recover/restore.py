@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.snapshot.packer import Packer, verify
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.store.manifest import Page, Record, in_history, retain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,10 +30,20 @@ class Mover:
     plan: RecoveryPlan
 
     def make_room(self, transfers: Sequence[Transfer]) -> None:
-        """Before receiving: drop from the receiving arenas what the plan does not load."""
+        """Before receiving: drop from the receiving arenas what neither T nor the last safe iteration needs.
+
+        T may be newer than what replicas hold. Until every replica has T, a node may still be lost, and then
+        the safe iteration is what remains.
+        """
         for owner in {t.owner for t in transfers if t.target == self.rank}:
+            arena = self.arenas[owner]
             wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
-            self.arenas[owner].edit(partial(_only, wanted))
+            # What is about to arrive is missing here or damaged; a damaged one makes way.
+            coming = {(t.unit, t.iteration) for t in transfers if (t.owner, t.target) == (owner, self.rank)}
+            intact = (r for r in arena.page.records if r.key not in coming)
+            live = [r for r in intact if in_history(r, self.plan.branches, self.plan.epoch)]
+            safe = retain((r for r in live if r.iteration <= self.plan.safe), self.plan.safe, {})
+            arena.edit(partial(_only, {r.key for r in (*safe, *(r for r in live if r.key in wanted))}))
 
     def move(self, transfers: Sequence[Transfer]) -> int:
         """Take part in the transfers, in the plan's order, which is the same on all ranks; returns bytes received."""
@@ -84,17 +94,29 @@ class Mover:
         return nbytes
 
     def begin_epoch(self) -> None:
-        """Durably: the new epoch, T stable, and only what T needs, in every arena that stays in use."""
+        """Durably: the new epoch, T stable, and only what T needs, in every arena that stays in use.
+
+        The captures enter the new epoch, so that they outlive any number of recoveries.
+        """
+        epoch = self.plan.epoch
         for owner, arena in self.arenas.items():
             wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
-            arena.edit(
-                partial(_only, wanted, epoch=self.plan.epoch, stable=self.plan.iteration, branches=self.plan.branches)
-            )
+
+            def change(page: Page, wanted: set[tuple[int, int]] = wanted) -> dict[str, Any]:
+                kept = _only(wanted, page)["records"]
+                return {
+                    "records": tuple(replace(r, epoch=epoch) for r in kept),
+                    "epoch": epoch,
+                    "stable": self.plan.iteration,
+                    "branches": self.plan.branches,
+                }
+
+            arena.edit(change)
 
 
-def _only(wanted: set[tuple[int, int]], page: Page, **fields: Any) -> dict[str, Any]:
+def _only(wanted: set[tuple[int, int]], page: Page) -> dict[str, Any]:
     """The page with no other captures than the wanted ones."""
-    return {"records": tuple(r for r in page.records if r.key in wanted), **fields}
+    return {"records": tuple(r for r in page.records if r.key in wanted)}
 
 
 def write_back(packer: Packer, arena: Arena, choices: Sequence[Choice], host_unit: int) -> bytes:

@@ -6,6 +6,7 @@ All methods are collective. The plan itself is made in ``plan.py``; here it is c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -88,7 +89,7 @@ class Startup:
         neighbours = placement.ranks_on(node)
         mine = sorted(self._node.path.glob("*.arena"))[neighbours.index(rank) :: len(neighbours)]
         self._probe("survey", -1)
-        found = [r.to_json() for r in survey_store(mine, node, self._spec, self._pool)]
+        found = [r.to_json() for r in survey_store(mine, node, rank, specs, self._pool)]
         reports = tuple(ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each)
         strangers = [r.problem for r in reports if r.stranger]
         if strangers:
@@ -116,7 +117,7 @@ class Startup:
         if len(set(self._fabric.gather(plan.digest))) != 1:
             raise AssertionError("ranks made different recovery plans from the same reports")
         rank = self._fabric.rank
-        page = Page(epoch=plan.history_epoch, stable=plan.iteration, branches=plan.branches[:-1])
+        page = Page(epoch=plan.history_epoch, stable=plan.safe, branches=plan.branches[:-1])
         arenas, leftovers = self._open(situation, page)
         mover = Mover(
             rank=rank,
@@ -149,11 +150,14 @@ class Startup:
         if self._fabric.rank == min(situation.placement.ranks_on(situation.placement.node_of[self._fabric.rank])):
             for path in self._node.path.glob("*.arena"):
                 path.unlink()
-        self._fabric.gather("cleared")
+        now = max(self._fabric.gather(int(time.time())))
         epoch = 0
         branches: tuple[Branch, ...] = ()
-        if isinstance(situation.outcome, NoPlan) and situation.outcome.began:
-            epoch = situation.outcome.last_epoch + 1
+        began = isinstance(situation.outcome, NoPlan) and situation.outcome.began
+        if began or situation.restarted or iteration:
+            # There may be nodes that are away with captures of an earlier history, up to an epoch that nobody here
+            # knows. The clock is beyond all of them, and the gap makes ``in_history`` refuse what they hold.
+            epoch = now
             branches = (Branch(epoch=epoch, iteration=iteration),)
         problem = ""
         arenas: OpenArenas | None = None
@@ -183,12 +187,12 @@ class Startup:
         arenas = OpenArenas(own=take(rank), held=held)
         wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
         leftovers = {owner: Arena.open(self._node.path / arena_name(owner)) for owner in wanted}
-        self._remove_damaged(situation.reports, node, {rank, *held})
+        self._remove_damaged(situation.reports, placement, node)
         return arenas, leftovers
 
-    def _remove_damaged(self, reports: Sequence[ArenaReport], node: int, owners: set[int]) -> None:
-        """Arenas that do not verify at all serve nobody; those under our names were made anew."""
-        ours = {arena_name(o) for o in owners}
+    def _remove_damaged(self, reports: Sequence[ArenaReport], placement: Placement, node: int) -> None:
+        """Arenas that do not verify at all serve nobody; those under names in use here are made anew by their ranks."""
+        ours = {arena_name(o) for r in placement.ranks_on(node) for o in (r, *placement.owners_held_by(r))}
         for report in reports:
             path = Path(report.path)
             if report.problem and report.node == node and path.name not in ours and path.parent == self._node.path:

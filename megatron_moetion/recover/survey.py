@@ -50,18 +50,21 @@ class ArenaReport:
         return cls(**values)
 
 
-def survey_store(paths: Sequence[Path], node: int, expected: ArenaSpec, pool: HostPool) -> list[ArenaReport]:
-    """Verify the given arenas of this node. ``expected`` is this rank's own spec, to compare identities with."""
-    return [_report(path, node, expected, pool) for path in paths]
+def survey_store(
+    paths: Sequence[Path], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+) -> list[ArenaReport]:
+    """Verify the given arenas of this node. ``specs`` are what each owner's arena must be like; ``rank`` looks."""
+    return [_report(path, node, rank, specs, pool) for path in paths]
 
 
-def _report(path: Path, node: int, expected: ArenaSpec, pool: HostPool) -> ArenaReport:
+def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool) -> ArenaReport:
     try:
         arena = Arena.open(path)
     except CorruptArena as error:
         return ArenaReport(path=str(path), node=node, problem=str(error))
     try:
-        check_identity(arena.spec, expected, path)
+        owner = arena.spec.identity.owner
+        check_identity(arena.spec, specs[owner if owner < len(specs) else rank], path)
         page = arena.page
         sound = [r for r in page.records if _verifies(arena, r, pool)]
         return ArenaReport(

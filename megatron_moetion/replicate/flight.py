@@ -33,7 +33,7 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``moved``, ``refused`` (a buddy had no room), ``channel``."""
+    """By reason: ``no-slot``, ``late``, ``moved``, ``host-state``, ``refused`` (a buddy had no room), ``channel``."""
 
 
 class Flight:
@@ -60,7 +60,7 @@ class Flight:
         self._pack: Future[None] | None = None
         self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._whole: set[int] = set()
+        self._rounds: dict[int, bool] = {}
         self.counts = FlightCounts()
         self.broken = ""
         """Why nothing is replicated any more; empty while all is well."""
@@ -104,8 +104,13 @@ class Flight:
     @property
     def whole(self) -> frozenset[int]:
         """Recent iterations that are whole here and on all replicas."""
+        return frozenset(i for i, whole in self.rounds.items() if whole)
+
+    @property
+    def rounds(self) -> dict[int, bool]:
+        """Recent iterations whose fate is known here: whether they are whole here and on all replicas."""
         with self._lock:
-            return frozenset(self._whole)
+            return dict(self._rounds)
 
     def close(self) -> None:
         """Stop both threads after what they are doing."""
@@ -170,8 +175,8 @@ class Flight:
             return
         try:
             whole = self._replicator.replicate(iteration, records)
-        except ChannelError as error:
-            self.broken = str(error)
+        except Exception as error:  # else it would vanish with the future, and peers wait for rounds that never come
+            self.broken = str(error) if isinstance(error, ChannelError) else f"{type(error).__name__}: {error}"
             self.counts.dropped["channel"] += bool(records)
             return
         self.counts.dropped["refused"] += bool(records) and not whole
@@ -179,6 +184,6 @@ class Flight:
 
     def _mark(self, iteration: int, whole: bool) -> None:
         with self._lock:
-            self._whole = {i for i in self._whole if i > iteration - WINDOW}
-            if whole:
-                self._whole.add(iteration)
+            self._rounds[iteration] = whole
+            while len(self._rounds) > WINDOW:
+                del self._rounds[min(self._rounds)]

@@ -69,7 +69,8 @@ class ExpertBook:
     ) -> None:
         """Go on from a recovery."""
         self._lost = [before + new for before, new in zip(state["lost"], losses.lost, strict=True)]
-        self.ledger.seed(losses.captured, totals, totals_then, losses.then)
+        now = [a + b for a, b in zip(losses.then, losses.lost, strict=True)]  # what is lost once cannot be lost again
+        self.ledger.seed(losses.captured, totals, totals_then, now)
 
     def layers(self, counts: Sequence[int]) -> dict[str, tuple[int, int]]:
         """Per MoE layer: tokens lost to all faults so far, and tokens processed, both on this rank."""

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The product as a user runs it: Megatron-Core training on four ranks, real SIGKILLs, restarts by torchrun."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
+
+ROOT = Path(__file__).parents[2]
+ITERATIONS = 14
+SAVED_AT = 12
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-aux-loss-coeff 1e-2 "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 2 --global-batch-size 8 "
+    f"--train-iters {ITERATIONS} --lr 1e-2 --lr-warmup-iters 2 --lr-decay-style cosine --log-interval 1 --bf16 "
+    "--use-distributed-optimizer --attention-dropout 0.1 --hidden-dropout 0.1 --eval-interval 5 --eval-iters 1 "
+    "--distributed-timeout-minutes 2"
+)
+
+
+@dataclass(frozen=True)
+class Run:
+    code: int
+    output: str
+    metrics: list[dict[str, Any]]
+    events: list[dict[str, Any]]
+
+    @property
+    def curve(self) -> dict[int, tuple[str, float]]:
+        """Loss, every bit of it, and gradient norm of the last execution of each iteration."""
+        return {m["iteration"]: (m["loss_hex"], m["grad_norm"]) for m in self.metrics if "loss_hex" in m}
+
+    @property
+    def validation(self) -> dict[int, str]:
+        return {m["iteration"]: m["validation_loss_hex"] for m in self.metrics if "validation_loss" in m}
+
+    @property
+    def recoveries(self) -> list[dict[str, Any]]:
+        return [e for e in self.events if e["event"] == "recovered"]
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        return next(e for e in self.events if e["event"] == "summary")
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"moetion-e2e-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+def train(folder: Path, flags: str, *, restarts: int = 0, expect: int = 0) -> Run:
+    folder.mkdir(parents=True, exist_ok=True)
+    metrics, events = folder / "metrics.jsonl", folder / "events.jsonl"
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "4"]
+    command += ["--max-restarts", str(restarts), str(ROOT / "pretrain_gpt_moe.py"), *MODEL.split(), *flags.split()]
+    command += ["--metrics-path", str(metrics)]
+    command += ["--moetion-report", str(events)] if "--moetion " in flags else []
+    done = subprocess.run(
+        command,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode == 0) == (expect == 0), done.stdout[-6000:]
+    return Run(done.returncode, done.stdout, read(metrics), read(events))
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    """The uninterrupted run, without any checkpointing."""
+    return train(tmp_path_factory.mktemp("reference"), "")
+
+
+def moetion(store: Path, mode: str, more: str = "") -> str:
+    where = f"--moetion-store {store} --moetion-run-id e2e --moetion-ranks-per-node 2"
+    return f"--moetion --moetion-mode {mode} {where} {more}"
+
+
+def save_at(folder: Path) -> str:
+    return f"--save {folder / 'saved'} --save-interval {SAVED_AT}"
+
+
+def assert_loads_as_it_went_on(saved: Path, run: Run) -> None:
+    """A run that loads what was saved after the recoveries repeats the steps that followed, bit for bit."""
+    (saved / "latest_checkpointed_iteration.txt").write_text(str(SAVED_AT))
+    resumed = train(saved.parent / "resumed", f"--load {saved}")
+    assert resumed.curve == {i: v for i, v in run.curve.items() if i > SAVED_AT}
+
+
+def test_full_is_bitwise_the_uninterrupted_run_after_two_faults(reference: Run, tmp_path: Path, store: Path) -> None:
+    """Dropout on, a rank lost while replicas travel, then one lost in the middle of a copy; then ``--save``."""
+    faults = "--moetion-inject-fault 0:3:5:mid-replication,1:0:9:mid-pack"
+    run = train(tmp_path, moetion(store, "full", f"{faults} {save_at(tmp_path)}"), restarts=3)
+    assert run.curve == reference.curve
+    assert run.validation == reference.validation
+    assert [r["epoch"] for r in run.recoveries] == [1, 2]
+    assert all(0 <= fault - r["iteration"] <= 2 for fault, r in zip((5, 9), run.recoveries, strict=True))
+    assert run.summary["dropped"] == 0
+    assert run.summary["plt"] == 0
+    assert_loads_as_it_went_on(tmp_path / "saved", run)
+
+
+def test_popularity_loses_little_and_counts_it(reference: Run, tmp_path: Path, store: Path) -> None:
+    faults = "--moetion-inject-fault 0:2:6:before-commit,1:1:10:restored,1:1:9:before-select"
+    more = f"--moetion-staleness-cap 4 {faults} {save_at(tmp_path)}"
+    run = train(tmp_path, moetion(store, "popularity", more), restarts=3)
+    first, second = run.recoveries[:2]
+    before = {i: v for i, v in reference.curve.items() if i <= first["iteration"]}
+    assert {i: run.curve[i] for i in before} == before, "until the fault nothing may differ"
+    assert max(run.curve) == ITERATIONS
+    assert second["epoch"] > first["epoch"]
+    assert first["lost_tokens"] > 0
+    assert 0 < run.summary["plt"] < 0.25
+    assert run.summary["snapshot_bytes_mean"] < 0.7 * run.summary["snapshot_bytes_full"]
+    assert_loads_as_it_went_on(tmp_path / "saved", run)
+
+
+def test_without_the_flag_nothing_of_the_runtime_is_imported(tmp_path: Path) -> None:
+    script = (
+        "import sys\n"
+        "from megatron_moetion.pretrain.launch import run\n"
+        "code = run(sys.argv[1:])\n"
+        "rooms = ('session', 'store', 'snapshot', 'select', 'replicate', 'recover', '_C', 'mcore.attach',\n"
+        "         'mcore.optimizer', 'mcore.router', 'mcore.layout', 'mcore.shards', 'observe')\n"
+        "found = [m for m in sys.modules if m.startswith('megatron_moetion.') and\n"
+        "         any(m[17:] == r or m[17:].startswith(r + '.') for r in rooms)]\n"
+        "print('RUNTIME', found)\n"
+        "sys.exit(code)\n"
+    )
+    flags = MODEL.replace("--pipeline-model-parallel-size 2 --expert-model-parallel-size 2", "--disable-bias-linear")
+    flags = flags.replace(f"--train-iters {ITERATIONS}", "--train-iters 4")
+    done = subprocess.run(
+        [sys.executable, "-c", script, *flags.split()],
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    assert "RUNTIME []" in done.stdout

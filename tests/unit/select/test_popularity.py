@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The token book: what is unsaved and stale, after captures, drops and recoveries."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moetion.select.policies import unsaved_tokens
+from megatron_moetion.select.popularity import Ledger, tokens_lost_share
+
+
+def test_tokens_and_staleness_count_from_the_newest_capture() -> None:
+    ledger = Ledger(3)
+    assert (ledger.unsaved, ledger.staleness) == ([0, 0, 0], [1, 1, 1])
+    ledger.captured(0, range(3), [0, 0, 0])
+    ledger.update([10, 20, 30])
+    assert (ledger.unsaved, ledger.staleness) == ([10, 20, 30], [1, 1, 1])
+    ledger.captured(1, [1], [9, 19, 29])
+    ledger.update([15, 26, 30])
+    assert (ledger.unsaved, ledger.staleness) == ([15, 6, 30], [2, 1, 2])
+    assert ledger.history == [[[0, 0]], [[0, 0], [1, 19]], [[0, 0]]]
+
+
+def test_a_drop_brings_the_older_capture_back() -> None:
+    ledger = Ledger(2)
+    ledger.captured(0, [0, 1], [0, 0])
+    ledger.update([10, 10])
+    ledger.captured(1, [0], [10, 10])
+    ledger.update([25, 25])
+    ledger.captured(2, [0, 1], [25, 25])
+    ledger.settle(1, whole=False)
+    ledger.settle(2, whole=False)
+    assert (ledger.unsaved, ledger.staleness) == ([25, 25], [3, 3])
+
+
+def test_what_is_whole_settles_what_came_before() -> None:
+    ledger = Ledger(1)
+    for iteration, total in enumerate([0, 10, 20, 30]):
+        ledger.update([total])
+        ledger.captured(iteration, [0], [total])
+    ledger.settle(2, whole=True)
+    ledger.settle(3, whole=False)
+    assert (ledger.unsaved, ledger.staleness) == ([10], [2])
+
+
+@given(st.lists(st.tuples(st.integers(0, 6), st.booleans()), max_size=30))
+def test_settling_against_a_naive_model(events: list[tuple[int, bool]]) -> None:
+    """Each event is a snapshot of one of three experts, whose fate is known two snapshots later."""
+    ledger = Ledger(3)
+    fate = {i: whole for i, (_, whole) in enumerate(events)}
+    for now, (chosen, _) in enumerate(events):
+        ledger.captured(now, [chosen % 3], [0, 0, 0])
+        if now >= 2:
+            ledger.settle(now - 2, fate[now - 2])
+        for expert in range(3):
+            counted = [
+                i for i in range(now + 1) if events[i][0] % 3 == expert and (i > now - 2 or fate[i])
+            ]
+            assert ledger.staleness[expert] == now + 2 - (counted[-1] + 1 if counted else 0)
+
+
+@given(st.integers(0, 10**6))
+def test_equal_input_gives_equal_answers(seed: int) -> None:
+    def drive() -> list[tuple[int, ...]]:
+        draw, ledger, totals, chosen = random.Random(seed), Ledger(9), [0] * 9, []
+        for iteration in range(30):
+            totals = [t + draw.randrange(50) for t in totals]
+            ledger.update(totals)
+            chosen.append(unsaved_tokens(ledger.unsaved, ledger.staleness, 3, 4))
+            ledger.captured(iteration, chosen[-1], totals)
+            if iteration % 3 == 2:
+                ledger.settle(iteration - 1, draw.random() < 0.7)
+        return chosen
+
+    assert drive() == drive()
+
+
+def test_a_recovered_ledger_knows_tokens_and_ages() -> None:
+    ledger = Ledger(3)
+    ledger.seed(captured=[8, 10, 9], totals=[100, 100, 100], saved=[60, 100, 90], local=[6, 10, 9])
+    assert ledger.unsaved == [40, 0, 10]
+    assert ledger.staleness == [3, 1, 2]
+
+
+@given(st.integers(2, 20), st.integers(2, 8), st.integers(0, 10**6), st.integers(1, 60))
+@settings(max_examples=40)
+def test_no_expert_passes_the_cap_because_of_a_recovery(total: int, cap: int, seed: int, fault: int) -> None:
+    # G2: staleness stays within the cap unless snapshots were dropped. Here none is, and one recovery happens.
+    num_experts = min(total, -(-total // cap))
+    draw = random.Random(seed)
+    ledger, newest, totals, saved = Ledger(total), [0] * total, [0] * total, [0] * total
+    ledger.captured(0, range(total), totals)
+    for iteration in range(1, fault + 2 * cap):
+        totals = [t + draw.choice((0, 1, 100)) * (e < 3) for e, t in enumerate(totals)]
+        ledger.update(totals)
+        chosen = unsaved_tokens(ledger.unsaved, ledger.staleness, num_experts, cap)
+        ledger.captured(iteration, chosen, totals)
+        for e in chosen:
+            newest[e], saved[e] = iteration, totals[e]
+        assert max(iteration - n for n in newest) < cap, f"iteration {iteration}, fault after {fault}"
+        if iteration == fault:
+            ledger = Ledger(total)
+            ledger.seed(newest, totals, saved, saved)
+
+
+@pytest.mark.parametrize(
+    ("lost", "processed", "share"),
+    [([], [], 0.0), ([0, 0], [10, 10], 0.0), ([5, 0], [10, 10], 0.25), ([5, 3], [10, 0], 0.5), ([3], [0], 0.0)],
+)
+def test_the_share_of_lost_tokens_is_the_mean_over_layers(
+    lost: list[int], processed: list[int], share: float
+) -> None:
+    assert tokens_lost_share(lost, processed) == share

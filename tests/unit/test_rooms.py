@@ -1,0 +1,91 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The tree is the pipeline: a room stands above all that it imports, and pure rooms stay pure."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[2] / "megatron_moetion"
+NAME = PACKAGE.name
+
+FLOORS = [
+    {"units", "config", "errors", "_C"},
+    {"observe"},
+    {"store"},
+    {"select"},
+    {"snapshot"},
+    {"replicate"},
+    {"recover"},
+    {"session"},
+    {"persist"},
+    {"mcore"},
+    {"pretrain"},
+]
+"""From the ground up. ``persist`` and ``mcore`` are seams: they stand on the rooms, not among them."""
+
+PURE = [
+    "units.py",
+    "store/manifest.py",
+    "select/book.py",
+    "select/budget.py",
+    "select/policies.py",
+    "select/popularity.py",
+    "snapshot/plan.py",
+    "replicate/placement.py",
+    "replicate/agreement.py",
+    "recover/plan.py",
+]
+IMPURE_MODULES = {"torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess"}
+MEGATRON_ROOMS = {"pretrain", "mcore", "persist"}
+KERNEL_USERS = {"snapshot/packer.py", "recover/survey.py", "recover/restore.py", "recover/startup.py"}
+
+
+def files() -> list[str]:
+    return sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
+
+
+def imports(file: str, top_level_only: bool = False) -> Iterator[str]:
+    """Dotted names that a file imports; ``TYPE_CHECKING`` blocks do not count."""
+    tree = ast.parse((PACKAGE / file).read_text())
+    hidden = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
+        for node in ast.walk(block)
+    }
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if id(node) in hidden:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def floor(room: str) -> int:
+    return next(number for number, rooms in enumerate(FLOORS) if room in rooms)
+
+
+@pytest.mark.parametrize("file", [f for f in files() if f != "__init__.py"])
+def test_no_arrow_runs_back_up(file: str) -> None:
+    room = file.split("/")[0].removesuffix(".py")
+    for name in imports(file):
+        parts = name.split(".")
+        if parts[0] == NAME and len(parts) > 1 and parts[1] != "__version__":
+            assert floor(parts[1]) <= floor(room), f"{file} imports {name}, which stands above it"
+
+
+@pytest.mark.parametrize("file", PURE)
+def test_pure_rooms_import_nothing_with_effects(file: str) -> None:
+    assert not {n.split(".")[0] for n in imports(file)} & IMPURE_MODULES
+
+
+@pytest.mark.parametrize("file", files())
+def test_megatron_is_known_to_the_seams_only(file: str) -> None:
+    if file.split("/")[0] not in MEGATRON_ROOMS:
+        assert "megatron" not in {n.split(".")[0] for n in imports(file)}
