@@ -396,7 +396,7 @@ class Session:
         return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
-        for reason, count in flight.counts.dropped.items():
+        for reason, count in flight.counts.dropped.copy().items():  # other threads add to it
             if count:
                 self._journal.warn_once(
                     f"drop-{reason}", iteration, f"a snapshot was dropped ({reason}); training goes on, counts follow"

@@ -39,13 +39,13 @@ NO_PROGRESS_LIMIT_S = 300.0
 """A run that logs no iteration for so long has failed. Covers the imports of a slow machine."""
 
 MODEL_FLAGS = """
---num-layers 4 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --max-position-embeddings 128
---num-experts 8 --moe-router-topk 2 --moe-ffn-hidden-size 256 --moe-token-dispatcher-type alltoall
---moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
+--num-layers 4 --hidden-size 128 --ffn-hidden-size 256 --num-attention-heads 4 --seq-length 128
+--max-position-embeddings 128 --num-experts 16 --moe-router-topk 2 --moe-ffn-hidden-size 256
+--moe-token-dispatcher-type alltoall --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2
 --pipeline-model-parallel-size 2 --expert-model-parallel-size 2
---micro-batch-size 4 --global-batch-size 32 --bf16 --use-distributed-optimizer
+--micro-batch-size 2 --global-batch-size 8 --bf16 --use-distributed-optimizer
 --attention-dropout 0.1 --hidden-dropout 0.1
---lr 1e-3 --min-lr 1e-4 --lr-decay-style cosine --lr-warmup-iters 4 --weight-decay 0.1 --clip-grad 1.0
+--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 5 --weight-decay 0.1 --clip-grad 1.0
 --seed 1234 --log-interval 1 --eval-iters 4
 """.split()
 

@@ -17,11 +17,12 @@ import numpy.typing as npt
 from megatron_moetion._C import HostPool
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.snapshot.packer import verify
+from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.store.arena import Arena, num_chunks
 from megatron_moetion.store.manifest import RECORD, Record, record_table, records_of
 
 Bytes = npt.NDArray[np.uint8]
-_HEADER_WORDS = 4  # epoch, iteration, captures, table bytes
+_HEADER_WORDS = 5  # epoch, iteration, captures, table bytes, table digest
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -75,13 +76,14 @@ class Replicator:
 
     def _announce(self, iteration: int, records: Sequence[Record]) -> dict[int, _Incoming]:
         table = _table(self._own, records)
-        header = np.array([self._epoch, iteration, len(records), table.nbytes], dtype=np.int64)
-        headers = {owner: np.zeros(_HEADER_WORDS, dtype=np.int64) for owner in self._held}
+        digest = capture_digest(table.view(np.uint64))
+        header = np.array([self._epoch, iteration, len(records), table.nbytes, digest], dtype=np.uint64)
+        headers = {owner: np.zeros(_HEADER_WORDS, dtype=np.uint64) for owner in self._held}
         self._channel.exchange(
             [Message(peer=h, data=header.view(np.uint8)) for h in self._holders],
             [Message(peer=o, data=data.view(np.uint8)) for o, data in headers.items()],
         )
-        for owner, (epoch, theirs, _, _) in ((o, h.tolist()) for o, h in headers.items()):
+        for owner, (epoch, theirs, *_) in ((o, h.tolist()) for o, h in headers.items()):
             if (epoch, theirs) != (self._epoch, iteration):
                 raise AssertionError(
                     f"rank {owner} replicates iteration {theirs} of epoch {epoch}; "
@@ -92,9 +94,11 @@ class Replicator:
             [Message(peer=h, data=table) for h in self._holders],
             [Message(peer=o, data=data) for o, data in tables.items()],
         )
-        return {o: self._parse(o, tables[o], int(headers[o][2])) for o in self._held}
+        return {o: self._parse(o, tables[o], int(headers[o][2]), int(headers[o][4])) for o in self._held}
 
-    def _parse(self, owner: int, table: Bytes, count: int) -> _Incoming:
+    def _parse(self, owner: int, table: Bytes, count: int, digest: int) -> _Incoming:
+        if capture_digest(table.view(np.uint64)) != digest:
+            return _Incoming(owner=owner, records=(), digests=())  # damaged on the way: refused like a lack of room
         spec = self._held[owner].spec
         rows = table[: count * RECORD.itemsize].view(RECORD)
         records, digests, cursor = [], [], count * RECORD.itemsize

@@ -5,12 +5,17 @@ from __future__ import annotations
 
 from functools import reduce
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 
-SETS = st.lists(st.frozensets(st.integers(0, 90), max_size=20), min_size=1, max_size=4)
+STEPS = st.integers(1, 100)
+
+
+def places() -> st.SearchStrategy[list[frozenset[int]]]:
+    return st.lists(st.frozensets(st.integers(0, 45), max_size=20), min_size=1, max_size=4)
 
 
 def test_a_minimum_over_ranks_would_be_wrong() -> None:
@@ -18,22 +23,37 @@ def test_a_minimum_over_ranks_would_be_wrong() -> None:
     assert newest_common(masks[0] & masks[1], 10) == 8
 
 
-@given(SETS, st.integers(0, 90))
-def test_against_sets(whole: list[frozenset[int]], base: int) -> None:
-    mask = reduce(int.__and__, (mask_of(w, base) for w in whole))
+@given(places(), places(), st.integers(0, 45), STEPS)
+def test_against_sets(whole: list[frozenset[int]], dropped: list[frozenset[int]], base: int, step: int) -> None:
+    """Snapshots are numbered 0, 1, ...; iterations are these times the step."""
+    dropped = [dropped[r % len(dropped)] - w for r, w in enumerate(whole)]
+    mask = reduce(
+        int.__and__,
+        (
+            mask_of({i * step for i in w}, base * step, {i * step for i in w | d}, step)
+            for w, d in zip(whole, dropped, strict=True)
+        ),
+    )
     assert 0 <= mask < 2**63, "it travels as a signed 64-bit integer"
-    seen = {i for i in frozenset.intersection(*whole) if base - WINDOW < i <= base}
-    newest = newest_common(mask, base)
-    assert newest == max(seen, default=None)
-    known = range(100)
-    if newest is None:
-        assert fates(mask, base, known) == {}
-    else:
-        assert fates(mask, base, known) == {i: i in seen for i in known if i <= newest}
+    window = range(max(0, base - WINDOW + 1), base + 1)
+    everywhere = frozenset.intersection(*whole).intersection(window)
+    decided = frozenset.intersection(*(w | d for w, d in zip(whole, dropped, strict=True))).intersection(window)
+    newest = max(everywhere, default=None)
+    assert newest_common(mask, base * step, step) == (None if newest is None else newest * step)
+    settled = {i for i in range(base + 5) if i in decided or (newest is not None and i <= newest)}
+    known = [i * step for i in range(base + 5)]
+    assert fates(mask, base * step, known, step) == {i * step: i in everywhere for i in settled}
 
 
-def test_the_window_has_two_ends() -> None:
-    base = 100
-    assert mask_of({base}, base) == 1
-    assert mask_of({base - WINDOW + 1}, base) == 1 << (WINDOW - 1)
-    assert mask_of({base - WINDOW, base + 1}, base) == 0
+def test_a_snapshot_that_one_rank_dropped_is_settled_while_none_is_newer() -> None:
+    masks = [mask_of({8, 9}, 10, {8, 9}), mask_of({8}, 10, {8, 9})]
+    assert newest_common(masks[0] & masks[1], 10) == 8
+    assert fates(masks[0] & masks[1], 10, {8, 9, 10}) == {8: True, 9: False}
+
+
+@pytest.mark.parametrize("step", [1, 2, 64, 1000])
+def test_the_window_counts_snapshots_and_has_two_ends(step: int) -> None:
+    base = 100 * step
+    assert mask_of({base}, base, step=step) == 1
+    assert mask_of({base - (WINDOW - 1) * step}, base, step=step) == 1 << (WINDOW - 1)
+    assert mask_of({base - WINDOW * step, base + step}, base, step=step) == 0

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Snapshots in flight: a failed one is dropped and counted, and the training thread sees no exception (G3)."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+from support import CHUNK_BYTES, POOL, Network, ToyState, make_arena, no_probe
+
+from megatron_moetion.errors import ChannelError
+from megatron_moetion.replicate.agreement import WINDOW
+from megatron_moetion.replicate.flight import Flight
+from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import Record
+
+
+class FakeReplicator:
+    """Stands for a ``Replicator``: answers with what the test says."""
+
+    def __init__(self, answer: Callable[[int], bool]) -> None:
+        self._answer = answer
+        self.rounds: list[tuple[int, int]] = []
+
+    def replicate(self, iteration: int, records: Sequence[Record]) -> bool:
+        self.rounds.append((iteration, len(records)))
+        return bool(records) and self._answer(iteration)
+
+
+class Rig:
+    """One rank's flight over a small state."""
+
+    def __init__(self, folder: Path, answer: Callable[[int], bool] | None, copies: int = 3) -> None:
+        self.state = ToyState(num_experts=2)
+        inventory = self.state.inventory()
+        self.arena: Arena = make_arena(folder, self.state, copies=copies)
+        self.packer = Packer(inventory, CHUNK_BYTES, 1)
+        self.replicator = FakeReplicator(answer) if answer is not None else None
+        self.flight = Flight(
+            packer=self.packer,
+            inventory=inventory,
+            arena=self.arena,
+            replicator=self.replicator,  # type: ignore[arg-type]
+            epoch=0,
+            probe=no_probe,
+        )
+        self.everything = range(len(inventory.units))
+
+    def take(self, iteration: int) -> None:
+        self.packer.freeze(b"host")
+        self.flight.begin(iteration, self.everything, {1: 10 * iteration})
+
+    def iterations(self) -> set[int]:
+        return {r.iteration for r in self.arena.page.records}
+
+
+@pytest.mark.parametrize("answer", [None, lambda iteration: True])
+def test_a_snapshot_is_committed_then_whole(tmp_path: Path, answer: Callable[[int], bool] | None) -> None:
+    rig = Rig(tmp_path, answer)
+    rig.take(1)
+    rig.take(2)
+    rig.flight.drain()
+    assert rig.flight.whole == {1, 2}
+    assert rig.iterations() == {1, 2}
+    assert {r.tokens for r in rig.arena.page.records if r.unit == 1} == {10, 20}
+    counts = rig.flight.counts
+    assert (counts.begun, counts.committed) == (2, 2)
+    assert counts.bytes_committed == sum(r.nbytes for r in rig.arena.page.records)
+    assert sum(counts.dropped.values()) == 0
+    rig.flight.close()
+
+
+def test_no_free_slot_drops_the_snapshot_and_keeps_the_order_of_rounds(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, lambda iteration: True, copies=1)
+    for iteration in (1, 2, 3):
+        rig.take(iteration)
+    rig.flight.drain()
+    assert rig.replicator is not None
+    assert rig.replicator.rounds == [(1, 4), (2, 0), (3, 0)]
+    assert rig.flight.whole == {1}
+    assert rig.flight.counts.dropped["no-slot"] == 2
+    rig.arena.edit(lambda page: {"records": ()})
+    rig.take(4)
+    rig.flight.drain()
+    assert rig.flight.whole == {1, 4}
+    rig.flight.close()
+
+
+def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, lambda iteration: True, copies=1)
+    pack = rig.packer.pack
+
+    def slow(targets: Sequence[Target], between: Callable[[], None]) -> list[int] | None:
+        deadline = time.monotonic() + 10
+        while not rig.packer._cancel.is_set() and time.monotonic() < deadline:
+            time.sleep(0.002)
+        return pack(targets, between)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rig.packer, "pack", slow)
+        rig.take(1)
+        began = time.monotonic()
+        rig.flight.finish_packing(0.05)
+        assert time.monotonic() - began < 5
+    # The state may change from here on; what was begun is never committed.
+    rig.state.step(1)
+    rig.flight.drain()
+    assert rig.iterations() == set()
+    assert rig.flight.counts.dropped["late"] == 1
+    rig.take(2)
+    rig.flight.finish_packing(5)
+    rig.flight.drain()
+    assert rig.flight.whole == {2}
+    rig.flight.close()
+
+
+def test_a_refusal_is_counted_and_the_next_snapshot_is_whole(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, lambda iteration: iteration != 1)
+    rig.take(1)
+    rig.take(2)
+    rig.flight.drain()
+    assert rig.flight.whole == {2}
+    assert rig.flight.counts.dropped["refused"] == 1
+    rig.flight.close()
+
+
+def test_a_channel_that_fails_breaks_replication_and_nothing_else(tmp_path: Path) -> None:
+    def fail(iteration: int) -> bool:
+        raise ChannelError("rank 3 has gone")
+
+    rig = Rig(tmp_path, fail, copies=2)
+    for iteration in (1, 2, 3):
+        rig.take(iteration)
+        rig.flight.finish_packing(5)
+    rig.flight.drain()
+    assert rig.flight.broken == "rank 3 has gone"
+    assert rig.flight.rounds == {}, "their fate is not known here"
+    assert rig.flight.counts.dropped["channel"] == 2
+    assert rig.flight.counts.dropped["no-slot"] == 1
+    rig.flight.close()
+
+
+def test_a_bug_in_replication_does_not_pass_in_silence(tmp_path: Path) -> None:
+    def bug(iteration: int) -> bool:
+        raise AssertionError("ranks are out of step")
+
+    rig = Rig(tmp_path, bug)
+    rig.take(1)
+    rig.flight.drain()
+    assert rig.flight.broken == "AssertionError: ranks are out of step"
+    rig.flight.close()
+
+
+def test_a_skipped_iteration_takes_its_round(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, lambda iteration: True)
+    rig.take(1)
+    rig.flight.skip(2, "moved")
+    rig.take(3)
+    rig.flight.drain()
+    assert rig.replicator is not None
+    assert rig.replicator.rounds == [(1, 4), (2, 0), (3, 4)]
+    assert rig.flight.rounds == {1: True, 2: False, 3: True}
+    assert rig.flight.counts.dropped["moved"] == 1
+    rig.flight.close()
+
+
+def test_only_recent_iterations_are_remembered(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, None)
+    for iteration in range(1, WINDOW + 20):
+        rig.take(iteration)
+        rig.flight.drain()
+        rig.arena.edit(lambda page: {"records": ()})
+    assert rig.flight.whole == set(range(20, WINDOW + 20))
+    rig.flight.close()
+
+
+def test_slow_replication_is_bounded(tmp_path: Path) -> None:
+    gate = threading.Event()
+    rig = Rig(tmp_path, lambda iteration: gate.wait(20))
+    for iteration in range(1, WINDOW + 5):
+        rig.take(iteration)
+        rig.flight.finish_packing(5)
+    assert "wait to be replicated" in rig.flight.broken
+    gate.set()
+    rig.flight.drain()
+    rig.flight.close()
+
+
+def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> None:
+    network = Network(2, timeout_s=0.1)
+    rig = Rig(tmp_path / "a", None)
+    held = make_arena(tmp_path / "b", rig.state, owner=1)
+    replicator = Replicator(
+        channel=network.channel(0), own=rig.arena, holders=[1], held={1: held}, pool=POOL, epoch=0, probe=no_probe
+    )
+    flight = Flight(
+        packer=rig.packer,
+        inventory=rig.state.inventory(),
+        arena=rig.arena,
+        replicator=replicator,
+        epoch=0,
+        probe=no_probe,
+    )
+    rig.packer.freeze(b"host")
+    flight.begin(1, rig.everything, {})
+    flight.drain()
+    assert "timed out" in flight.broken
+    assert rig.iterations() == {1}
+    assert np.array([r.nbytes for r in rig.arena.page.records]).sum() == flight.counts.bytes_committed
+    flight.close()
