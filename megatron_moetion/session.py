@@ -199,7 +199,16 @@ class Session:
         if self._flight is None or self._arenas is None:
             return
         self._flight.drain()
-        counts = self._flight.counts
+        try:
+            self._summarise(self._flight.counts)
+        except ChannelError as error:
+            self._journal.warn_once("summary", self._base, f"the summary is missing: {error}")
+        self._flight.close()
+        self._arenas.close()
+        self._fabric.close()
+        self._flight = self._arenas = None
+
+    def _summarise(self, counts: FlightCounts) -> None:
         totals = self._fabric.gather(
             {
                 "committed": counts.committed,
@@ -219,10 +228,6 @@ class Session:
             plt=share_lost([t["layers"] for t in totals]),
             stable=self._stable,
         )
-        self._flight.close()
-        self._arenas.close()
-        self._fabric.close()
-        self._flight = self._arenas = None
 
     # -- starting -------------------------------------------------------------------------------------
 
@@ -272,6 +277,8 @@ class Session:
         self, startup: Startup, situation: Situation, why: NoPlan, load_persistent: Callable[[], int | None] | None
     ) -> None:
         loaded = load_persistent() if load_persistent is not None else None
+        if len(everyone := set(self._fabric.gather(loaded))) > 1:
+            raise StoreError(f"ranks loaded different persistent checkpoints: iterations {sorted(everyone, key=str)}")
         # Arenas of which none has had a first baseline show that no step was ever taken.
         lost = why.began or (situation.restarted and not situation.reports)
         if loaded is None and lost and not self._config.allow_fresh:
@@ -281,12 +288,12 @@ class Session:
                 f"iteration 0"
             )
         iteration = loaded or 0
-        self._arenas, epoch = startup.begin(situation, iteration)
+        self._arenas = startup.begin(situation)
         if lost:
             self._journal.warn_once(
                 "fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here"
             )
-        flight = self._fly(self._arenas, situation, epoch)
+        flight = self._fly(self._arenas, situation, epoch=0)
         if overgrown := self._freeze():
             raise UnsupportedState(overgrown)
         everything = range(len(self._inventory.units))

@@ -91,9 +91,9 @@ _Available = dict[int, dict[int, dict[int, dict[int, Record]]]]
 
 
 def plan_recovery(
-    facts: Sequence[RankFacts], reports: Sequence[ArenaReport], placement: Placement, mode: str
+    facts: Sequence[RankFacts], reports: Sequence[ArenaReport], placement: Placement, mode: str, nonce: int = 0
 ) -> RecoveryPlan | NoPlan:
-    """The newest iteration that every rank can reach, or why there is none."""
+    """The newest iteration that every rank can reach, or why there is none. ``nonce``: see ``Branch``."""
     sound = [r for r in reports if not r.problem]
     if not sound:
         problems = "; ".join(r.problem for r in reports) or "no arena of this run was found on any node"
@@ -107,7 +107,8 @@ def plan_recovery(
             missing.append(f"iteration {iteration}: {chosen}")
             continue
         safe = max(r.stable for r in sound if r.epoch == newest.epoch)
-        return _plan(iteration, safe, newest, facts, chosen, available, placement)
+        branch = Branch(epoch=newest.epoch + 1, iteration=iteration, nonce=nonce)
+        return _plan(branch, min(iteration, safe), newest, facts, chosen, available, placement)
     without = [f.rank for f in facts if f.rank not in available]
     reason = "; ".join(missing[:3]) or (
         f"no copy of rank(s) {_short(without)} is left on any node"
@@ -173,7 +174,7 @@ def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, m
 
 
 def _plan(
-    iteration: int,
+    branch: Branch,
     safe: int,
     newest: ArenaReport,
     facts: Sequence[RankFacts],
@@ -200,13 +201,12 @@ def _plan(
                 if placement.node_of[holder] not in nodes
             )
         choices.append(tuple(row))
-    epoch = newest.epoch + 1
     return RecoveryPlan(
-        iteration=iteration,
-        epoch=epoch,
-        branches=(*newest.branches, Branch(epoch=epoch, iteration=iteration)),
+        iteration=branch.iteration,
+        epoch=branch.epoch,
+        branches=(*newest.branches, branch),
         history_epoch=newest.epoch,
-        safe=min(iteration, safe),
+        safe=safe,
         choices=tuple(choices),
         fetches=tuple(fetches),
         copies=tuple(copies),

@@ -6,6 +6,7 @@ All methods are collective. The plan itself is made in ``plan.py``; here it is c
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -17,12 +18,12 @@ from megatron_moetion.errors import ConfigError, IdentityMismatch, MoetionError,
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, custodian, plan_recovery
 from megatron_moetion.recover.restore import Mover, write_back
-from megatron_moetion.recover.survey import ArenaReport, survey_store
+from megatron_moetion.recover.survey import ArenaReport, living, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
-from megatron_moetion.store.manifest import Branch, Page
+from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import UnitKind
 
@@ -81,7 +82,14 @@ class Startup:
     def look(self, attempt: int) -> Situation:
         """Survey every node and plan. ``ConfigError`` or ``IdentityMismatch`` where ranks do not fit together."""
         rank = self._fabric.rank
-        notes = self._fabric.gather({"node": self._node.key, "attempt": attempt, "spec": self._spec.to_json().decode()})
+        notes = self._fabric.gather(
+            {
+                "node": self._node.key,
+                "attempt": attempt,
+                "spec": self._spec.to_json().decode(),
+                "nonce": secrets.randbits(32),
+            }
+        )
         specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
         _require_one_run(specs)
         placement = place([n["node"] for n in notes], self._config.replicas)
@@ -90,7 +98,7 @@ class Startup:
         mine = sorted(self._node.path.glob("*.arena"))[neighbours.index(rank) :: len(neighbours)]
         self._probe("survey", -1)
         found = [r.to_json() for r in survey_store(mine, node, rank, specs, self._pool)]
-        reports = tuple(ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each)
+        reports = living([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
         strangers = [r.problem for r in reports if r.stranger]
         if strangers:
             raise IdentityMismatch(strangers[0])
@@ -98,7 +106,7 @@ class Startup:
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in spec.units))
             for r, spec in enumerate(specs)
         ]
-        outcome = plan_recovery(facts, reports, placement, self._config.mode)
+        outcome = plan_recovery(facts, reports, placement, self._config.mode, notes[0]["nonce"])
         self._phases.done("survey")
         return Situation(
             specs=specs,
@@ -117,7 +125,12 @@ class Startup:
         if len(set(self._fabric.gather(plan.digest))) != 1:
             raise AssertionError("ranks made different recovery plans from the same reports")
         rank = self._fabric.rank
-        page = Page(epoch=plan.history_epoch, stable=plan.safe, branches=plan.branches[:-1])
+        page = Page(
+            epoch=plan.history_epoch,
+            stable=plan.safe,
+            lineage=max(r.lineage for r in situation.reports),
+            branches=plan.branches[:-1],
+        )
         arenas, leftovers = self._open(situation, page)
         mover = Mover(
             rank=rank,
@@ -145,30 +158,22 @@ class Startup:
         self._probe("restored", -1)
         return arenas, host_state
 
-    def begin(self, situation: Situation, iteration: int) -> tuple[OpenArenas, int]:
-        """New, empty arenas for state that was initialised, or loaded from disk, at ``iteration``; and their epoch."""
+    def begin(self, situation: Situation) -> OpenArenas:
+        """New, empty arenas, of a new lineage, for state that was initialised or loaded from disk."""
         if self._fabric.rank == min(situation.placement.ranks_on(situation.placement.node_of[self._fabric.rank])):
             for path in self._node.path.glob("*.arena"):
                 path.unlink()
-        now = max(self._fabric.gather(int(time.time())))
-        epoch = 0
-        branches: tuple[Branch, ...] = ()
-        began = isinstance(situation.outcome, NoPlan) and situation.outcome.began
-        if began or situation.restarted or iteration:
-            # There may be nodes that are away with captures of an earlier history, up to an epoch that nobody here
-            # knows. The clock is beyond all of them, and the gap makes ``in_history`` refuse what they hold.
-            epoch = now
-            branches = (Branch(epoch=epoch, iteration=iteration),)
+        lineage = max(self._fabric.gather(time.time_ns()))
         problem = ""
         arenas: OpenArenas | None = None
         try:
-            arenas, _ = self._open(replace(situation, reports=()), Page(epoch=epoch, branches=branches))
+            arenas, _ = self._open(replace(situation, reports=()), Page(lineage=lineage))
         except MoetionError as error:
             problem = str(error)
         problems = [p for p in self._fabric.gather(problem) if p]
         if problems or arenas is None:
             raise StoreError(problems[0])
-        return arenas, epoch
+        return arenas
 
     def _open(self, situation: Situation, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
         """Open what the survey found sound and make what is missing; leftovers are only read from."""

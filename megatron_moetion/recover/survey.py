@@ -7,7 +7,7 @@ A rank looks only at files of its own node. Reports travel as JSON; nothing is u
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ class ArenaReport:
     owner: int = -1
     epoch: int = 0
     stable: int = -1
+    lineage: int = 0
     branches: tuple[Branch, ...] = ()
     captures: tuple[Record, ...] = ()
     """Captures whose bytes verify."""
@@ -57,6 +58,27 @@ def survey_store(
     return [_report(path, node, rank, specs, pool) for path in paths]
 
 
+def living(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
+    """The reports, those of other histories marked as of no use.
+
+    A node may come back with memory from before the run began anew, or from a recovery that was cut short on it and
+    then took place without it, to another iteration perhaps. The history that went on is the one of the newest
+    lineage, the latest epoch, the newest stable iteration.
+    """
+    sound = [r for r in reports if not r.problem]
+    if not sound:
+        return tuple(reports)
+    newest = max(sound, key=lambda r: (r.lineage, r.epoch, r.stable))
+    nonces = {b.epoch: b.nonce for b in newest.branches}
+
+    def is_dead(report: ArenaReport) -> bool:
+        forked = any(nonces.get(b.epoch, b.nonce) != b.nonce for b in report.branches)
+        return not report.problem and (report.lineage < newest.lineage or forked)
+
+    why = "belongs to a history of this run that did not go on"
+    return tuple(replace(r, problem=f"{r.path} {why}", captures=()) if is_dead(r) else r for r in reports)
+
+
 def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool) -> ArenaReport:
     try:
         arena = Arena.open(path)
@@ -73,6 +95,7 @@ def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: 
             owner=arena.spec.identity.owner,
             epoch=page.epoch,
             stable=page.stable,
+            lineage=page.lineage,
             branches=page.branches,
             captures=tuple(sound),
             damaged=len(page.records) - len(sound),

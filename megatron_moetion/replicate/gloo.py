@@ -4,9 +4,10 @@
 from __future__ import annotations
 
 import json
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from datetime import timedelta
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -103,43 +104,55 @@ class GlooChannel:
 
     def __init__(self, group: dist.ProcessGroup, in_flight_bytes: int) -> None:
         self._group = group
-        self._slice_bytes = max(1 << 16, min(8 << 20, in_flight_bytes // 4))
+        self._slice_bytes = max(1 << 16, min(8 << 20, in_flight_bytes // 8))
         self._in_flight_bytes = in_flight_bytes
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """See ``Channel.exchange``. Messages travel in slices; slice n of both directions is posted together."""
-        pending: deque[tuple[dist.Work, int]] = deque()
+        """See ``Channel.exchange``. Bytes travel in rounds: the n-th slice to and from every peer.
+
+        A rank waits only for rounds that it has posted itself, oldest first, and both ends number the slices between
+        them alike. So whoever waits for the lowest round finds it posted by all its peers: nobody waits in a circle.
+        """
+        pending: deque[tuple[list[dist.Work], int]] = deque()
         in_flight = 0
         try:
-            for is_send, peer, part in self._slices(sends, receives):
-                while pending and in_flight + part.nbytes > self._in_flight_bytes:
-                    work, nbytes = pending.popleft()
-                    work.wait()
-                    in_flight -= nbytes
-                tensor = torch.from_numpy(part)
-                posted = (
-                    dist.isend(tensor, dst=peer, group=self._group)
-                    if is_send
-                    else dist.irecv(tensor, src=peer, group=self._group)
-                )
-                assert posted is not None
-                pending.append((posted, part.nbytes))
-                in_flight += part.nbytes
+            for parts in self._rounds(sends, receives):
+                nbytes = sum(part.nbytes for _, _, part in parts)
+                while pending and in_flight + nbytes > self._in_flight_bytes:
+                    in_flight -= _finish(*pending.popleft())
+                pending.append(([self._post(*part) for part in parts], nbytes))
+                in_flight += nbytes
             while pending:
-                pending.popleft()[0].wait()
+                _finish(*pending.popleft())
         except RuntimeError as error:  # torch raises nothing narrower for a lost peer or a timeout
             peers = sorted({m.peer for m in (*sends, *receives)})
             raise ChannelError(f"transfer with rank(s) {peers} failed: {_first_line(error)}") from error
 
-    def _slices(self, sends: Sequence[Message], receives: Sequence[Message]) -> Iterator[tuple[bool, int, Bytes]]:
-        """Slice k of every message before slice k + 1 of any, so that both ends post matching slices in step."""
-        queues = [(False, m) for m in receives] + [(True, m) for m in sends]
-        longest = max((m.data.nbytes for _, m in queues), default=0)
-        for start in range(0, longest, self._slice_bytes):
-            for is_send, message in queues:
-                part = message.data[start : start + self._slice_bytes]
-                if part.nbytes:
-                    yield is_send, message.peer, part
+    def _rounds(self, sends: Sequence[Message], receives: Sequence[Message]) -> Iterator[list[tuple[bool, int, Bytes]]]:
+        """For each round the slices (is sent, peer, bytes) that are posted together."""
+        streams: dict[tuple[bool, int], list[Bytes]] = defaultdict(list)
+        for is_send, messages in ((False, receives), (True, sends)):
+            for message in messages:
+                starts = range(0, message.data.nbytes, self._slice_bytes)
+                streams[is_send, message.peer] += [message.data[s : s + self._slice_bytes] for s in starts]
+        for parts in zip_longest(*streams.values()):
+            yield [(*stream, part) for stream, part in zip(streams, parts, strict=True) if part is not None]
+
+    def _post(self, is_send: bool, peer: int, part: Bytes) -> dist.Work:
+        tensor = torch.from_numpy(part)
+        posted = (
+            dist.isend(tensor, dst=peer, group=self._group)
+            if is_send
+            else dist.irecv(tensor, src=peer, group=self._group)
+        )
+        assert posted is not None
+        return posted
+
+
+def _finish(works: Sequence[dist.Work], nbytes: int) -> int:
+    for work in works:
+        work.wait()
+    return nbytes
 
 
 def _first_line(error: BaseException) -> str:

@@ -25,7 +25,8 @@ def unsaved_tokens(unsaved: Sequence[int], staleness: Sequence[int], num_experts
     deadline = cap + 1 - np.asarray(staleness, dtype=np.int64)
     chosen: list[int] = []
     taken = np.zeros(len(unsaved), dtype=bool)
-    for s in range(min(1, int(deadline.min(initial=1))), cap + 1):
+    overdue = sorted(set(deadline[deadline < 1].tolist()))
+    for s in (*overdue, *range(1, cap + 1)):
         due = deadline <= s
         missing = min(int(due.sum()) - num_experts * max(s - 1, 0), num_experts) - int((due & taken).sum())
         for e in order if missing > 0 else ():

@@ -43,7 +43,7 @@ def _bound(value: Any) -> int:
     if isinstance(value, bytes):
         return 16 + 4 * (len(value) // 3 + 1)
     if isinstance(value, str):
-        return 8 + 6 * len(value)  # JSON may spell a character as \uXXXX
+        return 8 + 12 * len(value)  # JSON may spell a character as \uXXXX, or as two of them
     if isinstance(value, (tuple, list)):
         return 16 + sum(1 + _bound(v) for v in value)
     if isinstance(value, Mapping):
@@ -52,6 +52,8 @@ def _bound(value: Any) -> int:
 
 
 def _plain(value: Any, where: str) -> Any:
+    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
+        raise UnsupportedState(f"{where} is an integer of {value.bit_length()} bits; there is room for 64: use bytes")
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
     if isinstance(value, bytes):

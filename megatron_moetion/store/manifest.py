@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 PAGE_MAGIC = b"MOEPAGE1"
-_HEAD = struct.Struct("<8sQIIqI4x")  # magic, sequence, epoch, records, stable, branches
-_BRANCH = struct.Struct("<I4xq")  # epoch, iteration that it branched off at
+_HEAD = struct.Struct("<8sQIIqI4xQ")  # magic, sequence, epoch, records, stable, branches, lineage
+_BRANCH = struct.Struct("<IIq")  # epoch, nonce, iteration that it branched off at
 _DIGEST_BYTES = 16
 MAX_BRANCHES = 32
 """Recoveries remembered. Captures of a history that branched off earlier are refused."""
@@ -61,10 +61,15 @@ class Record:
 
 @dataclass(frozen=True, kw_only=True)
 class Branch:
-    """Recovery number ``epoch`` went back to ``iteration``: older captures beyond it are a dead history."""
+    """Recovery number ``epoch`` went back to ``iteration``: older captures beyond it are a dead history.
+
+    The random ``nonce`` tells two recoveries of one number apart: one may have been cut short on a node that then
+    was away while the other took place.
+    """
 
     epoch: int
     iteration: int
+    nonce: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +79,8 @@ class Page:
     sequence: int = 0
     epoch: int = 0
     stable: int = -1
+    lineage: int = 0
+    """When the run last began from nothing or from disk (Unix time, ns). Older lineages are dead altogether."""
     branches: tuple[Branch, ...] = ()
     records: tuple[Record, ...] = ()
 
@@ -103,8 +110,9 @@ def encode_page(page: Page, max_records: int) -> bytes:
         raise ValueError(f"{len(page.records)} records do not fit in a page for {max_records}")
     branches = page.branches[-MAX_BRANCHES:]
     table = record_table(page.records)
-    body = _HEAD.pack(PAGE_MAGIC, page.sequence, page.epoch, len(page.records), page.stable, len(branches))
-    body += b"".join(_BRANCH.pack(b.epoch, b.iteration) for b in branches)
+    head = (page.sequence, page.epoch, len(page.records), page.stable, len(branches), page.lineage)
+    body = _HEAD.pack(PAGE_MAGIC, *head)
+    body += b"".join(_BRANCH.pack(b.epoch, b.nonce, b.iteration) for b in branches)
     body += table.tobytes()
     return body + _digest(body)
 
@@ -113,18 +121,25 @@ def decode_page(data: bytes | memoryview) -> Page | None:
     """The page in ``data``, or None where it is torn, damaged or was never written."""
     if len(data) < _HEAD.size + _DIGEST_BYTES:
         return None
-    magic, sequence, epoch, num_records, stable, num_branches = _HEAD.unpack_from(data, 0)
+    magic, sequence, epoch, num_records, stable, num_branches, lineage = _HEAD.unpack_from(data, 0)
     end = _HEAD.size + num_branches * _BRANCH.size + num_records * RECORD.itemsize
     if magic != PAGE_MAGIC or num_branches > MAX_BRANCHES or end + _DIGEST_BYTES > len(data):
         return None
     if _digest(data[:end]) != bytes(data[end : end + _DIGEST_BYTES]):
         return None
     branches = tuple(
-        Branch(epoch=e, iteration=i)
-        for e, i in (_BRANCH.unpack_from(data, _HEAD.size + n * _BRANCH.size) for n in range(num_branches))
+        Branch(epoch=e, iteration=i, nonce=n)
+        for e, n, i in (_BRANCH.unpack_from(data, _HEAD.size + n * _BRANCH.size) for n in range(num_branches))
     )
     table: npt.NDArray[np.void] = np.frombuffer(data[end - num_records * RECORD.itemsize : end], dtype=RECORD)
-    return Page(sequence=sequence, epoch=epoch, stable=stable, branches=branches, records=records_of(table))
+    return Page(
+        sequence=sequence,
+        epoch=epoch,
+        stable=stable,
+        lineage=lineage,
+        branches=branches,
+        records=records_of(table),
+    )
 
 
 def current_page(pages: Iterable[Page | None]) -> Page | None:

@@ -45,9 +45,8 @@ class ToyState:
     def inventory(self) -> Inventory:
         dense = "layers.0.dense"
         counts = _region(dense, "counts", self.counts, Role.BUFFER, at_once=True)
-        units = [
-            Unit(name=dense, kind=UnitKind.DENSE, layer=0, regions=(_region(dense, "dense", self.arrays["dense"]), counts))
-        ]
+        weights = _region(dense, "dense", self.arrays["dense"])
+        units = [Unit(name=dense, kind=UnitKind.DENSE, layer=0, regions=(weights, counts))]
         if "frozen" in self.arrays:
             frozen = _region("frozen", "frozen", self.arrays["frozen"], Role.WEIGHT)
             units.append(Unit(name="frozen", kind=UnitKind.FROZEN, regions=(frozen,)))
@@ -90,9 +89,7 @@ class ToyState:
         return arrays + self.counts.tobytes() + repr(sorted(self.host.items())).encode()
 
 
-def _region(
-    unit: str, tensor: str, array: npt.NDArray[Any], role: Role = Role.MASTER, at_once: bool = False
-) -> Region:
+def _region(unit: str, tensor: str, array: npt.NDArray[Any], role: Role = Role.MASTER, at_once: bool = False) -> Region:
     return Region(
         unit=unit, tensor=tensor, role=role, dtype=str(array.dtype), start=0, nbytes=array.nbytes,
         address=array.ctypes.data, at_once=at_once,

@@ -12,9 +12,7 @@ from hypothesis import strategies as st
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.replicate.placement import place
 
-RUNS = st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 3)).map(
-    lambda t: (t[0], t[0] + 1 + t[1], t[2])
-)
+RUNS = st.tuples(st.integers(0, 3), st.integers(0, 5), st.integers(1, 3)).map(lambda t: (t[0], t[0] + 1 + t[1], t[2]))
 """(replicas, nodes, ranks a node), with enough nodes."""
 
 

@@ -125,7 +125,7 @@ def test_a_damaged_table_lists_nothing_wrong(tmp_path: Path) -> None:
     first = ranks.commit(0, 1)
     chunks = sum(ranks.own[0].digests(r.slot).size for r in first)
     table = 48 * len(first) + 8 * chunks
-    for position in range(0, 48):
+    for position in range(48):
         ranks.network.damage = lambda _, __, size, at=position: at if size == table else None  # type: ignore[misc]
         records = first if position == 0 else ranks.commit(0, position + 1)
         together(

@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import random
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from megatron_moetion.select.book import ExpertBook, share_lost
 
@@ -52,6 +55,33 @@ def test_what_was_lost_once_is_not_lost_again() -> None:
     assert losses.lost == (7, 7, 7)
     experts.recover(state, losses, [12, 12, 12], [0, 0, 0])
     assert experts.state()["lost"] == [12, 12, 12]
+
+
+@given(st.integers(2, 20), st.integers(2, 8), st.integers(0, 10**6), st.integers(1, 60), st.sampled_from((1, 10)))
+@settings(max_examples=40)
+def test_no_expert_passes_the_cap_because_of_a_recovery(
+    total: int, cap: int, seed: int, fault: int, interval: int
+) -> None:
+    """G2: staleness stays within the cap unless snapshots were dropped. Here none is, and one recovery happens."""
+
+    def new() -> ExpertBook:
+        names = [str(e) for e in range(total)]
+        return ExpertBook(names=names, layers=names, num_experts=-(-total // cap), staleness_cap=cap)
+
+    draw, experts, totals, newest = random.Random(seed), new(), [0] * total, [0] * total
+    experts.choose_all(0, totals)
+    for number in range(1, fault + 2 * cap):
+        iteration = number * interval
+        totals = [t + draw.choice((0, 1, 100)) * (e < 3) for e, t in enumerate(totals)]
+        experts.ledger.update(totals)
+        state = json.loads(json.dumps(experts.state()))
+        for e in experts.choose(iteration, totals):
+            newest[e] = iteration
+        assert max(iteration - n for n in newest) < cap * interval, f"snapshot {number}, fault after {fault}"
+        if number == fault:
+            experts = new()
+            losses = experts.losses(state, {str(e): n for e, n in enumerate(newest)}, iteration, totals)
+            experts.recover(state, losses, totals, losses.then)
 
 
 def test_the_share_over_ranks_sums_before_it_divides() -> None:

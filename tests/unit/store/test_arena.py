@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -25,9 +26,7 @@ from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity
 from megatron_moetion.store.manifest import Branch, Page, Record, decode_page, page_bytes
 
 SMALL, LARGE = 64, 8192
-SPEC = ArenaSpec(
-    identity=identity(), units=(("small", 1, SMALL), ("large", 1, LARGE)), slots=((SMALL, 4), (LARGE, 2))
-)
+SPEC = ArenaSpec(identity=identity(), units=(("small", 1, SMALL), ("large", 1, LARGE)), slots=((SMALL, 4), (LARGE, 2)))
 PAGE_STARTS = (4096, 8192)
 
 
@@ -101,7 +100,7 @@ def test_slots_are_pooled_by_size(tmp_path: Path) -> None:
         for slot in range(spec.num_slots)
         for view in (arena.payload(slot), arena.digests(slot))
     )
-    assert all(end <= start for (_, end), (start, _) in zip(spans, spans[1:], strict=False))
+    assert all(end <= start for (_, end), (start, _) in pairwise(spans))
 
 
 def test_a_full_pool_gives_no_slot(tmp_path: Path) -> None:
@@ -161,10 +160,8 @@ def test_a_dead_process_lets_go(tmp_path: Path) -> None:
     arena = create(tmp_path)
     arena.close()
     path = arena.path
-    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, fcntl.LOCK_EX); print(flush=True); sys.stdin.read()"
-    other = subprocess.Popen(
-        [sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE
-    )
+    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
+    other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert other.stdout is not None
     other.stdout.readline()
     with pytest.raises(StoreError, match="still in use"):
@@ -245,7 +242,7 @@ def test_a_truncated_file_is_corrupt(tmp_path: Path, size: int) -> None:
 
 def test_a_damaged_header_is_corrupt(tmp_path: Path) -> None:
     path = _closed(tmp_path)
-    for position in range(0, 32 + len(SPEC.to_json())):
+    for position in range(32 + len(SPEC.to_json())):
         damage(path, position)
         with pytest.raises(CorruptArena):
             Arena.open(path, wait_s=1)
@@ -324,9 +321,10 @@ def _crash_in_edit(arena: Arena, records: tuple[Record, ...], monkeypatch: pytes
         write(self, page)
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(Arena, "_write", write_once)
-        arena.edit(lambda page: {"records": records})
+        with pytest.raises(KeyboardInterrupt):
+            arena.edit(lambda page: {"records": records})
     arena.close()
 
 

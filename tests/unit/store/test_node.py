@@ -70,7 +70,7 @@ def test_a_key_dies_with_the_folder(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("per_node", "world_size"), [(3, 12), (4, 6)])
 def test_ranks_that_do_not_split_into_nodes_are_refused(tmp_path: Path, per_node: int, world_size: int) -> None:
     config = MoetionConfig(store=str(tmp_path), ranks_per_node=per_node)
-    with pytest.raises(ConfigError, match=f"--moetion-ranks-per-node {per_node} does not divide the {world_size} ranks"):
+    with pytest.raises(ConfigError, match=f"ranks-per-node {per_node} does not divide the {world_size} ranks"):
         open_node(config, "run", FOUR, world_size)
 
 

@@ -1,0 +1,328 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whole sessions of two ranks in one process: start, train, drop, fail, recover, go on."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from support import Network, ToyFabric, ToyState, together
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, NothingRecoverable
+from megatron_moetion.session import Resumed, Session
+
+
+class Adapter(ToyState):
+    """A toy state whose host state has room for the session's part."""
+
+    def moved(self) -> str:
+        return ""
+
+
+class Job:
+    """One attempt of a job: ranks, one a node, that train in step."""
+
+    def __init__(self, folder: Path, attempt: int = 0, elements: int = 1500, **settings: object) -> None:
+        ranks = 2
+        self.network = Network(ranks, timeout_s=5)
+        peers = tuple(range(ranks))
+        self.states = [Adapter(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
+        fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 5,
+                  "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
+        self.config = MoetionConfig(**fields)  # type: ignore[arg-type]
+        self.sessions = [
+            Session(
+                config=self.config,
+                adapter=state,
+                fabric=ToyFabric(self.network, rank, peers),
+                topology="toy",
+                environment={
+                    "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
+                },
+            )
+            for rank, state in enumerate(self.states)
+        ]  # fmt: skip
+        self.iteration = 0
+
+    def start(self, load: Callable[[], int | None] | None = None) -> list[Resumed | None]:
+        found = together(*(lambda s=s: s.start(load) for s in self.sessions))  # type: ignore[misc]
+        self.iteration = found[0].iteration if found[0] is not None else 0
+        return found
+
+    def train(self, steps: int) -> list[bytes]:
+        """The ranks' state after the last step."""
+        for _ in range(steps):
+            self.iteration += 1
+
+            def step(rank: int, iteration: int = self.iteration) -> None:
+                session, state = self.sessions[rank], self.states[rank]
+                session.before_optimizer_step()
+                state.step(iteration)
+                session.on_step_end(iteration)
+                flight = session._flight
+                assert flight is not None
+                flight.drain()  # so that what is whole does not depend on the machine's load
+
+            together(*(lambda r=r: step(r) for r in range(len(self.sessions))))  # type: ignore[misc]
+        return [s.image() for s in self.states]
+
+    def crash(self) -> None:
+        """The processes end; what they wrote stays."""
+        for session in self.sessions:
+            assert session._flight is not None
+            assert session._arenas is not None
+            session._flight.close()
+            session._arenas.close()
+
+    def drop(self, monkeypatch: pytest.MonkeyPatch, rank: int, iterations: set[int]) -> None:
+        """That rank's packs are late at these iterations."""
+        packer = self.sessions[rank]._packer
+        pack = packer.pack
+        monkeypatch.setattr(packer, "pack", lambda *a: None if self.iteration in iterations else pack(*a))
+
+
+def reference(folder: Path, steps: int) -> list[bytes]:
+    job = Job(folder / "reference")
+    job.start()
+    images = job.train(steps)
+    job.crash()
+    return images
+
+
+@pytest.mark.parametrize("lost_node", [None, 0, 1])
+def test_mode_full_goes_on_bitwise(tmp_path: Path, lost_node: int | None) -> None:
+    expected = reference(tmp_path, 12)
+    first = Job(tmp_path)
+    assert first.start() == [None, None]
+    first.train(7)
+    first.crash()
+    if lost_node is not None:
+        shutil.rmtree(tmp_path / "job" / f"node{lost_node}")
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert (resumed.iteration, resumed.epoch, resumed.lost_tokens) == (7, 1, 0)
+    assert [s.resyncs for s in second.states] == [1, 1]
+    assert second.train(12 - 7) == expected
+    second.crash()
+
+
+def test_two_faults_in_a_row_with_a_dead_history_about(tmp_path: Path) -> None:
+    expected = reference(tmp_path, 12)
+    for attempt, (steps, lost) in enumerate([(4, 1), (3, 0), (2, None)]):
+        job = Job(tmp_path, attempt=attempt)
+        job.start()
+        job.train(steps)
+        job.crash()
+        if lost is not None:
+            shutil.rmtree(tmp_path / "job" / f"node{lost}")
+    last = Job(tmp_path, attempt=3)
+    resumed = last.start()[0]
+    assert resumed is not None
+    assert (resumed.iteration, resumed.epoch) == (9, 3)
+    assert last.train(3) == expected
+    last.crash()
+
+
+def test_a_crash_loop_loses_nothing(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.start()
+    images = job.train(3)
+    job.crash()
+    for attempt in range(1, 36):
+        job = Job(tmp_path, attempt=attempt)
+        resumed = job.start()[0]
+        assert resumed is not None
+        assert (resumed.iteration, resumed.epoch) == (3, attempt)
+        assert [s.image() for s in job.states] == images
+        job.crash()
+
+
+@pytest.mark.parametrize("mode", ["full", "popularity"])
+@pytest.mark.parametrize("late", [{(0, 3), (0, 4)}, {(0, 3), (1, 4)}, {(0, 3), (0, 4), (0, 5), (1, 6), (1, 7)}])
+def test_snapshots_become_stable_again_after_drops(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, late: set[tuple[int, int]]
+) -> None:
+    job = Job(tmp_path, mode=mode)
+    job.start()
+    for rank in range(2):
+        job.drop(monkeypatch, rank, {i for r, i in late if r == rank})
+    job.train(20)
+    assert [s.stable_iteration for s in job.sessions] == [18, 18]
+    dropped = [s.scalars()["moetion/snapshots-dropped"] for s in job.sessions]
+    assert sum(dropped) <= len(late) + 4
+    job.crash()
+
+
+@pytest.mark.parametrize("interval", [1, 2, 64, 1000])
+def test_snapshots_become_stable_at_every_interval(tmp_path: Path, interval: int) -> None:
+    job = Job(tmp_path, interval=interval)
+    job.start()
+    for number in range(1, 5):
+        job.iteration = number * interval - 1
+        job.train(1)
+    assert job.sessions[0].stable_iteration == 2 * interval
+    job.crash()
+
+
+def test_mode_popularity_keeps_the_cap_and_counts_what_is_lost(tmp_path: Path) -> None:
+    first = Job(tmp_path, mode="popularity", staleness_cap=4, experts_per_snapshot=1)
+    first.start()
+    first.train(9)
+    first.crash()
+    shutil.rmtree(tmp_path / "job" / "node1")
+    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=4, experts_per_snapshot=1)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 9
+    assert resumed.lost_tokens > 0
+    assert 0 < resumed.plt < 1
+    assert [s.host["iteration"] for s in second.states] == [9, 9]
+    second.train(3)
+    second.crash()
+
+
+def test_a_lost_network_stops_snapshots_and_not_training(tmp_path: Path) -> None:
+    job = Job(tmp_path, mode="popularity", staleness_cap=2)
+    job.start()
+    job.train(4)
+    stable = job.sessions[0].stable_iteration
+    job.network.dead |= {0, 1}
+    job.train(40)
+    assert job.states[0].host["iteration"] == 44
+    assert job.sessions[0].stable_iteration >= stable
+    assert job.sessions[0].scalars()["moetion/snapshots-dropped"] > 0
+    job.crash()
+    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=2)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration >= stable
+    second.crash()
+
+
+# -- never silently from zero ---------------------------------------------------------------------------------
+
+
+def test_a_restart_that_finds_nothing_is_refused(tmp_path: Path) -> None:
+    first = Job(tmp_path)
+    first.start()
+    first.train(2)
+    first.crash()
+    shutil.rmtree(tmp_path / "job")
+    with pytest.raises(NothingRecoverable, match="--moetion-allow-fresh") as refusal:
+        Job(tmp_path, attempt=1).start()
+    assert refusal.value.exit_code == 3
+    allowed = Job(tmp_path, attempt=1, allow_fresh=True)
+    assert allowed.start() == [None, None]
+    allowed.train(1)
+    allowed.crash()
+
+
+def test_a_persistent_checkpoint_is_loaded_only_when_memory_has_nothing(tmp_path: Path) -> None:
+    def never() -> int | None:
+        raise AssertionError("memory has it")
+
+    first = Job(tmp_path)
+    first.start()
+    first.train(2)
+    first.crash()
+    second = Job(tmp_path, attempt=1)
+    assert second.start(never)[0] is not None
+    second.crash()
+    shutil.rmtree(tmp_path / "job")
+    third = Job(tmp_path, attempt=2)
+    assert third.start(lambda: 40) == [None, None]
+    assert third.sessions[0].stable_iteration == 40
+    third.crash()
+
+
+def test_a_baseline_is_stable_before_the_first_step(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.start()
+    images = [s.image() for s in job.states]
+    job.crash()
+    shutil.rmtree(tmp_path / "job" / "node0")
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 0
+    assert [s.image() for s in second.states] == images
+    second.crash()
+
+
+def test_a_node_that_was_away_while_the_run_began_anew_brings_nothing_back(tmp_path: Path) -> None:
+    first = Job(tmp_path)
+    first.start()
+    first.train(9)
+    first.crash()
+    shutil.move(tmp_path / "job" / "node1", tmp_path / "away")
+    shutil.rmtree(tmp_path / "job")
+    second = Job(tmp_path, attempt=1, allow_fresh=True)
+    assert second.start() == [None, None]
+    second.train(2)
+    images = second.train(1)
+    second.crash()
+    shutil.rmtree(tmp_path / "job" / "node1")
+    shutil.move(tmp_path / "away", tmp_path / "job" / "node1")
+    third = Job(tmp_path, attempt=2)
+    resumed = third.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 3
+    assert [s.image() for s in third.states] == images
+    third.crash()
+
+
+# -- never a stranger -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("change", [{"mode": "popularity"}, {"elements": 900}, {"chunk_bytes": 8192}])
+def test_another_models_arenas_are_refused_and_kept(tmp_path: Path, change: dict[str, object]) -> None:
+    first = Job(tmp_path)
+    first.start()
+    first.train(2)
+    first.crash()
+    # Rank 0's own arena is gone, so rank 0 looks at the arena of rank 1 only.
+    (tmp_path / "job" / "node0" / "rank00000.arena").unlink()
+    with pytest.raises(IdentityMismatch, match=r"the arena has .* this run has"):
+        Job(tmp_path, attempt=1, **change).start()  # type: ignore[arg-type]
+    again = Job(tmp_path, attempt=1)
+    resumed = again.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 2
+    again.crash()
+
+
+def test_ranks_that_were_started_differently_are_refused(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.sessions[1]._spec = Job(tmp_path, chunk_bytes=8192).sessions[1]._spec
+    with pytest.raises(ConfigError, match="ranks 0 and 1 were started differently: chunk_bytes is 4096"):
+        job.start()
+
+
+def test_on_step_end_before_start_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"call start\(\)"):
+        Job(tmp_path).sessions[0].on_step_end(1)
+
+
+def test_close_reports_and_leaves_the_arenas(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.start()
+    job.train(3)
+    together(*(s.close for s in job.sessions))
+    left = sorted(p.name for p in (tmp_path / "job" / "node1").glob("*.arena"))
+    assert left == ["rank00000.arena", "rank00001.arena"]
+    again = Job(tmp_path, attempt=1)
+    resumed = again.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 3
+    again.crash()
+
+
+def test_a_rank_lost_while_ranks_start_is_a_channel_error(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.network.timeout_s = 0.2
+    with pytest.raises(ChannelError):
+        job.sessions[0].start()

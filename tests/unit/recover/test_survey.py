@@ -1,0 +1,113 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The survey of real arenas: only what verifies is reported, strangers are flagged, nothing is unpickled."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+from support import CHUNK_BYTES, POOL, ToyState, capture, make_arena, spec_of
+
+from megatron_moetion.recover.survey import ArenaReport, living, survey_store
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.manifest import Branch
+
+
+def survey(path: Path, state: ToyState, rank: int = 0, **changes: str) -> ArenaReport:
+    specs = [spec_of(state, owner, **changes) for owner in range(2)]
+    (found,) = survey_store([path], node=3, rank=rank, specs=specs, pool=POOL)
+    return found
+
+
+def test_what_is_whole_is_reported(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state)
+    packer = Packer(state.inventory(), CHUNK_BYTES, 1)
+    records = [*capture(packer, arena, 1), *capture(packer, arena, 2)]
+    arena.edit(lambda page: {"epoch": 4, "stable": 1, "branches": (Branch(epoch=4, iteration=1),)})
+    arena.close()
+    found = survey(arena.path, state)
+    assert (found.node, found.owner, found.epoch, found.stable, found.damaged) == (3, 0, 4, 1, 0)
+    assert found.branches == (Branch(epoch=4, iteration=1),)
+    assert set(found.captures) == set(records)
+    assert found.verified_bytes == sum(r.nbytes for r in records)
+    assert not found.problem
+    assert ArenaReport.from_json(json.loads(json.dumps(found.to_json()))) == found
+
+
+def test_a_damaged_capture_is_not_reported_and_counted(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state)
+    records = capture(Packer(state.inventory(), CHUNK_BYTES, 1), arena, 1)
+    arena.payload(records[1].slot)[17] ^= 0x01
+    arena.digests(records[2].slot)[0] ^= 0x80
+    arena.close()
+    found = survey(arena.path, state)
+    assert found.damaged == 2
+    assert set(found.captures) == set(records) - {records[1], records[2]}
+
+
+def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state)
+    good = capture(Packer(state.inventory(), CHUNK_BYTES, 1), arena, 1)
+    wrong = [
+        replace(good[0], iteration=2, unit=99),
+        replace(good[0], iteration=3, slot=arena.spec.num_slots + 5),
+        replace(good[0], iteration=4, nbytes=good[0].nbytes + 64),
+        replace(good[0], iteration=5, slot=good[1].slot),
+    ]
+    arena.edit(lambda page: {"records": (*page.records, *wrong)})
+    arena.close()
+    found = survey(arena.path, state)
+    assert found.damaged == len(wrong)
+    assert set(found.captures) == set(good)
+
+
+def test_a_stranger_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state, run_id="theirs")
+    arena.close()
+    found = survey(arena.path, state, run_id="ours")
+    assert found.stranger
+    assert "the arena has 'theirs', this run has 'ours'" in found.problem
+    assert found.captures == ()
+
+
+def test_another_ranks_arena_is_held_against_that_rank(tmp_path: Path) -> None:
+    """The model of rank 1 changed; the rank that happens to look at its arena is rank 0."""
+    arena = make_arena(tmp_path, ToyState(elements=900), owner=1)
+    arena.close()
+    found = survey(arena.path, ToyState(elements=1500), rank=0)
+    assert found.stranger
+    assert "layout" in found.problem
+
+
+def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) -> None:
+    path = tmp_path / "rank00000.arena"
+    path.write_bytes(b"\x80\x04not an arena" * 1000)
+    found = survey(path, ToyState())
+    assert "rank00000.arena" in found.problem
+    assert not found.stranger
+
+
+def test_a_survey_lets_go_of_what_it_looked_at(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state)
+    arena.close()
+    for _ in range(3):
+        assert not survey(arena.path, state).problem
+
+
+def test_older_lineages_are_of_no_use() -> None:
+    """A node that was away while the run began anew holds captures of another life of it."""
+    here = ArenaReport(path="here", node=0, owner=0, lineage=200)
+    away = ArenaReport(path="away", node=1, owner=1, lineage=100)
+    broken = ArenaReport(path="broken", node=1, lineage=999, problem="does not verify")
+    found = living([here, away, broken])
+    assert (found[0], found[2]) == (here, broken)
+    assert found[1].problem == "away is from before this run began anew"
+    assert found[1].captures == ()
+    assert living([away]) == (away,)
+    assert living([]) == ()

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans tile: every byte of every region is copied once, into the chunk that it belongs to."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_moetion.snapshot.plan import Batch, Target, Template, batches, template
+from megatron_moetion.units import Region, Role, Unit, UnitKind
+
+SIZES = st.lists(st.integers(1, 700), min_size=1, max_size=12)
+CHUNKS = st.sampled_from((64, 128, 192, 1024, 1 << 20))
+
+
+def unit(sizes: list[int]) -> Unit:
+    regions, address = [], 4096
+    for number, nbytes in enumerate(sizes):
+        regions.append(
+            Region(
+                unit="u", tensor=f"t{number}", role=Role.MASTER, dtype="uint8", start=0, nbytes=nbytes, address=address
+            )
+        )
+        address += nbytes + 17
+    return Unit(name="u", kind=UnitKind.DENSE, regions=tuple(regions))
+
+
+def sources_of(plan: Template) -> dict[int, int]:
+    """For each byte of the capture that is copied, the address that it comes from."""
+    found: dict[int, int] = {}
+    for source, offset, nbytes in plan.pieces.tolist():
+        for byte in range(nbytes):
+            assert offset + byte not in found, "a byte is written twice"
+            found[offset + byte] = source + byte
+    return found
+
+
+@given(SIZES, CHUNKS)
+def test_a_template_tiles_each_region_exactly(sizes: list[int], chunk_bytes: int) -> None:
+    one = unit(sizes)
+    expected = {
+        offset + byte: region.address + byte
+        for region, offset in zip(one.regions, one.offsets, strict=True)
+        for byte in range(region.nbytes)
+    }
+    assert sources_of(template(one, chunk_bytes, {})) == expected
+
+
+@given(SIZES, CHUNKS)
+def test_chunks_tile_the_capture_and_hold_their_pieces(sizes: list[int], chunk_bytes: int) -> None:
+    one = unit(sizes)
+    plan = template(one, chunk_bytes, {})
+    cursor = piece = 0
+    for offset, nbytes, first, count in plan.chunks.tolist():
+        assert (offset, first) == (cursor, piece)
+        assert 0 < nbytes <= chunk_bytes
+        assert nbytes == chunk_bytes or offset + nbytes == one.nbytes
+        for _, start, length in plan.pieces[first : first + count].tolist():
+            assert offset <= start
+            assert start + length <= offset + nbytes
+        cursor, piece = offset + nbytes, first + count
+    assert (cursor, piece) == (one.nbytes, len(plan.pieces)) == (plan.nbytes, len(plan.pieces))
+
+
+@given(SIZES, CHUNKS, st.data())
+def test_staged_regions_come_from_the_stage(sizes: list[int], chunk_bytes: int, data: st.DataObject) -> None:
+    one = unit(sizes)
+    staged = data.draw(st.sets(st.integers(0, len(sizes) - 1)))
+    found = sources_of(template(one, chunk_bytes, {r: 10**6 * (r + 1) for r in staged}))
+    for number, (region, offset) in enumerate(zip(one.regions, one.offsets, strict=True)):
+        first = 10**6 * (number + 1) if number in staged else region.address
+        assert [found[offset + b] for b in range(region.nbytes)] == list(range(first, first + region.nbytes))
+
+
+@given(SIZES, CHUNKS)
+def test_a_bounced_unit_is_read_as_it_is_laid_out(sizes: list[int], chunk_bytes: int) -> None:
+    plan = template(unit(sizes), chunk_bytes, {}, bounced=True)
+    assert all(source == offset for source, offset, _ in plan.pieces.tolist())
+    targets = [Target(unit=0, address=10**6 * (n + 1), digests=np.zeros(1, dtype=np.uint64)) for n in range(2)]
+    (batch,) = batches([plan], targets, 1 << 30, bounce_address=777)
+    assert batch.offsets == (0, plan.nbytes)
+    half = len(plan.pieces)
+    assert (batch.pieces[half:, 0] - batch.pieces[:half, 0] == plan.nbytes).all()
+    assert batch.pieces[0, 0] == 777
+
+
+def test_host_state_is_one_staged_region() -> None:
+    host = Unit(name="host", kind=UnitKind.HOST, regions=(), reserved_bytes=1000)
+    plan = template(host, 4096, {0: 5000})
+    assert plan.pieces.tolist() == [[5000, 0, 1000]]
+    assert plan.chunks.tolist() == [[0, 1024, 0, 1]]
+
+
+@given(st.lists(SIZES, min_size=1, max_size=6), st.integers(1, 4000))
+def test_batches_keep_order_and_add_addresses(units: list[list[int]], batch_bytes: int) -> None:
+    templates = [template(unit(sizes), 256, {}) for sizes in units]
+    targets = [
+        Target(unit=n, address=10**6 * (n + 1), digests=np.zeros(len(t.chunks), dtype=np.uint64))
+        for n, t in enumerate(templates)
+    ]
+    found = batches(templates, targets, batch_bytes)
+    assert [t.unit for b in found for t in b.targets] == list(range(len(units)))
+    assert all(b.nbytes <= batch_bytes or len(b.targets) == 1 for b in found)
+    for batch in found:
+        pieces = np.concatenate([templates[t.unit].pieces + np.array([0, t.address, 0]) for t in batch.targets])
+        assert (batch.pieces == pieces).all()
+        ends = batch.chunks[:, 2] + batch.chunks[:, 3]
+        assert ends[-1] == len(batch.pieces)
+        assert (batch.chunks[1:, 2] == ends[:-1]).all()
+        assert batch.pieces.dtype == batch.chunks.dtype == np.int64
+
+
+def test_captures_that_overlap_in_the_arena_are_a_bug() -> None:
+    plan = template(unit([100]), 256, {})
+    targets = [Target(unit=0, address=a, digests=np.zeros(1, dtype=np.uint64)) for a in (4096, 4160)]
+    with pytest.raises(AssertionError, match="overlap"):
+        batches([plan], targets, 1 << 20)
+    one = batches([plan], targets[:1], 1 << 20)[0]
+    with pytest.raises(AssertionError, match="more bytes"):
+        Batch(targets=one.targets, offsets=(0,), pieces=one.pieces, chunks=one.chunks, nbytes=50)
+
+
+def test_no_targets_no_batches() -> None:
+    assert batches([], [], 100) == []
