@@ -85,6 +85,7 @@ class Session:
             layers=[c.unit for c in counters],
             num_experts=self._num_experts,
             staleness_cap=config.staleness_cap,
+            interval=config.interval,
         )
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
@@ -445,12 +446,9 @@ class Session:
             for choice in choices
         }
         losses = self._book.losses(state, at, plan.iteration, now)
-        self._book.recover(state, losses, self._sum(now), self._sum(losses.then))
+        self._fabric.start_sum(now)
+        self._book.recover(state, losses, self._fabric.finish_sum() or [])
         return sum(losses.lost)
-
-    def _sum(self, counts: Sequence[int]) -> list[int]:
-        self._fabric.start_sum(counts)
-        return self._fabric.finish_sum() or []
 
 
 def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:

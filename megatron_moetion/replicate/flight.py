@@ -79,7 +79,7 @@ class Flight:
         """Drop this iteration's snapshot on this rank; its round takes place, empty."""
         self.finish_packing(None)
         self.counts.begun += 1
-        self.counts.dropped[reason] += 1
+        self._count(reason)
         self._pack = self._packing.submit(self._capture, iteration, (), None, {})
 
     def finish_packing(self, max_stall_s: float | None) -> None:
@@ -124,13 +124,16 @@ class Flight:
             slot = self._arena.acquire(self._inventory.units[unit].nbytes)
             if slot is None:
                 self._arena.release(slots)
-                self.counts.dropped["no-slot"] += 1
+                self._count("no-slot")
                 return None
             slots.append(slot)
         return slots
 
     def _capture(self, iteration: int, units: tuple[int, ...], slots: list[int] | None, tokens: dict[int, int]) -> None:
         records = () if slots is None else self._fill(iteration, units, slots, tokens)
+        for send in self._sends:
+            if send.done():
+                send.result()  # a fault is handled where it happens; what is raised here is a bug, and must show
         self._sends = [s for s in self._sends if not s.done()]
         if len(self._sends) >= WINDOW and not self.broken:
             self.broken = f"{len(self._sends)} snapshots wait to be replicated"
@@ -146,7 +149,7 @@ class Flight:
         digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
         if digests is None:
             self._arena.release(slots)
-            self.counts.dropped["late"] += 1
+            self._count("late")
             return ()
         records = tuple(
             Record(
@@ -168,19 +171,28 @@ class Flight:
 
     def _replicate(self, iteration: int, records: tuple[Record, ...]) -> None:
         if self.broken:
-            self.counts.dropped["channel"] += bool(records)
+            self._drop("channel", records)
             return
         if self._replicator is None:
             self._mark(iteration, bool(records))
             return
         try:
             whole = self._replicator.replicate(iteration, records)
-        except Exception as error:  # else it would vanish with the future, and peers wait for rounds that never come
-            self.broken = str(error) if isinstance(error, ChannelError) else f"{type(error).__name__}: {error}"
-            self.counts.dropped["channel"] += bool(records)
+        except ChannelError as error:
+            self.broken = str(error)
+            self._drop("channel", records)
             return
-        self.counts.dropped["refused"] += bool(records) and not whole
+        if not whole:
+            self._drop("refused", records)
         self._mark(iteration, whole)
+
+    def _drop(self, reason: str, records: Sequence[Record]) -> None:
+        if records:  # else it was dropped before, for another reason
+            self._count(reason)
+
+    def _count(self, reason: str) -> None:
+        with self._lock:
+            self.counts.dropped[reason] += 1
 
     def _mark(self, iteration: int, whole: bool) -> None:
         with self._lock:

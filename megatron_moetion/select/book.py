@@ -18,17 +18,21 @@ from megatron_moetion.select.popularity import Ledger, tokens_lost_share
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a recovery to T costs: for each expert the iteration it comes back at, and this rank's tokens then."""
+    """What a recovery to ``iteration`` costs: for each expert the iteration it comes from, and this rank's tokens."""
 
+    iteration: int
     captured: tuple[int, ...]
-    then: tuple[int, ...]
+    now: tuple[int, ...]
     lost: tuple[int, ...]
 
 
 class ExpertBook:
     """Popularity, staleness and losses of one rank's experts. Empty where nothing is selected (mode ``full``)."""
 
-    def __init__(self, *, names: Sequence[str], layers: Sequence[str], num_experts: int, staleness_cap: int) -> None:
+    def __init__(
+        self, *, names: Sequence[str], layers: Sequence[str], num_experts: int, staleness_cap: int, interval: int
+    ) -> None:
+        self._interval = interval
         self.names = tuple(names)
         self._layers = tuple(layers)
         self._num_experts = num_experts
@@ -62,15 +66,13 @@ class ExpertBook:
             known = [tokens for i, tokens in state["history"][position] if i <= since]
             then.append(now[position] if since == iteration else known[-1] if known else 0)
         lost = tuple(a - b for a, b in zip(now, then, strict=True))
-        return Losses(captured=captured, then=tuple(then), lost=lost)
+        return Losses(iteration=iteration, captured=captured, now=tuple(now), lost=lost)
 
-    def recover(
-        self, state: Mapping[str, Any], losses: Losses, totals: Sequence[int], totals_then: Sequence[int]
-    ) -> None:
-        """Go on from a recovery."""
+    def recover(self, state: Mapping[str, Any], losses: Losses, totals: Sequence[int]) -> None:
+        """Go on from a recovery. What is lost once cannot be lost again: later losses count from now."""
         self._lost = [before + new for before, new in zip(state["lost"], losses.lost, strict=True)]
-        now = [a + b for a, b in zip(losses.then, losses.lost, strict=True)]  # what is lost once cannot be lost again
-        self.ledger.seed(losses.captured, totals, totals_then, now)
+        ages = [-((i - losses.iteration) // self._interval) for i in losses.captured]
+        self.ledger.seed(losses.captured, ages, totals, losses.now)
 
     def layers(self, counts: Sequence[int]) -> dict[str, tuple[int, int]]:
         """Per MoE layer: tokens lost to all faults so far, and tokens processed, both on this rank."""

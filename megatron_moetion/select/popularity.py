@@ -34,16 +34,15 @@ class Ledger:
         self._experts = [_Expert() for _ in range(num_experts)]
         self._snapshots = 0
 
-    def seed(self, captured: Sequence[int], totals: Sequence[int], saved: Sequence[int], local: Sequence[int]) -> None:
-        """Start from a recovery: iteration of each expert's capture; all ranks' tokens now and then; ours then.
+    def seed(self, captured: Sequence[int], ages: Sequence[int], totals: Sequence[int], local: Sequence[int]) -> None:
+        """Start from a recovery: each expert's capture, by its iteration and its age in snapshots, and tokens now.
 
-        Experts captured longest ago count as stalest, one snapshot for each distinct iteration.
+        The live state is what was captured, so nothing is unsaved; what was lost is lost.
         """
-        ages = {iteration: age for age, iteration in enumerate(sorted(set(captured)))}
-        self._snapshots = len(ages)
-        for expert, iteration, total, then, here in zip(self._experts, captured, totals, saved, local, strict=True):
+        self._snapshots = max(ages, default=0) + 1
+        for expert, iteration, age, total, here in zip(self._experts, captured, ages, totals, local, strict=True):
             expert.total = total
-            expert.captures = [_Capture(iteration=iteration, snapshot=ages[iteration] + 1, total=then, local=here)]
+            expert.captures = [_Capture(iteration=iteration, snapshot=self._snapshots - age, total=total, local=here)]
 
     @property
     def history(self) -> list[list[list[int]]]:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from support import CHUNK_BYTES, POOL, ToyState, capture, make_arena, spec_of
 
-from megatron_moetion.recover.survey import ArenaReport, living, survey_store
+from megatron_moetion.recover.survey import ArenaReport, survey_store
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.manifest import Branch
 
@@ -98,16 +98,3 @@ def test_a_survey_lets_go_of_what_it_looked_at(tmp_path: Path) -> None:
     arena.close()
     for _ in range(3):
         assert not survey(arena.path, state).problem
-
-
-def test_older_lineages_are_of_no_use() -> None:
-    """A node that was away while the run began anew holds captures of another life of it."""
-    here = ArenaReport(path="here", node=0, owner=0, lineage=200)
-    away = ArenaReport(path="away", node=1, owner=1, lineage=100)
-    broken = ArenaReport(path="broken", node=1, lineage=999, problem="does not verify")
-    found = living([here, away, broken])
-    assert (found[0], found[2]) == (here, broken)
-    assert found[1].problem == "away is from before this run began anew"
-    assert found[1].captures == ()
-    assert living([away]) == (away,)
-    assert living([]) == ()

@@ -14,7 +14,9 @@ from megatron_moetion.select.book import ExpertBook, share_lost
 
 
 def book(num_experts: int = 1) -> ExpertBook:
-    return ExpertBook(names=("a", "b", "c"), layers=("l0", "l0", "l1"), num_experts=num_experts, staleness_cap=3)
+    return ExpertBook(
+        names=("a", "b", "c"), layers=("l0", "l0", "l1"), num_experts=num_experts, staleness_cap=3, interval=1
+    )
 
 
 def test_it_chooses_the_most_unsaved_and_keeps_the_cap() -> None:
@@ -35,11 +37,12 @@ def test_losses_are_the_tokens_since_the_captures_that_are_loaded() -> None:
     state = json.loads(json.dumps(experts.state()))
     losses = experts.losses(state, {"a": 1, "b": 2, "c": 0}, 2, [25, 20, 25])
     assert losses.captured == (1, 2, 0)
-    assert losses.then == (10, 20, 0)
+    assert losses.now == (25, 20, 25)
     assert losses.lost == (15, 0, 25)
     after = book()
-    after.recover(state, losses, totals=[50, 40, 50], totals_then=[20, 40, 0])
-    assert after.ledger.unsaved == [30, 0, 50]
+    after.recover(state, losses, totals=[50, 40, 50])
+    assert after.ledger.unsaved == [0, 0, 0]
+    assert after.ledger.staleness == [2, 1, 3]
     assert after.state()["lost"] == [15, 0, 25]
     assert after.layers([25, 20, 25]) == {"l0": (15, 45), "l1": (25, 25)}
 
@@ -48,12 +51,12 @@ def test_what_was_lost_once_is_not_lost_again() -> None:
     experts = book()
     experts.choose_all(0, [0, 0, 0])
     state = experts.state()
-    experts.recover(state, experts.losses(state, {"a": 0, "b": 0, "c": 0}, 1, [5, 5, 5]), [5, 5, 5], [0, 0, 0])
+    experts.recover(state, experts.losses(state, {"a": 0, "b": 0, "c": 0}, 1, [5, 5, 5]), [5, 5, 5])
     assert experts.state()["lost"] == [5, 5, 5]
     state = experts.state()
     losses = experts.losses(state, {"a": 0, "b": 0, "c": 0}, 2, [12, 12, 12])
     assert losses.lost == (7, 7, 7)
-    experts.recover(state, losses, [12, 12, 12], [0, 0, 0])
+    experts.recover(state, losses, [12, 12, 12])
     assert experts.state()["lost"] == [12, 12, 12]
 
 
@@ -66,7 +69,8 @@ def test_no_expert_passes_the_cap_because_of_a_recovery(
 
     def new() -> ExpertBook:
         names = [str(e) for e in range(total)]
-        return ExpertBook(names=names, layers=names, num_experts=-(-total // cap), staleness_cap=cap)
+        each = -(-total // cap)
+        return ExpertBook(names=names, layers=names, num_experts=each, staleness_cap=cap, interval=interval)
 
     draw, experts, totals, newest = random.Random(seed), new(), [0] * total, [0] * total
     experts.choose_all(0, totals)
@@ -81,7 +85,7 @@ def test_no_expert_passes_the_cap_because_of_a_recovery(
         if number == fault:
             experts = new()
             losses = experts.losses(state, {str(e): n for e, n in enumerate(newest)}, iteration, totals)
-            experts.recover(state, losses, totals, losses.then)
+            experts.recover(state, losses, totals)
 
 
 def test_the_share_over_ranks_sums_before_it_divides() -> None:

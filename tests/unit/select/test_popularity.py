@@ -79,8 +79,8 @@ def test_equal_input_gives_equal_answers(seed: int) -> None:
 
 def test_a_recovered_ledger_knows_tokens_and_ages() -> None:
     ledger = Ledger(3)
-    ledger.seed(captured=[8, 10, 9], totals=[100, 100, 100], saved=[60, 100, 90], local=[6, 10, 9])
-    assert ledger.unsaved == [40, 0, 10]
+    ledger.seed(captured=[8, 10, 9], ages=[2, 0, 1], totals=[100, 100, 100], local=[6, 10, 9])
+    assert ledger.unsaved == [0, 0, 0], "what was lost is lost; it is not to be saved any more"
     assert ledger.staleness == [3, 1, 2]
 
 

@@ -329,7 +329,9 @@ def _crash_in_edit(arena: Arena, records: tuple[Record, ...], monkeypatch: pytes
 
 
 OPERATIONS = st.lists(
-    st.sampled_from(("acquire", "commit", "release", "drop", "stable", "reopen", "crash in edit")), max_size=40
+    st.sampled_from(("acquire", "acquire", "commit", "commit", "release", "drop", "stable", "reopen", "crash in edit")),
+    min_size=20,
+    max_size=60,
 )
 
 

@@ -34,7 +34,7 @@ PAGES = st.builds(
     epoch=U32,
     stable=I64,
     lineage=U64,
-    branches=st.lists(st.builds(Branch, epoch=U32, iteration=I64), max_size=MAX_BRANCHES).map(tuple),
+    branches=st.lists(st.builds(Branch, epoch=U32, iteration=I64, nonce=U32), max_size=MAX_BRANCHES).map(tuple),
     records=st.lists(RECORDS, max_size=5).map(tuple),
 )
 
