@@ -16,7 +16,6 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moetion._C import HostPool
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, ConfigError, NothingRecoverable, StoreError, UnsupportedState
 from megatron_moetion.observe.fault import make_probe, parse_faults
@@ -30,7 +29,7 @@ from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.select.book import ExpertBook, share_lost
 from megatron_moetion.select.budget import copies, experts_per_snapshot
 from megatron_moetion.snapshot.host_state import decode, encode
-from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec
 from megatron_moetion.store.manifest import retain
 from megatron_moetion.store.node import open_node, restart_count, run_id_of, write_pid

@@ -10,11 +10,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moetion._C import HostPool
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.replicate.channel import Channel, Message
-from megatron_moetion.snapshot.packer import Packer, verify
+from megatron_moetion.snapshot.packer import HostPool, Packer, verify
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page, Record, in_history, retain
 

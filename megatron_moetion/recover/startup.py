@@ -12,7 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from megatron_moetion._C import HostPool
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, MoetionError, StoreError
 from megatron_moetion.observe.journal import Phases
@@ -21,7 +20,7 @@ from megatron_moetion.recover.restore import Mover, write_back
 from megatron_moetion.recover.survey import ArenaReport, living, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.placement import Placement, place
-from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
@@ -163,7 +162,8 @@ class Startup:
         if self._fabric.rank == min(situation.placement.ranks_on(situation.placement.node_of[self._fabric.rank])):
             for path in self._node.path.glob("*.arena"):
                 path.unlink()
-        lineage = max(self._fabric.gather(time.time_ns()))
+        newest = max((r.lineage for r in situation.reports), default=0)  # a clock may have been ahead then
+        lineage = max(*self._fabric.gather(time.time_ns()), newest + 1)
         problem = ""
         arenas: OpenArenas | None = None
         try:

@@ -11,9 +11,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from megatron_moetion._C import HostPool
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
-from megatron_moetion.snapshot.packer import verify
+from megatron_moetion.snapshot.packer import HostPool, verify
 from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity
 from megatron_moetion.store.manifest import Branch, Record
 

@@ -14,9 +14,9 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moetion._C import HostPool
+from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Channel, Message
-from megatron_moetion.snapshot.packer import verify
+from megatron_moetion.snapshot.packer import HostPool, verify
 from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.store.arena import Arena, num_chunks
 from megatron_moetion.store.manifest import RECORD, Record, record_table, records_of
@@ -85,7 +85,7 @@ class Replicator:
         )
         for owner, (epoch, theirs, *_) in ((o, h.tolist()) for o, h in headers.items()):
             if (epoch, theirs) != (self._epoch, iteration):
-                raise AssertionError(
+                raise ChannelError(
                     f"rank {owner} replicates iteration {theirs} of epoch {epoch}; "
                     f"here it is iteration {iteration} of epoch {self._epoch}"
                 )

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moetion._C import Cancel, HostPool
+from megatron_moetion._C import Cancel
+from megatron_moetion._C import HostPool as HostPool  # rooms above take it from here, not from the compiled module
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.snapshot.plan import Batch, Digests, Target, Template, batches, template
 from megatron_moetion.snapshot.reference import capture_digest

@@ -41,7 +41,6 @@ PURE = [
 ]
 IMPURE_MODULES = {"torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess"}
 MEGATRON_ROOMS = {"pretrain", "mcore", "persist"}
-KERNEL_USERS = {"snapshot/packer.py", "recover/survey.py", "recover/restore.py", "recover/startup.py"}
 
 
 def files() -> list[str]:
@@ -89,3 +88,9 @@ def test_pure_rooms_import_nothing_with_effects(file: str) -> None:
 def test_megatron_is_known_to_the_seams_only(file: str) -> None:
     if file.split("/")[0] not in MEGATRON_ROOMS:
         assert "megatron" not in {n.split(".")[0] for n in imports(file)}
+
+
+@pytest.mark.parametrize("file", files())
+def test_one_file_knows_the_compiled_module(file: str) -> None:
+    if file != "snapshot/packer.py":
+        assert f"{NAME}._C" not in set(imports(file))

@@ -148,9 +148,9 @@ def test_a_dead_buddy_is_a_channel_error(tmp_path: Path) -> None:
         ranks.replicators[0].replicate(1, ranks.commit(0, 1))
 
 
-def test_ranks_out_of_step_are_a_bug(tmp_path: Path) -> None:
+def test_ranks_out_of_step_stop_replicating(tmp_path: Path) -> None:
     ranks = Ranks(tmp_path, 2)
-    with pytest.raises(AssertionError, match=r"replicates iteration \d of epoch 0; here it is iteration \d"):
+    with pytest.raises(ChannelError, match=r"replicates iteration \d of epoch 0; here it is iteration \d"):
         together(
             lambda: ranks.replicators[0].replicate(1, ()),
             lambda: ranks.replicators[1].replicate(2, ()),
