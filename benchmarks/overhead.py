@@ -37,9 +37,10 @@ RANKS = 4
 WORLD = f"--nproc-per-node {RANKS}".split()
 MODEL_FLAGS = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 1024 --num-attention-heads 4 --seq-length 128 "
-    "--max-position-embeddings 128 --num-experts 32 --moe-router-topk 1 --moe-ffn-hidden-size 1024 "
+    "--max-position-embeddings 128 --num-experts 16 --moe-router-topk 1 --moe-router-pre-softmax "
+    "--moe-ffn-hidden-size 1024 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 --pipeline-model-parallel-size 2 "
-    "--expert-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 32 --lr 1e-4 --bf16 "
+    "--expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 4 --lr 1e-4 --bf16 "
     "--use-distributed-optimizer --train-iters 100000 --eval-iters 0 --seed 1"
 )
 STALENESS_CAP = 16
@@ -55,7 +56,7 @@ class Size:
     """Counted iterations a block; one more is run and left out."""
 
 
-FULL_SIZE = Size(cycles=32, block_iterations=5)
+FULL_SIZE = Size(cycles=16, block_iterations=6)
 QUICK_SIZE = Size(cycles=4, block_iterations=3)
 
 
@@ -74,7 +75,7 @@ def main() -> int:
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", *WORLD, __file__]
         command += ["--worker", str(measured), *(["--quick"] if args.quick else [])]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-        subprocess.run(command, check=True, cwd=ROOT, env=environment, stderr=subprocess.DEVNULL)
+        subprocess.run(command, check=True, cwd=ROOT, env=environment)
         summarise(json.loads(measured.read_text()), size, args.json)
     return 0
 

@@ -201,6 +201,10 @@ def _check_moe(args: argparse.Namespace, machine: Machine) -> None:
         args.moe_router_topk > experts, f"--moe-router-topk {args.moe_router_topk} is more than --num-experts {experts}"
     )
     _refuse_if(
+        args.moe_router_topk == 1 and args.moe_router_score_function == "softmax" and not args.moe_router_pre_softmax,
+        "--moe-router-topk 1 needs --moe-router-pre-softmax: softmax over one chosen expert is always 1",
+    )
+    _refuse_if(
         args.tensor_model_parallel_size > 1 and not args.sequence_parallel,
         f"--tensor-model-parallel-size {args.tensor_model_parallel_size} with --num-experts needs --sequence-parallel",
     )

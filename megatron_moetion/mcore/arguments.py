@@ -105,6 +105,7 @@ def _add_moe(group: Any) -> None:
     group.add_argument("--moe-ffn-hidden-size", type=int, help="of one expert; default: --ffn-hidden-size")
     group.add_argument("--moe-shared-expert-intermediate-size", type=int)
     group.add_argument("--moe-router-topk", type=int, default=2)
+    group.add_argument("--moe-router-pre-softmax", action="store_true", help="softmax before the top k are chosen")
     group.add_argument(
         "--moe-router-load-balancing-type", nargs="+", choices=LOAD_BALANCING_TYPES, default=["aux_loss"]
     )

@@ -306,12 +306,19 @@ def _rng_state() -> dict[str, Any]:
         "cuda": _bytes(torch.cuda.get_rng_state()),
         "tracker": {k: _bytes(_state(v)) for k, v in get_cuda_rng_tracker().get_states().items()},
         "numpy": (str(name), np.asarray(keys).tobytes(), int(position), int(has_gauss), float(cached)),
-        "python": random.getstate(),
+        "python": _python_random_state(),
     }
 
 
+def _python_random_state() -> tuple[int, bytes, float | None]:
+    """``random.getstate()`` with its 625 words as bytes."""
+    version, words, gauss = random.getstate()
+    return version, np.array(words, dtype=np.uint32).tobytes(), gauss
+
+
 def _load_rng_state(state: Mapping[str, Any]) -> None:
-    random.setstate(state["python"])
+    version, words, gauss = state["python"]
+    random.setstate((version, tuple(np.frombuffer(words, dtype=np.uint32).tolist()), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, np.frombuffer(keys, dtype=np.uint32), position, has_gauss, cached))
     tracker = get_cuda_rng_tracker()

@@ -89,6 +89,7 @@ def _moe_fields(args: argparse.Namespace) -> dict[str, Any]:
         "moe_ffn_hidden_size": args.moe_ffn_hidden_size,
         "moe_shared_expert_intermediate_size": args.moe_shared_expert_intermediate_size,
         "moe_router_topk": args.moe_router_topk,
+        "moe_router_pre_softmax": args.moe_router_pre_softmax,
         "moe_router_load_balancing_type": kinds[0] if single else kinds,
         "moe_aux_loss_coeff": coefficients[0] if single else coefficients,
         "moe_z_loss_coeff": args.moe_z_loss_coeff,

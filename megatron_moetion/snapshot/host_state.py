@@ -6,7 +6,7 @@ from __future__ import annotations
 import base64
 import json
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NoReturn
 
 from megatron_moetion.errors import CorruptArena, UnsupportedState
 
@@ -17,7 +17,7 @@ _NUMBER_BYTES = 32
 
 def encode(state: Mapping[str, Any]) -> bytes:
     """The document's length (8 bytes, little-endian), then the document."""
-    body = json.dumps(_plain(state, "host state"), separators=(",", ":")).encode()
+    body = json.dumps(_plain(state), separators=(",", ":")).encode()
     return len(body).to_bytes(_LENGTH_BYTES, "little") + body
 
 
@@ -51,25 +51,32 @@ def _bound(value: Any) -> int:
     return _NUMBER_BYTES
 
 
-def _plain(value: Any, where: str) -> Any:
-    if isinstance(value, int) and not -(1 << 63) <= value < 1 << 64:
-        raise UnsupportedState(f"{where} is an integer of {value.bit_length()} bits; there is room for 64: use bytes")
-    if value is None or isinstance(value, (bool, int, float, str)):
+def _plain(value: Any, *where: str | int) -> Any:
+    """``value`` as JSON has it; ``where`` is its path, put into words only if there is something to complain about."""
+    kind = type(value)
+    if value is None or kind is bool or kind is float or kind is str:
         return value
-    if isinstance(value, bytes):
+    if kind is int:
+        if not -(1 << 63) <= value < 1 << 64:
+            _refuse(where, f"is an integer of {value.bit_length()} bits; there is room for 64: use bytes")
+        return value
+    if kind is bytes:
         return {"$bytes": base64.b64encode(value).decode()}
-    if isinstance(value, tuple):
-        return {"$tuple": [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]}
-    if isinstance(value, list):
-        return [_plain(v, f"{where}[{i}]") for i, v in enumerate(value)]
+    if kind is tuple:
+        return {"$tuple": [_plain(v, *where, i) for i, v in enumerate(value)]}
+    if kind is list:
+        return [_plain(v, *where, i) for i, v in enumerate(value)]
     if isinstance(value, Mapping):
-        strange = [k for k in value if not isinstance(k, str) or k.startswith("$")]
-        if strange:
-            raise UnsupportedState(f"{where} has the key {strange[0]!r}; keys must be text that does not start with $")
-        return {k: _plain(v, f"{where}.{k}") for k, v in value.items()}
-    raise UnsupportedState(
-        f"{where} is a {type(value).__name__}, which host state cannot hold: use numbers, text, bytes"
-    )
+        for key in value:
+            if not isinstance(key, str) or key.startswith("$"):
+                _refuse(where, f"has the key {key!r}; keys must be text that does not start with $")
+        return {k: _plain(v, *where, k) for k, v in value.items()}
+    _refuse(where, f"is a {kind.__name__}, which host state cannot hold: use plain numbers, text, bytes")
+
+
+def _refuse(where: tuple[str | int, ...], what: str) -> NoReturn:
+    path = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in where)
+    raise UnsupportedState(f"host state{path} {what}")
 
 
 def _restore(value: Any) -> Any:
