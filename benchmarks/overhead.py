@@ -93,8 +93,9 @@ def measure(path: Path, size: Size) -> int:
     from megatron_moetion.mcore.arguments import parse_arguments
     from megatron_moetion.mcore.attach import attach
     from megatron_moetion.pretrain.launch import Place
-    from megatron_moetion.pretrain.loop import Trainer, build_source, initialize
+    from megatron_moetion.pretrain.loop import Trainer
     from megatron_moetion.pretrain.report import Reporter
+    from megatron_moetion.pretrain.startup import build_source, initialize
 
     place = Place.from_environment(os.environ)
     args = parse_arguments(MODEL_FLAGS.split(), Machine.here(place.world_size, False))
