@@ -32,6 +32,7 @@ FORMAT_VERSION = 1
 _MAGIC = b"MOETION1"
 _HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
+_SHARED_NOW = mmap.MAP_SHARED | mmap.MAP_POPULATE  # page faults at start, not in the first snapshots
 LOCK_WAIT_S = 40.0
 """A supervisor ends the processes of a failed attempt within 30 s; their locks go with them."""
 
@@ -173,7 +174,7 @@ class Arena:
         try:
             fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _allocate(fd, layout.nbytes, path.parent)
-            memory = mmap.mmap(fd, layout.nbytes)
+            memory = mmap.mmap(fd, layout.nbytes, flags=_SHARED_NOW)
             document = spec.to_json()
             prefix = _MAGIC + len(document).to_bytes(8, "little") + _digest(document)
             memory[: len(prefix) + len(document)] = prefix + document
@@ -199,7 +200,7 @@ class Arena:
             layout = _Layout.of(spec)
             if os.fstat(fd).st_size != layout.nbytes:
                 raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {layout.nbytes}")
-            memory = mmap.mmap(fd, layout.nbytes)
+            memory = mmap.mmap(fd, layout.nbytes, flags=_SHARED_NOW)
             pages = [decode_page(memory[s : s + layout.page_area]) for s in layout.page_starts]
             page = current_page(pages)
             if page is None:
