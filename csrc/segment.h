@@ -78,6 +78,10 @@ struct DigestSum {
     product += low32(word + key) * low32((word >> 32) + (key >> 32));
     linear += static_cast<uint32_t>(word) + static_cast<uint32_t>(word >> 32);
   }
+  MOETION_HD void merge(const DigestSum& other) {
+    product += other.product;
+    linear += other.linear;
+  }
   MOETION_HD uint64_t value() const { return product + (static_cast<uint64_t>(linear) << 32); }
 };
 

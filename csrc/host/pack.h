@@ -6,16 +6,12 @@
 #include <string>
 
 #include "../segment.h"
+#include "../transform.h"
 #include "kernels.h"
+#include "table.h"
 #include "thread_pool.h"
 
 namespace moetion {
-
-template <typename Row>
-struct Table {
-  const Row* rows;
-  int64_t num_rows;
-};
 
 class HostPool {
  public:
@@ -26,8 +22,10 @@ class HostPool {
 
   // Fills each chunk from its pieces, zeros between them, and writes one digest per chunk. False when
   // `cancel` was seen set before the last slice: chunks and digests are then garbage. Every method throws
-  // std::invalid_argument, before any byte moves, that names the row at fault.
-  bool pack(Table<Piece> pieces, Table<Chunk> chunks, uint64_t* digests, const std::atomic<bool>* cancel);
+  // std::invalid_argument, before any byte moves, that names the row at fault. `op` other than kCopy turns
+  // fp32 elements into what it says, times `scale`; a piece's nbytes counts what is written.
+  bool pack(Table<Piece> pieces, Table<Chunk> chunks, uint64_t* digests, const std::atomic<bool>* cancel,
+            Op op = Op::kCopy, float scale = 1.0f);
 
   // One digest for each span, without a copy.
   void digest(Table<Span> spans, uint64_t* digests);

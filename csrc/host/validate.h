@@ -2,12 +2,14 @@
 // Checks of the tables, made before any byte moves. Each throws std::invalid_argument with row and values.
 #pragma once
 
-#include "pack.h"
+#include "../transform.h"
+#include "table.h"
 
 namespace moetion {
 
-// Chunks are disjoint; each one's pieces lie inside it, in order of destination, without overlap.
-void check_pack(Table<Piece> pieces, Table<Chunk> chunks);
+// Chunks are disjoint; each one's pieces lie inside it, in order of destination, without overlap, and begin
+// and end with an element of `op`.
+void check_pack(Table<Piece> pieces, Table<Chunk> chunks, Op op);
 void check_spans(Table<Span> spans);
 void check_scatter(Table<Piece> pieces);
 

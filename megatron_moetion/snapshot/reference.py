@@ -16,7 +16,6 @@ takes is written in ``docs/snapshot_format.md``.
 
 from __future__ import annotations
 
-import ctypes
 from typing import Any, Final
 
 import numpy as np
@@ -73,20 +72,20 @@ def capture_digest(chunk_digests: Words) -> int:
     return digest_chunk(np.ascontiguousarray(chunk_digests, dtype="<u8").tobytes())
 
 
-def pack(pieces: npt.NDArray[np.int64], chunks: npt.NDArray[np.int64], digests: Words) -> None:
-    """As ``HostPool.pack``, on the same tables of addresses, without its checks."""
-    for number, (dst, nbytes, first, count) in enumerate(chunks.tolist()):
-        content = bytearray(nbytes)
-        for piece_src, piece_dst, piece_bytes in pieces[first : first + count].tolist():
-            content[piece_dst - dst : piece_dst - dst + piece_bytes] = ctypes.string_at(piece_src, piece_bytes)
-        ctypes.memmove(dst, bytes(content), nbytes)
-        digests[number] = digest_chunk(content)
+def transform(data: npt.NDArray[np.uint8], op: str, scale: float) -> npt.NDArray[np.uint8]:
+    """A piece's bytes as they are written: ``copy`` as they are, ``scale`` fp32 times ``scale``, ``bf16`` that and cast.
 
-
-def scatter(pieces: npt.NDArray[np.int64]) -> None:
-    """As ``HostPool.scatter``."""
-    for src, dst, nbytes in pieces.tolist():
-        ctypes.memmove(dst, src, nbytes)
+    The cast rounds to nearest, ties to even; every NaN becomes 0x7FFF.
+    """
+    if op == "copy":
+        return data
+    with np.errstate(all="ignore"):
+        scaled = data.view("<f4") * np.float32(scale)
+    if op == "scale":
+        return scaled.view(np.uint8)
+    bits = scaled.view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    return np.where(np.isnan(scaled), 0x7FFF, rounded).astype("<u2").view(np.uint8)
 
 
 def _stir(x: Words) -> Words:

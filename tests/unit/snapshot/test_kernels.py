@@ -1,89 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Every kernel, on every instruction set at hand, against the reference, bit for bit."""
+"""Every kernel, on every instruction set at hand and on the model of a device, against the reference, bit for bit."""
 
 from __future__ import annotations
 
 import os
 import threading
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable
 
+import kernel_cases
 import numpy as np
-import numpy.typing as npt
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_cases import POISON, SIZES, Backend, Case, DeviceBackend, HostBackend, check, make_case
 
 from megatron_moetion import _C
-from megatron_moetion.snapshot import reference
 
-POISON = 0xA5
-MARGIN = 192
-SIZES = (0, 1, 7, 8, 15, 16, 17, 63, 64, 65, 127, 128, 129, 511, 4095, 4096, 4097)
 ISAS = _C.available_isas()
-Bytes = npt.NDArray[np.uint8]
-Table = npt.NDArray[np.int64]
+BACKENDS = {f"host-{isa}": lambda isa=isa: HostBackend(2, isa) for isa in ISAS} | {
+    "model": lambda: DeviceBackend(),
+    "model-copy-engine": lambda: DeviceBackend(copy_engine_bytes=1),
+}
 
 
-def address(buffer: npt.NDArray[Any]) -> int:
-    return int(buffer.ctypes.data)
-
-
-def aligned(nbytes: int, misalignment: int = 0) -> Bytes:
-    """A poisoned buffer whose address is ``misalignment`` past a multiple of 64."""
-    raw = np.full(nbytes + 128, POISON, dtype=np.uint8)
-    start = (misalignment - address(raw)) % 64
-    return raw[start : start + nbytes]
-
-
-@dataclass
-class Case:
-    """Chunks of one destination, with margins that must stay poisoned, and their pieces."""
-
-    dst: Bytes
-    pieces: Table
-    chunks: Table
-    keep: list[Bytes]
-
-    def run(self, pool: _C.HostPool) -> tuple[Bytes, npt.NDArray[np.uint64]]:
-        self.dst[:] = POISON
-        digests = np.full(len(self.chunks), 7, dtype=np.uint64)
-        assert pool.pack(self.pieces, self.chunks, digests)
-        return self.dst.copy(), digests
-
-    def expected(self) -> tuple[Bytes, npt.NDArray[np.uint64]]:
-        self.dst[:] = POISON
-        digests = np.zeros(len(self.chunks), dtype=np.uint64)
-        reference.pack(self.pieces, self.chunks, digests)
-        return self.dst.copy(), digests
-
-
-def make_case(layout: list[list[tuple[int, int]]], rng: np.random.Generator, misalignment: int = 0) -> Case:
-    """``layout``: for each chunk its (gap, nbytes) pairs; a last pair without bytes is a gap at the end."""
-    sizes = [sum(gap + nbytes for gap, nbytes in chunk) for chunk in layout]
-    dst = aligned(sum(sizes) + MARGIN * (len(sizes) + 1), misalignment)
-    pieces: list[tuple[int, ...]] = []
-    chunks: list[tuple[int, ...]] = []
-    keep, at = [], MARGIN
-    for chunk, size in zip(layout, sizes, strict=True):
-        chunks.append((address(dst) + at, size, len(pieces), len(chunk)))
-        cursor = at
-        for gap, nbytes in chunk:
-            src = aligned(nbytes, int(rng.integers(64)))
-            src[:] = rng.integers(0, 256, nbytes, dtype=np.uint8)
-            keep.append(src)
-            cursor += gap
-            pieces.append((address(src), address(dst) + cursor, nbytes))
-            cursor += nbytes
-        at += size + MARGIN
-    return Case(dst, np.array(pieces, np.int64).reshape(-1, 3), np.array(chunks, np.int64).reshape(-1, 4), keep)
-
-
-def check(case: Case, pool: _C.HostPool) -> None:
-    want_bytes, want_digests = case.expected()
-    got_bytes, got_digests = case.run(pool)
-    np.testing.assert_array_equal(got_bytes, want_bytes)
-    np.testing.assert_array_equal(got_digests, want_digests)
+@pytest.fixture(scope="module", params=BACKENDS)
+def backend(request: pytest.FixtureRequest) -> Backend:
+    return BACKENDS[request.param]()
 
 
 @pytest.fixture(scope="module", params=ISAS)
@@ -91,106 +34,104 @@ def pool(request: pytest.FixtureRequest) -> _C.HostPool:
     return _C.HostPool(2, request.param)
 
 
-def test_every_size_and_alignment(pool: _C.HostPool) -> None:
-    rng = np.random.default_rng(1)
-    for misalignment in (0, 1, 8, 32, 63):
-        check(make_case([[(0, size)] for size in SIZES], rng, misalignment), pool)
-        with_gaps = [[(gap, size), (gap, 0)] for size in SIZES for gap in (0, 1, 64, 5000)]
-        check(make_case(with_gaps, rng, misalignment), pool)
+@pytest.mark.parametrize("case", kernel_cases.ALL, ids=lambda case: case.__name__)
+def test_case(backend: Backend, case: Callable[[Backend], None]) -> None:
+    case(backend)
 
 
-def test_pieces_that_share_lines_and_words(pool: _C.HostPool) -> None:
-    rng = np.random.default_rng(2)
-    check(make_case([[(int(g), int(n)) for g, n in rng.integers(0, (4, 20), (400, 2))] for _ in range(5)], rng), pool)
-    check(make_case([[(0, 1)] * 1000, [], [(0, 0)] * 3, [(5, 0)]], rng), pool)
+@pytest.mark.parametrize("op", ["scale", "bf16"])
+@pytest.mark.parametrize("case", kernel_cases.FOR_FLOATS, ids=lambda case: case.__name__)
+def test_case_on_floats(backend: Backend, case: Callable[[Backend, str], None], op: str) -> None:
+    case(backend, op)
 
 
-def test_chunks_longer_than_one_task(pool: _C.HostPool) -> None:
-    """Above 1 MiB stores bypass the caches; above 256 KiB several threads share one chunk."""
-    rng = np.random.default_rng(3)
-    check(make_case([[(0, 700_001), (63, 900_000), (1, 0)], [(0, 3)], [(0, 262_144)], [(300_000, 1)]], rng), pool)
-    check(make_case([[(0, 1_500_007)]], rng, misalignment=8), pool)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [f"host-{ISAS[-1]}", "model", "model-copy-engine"])
+def test_one_gibibyte(name: str) -> None:
+    kernel_cases.one_gibibyte(BACKENDS[name]())
 
 
 @pytest.mark.parametrize("threads", range(1, 9))
 def test_any_number_of_threads_gives_the_same(threads: int) -> None:
-    rng = np.random.default_rng(4)
-    check(make_case([[(0, 64 * int(n))] for n in rng.integers(0, 9000, 24)], rng), _C.HostPool(threads))
+    backend, rng = HostBackend(threads), np.random.default_rng(4)
+    check(make_case(backend, [[(0, 64 * int(n))] for n in rng.integers(0, 9000, 24)], rng), backend)
 
 
 @settings(max_examples=80, deadline=None)
 @given(st.data())
-def test_generated_layouts(pool: _C.HostPool, data: st.DataObject) -> None:
+def test_generated_layouts(backend: Backend, data: st.DataObject) -> None:
     pair = st.tuples(st.sampled_from((0, 0, 0, 1, 8, 63, 64, 200)), st.sampled_from(SIZES) | st.integers(0, 700))
     layout = data.draw(st.lists(st.lists(pair, max_size=6), max_size=5))
-    seed = data.draw(st.integers(0, 2**32 - 1))
-    check(make_case(layout, np.random.default_rng(seed), data.draw(st.sampled_from((0, 0, 1, 8, 16, 63)))), pool)
+    rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
+    op, scale = data.draw(st.sampled_from(("copy", "copy", "scale", "bf16"))), data.draw(st.floats(width=32))
+    check(make_case(backend, layout, rng, data.draw(st.sampled_from((0, 0, 1, 8, 16, 63))), op, scale), backend)
 
 
-def test_digest_reads_what_pack_wrote(pool: _C.HostPool) -> None:
-    case = make_case([[(0, size)] for size in (*SIZES, 600_003)], np.random.default_rng(5), misalignment=3)
-    _, packed = case.run(pool)
-    read = np.zeros_like(packed)
-    pool.digest(np.ascontiguousarray(case.chunks[:, :2]), read)
-    np.testing.assert_array_equal(read, packed)
-
-
-def test_scatter_brings_the_pieces_back(pool: _C.HostPool) -> None:
-    case = make_case([[(3, size)] for size in (*SIZES, 600_003)], np.random.default_rng(6))
-    case.run(pool)
-    wanted = [src.copy() for src in case.keep]
-    for src in case.keep:
-        src[:] = POISON
-    pool.scatter(np.ascontiguousarray(case.pieces[::-1][:, [1, 0, 2]]))
-    for src, want in zip(case.keep, wanted, strict=True):
-        np.testing.assert_array_equal(src, want)
+@pytest.mark.parametrize("scale", [1.0, 0.37])
+def test_floats_become_what_torch_makes_of_them(backend: Backend, scale: float) -> None:
+    """All 65,536 upper halves, each with lower halves around the tie. A NaN becomes a NaN: torch has several."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    bits = (upper[:, None] | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).ravel()
+    source = backend.source(bits.nbytes, 0)
+    source.write(bits.view(np.uint8))
+    scaled = torch.from_numpy(bits.view(np.float32)) * torch.tensor(scale, dtype=torch.float32)
+    for op, wanted in (("scale", scaled), ("bf16", scaled.to(torch.bfloat16))):
+        nbytes = wanted.numel() * wanted.element_size()
+        dst = backend.destination(nbytes, 0)
+        pieces = np.array([[source.address, dst.address, nbytes]], np.int64)
+        backend.pack(pieces, np.array([[dst.address, nbytes, 0, 1]], np.int64), op, scale)
+        found = torch.from_numpy(dst.read()).view(wanted.dtype)
+        is_nan = torch.isnan(wanted)
+        assert torch.equal(torch.isnan(found), is_nan)
+        whole = torch.int16 if op == "bf16" else torch.int32
+        assert torch.equal(found.view(whole)[~is_nan], wanted.view(whole)[~is_nan])
 
 
 @pytest.mark.parametrize("streaming", [False, True])
 def test_plain_copy_moves_the_same_bytes(pool: _C.HostPool, streaming: bool) -> None:
-    case = make_case([[(0, size)] for size in (*SIZES, 600_003)], np.random.default_rng(7), misalignment=1)
-    want, _ = case.run(pool)
-    case.dst[:] = POISON
+    backend = HostBackend(2, pool.isa)
+    case = make_case(backend, [[(0, size)] for size in (*SIZES, 600_003)], np.random.default_rng(7), misalignment=1)
+    want, _ = case.run(backend)
+    case.dst.write(np.full(case.dst_bytes, POISON, dtype=np.uint8))
     pool.copy(case.pieces, case.chunks, streaming=streaming)
-    np.testing.assert_array_equal(case.dst, want)
+    np.testing.assert_array_equal(case.dst.read(), want)
 
 
 def test_prefault_keeps_contents(pool: _C.HostPool) -> None:
     buffer = np.random.default_rng(8).integers(0, 256, 1_000_003, dtype=np.uint8)
     want = buffer.copy()
-    pool.prefault(address(buffer) + 1, buffer.size - 1)
-    pool.prefault(address(buffer), 0)
+    pool.prefault(buffer.ctypes.data + 1, buffer.size - 1)
+    pool.prefault(buffer.ctypes.data, 0)
     np.testing.assert_array_equal(buffer, want)
 
 
-def test_nothing_to_do(pool: _C.HostPool) -> None:
-    no_digests = np.zeros(0, dtype=np.uint64)
-    assert pool.pack(np.zeros((0, 3), np.int64), np.zeros((0, 4), np.int64), no_digests)
-    pool.digest(np.zeros((0, 2), np.int64), no_digests)
-    pool.scatter(np.zeros((0, 3), np.int64))
+def test_nothing_to_do(backend: Backend) -> None:
+    assert backend.pack(np.zeros((0, 3), np.int64), np.zeros((0, 4), np.int64), "copy", 1.0).size == 0
+    assert backend.digest(np.zeros((0, 2), np.int64)).size == 0
+    backend.scatter(np.zeros((0, 3), np.int64))
 
 
 def test_cancel_stops_a_pack_and_can_be_cleared(pool: _C.HostPool) -> None:
-    case = make_case([[(0, 500_000)]] * 4, np.random.default_rng(9))
+    case = make_case(HostBackend(), [[(0, 500_000)]] * 4, np.random.default_rng(9))
     cancel, digests = _C.Cancel(), np.zeros(4, dtype=np.uint64)
-    case.dst[:] = POISON
     cancel.set()
     assert cancel.is_set()
     assert not pool.pack(case.pieces, case.chunks, digests, cancel)
-    assert (case.dst == POISON).all()
+    assert (case.dst.read() == POISON).all()
     cancel.clear()
     assert not cancel.is_set()
     assert pool.pack(case.pieces, case.chunks, digests, cancel)
 
 
 def test_concurrent_callers_take_turns(pool: _C.HostPool) -> None:
-    cases = [make_case([[(0, 90_000 + n)]] * 6, np.random.default_rng(n)) for n in range(4)]
+    shared = HostBackend(2, pool.isa)
+    cases = [make_case(shared, [[(0, 90_000 + n)]] * 6, np.random.default_rng(n)) for n in range(4)]
     failures: list[BaseException] = []
 
     def work(case: Case) -> None:
         try:
             for _ in range(10):
-                check(case, pool)
+                check(case, shared)
         except BaseException as failure:  # carried to the main thread, whatever it is
             failures.append(failure)
 
@@ -220,10 +161,18 @@ def test_concurrent_callers_take_turns(pool: _C.HostPool) -> None:
 def test_a_bad_table_is_refused_with_row_and_values(
     pieces: list[tuple[int, ...]], chunks: list[tuple[int, ...]], names: str
 ) -> None:
-    with pytest.raises(ValueError, match=names):
-        _C.HostPool(1).pack(
-            np.array(pieces, np.int64).reshape(-1, 3), np.array(chunks, np.int64), np.zeros(len(chunks), np.uint64)
-        )
+    for backend in (HostBackend(), DeviceBackend()):
+        with pytest.raises(ValueError, match=names):
+            backend.pack(np.array(pieces, np.int64).reshape(-1, 3), np.array(chunks, np.int64), "copy", 1.0)
+
+
+def test_half_an_element_is_refused() -> None:
+    for backend in (HostBackend(), DeviceBackend()):
+        for op, dst, nbytes in (("bf16", 64, 3), ("bf16", 65, 2), ("scale", 64, 6), ("scale", 66, 4)):
+            with pytest.raises(ValueError, match=r"piece 0: dst=.* the size of an element"):
+                backend.pack(np.array([(64, dst, nbytes)], np.int64), np.array([(64, 64, 0, 1)], np.int64), op, 1.0)
+        with pytest.raises(ValueError, match="op is 'fp8'; it must be copy, scale or bf16"):
+            backend.pack(np.zeros((0, 3), np.int64), np.zeros((0, 4), np.int64), "fp8", 1.0)
 
 
 def test_bad_arrays_are_refused() -> None:

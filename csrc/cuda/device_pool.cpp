@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+#include "device_pool.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <sstream>
+#include <thread>
+
+#include "../host/validate.h"
+
+namespace moetion {
+namespace {
+
+constexpr double kLastWaitSeconds = 10;  // in the destructor, for work that nobody finished
+
+int64_t table_bytes(int64_t num_rows, int64_t num_pieces) {
+  return num_rows * static_cast<int64_t>(sizeof(Work) + sizeof(uint64_t)) +
+         num_pieces * static_cast<int64_t>(sizeof(Piece));
+}
+
+}  // namespace
+
+DevicePool::DevicePool(std::shared_ptr<Runtime> runtime, int rank, int64_t max_pieces, int64_t max_chunks,
+                       int num_slots, int num_sms)
+    : runtime_(std::move(runtime)),
+      rank_(rank),
+      max_pieces_(max_pieces),
+      max_chunks_(max_chunks),
+      num_sms_(std::min(num_sms, runtime_->num_sms())) {
+  if (max_pieces < 0 || max_chunks < 0 || num_slots < 1 || num_slots > 64 || num_sms < 1)
+    throw std::invalid_argument(
+        "max_pieces=" + std::to_string(max_pieces) + ", max_chunks=" + std::to_string(max_chunks) +
+        ", num_slots=" + std::to_string(num_slots) + ", num_sms=" + std::to_string(num_sms) +
+        "; sizes must not be negative, slots in 1..64, SMs at least 1");
+  const auto nbytes = static_cast<size_t>(std::max<int64_t>(table_bytes(max_chunks, max_pieces), 64));
+  order_event_ = runtime_->make_event();
+  slots_.resize(static_cast<size_t>(num_slots));
+  for (Slot& slot : slots_) {
+    slot.host = static_cast<uint8_t*>(runtime_->allocate_pinned(nbytes));
+    slot.device = static_cast<uint8_t*>(runtime_->allocate(nbytes));
+    slot.event = runtime_->make_event();
+  }
+  copies_.reserve(static_cast<size_t>(max_chunks));
+}
+
+DevicePool::~DevicePool() {
+  for (Slot& slot : slots_) {
+    try {
+      if (slot.ticket >= 0) finish(slot.ticket, nullptr, kLastWaitSeconds);
+    } catch (const std::exception&) {  // a broken device: there is nobody left to tell
+    }
+    runtime_->destroy_event(slot.event);
+    runtime_->free(slot.device);
+    runtime_->free_pinned(slot.host);
+  }
+  runtime_->destroy_event(order_event_);
+}
+
+int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOptions& options,
+                         Stream stream) {
+  check_pack(pieces, chunks, options.op);
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot& slot = take_slot("pack", pieces.num_rows, chunks.num_rows);
+  Work* const work = work_of(slot.host);
+  for (int64_t c = 0; c < chunks.num_rows; ++c) {
+    const Chunk& chunk = chunks.rows[c];
+    work[c] = {chunk.dst, chunk.nbytes, chunk.first_piece, chunk.num_pieces, 0, 1};
+  }
+  std::copy_n(pieces.rows, pieces.num_rows, pieces_of(slot, slot.host));
+  return submit(slot, options, true, stream);
+}
+
+int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream) {
+  check_scatter(pieces);
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot& slot = take_slot("scatter", pieces.num_rows, pieces.num_rows);
+  Work* const work = work_of(slot.host);
+  for (int64_t p = 0; p < pieces.num_rows; ++p)
+    work[p] = {pieces.rows[p].dst, pieces.rows[p].nbytes, p, 1, 0, 1};
+  std::copy_n(pieces.rows, pieces.num_rows, pieces_of(slot, slot.host));
+  PackOptions options;
+  options.copy_engine_bytes = copy_engine_bytes;
+  return submit(slot, options, false, stream);
+}
+
+int64_t DevicePool::digest(Table<Span> spans, Stream stream) {
+  check_spans(spans);
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot& slot = take_slot("digest", spans.num_rows, spans.num_rows);
+  Work* const work = work_of(slot.host);
+  Piece* const pieces = pieces_of(slot, slot.host);
+  for (int64_t s = 0; s < spans.num_rows; ++s) {
+    const Span& span = spans.rows[s];
+    work[s] = {span.address, span.nbytes, s, 1, 0, 0};  // the destination only counts: nothing is stored
+    pieces[s] = {span.address, span.address, span.nbytes};
+  }
+  return submit(slot, PackOptions(), true, stream);
+}
+
+bool DevicePool::is_done(int64_t ticket) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  require_usable();
+  Slot& slot = slot_of(ticket);
+  try {
+    return runtime_->is_done(slot.event);
+  } catch (const DeviceError& error) {
+    fail(slot, error.what());
+  }
+}
+
+int64_t DevicePool::num_rows(int64_t ticket) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  return slot_of(ticket).num_rows;
+}
+
+void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
+  using Clock = std::chrono::steady_clock;
+  const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_s);
+  for (auto pause = std::chrono::microseconds(20); !is_done(ticket);
+       pause = std::min(2 * pause, std::chrono::microseconds(200))) {
+    if (Clock::now() >= deadline) {
+      std::lock_guard<std::mutex> lock(mutex_);
+      std::ostringstream text;
+      text << "not done after " << timeout_s << " s";
+      fail(slot_of(ticket), text.str());
+    }
+    std::this_thread::sleep_for(pause);
+  }
+  std::lock_guard<std::mutex> lock(mutex_);
+  Slot& slot = slot_of(ticket);
+  const Work* const work = work_of(slot.host);
+  const uint64_t* const sums = sums_of(slot, slot.host);
+  if (digests != nullptr)
+    for (int64_t r = 0; r < slot.num_rows; ++r)
+      digests[r] = digest_finish(sums[r], static_cast<uint64_t>(work[r].nbytes));
+  slot.ticket = -1;
+}
+
+void DevicePool::order(Stream later, Stream earlier) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  require_usable();
+  runtime_->record(order_event_, earlier);
+  runtime_->wait(later, order_event_);
+}
+
+void DevicePool::check_spans_are_here(Table<Span> spans) {
+  check_spans(spans);
+  for (int64_t s = 0; s < spans.num_rows; ++s) {
+    const Span& span = spans.rows[s];
+    if (span.nbytes == 0) continue;
+    const std::string found = runtime_->misplaced(span.address, span.nbytes);
+    if (found.empty()) continue;
+    std::ostringstream text;
+    text << "span " << s << ": [" << std::hex << std::showbase << span.address << ", "
+         << span.address + span.nbytes << ") is " << found << " and not memory of " << runtime_->name();
+    throw std::invalid_argument(text.str());
+  }
+}
+
+DevicePool::Slot& DevicePool::take_slot(const char* what, int64_t num_pieces, int64_t num_rows) {
+  require_usable();
+  if (num_pieces > max_pieces_ || num_rows > max_chunks_)
+    throw std::invalid_argument(std::string(what) + " of " + std::to_string(num_pieces) + " pieces in " +
+                                std::to_string(num_rows) + " rows; this pool was made for " +
+                                std::to_string(max_pieces_) + " pieces and " + std::to_string(max_chunks_) +
+                                " rows");
+  for (Slot& slot : slots_) {
+    if (slot.ticket >= 0) continue;
+    slot.num_pieces = num_pieces;
+    slot.num_rows = num_rows;
+    slot.what = what;
+    return slot;
+  }
+  throw std::invalid_argument("all " + std::to_string(slots_.size()) +
+                              " slots of the pool are in use; finish a ticket first");
+}
+
+DevicePool::Slot& DevicePool::slot_of(int64_t ticket) {
+  for (Slot& slot : slots_)
+    if (slot.ticket == ticket && ticket >= 0) return slot;
+  throw std::invalid_argument("ticket " + std::to_string(ticket) +
+                              " is not one of this pool's, or was finished");
+}
+
+// The slot holds work rows and pieces; this fills in the rest and enqueues everything.
+int64_t DevicePool::submit(Slot& slot, const PackOptions& options, bool digest, Stream stream) {
+  Work* const work = work_of(slot.host);
+  const Piece* const pieces = pieces_of(slot, slot.host);
+  slot.src_begin = slot.dst_begin = INT64_MAX;
+  slot.src_end = slot.dst_end = 0;
+  for (int64_t p = 0; p < slot.num_pieces; ++p) {
+    slot.src_begin = std::min(slot.src_begin, pieces[p].src);
+    slot.src_end = std::max(slot.src_end, pieces[p].src + pieces[p].nbytes);
+  }
+  copies_.clear();
+  if (options.op == Op::kCopy) mark_copies(slot, options.copy_engine_bytes);
+  int64_t num_tiles = 0;
+  for (int64_t r = 0; r < slot.num_rows; ++r) {
+    work[r].first_tile = num_tiles;
+    if (digest || work[r].stores) num_tiles += tiles_of(work[r].nbytes);
+    slot.dst_begin = std::min(slot.dst_begin, work[r].dst);
+    slot.dst_end = std::max(slot.dst_end, work[r].dst + work[r].nbytes);
+  }
+  std::fill_n(sums_of(slot, slot.host), slot.num_rows, 0);
+  const Job job = {pieces_of(slot, slot.device),
+                   work_of(slot.device),
+                   sums_of(slot, slot.device),
+                   slot.num_rows,
+                   num_tiles,
+                   options.scale};
+  const auto address = [](const void* memory) { return reinterpret_cast<int64_t>(memory); };
+  const CopyRow table = {address(slot.device), address(slot.host),
+                         table_bytes(slot.num_rows, slot.num_pieces)};
+  const CopyRow sums = {address(sums_of(slot, slot.host)), address(job.sums),
+                        slot.num_rows * static_cast<int64_t>(sizeof(uint64_t))};
+  try {
+    if (num_tiles > 0) {
+      runtime_->copy(&table, 1, stream);
+      runtime_->launch(job, options.op, digest, num_sms_, stream);
+    }
+    runtime_->copy(copies_.data(), copies_.size(), stream);
+    if (num_tiles > 0 && digest) runtime_->copy(&sums, 1, stream);
+    runtime_->record(slot.event, stream);
+  } catch (const DeviceError& error) {
+    fail(slot, error.what());
+  }
+  slot.ticket = next_ticket_++;
+  return slot.ticket;
+}
+
+// Finds runs of chunks that a copy engine moves: each filled by one piece, contiguous at source and
+// destination.
+void DevicePool::mark_copies(const Slot& slot, int64_t min_bytes) {
+  if (min_bytes == PackOptions::kNever) return;
+  Work* const work = work_of(slot.host);
+  const Piece* const pieces = pieces_of(slot, slot.host);
+  const auto is_plain = [&](const Work& row) {
+    return row.num_pieces == 1 && row.nbytes > 0 && pieces[row.first_piece].nbytes == row.nbytes;
+  };
+  for (int64_t begin = 0, end; begin < slot.num_rows; begin = end) {
+    end = begin + 1;
+    if (!is_plain(work[begin])) continue;
+    CopyRow run = {work[begin].dst, pieces[work[begin].first_piece].src, work[begin].nbytes};
+    for (; end < slot.num_rows && is_plain(work[end]); ++end) {
+      if (work[end].dst != run.dst + run.nbytes || pieces[work[end].first_piece].src != run.src + run.nbytes)
+        break;
+      run.nbytes += work[end].nbytes;
+    }
+    if (run.nbytes < min_bytes) continue;
+    copies_.push_back(run);
+    for (int64_t r = begin; r < end; ++r) work[r].stores = 0;
+  }
+}
+
+void DevicePool::require_usable() const {
+  if (!broken_.empty()) throw DeviceError(broken_);
+}
+
+void DevicePool::fail(const Slot& slot, const std::string& why) {
+  std::ostringstream text;
+  text << "rank " << rank_ << ": " << slot.what << " of " << slot.num_pieces << " pieces from [" << std::hex
+       << std::showbase << slot.src_begin << ", " << slot.src_end << ") to [" << slot.dst_begin << ", "
+       << slot.dst_end << ") on " << runtime_->name() << " failed: " << why;
+  broken_ = text.str();
+  throw DeviceError(broken_);
+}
+
+}  // namespace moetion

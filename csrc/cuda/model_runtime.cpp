@@ -1,0 +1,86 @@
+// SPDX-License-Identifier: Apache-2.0
+#include <cstdlib>
+#include <cstring>
+
+#include "runtime.h"
+
+namespace moetion {
+namespace {
+
+struct HostLanes {
+  static constexpr int kStep = 1;
+  static constexpr int first() { return 0; }
+};
+
+template <Op kOp, bool kDigest>
+void run_tiles(const Job& job) {
+  for (int64_t tile = job.num_tiles - 1; tile >= 0; --tile) {  // backwards: no order may be relied on
+    DigestSum sum;
+    const int64_t row = pack_tile<HostLanes, kOp, kDigest>(job, tile, sum);
+    if (kDigest) job.sums[row] += sum.value();
+  }
+}
+
+template <Op kOp>
+void run(const Job& job, bool digest) {
+  if (digest)
+    run_tiles<kOp, true>(job);
+  else
+    run_tiles<kOp, false>(job);
+}
+
+class ModelRuntime final : public Runtime {
+ public:
+  explicit ModelRuntime(const std::string& fault) : fault_(fault) {
+    if (fault != "" && fault != "register" && fault != "launch" && fault != "stuck")
+      throw std::invalid_argument("fault is '" + fault + "'; it must be '', register, launch or stuck");
+  }
+
+  std::string name() const override { return "model"; }
+  int num_sms() const override { return 4; }
+  std::string copy_engine() const override { return "memcpy"; }
+
+  void* allocate(size_t nbytes) override { return take(nbytes); }
+  void free(void* memory) noexcept override { std::free(memory); }
+  void* allocate_pinned(size_t nbytes) override { return take(nbytes); }
+  void free_pinned(void* memory) noexcept override { std::free(memory); }
+  void register_host(void*, size_t) override {
+    if (fault_ == "register") throw DeviceError("cudaHostRegister: operation not supported (injected)");
+  }
+  void unregister_host(void*) noexcept override {}
+  std::string misplaced(int64_t, int64_t) override { return ""; }
+
+  Event make_event() override { return 1; }
+  void destroy_event(Event) noexcept override {}
+  void record(Event, Stream) override {}
+  bool is_done(Event) override { return fault_ != "stuck"; }
+  void wait(Stream, Event) override {}
+
+  void copy(const CopyRow* rows, size_t num_rows, Stream) override {
+    for (size_t i = 0; i < num_rows; ++i)
+      std::memcpy(reinterpret_cast<void*>(rows[i].dst), reinterpret_cast<const void*>(rows[i].src),
+                  static_cast<size_t>(rows[i].nbytes));
+  }
+  void launch(const Job& job, Op op, bool digest, int, Stream) override {
+    if (fault_ == "launch") throw DeviceError("kernel launch: invalid device function (injected)");
+    if (op == Op::kCopy) run<Op::kCopy>(job, digest);
+    if (op == Op::kScale) run<Op::kScale>(job, digest);
+    if (op == Op::kBf16) run<Op::kBf16>(job, digest);
+  }
+
+ private:
+  static void* take(size_t nbytes) {
+    void* const memory = std::calloc(1, nbytes);
+    if (memory == nullptr) throw DeviceError("out of memory: " + std::to_string(nbytes) + " bytes");
+    return memory;
+  }
+  const std::string fault_;
+};
+
+}  // namespace
+
+std::unique_ptr<Runtime> make_model_runtime(const std::string& fault) {
+  return std::make_unique<ModelRuntime>(fault);
+}
+
+}  // namespace moetion

@@ -1,0 +1,67 @@
+// SPDX-License-Identifier: Apache-2.0
+// What the device pool needs of a GPU, as an interface: CUDA has it (cuda_runtime.cpp), and so has a model of
+// it in this process's memory (model_runtime.cpp), so that everything but the launch runs and is tested
+// anywhere.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <stdexcept>
+#include <string>
+
+#include "warp_pack.h"
+
+namespace moetion {
+
+using Stream = uint64_t;  // a cudaStream_t; 0 is the default stream
+using Event = uint64_t;
+
+// A call that the device or its driver refused, with the driver's words.
+struct DeviceError : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
+
+struct CopyRow {
+  int64_t dst, src, nbytes;
+};
+
+// Methods may be called from any thread and throw DeviceError; those that free are noexcept. `launch`, `copy`
+// and `record` only enqueue.
+class Runtime {
+ public:
+  virtual ~Runtime() = default;
+
+  virtual std::string name() const = 0;
+  virtual int num_sms() const = 0;
+  virtual std::string copy_engine() const = 0;  // which call moves large runs
+
+  virtual void* allocate(size_t nbytes) = 0;
+  virtual void free(void* memory) noexcept = 0;
+  // Host memory that the device reads and writes at the same address.
+  virtual void* allocate_pinned(size_t nbytes) = 0;
+  virtual void free_pinned(void* memory) noexcept = 0;
+  virtual void register_host(void* memory, size_t nbytes) = 0;
+  virtual void unregister_host(void* memory) noexcept = 0;
+  // Empty if the span is memory of this device, or pinned; else what it is.
+  virtual std::string misplaced(int64_t address, int64_t nbytes) = 0;
+
+  virtual Event make_event() = 0;
+  virtual void destroy_event(Event event) noexcept = 0;
+  virtual void record(Event event, Stream stream) = 0;
+  virtual bool is_done(Event event) = 0;
+  virtual void wait(Stream stream, Event event) = 0;
+
+  virtual void copy(const CopyRow* rows, size_t num_rows, Stream stream) = 0;
+  virtual void launch(const Job& job, Op op, bool digest, int num_sms, Stream stream) = 0;
+};
+
+// Throws DeviceError where this build has no CUDA or the machine no such device.
+std::unique_ptr<Runtime> make_cuda_runtime(int device);
+bool built_with_cuda();
+
+// The "device" is this process: everything that is enqueued happens at once, warp by warp, lane by lane.
+// `fault` names what shall fail, for tests: "", "register", "launch", "stuck" (events never complete).
+std::unique_ptr<Runtime> make_model_runtime(const std::string& fault);
+
+}  // namespace moetion

@@ -1,0 +1,285 @@
+// SPDX-License-Identifier: Apache-2.0
+// How one warp fills one tile. The kernel (kernels.cu) and its model on the host (model.cpp) run this same
+// code; all that differs is who the lanes are: on the device 32 threads, on the host one loop over 32.
+//
+// Work is split by destination bytes: a chunk is cut into tiles of kTileBytes, tile t of all chunks belongs
+// to warp t modulo the number of warps, and a warp finds its chunk and its first piece by binary search. So
+// one huge segment and ten thousand tiny ones give every warp the same number of bytes.
+#pragma once
+
+#include "../segment.h"
+#include "../transform.h"
+
+namespace moetion {
+
+constexpr int kWarpLanes = 32;
+constexpr int64_t kVectorBytes = 16;                         // one lane's part of a row
+constexpr int64_t kRowBytes = kWarpLanes * kVectorBytes;     // what a warp stores with one instruction
+constexpr int64_t kRowsAtOnce = 4;                           // loads in flight on each lane
+constexpr int64_t kTileBytes = 4 * kRowsAtOnce * kRowBytes;  // 8 KiB: one atomic addition for each digest
+
+// A chunk, and what the kernel must know beyond it.
+struct Work {
+  int64_t dst, nbytes, first_piece, num_pieces;
+  int64_t first_tile;  // number of tiles of all rows before this one
+  int64_t stores;      // 0: only digested, a copy engine moves the bytes
+};
+
+// One launch. `sums` holds one value for each row of `work`, zero at first.
+struct Job {
+  const Piece* pieces;
+  const Work* work;
+  uint64_t* sums;
+  int64_t num_rows, num_tiles;
+  float scale;
+};
+
+inline int64_t tiles_of(int64_t nbytes) {
+  return (nbytes + kTileBytes - 1) / kTileBytes;
+}
+
+struct alignas(kVectorBytes) Vector {
+  uint64_t words[2];
+};
+
+template <typename Unit>
+MOETION_HD Unit load_unit(const uint8_t* src) {
+#if defined(__CUDA_ARCH__)
+  return __ldcs(reinterpret_cast<const Unit*>(src));  // read once: first to leave the caches
+#else
+  Unit unit;
+  memcpy(&unit, src, sizeof(unit));
+  return unit;
+#endif
+}
+
+template <typename Unit>
+MOETION_HD void store_unit(uint8_t* dst, Unit unit) {
+#if defined(__CUDA_ARCH__)
+  __stcs(reinterpret_cast<Unit*>(dst), unit);
+#else
+  memcpy(dst, &unit, sizeof(unit));
+#endif
+}
+
+// Vectors whole, as the 16-byte instructions want them.
+template <>
+MOETION_HD Vector load_unit<Vector>(const uint8_t* src) {
+#if defined(__CUDA_ARCH__)
+  const ulonglong2 pair = __ldcs(reinterpret_cast<const ulonglong2*>(src));
+  return {{pair.x, pair.y}};
+#else
+  Vector vector;
+  memcpy(&vector, src, sizeof(vector));
+  return vector;
+#endif
+}
+
+template <>
+MOETION_HD void store_unit<Vector>(uint8_t* dst, Vector vector) {
+#if defined(__CUDA_ARCH__)
+  __stcs(reinterpret_cast<ulonglong2*>(dst), make_ulonglong2(vector.words[0], vector.words[1]));
+#else
+  memcpy(dst, &vector, sizeof(vector));
+#endif
+}
+
+template <typename Unit>
+MOETION_HD Vector load_by(const uint8_t* src) {
+  Vector vector;
+  Unit units[kVectorBytes / sizeof(Unit)];
+  for (size_t i = 0; i < kVectorBytes / sizeof(Unit); ++i) units[i] = load_unit<Unit>(src + i * sizeof(Unit));
+  memcpy(&vector, units, sizeof(vector));
+  return vector;
+}
+
+template <typename Unit>
+MOETION_HD void store_by(uint8_t* dst, const Vector& vector) {
+  Unit units[kVectorBytes / sizeof(Unit)];
+  memcpy(units, &vector, sizeof(vector));
+  for (size_t i = 0; i < kVectorBytes / sizeof(Unit); ++i) store_unit<Unit>(dst + i * sizeof(Unit), units[i]);
+}
+
+// 16 bytes by the widest access that the address allows; all lanes of a row share its alignment.
+MOETION_HD Vector load_vector(const uint8_t* src) {
+  const unsigned low = static_cast<unsigned>(reinterpret_cast<uintptr_t>(src)) % kVectorBytes;
+  if (low == 0) return load_unit<Vector>(src);
+  if (low % 8 == 0) return load_by<uint64_t>(src);
+  if (low % 4 == 0) return load_by<uint32_t>(src);
+  if (low % 2 == 0) return load_by<uint16_t>(src);
+  return load_by<uint8_t>(src);
+}
+
+MOETION_HD void store_vector(uint8_t* dst, const Vector& vector) {
+  const unsigned low = static_cast<unsigned>(reinterpret_cast<uintptr_t>(dst)) % kVectorBytes;
+  if (low == 0) return store_unit<Vector>(dst, vector);
+  if (low % 8 == 0) return store_by<uint64_t>(dst, vector);
+  if (low % 4 == 0) return store_by<uint32_t>(dst, vector);
+  if (low % 2 == 0) return store_by<uint16_t>(dst, vector);
+  return store_by<uint8_t>(dst, vector);
+}
+
+MOETION_HD Vector scaled(Vector vector, float scale) {
+  for (uint64_t& word : vector.words) {
+    const uint32_t low = float_bits(bits_float(static_cast<uint32_t>(word)) * scale);
+    const uint32_t high = float_bits(bits_float(static_cast<uint32_t>(word >> 32)) * scale);
+    word = low | static_cast<uint64_t>(high) << 32;
+  }
+  return vector;
+}
+
+// Four fp32 values, already scaled, as one word of four bf16 values.
+MOETION_HD uint64_t cast_to_bf16(const Vector& four) {
+  uint64_t word = 0;
+  for (int i = 0; i < 4; ++i) {
+    const float x = bits_float(static_cast<uint32_t>(four.words[i / 2] >> (32 * (i % 2))));
+    word |= static_cast<uint64_t>(bf16_bits(x)) << (16 * i);
+  }
+  return word;
+}
+
+// 16 destination bytes from a source that has them all.
+template <Op kOp>
+MOETION_HD Vector vector_from(const uint8_t* src, float scale) {
+  if (kOp == Op::kCopy) return load_vector(src);
+  if (kOp == Op::kScale) return scaled(load_vector(src), scale);
+  const Vector first = scaled(load_vector(src), scale);
+  const Vector second = scaled(load_vector(src + kVectorBytes), scale);
+  return {{cast_to_bf16(first), cast_to_bf16(second)}};
+}
+
+template <Op kOp>
+MOETION_HD const uint8_t* source_of(const Piece& piece, int64_t address) {
+  const int64_t elements = (address - piece.dst) / Element<kOp>::kDstBytes;
+  return reinterpret_cast<const uint8_t*>(piece.src + elements * Element<kOp>::kSrcBytes);
+}
+
+// Up to 16 destination bytes from any number of pieces; zeros where none is.
+template <Op kOp>
+MOETION_HD Vector vector_from_pieces(const Piece* piece, const Piece* last, int64_t address, int64_t nbytes,
+                                     float scale) {
+  uint64_t low = 0, high = 0;
+  for (; piece != last && piece->dst < address + nbytes; ++piece) {
+    const int64_t piece_end = piece->dst + piece->nbytes, vector_end = address + nbytes;
+    const int64_t end = piece_end < vector_end ? piece_end : vector_end;
+    for (int64_t at = piece->dst > address ? piece->dst : address; at < end; at += Element<kOp>::kDstBytes) {
+      const uint64_t element = transform_element<kOp>(source_of<kOp>(*piece, at), scale);
+      const unsigned shift = 8 * static_cast<unsigned>(at - address);
+      if (shift < 64)
+        low |= element << shift;
+      else
+        high |= element << (shift - 64);
+    }
+  }
+  return {{low, high}};
+}
+
+// The first piece in [first, last) that ends after `address`; pieces are in order.
+MOETION_HD const Piece* piece_ending_after(const Piece* first, const Piece* last, int64_t address) {
+  while (first != last) {
+    const Piece* const middle = first + (last - first) / 2;
+    if (middle->dst + middle->nbytes <= address)
+      first = middle + 1;
+    else
+      last = middle;
+  }
+  return first;
+}
+
+// The row of `work` that a tile belongs to: the last one that begins at or before it.
+MOETION_HD int64_t row_of_tile(const Job& job, int64_t tile) {
+  int64_t first = 0, last = job.num_rows;
+  while (last - first > 1) {
+    const int64_t middle = first + (last - first) / 2;
+    if (job.work[middle].first_tile <= tile)
+      first = middle;
+    else
+      last = middle;
+  }
+  return first;
+}
+
+// Digests and stores `nbytes` (16, or fewer at a chunk's end) at byte `offset` of a chunk.
+template <bool kDigest>
+MOETION_HD void finish_vector(const Work& work, int64_t offset, const Vector& vector, int64_t nbytes,
+                              DigestSum& sum) {
+  if (kDigest) {
+    const uint64_t position = digest_position(static_cast<uint64_t>(offset / kWordBytes));
+    sum.add(vector.words[0], position);
+    if (nbytes > kWordBytes) sum.add(vector.words[1], position + digest_stride(1));
+  }
+  if (!work.stores) return;
+  uint8_t* const dst = reinterpret_cast<uint8_t*>(work.dst + offset);
+  if (nbytes == kVectorBytes) return store_vector(dst, vector);
+  uint64_t word = vector.words[0];
+  for (int64_t i = 0; i < nbytes; ++i, word >>= 8) {
+    if (i == kWordBytes) word = vector.words[1];
+    dst[i] = static_cast<uint8_t>(word);
+  }
+}
+
+// kRows rows that one piece fills: all loads first, so that they are in flight together.
+template <typename Lanes, Op kOp, bool kDigest, int64_t kRows>
+MOETION_HD void pack_rows(const Work& work, const Piece& piece, int64_t offset, float scale, DigestSum& sum) {
+  for (int lane = Lanes::first(); lane < kWarpLanes; lane += Lanes::kStep) {
+    const int64_t begin = offset + lane * kVectorBytes;
+    Vector vectors[kRows];
+    for (int64_t row = 0; row < kRows; ++row)
+      vectors[row] = vector_from<kOp>(source_of<kOp>(piece, work.dst + begin + row * kRowBytes), scale);
+    for (int64_t row = 0; row < kRows; ++row)
+      finish_vector<kDigest>(work, begin + row * kRowBytes, vectors[row], kVectorBytes, sum);
+  }
+}
+
+// One row, or the chunk's last few bytes, where pieces meet. The pieces of the row lie in [piece, last).
+template <typename Lanes, Op kOp, bool kDigest>
+MOETION_HD void pack_mixed_row(const Work& work, const Piece* piece, const Piece* last, int64_t offset,
+                               float scale, DigestSum& sum) {
+  for (int lane = Lanes::first(); lane < kWarpLanes; lane += Lanes::kStep) {
+    const int64_t begin = offset + lane * kVectorBytes, address = work.dst + begin;
+    const int64_t nbytes = work.nbytes - begin < kVectorBytes ? work.nbytes - begin : kVectorBytes;
+    if (nbytes <= 0) continue;
+    const Piece* const own = piece_ending_after(piece, last, address);
+    const bool is_whole =
+        own != last && own->dst <= address && own->dst + own->nbytes >= address + kVectorBytes;
+    const Vector vector = is_whole ? vector_from<kOp>(source_of<kOp>(*own, address), scale)
+                                   : vector_from_pieces<kOp>(own, last, address, nbytes, scale);
+    finish_vector<kDigest>(work, begin, vector, nbytes, sum);
+  }
+}
+
+// Fills one tile, adds its words to `sum` and returns the row that they belong to.
+template <typename Lanes, Op kOp, bool kDigest>
+MOETION_HD int64_t pack_tile(const Job& job, int64_t tile, DigestSum& sum) {
+  const int64_t row = row_of_tile(job, tile);
+  const Work work = job.work[row];
+  int64_t at = (tile - work.first_tile) * kTileBytes;
+  const int64_t end = at + kTileBytes < work.nbytes ? at + kTileBytes : work.nbytes;
+  const Piece* const all = job.pieces + work.first_piece;
+  const Piece* piece = piece_ending_after(all, all + work.num_pieces, work.dst + at);
+  // The piece in which the tile's last byte falls, if any, is its last one.
+  const Piece* last = piece_ending_after(piece, all + work.num_pieces, work.dst + end - 1);
+  if (last != all + work.num_pieces) ++last;
+  constexpr int64_t kRows = kRowsAtOnce * Element<kOp>::kDstBytes / Element<kOp>::kSrcBytes;
+  while (at < end) {
+    while (piece != last && piece->dst + piece->nbytes <= work.dst + at) ++piece;
+    int64_t covered = 0;
+    if (piece != last && piece->dst <= work.dst + at) {
+      const int64_t piece_end = piece->dst + piece->nbytes - work.dst;
+      covered = (piece_end < end ? piece_end : end) - at;
+    }
+    if (covered >= kRows * kRowBytes) {
+      pack_rows<Lanes, kOp, kDigest, kRows>(work, *piece, at, job.scale, sum);
+      at += kRows * kRowBytes;
+    } else if (covered >= kRowBytes) {
+      pack_rows<Lanes, kOp, kDigest, 1>(work, *piece, at, job.scale, sum);
+      at += kRowBytes;
+    } else {
+      pack_mixed_row<Lanes, kOp, kDigest>(work, piece, last, at, job.scale, sum);
+      at += kRowBytes;
+    }
+  }
+  return row;
+}
+
+}  // namespace moetion
