@@ -1,9 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The compiled kernels (``csrc/``). Addresses are plain integers; the memory behind them is the caller's to keep.
 
-Tables are C-contiguous ``int64`` arrays, read in place, and must not change during a call. Every method of
-``HostPool`` releases the GIL; concurrent callers of one pool take turns. A bad table raises ``ValueError``
-with the row and its values before any byte moves.
+Tables are C-contiguous ``int64`` arrays, read in place. A bad table raises ``ValueError`` with the row and its
+values before any byte moves. Both pools release the GIL while they work.
 """
 
 import numpy as np
@@ -22,7 +21,10 @@ class Cancel:
     def is_set(self) -> bool: ...
 
 class HostPool:
-    """Persistent threads that pack. They end with the object. Not usable in a forked child (``RuntimeError``)."""
+    """Persistent threads that pack. They end with the object. Not usable in a forked child (``RuntimeError``).
+
+    Concurrent callers take turns. Tables must not change during a call.
+    """
 
     def __init__(self, num_threads: int, isa: str = "auto") -> None:
         """``num_threads`` counts the calling thread. ``isa``: ``auto`` or one of ``available_isas()``."""
@@ -36,14 +38,21 @@ class HostPool:
         chunks: npt.NDArray[np.int64],
         digests: npt.NDArray[np.uint64],
         cancel: Cancel | None = None,
+        *,
+        op: str = "copy",
+        scale: float = 1.0,
     ) -> bool:
-        """Gather pieces into chunks and digest each chunk in the same pass.
+        """Gather pieces into chunks and digest each chunk, as written, in the same pass.
 
         ``pieces``: rows (src_address, dst_address, nbytes). ``chunks``: rows (dst_address, nbytes, first_piece,
         num_pieces); a chunk's pieces lie inside it, ordered by destination, without overlap; chunks are
         disjoint. Bytes of a chunk that no piece covers become zero. ``digests``: one value a chunk, written.
         A destination may be aligned in any way; multiples of 64 are fastest. False: cancelled (noticed every
         256 KiB a thread), and then chunks and digests are garbage.
+
+        ``op``: ``copy``; ``scale``, fp32 elements times ``scale``; ``bf16``, fp32 elements times ``scale``, cast to
+        bf16 (nearest, ties to even; NaNs become 0x7FFF). ``nbytes`` counts what is written, so a ``bf16`` piece
+        reads twice that. A piece must begin and end at a multiple of its chunk's element size.
         """
     def digest(self, chunks: npt.NDArray[np.int64], digests: npt.NDArray[np.uint64]) -> None:
         """Digest of each row (address, nbytes) of ``chunks``, written to ``digests``."""
@@ -53,3 +62,81 @@ class HostPool:
         """The bytes that ``pack`` moves, by memcpy or streaming stores alone: a baseline for benchmarks."""
     def prefault(self, address: int, nbytes: int) -> None:
         """Make all pages of a span present and writable. Contents stay."""
+
+def built_with_cuda() -> bool:
+    """Whether this build has the CUDA kernels. A GPU may still be missing."""
+
+class DeviceError(RuntimeError):
+    """A call that the device or its driver refused, or work on it that failed or did not end in time."""
+
+class Registration:
+    """Host memory that the device reads and writes. Ends with ``close`` or with the object."""
+
+    def close(self) -> None: ...
+
+class DevicePool:
+    """The GPU's twin of ``HostPool``: calls enqueue on a stream and return a ticket. Thread-safe.
+
+    At most ``num_slots`` tickets may be open. All memory is taken here: about 24 bytes a piece and 56 a chunk for each
+    slot, on the device and pinned on the host. After a ``DeviceError`` every later call repeats it.
+    """
+
+    def __init__(
+        self,
+        device: str,
+        *,
+        rank: int,
+        max_pieces: int,
+        max_chunks: int,
+        num_slots: int = 2,
+        num_sms: int = 8,
+        fault: str = "",
+    ) -> None:
+        """``device``: ``cuda:N``, or ``model:N``, where this process stands for the device.
+
+        ``rank`` names this process in errors. ``num_sms`` bounds the streaming multiprocessors that kernels use.
+        ``fault``, for the model: ``register``, ``launch`` or ``stuck`` is made to fail.
+        """
+    @property
+    def device(self) -> str: ...
+    @property
+    def copy_engine(self) -> str:
+        """The call that moves large runs: ``cudaMemcpyBatchAsync``, ``cudaMemcpyAsync`` or ``memcpy``."""
+    @property
+    def num_sms(self) -> int: ...
+    @property
+    def num_slots(self) -> int: ...
+    def pack(
+        self,
+        pieces: npt.NDArray[np.int64],
+        chunks: npt.NDArray[np.int64],
+        *,
+        stream: int = 0,
+        op: str = "copy",
+        scale: float = 1.0,
+        copy_engine_bytes: int | None = None,
+    ) -> int:
+        """As ``HostPool.pack``, in one launch. Addresses are device memory or pinned host memory, in any mixture.
+
+        ``stream`` is a ``cudaStream_t``. With ``copy_engine_bytes``, runs of whole chunks that are contiguous at
+        both ends and at least that long are moved by a copy engine while the kernel only digests their source;
+        needs ``op="copy"``. The tables may be reused at once; the memory must stay until ``finish``.
+        """
+    def scatter(self, pieces: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None) -> int:
+        """As ``HostPool.scatter``."""
+    def digest(self, chunks: npt.NDArray[np.int64], *, stream: int = 0) -> int:
+        """As ``HostPool.digest``."""
+    def is_done(self, ticket: int) -> bool: ...
+    def finish(self, ticket: int, digests: npt.NDArray[np.uint64] | None = None, *, timeout_s: float = 60.0) -> None:
+        """Wait for a ticket, write its digests (one a chunk, in order) and give its slot back.
+
+        ``DeviceError`` names rank, pieces, address ranges and device where the work failed or took longer.
+        """
+    def order(self, later: int, earlier: int) -> None:
+        """What is enqueued on stream ``later`` from now on waits for all that ``earlier`` was given so far."""
+    def check_spans_are_here(self, spans: npt.NDArray[np.int64]) -> None:
+        """``ValueError``, with the row, for a row (address, nbytes) that is not memory of this device, nor pinned."""
+    def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:
+        """Pinned host memory that lives as long as the array or a view of it."""
+    def register(self, address: int, nbytes: int) -> Registration:
+        """Pin host memory that exists already. ``DeviceError`` where the driver refuses."""

@@ -45,6 +45,7 @@ class MoetionConfig:
     staleness_cap: int = setting(8, "mode 'popularity': an expert is captured again after at most so many snapshots")
     chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES")
     pack_threads: int = setting(0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8")
+    pack_sms: int = setting(8, "on a GPU: most streaming multiprocessors that packing takes from training")
     max_stall_ms: int = setting(
         2000, "how long an optimizer step waits for a snapshot in flight before the snapshot is dropped"
     )
@@ -55,7 +56,7 @@ class MoetionConfig:
     inject_fault: str = setting("", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL")
 
     def __post_init__(self) -> None:
-        positive = ("interval", "staleness_cap", "max_stall_ms", "timeout_s", "in_flight_bytes")
+        positive = ("interval", "staleness_cap", "pack_sms", "max_stall_ms", "timeout_s", "in_flight_bytes")
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")

@@ -30,6 +30,10 @@ class ChannelError(MoetionError):
     """A transfer to or from a peer failed or ran past its time limit."""
 
 
+class DeviceFault(MoetionError):
+    """The device refused or failed a copy. Snapshots stop on this rank; training goes on while the device lets it."""
+
+
 class UnsupportedState(MoetionError):
     """The model or optimizer holds state that cannot be captured bit for bit."""
 

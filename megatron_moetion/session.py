@@ -17,7 +17,14 @@ from typing import Any
 import numpy as np
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ChannelError, ConfigError, NothingRecoverable, StoreError, UnsupportedState
+from megatron_moetion.errors import (
+    ChannelError,
+    ConfigError,
+    DeviceFault,
+    NothingRecoverable,
+    StoreError,
+    UnsupportedState,
+)
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
@@ -88,7 +95,7 @@ class Session:
         )
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
-        self._packer = Packer(self._inventory, config.chunk_bytes, threads)
+        self._packer = Packer(self._inventory, config.chunk_bytes, threads, rank=rank, num_sms=config.pack_sms)
         self._spec = ArenaSpec.of(
             ArenaIdentity(
                 run_id=run_id,
@@ -159,7 +166,7 @@ class Session:
         flight.finish_packing(None)
         try:
             self._learn()
-            overgrown = self._freeze()
+            unfrozen = self._freeze()
             counts = self._token_counts()
             self._fabric.start_sum(counts)
             self._base = iteration
@@ -173,8 +180,8 @@ class Session:
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
         units = self._select(iteration, counts)
-        if unusable := overgrown or self._adapter.moved():
-            reason = "host-state" if overgrown else "moved"
+        if unusable := unfrozen or self._adapter.moved():
+            reason = "freeze" if unfrozen else "moved"
             self._journal.warn_once(
                 reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
             )
@@ -204,6 +211,7 @@ class Session:
         except ChannelError as error:
             self._journal.warn_once("summary", self._base, f"the summary is missing: {error}")
         self._flight.close()
+        self._packer.close()
         self._arenas.close()
         self._fabric.close()
         self._flight = self._arenas = None
@@ -289,13 +297,14 @@ class Session:
             )
         iteration = loaded or 0
         self._arenas = startup.begin(situation)
+        self._packer.adopt(self._arenas.own.memory)
         if lost:
             self._journal.warn_once(
                 "fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here"
             )
         flight = self._fly(self._arenas, situation, epoch=0)
-        if overgrown := self._freeze():
-            raise UnsupportedState(overgrown)
+        if unfrozen := self._freeze():
+            raise UnsupportedState(unfrozen)
         everything = range(len(self._inventory.units))
         counts = self._token_counts()
         flight.begin(iteration, everything, self._tokens_of_units(counts))
@@ -348,6 +357,8 @@ class Session:
             f"{self._inventory.nbytes / 2**20:.1f} MiB, arenas {sum(a.nbytes for a in arenas.all()) / 2**20:.1f} MiB "
             f"on this rank; {nodes} node(s), {self._config.replicas} replica(s); store {self._node.path}",
         )
+        if self._packer.note:
+            self._journal.info(self._stable, self._packer.note)
         if not self._config.replicas:
             self._journal.warn_once(
                 "replicas", self._stable, "--moetion-replicas 0: nothing survives the loss of a node"
@@ -387,11 +398,11 @@ class Session:
             )
 
     def _freeze(self) -> str:
-        """Copy what cannot wait. Returns why the host state cannot be captured, empty if all is well."""
+        """Copy what cannot wait. Returns why that is not possible, empty if all is well."""
         state = {"adapter": self._adapter.host_state(), "session": self._book.state()}
         try:
             self._packer.freeze(encode(state))
-        except UnsupportedState as error:
+        except (UnsupportedState, DeviceFault) as error:
             return str(error)
         return ""
 
@@ -405,8 +416,9 @@ class Session:
     def _report_drops(self, flight: Flight, iteration: int) -> None:
         for reason, count in flight.counts.dropped.copy().items():  # other threads add to it
             if count:
+                why = reason + flight.details.get(reason, "")
                 self._journal.warn_once(
-                    f"drop-{reason}", iteration, f"a snapshot was dropped ({reason}); training goes on, counts follow"
+                    f"drop-{reason}", iteration, f"a snapshot was dropped ({why}); training goes on, counts follow"
                 )
         if flight.broken:
             self._journal.warn_once(

@@ -146,6 +146,7 @@ class Startup:
             self._phases.done(phase)
         self._probe("restore", -1)
         host_unit = next(i for i, (_, kind, _) in enumerate(self._spec.units) if kind == UnitKind.HOST)
+        packer.adopt(arenas.own.memory)
         host_state = write_back(packer, arenas.own, plan.choices[rank], host_unit)
         self._fabric.gather("loaded")
         self._phases.done("restore")

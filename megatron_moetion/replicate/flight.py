@@ -15,7 +15,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
-from megatron_moetion.errors import ChannelError
+from megatron_moetion.errors import ChannelError, DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.snapshot.packer import Packer
@@ -33,7 +33,8 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``moved``, ``host-state``, ``refused`` (a buddy had no room), ``channel``."""
+    """By reason: ``no-slot``, ``late``, ``moved``, ``freeze`` (host state or device), ``device``, ``refused`` (a buddy
+    had no room), ``channel``."""
 
 
 class Flight:
@@ -62,6 +63,8 @@ class Flight:
         self._lock = threading.Lock()
         self._rounds: dict[int, bool] = {}
         self.counts = FlightCounts()
+        self.details: dict[str, str] = {}
+        """More about a reason for which snapshots are dropped, for a person."""
         self.broken = ""
         """Why nothing is replicated any more; empty while all is well."""
 
@@ -146,7 +149,14 @@ class Flight:
             Target(unit=u, address=self._arena.payload(s).ctypes.data, digests=self._arena.digests(s))
             for u, s in zip(units, slots, strict=True)
         ]
-        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
+        try:
+            digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
+        except DeviceFault as error:
+            # A late write of the device into these slots hurts nobody: after a fault it packs nothing any more.
+            self._arena.release(slots)
+            self.details["device"] = f": {error}"
+            self._count("device")
+            return ()
         if digests is None:
             self._arena.release(slots)
             self._count("late")

@@ -5,73 +5,76 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import numpy as np
-import numpy.typing as npt
 
 from megatron_moetion._C import Cancel
 from megatron_moetion._C import HostPool as HostPool  # rooms above take it from here, not from the compiled module
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.snapshot.plan import Batch, Digests, Target, Template, batches, template
+from megatron_moetion.snapshot.device import DevicePacker
+from megatron_moetion.snapshot.plan import Bytes, Digests, Int64s, Target, Template, batch_of, groups, template
 from megatron_moetion.snapshot.reference import capture_digest
-from megatron_moetion.units import Inventory, Unit, UnitKind, align_up
-
-if TYPE_CHECKING:
-    from megatron_moetion.snapshot.bounce import Bounce
-
-Bytes = npt.NDArray[np.uint8]
+from megatron_moetion.units import Inventory, UnitKind, align_up
 
 BATCH_BYTES = 32 << 20
-"""Captures per call into the pool: small enough that a dropped snapshot stops soon."""
+"""Captures per call into a pool: small enough that a dropped snapshot stops soon."""
+DEFAULT_SMS = 8
 
 
 class Packer:
     """Packs one rank's units. One snapshot at a time; ``freeze`` and ``pack`` may run in different threads.
 
-    The regions' tensors must stay alive and unmoved for the packer's lifetime. State that changes before the
-    next optimizer step (``at_once`` regions and the host state) is copied into a staging buffer by ``freeze``;
-    everything else is read straight from the live tensors by ``pack``.
+    Units in host memory are packed by the host's threads, units in device memory by the device. The regions' tensors
+    must stay alive and unmoved for the packer's lifetime. State that changes before the next optimizer step
+    (``at_once`` regions and the host state) is copied into a staging buffer by ``freeze``; everything else is read
+    straight from the live tensors by ``pack``. ``rank`` names this process in errors, ``num_sms`` bounds how many
+    of a GPU's multiprocessors packing takes.
     """
 
-    def __init__(self, inventory: Inventory, chunk_bytes: int, num_threads: int) -> None:
+    def __init__(
+        self, inventory: Inventory, chunk_bytes: int, num_threads: int, *, rank: int = 0, num_sms: int = DEFAULT_SMS
+    ) -> None:
         self._inventory = inventory
         self._chunk_bytes = chunk_bytes
         self._pool = HostPool(num_threads)
         self._cancel = Cancel()
-        staged: list[tuple[int, int, int]] = []  # unit, region, offset
-        cursor = 0
-        for number, unit in enumerate(inventory.units):
-            for position, region in enumerate(unit.regions):
-                if region.at_once:
-                    staged.append((number, position, cursor))
-                    cursor = align_up(cursor + region.nbytes)
         self._host_units = inventory.of_kind(UnitKind.HOST)
-        for number in self._host_units:
-            staged.append((number, 0, cursor))
-            cursor = align_up(cursor + inventory.units[number].reserved_bytes)
-        self._staging = np.zeros(max(cursor, 1), dtype=np.uint8)
-        self._staged = {(unit, region): offset for unit, region, offset in staged}
-        base = self._staging.ctypes.data
-        devices = {r.device for u in inventory.units for r in u.regions} - {"cpu"}
-        self._bounced = frozenset(
-            i for i, u in enumerate(inventory.units) if any(r.device in devices for r in u.regions)
+        self._on_device, self._device = _find_device(inventory, chunk_bytes, rank, num_sms)
+        self._staged, nbytes = _staging_offsets(inventory)
+        self._staging: Bytes = (
+            self._device.pinned(nbytes) if self._device is not None else np.zeros(nbytes, dtype=np.uint8)
         )
-        self._bounce = _make_bounce([inventory.units[i] for i in sorted(self._bounced)], devices)
+        base = self._staging.ctypes.data
+        rows = [
+            (inventory.units[u].regions[r].address, base + offset, inventory.units[u].regions[r].nbytes)
+            for (u, r), offset in self._staged.items()
+            if u in self._on_device
+        ]
+        self._frozen_by_device: Int64s = np.array(rows, dtype=np.int64).reshape(-1, 3)
         self._templates: list[Template] = [
-            template(
-                unit,
-                chunk_bytes,
-                {r: base + offset for (u, r), offset in self._staged.items() if u == number},
-                bounced=number in self._bounced,
-            )
+            template(unit, chunk_bytes, {r: base + o for (u, r), o in self._staged.items() if u == number})
             for number, unit in enumerate(inventory.units)
         ]
 
+    @property
+    def note(self) -> str:
+        """How a device's captures reach the arena, for a person; empty where there is no device."""
+        return self._device.note if self._device is not None else ""
+
+    def adopt(self, memory: Bytes) -> None:
+        """Get ready to pack into this arena. ``close`` before its memory goes."""
+        if self._device is not None:
+            self._device.adopt(memory)
+
+    def close(self) -> None:
+        """Undo ``adopt``."""
+        if self._device is not None:
+            self._device.release()
+
     def freeze(self, host_state: bytes) -> None:
         """Copy what cannot wait. ``host_state`` must fit the host unit's ``reserved_bytes``."""
-        if self._bounce is not None:
-            self._bounce.mark()
+        if self._device is not None:
+            self._device.freeze(self._frozen_by_device)
         for (number, position), offset in self._staged.items():
             unit = self._inventory.units[number]
             if number in self._host_units:
@@ -82,9 +85,7 @@ class Packer:
                 area = self._staging[offset : offset + unit.reserved_bytes]
                 area[: len(host_state)] = np.frombuffer(host_state, dtype=np.uint8)
                 area[len(host_state) :] = 0
-            elif self._bounce is not None and number in self._bounced:
-                self.staged(number, position)[:] = self._bounce.read(unit, position)
-            else:
+            elif number not in self._on_device:
                 region = unit.regions[position]
                 ctypes.memmove(self._staging.ctypes.data + offset, region.address, region.nbytes)
 
@@ -96,37 +97,21 @@ class Packer:
     def pack(self, targets: Sequence[Target], between: Callable[[], None]) -> list[int] | None:
         """Copy captures and fill their chunk digests; returns the capture digests, or None if cancelled.
 
-        ``between`` is called after each batch.
+        ``between`` is called after each batch. ``DeviceFault`` where the device fails.
         """
-        address = self._bounce.address if self._bounce is not None else 0
-        for batch in batches(self._templates, targets, BATCH_BYTES, address):
-            if self._bounce is not None:
-                self._fetch(batch, self._bounce)
-            if not self._pack_batch(batch):
+        if self._device is not None:
+            theirs = [t for t in targets if t.unit in self._on_device]
+            if not self._device.pack(self._templates, theirs, self._pool, self._cancel, between):
                 return None
+        ours = [t for t in targets if t.unit not in self._on_device]
+        for group in groups(self._templates, ours, BATCH_BYTES):
+            batch = batch_of(self._templates, group)
+            digests = np.empty(len(batch.chunks), dtype=np.uint64)
+            if not self._pool.pack(batch.pieces, batch.chunks, digests, self._cancel):
+                return None
+            batch.share(digests)
             between()
         return [capture_digest(t.digests) for t in targets]
-
-    def _fetch(self, batch: Batch, bounce: Bounce) -> None:
-        """Bring a batch's device units to the host; what ``freeze`` staged goes over what is live now."""
-        wanted = [(t.unit, o) for t, o in zip(batch.targets, batch.offsets, strict=True) if t.unit in self._bounced]
-        bounce.load([self._inventory.units[u] for u, _ in wanted], [o for _, o in wanted])
-        bases = dict(wanted)
-        for number, position in self._staged:
-            if number in bases:
-                unit, data = self._inventory.units[number], self.staged(number, position)
-                place = bounce.address + bases[number] + unit.offsets[position]
-                ctypes.memmove(place, data.ctypes.data, data.nbytes)
-
-    def _pack_batch(self, batch: Batch) -> bool:
-        digests = np.empty(len(batch.chunks), dtype=np.uint64)
-        if not self._pool.pack(batch.pieces, batch.chunks, digests, self._cancel):
-            return False
-        done = 0
-        for target in batch.targets:
-            target.digests[:] = digests[done : done + len(target.digests)]
-            done += len(target.digests)
-        return True
 
     def cancel(self) -> None:
         """Make a running or coming ``pack`` return None soon."""
@@ -139,32 +124,54 @@ class Packer:
     def scatter(self, unit: int, capture: Bytes) -> None:
         """Write a verified capture back into the unit's live regions."""
         regions = self._inventory.units[unit]
-        if self._bounce is not None and unit in self._bounced:
-            self._bounce.store(regions, capture)
-            return
         rows = [
             (capture.ctypes.data + offset, region.address, region.nbytes)
             for region, offset in zip(regions.regions, regions.offsets, strict=True)
         ]
-        if rows:
-            self._pool.scatter(np.array(rows, dtype=np.int64))
+        table = np.array(rows, dtype=np.int64).reshape(-1, 3)
+        if self._device is not None and unit in self._on_device:
+            self._device.scatter(table)
+        else:
+            self._pool.scatter(table)
 
     def verify(self, capture: Bytes, digests: Digests, expected: int) -> bool:
         """Whether a capture's bytes agree with its chunk digests and these with the capture digest."""
         return verify(self._pool, self._chunk_bytes, capture, digests, expected)
 
 
-def _make_bounce(units: Sequence[Unit], devices: set[str]) -> Bounce | None:
-    """The way to the host for units in device memory; None where there are none, and then torch stays out of it."""
-    if not units:
-        return None
+def _find_device(
+    inventory: Inventory, chunk_bytes: int, rank: int, num_sms: int
+) -> tuple[frozenset[int], DevicePacker | None]:
+    """The units in device memory and what packs them."""
+    devices = {r.device for u in inventory.units for r in u.regions} - {"cpu"}
+    if not devices:
+        return frozenset(), None
     if len(devices) != 1:
         raise UnsupportedState(f"state lies on several devices: {', '.join(sorted(devices))}; one a rank is supported")
-    import torch
+    found = frozenset(i for i, u in enumerate(inventory.units) if any(r.device in devices for r in u.regions))
+    mixed = [inventory.units[i].name for i in sorted(found) if len({r.device for r in inventory.units[i].regions}) > 1]
+    if mixed:
+        raise UnsupportedState(f"unit {mixed[0]} lies partly in host memory and partly on {devices.pop()}")
+    return found, DevicePacker(
+        devices.pop(),
+        [inventory.units[i] for i in sorted(found)],
+        chunk_bytes=chunk_bytes,
+        batch_bytes=BATCH_BYTES,
+        rank=rank,
+        num_sms=num_sms,
+    )
 
-    from megatron_moetion.snapshot.bounce import Bounce
 
-    return Bounce(units, BATCH_BYTES, torch.device(devices.pop()))
+def _staging_offsets(inventory: Inventory) -> tuple[dict[tuple[int, int], int], int]:
+    """Where in the staging buffer each ``at_once`` region and each host state goes, and the buffer's size."""
+    offsets: dict[tuple[int, int], int] = {}
+    cursor = 0
+    for number, unit in enumerate(inventory.units):
+        waiting = [(i, r.nbytes) for i, r in enumerate(unit.regions) if r.at_once]
+        for position, nbytes in [(0, unit.reserved_bytes)] if unit.kind is UnitKind.HOST else waiting:
+            offsets[number, position] = cursor
+            cursor = align_up(cursor + nbytes)
+    return offsets, max(cursor, 1)
 
 
 def verify(pool: HostPool, chunk_bytes: int, capture: Bytes, digests: Digests, expected: int) -> bool:

@@ -8,13 +8,14 @@ what one digest covers: ``(destination, nbytes, first piece, number of pieces)``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_moetion.units import Unit
 
+Bytes = npt.NDArray[np.uint8]
 Int64s = npt.NDArray[np.int64]
 Digests = npt.NDArray[np.uint64]
 
@@ -24,8 +25,6 @@ class Template:
     """The pieces and chunks of one unit's capture, destinations counted from the capture's first byte."""
 
     nbytes: int
-    bounced: bool
-    """Sources are offsets in the capture: the unit is first copied to a buffer in host memory, laid out like it."""
     pieces: Int64s
     """int64[n, 3]: source address, offset in the capture, nbytes."""
     chunks: Int64s
@@ -46,8 +45,6 @@ class Batch:
     """Captures that are packed by one call. Validated when made."""
 
     targets: tuple[Target, ...]
-    offsets: tuple[int, ...]
-    """Where in the bounce buffer each capture is, if it is bounced."""
     pieces: Int64s
     chunks: Int64s
     nbytes: int
@@ -60,12 +57,19 @@ class Batch:
         if self.pieces[:, 2].sum() > self.nbytes:
             raise AssertionError("a batch copies more bytes than its captures hold")
 
+    def share(self, digests: Digests) -> None:
+        """Give each target its part of the digests of all chunks."""
+        done = 0
+        for target in self.targets:
+            target.digests[:] = digests[done : done + len(target.digests)]
+            done += len(target.digests)
 
-def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int], *, bounced: bool = False) -> Template:
+
+def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Template:
     """Cut one unit's regions at chunk boundaries.
 
     ``sources`` replaces the address of regions (by position) whose bytes were staged elsewhere. A unit without
-    regions (host state) is one staged region, number 0, of ``reserved_bytes``. ``bounced``: see ``Template``.
+    regions (host state) is one staged region, number 0, of ``reserved_bytes``.
     """
     spans = (
         [(r.address, o, r.nbytes) for r, o in zip(unit.regions, unit.offsets, strict=True)]
@@ -75,7 +79,7 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int], *, bounce
     pieces: list[tuple[int, int, int]] = []
     owner: list[int] = []
     for number, (address, offset, nbytes) in enumerate(spans):
-        source = offset if bounced else sources.get(number, address)
+        source = sources.get(number, address)
         done = 0
         while done < nbytes:
             chunk = (offset + done) // chunk_bytes
@@ -89,43 +93,50 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int], *, bounce
     chunks = np.stack([starts, np.minimum(chunk_bytes, unit.nbytes - starts), first, last - first], axis=1)
     return Template(
         nbytes=unit.nbytes,
-        bounced=bounced,
         pieces=np.array(pieces, dtype=np.int64).reshape(-1, 3),
         chunks=np.ascontiguousarray(chunks, dtype=np.int64),
     )
 
 
-def batches(
-    templates: Sequence[Template], targets: Sequence[Target], batch_bytes: int, bounce_address: int = 0
-) -> list[Batch]:
-    """Group captures, in order, into batches of about ``batch_bytes`` (at least one capture each)."""
-    groups: list[list[Target]] = []
+def groups(templates: Sequence[Template], targets: Sequence[Target], batch_bytes: int) -> list[list[Target]]:
+    """Captures, in order, in groups of about ``batch_bytes`` (at least one capture each)."""
+    found: list[list[Target]] = []
     room = 0
     for target in targets:
         nbytes = templates[target.unit].nbytes
-        if not groups or room < nbytes:
-            groups.append([])
+        if not found or room < nbytes:
+            found.append([])
             room = batch_bytes
-        groups[-1].append(target)
+        found[-1].append(target)
         room -= nbytes
-    return [_batch(templates, group, bounce_address) for group in groups]
+    return found
 
 
-def _batch(templates: Sequence[Template], targets: Sequence[Target], bounce_address: int) -> Batch:
+def batch_of(templates: Sequence[Template], targets: Sequence[Target]) -> Batch:
+    """The tables for one call that packs all these captures."""
     pieces, chunks, count = [], [], 0
-    offsets, cursor = [], 0
     for target in targets:
         unit = templates[target.unit]
-        offsets.append(cursor)
-        source = bounce_address + cursor if unit.bounced else 0
-        cursor += unit.nbytes
-        pieces.append(unit.pieces + np.array([source, target.address, 0], dtype=np.int64))
+        pieces.append(unit.pieces + np.array([0, target.address, 0], dtype=np.int64))
         chunks.append(unit.chunks + np.array([target.address, 0, count, 0], dtype=np.int64))
         count += len(unit.pieces)
     return Batch(
         targets=tuple(targets),
-        offsets=tuple(offsets),
         pieces=np.concatenate(pieces),
         chunks=np.concatenate(chunks),
         nbytes=sum(templates[t.unit].nbytes for t in targets),
     )
+
+
+def moved_to(address: int, templates: Sequence[Template], targets: Sequence[Target]) -> list[Target]:
+    """The same captures, one behind the other from ``address`` on."""
+    found = []
+    for target in targets:
+        found.append(replace(target, address=address))
+        address += templates[target.unit].nbytes
+    return found
+
+
+def copy_rows(source: Int64s, destination: Int64s) -> Int64s:
+    """int64[m, 3]: source address, destination address, nbytes, to copy chunks from one place to another."""
+    return np.ascontiguousarray(np.stack([source[:, 0], destination[:, 0], source[:, 1]], axis=1))

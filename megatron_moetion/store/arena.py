@@ -236,6 +236,11 @@ class Arena:
         """Size of the file."""
         return self._layout.nbytes
 
+    @property
+    def memory(self) -> Bytes:
+        """The whole file, writable: for pinning it."""
+        return self._view
+
     def payload(self, slot: int) -> Bytes:
         """The slot's capture bytes, writable."""
         start = self._layout.slot_starts[slot]

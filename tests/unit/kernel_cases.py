@@ -152,9 +152,7 @@ class Case:
             chunk = found[start - self.dst.address : start - self.dst.address + nbytes]
             chunk[:] = 0
             for at, (_, dst, length) in enumerate(self.pieces[first : first + count].tolist(), first):
-                chunk[dst - start : dst - start + length] = reference.transform(
-                    self.contents[at], self.op, self.scale
-                )
+                chunk[dst - start : dst - start + length] = reference.transform(self.contents[at], self.op, self.scale)
             digests[number] = reference.digest_chunk(chunk)
         return found, digests
 

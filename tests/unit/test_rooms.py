@@ -91,6 +91,6 @@ def test_megatron_is_known_to_the_seams_only(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", files())
-def test_one_file_knows_the_compiled_module(file: str) -> None:
-    if file != "snapshot/packer.py":
+def test_the_executors_alone_know_the_compiled_module(file: str) -> None:
+    if file not in ("snapshot/packer.py", "snapshot/device.py", "snapshot/engines.py"):
         assert f"{NAME}._C" not in set(imports(file))

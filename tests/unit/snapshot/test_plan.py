@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moetion.snapshot.plan import Batch, Target, Template, batches, template
+from megatron_moetion.snapshot.plan import Batch, Target, Template, batch_of, copy_rows, groups, moved_to, template
 from megatron_moetion.units import Region, Role, Unit, UnitKind
 
 SIZES = st.lists(st.integers(1, 700), min_size=1, max_size=12)
@@ -74,18 +74,6 @@ def test_staged_regions_come_from_the_stage(sizes: list[int], chunk_bytes: int, 
         assert [found[offset + b] for b in range(region.nbytes)] == list(range(first, first + region.nbytes))
 
 
-@given(SIZES, CHUNKS)
-def test_a_bounced_unit_is_read_as_it_is_laid_out(sizes: list[int], chunk_bytes: int) -> None:
-    plan = template(unit(sizes), chunk_bytes, {}, bounced=True)
-    assert all(source == offset for source, offset, _ in plan.pieces.tolist())
-    targets = [Target(unit=0, address=10**6 * (n + 1), digests=np.zeros(1, dtype=np.uint64)) for n in range(2)]
-    (batch,) = batches([plan], targets, 1 << 30, bounce_address=777)
-    assert batch.offsets == (0, plan.nbytes)
-    half = len(plan.pieces)
-    assert (batch.pieces[half:, 0] - batch.pieces[:half, 0] == plan.nbytes).all()
-    assert batch.pieces[0, 0] == 777
-
-
 def test_host_state_is_one_staged_region() -> None:
     host = Unit(name="host", kind=UnitKind.HOST, regions=(), reserved_bytes=1000)
     plan = template(host, 4096, {0: 5000})
@@ -100,7 +88,7 @@ def test_batches_keep_order_and_add_addresses(units: list[list[int]], batch_byte
         Target(unit=n, address=10**6 * (n + 1), digests=np.zeros(len(t.chunks), dtype=np.uint64))
         for n, t in enumerate(templates)
     ]
-    found = batches(templates, targets, batch_bytes)
+    found = [batch_of(templates, group) for group in groups(templates, targets, batch_bytes)]
     assert [t.unit for b in found for t in b.targets] == list(range(len(units)))
     assert all(b.nbytes <= batch_bytes or len(b.targets) == 1 for b in found)
     for batch in found:
@@ -110,17 +98,37 @@ def test_batches_keep_order_and_add_addresses(units: list[list[int]], batch_byte
         assert ends[-1] == len(batch.pieces)
         assert (batch.chunks[1:, 2] == ends[:-1]).all()
         assert batch.pieces.dtype == batch.chunks.dtype == np.int64
+        digests = np.arange(len(batch.chunks), dtype=np.uint64)
+        batch.share(digests)
+        assert np.concatenate([t.digests for t in batch.targets]).tolist() == digests.tolist()
+
+
+@given(st.lists(SIZES, min_size=1, max_size=6))
+def test_moved_captures_follow_each_other_and_can_be_copied_home(units: list[list[int]]) -> None:
+    templates = [template(unit(sizes), 256, {}) for sizes in units]
+    targets = [
+        Target(unit=n, address=10**6 * (n + 1), digests=np.zeros(len(t.chunks), dtype=np.uint64))
+        for n, t in enumerate(templates)
+    ]
+    moved = moved_to(640, templates, targets)
+    assert [t.address for t in moved] == [640 + sum(t.nbytes for t in templates[:n]) for n in range(len(units))]
+    assert all(m.digests is t.digests for m, t in zip(moved, targets, strict=True))
+    home, away = batch_of(templates, targets), batch_of(templates, moved)
+    for source, destination, nbytes in copy_rows(away.chunks, home.chunks).tolist():
+        owner = destination // 10**6 - 1
+        assert destination - targets[owner].address == source - moved[owner].address
+        assert 0 < nbytes <= 256
 
 
 def test_captures_that_overlap_in_the_arena_are_a_bug() -> None:
     plan = template(unit([100]), 256, {})
     targets = [Target(unit=0, address=a, digests=np.zeros(1, dtype=np.uint64)) for a in (4096, 4160)]
     with pytest.raises(AssertionError, match="overlap"):
-        batches([plan], targets, 1 << 20)
-    one = batches([plan], targets[:1], 1 << 20)[0]
+        batch_of([plan], targets)
+    one = batch_of([plan], targets[:1])
     with pytest.raises(AssertionError, match="more bytes"):
-        Batch(targets=one.targets, offsets=(0,), pieces=one.pieces, chunks=one.chunks, nbytes=50)
+        Batch(targets=one.targets, pieces=one.pieces, chunks=one.chunks, nbytes=50)
 
 
-def test_no_targets_no_batches() -> None:
-    assert batches([], [], 100) == []
+def test_no_targets_no_groups() -> None:
+    assert groups([], [], 100) == []

@@ -1,0 +1,219 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Units in device memory: packed by the GPU, straight into the arena where that could be pinned.
+
+Where it could not, captures land in a bounded pinned buffer first and are copied on by the host.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+
+from megatron_moetion._C import Cancel, DeviceError, DevicePool, HostPool, Registration
+from megatron_moetion.errors import DeviceFault, UnsupportedState
+from megatron_moetion.snapshot.engines import SAMPLE_BYTES, crossover_bytes, measure
+from megatron_moetion.snapshot.plan import Batch, Bytes, Int64s, Target, Template, batch_of, copy_rows, groups, moved_to
+from megatron_moetion.units import Unit
+
+SLOTS = 2
+"""Batches in flight: one is waited for while the next one runs."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Flying:
+    """A batch that the device works on; ``bounced`` is where its bytes belong, if they land in a buffer first."""
+
+    ticket: int
+    batch: Batch
+    bounced: Batch | None
+
+
+class _Streams:
+    """Stream handles of one device, and scratch memory there. The model of a device has one stream, 0."""
+
+    def __init__(self, device: str) -> None:
+        self.on_gpu = device.startswith("cuda")
+        self.side = 0
+        if self.on_gpu:
+            import torch
+
+            self._device = torch.device(device)
+            # torch leaves streams untyped; priority 0 is the lowest
+            self._stream = torch.cuda.Stream(self._device, priority=0)  # type: ignore[no-untyped-call]
+            self.side = int(self._stream.cuda_stream)
+
+    def current(self) -> int:
+        """The stream that training's kernels are enqueued on."""
+        if not self.on_gpu:
+            return 0
+        import torch
+
+        return int(torch.cuda.current_stream(self._device).cuda_stream)
+
+    @contextmanager
+    def scratch(self, nbytes: int) -> Iterator[int]:
+        """The address of device memory that may be read until the block ends."""
+        if not self.on_gpu:
+            yield np.zeros(nbytes, dtype=np.uint8).ctypes.data
+            return
+        import torch
+
+        memory = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
+        torch.cuda.synchronize(self._device)
+        yield memory.data_ptr()
+
+
+@contextmanager
+def naming_faults() -> Iterator[None]:
+    """A device's error as the runtime's own."""
+    try:
+        yield
+    except DeviceError as error:
+        raise DeviceFault(str(error)) from error
+
+
+class DevicePacker:
+    """The device's part of a ``Packer``; for one thread at a time.
+
+    ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Raises ``UnsupportedState`` for a region
+    that is not where it says, ``DeviceFault`` where the device fails.
+    """
+
+    def __init__(
+        self, device: str, units: Sequence[Unit], *, chunk_bytes: int, batch_bytes: int, rank: int, num_sms: int
+    ) -> None:
+        self._batch_bytes = batch_bytes
+        self._largest_bytes = max(batch_bytes, *(u.nbytes for u in units))
+        num_pieces = sum(len(u.regions) + -(-u.nbytes // chunk_bytes) for u in units)
+        with naming_faults():
+            self._pool = DevicePool(
+                device, rank=rank, max_pieces=num_pieces, max_chunks=num_pieces, num_slots=SLOTS, num_sms=num_sms
+            )
+        self._device = device
+        self._streams = _Streams(device)
+        for unit in units:
+            for region in unit.regions:
+                self._check_place(region.tensor, region.address, region.nbytes)
+        self._copy_engine_bytes: int | None = None
+        self._registration: Registration | None = None
+        self._buffers: tuple[Bytes, ...] = ()
+        self.note = ""
+        """How captures reach the arena, for a person; filled by ``adopt``."""
+
+    def pinned(self, nbytes: int) -> Bytes:
+        """Host memory that the device reads and writes."""
+        with naming_faults():
+            return self._pool.pinned(nbytes)
+
+    def adopt(self, memory: Bytes) -> None:
+        """Pin an arena, so that captures land in it; where the driver refuses, take a buffer instead and say so."""
+        self.release()
+        try:
+            self._registration = self._pool.register(memory.ctypes.data, memory.nbytes)
+        except DeviceError as error:
+            self._take_buffers()
+            held = sum(b.nbytes for b in self._buffers) >> 20
+            self.note = f"the arena could not be pinned ({error}): captures go by way of {held} MiB of pinned memory"
+            return
+        if self._streams.on_gpu:
+            self._measure()
+        limit = self._copy_engine_bytes
+        large = f"{self._pool.copy_engine} from {limit >> 10} KiB on (measured)" if limit else "no copy engine"
+        self.note = f"arena pinned; captures land in it, packed on {self._pool.num_sms} SMs, {large}"
+
+    def release(self) -> None:
+        """Undo ``adopt``."""
+        if self._registration is not None:
+            self._registration.close()
+            self._registration = None
+
+    def freeze(self, rows: Int64s) -> None:
+        """Copy (source, destination, nbytes) at once, after what the current stream was given; wait for it.
+
+        Later calls of ``pack`` read what that stream had written by now.
+        """
+        current = self._streams.current()
+        with naming_faults():
+            if len(rows):
+                self._pool.finish(self._pool.scatter(rows, stream=current))
+            self._pool.order(self._streams.side, current)
+
+    def pack(
+        self,
+        templates: Sequence[Template],
+        targets: Sequence[Target],
+        host: HostPool,
+        cancel: Cancel,
+        between: Callable[[], None],
+    ) -> bool:
+        """Fill the targets and their digests; False if cancelled, and then nothing is in flight any more."""
+        in_flight: deque[_Flying] = deque()
+        with naming_faults():
+            for number, group in enumerate(groups(templates, targets, self._batch_bytes)):
+                if len(in_flight) == SLOTS:
+                    self._land(in_flight.popleft(), host)
+                    between()
+                if cancel.is_set():
+                    break
+                in_flight.append(self._start(templates, group, number % SLOTS))
+            while in_flight:
+                self._land(in_flight.popleft(), host)
+                between()
+        return not cancel.is_set()
+
+    def scatter(self, rows: Int64s) -> None:
+        """Copy each row (source in host memory, destination on the device, nbytes), and wait."""
+        with naming_faults():
+            if self._registration is not None:
+                self._finish_scatter(rows)
+                return
+            buffer = self._take_buffers()[0]
+            for source, destination, nbytes in rows.tolist():
+                for at in range(0, nbytes, buffer.nbytes):
+                    part = min(buffer.nbytes, nbytes - at)
+                    ctypes.memmove(buffer.ctypes.data, source + at, part)
+                    self._finish_scatter(np.array([(buffer.ctypes.data, destination + at, part)], dtype=np.int64))
+
+    def _finish_scatter(self, rows: Int64s) -> None:
+        stream = self._streams.current()
+        self._pool.finish(self._pool.scatter(rows, stream=stream, copy_engine_bytes=self._copy_engine_bytes))
+
+    def _start(self, templates: Sequence[Template], group: Sequence[Target], slot: int) -> _Flying:
+        batch = batch_of(templates, group)
+        bounced = None
+        if self._registration is None:
+            address = self._take_buffers()[slot].ctypes.data
+            batch, bounced = batch_of(templates, moved_to(address, templates, group)), batch
+        ticket = self._pool.pack(
+            batch.pieces, batch.chunks, stream=self._streams.side, copy_engine_bytes=self._copy_engine_bytes
+        )
+        return _Flying(ticket=ticket, batch=batch, bounced=bounced)
+
+    def _land(self, flying: _Flying, host: HostPool) -> None:
+        digests = np.empty(len(flying.batch.chunks), dtype=np.uint64)
+        self._pool.finish(flying.ticket, digests)
+        if flying.bounced is not None:
+            host.scatter(copy_rows(flying.batch.chunks, flying.bounced.chunks))
+        flying.batch.share(digests)
+
+    def _take_buffers(self) -> tuple[Bytes, ...]:
+        if not self._buffers:
+            self._buffers = tuple(self._pool.pinned(self._largest_bytes) for _ in range(SLOTS))
+        return self._buffers
+
+    def _measure(self) -> None:
+        with naming_faults(), self._streams.scratch(SAMPLE_BYTES) as source:
+            samples = measure(self._device, source=source, stream=self._streams.side, num_sms=self._pool.num_sms)
+        self._copy_engine_bytes = crossover_bytes(samples)
+
+    def _check_place(self, tensor: str, address: int, nbytes: int) -> None:
+        try:
+            with naming_faults():
+                self._pool.check_spans_are_here(np.array([(address, nbytes)], dtype=np.int64))
+        except ValueError as error:
+            raise UnsupportedState(f"{tensor}: {error}") from error

@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""State in device memory: captured and written back as state on the host is. ``model:0`` stands for the device."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import numpy as np
+import pytest
+from support import CHUNK_BYTES
+
+from megatron_moetion import _C
+from megatron_moetion.errors import DeviceFault, UnsupportedState
+from megatron_moetion.snapshot import device as device_module
+from megatron_moetion.snapshot import engines
+from megatron_moetion.snapshot import packer as packer_module
+from megatron_moetion.snapshot.host_state import encode
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
+
+Pool = _C.DevicePool
+
+
+def region(unit: str, name: str, data: np.ndarray, device: str, at_once: bool = False) -> Region:
+    return Region(
+        unit=unit, tensor=name, role=Role.MASTER, dtype="uint8", start=0, nbytes=data.nbytes, address=data.ctypes.data,
+        device=device, at_once=at_once,
+    )  # fmt: skip
+
+
+class State:
+    """Three units on a device, one of them larger than a batch, one on the host, and a counter that cannot wait."""
+
+    def __init__(self, device: str) -> None:
+        rng = np.random.default_rng(5)
+        self.big = rng.integers(0, 256, 200_345, dtype=np.uint8)
+        self.small = [rng.integers(0, 256, n, dtype=np.uint8) for n in (9_001, 17, 30_000)]
+        self.counter = np.array([3, 1, 4], dtype=np.int64)
+        dense = UnitKind.DENSE
+        units = [Unit(name="big", kind=dense, regions=(region("big", "w", self.big, device),))]
+        for number, data in enumerate(self.small):
+            name = f"small{number}"
+            where = "cpu" if number == 1 else device
+            regions = [region(name, "w", data, where)]
+            if number == 0:
+                regions.append(region(name, "n", self.counter, device, at_once=True))
+            units.append(Unit(name=name, kind=dense, regions=tuple(regions)))
+        units.append(Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=256))
+        self.inventory = Inventory(units=tuple(units))
+
+    def live(self) -> list[np.ndarray]:
+        return [self.big, *self.small]
+
+
+def targets_in(memory: np.ndarray, inventory: Inventory) -> list[Target]:
+    found, at = [], memory.ctypes.data
+    for number, unit in enumerate(inventory.units):
+        digests = np.zeros(-(-unit.nbytes // CHUNK_BYTES), dtype=np.uint64)
+        found.append(Target(unit=number, address=at, digests=digests))
+        at += unit.nbytes + 64
+    return found
+
+
+def arena_for(inventory: Inventory) -> np.ndarray:
+    return np.full(sum(u.nbytes + 64 for u in inventory.units), 0xA5, dtype=np.uint8)
+
+
+@pytest.fixture(autouse=True)
+def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packer_module, "BATCH_BYTES", 20_000)  # so that several are in flight
+
+
+@pytest.fixture
+def broken(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
+    monkeypatch.setattr(device_module, "DevicePool", partial(Pool, fault=request.param))
+
+
+def round_trip(device: str, adopt: bool) -> tuple[bytes, list[int]]:
+    """Freeze, move on what may move on, pack, forget, write back; the arena's bytes and the capture digests."""
+    state = State(device)
+    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    arena = arena_for(state.inventory)
+    if adopt:
+        packer.adopt(arena)
+    packer.freeze(encode({"iteration": 7}))
+    state.counter[:] = -1
+    targets = targets_in(arena, state.inventory)
+    digests = packer.pack(targets, lambda: None)
+    assert digests is not None
+    expected = [a.copy() for a in state.live()]
+    for array in state.live():
+        array[:] = 0
+    for number, unit in enumerate(state.inventory.units[:-1]):
+        at = targets[number].address - arena.ctypes.data
+        capture = arena[at : at + unit.nbytes]
+        assert packer.verify(capture, targets[number].digests, digests[number])
+        packer.scatter(number, capture)
+    for array, before in zip(state.live(), expected, strict=True):
+        assert (array == before).all()
+    assert state.counter.tolist() == [3, 1, 4]
+    packer.close()
+    return arena.tobytes(), digests
+
+
+def test_the_same_capture_as_from_host_memory_and_back() -> None:
+    assert round_trip("model:0", adopt=True) == round_trip("cpu", adopt=True)
+
+
+def test_by_way_of_a_buffer_where_no_arena_was_adopted() -> None:
+    assert round_trip("model:0", adopt=False) == round_trip("cpu", adopt=False)
+
+
+@pytest.mark.parametrize("broken", ["register"], indirect=True)
+def test_an_arena_that_cannot_be_pinned_is_reached_by_a_bounded_buffer_and_said_so(broken: None) -> None:
+    assert round_trip("model:0", adopt=True) == round_trip("cpu", adopt=True)
+    state = State("model:0")
+    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    packer.adopt(arena_for(state.inventory))
+    assert "could not be pinned (cudaHostRegister: operation not supported" in packer.note
+
+
+def test_a_pinned_arena_is_said_so() -> None:
+    state = State("model:0")
+    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    assert packer.note == ""
+    packer.adopt(arena_for(state.inventory))
+    assert packer.note == "arena pinned; captures land in it, packed on 4 SMs, no copy engine"
+    assert Packer(State("cpu").inventory, CHUNK_BYTES, 1).note == ""
+
+
+@pytest.mark.parametrize("broken", ["launch"], indirect=True)
+def test_a_device_that_fails_is_named_with_rank_and_ranges_and_not_used_again(broken: None) -> None:
+    state = State("model:0")
+    packer = Packer(state.inventory, CHUNK_BYTES, 1, rank=3)
+    source = f"{state.counter.ctypes.data:#x}"
+    for _ in range(2):
+        with pytest.raises(DeviceFault, match=rf"rank 3: scatter of 1 pieces from \[{source}, .* on model failed: ker"):
+            packer.freeze(b"")
+    packer.adopt(arena_for(state.inventory))
+    with pytest.raises(DeviceFault, match=r"rank 3: scatter .* invalid device function"):
+        packer.pack(targets_in(arena_for(state.inventory), state.inventory), lambda: None)
+
+
+def test_a_cancelled_pack_leaves_nothing_in_flight_and_may_be_repeated() -> None:
+    state = State("model:0")
+    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    arena = arena_for(state.inventory)
+    packer.adopt(arena)
+    packer.freeze(encode({}))
+    batches: list[int] = []
+
+    def cancel_after_one() -> None:
+        batches.append(1)
+        packer.cancel()
+
+    assert packer.pack(targets_in(arena, state.inventory), cancel_after_one) is None
+    assert len(batches) == 2  # the one that was waited for and the one that was in flight
+    packer.allow()
+    assert packer.pack(targets_in(arena, state.inventory), lambda: None) is not None
+
+
+def test_two_devices_and_split_units_are_refused() -> None:
+    data = np.zeros(64, dtype=np.uint8)
+
+    def unit(name: str, *devices: str) -> Unit:
+        regions = tuple(region(name, f"w{i}", data, device) for i, device in enumerate(devices))
+        return Unit(name=name, kind=UnitKind.DENSE, regions=regions)
+
+    with pytest.raises(UnsupportedState, match="several devices: cuda:0, cuda:1"):
+        Packer(Inventory(units=(unit("a", "cuda:0"), unit("b", "cuda:1"))), CHUNK_BYTES, 1)
+    with pytest.raises(UnsupportedState, match="unit a lies partly in host memory and partly on model:0"):
+        Packer(Inventory(units=(unit("a", "model:0", "cpu"),)), CHUNK_BYTES, 1)
+
+
+def test_a_gpu_that_is_not_there_is_an_error_that_says_so() -> None:
+    data = np.zeros(64, dtype=np.uint8)
+    units = (Unit(name="a", kind=UnitKind.DENSE, regions=(region("a", "w", data, "cuda:977"),)),)
+    with pytest.raises(DeviceFault, match=r"no CUDA kernels|CUDA devices: |cuda:977 is not there"):
+        Packer(Inventory(units=units), CHUNK_BYTES, 1)
+
+
+# -- the pool behind it --------------------------------------------------------------------------------------
+
+
+def one_chunk(nbytes: int = 100) -> tuple[np.ndarray, np.ndarray, tuple[np.ndarray, ...]]:
+    source, target = np.arange(nbytes, dtype=np.uint8), np.zeros(nbytes, dtype=np.uint8)
+    pieces = np.array([(source.ctypes.data, target.ctypes.data, nbytes)], np.int64)
+    return pieces, np.array([(target.ctypes.data, nbytes, 0, 1)], np.int64), (source, target)
+
+
+def test_tickets_are_bounded_and_finished_once() -> None:
+    pool = Pool("model:0", rank=0, max_pieces=4, max_chunks=4, num_slots=2)
+    pieces, chunks, keep = one_chunk()
+    first, second = pool.pack(pieces, chunks), pool.pack(pieces, chunks)
+    assert first != second
+    assert pool.is_done(first)
+    with pytest.raises(ValueError, match="all 2 slots of the pool are in use"):
+        pool.pack(pieces, chunks)
+    with pytest.raises(ValueError, match="array of 1, one for each chunk"):
+        pool.finish(first, np.zeros(2, np.uint64))
+    pool.finish(first)
+    with pytest.raises(ValueError, match=f"ticket {first} is not one of this pool's"):
+        pool.finish(first)
+    assert pool.pack(pieces, chunks) > second
+    assert (keep[0] == keep[1]).all()
+
+
+def test_what_does_not_fit_the_tables_is_refused_with_the_numbers() -> None:
+    pool = Pool("model:0", rank=0, max_pieces=1, max_chunks=1)
+    pieces, chunks, _ = one_chunk()
+    with pytest.raises(ValueError, match=r"pack of 2 pieces in 1 rows; this pool was made for 1 pieces and 1 rows"):
+        pool.pack(np.concatenate([pieces, pieces]), chunks)
+
+
+def test_work_that_does_not_end_is_given_up_in_time() -> None:
+    pool = Pool("model:0", rank=5, max_pieces=4, max_chunks=4, fault="stuck")
+    pieces, chunks, keep = one_chunk()
+    ticket = pool.pack(pieces, chunks)
+    assert not pool.is_done(ticket)
+    with pytest.raises(
+        _C.DeviceError, match=rf"rank 5: pack of 1 pieces from \[{keep[0].ctypes.data:#x}.* after 0.05 s"
+    ):
+        pool.finish(ticket, timeout_s=0.05)
+    with pytest.raises(_C.DeviceError, match="not done after"):  # what is in flight may still read its memory
+        pool.pack(pieces, chunks)
+
+
+@pytest.mark.parametrize("device", ["cuda", "cuda:", "cuda:x", "cuda:-1", "tpu:0", ""])
+def test_devices_have_a_kind_and_a_number(device: str) -> None:
+    with pytest.raises(ValueError, match=r"it must be cuda:N or model:N"):
+        Pool(device, rank=0, max_pieces=1, max_chunks=1)
+
+
+def test_pinned_memory_outlives_its_pool() -> None:
+    memory = Pool("model:0", rank=0, max_pieces=1, max_chunks=1).pinned(4096)
+    view = memory[10:20]
+    del memory
+    view[:] = 7
+    assert view.sum() == 70
+
+
+# -- which engine --------------------------------------------------------------------------------------------
+
+
+def sample(size: int, kernel: float, engine: float) -> engines.Sample:
+    return engines.Sample(segment_bytes=size, kernel_s=kernel, copy_engine_s=engine)
+
+
+def test_the_crossover_is_where_the_copy_engine_is_nowhere_slower_any_more() -> None:
+    assert engines.crossover_bytes([]) is None
+    assert engines.crossover_bytes([sample(1, 1, 2), sample(2, 1, 1.1)]) is None
+    assert engines.crossover_bytes([sample(4, 1, 1), sample(1, 1, 0.5), sample(2, 1, 2)]) == 4
+    assert engines.crossover_bytes([sample(1, 1, 0.9), sample(2, 1, 0.9)]) == 1
+
+
+def test_both_engines_are_timed_at_every_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines, "SAMPLE_BYTES", 4 << 20)
+    source = np.zeros(4 << 20, dtype=np.uint8)
+    samples = engines.measure("model:0", source=source.ctypes.data, stream=0, num_sms=2)
+    assert [s.segment_bytes for s in samples] == list(engines.SIZES_BYTES)
+    assert all(s.kernel_s > 0 and s.copy_engine_s > 0 for s in samples)
