@@ -118,6 +118,7 @@ void bind_device_pool(py::module_& m) {
                              [](const DevicePool& self) { return self.runtime()->copy_engine(); })
       .def_property_readonly("num_sms", &DevicePool::num_sms)
       .def_property_readonly("num_slots", &DevicePool::num_slots)
+      .def_property_readonly("bytes_by_copy_engine", &DevicePool::bytes_by_copy_engine)
       .def(
           "pack",
           [](DevicePool& self, const Rows& pieces, const Rows& chunks, Stream stream, const std::string& op,
@@ -133,6 +134,20 @@ void bind_device_pool(py::module_& m) {
           },
           py::arg("pieces").noconvert(), py::arg("chunks").noconvert(), py::kw_only(), py::arg("stream") = 0,
           py::arg("op") = "copy", py::arg("scale") = 1.0f, py::arg("copy_engine_bytes") = py::none())
+      .def(
+          "keep", [](DevicePool& self, const Rows& pieces) { self.keep(table<Piece>("pieces", pieces)); },
+          py::arg("pieces").noconvert())
+      .def(
+          "pack_kept",
+          [](DevicePool& self, const Rows& chunks, Stream stream, std::optional<int64_t> copy_engine_bytes) {
+            PackOptions options;
+            if (copy_engine_bytes) options.copy_engine_bytes = *copy_engine_bytes;
+            const auto chunk_table = table<KeptChunk>("chunks", chunks);
+            py::gil_scoped_release unlocked;
+            return self.pack_kept(chunk_table, options, stream);
+          },
+          py::arg("chunks").noconvert(), py::kw_only(), py::arg("stream") = 0,
+          py::arg("copy_engine_bytes") = py::none())
       .def(
           "scatter",
           [](DevicePool& self, const Rows& pieces, Stream stream, std::optional<int64_t> copy_engine_bytes) {

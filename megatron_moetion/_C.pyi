@@ -106,6 +106,9 @@ class DevicePool:
     def num_sms(self) -> int: ...
     @property
     def num_slots(self) -> int: ...
+    @property
+    def bytes_by_copy_engine(self) -> int:
+        """Enqueued on a copy engine since the pool was made."""
     def pack(
         self,
         pieces: npt.NDArray[np.int64],
@@ -121,6 +124,17 @@ class DevicePool:
         ``stream`` is a ``cudaStream_t``. With ``copy_engine_bytes``, runs of whole chunks that are contiguous at
         both ends and at least that long are moved by a copy engine while the kernel only digests their source;
         needs ``op="copy"``. The tables may be reused at once; the memory must stay until ``finish``.
+        """
+    def keep(self, pieces: npt.NDArray[np.int64]) -> None:
+        """Keep rows (src_address, at, nbytes) on the device for ``pack_kept``.
+
+        ``at`` is a place in a plan of the caller's, positive. Replaces what was kept before. No ticket may be open.
+        """
+    def pack_kept(self, chunks: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None) -> int:
+        """As ``pack``, of pieces that are on the device already, so that only the chunks travel.
+
+        ``chunks``: rows (dst_address, nbytes, first_piece, num_pieces, at), where the chunk begins at ``at`` as its
+        pieces count.
         """
     def scatter(self, pieces: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None) -> int:
         """As ``HostPool.scatter``."""

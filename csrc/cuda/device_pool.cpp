@@ -6,6 +6,7 @@
 #include <cstring>
 #include <sstream>
 #include <thread>
+#include <utility>
 
 #include "../host/validate.h"
 
@@ -17,6 +18,10 @@ constexpr double kLastWaitSeconds = 10;  // in the destructor, for work that nob
 int64_t table_bytes(int64_t num_rows, int64_t num_pieces) {
   return num_rows * static_cast<int64_t>(sizeof(Work) + sizeof(uint64_t)) +
          num_pieces * static_cast<int64_t>(sizeof(Piece));
+}
+
+int64_t address_of(const void* memory) {
+  return reinterpret_cast<int64_t>(memory);
 }
 
 }  // namespace
@@ -42,6 +47,8 @@ DevicePool::DevicePool(std::shared_ptr<Runtime> runtime, int rank, int64_t max_p
     slot.event = runtime_->make_event();
   }
   copies_.reserve(static_cast<size_t>(max_chunks));
+  planned_.reserve(static_cast<size_t>(max_chunks));
+  targets_.reserve(static_cast<size_t>(max_chunks));
 }
 
 DevicePool::~DevicePool() {
@@ -54,6 +61,8 @@ DevicePool::~DevicePool() {
     runtime_->free(slot.device);
     runtime_->free_pinned(slot.host);
   }
+  runtime_->free(kept_on_device_);
+  runtime_->free_pinned(kept_);
   runtime_->destroy_event(order_event_);
 }
 
@@ -65,10 +74,55 @@ int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOpt
   Work* const work = work_of(slot.host);
   for (int64_t c = 0; c < chunks.num_rows; ++c) {
     const Chunk& chunk = chunks.rows[c];
-    work[c] = {chunk.dst, chunk.nbytes, chunk.first_piece, chunk.num_pieces, 0, 1};
+    work[c] = {chunk.dst, chunk.nbytes, chunk.first_piece, chunk.num_pieces, chunk.dst, 0, 1};
   }
   std::copy_n(pieces.rows, pieces.num_rows, pieces_of(slot, slot.host));
   return submit(slot, options, true, stream);
+}
+
+void DevicePool::keep(Table<Piece> pieces) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  require_usable();
+  for (const Slot& slot : slots_)
+    if (slot.ticket >= 0) throw std::invalid_argument("finish all tickets before other pieces are kept");
+  const auto nbytes = static_cast<size_t>(pieces.num_rows) * sizeof(Piece);
+  runtime_->free(std::exchange(kept_on_device_, nullptr));
+  runtime_->free_pinned(std::exchange(kept_, nullptr));
+  num_kept_ = 0;
+  if (nbytes == 0) return;
+  kept_ = static_cast<Piece*>(runtime_->allocate_pinned(nbytes));
+  kept_on_device_ = static_cast<Piece*>(runtime_->allocate(nbytes));
+  std::copy_n(pieces.rows, pieces.num_rows, kept_);
+  const CopyRow upload = {address_of(kept_on_device_), address_of(kept_), static_cast<int64_t>(nbytes)};
+  const std::string what = "upload of " + std::to_string(pieces.num_rows) + " pieces";
+  try {
+    runtime_->copy(&upload, 1, 0);
+    runtime_->record(order_event_, 0);
+    wait(order_event_, kLastWaitSeconds);
+  } catch (const DeviceError& error) {
+    fail(what, error.what());
+  }
+  num_kept_ = pieces.num_rows;
+}
+
+int64_t DevicePool::pack_kept(Table<KeptChunk> chunks, const PackOptions& options, Stream stream) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  planned_.clear();
+  targets_.clear();
+  for (int64_t c = 0; c < chunks.num_rows; ++c) {
+    const KeptChunk& chunk = chunks.rows[c];
+    planned_.push_back({chunk.at, chunk.nbytes, chunk.first_piece, chunk.num_pieces});
+    targets_.push_back({chunk.dst, chunk.nbytes});
+  }
+  check_pack({kept_, num_kept_}, {planned_.data(), chunks.num_rows}, options.op);
+  check_disjoint_spans({targets_.data(), chunks.num_rows});
+  Slot& slot = take_slot("pack", 0, chunks.num_rows);
+  Work* const work = work_of(slot.host);
+  for (int64_t c = 0; c < chunks.num_rows; ++c) {
+    const KeptChunk& chunk = chunks.rows[c];
+    work[c] = {chunk.dst, chunk.nbytes, chunk.first_piece, chunk.num_pieces, chunk.at, 0, 1};
+  }
+  return submit(slot, kept_, kept_on_device_, options, true, stream);
 }
 
 int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream) {
@@ -77,7 +131,7 @@ int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stre
   Slot& slot = take_slot("scatter", pieces.num_rows, pieces.num_rows);
   Work* const work = work_of(slot.host);
   for (int64_t p = 0; p < pieces.num_rows; ++p)
-    work[p] = {pieces.rows[p].dst, pieces.rows[p].nbytes, p, 1, 0, 1};
+    work[p] = {pieces.rows[p].dst, pieces.rows[p].nbytes, p, 1, pieces.rows[p].dst, 0, 1};
   std::copy_n(pieces.rows, pieces.num_rows, pieces_of(slot, slot.host));
   PackOptions options;
   options.copy_engine_bytes = copy_engine_bytes;
@@ -92,7 +146,8 @@ int64_t DevicePool::digest(Table<Span> spans, Stream stream) {
   Piece* const pieces = pieces_of(slot, slot.host);
   for (int64_t s = 0; s < spans.num_rows; ++s) {
     const Span& span = spans.rows[s];
-    work[s] = {span.address, span.nbytes, s, 1, 0, 0};  // the destination only counts: nothing is stored
+    work[s] = {span.address, span.nbytes, s, 1,
+               span.address, 0,           0};  // the destination only counts: nothing is stored
     pieces[s] = {span.address, span.address, span.nbytes};
   }
   return submit(slot, PackOptions(), true, stream);
@@ -105,7 +160,7 @@ bool DevicePool::is_done(int64_t ticket) {
   try {
     return runtime_->is_done(slot.event);
   } catch (const DeviceError& error) {
-    fail(slot, error.what());
+    fail(slot.what, error.what());
   }
 }
 
@@ -115,17 +170,20 @@ int64_t DevicePool::num_rows(int64_t ticket) {
 }
 
 void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
-  using Clock = std::chrono::steady_clock;
-  const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_s);
-  for (auto pause = std::chrono::microseconds(20); !is_done(ticket);
-       pause = std::min(2 * pause, std::chrono::microseconds(200))) {
-    if (Clock::now() >= deadline) {
-      std::lock_guard<std::mutex> lock(mutex_);
-      std::ostringstream text;
-      text << "not done after " << timeout_s << " s";
-      fail(slot_of(ticket), text.str());
-    }
-    std::this_thread::sleep_for(pause);
+  Event event = 0;
+  std::string what;
+  {
+    std::lock_guard<std::mutex> lock(mutex_);
+    require_usable();
+    const Slot& slot = slot_of(ticket);
+    event = slot.event;
+    what = slot.what;
+  }
+  try {
+    wait(event, timeout_s);  // without the lock: others may enqueue meanwhile
+  } catch (const DeviceError& error) {
+    std::lock_guard<std::mutex> lock(mutex_);
+    fail(what, error.what());
   }
   std::lock_guard<std::mutex> lock(mutex_);
   Slot& slot = slot_of(ticket);
@@ -135,6 +193,21 @@ void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
     for (int64_t r = 0; r < slot.num_rows; ++r)
       digests[r] = digest_finish(sums[r], static_cast<uint64_t>(work[r].nbytes));
   slot.ticket = -1;
+}
+
+void DevicePool::wait(Event event, double timeout_s) {
+  using Clock = std::chrono::steady_clock;
+  const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_s);
+  auto pause = std::chrono::microseconds(20);
+  while (!runtime_->is_done(event)) {
+    if (Clock::now() >= deadline) {
+      std::ostringstream text;
+      text << "not done after " << timeout_s << " s";
+      throw DeviceError(text.str());
+    }
+    std::this_thread::sleep_for(pause);
+    pause = std::min(2 * pause, std::chrono::microseconds(200));
+  }
 }
 
 void DevicePool::order(Stream later, Stream earlier) {
@@ -183,36 +256,36 @@ DevicePool::Slot& DevicePool::slot_of(int64_t ticket) {
                               " is not one of this pool's, or was finished");
 }
 
-// The slot holds work rows and pieces; this fills in the rest and enqueues everything.
-int64_t DevicePool::submit(Slot& slot, const PackOptions& options, bool digest, Stream stream) {
+// The slot holds work rows, and pieces if they are its own; this fills in the rest and enqueues everything.
+int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_device,
+                           const PackOptions& options, bool digest, Stream stream) {
   Work* const work = work_of(slot.host);
-  const Piece* const pieces = pieces_of(slot, slot.host);
-  slot.src_begin = slot.dst_begin = INT64_MAX;
-  slot.src_end = slot.dst_end = 0;
-  for (int64_t p = 0; p < slot.num_pieces; ++p) {
-    slot.src_begin = std::min(slot.src_begin, pieces[p].src);
-    slot.src_end = std::max(slot.src_end, pieces[p].src + pieces[p].nbytes);
-  }
   copies_.clear();
-  if (options.op == Op::kCopy) mark_copies(slot, options.copy_engine_bytes);
-  int64_t num_tiles = 0;
+  if (options.op == Op::kCopy) mark_copies(slot, pieces, options.copy_engine_bytes);
+  int64_t num_tiles = 0, num_pieces = 0;
+  int64_t src_begin = INT64_MAX, src_end = 0, dst_begin = INT64_MAX, dst_end = 0;
   for (int64_t r = 0; r < slot.num_rows; ++r) {
     work[r].first_tile = num_tiles;
     if (digest || work[r].stores) num_tiles += tiles_of(work[r].nbytes);
-    slot.dst_begin = std::min(slot.dst_begin, work[r].dst);
-    slot.dst_end = std::max(slot.dst_end, work[r].dst + work[r].nbytes);
+    dst_begin = std::min(dst_begin, work[r].dst);
+    dst_end = std::max(dst_end, work[r].dst + work[r].nbytes);
+    num_pieces += work[r].num_pieces;
+    for (const Piece *piece = pieces + work[r].first_piece, *last = piece + work[r].num_pieces; piece != last;
+         ++piece) {
+      src_begin = std::min(src_begin, piece->src);
+      src_end = std::max(src_end, piece->src + piece->nbytes);
+    }
   }
+  std::ostringstream what;
+  what << slot.what << " of " << num_pieces << " pieces from [" << std::hex << std::showbase << src_begin
+       << ", " << src_end << ") to [" << dst_begin << ", " << dst_end << ")";
+  slot.what = what.str();
   std::fill_n(sums_of(slot, slot.host), slot.num_rows, 0);
-  const Job job = {pieces_of(slot, slot.device),
-                   work_of(slot.device),
-                   sums_of(slot, slot.device),
-                   slot.num_rows,
-                   num_tiles,
-                   options.scale};
-  const auto address = [](const void* memory) { return reinterpret_cast<int64_t>(memory); };
-  const CopyRow table = {address(slot.device), address(slot.host),
+  const Job job = {on_device, work_of(slot.device), sums_of(slot, slot.device), slot.num_rows,
+                   num_tiles, options.scale};
+  const CopyRow table = {address_of(slot.device), address_of(slot.host),
                          table_bytes(slot.num_rows, slot.num_pieces)};
-  const CopyRow sums = {address(sums_of(slot, slot.host)), address(job.sums),
+  const CopyRow sums = {address_of(sums_of(slot, slot.host)), address_of(job.sums),
                         slot.num_rows * static_cast<int64_t>(sizeof(uint64_t))};
   try {
     if (num_tiles > 0) {
@@ -223,7 +296,7 @@ int64_t DevicePool::submit(Slot& slot, const PackOptions& options, bool digest, 
     if (num_tiles > 0 && digest) runtime_->copy(&sums, 1, stream);
     runtime_->record(slot.event, stream);
   } catch (const DeviceError& error) {
-    fail(slot, error.what());
+    fail(slot.what, error.what());
   }
   slot.ticket = next_ticket_++;
   return slot.ticket;
@@ -231,10 +304,9 @@ int64_t DevicePool::submit(Slot& slot, const PackOptions& options, bool digest, 
 
 // Finds runs of chunks that a copy engine moves: each filled by one piece, contiguous at source and
 // destination.
-void DevicePool::mark_copies(const Slot& slot, int64_t min_bytes) {
+void DevicePool::mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes) {
   if (min_bytes == PackOptions::kNever) return;
   Work* const work = work_of(slot.host);
-  const Piece* const pieces = pieces_of(slot, slot.host);
   const auto is_plain = [&](const Work& row) {
     return row.num_pieces == 1 && row.nbytes > 0 && pieces[row.first_piece].nbytes == row.nbytes;
   };
@@ -249,6 +321,7 @@ void DevicePool::mark_copies(const Slot& slot, int64_t min_bytes) {
     }
     if (run.nbytes < min_bytes) continue;
     copies_.push_back(run);
+    bytes_by_copy_engine_ += run.nbytes;
     for (int64_t r = begin; r < end; ++r) work[r].stores = 0;
   }
 }
@@ -257,12 +330,8 @@ void DevicePool::require_usable() const {
   if (!broken_.empty()) throw DeviceError(broken_);
 }
 
-void DevicePool::fail(const Slot& slot, const std::string& why) {
-  std::ostringstream text;
-  text << "rank " << rank_ << ": " << slot.what << " of " << slot.num_pieces << " pieces from [" << std::hex
-       << std::showbase << slot.src_begin << ", " << slot.src_end << ") to [" << slot.dst_begin << ", "
-       << slot.dst_end << ") on " << runtime_->name() << " failed: " << why;
-  broken_ = text.str();
+void DevicePool::fail(const std::string& what, const std::string& why) {
+  broken_ = "rank " + std::to_string(rank_) + ": " + what + " on " + runtime_->name() + " failed: " + why;
   throw DeviceError(broken_);
 }
 

@@ -1,16 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gather, scatter and digest by a GPU: the device's twin of HostPool. Calls enqueue work on a given stream
-// and return a ticket; `finish` waits for it. All memory is taken in the constructor, nothing per call.
+// and return a ticket; `finish` waits for it. No device or pinned memory is taken per call.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <mutex>
+#include <string>
 #include <vector>
 
 #include "../host/table.h"
 #include "runtime.h"
 
 namespace moetion {
+
+// A chunk of the plan that the pool keeps; its pieces' destinations count from where `at` does.
+struct KeptChunk {
+  int64_t dst, nbytes, first_piece, num_pieces, at;
+};
 
 struct PackOptions {
   Op op = Op::kCopy;
@@ -33,12 +40,17 @@ class DevicePool {
 
   const std::shared_ptr<Runtime>& runtime() const { return runtime_; }
   int num_sms() const { return num_sms_; }
+  int64_t bytes_by_copy_engine() const { return bytes_by_copy_engine_; }  // enqueued since the pool was made
   int num_slots() const { return static_cast<int>(slots_.size()); }
 
   // Tables are as HostPool's and may be reused as soon as the call returns; the memory that they point to
   // must stay until `finish`. Each throws std::invalid_argument for a bad table, or where all slots are
   // taken.
   int64_t pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOptions& options, Stream stream);
+  // Keeps pieces on the device, so that a call need not bring them: what is packed again and again changes
+  // only where it goes. Replaces what was kept before; waits for the upload.
+  void keep(Table<Piece> pieces);
+  int64_t pack_kept(Table<KeptChunk> chunks, const PackOptions& options, Stream stream);
   int64_t scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream);
   int64_t digest(Table<Span> spans, Stream stream);
 
@@ -60,17 +72,23 @@ class DevicePool {
     uint8_t* host = nullptr;
     uint8_t* device = nullptr;
     Event event = 0;
-    int64_t num_rows = 0;
-    const char* what = "";
-    int64_t num_pieces = 0, src_begin = 0, src_end = 0, dst_begin = 0, dst_end = 0;
+    int64_t num_rows = 0, num_pieces = 0;  // of the slot's own tables
+    std::string what;                      // for errors
   };
 
   Slot& take_slot(const char* what, int64_t num_pieces, int64_t num_rows);
   Slot& slot_of(int64_t ticket);
-  int64_t submit(Slot& slot, const PackOptions& options, bool digest, Stream stream);
-  void mark_copies(const Slot& slot, int64_t min_bytes);
+  // `pieces` is what the rows refer to: the slot's own, or those kept; once on the host and once on the
+  // device.
+  int64_t submit(Slot& slot, const Piece* pieces, const Piece* on_device, const PackOptions& options,
+                 bool digest, Stream stream);
+  int64_t submit(Slot& slot, const PackOptions& options, bool digest, Stream stream) {
+    return submit(slot, pieces_of(slot, slot.host), pieces_of(slot, slot.device), options, digest, stream);
+  }
+  void mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes);
+  void wait(Event event, double timeout_s);
   void require_usable() const;
-  [[noreturn]] void fail(const Slot& slot, const std::string& why);
+  [[noreturn]] void fail(const std::string& what, const std::string& why);
 
   // A slot's table, on the host and on the device alike: work rows, pieces, sums.
   static Work* work_of(uint8_t* table) { return reinterpret_cast<Work*>(table); }
@@ -88,7 +106,13 @@ class DevicePool {
   std::mutex mutex_;
   std::vector<Slot> slots_;
   std::vector<CopyRow> copies_;
+  std::vector<Chunk> planned_;
+  std::vector<Span> targets_;
+  Piece* kept_ = nullptr;
+  Piece* kept_on_device_ = nullptr;
+  int64_t num_kept_ = 0;
   Event order_event_ = 0;
+  std::atomic<int64_t> bytes_by_copy_engine_{0};
   int64_t next_ticket_ = 0;
   std::string broken_;
 };

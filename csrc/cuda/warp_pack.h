@@ -21,6 +21,7 @@ constexpr int64_t kTileBytes = 4 * kRowsAtOnce * kRowBytes;  // 8 KiB: one atomi
 // A chunk, and what the kernel must know beyond it.
 struct Work {
   int64_t dst, nbytes, first_piece, num_pieces;
+  int64_t at;  // where the chunk begins as its pieces count: their dst. The address, or a place in a plan
   int64_t first_tile;  // number of tiles of all rows before this one
   int64_t stores;      // 0: only digested, a copy engine moves the bytes
 };
@@ -149,22 +150,22 @@ MOETION_HD Vector vector_from(const uint8_t* src, float scale) {
 }
 
 template <Op kOp>
-MOETION_HD const uint8_t* source_of(const Piece& piece, int64_t address) {
-  const int64_t elements = (address - piece.dst) / Element<kOp>::kDstBytes;
+MOETION_HD const uint8_t* source_of(const Piece& piece, int64_t at) {
+  const int64_t elements = (at - piece.dst) / Element<kOp>::kDstBytes;
   return reinterpret_cast<const uint8_t*>(piece.src + elements * Element<kOp>::kSrcBytes);
 }
 
 // Up to 16 destination bytes from any number of pieces; zeros where none is.
 template <Op kOp>
-MOETION_HD Vector vector_from_pieces(const Piece* piece, const Piece* last, int64_t address, int64_t nbytes,
+MOETION_HD Vector vector_from_pieces(const Piece* piece, const Piece* last, int64_t begin, int64_t nbytes,
                                      float scale) {
   uint64_t low = 0, high = 0;
-  for (; piece != last && piece->dst < address + nbytes; ++piece) {
-    const int64_t piece_end = piece->dst + piece->nbytes, vector_end = address + nbytes;
+  for (; piece != last && piece->dst < begin + nbytes; ++piece) {
+    const int64_t piece_end = piece->dst + piece->nbytes, vector_end = begin + nbytes;
     const int64_t end = piece_end < vector_end ? piece_end : vector_end;
-    for (int64_t at = piece->dst > address ? piece->dst : address; at < end; at += Element<kOp>::kDstBytes) {
+    for (int64_t at = piece->dst > begin ? piece->dst : begin; at < end; at += Element<kOp>::kDstBytes) {
       const uint64_t element = transform_element<kOp>(source_of<kOp>(*piece, at), scale);
-      const unsigned shift = 8 * static_cast<unsigned>(at - address);
+      const unsigned shift = 8 * static_cast<unsigned>(at - begin);
       if (shift < 64)
         low |= element << shift;
       else
@@ -174,11 +175,11 @@ MOETION_HD Vector vector_from_pieces(const Piece* piece, const Piece* last, int6
   return {{low, high}};
 }
 
-// The first piece in [first, last) that ends after `address`; pieces are in order.
-MOETION_HD const Piece* piece_ending_after(const Piece* first, const Piece* last, int64_t address) {
+// The first piece in [first, last) that ends after `at`; pieces are in order.
+MOETION_HD const Piece* piece_ending_after(const Piece* first, const Piece* last, int64_t at) {
   while (first != last) {
     const Piece* const middle = first + (last - first) / 2;
-    if (middle->dst + middle->nbytes <= address)
+    if (middle->dst + middle->nbytes <= at)
       first = middle + 1;
     else
       last = middle;
@@ -225,7 +226,7 @@ MOETION_HD void pack_rows(const Work& work, const Piece& piece, int64_t offset, 
     const int64_t begin = offset + lane * kVectorBytes;
     Vector vectors[kRows];
     for (int64_t row = 0; row < kRows; ++row)
-      vectors[row] = vector_from<kOp>(source_of<kOp>(piece, work.dst + begin + row * kRowBytes), scale);
+      vectors[row] = vector_from<kOp>(source_of<kOp>(piece, work.at + begin + row * kRowBytes), scale);
     for (int64_t row = 0; row < kRows; ++row)
       finish_vector<kDigest>(work, begin + row * kRowBytes, vectors[row], kVectorBytes, sum);
   }
@@ -236,14 +237,13 @@ template <typename Lanes, Op kOp, bool kDigest>
 MOETION_HD void pack_mixed_row(const Work& work, const Piece* piece, const Piece* last, int64_t offset,
                                float scale, DigestSum& sum) {
   for (int lane = Lanes::first(); lane < kWarpLanes; lane += Lanes::kStep) {
-    const int64_t begin = offset + lane * kVectorBytes, address = work.dst + begin;
+    const int64_t begin = offset + lane * kVectorBytes, at = work.at + begin;
     const int64_t nbytes = work.nbytes - begin < kVectorBytes ? work.nbytes - begin : kVectorBytes;
     if (nbytes <= 0) continue;
-    const Piece* const own = piece_ending_after(piece, last, address);
-    const bool is_whole =
-        own != last && own->dst <= address && own->dst + own->nbytes >= address + kVectorBytes;
-    const Vector vector = is_whole ? vector_from<kOp>(source_of<kOp>(*own, address), scale)
-                                   : vector_from_pieces<kOp>(own, last, address, nbytes, scale);
+    const Piece* const own = piece_ending_after(piece, last, at);
+    const bool is_whole = own != last && own->dst <= at && own->dst + own->nbytes >= at + kVectorBytes;
+    const Vector vector = is_whole ? vector_from<kOp>(source_of<kOp>(*own, at), scale)
+                                   : vector_from_pieces<kOp>(own, last, at, nbytes, scale);
     finish_vector<kDigest>(work, begin, vector, nbytes, sum);
   }
 }
@@ -253,30 +253,30 @@ template <typename Lanes, Op kOp, bool kDigest>
 MOETION_HD int64_t pack_tile(const Job& job, int64_t tile, DigestSum& sum) {
   const int64_t row = row_of_tile(job, tile);
   const Work work = job.work[row];
-  int64_t at = (tile - work.first_tile) * kTileBytes;
-  const int64_t end = at + kTileBytes < work.nbytes ? at + kTileBytes : work.nbytes;
+  int64_t offset = (tile - work.first_tile) * kTileBytes;
+  const int64_t end = offset + kTileBytes < work.nbytes ? offset + kTileBytes : work.nbytes;
   const Piece* const all = job.pieces + work.first_piece;
-  const Piece* piece = piece_ending_after(all, all + work.num_pieces, work.dst + at);
+  const Piece* piece = piece_ending_after(all, all + work.num_pieces, work.at + offset);
   // The piece in which the tile's last byte falls, if any, is its last one.
-  const Piece* last = piece_ending_after(piece, all + work.num_pieces, work.dst + end - 1);
+  const Piece* last = piece_ending_after(piece, all + work.num_pieces, work.at + end - 1);
   if (last != all + work.num_pieces) ++last;
   constexpr int64_t kRows = kRowsAtOnce * Element<kOp>::kDstBytes / Element<kOp>::kSrcBytes;
-  while (at < end) {
-    while (piece != last && piece->dst + piece->nbytes <= work.dst + at) ++piece;
+  while (offset < end) {
+    while (piece != last && piece->dst + piece->nbytes <= work.at + offset) ++piece;
     int64_t covered = 0;
-    if (piece != last && piece->dst <= work.dst + at) {
-      const int64_t piece_end = piece->dst + piece->nbytes - work.dst;
-      covered = (piece_end < end ? piece_end : end) - at;
+    if (piece != last && piece->dst <= work.at + offset) {
+      const int64_t piece_end = piece->dst + piece->nbytes - work.at;
+      covered = (piece_end < end ? piece_end : end) - offset;
     }
     if (covered >= kRows * kRowBytes) {
-      pack_rows<Lanes, kOp, kDigest, kRows>(work, *piece, at, job.scale, sum);
-      at += kRows * kRowBytes;
+      pack_rows<Lanes, kOp, kDigest, kRows>(work, *piece, offset, job.scale, sum);
+      offset += kRows * kRowBytes;
     } else if (covered >= kRowBytes) {
-      pack_rows<Lanes, kOp, kDigest, 1>(work, *piece, at, job.scale, sum);
-      at += kRowBytes;
+      pack_rows<Lanes, kOp, kDigest, 1>(work, *piece, offset, job.scale, sum);
+      offset += kRowBytes;
     } else {
-      pack_mixed_row<Lanes, kOp, kDigest>(work, piece, last, at, job.scale, sum);
-      at += kRowBytes;
+      pack_mixed_row<Lanes, kOp, kDigest>(work, piece, last, offset, job.scale, sum);
+      offset += kRowBytes;
     }
   }
   return row;

@@ -82,6 +82,11 @@ void check_spans(Table<Span> spans) {
     check_range("chunk", i, "address", spans.rows[i].address, spans.rows[i].nbytes);
 }
 
+void check_disjoint_spans(Table<Span> spans) {
+  check_spans(spans);
+  check_disjoint("chunk", spans, [](const Span& span) { return span.address; });
+}
+
 void check_scatter(Table<Piece> pieces) {
   for (int64_t i = 0; i < pieces.num_rows; ++i) check_piece(pieces.rows[i], i);
   check_disjoint("piece", pieces, [](const Piece& piece) { return piece.dst; });

@@ -11,6 +11,7 @@ namespace moetion {
 // and end with an element of `op`.
 void check_pack(Table<Piece> pieces, Table<Chunk> chunks, Op op);
 void check_spans(Table<Span> spans);
+void check_disjoint_spans(Table<Span> spans);
 void check_scatter(Table<Piece> pieces);
 
 }  // namespace moetion

@@ -17,20 +17,20 @@ import numpy as np
 from megatron_moetion._C import Cancel, DeviceError, DevicePool, HostPool, Registration
 from megatron_moetion.errors import DeviceFault, UnsupportedState
 from megatron_moetion.snapshot.engines import SAMPLE_BYTES, crossover_bytes, measure
-from megatron_moetion.snapshot.plan import Batch, Bytes, Int64s, Target, Template, batch_of, copy_rows, groups, moved_to
-from megatron_moetion.units import Unit
+from megatron_moetion.snapshot.plan import Bytes, Int64s, Target, Template, groups, share
+from megatron_moetion.units import ALIGNMENT_BYTES, Unit
 
 SLOTS = 2
 """Batches in flight: one is waited for while the next one runs."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
+@dataclass(frozen=True, kw_only=True)
 class _Flying:
-    """A batch that the device works on; ``bounced`` is where its bytes belong, if they land in a buffer first."""
+    """Captures that the device works on, and how they get home from a buffer, if that is where they land."""
 
     ticket: int
-    batch: Batch
-    bounced: Batch | None
+    targets: Sequence[Target]
+    way_home: Int64s
 
 
 class _Streams:
@@ -80,8 +80,8 @@ def naming_faults() -> Iterator[None]:
 class DevicePacker:
     """The device's part of a ``Packer``; for one thread at a time.
 
-    ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Raises ``UnsupportedState`` for a region
-    that is not where it says, ``DeviceFault`` where the device fails.
+    ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Call ``plan`` once before all else. Raises
+    ``UnsupportedState`` for a region that is not where it says, ``DeviceFault`` where the device fails.
     """
 
     def __init__(
@@ -89,11 +89,18 @@ class DevicePacker:
     ) -> None:
         self._batch_bytes = batch_bytes
         self._largest_bytes = max(batch_bytes, *(u.nbytes for u in units))
-        num_pieces = sum(len(u.regions) + -(-u.nbytes // chunk_bytes) for u in units)
+        # A batch's chunks; and the rows that ``freeze`` and ``scatter`` bring.
+        num_rows = max(
+            sum(sum(r.at_once for r in u.regions) for u in units),
+            max(len(u.regions) for u in units),
+            -(-self._largest_bytes // chunk_bytes) + len(units),
+        )
         with naming_faults():
             self._pool = DevicePool(
-                device, rank=rank, max_pieces=num_pieces, max_chunks=num_pieces, num_slots=SLOTS, num_sms=num_sms
+                device, rank=rank, max_pieces=num_rows, max_chunks=num_rows, num_slots=SLOTS, num_sms=num_sms
             )
+        self._templates: Sequence[Template] = ()
+        self._chunks: list[Int64s] = []
         self._device = device
         self._streams = _Streams(device)
         for unit in units:
@@ -109,6 +116,22 @@ class DevicePacker:
         """Host memory that the device reads and writes."""
         with naming_faults():
             return self._pool.pinned(nbytes)
+
+    def plan(self, templates: Sequence[Template]) -> None:
+        """Keep all units' pieces on the device: a snapshot brings only where its chunks go.
+
+        In the kept plan the captures of all units, by unit number, lie one behind the other.
+        """
+        self._templates = templates
+        pieces, at, count = [], ALIGNMENT_BYTES, 0  # places are positive, as addresses are
+        for unit in templates:
+            pieces.append(unit.pieces + np.array([0, at, 0], dtype=np.int64))
+            starts = unit.chunks[:, :1] + at
+            self._chunks.append(np.hstack([unit.chunks + np.array([0, 0, count, 0], dtype=np.int64), starts]))
+            at += unit.nbytes
+            count += len(unit.pieces)
+        with naming_faults():
+            self._pool.keep(np.concatenate(pieces))
 
     def adopt(self, memory: Bytes) -> None:
         """Pin an arena, so that captures land in it; where the driver refuses, take a buffer instead and say so."""
@@ -143,24 +166,17 @@ class DevicePacker:
                 self._pool.finish(self._pool.scatter(rows, stream=current))
             self._pool.order(self._streams.side, current)
 
-    def pack(
-        self,
-        templates: Sequence[Template],
-        targets: Sequence[Target],
-        host: HostPool,
-        cancel: Cancel,
-        between: Callable[[], None],
-    ) -> bool:
+    def pack(self, targets: Sequence[Target], host: HostPool, cancel: Cancel, between: Callable[[], None]) -> bool:
         """Fill the targets and their digests; False if cancelled, and then nothing is in flight any more."""
         in_flight: deque[_Flying] = deque()
         with naming_faults():
-            for number, group in enumerate(groups(templates, targets, self._batch_bytes)):
+            for number, group in enumerate(groups(self._templates, targets, self._batch_bytes)):
                 if len(in_flight) == SLOTS:
                     self._land(in_flight.popleft(), host)
                     between()
                 if cancel.is_set():
                     break
-                in_flight.append(self._start(templates, group, number % SLOTS))
+                in_flight.append(self._start(group, number % SLOTS))
             while in_flight:
                 self._land(in_flight.popleft(), host)
                 between()
@@ -183,23 +199,28 @@ class DevicePacker:
         stream = self._streams.current()
         self._pool.finish(self._pool.scatter(rows, stream=stream, copy_engine_bytes=self._copy_engine_bytes))
 
-    def _start(self, templates: Sequence[Template], group: Sequence[Target], slot: int) -> _Flying:
-        batch = batch_of(templates, group)
-        bounced = None
+    def _start(self, targets: Sequence[Target], slot: int) -> _Flying:
+        sizes = [self._templates[t.unit].nbytes for t in targets]
+        places = [t.address for t in targets]
+        way_home: list[tuple[int, int, int]] = []
         if self._registration is None:
-            address = self._take_buffers()[slot].ctypes.data
-            batch, bounced = batch_of(templates, moved_to(address, templates, group)), batch
-        ticket = self._pool.pack(
-            batch.pieces, batch.chunks, stream=self._streams.side, copy_engine_bytes=self._copy_engine_bytes
+            first = self._take_buffers()[slot].ctypes.data
+            places = [first + sum(sizes[:number]) for number in range(len(sizes))]
+            way_home = [(p, t.address, n) for p, t, n in zip(places, targets, sizes, strict=True)]
+        chunks = [
+            self._chunks[t.unit] + np.array([p, 0, 0, 0, 0], dtype=np.int64)
+            for t, p in zip(targets, places, strict=True)
+        ]
+        ticket = self._pool.pack_kept(
+            np.concatenate(chunks), stream=self._streams.side, copy_engine_bytes=self._copy_engine_bytes
         )
-        return _Flying(ticket=ticket, batch=batch, bounced=bounced)
+        return _Flying(ticket=ticket, targets=targets, way_home=np.array(way_home, dtype=np.int64).reshape(-1, 3))
 
     def _land(self, flying: _Flying, host: HostPool) -> None:
-        digests = np.empty(len(flying.batch.chunks), dtype=np.uint64)
+        digests = np.empty(sum(len(t.digests) for t in flying.targets), dtype=np.uint64)
         self._pool.finish(flying.ticket, digests)
-        if flying.bounced is not None:
-            host.scatter(copy_rows(flying.batch.chunks, flying.bounced.chunks))
-        flying.batch.share(digests)
+        host.scatter(flying.way_home)
+        share(digests, flying.targets)
 
     def _take_buffers(self) -> tuple[Bytes, ...]:
         if not self._buffers:

@@ -12,7 +12,7 @@ from megatron_moetion._C import Cancel
 from megatron_moetion._C import HostPool as HostPool  # rooms above take it from here, not from the compiled module
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.snapshot.device import DevicePacker
-from megatron_moetion.snapshot.plan import Bytes, Digests, Int64s, Target, Template, batch_of, groups, template
+from megatron_moetion.snapshot.plan import Bytes, Digests, Int64s, Target, Template, batch_of, groups, share, template
 from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.units import Inventory, UnitKind, align_up
 
@@ -55,6 +55,8 @@ class Packer:
             template(unit, chunk_bytes, {r: base + o for (u, r), o in self._staged.items() if u == number})
             for number, unit in enumerate(inventory.units)
         ]
+        if self._device is not None:
+            self._device.plan(self._templates)
 
     @property
     def note(self) -> str:
@@ -101,7 +103,7 @@ class Packer:
         """
         if self._device is not None:
             theirs = [t for t in targets if t.unit in self._on_device]
-            if not self._device.pack(self._templates, theirs, self._pool, self._cancel, between):
+            if not self._device.pack(theirs, self._pool, self._cancel, between):
                 return None
         ours = [t for t in targets if t.unit not in self._on_device]
         for group in groups(self._templates, ours, BATCH_BYTES):
@@ -109,7 +111,7 @@ class Packer:
             digests = np.empty(len(batch.chunks), dtype=np.uint64)
             if not self._pool.pack(batch.pieces, batch.chunks, digests, self._cancel):
                 return None
-            batch.share(digests)
+            share(digests, group)
             between()
         return [capture_digest(t.digests) for t in targets]
 

@@ -8,7 +8,7 @@ what one digest covers: ``(destination, nbytes, first piece, number of pieces)``
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -56,13 +56,6 @@ class Batch:
             raise AssertionError("two chunks of one batch overlap in the arena")
         if self.pieces[:, 2].sum() > self.nbytes:
             raise AssertionError("a batch copies more bytes than its captures hold")
-
-    def share(self, digests: Digests) -> None:
-        """Give each target its part of the digests of all chunks."""
-        done = 0
-        for target in self.targets:
-            target.digests[:] = digests[done : done + len(target.digests)]
-            done += len(target.digests)
 
 
 def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Template:
@@ -128,15 +121,9 @@ def batch_of(templates: Sequence[Template], targets: Sequence[Target]) -> Batch:
     )
 
 
-def moved_to(address: int, templates: Sequence[Template], targets: Sequence[Target]) -> list[Target]:
-    """The same captures, one behind the other from ``address`` on."""
-    found = []
+def share(digests: Digests, targets: Sequence[Target]) -> None:
+    """Give each target its part of the digests of all chunks."""
+    done = 0
     for target in targets:
-        found.append(replace(target, address=address))
-        address += templates[target.unit].nbytes
-    return found
-
-
-def copy_rows(source: Int64s, destination: Int64s) -> Int64s:
-    """int64[m, 3]: source address, destination address, nbytes, to copy chunks from one place to another."""
-    return np.ascontiguousarray(np.stack([source[:, 0], destination[:, 0], source[:, 1]], axis=1))
+        target.digests[:] = digests[done : done + len(target.digests)]
+        done += len(target.digests)

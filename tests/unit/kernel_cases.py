@@ -121,6 +121,20 @@ class DeviceBackend:
         return digests
 
 
+class KeptBackend(DeviceBackend):
+    """The device with pieces that it keeps, whose destinations count from a place far from any address."""
+
+    def pack(self, pieces: Table, chunks: Table, op: str, scale: float) -> Digests:
+        assert op == "copy"
+        base = chunks[:, :1].min(initial=1 << 62) - 4096
+        self.pool.keep(pieces - np.array([0, base, 0]) if len(pieces) else pieces)
+        rows = np.ascontiguousarray(np.hstack([chunks, chunks[:, :1] - base]))
+        ticket = self.pool.pack_kept(rows, stream=self.stream, copy_engine_bytes=self.copy_engine_bytes)
+        digests = np.full(len(chunks), 7, dtype=np.uint64)
+        self.pool.finish(ticket, digests)
+        return digests
+
+
 Layout = Sequence[Sequence[tuple[int, int]]]
 """For each chunk its (gap, nbytes) pairs, in destination bytes; a last pair without bytes is a gap at the end."""
 

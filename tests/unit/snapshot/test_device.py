@@ -213,6 +213,46 @@ def test_what_does_not_fit_the_tables_is_refused_with_the_numbers() -> None:
         pool.pack(np.concatenate([pieces, pieces]), chunks)
 
 
+def test_kept_pieces_are_checked_like_those_that_are_brought() -> None:
+    pool = Pool("model:0", rank=0, max_pieces=4, max_chunks=4)
+    source, target = np.arange(64, dtype=np.uint8), np.zeros(192, dtype=np.uint8)
+    address = target.ctypes.data
+    with pytest.raises(ValueError, match=r"chunk 0: first_piece=0, num_pieces=1; there are 0 pieces"):
+        pool.pack_kept(np.array([(address, 64, 0, 1, 64)], np.int64))
+    pool.keep(np.array([(source.ctypes.data, 1000, 64)], np.int64))
+    with pytest.raises(ValueError, match=r"piece 0: dst=0x3e8"):
+        pool.pack_kept(np.array([(address, 64, 0, 1, 999)], np.int64))
+    with pytest.raises(ValueError, match=r"chunks 0 and 1 overlap"):
+        pool.pack_kept(np.array([(address, 64, 0, 1, 1000), (address + 63, 64, 0, 0, 2000)], np.int64))
+    ticket = pool.pack_kept(np.array([(address + 64, 64, 0, 1, 1000)], np.int64))
+    with pytest.raises(ValueError, match="finish all tickets before other pieces are kept"):
+        pool.keep(np.zeros((0, 3), np.int64))
+    pool.finish(ticket)
+    assert target.tolist() == [0] * 64 + source.tolist() + [0] * 64
+
+
+@pytest.mark.parametrize("limit", [1, 299, 300, 301, 1000])
+def test_only_runs_contiguous_at_both_ends_and_long_enough_go_to_the_copy_engine(limit: int) -> None:
+    source, target = np.arange(2000, dtype=np.uint32).view(np.uint8), np.zeros(4000, dtype=np.uint8)
+    src, dst = source.ctypes.data, target.ctypes.data
+    rows = [  # source, destination, bytes; runs of 100, 300, 100, 100, 200 bytes
+        (0, 0, 100),
+        (500, 100, 100), (600, 200, 100), (700, 300, 100),
+        (800, 500, 100),  # contiguous at the source only
+        (1000, 600, 100),  # at the destination only
+        (3000, 1000, 150), (3150, 1150, 50),
+    ]  # fmt: skip
+    pieces = np.array([(src + s, dst + d, n) for s, d, n in rows], np.int64)
+    chunks = np.array([(dst + d, n, i, 1) for i, (_, d, n) in enumerate(rows)], np.int64)
+    pool = Pool("model:0", rank=0, max_pieces=8, max_chunks=8)
+    pool.finish(pool.pack(pieces, chunks, copy_engine_bytes=limit))
+    expected = np.zeros_like(target)
+    for s, d, n in rows:
+        expected[d : d + n] = source[s : s + n]
+    assert (target == expected).all()
+    assert pool.bytes_by_copy_engine == sum(n for n in (100, 300, 100, 100, 200) if n >= limit)
+
+
 def test_work_that_does_not_end_is_given_up_in_time() -> None:
     pool = Pool("model:0", rank=5, max_pieces=4, max_chunks=4, fault="stuck")
     pieces, chunks, keep = one_chunk()

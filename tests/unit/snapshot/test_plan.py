@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moetion.snapshot.plan import Batch, Target, Template, batch_of, copy_rows, groups, moved_to, template
+from megatron_moetion.snapshot.plan import Batch, Target, Template, batch_of, groups, share, template
 from megatron_moetion.units import Region, Role, Unit, UnitKind
 
 SIZES = st.lists(st.integers(1, 700), min_size=1, max_size=12)
@@ -99,25 +99,8 @@ def test_batches_keep_order_and_add_addresses(units: list[list[int]], batch_byte
         assert (batch.chunks[1:, 2] == ends[:-1]).all()
         assert batch.pieces.dtype == batch.chunks.dtype == np.int64
         digests = np.arange(len(batch.chunks), dtype=np.uint64)
-        batch.share(digests)
+        share(digests, batch.targets)
         assert np.concatenate([t.digests for t in batch.targets]).tolist() == digests.tolist()
-
-
-@given(st.lists(SIZES, min_size=1, max_size=6))
-def test_moved_captures_follow_each_other_and_can_be_copied_home(units: list[list[int]]) -> None:
-    templates = [template(unit(sizes), 256, {}) for sizes in units]
-    targets = [
-        Target(unit=n, address=10**6 * (n + 1), digests=np.zeros(len(t.chunks), dtype=np.uint64))
-        for n, t in enumerate(templates)
-    ]
-    moved = moved_to(640, templates, targets)
-    assert [t.address for t in moved] == [640 + sum(t.nbytes for t in templates[:n]) for n in range(len(units))]
-    assert all(m.digests is t.digests for m, t in zip(moved, targets, strict=True))
-    home, away = batch_of(templates, targets), batch_of(templates, moved)
-    for source, destination, nbytes in copy_rows(away.chunks, home.chunks).tolist():
-        owner = destination // 10**6 - 1
-        assert destination - targets[owner].address == source - moved[owner].address
-        assert 0 < nbytes <= 256
 
 
 def test_captures_that_overlap_in_the_arena_are_a_bug() -> None:
