@@ -77,7 +77,7 @@ class Registration:
 class DevicePool:
     """The GPU's twin of ``HostPool``: calls enqueue on a stream and return a ticket. Thread-safe.
 
-    At most ``num_slots`` tickets may be open. All memory is taken here: about 24 bytes a piece and 56 a chunk for each
+    At most ``num_slots`` tickets may be open. All memory is taken here: about 24 bytes a piece and 64 a chunk for each
     slot, on the device and pinned on the host. After a ``DeviceError`` every later call repeats it.
     """
 

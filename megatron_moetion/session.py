@@ -344,8 +344,12 @@ class Session:
         return self._flight
 
     def _announce(self, situation: Situation) -> None:
+        if not self._packer.is_direct:
+            self._journal.warn_once("pinned", self._stable, self._packer.note)
         if self._fabric.rank:
             return
+        if self._packer.is_direct and self._packer.note:
+            self._journal.info(self._stable, self._packer.note)
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
         selection = (
@@ -357,8 +361,6 @@ class Session:
             f"{self._inventory.nbytes / 2**20:.1f} MiB, arenas {sum(a.nbytes for a in arenas.all()) / 2**20:.1f} MiB "
             f"on this rank; {nodes} node(s), {self._config.replicas} replica(s); store {self._node.path}",
         )
-        if self._packer.note:
-            self._journal.info(self._stable, self._packer.note)
         if not self._config.replicas:
             self._journal.warn_once(
                 "replicas", self._stable, "--moetion-replicas 0: nothing survives the loss of a node"

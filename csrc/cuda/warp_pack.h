@@ -35,7 +35,7 @@ struct Job {
   float scale;
 };
 
-inline int64_t tiles_of(int64_t nbytes) {
+MOETION_HD int64_t tiles_of(int64_t nbytes) {
   return (nbytes + kTileBytes - 1) / kTileBytes;
 }
 

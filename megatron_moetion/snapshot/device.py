@@ -149,6 +149,11 @@ class DevicePacker:
         large = f"{self._pool.copy_engine} from {limit >> 10} KiB on (measured)" if limit else "no copy engine"
         self.note = f"arena pinned; captures land in it, packed on {self._pool.num_sms} SMs, {large}"
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether captures land in the arena without a second copy."""
+        return self._registration is not None
+
     def release(self) -> None:
         """Undo ``adopt``."""
         if self._registration is not None:
@@ -185,7 +190,7 @@ class DevicePacker:
     def scatter(self, rows: Int64s) -> None:
         """Copy each row (source in host memory, destination on the device, nbytes), and wait."""
         with naming_faults():
-            if self._registration is not None:
+            if self.is_direct:
                 self._finish_scatter(rows)
                 return
             buffer = self._take_buffers()[0]
@@ -203,7 +208,7 @@ class DevicePacker:
         sizes = [self._templates[t.unit].nbytes for t in targets]
         places = [t.address for t in targets]
         way_home: list[tuple[int, int, int]] = []
-        if self._registration is None:
+        if not self.is_direct:
             first = self._take_buffers()[slot].ctypes.data
             places = [first + sum(sizes[:number]) for number in range(len(sizes))]
             way_home = [(p, t.address, n) for p, t, n in zip(places, targets, sizes, strict=True)]

@@ -63,6 +63,11 @@ class Packer:
         """How a device's captures reach the arena, for a person; empty where there is no device."""
         return self._device.note if self._device is not None else ""
 
+    @property
+    def is_direct(self) -> bool:
+        """Whether captures are made in the adopted arena without a second copy; always so from host memory."""
+        return self._device is None or self._device.is_direct
+
     def adopt(self, memory: Bytes) -> None:
         """Get ready to pack into this arena. ``close`` before its memory goes."""
         if self._device is not None:

@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The packer with state on a GPU and a real arena in shared memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import CHUNK_BYTES, capture, identity
+
+from megatron_moetion import _C
+from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import Arena, ArenaSpec
+from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
+
+DEVICE = "cuda:0"
+
+
+class GpuState:
+    """Units of many small and a few large tensors, a counter that cannot wait, and a host state."""
+
+    def __init__(self) -> None:
+        generator = torch.Generator(DEVICE).manual_seed(3)
+        sizes = [7, 130, 4096, 1_000_003, 12_000_000]
+        self.tensors = [torch.randn(n, device=DEVICE, generator=generator) for n in sizes]
+        self.counter = torch.arange(5, device=DEVICE)
+        regions = [self._region("big", i, t) for i, t in enumerate(self.tensors)]
+        counter = self._region("small", 9, self.counter, at_once=True)
+        self.inventory = Inventory(
+            units=(
+                Unit(name="big", kind=UnitKind.DENSE, regions=tuple(regions)),
+                Unit(name="small", kind=UnitKind.DENSE, regions=(counter,)),
+                Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=1000),
+            )
+        )
+
+    @staticmethod
+    def _region(unit: str, number: int, tensor: torch.Tensor, at_once: bool = False) -> Region:
+        return Region(
+            unit=unit, tensor=f"t{number}", role=Role.MASTER, dtype=str(tensor.dtype), start=0,
+            nbytes=tensor.numel() * tensor.element_size(), address=tensor.data_ptr(), device=DEVICE, at_once=at_once,
+        )  # fmt: skip
+
+
+@pytest.fixture
+def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
+    units = GpuState().inventory
+    spec = ArenaSpec.of(identity(layout=units.fingerprint), units, {u.name: 2 for u in units.units})
+    path = Path("/dev/shm") / f"moetion-gpu-test-{tmp_path_factory.getbasetemp().name}.arena"
+    found = Arena.create(path, spec, Page())
+    yield found
+    found.remove()
+
+
+def payload(arena: Arena, record: Record) -> np.ndarray:
+    return arena.payload(record.slot)
+
+
+def check_round_trip(state: GpuState, packer: Packer, arena: Arena) -> None:
+    records = capture(packer, arena, 1)
+    assert all(packer.verify(payload(arena, r), arena.digests(r.slot), r.digest) for r in records)
+    expected = [t.clone() for t in (*state.tensors, state.counter)]
+    for tensor in (*state.tensors, state.counter):
+        tensor.zero_()
+    for record in records:
+        packer.scatter(record.unit, payload(arena, record))
+    for found, before in zip((*state.tensors, state.counter), expected, strict=True):
+        assert torch.equal(found, before)
+
+
+def test_into_the_pinned_arena_and_back(arena: Arena) -> None:
+    state = GpuState()
+    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer.adopt(arena.memory)
+    assert packer.note.startswith("arena pinned"), packer.note
+    check_round_trip(state, packer, arena)
+    packer.close()
+
+
+def test_by_way_of_a_buffer_where_the_arena_cannot_be_pinned(arena: Arena) -> None:
+    state = GpuState()
+    other = _C.DevicePool(DEVICE, rank=0, max_pieces=1, max_chunks=1)
+    taken = other.register(arena.memory.ctypes.data, arena.memory.nbytes)  # what is pinned already cannot be again
+    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer.adopt(arena.memory)
+    assert "could not be pinned" in packer.note
+    check_round_trip(state, packer, arena)
+    packer.close()
+    taken.close()
+
+
+def test_a_capture_holds_what_the_training_stream_had_done_by_then(arena: Arena) -> None:
+    """The step is still running when ``freeze`` is called; what is enqueued after the pack changes nothing."""
+    state = GpuState()
+    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer.adopt(arena.memory)
+    torch.cuda._sleep(200_000_000)
+    for tensor in state.tensors:
+        tensor.add_(1)
+    state.counter.add_(100)
+    big = capture(packer, arena, 1)[0]
+    expected = [t.clone() for t in state.tensors]
+    for tensor in state.tensors:
+        tensor.zero_()
+    unit = state.inventory.units[0]
+    for tensor, region, offset in zip(expected, unit.regions, unit.offsets, strict=True):
+        found = torch.from_numpy(payload(arena, big)[offset : offset + region.nbytes].copy()).view(tensor.dtype)
+        assert torch.equal(found, tensor.cpu())
+    assert packer.staged(1, 0).view(np.int64).tolist() == [100, 101, 102, 103, 104]
+    packer.close()
+
+
+def test_host_memory_said_to_be_the_devices_is_refused_by_name() -> None:
+    data = np.zeros(4096, dtype=np.uint8)
+    region = Region(
+        unit="a", tensor="layers.0.weight", role=Role.MASTER, dtype="uint8", start=0, nbytes=4096,
+        address=data.ctypes.data, device=DEVICE,
+    )  # fmt: skip
+    units = (Unit(name="a", kind=UnitKind.DENSE, regions=(region,)),)
+    with pytest.raises(UnsupportedState, match=r"layers.0.weight: span 0: .* is ordinary host memory"):
+        Packer(Inventory(units=units), CHUNK_BYTES, 1)
