@@ -10,6 +10,7 @@ from typing import Any
 from megatron_moetion.errors import ConfigError
 
 MODES = ("full", "popularity")
+SCHEDULES = ("bubble", "eager")
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -40,8 +41,16 @@ class MoetionConfig:
     )
     interval: int = setting(1, "iterations between snapshots")
     experts_per_snapshot: int = setting(
-        0, "K: experts of this rank in each snapshot of mode 'popularity'; 0: twice what the staleness cap needs"
+        0,
+        "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from what "
+        "the staleness cap needs to twice that",
     )
+    schedule: str = setting(
+        "bubble",
+        "when snapshots travel: 'bubble' (in the gaps that training leaves on the network) or 'eager' (at once)",
+        choices=SCHEDULES,
+    )
+    trace_dir: str = setting("", "folder for a Perfetto trace of each rank; see 'moetion report'", metavar="DIR")
     staleness_cap: int = setting(8, "mode 'popularity': an expert is captured again after at most so many snapshots")
     chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES")
     pack_threads: int = setting(0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8")
@@ -67,6 +76,8 @@ class MoetionConfig:
                 )
         if self.mode not in MODES:
             raise ConfigError(f"--moetion-mode is {self.mode!r}; choose one of {', '.join(MODES)}")
+        if self.schedule not in SCHEDULES:
+            raise ConfigError(f"--moetion-schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
         if self.mode == "full" and self.experts_per_snapshot:
             raise ConfigError(
                 "--moetion-experts-per-snapshot has no meaning in mode 'full', which captures all experts; "

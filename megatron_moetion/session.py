@@ -33,6 +33,8 @@ from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.flight import Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.schedule.planner import Rung, ladder, level_of, next_level, vote
+from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.select.book import ExpertBook, share_lost
 from megatron_moetion.select.budget import copies, experts_per_snapshot
 from megatron_moetion.snapshot.host_state import decode, encode
@@ -68,11 +70,13 @@ class Session:
         adapter: StateAdapter,
         fabric: Fabric,
         topology: str,
+        scheduler: Scheduler,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._config = config
         self._adapter = adapter
         self._fabric = fabric
+        self._scheduler = scheduler
         self._attempt = restart_count(environment)
         rank = fabric.rank
         run_id = run_id_of(config, environment)
@@ -85,11 +89,14 @@ class Session:
         self._counters = self._find_counters(counters)
         self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
         self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
-        self._num_experts = experts_per_snapshot(config, len(counters))
+        fewest, self._most_experts = experts_per_snapshot(config, len(counters))
+        self._rungs = ladder(fewest, self._most_experts)
+        self._level = len(self._rungs) - 1
+        self._snapshots = 0
         self._book = ExpertBook(
             names=[c.expert for c in counters],
             layers=[c.unit for c in counters],
-            num_experts=self._num_experts,
+            reserved=fewest,
             staleness_cap=config.staleness_cap,
             interval=config.interval,
         )
@@ -107,12 +114,14 @@ class Session:
                 chunk_bytes=config.chunk_bytes,
             ),
             self._inventory,
-            copies(self._inventory.units, config.mode, self._num_experts),
+            copies(self._inventory.units, config.mode, self._most_experts),
         )
         self._open_iterations: set[int] = set()
         self._stable = -1
         self._base = -1
         self._degraded = ""
+        self.node_of: tuple[int, ...] = ()
+        """Node of each rank, by rank; known after ``start``."""
         self._arenas: OpenArenas | None = None
         self._flight: Flight | None = None
 
@@ -146,6 +155,7 @@ class Session:
         else:
             resumed = None
             self._begin(startup, situation, situation.outcome, load_persistent)
+        self.node_of = situation.placement.node_of
         self._announce(situation)
         return resumed
 
@@ -160,6 +170,7 @@ class Session:
         ``iteration`` counts completed steps and must be the same on all ranks. Does not raise for a failed
         snapshot: that is dropped, counted and logged once.
         """
+        self._scheduler.cut(iteration)
         if iteration % self._config.interval or self._degraded:
             return
         flight, _ = self._running()
@@ -172,14 +183,21 @@ class Session:
             self._base = iteration
             rounds = flight.rounds
             whole = [i for i, is_whole in rounds.items() if is_whole]
-            self._fabric.start_agreement(mask_of(whole, iteration, rounds, self._config.interval))
+            level = self._affordable_level()
+            self._fabric.start_agreement(mask_of(whole, iteration, rounds, self._config.interval), vote(level))
         except ChannelError as error:
             self._degraded = str(error)
             self._journal.warn_once("agreement", iteration, f"snapshots stop, iteration {self._stable} stays: {error}")
             return
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
-        units = self._select(iteration, counts)
+        self._snapshots += 1
+        rung = self._rungs[self._level]
+        if self._snapshots % rung.every:
+            flight.skip(iteration, "budget")
+            self._report_drops(flight, iteration)
+            return
+        units = self._select(iteration, counts, rung.experts)
         if unusable := unfrozen or self._adapter.moved():
             reason = "freeze" if unfrozen else "moved"
             self._journal.warn_once(
@@ -199,6 +217,8 @@ class Session:
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
+            "moetion/experts-per-snapshot": float(self._rungs[self._level].experts),
+            **self._scheduler.scalars(),
         }
 
     def close(self) -> None:
@@ -310,7 +330,7 @@ class Session:
         flight.begin(iteration, everything, self._tokens_of_units(counts))
         flight.drain()
         self._fabric.start_agreement(mask_of(flight.whole, iteration))
-        if newest_common(self._fabric.finish_agreement() or 0, iteration) is None:
+        if newest_common((self._fabric.finish_agreement() or (0,))[0], iteration) is None:
             raise StoreError(
                 "the first snapshot could not be made whole on every rank: "
                 f"{flight.broken or dict(flight.counts.dropped)}"
@@ -332,6 +352,7 @@ class Session:
             pool=self._pool,
             epoch=epoch,
             probe=self._probe,
+            pacing=self._scheduler,
         )
         self._flight = Flight(
             packer=self._packer,
@@ -353,11 +374,12 @@ class Session:
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
         selection = (
-            f", {self._num_experts} of {len(self._counters)} experts each" if self._config.mode != "full" else ""
+            f", {_range(self._rungs)} of {len(self._counters)} experts each" if self._config.mode != "full" else ""
         )
         self._journal.info(
             self._stable,
-            f"mode {self._config.mode}: a snapshot every {self._config.interval} iteration(s){selection}; state "
+            f"mode {self._config.mode}, {self._config.schedule}: a snapshot every {self._config.interval} iteration(s)"
+            f"{selection}; state "
             f"{self._inventory.nbytes / 2**20:.1f} MiB, arenas {sum(a.nbytes for a in arenas.all()) / 2**20:.1f} MiB "
             f"on this rank; {nodes} node(s), {self._config.replicas} replica(s); store {self._node.path}",
         )
@@ -377,11 +399,13 @@ class Session:
         """Read what the ranks agreed on one snapshot ago, and free what is no longer needed."""
         _, arenas = self._running()
         totals = self._fabric.finish_sum()
-        mask = self._fabric.finish_agreement()
+        agreed = self._fabric.finish_agreement()
         if totals is not None:
             self._book.ledger.update(totals)
-        if not mask:
+        if agreed is None:
             return
+        mask, votes = agreed
+        self._resize(level_of(votes))
         settled = fates(mask, self._base, self._open_iterations, self._config.interval)
         newest = newest_common(mask, self._base, self._config.interval)
         stable = max(self._stable, -1 if newest is None else newest)
@@ -399,6 +423,25 @@ class Session:
                 }
             )
 
+    def _affordable_level(self) -> int:
+        """The largest size that this rank's links afford; says so once where it is not the largest there is."""
+        always = sum(self._inventory.units[u].nbytes for u in self._always)
+        experts = [self._inventory.units[u].nbytes for u in self._expert_units if u is not None]
+        if self._config.mode == "full":
+            always, experts = self._inventory.nbytes, []
+        share = sum(experts) / max(len(self._expert_units), 1)
+        copies = self._config.replicas
+        level, why = self._scheduler.affordable(self._rungs, always * copies, share * copies)
+        if level < len(self._rungs) - 1:
+            rung = self._rungs[level]
+            smaller = f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
+            self._journal.warn_once("budget", self._base, f"snapshots are made to fit ({smaller} here): {why}")
+        return level
+
+    def _resize(self, wanted: int) -> None:
+        """Move towards the size that all ranks can afford; every rank moves alike."""
+        self._level = next_level(self._level, wanted)
+
     def _freeze(self) -> str:
         """Copy what cannot wait. Returns why that is not possible, empty if all is well."""
         state = {"adapter": self._adapter.host_state(), "session": self._book.state()}
@@ -408,11 +451,11 @@ class Session:
             return str(error)
         return ""
 
-    def _select(self, iteration: int, counts: list[int]) -> tuple[int, ...]:
+    def _select(self, iteration: int, counts: list[int], num_experts: int) -> tuple[int, ...]:
         """Unit numbers of this snapshot. Ranks that share experts choose the same ones, each its shards of them."""
         if self._config.mode == "full":
             return (*self._always, *self._inventory.of_kind(UnitKind.EXPERT))
-        chosen = self._book.choose(iteration, counts)
+        chosen = self._book.choose(iteration, counts, num_experts)
         return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
@@ -462,6 +505,11 @@ class Session:
         self._fabric.start_sum(now)
         self._book.recover(state, losses, self._fabric.finish_sum() or [])
         return sum(losses.lost)
+
+
+def _range(rungs: Sequence[Rung]) -> str:
+    fewest, most = rungs[0].experts, rungs[-1].experts
+    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:

@@ -3,9 +3,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
@@ -13,23 +16,45 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
+from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
+from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.schedule.recorder import EventClock, HostClock
+from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Resumed, Session
+from megatron_moetion.store.node import restart_count
 
 
 class Attached:
     """A session tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``."""
 
-    def __init__(self, session: Session, state: MegatronState) -> None:
+    def __init__(
+        self,
+        session: Session,
+        state: MegatronState,
+        model: Sequence[DistributedDataParallel],
+        scheduler: Scheduler,
+        trace: Trace | None,
+    ) -> None:
         self._session = session
         self._state = state
+        self._model = model
+        self._scheduler = scheduler
+        self._trace = trace
+        self._traffic: TrafficHooks | None = None
+        self.pipeline_arguments: dict[str, Any] = {}
+        """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen; may be empty."""
         self._handles = [
             o.register_step_pre_hook(lambda *_: session.before_optimizer_step()) for o in state.inner_optimizers()
         ]
 
     def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
-        """See ``Session.start``."""
-        return self._session.start(load_persistent)
+        """See ``Session.start``. From here on training's traffic is watched."""
+        resumed = self._session.start(load_persistent)
+        crosses = node_crossing(self._session.node_of)
+        self._traffic = TrafficHooks(self._model, self._scheduler.recorder, crosses)
+        self.pipeline_arguments = self._traffic.pipeline_arguments()
+        return resumed
 
     def on_step_end(self, iteration: int) -> None:
         """See ``Session.on_step_end``."""
@@ -47,6 +72,10 @@ class Attached:
     def close(self) -> None:
         """Finish what is in flight and undo everything that ``attach`` did."""
         self._session.close()
+        if self._traffic is not None:
+            self._traffic.close()
+        if self._trace is not None:
+            self._trace.close()
         for handle in self._handles:
             handle.remove()
         self._state.close()
@@ -74,11 +103,28 @@ def attach(
         user_state=user_state,
         count_tokens=config.mode != "full",
     )
-    fabric = GlooFabric(
-        expert_peers=state.expert_peers(), timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes
+    trace = open_trace(config, torch.distributed.get_rank())
+    scheduler = Scheduler(
+        config.schedule,
+        EventClock() if state.is_on_gpu else HostClock(),
+        eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
+        draw=trace.add if trace is not None else no_drawing,
     )
-    session = Session(config=config, adapter=state, fabric=fabric, topology=_topology())
-    return Attached(session, state)
+    fabric = GlooFabric(
+        expert_peers=state.expert_peers(),
+        timeout_s=config.timeout_s,
+        in_flight_bytes=config.in_flight_bytes,
+        gate=scheduler.gate,
+    )
+    session = Session(config=config, adapter=state, fabric=fabric, topology=_topology(), scheduler=scheduler)
+    return Attached(session, state, model, scheduler, trace)
+
+
+def open_trace(config: MoetionConfig, rank: int) -> Trace | None:
+    """This rank's trace, if one is asked for."""
+    if not config.trace_dir:
+        return None
+    return Trace(Path(config.trace_dir) / trace_name(rank, restart_count(os.environ)), rank)
 
 
 def _topology() -> str:

@@ -58,6 +58,7 @@ class Trainer:
         if args.save is not None or args.load is not None:
             export.check_supported(self.optimizer)
         self._forward_backward = get_forward_backward_func()
+        self._pipeline_arguments: dict[str, Any] = {}
         device = torch.cuda.current_device()
         self._positions = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)
         self._mask: torch.Tensor | None = None
@@ -74,6 +75,8 @@ class Trainer:
     def train(self) -> None:
         """Resume, then step to the end."""
         session = self._start()
+        if session is not None:
+            self._pipeline_arguments = session.pipeline_arguments
         args, progress = self.args, self.progress
         say(f"> training from iteration {progress.iteration} to {args.train_iters}")
         evaluated = saved = -1
@@ -199,6 +202,7 @@ class Trainer:
             seq_length=self.args.seq_length,
             micro_batch_size=self.args.micro_batch_size,
             forward_only=forward_only,
+            **self._pipeline_arguments,
         )
         return losses
 

@@ -19,6 +19,25 @@ class Message:
 
     peer: int
     data: Bytes
+    slice_bytes: int = 0
+    """Cut into slices of so many bytes, each of which asks the channel's gate; both ends must say the same. 0: bytes
+    that are few and urgent, and do not ask."""
+
+
+class Gate(Protocol):
+    """What a channel asks before it hands bytes of a snapshot to the network. Called by the sending thread."""
+
+    def slice_bytes(self) -> int:
+        """How many bytes to hand over at once, at least."""
+        ...
+
+    def admit(self, nbytes: int) -> None:
+        """Return when these bytes may go. The wait is bounded."""
+        ...
+
+    def left(self, nbytes: int, posted_s: float) -> None:
+        """Bytes that were posted at this moment of the monotonic clock have been taken by the network."""
+        ...
 
 
 class Channel(Protocol):
@@ -45,12 +64,12 @@ class Fabric(Protocol):
         """Every rank's JSON-able document, by rank. Bounded wait; ``ChannelError`` on a lost peer."""
         ...
 
-    def start_agreement(self, mask: int) -> None:
-        """Begin to AND a bitmask (63 bits) over all ranks; hides behind an iteration."""
+    def start_agreement(self, *masks: int) -> None:
+        """Begin to AND bitmasks (63 bits each) over all ranks; hides behind an iteration."""
         ...
 
-    def finish_agreement(self) -> int | None:
-        """The result of the last ``start_agreement``, None if there was none."""
+    def finish_agreement(self) -> tuple[int, ...] | None:
+        """The results of the last ``start_agreement``, None if there was none."""
         ...
 
     def start_sum(self, counts: Sequence[int]) -> None:

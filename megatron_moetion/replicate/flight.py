@@ -33,8 +33,8 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``moved``, ``freeze`` (host state or device), ``device``, ``refused`` (a buddy
-    had no room), ``channel``."""
+    """By reason: ``no-slot``, ``late``, ``moved``, ``freeze`` (host state or device), ``device``, ``budget`` (made
+    rarer to fit the links), ``refused`` (a buddy had no room), ``channel``."""
 
 
 class Flight:

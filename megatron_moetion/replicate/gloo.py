@@ -4,8 +4,11 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
 from typing import Any
@@ -14,24 +17,25 @@ import torch
 from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.replicate.channel import Bytes, Channel, Message
+from megatron_moetion.replicate.channel import Bytes, Channel, Gate, Message
 
 
 class GlooFabric:
     """``Fabric`` on three gloo groups of its own: control, data, and the ranks that share experts.
 
     Making it is collective. ``expert_peers`` are the ranks that hold shards of the same experts as this one,
-    itself included; every rank of such a set must name the same set.
+    itself included; every rank of such a set must name the same set. ``gate`` holds back what the channel sends.
     """
 
-    def __init__(self, *, expert_peers: Sequence[int], timeout_s: int, in_flight_bytes: int) -> None:
+    def __init__(self, *, expert_peers: Sequence[int], timeout_s: int, in_flight_bytes: int, gate: Gate) -> None:
         timeout = timedelta(seconds=timeout_s)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
         self._control = dist.new_group(backend="gloo", timeout=timeout)
         data = dist.new_group(backend="gloo", timeout=timeout)
         assert data is not None
-        self.channel: Channel = GlooChannel(data, in_flight_bytes)
+        self._moving = GlooChannel(data, in_flight_bytes, gate)
+        self.channel: Channel = self._moving
         self._groups = [self._control, data]
         self._experts: dist.ProcessGroup | None = None
         for peers in sorted({tuple(p) for p in self.gather(sorted(expert_peers))}):
@@ -58,14 +62,14 @@ class GlooFabric:
             raise ChannelError(f"a rank was lost while ranks compared notes: {_first_line(error)}") from error
         return [json.loads(p.numpy()[: int(n.item())].tobytes()) for p, n in zip(parts, lengths, strict=True)]
 
-    def start_agreement(self, mask: int) -> None:
+    def start_agreement(self, *masks: int) -> None:
         """See ``Fabric.start_agreement``."""
-        self._mask = _Reduction([mask], dist.ReduceOp.BAND, self._control)
+        self._mask = _Reduction(masks, dist.ReduceOp.BAND, self._control)
 
-    def finish_agreement(self) -> int | None:
+    def finish_agreement(self) -> tuple[int, ...] | None:
         """See ``Fabric.finish_agreement``."""
         done, self._mask = self._mask, None
-        return done.wait()[0] if done is not None else None
+        return tuple(done.wait()) if done is not None else None
 
     def start_sum(self, counts: Sequence[int]) -> None:
         """See ``Fabric.start_sum``."""
@@ -78,6 +82,7 @@ class GlooFabric:
 
     def close(self) -> None:
         """See ``Fabric.close``."""
+        self._moving.close()
         for group in self._groups:
             dist.destroy_process_group(group)
         self._groups = []
@@ -99,44 +104,85 @@ class _Reduction:
         return [int(v) for v in self._values.tolist()]
 
 
-class GlooChannel:
-    """Point-to-point transfers over a gloo group of its own; the group's timeout bounds every wait."""
+@dataclass(frozen=True, kw_only=True)
+class _Round:
+    """Slices, one a peer at most, that were posted together."""
 
-    def __init__(self, group: dist.ProcessGroup, in_flight_bytes: int) -> None:
+    works: Sequence[dist.Work]
+    nbytes: int
+    posted_s: float
+    is_paced: bool
+
+
+class GlooChannel:
+    """Point-to-point transfers over a gloo group of its own; the group's timeout bounds every wait.
+
+    ``gate`` is asked before each slice that is sent.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, in_flight_bytes: int, gate: Gate) -> None:
         self._group = group
-        self._slice_bytes = max(1 << 16, min(8 << 20, in_flight_bytes // 8))
-        self._in_flight_bytes = in_flight_bytes
+        self._gate = gate
+        self._in_flight_bytes = in_flight_bytes // 2  # each way
+        self._urgent_bytes = max(1 << 16, in_flight_bytes // 8)
+        self._receiving = ThreadPoolExecutor(1, thread_name_prefix="moetion-receive")
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        """See ``Channel.exchange``. Bytes travel in rounds: the n-th slice to and from every peer.
+        """See ``Channel.exchange``. Bytes travel in rounds: the n-th slice to, or from, every peer.
 
-        A rank waits only for rounds that it has posted itself, oldest first, and both ends number the slices between
-        them alike. So whoever waits for the lowest round finds it posted by all its peers: nobody waits in a circle.
+        Sending and receiving have a thread each, so that a peer may send while our own slices are held back. Each posts
+        its rounds in order and waits for the oldest. Of all slices under way anywhere, the one of the lowest number is
+        therefore posted, or about to be, at both of its ends: nobody waits in a circle.
         """
-        pending: deque[tuple[list[dist.Work], int]] = deque()
-        in_flight = 0
+        receiving = self._receiving.submit(self._move, receives, is_send=False) if receives else None
         try:
-            for parts in self._rounds(sends, receives):
-                nbytes = sum(part.nbytes for _, _, part in parts)
-                while pending and in_flight + nbytes > self._in_flight_bytes:
-                    in_flight -= _finish(*pending.popleft())
-                pending.append(([self._post(*part) for part in parts], nbytes))
-                in_flight += nbytes
-            while pending:
-                _finish(*pending.popleft())
+            try:
+                self._move(sends, is_send=True)
+            finally:
+                if receiving is not None:
+                    receiving.result()
         except RuntimeError as error:  # torch raises nothing narrower for a lost peer or a timeout
             peers = sorted({m.peer for m in (*sends, *receives)})
             raise ChannelError(f"transfer with rank(s) {peers} failed: {_first_line(error)}") from error
 
-    def _rounds(self, sends: Sequence[Message], receives: Sequence[Message]) -> Iterator[list[tuple[bool, int, Bytes]]]:
-        """For each round the slices (is sent, peer, bytes) that are posted together."""
-        streams: dict[tuple[bool, int], list[Bytes]] = defaultdict(list)
-        for is_send, messages in ((False, receives), (True, sends)):
-            for message in messages:
-                starts = range(0, message.data.nbytes, self._slice_bytes)
-                streams[is_send, message.peer] += [message.data[s : s + self._slice_bytes] for s in starts]
+    def close(self) -> None:
+        """End the thread. The group is its maker's to destroy."""
+        self._receiving.shutdown(wait=True)
+
+    def _move(self, messages: Sequence[Message], *, is_send: bool) -> None:
+        pending: deque[_Round] = deque()
+        in_flight = 0
+        for parts in self._rounds(messages):
+            nbytes = sum(part.nbytes for _, part, _ in parts)
+            while pending and in_flight + nbytes > self._in_flight_bytes:
+                in_flight -= self._finish(pending.popleft())
+            is_paced = is_send and any(asks for _, _, asks in parts)
+            if is_paced:
+                self._gate.admit(nbytes)
+            posted_s = time.monotonic()
+            works = [self._post(is_send, peer, part) for peer, part, _ in parts]
+            pending.append(_Round(works=works, nbytes=nbytes, posted_s=posted_s, is_paced=is_paced))
+            in_flight += nbytes
+        while pending:
+            self._finish(pending.popleft())
+
+    def _finish(self, done: _Round) -> int:
+        for work in done.works:
+            work.wait()
+        if done.is_paced:
+            self._gate.left(done.nbytes, done.posted_s)
+        return done.nbytes
+
+    def _rounds(self, messages: Sequence[Message]) -> Iterator[list[tuple[int, Bytes, bool]]]:
+        """For each round the slices (peer, bytes, whether the gate is asked) that are posted together."""
+        streams: dict[int, list[tuple[int, Bytes, bool]]] = defaultdict(list)
+        for message in messages:
+            step = message.slice_bytes or self._urgent_bytes
+            for start in range(0, message.data.nbytes, step):
+                part = message.data[start : start + step]
+                streams[message.peer].append((message.peer, part, message.slice_bytes > 0))
         for parts in zip_longest(*streams.values()):
-            yield [(*stream, part) for stream, part in zip(streams, parts, strict=True) if part is not None]
+            yield [part for part in parts if part is not None]
 
     def _post(self, is_send: bool, peer: int, part: Bytes) -> dist.Work:
         tensor = torch.from_numpy(part)
@@ -147,12 +193,6 @@ class GlooChannel:
         )
         assert posted is not None
         return posted
-
-
-def _finish(works: Sequence[dist.Work], nbytes: int) -> int:
-    for work in works:
-        work.wait()
-    return nbytes
 
 
 def _first_line(error: BaseException) -> str:

@@ -9,20 +9,22 @@ nothing, or no room, still takes place, so that both sides stay in step.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.replicate.channel import Channel, Gate, Message
 from megatron_moetion.snapshot.packer import HostPool, verify
 from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.store.arena import Arena, num_chunks
 from megatron_moetion.store.manifest import RECORD, Record, record_table, records_of
 
 Bytes = npt.NDArray[np.uint8]
-_HEADER_WORDS = 5  # epoch, iteration, captures, table bytes, table digest
+_HEADER_WORDS = 6  # epoch, iteration, captures, table bytes, table digest, bytes of a payload's slices
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,8 +32,20 @@ class _Incoming:
     """One owner's announcement of a snapshot."""
 
     owner: int
+    slice_bytes: int
     records: tuple[Record, ...]
     digests: tuple[npt.NDArray[np.uint64], ...]
+
+
+class Pacing(Protocol):
+    """Who decides when a snapshot's bytes go."""
+
+    gate: Gate
+    """What the channel asks before each slice."""
+
+    def transfer(self, nbytes: int) -> AbstractContextManager[None]:
+        """Wraps the transfer of a snapshot, from its first byte until the buddies have acknowledged it."""
+        ...
 
 
 class Replicator:
@@ -47,7 +61,9 @@ class Replicator:
         pool: HostPool,
         epoch: int,
         probe: Callable[[str, int], None],
+        pacing: Pacing,
     ) -> None:
+        self._pacing = pacing
         self._channel = channel
         self._own = own
         self._holders = tuple(holders)
@@ -55,6 +71,7 @@ class Replicator:
         self._pool = pool
         self._epoch = epoch
         self._probe = probe
+        self._slice_bytes = 0
         self.bytes_sent = 0
         self.refused = 0
         """Rounds in which a buddy had no room, or received damaged bytes."""
@@ -65,11 +82,13 @@ class Replicator:
         accepted_here, slots = self._make_room(incoming)
         accepted = self._swap_flags(accepted_here)
         self._probe("mid-replication", iteration)
-        self._transfer(records, accepted, incoming, slots)
-        whole_here = {
-            owner: bool(slots.get(owner)) and self._keep(incoming[owner], slots[owner]) for owner in self._held
-        }
-        whole = self._swap_flags(whole_here)
+        sends = [h for h in self._holders if accepted[h]]
+        with self._pacing.transfer(len(sends) * sum(r.nbytes for r in records)):
+            self._transfer(records, sends, incoming, slots)
+            whole_here = {
+                owner: bool(slots.get(owner)) and self._keep(incoming[owner], slots[owner]) for owner in self._held
+            }
+            whole = self._swap_flags(whole_here)
         if records and not all(whole.values()):
             self.refused += 1
         return bool(records) and all(whole.values())
@@ -77,7 +96,10 @@ class Replicator:
     def _announce(self, iteration: int, records: Sequence[Record]) -> dict[int, _Incoming]:
         table = _table(self._own, records)
         digest = capture_digest(table.view(np.uint64))
-        header = np.array([self._epoch, iteration, len(records), table.nbytes, digest], dtype=np.uint64)
+        self._slice_bytes = self._pacing.gate.slice_bytes()
+        header = np.array(
+            [self._epoch, iteration, len(records), table.nbytes, digest, self._slice_bytes], dtype=np.uint64
+        )
         headers = {owner: np.zeros(_HEADER_WORDS, dtype=np.uint64) for owner in self._held}
         self._channel.exchange(
             [Message(peer=h, data=header.view(np.uint8)) for h in self._holders],
@@ -94,11 +116,12 @@ class Replicator:
             [Message(peer=h, data=table) for h in self._holders],
             [Message(peer=o, data=data) for o, data in tables.items()],
         )
-        return {o: self._parse(o, tables[o], int(headers[o][2]), int(headers[o][4])) for o in self._held}
+        return {o: self._parse(o, tables[o], headers[o]) for o in self._held}
 
-    def _parse(self, owner: int, table: Bytes, count: int, digest: int) -> _Incoming:
-        if capture_digest(table.view(np.uint64)) != digest:
-            return _Incoming(owner=owner, records=(), digests=())  # damaged on the way: refused like a lack of room
+    def _parse(self, owner: int, table: Bytes, header: npt.NDArray[np.uint64]) -> _Incoming:
+        count, digest, slice_bytes = (int(header[i]) for i in (2, 4, 5))
+        if capture_digest(table.view(np.uint64)) != digest:  # damaged on the way: refused like a lack of room
+            return _Incoming(owner=owner, slice_bytes=slice_bytes, records=(), digests=())
         spec = self._held[owner].spec
         rows = table[: count * RECORD.itemsize].view(RECORD)
         records, digests, cursor = [], [], count * RECORD.itemsize
@@ -109,7 +132,7 @@ class Replicator:
             end = cursor + 8 * num_chunks(record.nbytes, spec.identity.chunk_bytes)
             digests.append(table[cursor:end].view(np.uint64))
             cursor = end
-        return _Incoming(owner=owner, records=tuple(records), digests=tuple(digests))
+        return _Incoming(owner=owner, slice_bytes=slice_bytes, records=tuple(records), digests=tuple(digests))
 
     def _make_room(self, incoming: Mapping[int, _Incoming]) -> tuple[dict[int, bool], dict[int, list[int]]]:
         slots: dict[int, list[int]] = {}
@@ -138,13 +161,19 @@ class Replicator:
     def _transfer(
         self,
         records: Sequence[Record],
-        accepted: Mapping[int, bool],
+        holders: Sequence[int],
         incoming: Mapping[int, _Incoming],
         slots: Mapping[int, Sequence[int]],
     ) -> None:
-        sends = [Message(peer=h, data=self._own.payload(r.slot)) for h in self._holders if accepted[h] for r in records]
+        sends = [
+            Message(peer=h, data=self._own.payload(r.slot), slice_bytes=self._slice_bytes)
+            for h in holders
+            for r in records
+        ]
         receives = [
-            Message(peer=owner, data=self._held[owner].payload(slot)) for owner in incoming for slot in slots[owner]
+            Message(peer=owner, data=self._held[owner].payload(slot), slice_bytes=announced.slice_bytes)
+            for owner, announced in incoming.items()
+            for slot in slots[owner]
         ]
         self._channel.exchange(sends, receives)
         self.bytes_sent += sum(m.data.nbytes for m in sends)

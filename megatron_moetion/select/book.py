@@ -30,20 +30,20 @@ class ExpertBook:
     """Popularity, staleness and losses of one rank's experts. Empty where nothing is selected (mode ``full``)."""
 
     def __init__(
-        self, *, names: Sequence[str], layers: Sequence[str], num_experts: int, staleness_cap: int, interval: int
+        self, *, names: Sequence[str], layers: Sequence[str], reserved: int, staleness_cap: int, interval: int
     ) -> None:
         self._interval = interval
         self.names = tuple(names)
         self._layers = tuple(layers)
-        self._num_experts = num_experts
+        self._reserved = reserved
         self._staleness_cap = staleness_cap
         self.ledger = Ledger(len(self.names))
         self._lost = [0] * len(self.names)
 
-    def choose(self, iteration: int, counts: Sequence[int]) -> tuple[int, ...]:
-        """The experts that the snapshot of ``iteration`` takes."""
+    def choose(self, iteration: int, counts: Sequence[int], num_experts: int) -> tuple[int, ...]:
+        """The experts that the snapshot of ``iteration`` takes: so many, at least as many as were ``reserved``."""
         ledger = self.ledger
-        chosen = unsaved_tokens(ledger.unsaved, ledger.staleness, self._num_experts, self._staleness_cap)
+        chosen = unsaved_tokens(ledger.unsaved, ledger.staleness, num_experts, self._reserved, self._staleness_cap)
         ledger.captured(iteration, chosen, counts)
         return chosen
 

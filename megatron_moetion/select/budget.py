@@ -10,20 +10,24 @@ from megatron_moetion.errors import ConfigError
 from megatron_moetion.units import Unit, UnitKind
 
 
-def experts_per_snapshot(config: MoetionConfig, total: int) -> int:
-    """K for a rank whose layers hold ``total`` experts; ``ConfigError`` where the staleness cap cannot be kept.
+def experts_per_snapshot(config: MoetionConfig, total: int) -> tuple[int, int]:
+    """The fewest and the most experts (K) in a snapshot of a rank whose layers hold ``total``.
 
-    Where the user gave none, twice what the cap needs: half of the slots then follow popularity.
+    A number fixes K. Where the user gave none, K moves between what the staleness cap needs and twice that, of which
+    half follows popularity. ``ConfigError`` where the cap cannot be kept.
     """
     if config.mode == "full":
-        return total
-    chosen = config.experts_per_snapshot or -(-2 * total // config.staleness_cap)
-    if chosen * config.staleness_cap < total:
+        return total, total
+    needed = -(-total // config.staleness_cap)
+    chosen = config.experts_per_snapshot
+    if not chosen:
+        return needed, min(-(-2 * total // config.staleness_cap), total)
+    if chosen < needed:
         raise ConfigError(
             f"--moetion-experts-per-snapshot {chosen} x --moetion-staleness-cap {config.staleness_cap} is less than "
             f"the {total} experts of this rank's layers, so the cap cannot be kept; raise either"
         )
-    return min(chosen, total)
+    return min(chosen, total), min(chosen, total)
 
 
 def copies(units: Sequence[Unit], mode: str, num_experts: int) -> dict[str, int]:

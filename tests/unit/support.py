@@ -17,6 +17,8 @@ import numpy.typing as npt
 from megatron_moetion._C import HostPool
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.schedule.recorder import HostClock
+from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
@@ -220,15 +222,15 @@ class ToyFabric:
         turn = self._post("gather", self._all, json.loads(json.dumps(document)))
         return list(self._network.collect("gather", turn, self._all))
 
-    def start_agreement(self, mask: int) -> None:
-        self._open["and"] = self._post("and", self._all, mask)
+    def start_agreement(self, *masks: int) -> None:
+        self._open["and"] = self._post("and", self._all, masks)
 
-    def finish_agreement(self) -> int | None:
+    def finish_agreement(self) -> tuple[int, ...] | None:
         turn, self._open["and"] = self._open["and"], None
         if turn is None:
             return None
-        masks = self._network.collect("and", turn, self._all)
-        return int(np.bitwise_and.reduce(np.array(masks, dtype=np.int64)))
+        columns = zip(*self._network.collect("and", turn, self._all), strict=True)
+        return tuple(int(np.bitwise_and.reduce(np.array(masks, dtype=np.int64))) for masks in columns)
 
     def start_sum(self, counts: Sequence[int]) -> None:
         self._open["sum"] = self._post("sum", self._peers, list(counts))
@@ -254,6 +256,11 @@ def together(*calls: Callable[[], T]) -> list[T]:
     with ThreadPoolExecutor(len(calls)) as threads:
         futures = [threads.submit(call) for call in calls]
         return [f.result() for f in futures]
+
+
+def scheduler(schedule: str = "bubble") -> Scheduler:
+    """A scheduler on the host's clock that draws nothing."""
+    return Scheduler(schedule, HostClock(), eager_slice_bytes=1 << 20, draw=no_drawing)
 
 
 POOL = HostPool(1)

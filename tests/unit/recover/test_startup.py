@@ -8,7 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import Network, ToyFabric, ToyState, together
+from support import Network, ToyFabric, ToyState, scheduler, together
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, NothingRecoverable
@@ -39,6 +39,7 @@ class Job:
                 adapter=state,
                 fabric=ToyFabric(self.network, rank, peers),
                 topology="toy",
+                scheduler=scheduler(),
                 environment={
                     "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
                 },

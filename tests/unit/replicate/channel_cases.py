@@ -23,6 +23,26 @@ IN_FLIGHT_BYTES = 1 << 18  # several slices a message, and fewer bytes than the 
 SILENT_S = 2.0
 
 
+class OpenGate:
+    """Lets everything through and counts it."""
+
+    admitted = 0
+    left_bytes = 0
+
+    def slice_bytes(self) -> int:
+        return 1 << 14
+
+    def admit(self, nbytes: int) -> None:
+        self.admitted += nbytes
+
+    def left(self, nbytes: int, posted_s: float) -> None:
+        assert posted_s <= time.monotonic()
+        self.left_bytes += nbytes
+
+
+OPEN = OpenGate()
+
+
 def content(seed: int, nbytes: int) -> npt.NDArray[np.uint8]:
     return np.random.default_rng(seed).integers(0, 256, nbytes, dtype=np.uint8)
 
@@ -38,6 +58,19 @@ def both_ways(channel: Channel, rank: int) -> None:
     for n, (size, got) in enumerate(zip(sizes, theirs, strict=True)):
         assert (got == content(10 * n + peer, size)).all(), f"message {n} of {size} bytes"
     assert all((a == b).all() for a, b in zip(before, mine, strict=True)), "what is sent stays as it is"
+
+
+def paced(channel: Channel, rank: int) -> None:
+    """Slices of unequal size each way; a side that is held back still receives."""
+    peer = 1 - rank
+    mine, theirs = content(rank, 300_001), np.zeros(300_001, dtype=np.uint8)
+    few, got = content(7, 100), np.zeros(100, dtype=np.uint8)
+    sizes = (1 << 14, 5_000)
+    sends = [Message(peer=peer, data=mine, slice_bytes=sizes[rank]), Message(peer=peer, data=few)]
+    receives = [Message(peer=peer, data=theirs, slice_bytes=sizes[peer]), Message(peer=peer, data=got)]
+    channel.exchange(sends, receives)
+    assert (theirs == content(peer, 300_001)).all()
+    assert (got == few).all()
 
 
 def one_way(channel: Channel, rank: int) -> None:
@@ -88,8 +121,8 @@ def documents(fabric: Fabric) -> None:
 def agreement(fabric: Fabric) -> None:
     """63 bits are AND-ed, once per start."""
     assert fabric.finish_agreement() is None
-    fabric.start_agreement((1 << 62) | 0b1100 if fabric.rank == 0 else (1 << 62) | 0b0110)
-    assert fabric.finish_agreement() == (1 << 62) | 0b0100
+    fabric.start_agreement(*((1 << 62 | 0b1100, 0b1) if fabric.rank == 0 else (1 << 62 | 0b0110, 0b111)))
+    assert fabric.finish_agreement() == (1 << 62 | 0b0100, 0b1)
     assert fabric.finish_agreement() is None
 
 
@@ -101,7 +134,14 @@ def sums(fabric: Fabric) -> None:
     assert fabric.finish_sum() is None
 
 
-CHANNEL_CASES: tuple[Callable[[Channel, int], None], ...] = (both_ways, one_way, nothing, into_the_middle, in_step)
+CHANNEL_CASES: tuple[Callable[[Channel, int], None], ...] = (
+    both_ways,
+    paced,
+    one_way,
+    nothing,
+    into_the_middle,
+    in_step,
+)
 FABRIC_CASES: tuple[Callable[[Fabric], None], ...] = (documents, agreement, sums)
 
 
@@ -135,8 +175,8 @@ def _as_gloo_rank(rank: int, store: Path, results: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    fabric = GlooFabric(expert_peers=(0, 1), timeout_s=20, in_flight_bytes=IN_FLIGHT_BYTES)
-    impatient = GlooFabric(expert_peers=(rank,), timeout_s=int(SILENT_S), in_flight_bytes=IN_FLIGHT_BYTES)
+    fabric = GlooFabric(expert_peers=(0, 1), timeout_s=20, in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
+    impatient = GlooFabric(expert_peers=(rank,), timeout_s=int(SILENT_S), in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
     found: dict[str, str] = {}
 
     def attempt(name: str, case: Callable[[], None]) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import CHUNK_BYTES, POOL, Network, ToyState, make_arena, no_probe
+from support import CHUNK_BYTES, POOL, Network, ToyState, make_arena, no_probe, scheduler
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
@@ -205,7 +205,14 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
     rig = Rig(tmp_path / "a", None)
     held = make_arena(tmp_path / "b", rig.state, owner=1)
     replicator = Replicator(
-        channel=network.channel(0), own=rig.arena, holders=[1], held={1: held}, pool=POOL, epoch=0, probe=no_probe
+        channel=network.channel(0),
+        own=rig.arena,
+        holders=[1],
+        held={1: held},
+        pool=POOL,
+        epoch=0,
+        probe=no_probe,
+        pacing=scheduler(),
     )
     flight = Flight(
         packer=rig.packer,

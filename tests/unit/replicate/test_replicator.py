@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import CHUNK_BYTES, POOL, Network, ToyState, capture, make_arena, no_probe, together
+from support import CHUNK_BYTES, POOL, Network, ToyState, capture, make_arena, no_probe, scheduler, together
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.placement import place
@@ -38,6 +38,7 @@ class Ranks:
                 pool=POOL,
                 epoch=0,
                 probe=no_probe,
+                pacing=scheduler(),
             )
             for r in range(num_ranks)
         ]

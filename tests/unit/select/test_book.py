@@ -15,7 +15,7 @@ from megatron_moetion.select.book import ExpertBook, share_lost
 
 def book(num_experts: int = 1) -> ExpertBook:
     return ExpertBook(
-        names=("a", "b", "c"), layers=("l0", "l0", "l1"), num_experts=num_experts, staleness_cap=3, interval=1
+        names=("a", "b", "c"), layers=("l0", "l0", "l1"), reserved=num_experts, staleness_cap=3, interval=1
     )
 
 
@@ -25,7 +25,7 @@ def test_it_chooses_the_most_unsaved_and_keeps_the_cap() -> None:
     chosen = []
     for iteration in range(1, 7):
         experts.ledger.update([100 * iteration, 10 * iteration, 0])
-        chosen.append(experts.choose(iteration, [0, 0, 0]))
+        chosen.append(experts.choose(iteration, [0, 0, 0], 1))
     assert all({0, 1, 2} <= {e for c in chosen[i : i + 3] for e in c} for i in range(4))
 
 
@@ -67,10 +67,11 @@ def test_no_expert_passes_the_cap_because_of_a_recovery(
 ) -> None:
     """G2: staleness stays within the cap unless snapshots were dropped. Here none is, and one recovery happens."""
 
+    each = -(-total // cap)
+
     def new() -> ExpertBook:
         names = [str(e) for e in range(total)]
-        each = -(-total // cap)
-        return ExpertBook(names=names, layers=names, num_experts=each, staleness_cap=cap, interval=interval)
+        return ExpertBook(names=names, layers=names, reserved=each, staleness_cap=cap, interval=interval)
 
     draw, experts, totals, newest = random.Random(seed), new(), [0] * total, [0] * total
     experts.choose_all(0, totals)
@@ -79,7 +80,7 @@ def test_no_expert_passes_the_cap_because_of_a_recovery(
         totals = [t + draw.choice((0, 1, 100)) * (e < 3) for e, t in enumerate(totals)]
         experts.ledger.update(totals)
         state = json.loads(json.dumps(experts.state()))
-        for e in experts.choose(iteration, totals):
+        for e in experts.choose(iteration, totals, each):
             newest[e] = iteration
         assert max(iteration - n for n in newest) < cap * interval, f"snapshot {number}, fault after {fault}"
         if number == fault:

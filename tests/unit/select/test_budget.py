@@ -14,14 +14,14 @@ from megatron_moetion.select.budget import copies, experts_per_snapshot
 @pytest.mark.parametrize(
     ("total", "cap", "expected"), [(64, 8, 16), (1, 8, 1), (4, 1, 4), (0, 8, 0), (7, 8, 2), (3, 2, 3)]
 )
-def test_the_default_is_twice_what_the_cap_needs(total: int, cap: int, expected: int) -> None:
-    assert experts_per_snapshot(MoetionConfig(staleness_cap=cap), total) == expected
-    assert experts_per_snapshot(MoetionConfig(mode="full", staleness_cap=cap), total) == total
+def test_the_default_is_what_the_cap_needs_up_to_twice_that(total: int, cap: int, expected: int) -> None:
+    assert experts_per_snapshot(MoetionConfig(staleness_cap=cap), total) == (-(-total // cap), expected)
+    assert experts_per_snapshot(MoetionConfig(mode="full", staleness_cap=cap), total) == (total, total)
 
 
 def test_a_number_that_cannot_keep_the_cap_is_refused() -> None:
-    assert experts_per_snapshot(MoetionConfig(experts_per_snapshot=2), 16) == 2
-    assert experts_per_snapshot(MoetionConfig(experts_per_snapshot=99), 16) == 16
+    assert experts_per_snapshot(MoetionConfig(experts_per_snapshot=2), 16) == (2, 2)
+    assert experts_per_snapshot(MoetionConfig(experts_per_snapshot=99), 16) == (16, 16)
     with pytest.raises(ConfigError, match=r"2 x --moetion-staleness-cap 8 is less than the 17 experts"):
         experts_per_snapshot(MoetionConfig(experts_per_snapshot=2), 17)
 

@@ -68,7 +68,7 @@ def test_equal_input_gives_equal_answers(seed: int) -> None:
         for iteration in range(30):
             totals = [t + draw.randrange(50) for t in totals]
             ledger.update(totals)
-            chosen.append(unsaved_tokens(ledger.unsaved, ledger.staleness, 3, 4))
+            chosen.append(unsaved_tokens(ledger.unsaved, ledger.staleness, 3, 3, 4))
             ledger.captured(iteration, chosen[-1], totals)
             if iteration % 3 == 2:
                 ledger.settle(iteration - 1, draw.random() < 0.7)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A trace of one rank for Perfetto (ui.perfetto.dev) or chrome://tracing: lanes over time.
+
+Chrome's JSON array format: a file that is cut short, as when its process is killed, still opens.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from pathlib import Path
+
+LANES = (
+    "iteration", "compute", "wait", "pipeline", "all-to-all", "gradient sync", "parameter gather", "device to host",
+    "replication",
+)  # fmt: skip
+"""From top to bottom."""
+EVENTS_MAX = 500_000
+"""About 60 MB a rank; what comes later is left out."""
+BUFFERED = 1000
+
+
+def trace_name(rank: int, attempt: int) -> str:
+    """File name of one rank's trace in ``--moetion-trace-dir``."""
+    return f"rank{rank:05d}.attempt{attempt}.trace.json"
+
+
+class Trace:
+    """Appends spans to a file, in batches. Thread-safe; times are seconds of the host's monotonic clock."""
+
+    def __init__(self, path: Path, rank: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._out = path.open("w")
+        self._rank = rank
+        self._lock = threading.Lock()
+        self._waiting: list[str] = []
+        self._left = EVENTS_MAX
+        self._out.write("[\n" + ",\n".join(json.dumps(e) for e in self._names()))
+
+    def add(self, lane: str, begin_s: float, end_s: float, value: int) -> None:
+        """A span. ``value`` is its bytes; on the lane ``iteration`` the iteration's number."""
+        event = {
+            "name": f"{lane} {value}" if lane == "iteration" else lane,
+            "ph": "X",
+            "ts": round(begin_s * 1e6, 1),
+            "dur": round((end_s - begin_s) * 1e6, 1),
+            "pid": self._rank,
+            "tid": LANES.index(lane),
+            "args": {"iteration" if lane == "iteration" else "bytes": value},
+        }
+        with self._lock:
+            if self._left <= 0 or self._out.closed:
+                return
+            self._left -= 1
+            self._waiting.append(json.dumps(event))
+            if len(self._waiting) >= BUFFERED:
+                self._flush()
+
+    def close(self) -> None:
+        """Write what is left and end the file."""
+        with self._lock:
+            if not self._out.closed:
+                self._flush()
+                self._out.write("\n]\n")
+                self._out.close()
+
+    def _flush(self) -> None:
+        if self._waiting:
+            self._out.write(",\n" + ",\n".join(self._waiting))
+            self._out.flush()
+            self._waiting.clear()
+
+    def _names(self) -> list[dict[str, object]]:
+        rank = {"name": "process_name", "ph": "M", "pid": self._rank, "args": {"name": f"rank {self._rank}"}}
+        lanes = [
+            {"name": "thread_name", "ph": "M", "pid": self._rank, "tid": i, "args": {"name": lane}}
+            for i, lane in enumerate(LANES)
+        ]
+        return [rank, *lanes]

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Holds snapshot bytes back until their window, lets them go, and gets out of training's way at once.
+
+One pacer a rank. The threads that pack and send ask it before every slice; the hooks on training's traffic tell it
+when training wants the network. It never holds a byte for longer than the deadline, so a wrong plan costs time and not
+snapshots.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron_moetion.schedule.planner import Placed
+from megatron_moetion.schedule.timeline import Lane
+
+SLICE_S = 5e-3
+"""A slice should occupy the link no longer than this: so long a message of training may have to wait behind it."""
+SLICE_MIN_BYTES, SLICE_MAX_BYTES = 128 << 10, 8 << 20
+PROBE_FACTOR = 1.25
+"""Sending goes on at this multiple of the bandwidth last seen, so that a link that became faster is found out."""
+UNKNOWN_BYTES_PER_S = 1e9
+"""Until the first transfer."""
+TICK_S = 1e-5
+"""Shorter pauses are none."""
+REMEMBERED = 16
+"""Snapshots whose bandwidth is remembered; the best one counts, since what disturbs a transfer only makes it slower."""
+
+
+Moved = Callable[[float, float, int], None]
+"""Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
+
+
+class Eager:
+    """The baseline, a ``Gate`` that is always open: everything goes at once, in large slices."""
+
+    def __init__(self, slice_bytes: int, moved: Moved) -> None:
+        self._slice_bytes = slice_bytes
+        self._moved = moved
+
+    def slice_bytes(self) -> int:
+        """See ``Gate``."""
+        return self._slice_bytes
+
+    def admit(self, nbytes: int) -> None:
+        """See ``Gate``."""
+
+    def left(self, nbytes: int, posted_s: float) -> None:
+        """See ``Gate``."""
+        self._moved(posted_s, time.monotonic(), nbytes)
+
+
+class Pacer:
+    """A ``Gate`` that follows a plan and a ``Listener`` that yields to training. ``now`` is a monotonic clock."""
+
+    def __init__(self, moved: Moved, now: Callable[[], float] = time.monotonic) -> None:
+        self._moved = moved
+        self._now = now
+        self._changed = threading.Condition()
+        self._seen: deque[float] = deque(maxlen=REMEMBERED)
+        self._origin_s = now()
+        self._steps: tuple[tuple[float, float, int, int], ...] = ()  # begin, end, first byte, end byte
+        self._deadline_s = 0.0  # without a plan nothing is held back
+        self._total_bytes = self._gone_bytes = self._late_bytes = 0
+        self._held_s = 0.0
+        self._active = 0
+        self._wire_free_s = 0.0  # until then, training's last message is on the wire
+        self._own_free_s = 0.0  # until then, our last slice is
+
+    # -- the plan --------------------------------------------------------------------------------------
+
+    def follow(self, chunks: Sequence[Placed], total_bytes: int, deadline_s: float) -> None:
+        """From now on: ``total_bytes`` in these windows (seconds from now), all of them before ``deadline_s``.
+
+        Bytes that the plan has no room for go when the deadline comes close.
+        """
+        steps: list[tuple[float, float, int, int]] = []
+        for chunk in chunks:
+            first = steps[-1][3] if steps else 0
+            steps.append((chunk.begin_s, chunk.end_s, first, first + chunk.nbytes))
+        with self._changed:
+            self._origin_s = self._now()
+            self._steps, self._deadline_s = tuple(steps), deadline_s
+            self._total_bytes, self._gone_bytes, self._late_bytes, self._held_s = total_bytes, 0, 0, 0.0
+            self._changed.notify_all()
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The most that the link has lately been seen to carry for this rank."""
+        return max(self._seen, default=UNKNOWN_BYTES_PER_S)
+
+    @contextmanager
+    def transfer(self, nbytes: int) -> Iterator[None]:
+        """Wrap the transfer of a snapshot of ``nbytes``, acknowledgement included: it shows the bandwidth."""
+        began, held = self._now(), self._held_s
+        yield
+        took = self._now() - began - max(0.0, self._held_s - held)
+        if nbytes >= SLICE_MIN_BYTES and took > 0:
+            self._seen.append(nbytes / took)
+
+    def report(self) -> tuple[int, float]:
+        """Bytes of this plan that went outside their window, and seconds that the pacer held bytes back."""
+        with self._changed:
+            return self._late_bytes, self._held_s
+
+    # -- Gate ------------------------------------------------------------------------------------------
+
+    def slice_bytes(self) -> int:
+        """See ``Gate``."""
+        return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
+
+    def admit(self, nbytes: int) -> None:
+        """See ``Gate``: returns when training is quiet, our last slice has left and the plan allows these bytes.
+
+        Near the deadline the plan counts no more; at the deadline nothing does.
+        """
+        with self._changed:
+            while True:
+                now = self._now()
+                pause_s, is_held = self._pause_s(now)
+                if pause_s < TICK_S:
+                    break
+                self._changed.wait(pause_s)
+                self._held_s += (self._now() - now) * is_held
+            if now + TICK_S < self._opens_s():
+                self._late_bytes += nbytes
+            self._gone_bytes += nbytes
+            self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * PROBE_FACTOR)
+
+    def left(self, nbytes: int, posted_s: float) -> None:
+        """See ``Gate``."""
+        self._moved(posted_s, self._now(), nbytes)
+
+    def _pause_s(self, now: float) -> tuple[float, bool]:
+        """How long to wait before looking again, 0 to go; and whether our last slice is not the reason."""
+        left_s = self._origin_s + self._deadline_s - now
+        if left_s <= 0:
+            return 0.0, False
+        if self._active:
+            return left_s, True  # notified when training's call returns
+        if self._wire_free_s > now:
+            return min(self._wire_free_s - now, left_s), True
+        if self._own_free_s > now:
+            return min(self._own_free_s - now, left_s), False
+        slack_s = left_s - (self._total_bytes - self._gone_bytes) / self.bytes_per_s
+        return min(self._opens_s() - now, slack_s), True  # without slack every moment that is left is needed
+
+    def _opens_s(self) -> float:
+        """When the plan moves the next byte; a byte that it has no room for is not moved at all."""
+        for begin, end, first, last in self._steps:
+            if self._gone_bytes < last:
+                share = max(0, self._gone_bytes - first) / (last - first)
+                return self._origin_s + begin + share * (end - begin)
+        return float("inf")
+
+    # -- Listener --------------------------------------------------------------------------------------
+
+    def traffic_begins(self, lane: Lane, sent_bytes: int) -> None:
+        """See ``Listener``. A pipeline call counts while its bytes are on the wire, a collective until it returns.
+
+        A call that only waits for a peer leaves the way out free and does not count.
+        """
+        if sent_bytes:
+            with self._changed:
+                self._active += lane is not Lane.PIPELINE
+                self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
+
+    def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
+        """See ``Listener``."""
+        if sent_bytes and lane is not Lane.PIPELINE:
+            with self._changed:
+                self._active -= 1
+                if not self._active:
+                    self._changed.notify_all()

@@ -1,0 +1,255 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Where in the next iteration a snapshot's bytes travel, and how large a snapshot fits. Pure.
+
+From the timelines of the last iterations follow the *idle windows* of each link: stretches in which nearly all of
+them left the link alone. Chunks are placed in these windows, earliest deadline first; what does not fit makes the next
+snapshots smaller, then rarer.
+
+The idea of cutting a snapshot into chunks that fit profiled idle spans is GEMINI's (SOSP 2023); budgets for two
+links, and what happens when they are too small, are our own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_moetion.schedule.timeline import TRAFFIC, Link, Timeline
+
+IDLE_SHARE = 0.8
+"""A moment belongs to a window if the link was idle then in at least this share of the recorded iterations."""
+WINDOW_MIN_S = 1e-3
+"""Shorter gaps are left alone: a chunk would hardly have started."""
+HEADROOM = 0.8
+"""Share of the windows' bytes that a snapshot may fill: the rest is for jitter and for the protocol."""
+RARER = (8, 4, 2)
+LEVELS = 16
+"""Sizes that a snapshot can take, on every rank alike: ``RARER`` ones, then from the fewest to the most experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Window:
+    """An idle stretch of a link, in seconds since the end of the optimizer step."""
+
+    begin_s: float
+    end_s: float
+
+    @property
+    def duration_s(self) -> float:
+        """How long it is."""
+        return self.end_s - self.begin_s
+
+
+@dataclass(frozen=True, kw_only=True)
+class Demand:
+    """Bytes of one snapshot that must cross each of ``links``, in that order, before ``deadline_s``."""
+
+    snapshot: int
+    nbytes: int
+    links: tuple[Link, ...]
+    deadline_s: Mapping[Link, float]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Placed:
+    """A chunk, or the part of one that fits a window, on one link."""
+
+    snapshot: int
+    link: Link
+    begin_s: float
+    end_s: float
+    nbytes: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Chunks by link and time; ``refused_bytes`` did not fit before their deadline and are placed nowhere."""
+
+    placed: tuple[Placed, ...]
+    refused_bytes: Mapping[int, int]
+    """By snapshot."""
+
+    def on(self, link: Link) -> tuple[Placed, ...]:
+        """One link's chunks in the order of time."""
+        return tuple(p for p in self.placed if p.link is link)
+
+
+def busy(timeline: Timeline, link: Link, bytes_per_s: float) -> list[tuple[float, float]]:
+    """When one iteration's own traffic was on a link.
+
+    A call that sends n bytes keeps the way out busy for n / bandwidth from its beginning on, although it may return as
+    soon as the kernel has the bytes, or go on to wait for a peer. Waiting keeps nothing busy.
+    """
+    if link is not Link.NETWORK:
+        return []
+    found = []
+    for span in timeline.spans:
+        if span.lane in TRAFFIC and span.sent_bytes:
+            end = span.begin_s + span.sent_bytes / bytes_per_s
+            found.append((max(span.begin_s, 0.0), min(end, timeline.duration_s)))
+    return found
+
+
+def idle_windows(timelines: Sequence[Timeline], link: Link, bytes_per_s: float) -> tuple[Window, ...]:
+    """Stretches of a typical iteration in which the link is idle; none without timelines.
+
+    Each timeline is stretched to the median duration first, so that a slow iteration does not blur the others.
+    """
+    if not timelines:
+        return ()
+    durations = sorted(t.duration_s for t in timelines)
+    typical = durations[len(durations) // 2]
+    if typical <= 0:
+        return ()
+    steps: list[tuple[float, int]] = []
+    for timeline in timelines:
+        factor = typical / timeline.duration_s if timeline.duration_s > 0 else 1.0
+        for begin, end in merge(busy(timeline, link, bytes_per_s)):
+            steps += [(begin * factor, 1), (end * factor, -1)]
+    steps.sort()
+    allowed = math.floor((1 - IDLE_SHARE) * len(timelines) + 1e-9)
+    windows, level, since = [], 0, 0.0
+    for at, change in [*steps, (typical, 1 + len(timelines))]:
+        before, level = level, level + change
+        if before <= allowed < level:
+            if at - since >= WINDOW_MIN_S:
+                windows.append(Window(begin_s=since, end_s=at))
+        elif level <= allowed < before:
+            since = at
+    return tuple(windows)
+
+
+def merge(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    """The same stretches without overlaps, in order."""
+    found: list[tuple[float, float]] = []
+    for begin, end in sorted(i for i in intervals if i[1] > i[0]):
+        if found and begin <= found[-1][1]:
+            found[-1] = (found[-1][0], max(found[-1][1], end))
+        else:
+            found.append((begin, end))
+    return found
+
+
+def place(
+    windows: Mapping[Link, Sequence[Window]],
+    bytes_per_s: Mapping[Link, float],
+    demands: Sequence[Demand],
+    chunk_bytes: int,
+) -> Plan:
+    """Put every demand's chunks into windows, earliest deadline first; a chunk crosses its links in their order.
+
+    A chunk that reaches a window's end goes on in the next one. A chunk that would miss a deadline on any link is
+    refused on all of them, and so is the rest of its snapshot: a snapshot that is not whole is worth nothing.
+    """
+    free = {link: _Free(spans, bytes_per_s[link]) for link, spans in windows.items()}
+    placed: list[Placed] = []
+    refused: dict[int, int] = {}
+    for demand in sorted(demands, key=lambda d: min(d.deadline_s[link] for link in d.links)):
+        left = demand.nbytes
+        while left:
+            nbytes = min(chunk_bytes, left)
+            parts = _fit(demand, nbytes, free)
+            if parts is None:
+                refused[demand.snapshot] = refused.get(demand.snapshot, 0) + left
+                break
+            placed += parts
+            left -= nbytes
+    return Plan(placed=tuple(sorted(placed, key=lambda p: (p.begin_s, p.link.value))), refused_bytes=refused)
+
+
+class _Free:
+    """What is left of a link's windows: everything from a cursor on."""
+
+    def __init__(self, windows: Sequence[Window], bytes_per_s: float) -> None:
+        self._windows = windows
+        self._bytes_per_s = bytes_per_s
+        self._cursor_s = 0.0
+
+    def take(self, nbytes: int, not_before_s: float) -> list[tuple[float, float, int]] | None:
+        """The parts (begin, end, bytes) of the next ``nbytes``; None if the windows end before. Takes nothing yet."""
+        parts: list[tuple[float, float, int]] = []
+        at = max(self._cursor_s, not_before_s)
+        for window in self._windows:
+            begin = max(at, window.begin_s)
+            fits = min(nbytes, int((window.end_s - begin) * self._bytes_per_s)) if begin < window.end_s else 0
+            if fits <= 0:
+                continue
+            end = begin + fits / self._bytes_per_s
+            parts.append((begin, min(end, window.end_s), fits))
+            nbytes -= fits
+            if not nbytes:
+                return parts
+        return None
+
+    def keep(self, until_s: float) -> None:
+        """Nothing before ``until_s`` is free any more."""
+        self._cursor_s = until_s
+
+
+def _fit(demand: Demand, nbytes: int, free: Mapping[Link, _Free]) -> list[Placed] | None:
+    ready_s = 0.0
+    found: list[Placed] = []
+    for link in demand.links:
+        parts = free[link].take(nbytes, ready_s)
+        if parts is None or parts[-1][1] > demand.deadline_s[link]:
+            return None
+        ready_s = parts[-1][1]
+        found += [
+            Placed(snapshot=demand.snapshot, link=link, begin_s=begin, end_s=end, nbytes=part)
+            for begin, end, part in parts
+        ]
+    for link in demand.links:
+        free[link].keep(max(p.end_s for p in found if p.link is link))
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One size that snapshots can have: ``experts`` of a rank in every ``every``-th snapshot."""
+
+    experts: int
+    every: int
+
+    def bytes_per_snapshot(self, dense_bytes: int, expert_bytes: float) -> float:
+        """What one iteration must carry on average."""
+        return (dense_bytes + self.experts * expert_bytes) / self.every
+
+
+def ladder(experts_min: int, experts_max: int) -> tuple[Rung, ...]:
+    """``LEVELS`` sizes, smallest first: rarer snapshots at the bottom, then more and more experts in each one.
+
+    Ranks that share experts have the same ladder; all ranks have the same ``every`` at each level.
+    """
+    steps = LEVELS - len(RARER) - 1
+    counts = [experts_min + round(i * (experts_max - experts_min) / steps) for i in range(steps + 1)]
+    rarer = [Rung(experts=experts_min, every=every) for every in RARER]
+    return (*rarer, *(Rung(experts=k, every=1) for k in counts))
+
+
+def affordable(rungs: Sequence[Rung], capacity_bytes: float, dense_bytes: int, expert_bytes: float) -> int:
+    """The highest level whose bytes fit the capacity of an iteration; the lowest one if none does."""
+    fits = [i for i, r in enumerate(rungs) if r.bytes_per_snapshot(dense_bytes, expert_bytes) <= capacity_bytes]
+    return max(fits, default=0)
+
+
+def next_level(now: int, wanted: int) -> int:
+    """One step towards what is wanted: sizes move smoothly, also when measurements jump."""
+    return now + (wanted > now) - (wanted < now)
+
+
+def capacity_bytes(windows: Mapping[Link, Sequence[Window]], bytes_per_s: Mapping[Link, float]) -> tuple[float, Link]:
+    """Bytes that an iteration's windows carry on the tightest link, headroom taken off, and which link that is."""
+    found = {link: HEADROOM * sum(w.duration_s for w in spans) * bytes_per_s[link] for link, spans in windows.items()}
+    tightest = min(found, key=lambda link: found[link])
+    return found[tightest], tightest
+
+
+def vote(level: int) -> int:
+    """A level as a bitmask; the AND of all ranks' votes is the vote for the lowest level among them."""
+    return (1 << (level + 1)) - 1
+
+
+def level_of(votes: int) -> int:
+    """The level that a mask of votes stands for."""
+    return votes.bit_length() - 1

@@ -1,0 +1,131 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank's scheduling: timelines in, pacing and sizes out.
+
+Between the pure planner and the runtime: keeps the last timelines, plans each transfer when it begins, and says which
+size of snapshot the measured windows afford.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from megatron_moetion.replicate.channel import Gate
+from megatron_moetion.schedule import planner
+from megatron_moetion.schedule.pacer import Eager, Pacer
+from megatron_moetion.schedule.planner import Demand, Rung, Window
+from megatron_moetion.schedule.recorder import Clock, Recorder, Silent
+from megatron_moetion.schedule.timeline import Link, Timeline
+
+TIMELINES = 8
+"""Iterations that windows are derived from."""
+DEADLINE_SHARE = 0.9
+"""A snapshot should have left by this share of the iteration in which it began to travel."""
+LATEST_SHARE = 0.25
+"""One that begins late in an iteration gets at least this share of one."""
+
+Draw = Callable[[str, float, float, int], None]
+"""Is told of everything worth drawing: lane, begin and end (monotonic clock, seconds), bytes."""
+
+
+def no_drawing(lane: str, begin_s: float, end_s: float, value: int) -> None:
+    """A ``Draw`` for those who want no trace."""
+
+
+class Scheduler:
+    """Owns the gate that the channel asks and the recorder that the hooks fill.
+
+    ``schedule`` is ``bubble`` (in the gaps) or ``eager`` (at once). ``draw`` gets what a trace shows.
+    """
+
+    def __init__(self, schedule: str, clock: Clock, *, eager_slice_bytes: int, draw: Draw) -> None:
+        self._draw = draw
+        self._pacer = Pacer(self._moved) if schedule == "bubble" else None
+        self.gate: Gate = self._pacer or Eager(eager_slice_bytes, self._moved)
+        self.recorder = Recorder(clock, self._pacer or Silent())
+        self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
+        self._origin_s = time.monotonic()
+
+    def cut(self, iteration: int) -> None:
+        """An optimizer step has just ended. Call it once an iteration, in the training thread."""
+        self._origin_s = time.monotonic()
+        timeline = self.recorder.cut(iteration)
+        if timeline is None:
+            return
+        self._timelines.append(timeline)
+        at = timeline.begin_s
+        self._draw("iteration", at, at + timeline.duration_s, timeline.iteration)
+        for span in timeline.spans:
+            self._draw(span.lane.value, at + span.begin_s, at + span.end_s, span.sent_bytes)
+
+    @contextmanager
+    def transfer(self, nbytes: int) -> Iterator[None]:
+        """See ``Pacing``: the plan for these bytes is made here, when they are about to go."""
+        if self._pacer is None:
+            yield
+            return
+        timelines = tuple(self._timelines)
+        if timelines and nbytes:
+            typical_s = typical_duration(timelines)
+            since_s = (time.monotonic() - self._origin_s) % typical_s
+            deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
+            windows = ahead(self._windows(timelines), since_s, typical_s)
+            demand = Demand(snapshot=0, nbytes=nbytes, links=(Link.NETWORK,), deadline_s={Link.NETWORK: deadline_s})
+            plan = planner.place(
+                {Link.NETWORK: windows}, {Link.NETWORK: self._pacer.bytes_per_s}, [demand], self._pacer.slice_bytes()
+            )
+            self._pacer.follow(plan.on(Link.NETWORK), nbytes, deadline_s)
+        with self._pacer.transfer(nbytes):
+            yield
+
+    def affordable(self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
+        """The largest size whose bytes fit the windows, and why not a larger one, for a person.
+
+        Bytes are what this rank sends, all replicas together. Without a plan to keep (``eager``), or before anything
+        was measured, that is the largest.
+        """
+        timelines = tuple(self._timelines)
+        if self._pacer is None or not timelines:
+            return len(rungs) - 1, ""
+        rate = self._pacer.bytes_per_s
+        windows = self._windows(timelines)
+        capacity, link = planner.capacity_bytes({Link.NETWORK: windows}, {Link.NETWORK: rate})
+        found = planner.affordable(rungs, capacity, dense_bytes, expert_bytes)
+        idle_s = sum(w.duration_s for w in windows)
+        return found, (
+            f"the {link.value} is idle for {idle_s:.2f} of {typical_duration(timelines):.2f} s at "
+            f"{rate / 1e6:.0f} MB/s, so an iteration carries {capacity / 1e6:.1f} MB"
+        )
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers for a dashboard; empty for ``eager``."""
+        if self._pacer is None:
+            return {}
+        late, held = self._pacer.report()
+        return {
+            "moetion/network-mb-per-s": self._pacer.bytes_per_s / 1e6,
+            "moetion/late-mb": late / 1e6,
+            "moetion/held-s": held,
+        }
+
+    def _windows(self, timelines: Sequence[Timeline]) -> tuple[Window, ...]:
+        rate = self._pacer.bytes_per_s if self._pacer is not None else 1.0
+        return planner.idle_windows(timelines, Link.NETWORK, rate)
+
+    def _moved(self, begin_s: float, end_s: float, nbytes: int) -> None:
+        self._draw("replication", begin_s, end_s, nbytes)
+
+
+def typical_duration(timelines: Sequence[Timeline]) -> float:
+    """The median iteration, in seconds."""
+    durations = sorted(t.duration_s for t in timelines)
+    return durations[len(durations) // 2]
+
+
+def ahead(windows: Sequence[Window], since_s: float, typical_s: float) -> list[Window]:
+    """The windows of this iteration and the next, counted from ``since_s`` after its beginning."""
+    twice = [Window(begin_s=w.begin_s + k * typical_s, end_s=w.end_s + k * typical_s) for k in (0, 1) for w in windows]
+    shifted = [Window(begin_s=max(w.begin_s - since_s, 0.0), end_s=w.end_s - since_s) for w in twice]
+    return [w for w in shifted if w.end_s > w.begin_s]

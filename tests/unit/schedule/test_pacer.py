@@ -1,0 +1,169 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The pacer keeps to its plan, yields to training, and never holds a byte beyond the deadline. Time is simulated."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from megatron_moetion.schedule.pacer import PROBE_FACTOR, SLICE_MAX_BYTES, SLICE_MIN_BYTES, Eager, Pacer
+from megatron_moetion.schedule.planner import Placed
+from megatron_moetion.schedule.timeline import Lane, Link
+
+RATE = 1e6
+KB100 = 100_000
+
+
+class Clock:
+    """Moves only when somebody waits."""
+
+    def __init__(self) -> None:
+        self.now_s = 1000.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+class Simulated(Pacer):
+    """A pacer whose waits advance the clock; at each moment of ``silences`` a collective of training returns."""
+
+    def __init__(self) -> None:
+        self.clock = Clock()
+        self.slices: list[tuple[float, float, int]] = []
+        super().__init__(lambda begin, end, nbytes: self.slices.append((begin, end, nbytes)), self.clock)
+        self.silences: list[float] = []
+        self._changed.wait = self._sleep  # type: ignore[method-assign]
+
+    def _sleep(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        assert timeout > 0
+        until = self.clock.now_s + timeout
+        if self.silences and self.silences[0] <= until:
+            self.clock.now_s = self.silences.pop(0)
+            self.traffic_ends(Lane.GRADIENT, 1)
+            return True
+        self.clock.now_s = until
+        return False
+
+    def knows(self, bytes_per_s: float) -> None:
+        self._seen.append(bytes_per_s)
+
+    def go(self, nbytes: int) -> float:
+        """Admit, and say when it went, since the plan began."""
+        self.admit(nbytes)
+        return round(self.clock.now_s - 1000.0, 6)
+
+
+def chunk(begin: float, nbytes: int, end: float | None = None) -> Placed:
+    until = begin + nbytes / RATE if end is None else end
+    return Placed(snapshot=0, link=Link.NETWORK, begin_s=begin, end_s=until, nbytes=nbytes)
+
+
+def test_without_a_plan_nothing_is_held_back() -> None:
+    pacer = Simulated()
+    assert pacer.go(10**9) == 0
+
+
+def test_bytes_go_in_their_windows() -> None:
+    pacer = Simulated()
+    pacer.knows(RATE)
+    pacer.follow([chunk(0.2, KB100), chunk(0.6, 2 * KB100)], 3 * KB100, deadline_s=2.0)
+    assert [pacer.go(KB100) for _ in range(3)] == [0.2, 0.6, 0.7]
+    assert pacer.report() == (0, pytest.approx(0.2 + (0.6 - 0.2 - 0.08) + 0.02))
+
+
+def test_what_has_no_window_goes_when_only_the_time_to_send_is_left() -> None:
+    pacer = Simulated()
+    pacer.knows(RATE)
+    pacer.follow([chunk(0.0, KB100)], 3 * KB100, deadline_s=1.0)
+    assert pacer.go(KB100) == 0
+    assert pacer.go(KB100) == 0.8  # 200 kB take 0.2 s, and 1 s is the limit
+    assert pacer.go(KB100) == 0.9
+    assert pacer.report()[0] == 2 * KB100
+
+
+def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -> None:
+    pacer = Simulated()
+    pacer.knows(RATE)
+    pacer.follow([chunk(0.0, 3 * KB100)], 3 * KB100, deadline_s=5.0)
+    pacer.traffic_begins(Lane.PIPELINE, 50_000)
+    pacer.traffic_ends(Lane.PIPELINE, 50_000)  # the call returns at once; the wire is busy for 50 ms
+    assert pacer.go(KB100) == 0.05
+    pacer.traffic_begins(Lane.PIPELINE, 0)  # waiting for a peer
+    assert pacer.go(KB100) == pytest.approx(0.05 + KB100 / RATE / PROBE_FACTOR, abs=0.03)
+
+
+def test_a_collective_holds_slices_back_until_it_returns() -> None:
+    pacer = Simulated()
+    pacer.knows(RATE)
+    pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=5.0)
+    pacer.traffic_begins(Lane.GRADIENT, 1)
+    pacer.silences.append(1000.7)
+    assert pacer.go(KB100) == 0.7
+
+
+def test_a_collective_that_never_returns_holds_nothing_beyond_the_deadline() -> None:
+    pacer = Simulated()
+    pacer.knows(RATE)
+    pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=1.5)
+    pacer.traffic_begins(Lane.GRADIENT, 1)
+    assert pacer.go(KB100) == 1.5
+
+
+def test_slices_leave_at_the_links_pace_and_a_little_more() -> None:
+    pacer = Simulated()
+    pacer.knows(RATE)
+    pacer.follow([chunk(0.0, 5 * KB100, end=1e-6)], 5 * KB100, deadline_s=9.0)
+    gone = [pacer.go(KB100) for _ in range(5)]
+    assert gone == [pytest.approx(n * KB100 / RATE / PROBE_FACTOR) for n in range(5)]
+
+
+def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held() -> None:
+    pacer = Simulated()
+    with pacer.transfer(10**6):
+        pacer.clock.now_s += 1.0
+    assert pacer.bytes_per_s == 1e6
+    with pacer.transfer(10**6):
+        pacer.clock.now_s += 4.0
+    assert pacer.bytes_per_s == 1e6
+    pacer.follow([chunk(3.0, 10**6)], 10**6, deadline_s=9.0)
+    with pacer.transfer(10**6):
+        pacer.go(10**6)
+        pacer.clock.now_s += 0.5
+    assert pacer.bytes_per_s == 2e6
+    with pacer.transfer(100):  # too little to tell
+        pass
+    assert pacer.bytes_per_s == 2e6
+
+
+def test_slices_take_a_few_milliseconds_of_the_link() -> None:
+    pacer = Simulated()
+    for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 500_000), (1e12, SLICE_MAX_BYTES)):
+        pacer.knows(rate)
+        assert pacer.slice_bytes() == expected
+
+
+def test_a_waiting_thread_is_woken_when_training_falls_silent() -> None:
+    pacer = Pacer(lambda begin, end, nbytes: None)
+    pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=20.0)
+    pacer.traffic_begins(Lane.ALL_TO_ALL, 1)
+    gone = threading.Event()
+    thread = threading.Thread(target=lambda: (pacer.admit(KB100), gone.set()))
+    thread.start()
+    assert not gone.wait(0.2)
+    pacer.traffic_ends(Lane.ALL_TO_ALL, 1)
+    assert gone.wait(5.0)
+    thread.join()
+
+
+def test_eager_never_waits_and_tells_what_moved() -> None:
+    seen: list[int] = []
+    eager = Eager(1 << 20, lambda begin, end, nbytes: seen.append(nbytes))
+    began = time.monotonic()
+    eager.admit(1 << 30)
+    eager.left(5, began)
+    assert time.monotonic() - began < 1.0
+    assert eager.slice_bytes() == 1 << 20
+    assert seen == [5]

@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Plans never put two chunks on a link at once, never pass a deadline they accepted, and lose no byte."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from megatron_moetion.schedule import planner
+from megatron_moetion.schedule.planner import Demand, Rung, Window, affordable, idle_windows, ladder, next_level, place
+from megatron_moetion.schedule.timeline import Lane, Link, Span, Timeline
+
+RATE = 1e6
+BOTH = (Link.D2H, Link.NETWORK)
+
+
+def iteration(spans: Sequence[tuple[float, float]], duration: float = 1.0, lane: Lane = Lane.PIPELINE) -> Timeline:
+    """Sends that keep the network busy from begin to end at ``RATE``."""
+    return Timeline(
+        iteration=1,
+        begin_s=0.0,
+        duration_s=duration,
+        spans=tuple(Span(lane=lane, begin_s=b, end_s=b, sent_bytes=round((e - b) * RATE)) for b, e in spans),
+    )
+
+
+def windows_of(*timelines: Timeline) -> list[tuple[float, float]]:
+    found = idle_windows(timelines, Link.NETWORK, RATE)
+    return [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found]
+
+
+def test_windows_are_what_traffic_leaves() -> None:
+    assert windows_of(iteration([(0.2, 0.3), (0.25, 0.5), (0.9, 1.0)])) == [(0.0, 0.2), (0.5, 0.9)]
+
+
+def test_no_gap_all_gap_no_iteration() -> None:
+    assert windows_of(iteration([(0.0, 1.0)])) == []
+    assert windows_of(iteration([])) == [(0.0, 1.0)]
+    assert windows_of() == []
+    assert windows_of(iteration([], duration=0.0)) == []
+
+
+def test_a_send_that_returns_at_once_is_still_on_the_wire() -> None:
+    """The span is empty; its bytes take 0.1 s."""
+    assert windows_of(iteration([(0.4, 0.5)])) == [(0.0, 0.4), (0.5, 1.0)]
+
+
+def test_waiting_and_traffic_inside_the_node_leave_the_network_idle() -> None:
+    waits = Span(lane=Lane.PIPELINE, begin_s=0.1, end_s=0.8, received_bytes=10)
+    inside = Span(lane=Lane.ALL_TO_ALL, begin_s=0.1, end_s=0.8)
+    assert windows_of(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=(waits, inside))) == [(0.0, 1.0)]
+    assert idle_windows([iteration([(0.0, 1.0)])], Link.D2H, RATE) == (Window(begin_s=0.0, end_s=1.0),)
+
+
+def test_one_odd_iteration_of_eight_changes_nothing_but_three_do() -> None:
+    usual, odd = iteration([(0.5, 0.6)]), iteration([(0.0, 0.3)])
+    assert windows_of(*[usual] * 7, odd) == [(0.0, 0.5), (0.6, 1.0)]
+    assert windows_of(*[usual] * 5, *[odd] * 3) == [(0.3, 0.5), (0.6, 1.0)]
+
+
+def test_a_slow_iteration_is_stretched_to_the_others() -> None:
+    assert windows_of(iteration([(0.5, 0.6)]), iteration([(1.0, 1.2)], duration=2.0)) == [(0.0, 1.0), (1.2, 2.0)]
+
+
+@given(st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6), min_size=1, max_size=8))
+def test_windows_are_ordered_disjoint_and_inside(sends: list[list[tuple[float, float]]]) -> None:
+    found = idle_windows([iteration([(min(s), max(s)) for s in each]) for each in sends], Link.NETWORK, RATE)
+    ends = [0.0, *(w.end_s for w in found)]
+    assert all(w.begin_s >= end for w, end in zip(found, ends, strict=False))
+    assert all(planner.WINDOW_MIN_S <= w.duration_s <= 1 for w in found)
+    assert all(w.end_s <= 1 for w in found)
+
+
+@settings(max_examples=40)
+@given(st.integers(0, 2**32 - 1))
+def test_half_an_iteration_of_jitter_only_makes_windows_smaller(seed: int) -> None:
+    import random
+
+    rng = random.Random(seed)
+    steady = windows_of(*[iteration([(0.4, 0.6)])] * 8)
+    jittered = [iteration([(max(0, 0.4 + j), min(1, 0.6 + j))]) for j in (rng.uniform(-0.5, 0.5) for _ in range(8))]
+    assert sum(e - b for b, e in windows_of(*jittered)) <= sum(e - b for b, e in steady) + 0.3
+    plan = place(
+        {Link.NETWORK: idle_windows(jittered, Link.NETWORK, RATE)}, {Link.NETWORK: RATE}, [demand(5e5)], 50_000
+    )
+    assert sum(p.nbytes for p in plan.placed) + sum(plan.refused_bytes.values()) == 500_000
+
+
+def demand(
+    nbytes: float, snapshot: int = 1, links: tuple[Link, ...] = (Link.NETWORK,), deadline: float = 9.0
+) -> Demand:
+    return Demand(snapshot=snapshot, nbytes=int(nbytes), links=links, deadline_s=dict.fromkeys(links, deadline))
+
+
+WINDOWS = st.lists(st.tuples(st.floats(0.0, 0.3), st.floats(0.001, 0.5)), max_size=6).map(
+    lambda gaps: [
+        Window(begin_s=sum(g + w for g, w in gaps[:i]) + gaps[i][0], end_s=sum(g + w for g, w in gaps[: i + 1]))
+        for i in range(len(gaps))
+    ]
+)
+DEMANDS = st.lists(st.tuples(st.integers(1, 900_000), st.floats(0.0, 4.0), st.floats(0.0, 4.0)), max_size=4)
+
+
+@settings(max_examples=200)
+@given(WINDOWS, WINDOWS, DEMANDS, st.integers(1_000, 300_000))
+def test_every_plan_keeps_its_promises(
+    d2h: list[Window], network: list[Window], wanted: list[tuple[int, float, float]], chunk_bytes: int
+) -> None:
+    windows, rates = {Link.D2H: d2h, Link.NETWORK: network}, {Link.D2H: 5 * RATE, Link.NETWORK: RATE}
+    demands = [
+        Demand(snapshot=i, nbytes=n, links=BOTH, deadline_s={Link.D2H: a, Link.NETWORK: b})
+        for i, (n, a, b) in enumerate(wanted)
+    ]
+    plan = place(windows, rates, demands, chunk_bytes)
+    for link in BOTH:
+        chunks = plan.on(link)
+        for one, other in pairwise(chunks):
+            assert one.end_s <= other.begin_s + 1e-9, "two chunks on one link at once"
+        for chunk in chunks:
+            assert any(w.begin_s - 1e-9 <= chunk.begin_s and chunk.end_s <= w.end_s + 1e-9 for w in windows[link])
+            assert chunk.nbytes <= (chunk.end_s - chunk.begin_s) * rates[link] * (1 + 1e-6) + 1, (
+                "more than the link moves"
+            )
+            assert chunk.end_s <= demands[chunk.snapshot].deadline_s[link] + 1e-9, "past an accepted deadline"
+        for i, one in enumerate(demands):
+            moved = sum(c.nbytes for c in chunks if c.snapshot == i)
+            assert moved + plan.refused_bytes.get(i, 0) == one.nbytes, "bytes were lost or made up"
+    for i in range(len(demands)):
+        sent = on_the_way = 0
+        for chunk in sorted((c for c in plan.placed if c.snapshot == i), key=lambda c: c.end_s):
+            on_the_way += chunk.nbytes if chunk.link is Link.D2H else 0
+            sent += chunk.nbytes if chunk.link is Link.NETWORK else 0
+            assert sent <= on_the_way, "sent before it was on the host"
+
+
+def test_the_earlier_deadline_goes_first() -> None:
+    window = [Window(begin_s=0.0, end_s=1.0)]
+    plan = place(
+        {Link.NETWORK: window}, {Link.NETWORK: RATE}, [demand(4e5, 1, deadline=5), demand(3e5, 2, deadline=1)], 10**6
+    )
+    assert [p.snapshot for p in plan.placed] == [2, 1]
+    assert plan.refused_bytes == {}
+
+
+def test_a_snapshot_that_does_not_fit_is_refused_from_the_chunk_that_fails_on() -> None:
+    window = [Window(begin_s=0.0, end_s=0.25)]
+    plan = place({Link.NETWORK: window}, {Link.NETWORK: RATE}, [demand(1e6)], 100_000)
+    assert sum(p.nbytes for p in plan.placed) == 200_000
+    assert plan.refused_bytes == {1: 800_000}
+
+
+def test_ladders_go_from_rare_to_large() -> None:
+    rungs = ladder(2, 14)
+    assert rungs[:4] == tuple(Rung(experts=2, every=e) for e in (8, 4, 2, 1))
+    assert [r.experts for r in rungs[3:]] == list(range(2, 15))
+    assert {r.every for r in rungs[3:]} == {1}
+    assert [r.every for r in ladder(0, 0)] == [r.every for r in rungs]
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_ladders_reach_both_ends_and_never_fall(low: int, more: int) -> None:
+    rungs = ladder(low, low + more)
+    assert len(rungs) == planner.LEVELS
+    assert rungs[3] == Rung(experts=low, every=1)
+    assert rungs[-1] == Rung(experts=low + more, every=1)
+    costs = [r.bytes_per_snapshot(1000, 10.0) for r in rungs]
+    assert costs == sorted(costs)
+
+
+def test_what_does_not_fit_gets_smaller_first_then_rarer() -> None:
+    rungs = ladder(2, 6)
+    wanted = [affordable(rungs, capacity, 100, 10.0) for capacity in (1000, 160, 145, 120, 119, 60, 15, 0)]
+    assert [(rungs[i].experts, rungs[i].every) for i in wanted] == [
+        (6, 1), (6, 1), (4, 1), (2, 1), (2, 2), (2, 2), (2, 8), (2, 8),
+    ]  # fmt: skip
+
+
+def test_sizes_move_one_level_at_a_time() -> None:
+    assert [next_level(3, wanted) for wanted in (0, 2, 3, 4, 9)] == [2, 2, 3, 4, 4]
+
+
+@given(st.lists(st.integers(0, planner.LEVELS - 1), min_size=1, max_size=9))
+def test_the_and_of_votes_is_the_lowest_level(levels: list[int]) -> None:
+    votes = planner.vote(levels[0])
+    for level in levels[1:]:
+        votes &= planner.vote(level)
+    assert planner.level_of(votes) == min(levels)
+
+
+def test_capacity_is_the_tightest_links() -> None:
+    windows = {Link.D2H: [Window(begin_s=0, end_s=1)], Link.NETWORK: [Window(begin_s=0, end_s=0.5)]}
+    found = planner.capacity_bytes(windows, {Link.D2H: RATE, Link.NETWORK: RATE})
+    assert found == (pytest.approx(0.5 * RATE * planner.HEADROOM), Link.NETWORK)

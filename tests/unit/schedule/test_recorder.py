@@ -1,0 +1,111 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Timelines are what the hooks said, on a clock that answers at once or one iteration later."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import pytest
+
+from megatron_moetion.schedule.recorder import HostClock, Recorder
+from megatron_moetion.schedule.timeline import Lane
+
+
+class LateClock:
+    """Stamps are numbers that can be read only once ``readable`` has passed them, as with events on a device."""
+
+    def __init__(self) -> None:
+        self.now = 0
+        self.readable = 10**9
+        self.recycled: list[int] = []
+
+    def stamp(self) -> int:
+        self.now += 1
+        return self.now
+
+    def is_known(self, stamp: int) -> bool:
+        return stamp <= self.readable
+
+    def seconds(self, since: int, until: int) -> float:
+        assert until <= self.readable, "read before it was known"
+        return float(until - since)
+
+    def recycle(self, stamps: Iterable[int]) -> None:
+        self.recycled += stamps
+
+
+class Ear:
+    def __init__(self) -> None:
+        self.heard: list[tuple[str, Lane, int]] = []
+
+    def traffic_begins(self, lane: Lane, sent_bytes: int) -> None:
+        self.heard.append(("begins", lane, sent_bytes))
+
+    def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
+        self.heard.append(("ends", lane, sent_bytes))
+
+
+def test_spans_count_from_the_end_of_the_step_before() -> None:
+    recorder = Recorder(LateClock())  # stamp 1
+    with recorder.span(Lane.PIPELINE, 5, 6):  # 2, 3
+        pass
+    first = recorder.cut(7)  # 4
+    assert first is not None
+    assert (first.iteration, first.duration_s) == (7, 3.0)
+    (span,) = first.spans
+    assert (span.lane, span.begin_s, span.end_s, span.sent_bytes, span.received_bytes) == (Lane.PIPELINE, 1, 2, 5, 6)
+    second = recorder.cut(8)  # 5
+    assert second is not None
+    assert (second.iteration, second.duration_s, second.spans) == (8, 1.0, ())
+
+
+def test_a_device_that_is_behind_is_never_waited_for() -> None:
+    clock = LateClock()
+    recorder = Recorder(clock)
+    clock.readable = 1
+    with recorder.span(Lane.GRADIENT):
+        pass
+    assert recorder.cut(1) is None
+    clock.readable = clock.now
+    found = recorder.cut(2)
+    assert found is not None
+    assert found.iteration == 1
+    assert clock.recycled == [2, 3]
+
+
+def test_a_span_that_is_still_open_lasts_to_the_end() -> None:
+    recorder = Recorder(LateClock())
+    opened = recorder.begin(Lane.PARAMETER)
+    found = recorder.cut(1)
+    assert found is not None
+    assert found.spans[0].end_s == found.duration_s
+    recorder.end(opened)
+    assert recorder.cut(2) is not None
+
+
+def test_who_listens_hears_of_network_traffic_alone() -> None:
+    ear = Ear()
+    recorder = Recorder(HostClock(), ear)
+    with recorder.span(Lane.ALL_TO_ALL):
+        pass
+    with recorder.span(Lane.PIPELINE, 9, 0):
+        pass
+    assert ear.heard == [("begins", Lane.PIPELINE, 9), ("ends", Lane.PIPELINE, 9)]
+
+
+def test_the_number_of_spans_is_bounded() -> None:
+    recorder = Recorder(HostClock(), num_spans_max=10)
+    for _ in range(50):
+        with recorder.span(Lane.PIPELINE, 1):
+            pass
+    found = recorder.cut(1)
+    assert found is not None
+    assert len(found.spans) == 10
+
+
+def test_a_fault_inside_a_span_still_ends_it() -> None:
+    ear = Ear()
+    recorder = Recorder(HostClock(), ear)
+    with pytest.raises(RuntimeError), recorder.span(Lane.PIPELINE, 3):
+        raise RuntimeError
+    assert ear.heard[-1] == ("ends", Lane.PIPELINE, 3)
