@@ -59,6 +59,8 @@ class Scheduler:
         self._draw("iteration", at, at + timeline.duration_s, timeline.iteration)
         for span in timeline.spans:
             self._draw(span.lane.value, at + span.begin_s, at + span.end_s, span.sent_bytes)
+        for begin, end in between(timeline):
+            self._draw("compute", at + begin, at + end, 0)
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
@@ -122,6 +124,13 @@ def typical_duration(timelines: Sequence[Timeline]) -> float:
     """The median iteration, in seconds."""
     durations = sorted(t.duration_s for t in timelines)
     return durations[len(durations) // 2]
+
+
+def between(timeline: Timeline) -> list[tuple[float, float]]:
+    """Where training neither communicates nor waits: what is left is its computing, as the training thread sees it."""
+    taken = planner.merge([(s.begin_s, s.end_s) for s in timeline.spans])
+    edges = [0.0, *(edge for span in taken for edge in span), timeline.duration_s]
+    return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e > b]
 
 
 def ahead(windows: Sequence[Window], since_s: float, typical_s: float) -> list[Window]:

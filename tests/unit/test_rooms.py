@@ -25,6 +25,7 @@ FLOORS = [
     {"persist"},
     {"mcore"},
     {"pretrain"},
+    {"cli"},
 ]
 """From the ground up. ``persist`` and ``mcore`` are seams: they stand on the rooms, not among them."""
 

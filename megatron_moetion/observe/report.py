@@ -1,0 +1,150 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``moetion report`` makes of traces: a Gantt chart, and what travelled beside training's traffic."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.observe.trace import LANES
+
+TRAFFIC_LANES = ("pipeline", "all-to-all", "gradient sync", "parameter gather")
+COLORS = {
+    "compute": "#c9d7e8", "wait": "#ececec", "pipeline": "#2a6fbb", "all-to-all": "#7a4fb5", "gradient sync": "#b5547a",
+    "parameter gather": "#8a8f2a", "device to host": "#d98324", "replication": "#d1342f",
+}  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class Bar:
+    """A span of a trace, in seconds of the host's monotonic clock."""
+
+    rank: int
+    lane: str
+    begin_s: float
+    end_s: float
+    value: int
+    """Bytes; on the lane ``iteration`` its number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Beside:
+    """One rank's replication in the iterations looked at."""
+
+    rank: int
+    replicated_bytes: int
+    beside_traffic_s: float
+    """Seconds in which slices and training's own sends were under way at once."""
+    replicating_s: float
+
+
+def read_traces(folder: Path) -> list[Bar]:
+    """All spans below a folder. ``ConfigError`` where there is none; one that was cut short is read up to there."""
+    paths = sorted(folder.glob("*.trace.json"))
+    if not paths:
+        raise ConfigError(f"{folder} holds no *.trace.json; train with --moetion-trace-dir {folder}")
+    return [bar for path in paths for bar in _read(path)]
+
+
+def _read(path: Path) -> list[Bar]:
+    found = []
+    for line in path.read_text().splitlines():
+        text = line.strip().rstrip(",")
+        if text in ("[", "]", ""):
+            continue
+        try:
+            event: dict[str, Any] = json.loads(text)
+        except ValueError:
+            break  # the process was killed in the middle of this line
+        if event["ph"] == "X":
+            begin = event["ts"] / 1e6
+            value = next(iter(event["args"].values()))
+            lane = LANES[event["tid"]]
+            bar = Bar(rank=event["pid"], lane=lane, begin_s=begin, end_s=begin + event["dur"] / 1e6, value=int(value))
+            found.append(bar)
+    return found
+
+
+def between_iterations(bars: Sequence[Bar], first: int, last: int) -> list[Bar]:
+    """The spans that touch iterations ``first`` to ``last`` of a rank. ``ConfigError`` where none was traced."""
+    found: list[Bar] = []
+    for rank in sorted({b.rank for b in bars}):
+        mine = [b for b in bars if b.rank == rank]
+        wanted = [b for b in mine if b.lane == "iteration" and first <= b.value <= last]
+        if not wanted:
+            known = sorted(b.value for b in mine if b.lane == "iteration")
+            span = f"{known[0]} to {known[-1]}" if known else "none"
+            raise ConfigError(f"rank {rank} has no iteration in {first} to {last}; its trace holds {span}")
+        begin, end = min(b.begin_s for b in wanted), max(b.end_s for b in wanted)
+        found += [b for b in mine if b.begin_s < end and b.end_s > begin]
+    return found
+
+
+def middle_iterations(bars: Sequence[Bar]) -> tuple[int, int]:
+    """Two iterations from the middle of what was traced: the first ones are not typical."""
+    numbers = sorted({b.value for b in bars if b.lane == "iteration"})
+    if not numbers:
+        raise ConfigError("the traces hold no whole iteration yet")
+    middle = numbers[len(numbers) // 2]
+    return middle, min(middle + 1, numbers[-1])
+
+
+def beside_traffic(bars: Sequence[Bar]) -> list[Beside]:
+    """For each rank, how long its replication and training's sends were under way together."""
+    found = []
+    for rank in sorted({b.rank for b in bars}):
+        mine = [b for b in bars if b.rank == rank]
+        slices = [b for b in mine if b.lane == "replication"]
+        traffic = [b for b in mine if b.lane in TRAFFIC_LANES and b.value]
+        together = sum(max(0.0, min(a.end_s, b.end_s) - max(a.begin_s, b.begin_s)) for a in slices for b in traffic)
+        found.append(
+            Beside(
+                rank=rank,
+                replicated_bytes=sum(b.value for b in slices),
+                beside_traffic_s=together,
+                replicating_s=sum(b.end_s - b.begin_s for b in slices),
+            )
+        )
+    return found
+
+
+def draw(bars: Sequence[Bar], path: Path) -> None:
+    """A Gantt chart, one block of lanes a rank; the format follows the file's ending (``.png``, ``.svg``)."""
+    try:
+        import matplotlib
+
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise ConfigError("drawing needs matplotlib: pip install 'megatron-moetion[plots]'") from error
+    ranks = sorted({b.rank for b in bars})
+    lanes = [lane for lane in LANES if lane != "iteration" and any(b.lane == lane for b in bars)]
+    origin = min(b.begin_s for b in bars if b.lane == "iteration")
+    height = 0.26 * len(lanes) * len(ranks) + 1.2
+    figure, axis = pyplot.subplots(figsize=(13, height), layout="constrained")
+    labels, places = [], []
+    for block, rank in enumerate(ranks):
+        for row, lane in enumerate(lanes):
+            y = -(block * (len(lanes) + 1) + row)
+            spans = [(b.begin_s - origin, b.end_s - b.begin_s) for b in bars if (b.rank, b.lane) == (rank, lane)]
+            axis.broken_barh(spans, (y - 0.42, 0.84), color=COLORS[lane], linewidth=0)
+            labels.append(f"rank {rank}  {lane}" if row == 0 else lane)
+            places.append(y)
+        for bar in (b for b in bars if b.rank == rank and b.lane == "iteration"):
+            top, bottom = -(block * (len(lanes) + 1)) + 0.6, -(block * (len(lanes) + 1) + len(lanes) - 1) - 0.6
+            axis.vlines([bar.begin_s - origin, bar.end_s - origin], bottom, top, color="#444444", linewidth=0.8)
+            if block == 0:
+                middle = (bar.begin_s + bar.end_s) / 2 - origin
+                axis.text(middle, 0.75, f"iteration {bar.value}", ha="center", va="bottom", fontsize=8)
+    axis.set_yticks(places, labels, fontsize=7)
+    axis.set_ylim(min(places) - 0.8, 1.9)
+    axis.set_xlabel("seconds")
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    axis.tick_params(axis="y", length=0)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
