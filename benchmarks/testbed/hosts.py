@@ -7,22 +7,19 @@ its name (``host0``, ...; all names resolve). What hosts share: processors, the 
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import select
-import signal
 import subprocess
-import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
+from types import TracebackType
 
 from benchmarks.testbed import namespaces
+from benchmarks.testbed.interrupts import Interrupts
 from benchmarks.testbed.namespaces import COMMAND_LIMIT_S, TestbedUnavailable, call
 
 MAX_HOSTS = 64
-ENDING_SIGNALS = (signal.SIGTERM, signal.SIGHUP)
 
 # The file of names is bound before it is unlinked: it stays, and the new /dev/shm is empty.
 _BOOT = """set -e
@@ -68,7 +65,7 @@ class Testbed:
         self.num_hosts = num_hosts
         self.rate_mbit = rate_mbit
         self._holders: dict[int, subprocess.Popen[str]] = {}
-        self._old_handlers: dict[signal.Signals, object] = {}
+        self._interrupts = Interrupts()
         self._owner = ""
 
     def __enter__(self) -> Testbed:
@@ -79,10 +76,8 @@ class Testbed:
         if namespaces.existing(self._owner):
             raise RuntimeError("this process already holds a testbed: leave that one first")
         namespaces.remove_leftovers()
-        if threading.current_thread() is threading.main_thread():
-            for number in ENDING_SIGNALS:
-                if signal.getsignal(number) is signal.SIG_DFL:
-                    self._old_handlers[number] = signal.signal(number, _leave)
+        self._interrupts = Interrupts()
+        self._interrupts.install()
         try:
             call("ip", "netns", "add", self._switch)
             call("ip", "-n", self._switch, "link", "add", "br0", "type", "bridge")
@@ -197,8 +192,8 @@ class Testbed:
                 call("tc", "-n", name, "qdisc", "del", "dev", device, "root")
 
     def _close(self) -> None:
-        with _signals_ignored():
-            problems = []
+        problems = []
+        with self._interrupts.close():
             for name in namespaces.existing(self._owner):
                 try:
                     namespaces.remove(name)
@@ -206,8 +201,6 @@ class Testbed:
                     problems.append(str(error))
             while self._holders:
                 self._holders.popitem()[1].wait(COMMAND_LIMIT_S)
-        while self._old_handlers:
-            signal.signal(*self._old_handlers.popitem())  # type: ignore[arg-type]
         if problems:
             raise RuntimeError("the testbed is not all removed: " + "; ".join(problems))
 
@@ -226,21 +219,3 @@ class Testbed:
 def _check_rate(rate_mbit: float | None) -> None:
     if rate_mbit is not None and not 0.1 <= rate_mbit <= 1e6:
         raise ValueError(f"rate_mbit is {rate_mbit}; it must be from 0.1 to 1e6, or None for no limit")
-
-
-def _leave(number: int, frame: FrameType | None) -> None:
-    raise SystemExit(128 + number)
-
-
-@contextlib.contextmanager
-def _signals_ignored() -> Iterator[None]:
-    """Nothing interrupts this: neither this process nor the tools that it calls."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    before = {number: signal.signal(number, signal.SIG_IGN) for number in (signal.SIGINT, *ENDING_SIGNALS)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
