@@ -27,6 +27,7 @@ from benchmarks.testbed import (  # noqa: E402
     run_torchrun,
 )
 from benchmarks.testbed.__main__ import main, parse  # noqa: E402
+from benchmarks.testbed.interrupts import Interrupts  # noqa: E402
 
 PORT = 5000
 RATE_MBIT = 80.0
@@ -127,6 +128,34 @@ def test_tail_of_a_log() -> None:
 def test_flags_after_the_dashes_are_the_scripts() -> None:
     args = parse(["--hosts", "3", "--torchrun=--max-restarts=2", "--", "train.py", "--hosts", "x", "--logs"])
     assert (args.hosts, args.torchrun, args.script) == (3, "--max-restarts=2", ["train.py", "--hosts", "x", "--logs"])
+
+
+@pytest.mark.parametrize(
+    ("number", "raised"),
+    [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit), (signal.SIGHUP, SystemExit)],
+)
+def test_a_signal_ends_the_body_and_waits_for_the_end_of_closing(
+    number: signal.Signals, raised: type[BaseException]
+) -> None:
+    handler_before = signal.signal(number, signal.default_int_handler)  # so that a late one raises KeyboardInterrupt
+    try:
+        interrupts = Interrupts()
+        interrupts.install()
+        with pytest.raises(raised):
+            os.kill(os.getpid(), number)
+        os.kill(os.getpid(), number)  # the second one does not raise
+        with interrupts.close():
+            os.kill(os.getpid(), number)
+        steps = []
+        interrupts = Interrupts()
+        interrupts.install()
+        with pytest.raises(KeyboardInterrupt), interrupts.close():  # noqa: PT012
+            os.kill(os.getpid(), number)
+            steps.append("removed")
+        assert steps == ["removed"]
+        assert signal.getsignal(number) is signal.default_int_handler
+    finally:
+        signal.signal(number, handler_before)
 
 
 # live
