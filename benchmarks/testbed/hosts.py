@@ -136,22 +136,24 @@ class Testbed:
     def lose(self, host: int, *, silent: bool = True) -> None:
         """The host dies: its processes, its memory and its link are gone.
 
-        Silent is a power cut: the link goes first, and peers hear nothing more. Otherwise the processes are killed
-        first, and the kernel closes their connections.
+        Silent is a power cut: the link goes first, and peers hear nothing more. Otherwise the processes are killed, and
+        the kernel closes their connections and refuses new ones until the host is restored.
         """
         self._demand_up(host)
         if silent:
             call("ip", "-n", self._switch, "link", "set", f"p{host}", "down")
         namespaces.end_processes(self._name(host))
         self._holders.pop(host).wait(COMMAND_LIMIT_S)
-        call("ip", "-n", self._switch, "link", "del", f"p{host}")
-        namespaces.remove(self._name(host))
+        if silent:
+            self._unplug(host)
 
     def restore(self, host: int) -> None:
         """An empty machine takes the place, name and addresses of a lost one."""
         if self.is_up(host):
             raise ValueError(f"host {host} is up; only a lost host can be restored")
         name, port, mac = self._name(host), f"p{host}", f"02:4d:4f:45:00:{host:02x}"
+        if name in namespaces.existing(self._owner):
+            self._unplug(host)
         call("ip", "netns", "add", name)
         call("ip", "-n", name, "link", "set", "lo", "up")
         pair = ["type", "veth", "peer", "name", "eth0", "address", mac, "netns", name]
@@ -183,6 +185,10 @@ class Testbed:
             holder.wait()
             raise RuntimeError(f"host {host} did not come up; it said: {said}")
         return holder
+
+    def _unplug(self, host: int) -> None:
+        call("ip", "-n", self._switch, "link", "del", f"p{host}")
+        namespaces.remove(self._name(host))
 
     def _limit(self, host: int, limited_before: bool) -> None:
         for name, device in ((self._name(host), "eth0"), (self._switch, f"p{host}")):

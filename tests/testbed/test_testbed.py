@@ -246,6 +246,8 @@ def test_a_silent_loss_is_silent_and_a_loud_one_is_not() -> None:
                 assert said.readline().strip() == expected
             waiting.wait()
             server.wait()
+            testbed.restore(1)
+            assert on(testbed, 0, CONNECT.format(name="host1")) == "ConnectionRefusedError"
 
 
 @pytest.mark.dist
