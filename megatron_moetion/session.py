@@ -217,9 +217,15 @@ class Session:
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
+            "moetion/unsaved-tokens": float(sum(self._book.ledger.unsaved)),
             "moetion/experts-per-snapshot": float(self._rungs[self._level].experts),
             **self._scheduler.scalars(),
         }
+
+    def drain(self) -> None:
+        """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
+        if self._flight is not None:
+            self._flight.drain()
 
     def close(self) -> None:
         """Finish what is in flight, report, and let go of everything. The arenas stay for the next start."""

@@ -39,7 +39,7 @@ class Attached:
         self._session = session
         self._state = state
         self._model = model
-        self._scheduler = scheduler
+        self.scheduler = scheduler
         self._trace = trace
         self._traffic: TrafficHooks | None = None
         self.pipeline_arguments: dict[str, Any] = {}
@@ -52,13 +52,17 @@ class Attached:
         """See ``Session.start``. From here on training's traffic is watched."""
         resumed = self._session.start(load_persistent)
         crosses = node_crossing(self._session.node_of)
-        self._traffic = TrafficHooks(self._model, self._scheduler.recorder, crosses)
+        self._traffic = TrafficHooks(self._model, self.scheduler.recorder, crosses)
         self.pipeline_arguments = self._traffic.pipeline_arguments()
         return resumed
 
     def on_step_end(self, iteration: int) -> None:
         """See ``Session.on_step_end``."""
         self._session.on_step_end(iteration)
+
+    def drain(self) -> None:
+        """See ``Session.drain``."""
+        self._session.drain()
 
     def scalars(self) -> dict[str, float]:
         """See ``Session.scalars``."""

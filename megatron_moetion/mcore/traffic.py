@@ -52,7 +52,7 @@ class TrafficHooks:
     ) -> None:
         self._recorder = recorder
         self._crosses = crosses
-        self._replaced: list[tuple[Any, str]] = []
+        self._replaced: list[tuple[Any, str, Any]] = []
         self._config = get_model_config(model[0])
         for chunk in model:
             for layer in chunk.modules():
@@ -77,14 +77,17 @@ class TrafficHooks:
         return {"p2p_communicator": communicator, "pg_collection": groups}
 
     def close(self) -> None:
-        """Take all hooks off."""
-        for owner, name in self._replaced:
-            delattr(owner, name)  # the class's method shows again
+        """Take all hooks off; of several sets of hooks on one model, the last one put on goes first."""
+        for owner, name, before in reversed(self._replaced):
+            if before is None:
+                delattr(owner, name)  # the class's method shows again
+            else:
+                setattr(owner, name, before)
         self._replaced.clear()
 
     def _replace(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+        self._replaced.append((owner, name, vars(owner).get(name)))
         setattr(owner, name, wrap(getattr(owner, name)))
-        self._replaced.append((owner, name))
 
     # -- experts ---------------------------------------------------------------------------------------
 

@@ -80,7 +80,8 @@ def between_iterations(bars: Sequence[Bar], first: int, last: int) -> list[Bar]:
             span = f"{known[0]} to {known[-1]}" if known else "none"
             raise ConfigError(f"rank {rank} has no iteration in {first} to {last}; its trace holds {span}")
         begin, end = min(b.begin_s for b in wanted), max(b.end_s for b in wanted)
-        found += [b for b in mine if b.begin_s < end and b.end_s > begin]
+        found += wanted
+        found += [b for b in mine if b.lane != "iteration" and b.begin_s < end and b.end_s > begin]
     return found
 
 

@@ -34,10 +34,34 @@ Moved = Callable[[float, float, int], None]
 """Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
 
 
-class Eager:
+class Meter:
+    """Bandwidth, from how long whole transfers took."""
+
+    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
+        self._now = now
+        self._held_s = 0.0
+        self._seen: deque[float] = deque(maxlen=REMEMBERED)
+
+    @property
+    def bytes_per_s(self) -> float:
+        """The most that the link has lately been seen to carry for this rank."""
+        return max(self._seen, default=UNKNOWN_BYTES_PER_S)
+
+    @contextmanager
+    def transfer(self, nbytes: int) -> Iterator[None]:
+        """Wrap the transfer of a snapshot of ``nbytes``, acknowledgement included; what was held back counts not."""
+        began, held = self._now(), self._held_s
+        yield
+        took = self._now() - began - (self._held_s - held)
+        if nbytes >= SLICE_MIN_BYTES and took > 0:
+            self._seen.append(nbytes / took)
+
+
+class Eager(Meter):
     """The baseline, a ``Gate`` that is always open: everything goes at once, in large slices."""
 
     def __init__(self, slice_bytes: int, moved: Moved) -> None:
+        super().__init__()
         self._slice_bytes = slice_bytes
         self._moved = moved
 
@@ -50,22 +74,21 @@ class Eager:
 
     def left(self, nbytes: int, posted_s: float) -> None:
         """See ``Gate``."""
-        self._moved(posted_s, time.monotonic(), nbytes)
+        self._moved(posted_s, self._now(), nbytes)
 
 
-class Pacer:
+class Pacer(Meter):
     """A ``Gate`` that follows a plan and a ``Listener`` that yields to training. ``now`` is a monotonic clock."""
 
     def __init__(self, moved: Moved, now: Callable[[], float] = time.monotonic) -> None:
+        super().__init__(now)
         self._moved = moved
-        self._now = now
         self._changed = threading.Condition()
-        self._seen: deque[float] = deque(maxlen=REMEMBERED)
         self._origin_s = now()
         self._steps: tuple[tuple[float, float, int, int], ...] = ()  # begin, end, first byte, end byte
         self._deadline_s = 0.0  # without a plan nothing is held back
         self._total_bytes = self._gone_bytes = self._late_bytes = 0
-        self._held_s = 0.0
+        self._held_before_s = 0.0
         self._active = 0
         self._wire_free_s = 0.0  # until then, training's last message is on the wire
         self._own_free_s = 0.0  # until then, our last slice is
@@ -84,27 +107,14 @@ class Pacer:
         with self._changed:
             self._origin_s = self._now()
             self._steps, self._deadline_s = tuple(steps), deadline_s
-            self._total_bytes, self._gone_bytes, self._late_bytes, self._held_s = total_bytes, 0, 0, 0.0
+            self._total_bytes, self._gone_bytes, self._late_bytes = total_bytes, 0, 0
+            self._held_before_s = self._held_s
             self._changed.notify_all()
-
-    @property
-    def bytes_per_s(self) -> float:
-        """The most that the link has lately been seen to carry for this rank."""
-        return max(self._seen, default=UNKNOWN_BYTES_PER_S)
-
-    @contextmanager
-    def transfer(self, nbytes: int) -> Iterator[None]:
-        """Wrap the transfer of a snapshot of ``nbytes``, acknowledgement included: it shows the bandwidth."""
-        began, held = self._now(), self._held_s
-        yield
-        took = self._now() - began - max(0.0, self._held_s - held)
-        if nbytes >= SLICE_MIN_BYTES and took > 0:
-            self._seen.append(nbytes / took)
 
     def report(self) -> tuple[int, float]:
         """Bytes of this plan that went outside their window, and seconds that the pacer held bytes back."""
         with self._changed:
-            return self._late_bytes, self._held_s
+            return self._late_bytes, self._held_s - self._held_before_s
 
     # -- Gate ------------------------------------------------------------------------------------------
 

@@ -17,7 +17,7 @@ from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.pacer import Eager, Pacer
 from megatron_moetion.schedule.planner import Demand, Rung, Window
 from megatron_moetion.schedule.recorder import Clock, Recorder, Silent
-from megatron_moetion.schedule.timeline import Link, Timeline
+from megatron_moetion.schedule.timeline import Lane, Link, Timeline
 
 TIMELINES = 8
 """Iterations that windows are derived from."""
@@ -43,7 +43,8 @@ class Scheduler:
     def __init__(self, schedule: str, clock: Clock, *, eager_slice_bytes: int, draw: Draw) -> None:
         self._draw = draw
         self._pacer = Pacer(self._moved) if schedule == "bubble" else None
-        self.gate: Gate = self._pacer or Eager(eager_slice_bytes, self._moved)
+        self._meter = self._pacer or Eager(eager_slice_bytes, self._moved)
+        self.gate: Gate = self._meter
         self.recorder = Recorder(clock, self._pacer or Silent())
         self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
         self._origin_s = time.monotonic()
@@ -58,18 +59,19 @@ class Scheduler:
         at = timeline.begin_s
         self._draw("iteration", at, at + timeline.duration_s, timeline.iteration)
         for span in timeline.spans:
-            self._draw(span.lane.value, at + span.begin_s, at + span.end_s, span.sent_bytes)
+            on_wire_s = span.end_s
+            if span.lane is Lane.PIPELINE and span.sent_bytes:  # the rest of the call is waiting for the peer
+                on_wire_s = min(span.end_s, span.begin_s + span.sent_bytes / self._meter.bytes_per_s)
+                self._draw(Lane.WAIT.value, at + on_wire_s, at + span.end_s, 0)
+            self._draw(span.lane.value, at + span.begin_s, at + on_wire_s, span.sent_bytes)
         for begin, end in between(timeline):
             self._draw("compute", at + begin, at + end, 0)
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
         """See ``Pacing``: the plan for these bytes is made here, when they are about to go."""
-        if self._pacer is None:
-            yield
-            return
         timelines = tuple(self._timelines)
-        if timelines and nbytes:
+        if self._pacer is not None and timelines and nbytes:
             typical_s = typical_duration(timelines)
             since_s = (time.monotonic() - self._origin_s) % typical_s
             deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
@@ -79,7 +81,7 @@ class Scheduler:
                 {Link.NETWORK: windows}, {Link.NETWORK: self._pacer.bytes_per_s}, [demand], self._pacer.slice_bytes()
             )
             self._pacer.follow(plan.on(Link.NETWORK), nbytes, deadline_s)
-        with self._pacer.transfer(nbytes):
+        with self._meter.transfer(nbytes):
             yield
 
     def affordable(self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
@@ -102,19 +104,16 @@ class Scheduler:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Numbers for a dashboard; empty for ``eager``."""
-        if self._pacer is None:
-            return {}
-        late, held = self._pacer.report()
+        """Numbers for a dashboard."""
+        late, held = self._pacer.report() if self._pacer is not None else (0, 0.0)
         return {
-            "moetion/network-mb-per-s": self._pacer.bytes_per_s / 1e6,
+            "moetion/network-mb-per-s": self._meter.bytes_per_s / 1e6,
             "moetion/late-mb": late / 1e6,
             "moetion/held-s": held,
         }
 
     def _windows(self, timelines: Sequence[Timeline]) -> tuple[Window, ...]:
-        rate = self._pacer.bytes_per_s if self._pacer is not None else 1.0
-        return planner.idle_windows(timelines, Link.NETWORK, rate)
+        return planner.idle_windows(timelines, Link.NETWORK, self._meter.bytes_per_s)
 
     def _moved(self, begin_s: float, end_s: float, nbytes: int) -> None:
         self._draw("replication", begin_s, end_s, nbytes)
