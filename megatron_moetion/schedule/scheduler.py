@@ -67,6 +67,11 @@ class Scheduler:
         for begin, end in between(timeline):
             self._draw("compute", at + begin, at + end, 0)
 
+    @property
+    def newest_timeline(self) -> Timeline:
+        """The last iteration that is known; an empty one before."""
+        return self._timelines[-1] if self._timelines else Timeline(iteration=0, begin_s=0.0, duration_s=0.0)
+
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
         """See ``Pacing``: the plan for these bytes is made here, when they are about to go."""

@@ -15,6 +15,8 @@ from typing import Any
 
 import pytest
 
+from megatron_moetion.observe.report import read_traces
+
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
 ROOT = Path(__file__).parents[2]
@@ -135,13 +137,34 @@ def test_popularity_loses_little_and_counts_it(reference: Run, tmp_path: Path, s
     assert_loads_as_it_went_on(tmp_path / "saved", run)
 
 
+@pytest.mark.parametrize("schedule", ["bubble", "eager"])
+def test_training_is_bitwise_the_same_whenever_snapshots_travel(
+    reference: Run, tmp_path: Path, store: Path, schedule: str
+) -> None:
+    """And the traces show every kind of training's own traffic beside them."""
+    traces = tmp_path / "traces"
+    run = train(tmp_path, moetion(store, "popularity", f"--moetion-schedule {schedule} --moetion-trace-dir {traces}"))
+    assert run.curve == reference.curve
+    assert run.validation == reference.validation
+    bars = read_traces(traces)
+    assert {b.rank for b in bars} == {0, 1, 2, 3}
+    for rank in range(4):
+        lanes = {b.lane for b in bars if b.rank == rank}
+        assert lanes >= {"iteration", "compute", "pipeline", "all-to-all", "wait", "replication"}, rank
+    # PP 2 x EP 2 on four ranks: the dense parameters are shared by two ranks, and so are their gradients.
+    assert {"gradient sync", "parameter gather"} <= {b.lane for b in bars}
+    sent = {lane: sum(b.value for b in bars if b.lane == lane) for lane in ("pipeline", "all-to-all")}
+    assert sent["pipeline"] > 0  # between the two nodes
+    assert sent["all-to-all"] == 0  # inside a node
+
+
 def test_without_the_flag_nothing_of_the_runtime_is_imported(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         "from megatron_moetion.pretrain.launch import run\n"
         "code = run(sys.argv[1:])\n"
         "rooms = ('session', 'store', 'snapshot', 'select', 'replicate', 'recover', '_C', 'mcore.attach',\n"
-        "         'mcore.optimizer', 'mcore.router', 'mcore.layout', 'mcore.shards', 'observe')\n"
+        "         'mcore.optimizer', 'mcore.router', 'mcore.layout', 'mcore.shards', 'mcore.traffic', 'observe', 'schedule')\n"
         "found = [m for m in sys.modules if m.startswith('megatron_moetion.') and\n"
         "         any(m[17:] == r or m[17:].startswith(r + '.') for r in rooms)]\n"
         "print('RUNTIME', found)\n"

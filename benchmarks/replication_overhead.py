@@ -1,0 +1,395 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What do snapshots cost on links that training itself uses?
+
+Two emulated hosts (``benchmarks/testbed``) with a limited link train one Megatron-Core MoE GPT (64 experts, PP 2 x
+EP 2); the pipeline crosses the link. For each rate of the sweep one run alternates blocks of iterations of five arms:
+
+    off                  no snapshots
+    full-eager           all state, every iteration, at once (GEMINI without its scheduler)
+    full-bubble          all state, in the gaps (GEMINI's idea)
+    popularity-eager     dense state and K experts, at once
+    popularity-bubble    the same, in the gaps: what this project does
+
+The first iterations of a block are left out: there the arm settles. A cycle of blocks gives one ratio for each arm, its
+median iteration over that of ``off``; reported are the median over all cycles and its 95% interval. The unlimited link
+is the control: what snapshots cost there is CPU time, because two cores train, pack and send.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+MODEL_FLAGS = (
+    "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --seq-length 128 "
+    "--max-position-embeddings 128 --num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax "
+    "--moe-ffn-hidden-size 512 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
+    "--lr 1e-3 --bf16 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
+)
+EXPERTS_PER_RANK = 32
+STALENESS_CAP = 32
+ARMS = ("off", "full-eager", "full-bubble", "popularity-eager", "popularity-bubble")
+RATES_MBIT = (200.0, 400.0, 1000.0, None)
+QUICK_RATES_MBIT = (400.0,)
+HOSTS, RANKS_PER_HOST = 2, 2
+TARGET_SLOWDOWN = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How long one rate is measured: cycles of blocks, iterations counted in a block, and left out before them."""
+
+    cycles: int
+    block_iterations: int
+    settling_iterations: int
+    limit_s: float
+
+
+FULL_SIZE = Size(cycles=8, block_iterations=4, settling_iterations=2, limit_s=1500)
+QUICK_SIZE = Size(cycles=2, block_iterations=2, settling_iterations=1, limit_s=300)
+
+
+def main() -> int:
+    """Run the sweep and report."""
+    from benchmarks._common import Result, parser, report
+    from benchmarks.testbed import Testbed, TestbedUnavailable, run_torchrun
+
+    options = parser(__doc__ or "")
+    options.add_argument("--rates", type=_rate, nargs="+", metavar="MBIT", help="links to try; 0: unlimited")
+    options.add_argument("--trace-dir", type=Path, metavar="DIR", help="keep traces of the bubble and eager arms there")
+    options.add_argument("--plot", type=Path, metavar="PATH", help="draw the sweep")
+    options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    args = options.parse_args()
+    size = QUICK_SIZE if args.quick else FULL_SIZE
+    if args.worker is not None:
+        return measure(args.worker, size, args.trace_dir)
+    rates = args.rates or (QUICK_RATES_MBIT if args.quick else RATES_MBIT)
+    found: dict[float, dict[str, Any]] = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for rate in rates:
+            folder = Path(scratch) / f"{rate or 0:g}"
+            command = [__file__, "--worker", str(folder / "measured.json"), *(["--quick"] if args.quick else [])]
+            if args.trace_dir is not None:
+                command += ["--trace-dir", str(args.trace_dir.resolve() / f"{rate or 0:g}mbit")]
+            print(f"link: {_name(rate)} ...", flush=True)
+            started = time.monotonic()
+            try:
+                with Testbed(HOSTS, rate) as testbed:
+                    run_torchrun(testbed, command, RANKS_PER_HOST, size.limit_s, folder)
+            except TestbedUnavailable as missing:
+                print(f"error: {missing}", file=sys.stderr)
+                return 2
+            found[rate or math.inf] = json.loads((folder / "measured.json").read_text())
+            print(f"link: {_name(rate)}: {time.monotonic() - started:.0f} s", flush=True)
+    summaries = {rate: summarise(measured) for rate, measured in found.items()}
+    results: list[Result] = []
+    for rate, arms in summaries.items():
+        results += results_of(rate, arms)
+    results += headline(summaries)
+    report("replication_overhead", results, args.json, [f"model: {MODEL_FLAGS}", f"staleness cap {STALENESS_CAP}"])
+    if args.plot is not None:
+        plot(summaries, args.plot)
+    return 0
+
+
+def _rate(text: str) -> float | None:
+    return float(text) or None
+
+
+def _name(rate: float | None) -> str:
+    return "unlimited" if rate is None or math.isinf(rate) else f"{rate:g} Mbit/s"
+
+
+# -- one rank ------------------------------------------------------------------------------------------------
+
+
+def measure(path: Path, size: Size, trace_dir: Path | None) -> int:
+    """Train block after block; rank 0 writes what all ranks measured."""
+    from megatron_moetion.mcore import cpu_device
+
+    cpu_device.install()
+
+    from torch import distributed as dist
+
+    from megatron_moetion.mcore.argument_checks import Machine
+    from megatron_moetion.mcore.arguments import parse_arguments
+    from megatron_moetion.pretrain.launch import Place
+    from megatron_moetion.pretrain.loop import Trainer
+    from megatron_moetion.pretrain.report import Reporter
+    from megatron_moetion.pretrain.startup import build_source, initialize
+
+    place = Place.from_environment(os.environ)
+    args = parse_arguments(MODEL_FLAGS.split(), Machine.here(place.world_size, False))
+    initialize(args, place)
+    trainer = Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
+    store = Path("/dev/shm/moetion-replication")
+    sessions = {arm: open_session(trainer, arm, store, trace_dir) for arm in ARMS[1:]}
+    order, blocks = random.Random(0), []
+    for cycle in range(size.cycles + 1):
+        for arm in order.sample(ARMS, len(ARMS)):
+            block = run_block(trainer, sessions.get(arm), size)
+            if cycle:  # the first cycle warms caches, allocators and timelines
+                blocks.append({"cycle": cycle, "arm": arm, **block})
+        if place.rank == 0:
+            print(f"cycle {cycle} of {size.cycles}", flush=True)
+    spans = len(sessions["popularity-bubble"].scheduler.newest_timeline.spans)
+    for session in reversed(sessions.values()):
+        session.close()
+    gathered: list[Any] = [None] * place.world_size
+    dist.all_gather_object(gathered, {"blocks": blocks})
+    if place.rank == 0:
+        hooks = {"span_s": seconds_per_span(), "spans": spans}
+        path.write_text(json.dumps({"ranks": gathered, "shares": state_shares(trainer), "hooks": hooks}))
+    dist.barrier()
+    shutil.rmtree(store, ignore_errors=True)
+    return 0
+
+
+def open_session(trainer: Any, arm: str, store: Path, trace_dir: Path | None) -> Any:
+    """A session of one arm, started: its baseline is whole."""
+    from megatron_moetion.config import MoetionConfig
+    from megatron_moetion.mcore.attach import attach
+
+    mode, schedule = arm.split("-")
+    session = attach(
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        opt_param_scheduler=trainer.scheduler,
+        user_state=trainer.progress,
+        config=MoetionConfig(
+            mode=mode,
+            schedule=schedule,
+            run_id=arm,
+            store=str(store),
+            staleness_cap=STALENESS_CAP,
+            trace_dir=str(trace_dir / arm) if trace_dir is not None else "",
+        ),
+    )
+    session.start()
+    return session
+
+
+def state_shares(trainer: Any) -> dict[str, float]:
+    """Experts' share of the parameters of the whole model, from this rank's part of it."""
+    named = [(n, p.numel()) for chunk in trainer.model for n, p in chunk.named_parameters()]
+    experts = sum(n for name, n in named if ".experts." in name)
+    return {"experts": experts / sum(n for _, n in named)}
+
+
+def seconds_per_span() -> float:
+    """What recording one span costs the training thread."""
+    from megatron_moetion.schedule.pacer import Pacer
+    from megatron_moetion.schedule.recorder import HostClock, Recorder
+    from megatron_moetion.schedule.timeline import Lane
+
+    recorder = Recorder(HostClock(), Pacer(lambda begin, end, nbytes: None))
+    count = 10_000
+    started = time.perf_counter()
+    for _ in range(count):
+        with recorder.span(Lane.PIPELINE, 1, 1):
+            pass
+    return (time.perf_counter() - started) / count
+
+
+def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
+    """Seconds of each counted iteration, CPU seconds, and what became of the snapshots."""
+    trainer._pipeline_arguments = {} if session is None else session.pipeline_arguments
+    seconds, lags, unsaved, experts = [], [], [], []
+    before: dict[str, float] = {}
+    cpu = 0.0
+    if session is not None:
+        session.scheduler.recorder.cut(trainer.progress.iteration)  # what other arms did is no timeline of this one
+    for number in range(size.settling_iterations + size.block_iterations):
+        is_counted = number >= size.settling_iterations
+        if number == size.settling_iterations:
+            cpu = time.process_time()
+            before = session.scalars() if session is not None else {}
+        started = time.perf_counter()
+        trainer.train_step()
+        if session is not None:
+            session.on_step_end(trainer.progress.iteration)
+        if is_counted:
+            seconds.append(time.perf_counter() - started)
+        if is_counted and session is not None:
+            now = session.scalars()
+            lags.append(now["moetion/stable-lag-iterations"])
+            unsaved.append(now["moetion/unsaved-tokens"])
+            experts.append(now["moetion/experts-per-snapshot"])
+    cpu = (time.process_time() - cpu) / size.block_iterations
+    found: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu}
+    if session is not None:
+        now = session.scalars()
+        session.drain()
+        dropped = now["moetion/snapshots-dropped"] - before["moetion/snapshots-dropped"]
+        found |= {
+            "lag": statistics.mean(lags),
+            "unsaved": statistics.mean(unsaved),
+            "experts": statistics.mean(experts),
+            "bytes": now["moetion/snapshot-bytes"],
+            "dropped": dropped,
+            "mb_per_s": now["moetion/network-mb-per-s"],
+        }
+    return found
+
+
+# -- figures -------------------------------------------------------------------------------------------------
+
+
+def summarise(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """For each arm its figures at one rate."""
+    from benchmarks._common import median_interval
+
+    ranks = measured["ranks"]
+    times = {(b["cycle"], b["arm"]): statistics.median(b["seconds"]) for b in ranks[0]["blocks"]}
+    cycles = sorted({cycle for cycle, _ in times})
+    found: dict[str, dict[str, float]] = {}
+    for arm in ARMS:
+        ratios = np.array([times[c, arm] / times[c, "off"] for c in cycles])
+        low, high = median_interval(ratios)
+        mine = [b for r in ranks for b in r["blocks"] if b["arm"] == arm]
+        found[arm] = {
+            "seconds": statistics.median(times[c, arm] for c in cycles),
+            "slowdown": float(np.median(ratios)) - 1,
+            "low": low - 1,
+            "high": high - 1,
+            "cpu": len(ranks) * statistics.median(b["cpu_seconds"] for b in mine),
+            "experts_share": measured["shares"]["experts"],
+            "hooks": measured["hooks"]["span_s"] * measured["hooks"]["spans"],
+        }
+        if arm != "off":
+            iterations = sum(len(b["seconds"]) for b in mine)
+            # Blocks count cumulative means, so the last one has the mean over the run.
+            found[arm] |= {
+                "bytes": sum([b for b in r["blocks"] if b["arm"] == arm][-1]["bytes"] for r in ranks),
+                "lost": statistics.mean(b["lag"] for b in mine) + 0.5,
+                "unsaved": sum(statistics.mean(b["unsaved"] for b in r["blocks"] if b["arm"] == arm) for r in ranks),
+                "experts": statistics.mean(b["experts"] for b in mine),
+                "whole": 1 - sum(b["dropped"] for b in mine) / iterations,
+                "mb_per_s": statistics.median(b["mb_per_s"] for b in mine),
+            }
+    return found
+
+
+def smallest_interval(arm: Mapping[str, float]) -> float:
+    """Iterations between snapshots at which slowdown is 1%: a snapshot costs the same, spread over more iterations.
+
+    From the upper end of the interval, for each snapshot that became whole; at least 1. Infinite if none did.
+    """
+    if arm["whole"] <= 0:
+        return math.inf
+    return max(1.0, math.ceil(max(arm["high"], 0.0) / arm["whole"] / TARGET_SLOWDOWN))
+
+
+def results_of(rate: float, arms: Mapping[str, Mapping[str, float]]) -> list[Any]:
+    """All figures of one rate."""
+    from benchmarks._common import Result, at_most
+
+    link = _name(rate)
+    off = arms["off"]
+    results = [
+        Result(name=f"{link}: iteration without snapshots", value=off["seconds"], unit="s"),
+        at_most(f"{link}: cost of the hooks", off["hooks"] / off["seconds"], "share", 0.002),
+    ]
+    for name in ARMS[1:]:
+        arm = arms[name]
+        interval = smallest_interval(arm)
+        for what, value, unit in (
+            ("slowdown", arm["slowdown"], "share"),
+            ("slowdown, lower end of 95%", arm["low"], "share"),
+            ("slowdown, upper end of 95%", arm["high"], "share"),
+            ("bytes a snapshot, all ranks", arm["bytes"] / 1e6, "MB"),
+            ("snapshots that became whole", arm["whole"], "share"),
+            ("smallest interval at 1% slowdown", None if math.isinf(interval) else interval, "iterations"),
+            ("lost work at a random fault", arm["lost"], "iterations"),
+            ("CPU seconds added, all ranks", arm["cpu"] - arms["off"]["cpu"], "s/iteration"),
+            ("bandwidth seen by a rank", arm["mb_per_s"], "MB/s"),
+        ):
+            results.append(Result(name=f"{link}: {name}: {what}", value=value, unit=unit))
+    ours = arms["popularity-bubble"]
+    results += [
+        Result(name=f"{link}: K of a rank's {EXPERTS_PER_RANK} experts", value=ours["experts"], unit="experts"),
+        Result(name=f"{link}: tokens at risk, all ranks", value=ours["unsaved"], unit="tokens"),
+    ]
+    return results
+
+
+def headline(summaries: Mapping[float, Mapping[str, Mapping[str, float]]]) -> list[Any]:
+    """The targets, at the fastest link on which ``full-eager`` slows training by at least 50%."""
+    from benchmarks._common import Result, at_least, at_most
+
+    slow = [rate for rate, arms in summaries.items() if arms["full-eager"]["slowdown"] >= 0.5]
+    if not slow:
+        return [Result(name="a link on which full-eager slows training by 50%", value=None, unit="Mbit/s")]
+    rate = max(slow)
+    arms = summaries[rate]
+    ours, eager, bubble = arms["popularity-bubble"], arms["full-eager"], arms["full-bubble"]
+    cost = max(ours["high"], 1e-3)  # never a value near zero
+    ours_each = cost / max(ours["whole"], 1e-9)
+    eager_each, bubble_each = (arm["slowdown"] / max(arm["whole"], 1e-9) for arm in (eager, bubble))
+    at = _name(rate)
+    return [
+        Result(name="fastest link on which full-eager slows training by 50%", value=rate, unit="Mbit/s"),
+        at_most(f"{at}: popularity-bubble: slowdown, upper end", ours["high"], "share", 0.02),
+        at_least(f"{at}: overhead of full-eager / ours", eager["slowdown"] / cost, "x", 12),
+        at_least(f"{at}: overhead of full-bubble / ours", bubble["slowdown"] / cost, "x", 3),
+        at_least(f"{at}: frequency of ours / full-eager", eager_each / ours_each, "x", 15),
+        at_least(
+            f"{at}: frequency of ours / full-bubble", bubble_each / ours_each, "x", bubble["bytes"] / ours["bytes"]
+        ),
+        at_least(f"{at}: bytes of full / ours", eager["bytes"] / ours["bytes"], "x", 9),
+        at_least(f"{at}: K x staleness cap / experts", ours["experts"] * STALENESS_CAP / EXPERTS_PER_RANK, "x", 1),
+        Result(name=f"{at}: experts' share of the state", value=ours["experts_share"], unit="share"),
+        Result(name=f"{at}: snapshots of ours that became whole", value=ours["whole"], unit="share"),
+    ]
+
+
+def plot(summaries: Mapping[float, Mapping[str, Mapping[str, float]]], path: Path) -> None:
+    """Slowdown over the rate of the link, one line an arm, with intervals."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = dict(zip(ARMS[1:], ("#b0b0b0", "#707070", "#e39a4a", "#d1342f"), strict=True))
+    rates: Sequence[float] = sorted(summaries)
+    labels = [_name(r) for r in rates]
+    figure, axis = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
+    for arm in ARMS[1:]:
+        middle = np.array([summaries[r][arm]["slowdown"] for r in rates]) * 100
+        low = np.array([summaries[r][arm]["low"] for r in rates]) * 100
+        high = np.array([summaries[r][arm]["high"] for r in rates]) * 100
+        axis.errorbar(
+            range(len(rates)), middle, yerr=[middle - low, high - middle], label=arm, color=colors[arm], marker="o",
+            capsize=3, linewidth=1.8,
+        )  # fmt: skip
+    axis.axhline(0, color="#444444", linewidth=0.8)
+    axis.set_xticks(range(len(rates)), labels)
+    axis.set_xlabel("link of each host")
+    axis.set_ylabel("slowdown with a snapshot every iteration, %")
+    axis.legend(frameon=False)
+    axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From timelines to pacing and sizes; what is drawn."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import pytest
+
+from megatron_moetion.schedule.planner import Window, ladder
+from megatron_moetion.schedule.recorder import HostClock
+from megatron_moetion.schedule.scheduler import Scheduler, ahead, between, typical_duration
+from megatron_moetion.schedule.timeline import Lane, Span, Timeline
+
+Drawn = list[tuple[str, float, float, int]]
+
+
+def make(schedule: str) -> tuple[Scheduler, Drawn]:
+    drawn: Drawn = []
+    scheduler = Scheduler(schedule, HostClock(), eager_slice_bytes=1 << 20, draw=lambda *what: drawn.append(what))
+    return scheduler, drawn
+
+
+def iterate(scheduler: Scheduler, number: int, seconds: float = 0.05) -> None:
+    """One iteration that sends a little over the network in its middle."""
+    time.sleep(seconds / 2)
+    with scheduler.recorder.span(Lane.PIPELINE, 1000, 0):
+        pass
+    time.sleep(seconds / 2)
+    scheduler.cut(number)
+
+
+def test_windows_ahead_count_from_now_and_go_on_into_the_next_iteration() -> None:
+    windows = [Window(begin_s=0.0, end_s=0.4), Window(begin_s=0.6, end_s=1.0)]
+    found = [(round(w.begin_s, 6), round(w.end_s, 6)) for w in ahead(windows, 0.7, 1.0)]
+    assert found == [(0.0, 0.3), (0.3, 0.7), (0.9, 1.3)]
+
+
+def test_computing_is_what_is_left() -> None:
+    spans = tuple(Span(lane=Lane.WAIT, begin_s=b, end_s=e) for b, e in ((0.2, 0.4), (0.3, 0.5), (0.9, 1.0)))
+    assert between(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=spans)) == [(0.0, 0.2), (0.5, 0.9)]
+    assert typical_duration([Timeline(iteration=i, begin_s=0, duration_s=d) for i, d in enumerate((9, 1, 2))]) == 2
+
+
+@pytest.mark.parametrize("schedule", ["bubble", "eager"])
+def test_all_that_happens_is_drawn(schedule: str) -> None:
+    scheduler, drawn = make(schedule)
+    iterate(scheduler, 1)
+    with scheduler.transfer(1 << 20):
+        scheduler.gate.admit(1 << 20)
+        scheduler.gate.left(1 << 20, time.monotonic())
+    lanes = [lane for lane, *_ in drawn]
+    assert set(lanes) >= {"iteration", "pipeline", "compute", "replication"}
+    assert ("iteration", 1) in [(lane, value) for lane, _, _, value in drawn]
+    assert all(end >= begin for _, begin, end, _ in drawn)
+
+
+def test_before_anything_is_known_nothing_is_held_back_and_all_is_afforded() -> None:
+    scheduler, _ = make("bubble")
+    began = time.monotonic()
+    with scheduler.transfer(1 << 30):
+        scheduler.gate.admit(1 << 30)
+    assert time.monotonic() - began < 1.0
+    rungs = ladder(1, 5)
+    assert scheduler.affordable(rungs, 10**12, 1.0) == (len(rungs) - 1, "")
+
+
+def test_a_transfer_ends_by_the_end_of_the_iteration_whatever_training_does() -> None:
+    scheduler, _ = make("bubble")
+    for number in range(3):
+        iterate(scheduler, number, 0.2)
+    blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)  # a collective that hangs
+    began = time.monotonic()
+    done = threading.Event()
+
+    def send() -> None:
+        with scheduler.transfer(1 << 20):
+            scheduler.gate.admit(1 << 20)
+        done.set()
+
+    threading.Thread(target=send).start()
+    assert done.wait(5.0)
+    assert time.monotonic() - began < 1.0
+    scheduler.recorder.end(blocked)
+
+
+def test_a_slow_link_affords_less_and_says_why() -> None:
+    scheduler, _ = make("bubble")
+    for number in range(3):
+        iterate(scheduler, number, 0.1)
+    with scheduler.transfer(1 << 20):  # 1 MiB in 0.1 s: about 10 MB/s, so about 0.8 MB fit an iteration
+        time.sleep(0.1)
+    rungs = ladder(1, 13)
+    level, why = scheduler.affordable(rungs, 100_000, 100_000.0)
+    assert 3 <= level < len(rungs) - 1
+    assert "the network is idle for 0.1" in why
+    assert scheduler.affordable(rungs, 10**9, 1.0)[0] == 0
+    assert make("eager")[0].affordable(rungs, 10**9, 1.0) == (len(rungs) - 1, "")
+    assert scheduler.scalars()["moetion/network-mb-per-s"] == pytest.approx(10, rel=0.5)
