@@ -9,6 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -100,17 +101,23 @@ class Outcome:
         """Units that each rank had from another node."""
         return [s["fetched"] for s in self.started]
 
+    def dropped(self, rank: int) -> dict[str, int]:
+        """Snapshots that the rank is known to have dropped, by reason."""
+        counts = [n["dropped"] for n in self.notes[rank] if "dropped" in n]
+        return dict(counts[-1]) if counts else {}
+
     @property
     def drops(self) -> int:
         """Snapshots known to be dropped, over all ranks."""
-        last = [[*self.of("saved", r), *self.of("end", r)][-1:] for r in range(len(self.notes))]
-        return sum(sum(note["dropped"].values()) for notes in last for note in notes)
+        return sum(sum(self.dropped(r).values()) for r in range(len(self.notes)))
 
 
 class Job:
     """A run: several attempts that share a store."""
 
-    def __init__(self, nursery: Nursery, folder: Path, store: Path, *, ranks_per_node: int = 2, **settings: Any) -> None:
+    def __init__(
+        self, nursery: Nursery, folder: Path, store: Path, *, ranks_per_node: int = 2, **settings: Any
+    ) -> None:
         toy = {f.name: settings.pop(f.name) for f in dataclasses.fields(Toy) if f.name in settings}
         self.toy = Toy(**toy)
         self.folder, self.store = folder, store
@@ -120,8 +127,8 @@ class Job:
         self._seen = [0] * self.toy.world_size
         self.book: list[dict[int, dict[str, str]]] = [{} for _ in range(self.toy.world_size)]
         """For each rank the unit hashes after each iteration of the history that is alive."""
-        self.lost = 0
-        """Tokens lost so far, by the state alone."""
+        self.lost: dict[int, int] = {}
+        """Tokens lost so far over all ranks, after each iteration, by the state alone."""
         self.settings = {
             "store": str(store), "run_id": "job", "ranks_per_node": ranks_per_node, "pack_threads": 1, "timeout_s": 20,
             "chunk_bytes": 4096, "mode": "full", "max_stall_ms": 5000, "report": str(folder / "events.jsonl"),
@@ -140,14 +147,26 @@ class Job:
         for number in nodes:
             shutil.rmtree(self.node(number))
 
+    def take_away(self, number: int) -> None:
+        """The node is gone for now, and keeps its memory."""
+        self.node(number).rename(self._away(number))
+
+    def bring_back(self, number: int) -> None:
+        """In place of the node that took over, whose memory is lost."""
+        self.lose(number)
+        self._away(number).rename(self.node(number))
+
+    def _away(self, number: int) -> Path:
+        return self.store / f"away{number}"
+
     def arena(self, owner: int, node: int) -> Path:
         return self.node(node) / f"rank{owner:05d}.arena"
 
     def attempt(
         self,
-        faults: str | Iterable[tuple[int, int, str]] = (),
+        faults: Iterable[tuple[int, int, str]] = (),
         *,
-        kill: Mapping[str, Any] | None = None,
+        kill: tuple[int, int, float] | None = None,
         places: Sequence[int] | None = None,
         limit_s: float = 60,
         restarts: int | None = None,
@@ -155,7 +174,8 @@ class Job:
         **changes: Any,
     ) -> Outcome:
         """Start all ranks once more. ``faults``: (rank, iteration, point) of this attempt. ``places``: the place of
-        each rank in the row of nodes. ``changes``: settings of this attempt, of the toy or the runtime."""
+        each rank in the row of nodes. ``kill``: (rank, steps, seconds), a SIGKILL so long after so many of its steps.
+        ``changes``: settings of this attempt, of the toy or the runtime."""
         self._attempt += 1
         toy = {f.name: changes.pop(f.name) for f in dataclasses.fields(Toy) if f.name in changes}
         count = self._attempt if restarts is None else restarts
@@ -179,10 +199,14 @@ class Job:
             configs=[{**common, **per_rank.get(rank, {})} for rank in range(world)],
             toy=dataclasses.asdict(dataclasses.replace(self.toy, **toy)),
             ranks=environments,
-            kill=kill,
+            kill=kill and {"rank": kill[0], "steps": self._steps_of(kill[0]) + kill[1], "delay_s": kill[2]},
         )
         outcome = Outcome(codes, [self._read(rank) for rank in range(world)])
         return outcome
+
+    def _steps_of(self, rank: int) -> int:
+        path = self.folder / f"rank{rank:05d}.jsonl"
+        return path.read_text().count('"event": "step"') if path.exists() else 0
 
     def _read(self, rank: int) -> list[dict[str, Any]]:
         path = self.folder / f"rank{rank:05d}.jsonl"
@@ -201,12 +225,15 @@ class Job:
             return  # it ended while it started, so no step was taken
         if outcome.started[0]["recovered"]:
             self._check_recovery(outcome)
+        lost = Counter({i: n for i, n in self.lost.items() if i <= outcome.iteration})
         for rank, book in enumerate(self.book):
-            iteration = outcome.iteration
-            for later in [i for i in book if i > iteration]:
+            for later in [i for i in book if i > outcome.iteration]:
                 del book[later]
-            book.setdefault(iteration, outcome.started[rank]["hashes"])
-            book.update({n["iteration"]: n["hashes"] for n in outcome.of("step", rank)})
+            book.setdefault(outcome.iteration, outcome.started[rank]["hashes"])
+            for step in outcome.of("step", rank):
+                book[step["iteration"]] = step["hashes"]
+                lost[step["iteration"]] += step["lost"]
+        self.lost = dict(lost)
 
     def _check_recovery(self, outcome: Outcome) -> None:
         origin: dict[str, int] = {}
@@ -223,10 +250,10 @@ class Job:
                     at = oldest
                 assert found == book[at][name], f"rank {rank}: {name} is not what it was at iteration {at}"
         lost = sum(s["lost"] for s in outcome.started)
-        assert {s["lost_tokens"] for s in outcome.started} == {lost - self.lost}
+        before = self.lost.get(outcome.iteration, 0)
+        assert [s["lost_tokens"] for s in outcome.started] == [lost - before] * self.toy.world_size
         share = lost / sum(s["processed"] for s in outcome.started) if lost else 0
         assert all(abs(s["plt"] - share) < 1e-12 for s in outcome.started)
-        self.lost = lost
 
     def finish(self, **changes: Any) -> Outcome:
         """The last attempt: it must reach the end on all ranks."""

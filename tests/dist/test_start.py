@@ -73,9 +73,7 @@ def test_where_both_copies_are_damaged_an_older_iteration_is_used_by_all(
     [damage_pages, lambda p: truncate(p, 0.6), lambda p: truncate(p, 0), lambda p: flip(p, 40)],
     ids=["both pages", "cut", "empty", "header"],
 )
-def test_an_arena_that_cannot_be_read_is_replaced_from_the_buddys(
-    job: MakeJob, damage: Callable[[Path], None]
-) -> None:
+def test_an_arena_that_cannot_be_read_is_replaced_from_the_buddys(job: MakeJob, damage: Callable[[Path], None]) -> None:
     run = trained(job)
     damage(run.arena(owner=2, node=1))
     damage(run.arena(owner=0, node=1))

@@ -155,16 +155,16 @@ class Trainee(ToyState):
         return tuple(range(self.group, self._toy.world_size, 2))
 
     def moved(self) -> str:
-        return "the tensor 'dense' was replaced" if self._now(self._toy.moved) else ""
+        return "the tensor 'dense' was replaced" if self.now(self._toy.moved) else ""
 
     def host_state(self) -> dict[str, Any]:
-        return {**self.host, **({"log": bytes(9000)} if self._now(self._toy.grown_host) else {})}
+        return {**self.host, **({"log": bytes(9000)} if self.now(self._toy.grown_host) else {})}
 
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         super().load_host_state(state)
         self._iteration = state["iteration"]
 
-    def _now(self, iterations: Sequence[int]) -> bool:
+    def now(self, iterations: Sequence[int]) -> bool:
         return self._iteration in iterations and self._toy.concerns(self._rank)
 
     def mark(self) -> int:
@@ -187,7 +187,12 @@ class Trainee(ToyState):
             self.stamps[e][:] = iteration
             self.trained[e] += tokens
             self.counts[e] += tokens
-        self.host = {"iteration": iteration, "rng": rng.bytes(64), "pair": (iteration, None), "rate": float(rng.random())}
+        self.host = {
+            "iteration": iteration,
+            "rng": rng.bytes(64),
+            "pair": (iteration, None),
+            "rate": float(rng.random()),
+        }
 
     def hashes(self) -> dict[str, str]:
         """A hash of each unit."""
@@ -254,7 +259,9 @@ def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping
     packer.BATCH_BYTES = 1 << 14  # several batches in a snapshot, so that "mid-pack" is in the middle
     try:
         store = dist.FileStore(str(folder / f"rendezvous{attempt}"), toy.world_size)
-        dist.init_process_group("gloo", store=store, rank=rank, world_size=toy.world_size, timeout=timedelta(seconds=30))
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=toy.world_size, timeout=timedelta(seconds=30)
+        )
         if toy.audit:
             from store_audit import listen
 
@@ -299,9 +306,9 @@ def _train(
         time.sleep(toy.step_s)
         session.before_optimizer_step()
         state.advance(iteration, marks)
-        notes.write("step", iteration=iteration, hashes=state.hashes())
+        notes.write("step", iteration=iteration, hashes=state.hashes(), lost=state.lost(), dropped=_dropped(session))
         session.on_step_end(iteration)
-        if toy.calm:
+        if toy.calm and iteration not in toy.slow_pack:  # waiting there would make up for the delay
             _drain(session)
         notes.write("saved", iteration=iteration, stable=session.stable_iteration, dropped=_dropped(session))
     _drain(session)
@@ -341,7 +348,7 @@ def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> 
     round_ = {"iteration": 0, "exchange": 0}
 
     def slow_pack(targets: Any, between: Any) -> Any:
-        if state._now(toy.slow_pack):
+        if state.now(toy.slow_pack):
             time.sleep(0.2)
         return pack(targets, between)
 
@@ -350,7 +357,7 @@ def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> 
         if toy.broken_send_after and iteration >= toy.broken_send_after:
             raise ChannelError("the network is gone")
         if iteration in toy.slow_send:
-            time.sleep(0.3)
+            time.sleep(0.1)
         return replicate(iteration, records)
 
     def troubled_exchange(sends: Any, receives: Any) -> None:
