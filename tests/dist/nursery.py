@@ -36,7 +36,7 @@ def serve(run_rank: Callable[[Mapping[str, Any], Mapping[str, str]], int]) -> No
 
 
 def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], Mapping[str, str]], int]) -> Any:
-    """Run all ranks of one attempt. One that is killed, or has a bug, takes the others with it, as a supervisor would."""
+    """Run all ranks of one attempt. One that is killed or has a bug takes the others with it: supervisors do that."""
     ranks = {_fork(request, environment, run_rank): int(environment["RANK"]) for environment in request["ranks"]}
     codes: dict[int, int] = {}
     now = time.monotonic()
