@@ -49,7 +49,7 @@ def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], M
                 code = os.waitstatus_to_exitcode(status)
                 codes[ranks[pid]] = code
                 if code:
-                    limit = min(limit, time.monotonic() + (0 if code < 0 or code == BUG else TOGETHER_S))
+                    limit = min(limit, time.monotonic() + (0 if code < 0 else 0.5 if code == BUG else TOGETHER_S))
         if kill and _steps(Path(request["folder"]), kill["rank"]) >= kill["steps"]:
             time.sleep(kill["delay_s"])
             os.kill(next(p for p, r in ranks.items() if r == kill["rank"]), signal.SIGKILL)
