@@ -67,6 +67,12 @@ def logs(folder: str | Path) -> str:
     return "\n".join(f"{p.name}: {p.read_text()[-2000:]}" for p in sorted(Path(folder).glob("*.log")))
 
 
+def notes_in(path: Path) -> list[dict[str, Any]]:
+    """One rank's notes; SIGKILL may have cut the last line short."""
+    lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
 @dataclass(frozen=True)
 class Outcome:
     """One attempt: exit codes, and what each rank noted in it."""
@@ -124,7 +130,6 @@ class Job:
         self._nursery = nursery
         self._attempt = -1
         self._per_node = ranks_per_node
-        self._seen = [0] * self.toy.world_size
         self.book: list[dict[int, dict[str, str]]] = [{} for _ in range(self.toy.world_size)]
         """For each rank the unit hashes after each iteration of the history that is alive."""
         self.lost: dict[int, int] = {}
@@ -199,20 +204,12 @@ class Job:
             configs=[{**common, **per_rank.get(rank, {})} for rank in range(world)],
             toy=dataclasses.asdict(dataclasses.replace(self.toy, **toy)),
             ranks=environments,
-            kill=kill and {"rank": kill[0], "steps": self._steps_of(kill[0]) + kill[1], "delay_s": kill[2]},
+            kill=kill and {**dict(zip(("rank", "steps", "delay_s"), kill)), "notes": str(self._notes(kill[0]))},
         )
-        outcome = Outcome(codes, [self._read(rank) for rank in range(world)])
-        return outcome
+        return Outcome(codes, [notes_in(self._notes(rank)) for rank in range(world)])
 
-    def _steps_of(self, rank: int) -> int:
-        path = self.folder / f"rank{rank:05d}.jsonl"
-        return path.read_text().count('"event": "step"') if path.exists() else 0
-
-    def _read(self, rank: int) -> list[dict[str, Any]]:
-        path = self.folder / f"rank{rank:05d}.jsonl"
-        lines = path.read_text().splitlines() if path.exists() else []
-        new, self._seen[rank] = lines[self._seen[rank] :], len(lines)
-        return [json.loads(line) for line in new]
+    def _notes(self, rank: int) -> Path:
+        return self.folder / f"rank{rank:05d}.{self._attempt}.jsonl"
 
     @property
     def events(self) -> list[dict[str, Any]]:
@@ -309,11 +306,11 @@ def damage_pages(path: Path) -> None:
     path.write_bytes(data)
 
 
-def flip(path: Path, position: int) -> None:
-    """Flip one bit of a file."""
-    data = bytearray(path.read_bytes())
-    data[position] ^= 1
-    path.write_bytes(data)
+def damage_header(path: Path) -> None:
+    """Change a letter of a unit's name."""
+    data = path.read_bytes()
+    assert data.count(b'"layers.0.dense"') == 1
+    path.write_bytes(data.replace(b'"layers.0.dense"', b'"layers.0.dence"'))
 
 
 def truncate(path: Path, keep: float) -> None:

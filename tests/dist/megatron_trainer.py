@@ -82,7 +82,7 @@ Span = tuple[int, int]
 def main(folder: Path, environment: Mapping[str, str]) -> int:
     """Examine all cases; whatever is raised ends the rank."""
     rank = int(environment["RANK"])
-    notes = Notes(folder / f"rank{rank:05d}.jsonl", attempt=0)
+    notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
     store = dist.FileStore(str(folder / "rendezvous"), WORLD_SIZE)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)

@@ -50,7 +50,7 @@ def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], M
                 codes[ranks[pid]] = code
                 if code:
                     limit = min(limit, time.monotonic() + (0 if code < 0 else 0.5 if code == BUG else TOGETHER_S))
-        if kill and _steps(Path(request["folder"]), kill["rank"]) >= kill["steps"]:
+        if kill and _steps(Path(kill["notes"])) >= kill["steps"]:
             time.sleep(kill["delay_s"])
             os.kill(next(p for p, r in ranks.items() if r == kill["rank"]), signal.SIGKILL)
             kill = None
@@ -62,9 +62,8 @@ def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], M
     return {"codes": [codes[r] for r in sorted(codes)], "late": late}
 
 
-def _steps(folder: Path, rank: int) -> int:
-    path = folder / f"rank{rank:05d}.jsonl"
-    return path.read_bytes().count(b'"event": "step"') if path.exists() else 0
+def _steps(notes: Path) -> int:
+    return notes.read_bytes().count(b'"event": "step"') if notes.exists() else 0
 
 
 def _fork(

@@ -9,7 +9,6 @@ itself tells them.
 from __future__ import annotations
 
 import random
-import shutil
 from collections.abc import Callable
 from typing import Any
 
@@ -52,7 +51,7 @@ def test_full_goes_on_bitwise_after_a_kill(job: MakeJob, point: str, lost: int |
     run.assert_as_if_nothing_had_happened()
 
 
-@pytest.mark.parametrize("lost", [None, 0, 1])
+@pytest.mark.parametrize("lost", [None, 1])
 @pytest.mark.parametrize("point", OF_A_STEP)
 def test_popularity_takes_each_expert_from_one_iteration_and_counts(job: MakeJob, point: str, lost: int | None) -> None:
     run = job(**SPARSE, calm=True)
@@ -68,14 +67,25 @@ def test_popularity_takes_each_expert_from_one_iteration_and_counts(job: MakeJob
     assert sum(began.one("end", r)["lost"] for r in range(4)) == lost, "the rest of the run loses nothing"
 
 
+def test_an_expert_that_one_rank_failed_to_capture_is_of_an_older_iteration_on_all(job: MakeJob) -> None:
+    """Ranks 1 and 3 share experts; rank 1 alone lacks iteration 5, and nobody has been told so when the job ends."""
+    run = job(**SPARSE, moved=(5,), odd_ranks=(1,), calm=True)
+    ended = run.attempt(iterations=6)
+    run.follow(ended)
+    assert [ended.dropped(r) for r in range(4)] == [{}, {"moved": 1}, {}, {}]
+    began = run.finish()
+    assert began.iteration == 6
+    assert all(5 not in age for r in (1, 3) for age in began.started[r]["ages"].values())
+
+
 # -- lost nodes -------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("mode", ["full", "popularity"])
 @pytest.mark.parametrize(
     ("world_size", "replicas", "lost"),
-    [(4, 1, (1, 2)), (4, 1, (0, 3)), (3, 2, (0, 2)), (3, 2, (1, 2)), (5, 1, (0, 4))],
-    ids=["one of each pair", "the others of each pair", "two of three", "another two", "one of a pair, one of a ring"],
+    [(4, 1, (1, 2)), (3, 2, (0, 2)), (5, 1, (0, 4))],
+    ids=["one of each pair", "two of three", "one of a pair, one of a ring"],
 )
 def test_as_many_nodes_as_there_are_replicas_may_vanish(
     job: MakeJob, mode: str, world_size: int, replicas: int, lost: tuple[int, ...]
@@ -102,8 +112,7 @@ def test_the_node_that_took_over_is_lost_while_it_recovers(job: MakeJob, point: 
         run.assert_as_if_nothing_had_happened()
 
 
-@pytest.mark.parametrize("lost", [0, 1])
-@pytest.mark.parametrize("point", OF_A_RECOVERY)
+@pytest.mark.parametrize(("point", "lost"), zip(OF_A_RECOVERY, (0, 1, 0, 1), strict=True))
 def test_the_first_node_is_lost_in_the_recovery_from_a_kill(job: MakeJob, point: str, lost: int) -> None:
     run = job()
     run.fail(at(1, 6, "mid-replication"))
@@ -121,6 +130,16 @@ def test_the_last_old_node_may_go_once_its_state_is_on_the_new_one(job: MakeJob,
     run.fail([(0, -1, point)])
     run.lose(0)
     run.finish()
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_a_node_is_lost_while_the_buddies_copies_are_completed(job: MakeJob) -> None:
+    """Iteration 7 is on its owners only, and its way to the buddies is cut short: they still have what was stable."""
+    run = job(slow_send=(7,), calm=True)
+    run.fail(at(0, 7, "mid-replication"))
+    run.fail([(0, -1, "fetch")], second_fetch=True, odd_ranks=(0,))
+    run.lose(0)
+    assert run.finish().iteration == 5
     run.assert_as_if_nothing_had_happened()
 
 
@@ -276,24 +295,15 @@ def test_a_node_from_before_the_run_began_anew_brings_nothing_back(job: MakeJob)
 
 
 def test_two_recoveries_of_one_number_are_not_mixed(job: MakeJob) -> None:
-    """Nodes 0 and 1 went on without node 2, vanished, and node 2 went on without them; then node 1 comes back."""
-    run = job(world_size=3, ranks_per_node=1, replicas=2, salted=True, calm=True, iterations=14)
+    """Nodes 0 and 1 went on without node 2 and vanished; node 2 went on without them; then node 1 comes back."""
+    run = job(world_size=3, ranks_per_node=1, replicas=2, salted=True, calm=True)
     run.fail(at(0, 5, "mid-pack"))
     run.take_away(2)
-    run.fail(at(0, 9, "mid-pack"))
-    known = [dict(book) for book in run.book]
+    without_2 = run.fail(at(0, 6, "mid-replication"))
     run.take_away(1)
     run.lose(0)
     run.bring_back(2)
-    for book in run.book:
-        for iteration in [i for i in book if i > 4]:
-            del book[iteration]
-    other = run.fail(at(0, 11, "mid-pack"))
-    assert other.started[0]["epoch"] == 1
+    without_0_and_1 = run.fail(at(1, 7, "mid-replication"))
+    assert [(o.iteration, o.started[0]["epoch"]) for o in (without_2, without_0_and_1)] == [(4, 1), (4, 1)]
     run.bring_back(1)
-    shutil.rmtree(run.node(0))
-    histories = {8: known, 10: run.book}
-    last = run.attempt()
-    run.book = histories[last.iteration]
-    run.follow(last)
-    assert last.codes == [0, 0, 0]
+    assert run.finish().iteration == 6

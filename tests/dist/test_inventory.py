@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Nursery, logs
+from jobs import Nursery, logs, notes_in
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -36,7 +35,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
     finally:
         nursery.close()
     assert codes == [0] * 4, logs(folder)
-    return [[json.loads(line) for line in p.read_text().splitlines()] for p in sorted(folder.glob("*.jsonl"))]
+    return [notes_in(folder / f"rank{rank:05d}.0.jsonl") for rank in range(4)]
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a small training job: NumPy state, the real ``Session`` over gloo, real arenas.
 
-Whoever reads its notes (``rank00000.jsonl``) can tell from which iteration every part of its state comes. A step
+Whoever reads its notes (``rank00000.ATTEMPT.jsonl``) can tell from which iteration every part of its state comes. A step
 depends on the state of all ranks before it, so that a wrong byte anywhere is in every hash that follows.
 """
 
@@ -67,6 +67,8 @@ class Toy:
     """Iterations of which a byte is flipped on its way to this rank."""
     broken_send_after: int = 0
     """From this iteration on, nothing can be sent or received any more."""
+    second_fetch: bool = False
+    """A kill at "fetch" waits for the second time, when buddies' copies are completed, and until all are there."""
     odd_ranks: tuple[int, ...] = ()
     """The ranks that all of the above concern; none named: all."""
     calm: bool = False
@@ -238,7 +240,7 @@ def uninterrupted(toy: Toy) -> list[dict[int, dict[str, str]]]:
 
 @dataclass
 class Notes:
-    """What one rank writes down; each line is in the file before the rank goes on, so SIGKILL loses none."""
+    """What one rank writes down in one attempt; a line is in the file before the rank goes on."""
 
     path: Path
     attempt: int
@@ -255,7 +257,7 @@ def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping
     """Train to the end on this rank; returns the exit code."""
     rank = int(environment["RANK"])
     attempt = int(environment["ATTEMPT"])
-    notes = Notes(folder / f"rank{rank:05d}.jsonl", attempt)
+    notes = Notes(folder / f"rank{rank:05d}.{attempt}.jsonl", attempt)
     packer.BATCH_BYTES = 1 << 14  # several batches in a snapshot, so that "mid-pack" is in the middle
     try:
         store = dist.FileStore(str(folder / f"rendezvous{attempt}"), toy.world_size)
@@ -289,6 +291,8 @@ def _train(
         expert_peers=state.expert_peers(), timeout_s=settings.timeout_s, in_flight_bytes=settings.in_flight_bytes
     )
     session = Session(config=settings, adapter=state, fabric=fabric, topology=toy.topology, environment=environment)
+    if toy.second_fetch and toy.concerns(rank):
+        _skip_first_fetch(session)
     resumed = session.start()
     if toy.concerns(rank):
         _disturb(session, fabric, state, toy)
@@ -337,6 +341,21 @@ def _gather(mark: int, world_size: int) -> list[int]:
     parts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
     dist.all_gather(parts, torch.tensor([mark]))
     return [int(p) for p in parts]
+
+
+def _skip_first_fetch(session: Session) -> None:
+    probe = session._probe
+    passed: list[str] = []
+
+    def patient(point: str, iteration: int) -> None:
+        passed.append(point)
+        if point == "fetch":
+            if passed.count(point) == 1:
+                return
+            time.sleep(0.1)
+        probe(point, iteration)
+
+    session._probe = patient
 
 
 def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> None:
