@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, MoetionError, StoreError
@@ -25,6 +26,9 @@ from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import UnitKind
+
+_OF_ONE_RANK = ("store", "pack_threads", "max_stall_ms", "report", "inject_fault")
+"""Settings that may differ between ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,11 +90,12 @@ class Startup:
                 "node": self._node.key,
                 "attempt": attempt,
                 "spec": self._spec.to_json().decode(),
+                "settings": {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK},
                 "nonce": secrets.randbits(32),
             }
         )
         specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
-        _require_one_run(specs)
+        _require_one_run([n["settings"] for n in notes], specs)
         placement = place([n["node"] for n in notes], self._config.replicas)
         node = placement.node_of[rank]
         neighbours = placement.ranks_on(node)
@@ -205,10 +210,11 @@ class Startup:
                 path.unlink(missing_ok=True)
 
 
-def _require_one_run(specs: Sequence[ArenaSpec]) -> None:
-    first = asdict(specs[0].identity)
-    for rank, spec in enumerate(specs):
-        other = asdict(spec.identity)
+def _require_one_run(settings: Sequence[Mapping[str, Any]], specs: Sequence[ArenaSpec]) -> None:
+    """Ranks that replicate at other iterations, to other holders or in other slices would wait for each other."""
+    sides = [{**s, **asdict(spec.identity)} for s, spec in zip(settings, specs, strict=True)]
+    first = sides[0]
+    for rank, other in enumerate(sides):
         differing = [k for k in first if k not in ("owner", "layout") and first[k] != other[k]]
         if differing:
             raise ConfigError(

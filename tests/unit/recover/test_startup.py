@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -301,6 +302,21 @@ def test_ranks_that_were_started_differently_are_refused(tmp_path: Path) -> None
     job.sessions[1]._spec = Job(tmp_path, chunk_bytes=8192).sessions[1]._spec
     with pytest.raises(ConfigError, match="ranks 0 and 1 were started differently: chunk_bytes is 4096"):
         job.start()
+
+
+@pytest.mark.parametrize("change", [{"interval": 2}, {"replicas": 0}, {"in_flight_bytes": 1 << 20}])
+def test_ranks_whose_settings_differ_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
+    job = Job(tmp_path)
+    job.sessions[1]._config = replace(job.config, **change)  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"ranks 0 and 1 were started differently: {next(iter(change))} is"):
+        job.start()
+
+
+def test_settings_of_one_rank_may_differ(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.sessions[1]._config = replace(job.config, pack_threads=2, max_stall_ms=7, report="elsewhere")
+    assert job.start() == [None, None]
+    job.crash()
 
 
 def test_on_step_end_before_start_is_refused(tmp_path: Path) -> None:

@@ -1,0 +1,375 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One of four ranks that builds real Megatron-Core models, one after another, and examines what is captured of each.
+
+What a rank owns is found here by walking optimizers and modules, without the layout that the inventory is made from.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import hashlib
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import distributed as dist
+from toy_trainer import Notes
+
+from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore import cpu_device
+
+cpu_device.install()
+
+# isort: split
+from megatron.core import parallel_state, tensor_parallel
+from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
+from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
+from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
+from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe.router import TopKRouter
+
+from megatron_moetion.mcore.argument_checks import Machine
+from megatron_moetion.mcore.arguments import parse_arguments
+from megatron_moetion.mcore.optimizer import MegatronState
+from megatron_moetion.pretrain import model as model_module
+from megatron_moetion.pretrain.corpus import MockCorpus
+from megatron_moetion.pretrain.launch import Place
+from megatron_moetion.pretrain.loop import Trainer
+from megatron_moetion.pretrain.report import Reporter
+from megatron_moetion.pretrain.startup import form_groups
+from megatron_moetion.snapshot.host_state import decode, encode
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.units import Inventory, Role, UnitKind
+
+WORLD_SIZE = 4
+MODEL = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --num-experts 4 --moe-router-topk 2 "
+    "--moe-ffn-hidden-size 48 --moe-aux-loss-coeff 1e-2 --micro-batch-size 1 --global-batch-size 8 --train-iters 10 "
+    "--lr 1e-2 --lr-warmup-iters 4 --lr-decay-style cosine --mock-data --eval-iters 0 --distributed-timeout-minutes 1"
+)
+_TWO_BY_TWO = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
+CASES = {
+    "pp2 ep2, bf16, distributed, tied": f"{_TWO_BY_TWO} --bf16 --use-distributed-optimizer",
+    "pp2 ep2, fp32, untied": f"{_TWO_BY_TWO} --untie-embeddings-and-output-weights",
+    "ep2 dp2, bf16, distributed": "--expert-model-parallel-size 2 --bf16 --use-distributed-optimizer",
+    "ep2 dp2, bf16": "--expert-model-parallel-size 2 --bf16",
+    "ep2 dp2, fp32, distributed, overlapped": (
+        "--expert-model-parallel-size 2 --use-distributed-optimizer --overlap-grad-reduce --overlap-param-gather"
+    ),
+    "ep4, bf16, expert bias, shared expert": (
+        "--expert-model-parallel-size 4 --bf16 --use-distributed-optimizer --swiglu --disable-bias-linear "
+        "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-shared-expert-intermediate-size 24"
+    ),
+    "pp2 ep2, fp16, frozen embedding": (
+        f"{_TWO_BY_TWO} --fp16 --initial-loss-scale 65536 --untie-embeddings-and-output-weights"
+    ),
+    "pp2 ep2 in four stages, bf16, distributed": (
+        f"{_TWO_BY_TWO} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --bf16 --use-distributed-optimizer"
+    ),
+}
+WITHOUT_COUNTS = "ep2 dp2, bf16"
+FROZEN = "pp2 ep2, fp16, frozen embedding"
+
+Span = tuple[int, int]
+"""Addresses [start, end)."""
+
+
+def main(folder: Path, environment: Mapping[str, str]) -> int:
+    """Examine all cases; whatever is raised ends the rank."""
+    rank = int(environment["RANK"])
+    notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
+    store = dist.FileStore(str(folder / "rendezvous"), WORLD_SIZE)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    for name, flags in CASES.items():
+        trainer = _build(rank, name, flags)
+        notes.write("case", name=name, **_examine(trainer, count_tokens=name != WITHOUT_COUNTS))
+        if name == list(CASES)[-1]:
+            notes.write("refusals", **_refusals(trainer))
+        get_moe_layer_wise_logging_tracker().clear()
+        parallel_state.destroy_model_parallel()
+        destroy_num_microbatches_calculator()
+    dist.barrier()
+    return 0
+
+
+def _build(rank: int, name: str, flags: str) -> Trainer:
+    args = parse_arguments(f"{MODEL} {flags}".split(), Machine.here(WORLD_SIZE, has_gpu=False))
+    form_groups(args, Place(rank=rank, world_size=WORLD_SIZE, local_rank=rank, local_world_size=WORLD_SIZE))
+    build_chunk = model_module._build_chunk
+
+    def build_frozen(*how: Any) -> torch.nn.Module:
+        chunk = build_chunk(*how)
+        for parameter_name, parameter in chunk.named_parameters():
+            parameter.requires_grad_(not parameter_name.startswith("embedding."))
+        return chunk
+
+    model_module._build_chunk = build_frozen if name == FROZEN else build_chunk
+    try:
+        source = MockCorpus(seq_length=args.seq_length, seed=args.seed)
+        trainer = Trainer(args, source, Reporter(args, active=False, attempt=0))
+    finally:
+        model_module._build_chunk = build_chunk
+    for chunk in trainer.model:
+        chunk.train()
+    return trainer
+
+
+def _state(trainer: Trainer, count_tokens: bool = False) -> MegatronState:
+    return MegatronState(
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        scheduler=trainer.scheduler,
+        user_state=trainer.progress,
+        count_tokens=count_tokens,
+    )
+
+
+def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
+    state = _state(trainer, count_tokens)
+    inventory = state.inventory()
+    counters = [_span(t) for t in state._counters.totals]
+    for _ in range(2):
+        trainer.train_step()
+    found = _coverage(inventory, [_span(t) for t in _owned(trainer)], counters)
+    captures = _capture(state, inventory)
+    before, moved = _gathered_image(trainer, state), state.moved()
+    expected = _step(trainer), _gathered_image(trainer, state)
+    _scramble(trainer, state)
+    scrambled = _image(trainer, state)
+    _write_back(state, inventory, captures)
+    restored = _image(trainer, state)
+    again = _step(trainer), _gathered_image(trainer, state)
+    link = state._links[0].optimizer
+    first = link.state[link.param_groups[0]["params"][0]]
+    first["exp_avg"] = first["exp_avg"].clone()
+    found |= {
+        "moved": moved,
+        "moved_later": state.moved(),
+        "scrambled": sorted(k for k in before if before[k] == scrambled[k]),
+        "not_restored": sorted(k for k in before if before[k] != restored[k]),
+        "step": expected[0],
+        "step_again": again[0],
+        "differs_after_step": sorted(k for k in before if expected[1][k] != again[1][k]),
+        "counts": sum(int(t.sum()) for t in state._counters.totals),
+        "kinds": {kind.name: len(inventory.of_kind(kind)) for kind in UnitKind},
+        "spans": _master_spans(inventory),
+        "elements": _elements(trainer),
+        "sharded": trainer.args.use_distributed_optimizer,
+    }
+    state.close()
+    return found
+
+
+# -- what a rank owns ---------------------------------------------------------------------------------------------
+
+
+def _inner(trainer: Trainer) -> Iterator[torch.optim.Optimizer]:
+    optimizer = trainer.optimizer
+    for link in getattr(optimizer, "chained_optimizers", [optimizer]):
+        if not link.is_stub_optimizer:
+            yield link.optimizer
+
+
+def _owned(trainer: Trainer) -> Iterator[torch.Tensor]:
+    """All training state of this rank that is not a function of other training state."""
+    for optimizer in _inner(trainer):
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                yield parameter.detach()
+                yield from (v for k, v in optimizer.state[parameter].items() if k != "step")
+    for chunk in trainer.model:
+        yield from (p.detach() for p in chunk.parameters() if not p.requires_grad)
+        parameters = {id(p) for p in chunk.parameters()}
+        for module in chunk.modules():
+            for name, buffer in module._buffers.items():
+                is_state = isinstance(module, TopKRouter) or name not in module._non_persistent_buffers_set
+                if buffer is not None and is_state and id(buffer) not in parameters:
+                    yield buffer
+
+
+def _span(tensor: torch.Tensor) -> Span:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr(), tensor.data_ptr() + tensor.numel() * tensor.element_size()
+
+
+def _union(spans: Sequence[Span]) -> list[Span]:
+    merged: list[Span] = []
+    for start, end in sorted(s for s in spans if s[0] < s[1]):
+        if merged and start <= merged[-1][1]:
+            merged[-1] = (merged[-1][0], max(end, merged[-1][1]))
+        else:
+            merged.append((start, end))
+    return merged
+
+
+def _size(spans: Sequence[Span]) -> int:
+    return sum(end - start for start, end in spans)
+
+
+def _common(a: Sequence[Span], b: Sequence[Span]) -> int:
+    """Bytes in both; each without overlaps in itself."""
+    return _size(a) + _size(b) - _size(_union([*a, *b]))
+
+
+def _coverage(inventory: Inventory, owned: Sequence[Span], counters: Sequence[Span]) -> dict[str, int]:
+    regions = [(r.address, r.address + r.nbytes) for unit in inventory.units for r in unit.regions]
+    captured, wanted = _union(regions), _union([*owned, *counters])
+    return {
+        "owned": _size(wanted),
+        "missed": _size(wanted) - _common(wanted, captured),
+        "twice": _size(regions) - _size(captured),
+        "of_others": _size(captured) - _common(wanted, captured),
+    }
+
+
+def _master_spans(inventory: Inventory) -> list[tuple[str, str, int, int]]:
+    """Elements of each parameter whose state is captured here, by role."""
+    return [
+        (r.tensor, r.role.name, r.start, r.start + r.nbytes // 4)
+        for unit in inventory.units
+        for r in unit.regions
+        if r.role in (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
+    ]
+
+
+def _elements(trainer: Trainer) -> list[int]:
+    """Trained elements on this rank and the ranks that train the same: [dense, ranks, expert, ranks]."""
+    trained = [p for chunk in trainer.model for p in chunk.parameters() if p.requires_grad]
+    expert = sum(p.numel() for p in trained if not getattr(p, "allreduce", True))
+    dense = sum(p.numel() for p in trained) - expert
+    replicas = parallel_state.get_data_parallel_world_size()
+    return [dense, replicas, expert, dist.get_world_size(parallel_state.get_expert_data_parallel_group())]
+
+
+# -- there and back -----------------------------------------------------------------------------------------------
+
+
+def _capture(state: MegatronState, inventory: Inventory) -> list[np.ndarray]:
+    packer = Packer(inventory, 4096, 1)
+    packer.freeze(encode({"adapter": state.host_state(), "session": {}}))
+    captures = [_aligned(unit.nbytes) for unit in inventory.units]
+    targets = [
+        Target(unit=i, address=c.ctypes.data, digests=np.zeros(-(-c.nbytes // 4096), dtype=np.uint64))
+        for i, c in enumerate(captures)
+    ]
+    digests = packer.pack(targets, lambda: None)
+    assert digests is not None
+    for capture, target, digest in zip(captures, targets, digests, strict=True):
+        assert packer.verify(capture, target.digests, digest)
+    return captures
+
+
+def _aligned(nbytes: int) -> np.ndarray:
+    memory = np.zeros(nbytes + 64, dtype=np.uint8)
+    start = -memory.ctypes.data % 64
+    return memory[start : start + nbytes]
+
+
+def _write_back(state: MegatronState, inventory: Inventory, captures: Sequence[np.ndarray]) -> None:
+    packer = Packer(inventory, 4096, 1)
+    for number, capture in enumerate(captures):
+        packer.scatter(number, capture)
+    (host,) = inventory.of_kind(UnitKind.HOST)
+    state.load_host_state(decode(captures[host].tobytes())["adapter"])
+    state.resync()
+
+
+def _everything(trainer: Trainer, state: MegatronState) -> dict[str, torch.Tensor]:
+    """What is owned, what follows from it, and the counters."""
+    found = {f"owned {i}": t for i, t in enumerate(_owned(trainer))}
+    for number, chunk in enumerate(trainer.model):
+        found |= {f"{number} {name}": p.detach() for name, p in chunk.named_parameters()}
+    found |= {f"counts {i}": t for i, t in enumerate(state._counters.totals)}
+    return {name: t for name, t in found.items() if t.numel()}
+
+
+def _image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
+    """A hash of each tensor, and of the host state."""
+    found = {
+        name: hashlib.blake2b(ctypes.string_at(_span(t)[0], _size([_span(t)])), digest_size=8).hexdigest()
+        for name, t in _everything(trainer, state).items()
+    }
+    return {**found, "host": hashlib.blake2b(encode(state.host_state())).hexdigest()}
+
+
+def _gathered_image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
+    """The same once every rank has all parameters, which with overlapped gathering is so only in the next forward."""
+    with trainer._params_gathered():
+        return _image(trainer, state)
+
+
+def _scramble(trainer: Trainer, state: MegatronState) -> None:
+    noise = random.Random(7)
+    for tensor in _everything(trainer, state).values():
+        start, end = _span(tensor)
+        ctypes.memmove(start, noise.randbytes(end - start), end - start)
+    for optimizer in _inner(trainer):
+        for group in optimizer.param_groups:
+            group.update(lr=9.0, weight_decay=0.7, step=77)
+    trainer.scheduler.num_steps = 4321
+    trainer.progress.load_state_dict({k: 99 for k in trainer.progress.state_dict()})
+    tensor_parallel.model_parallel_cuda_manual_seed(4321)
+    torch.manual_seed(99)
+    np.random.seed(99)
+    random.seed(99)
+
+
+def _step(trainer: Trainer) -> dict[str, Any]:
+    result = trainer.train_step()
+    return {
+        "losses": {k: float(v).hex() for k, v in result.losses.items()},
+        "grad_norm": float(result.grad_norm or 0).hex(),
+        "learning_rate": result.learning_rate,
+        "loss_scale": result.loss_scale,
+        "skipped": result.skipped,
+    }
+
+
+# -- refusals -----------------------------------------------------------------------------------------------------
+
+
+def _refusals(trainer: Trainer) -> dict[str, str]:
+    """What is said of state that cannot be captured exactly; empty where nothing is said."""
+    link = next(o for o in trainer.optimizer.chained_optimizers if not o.is_stub_optimizer)
+    config = trainer.model[0].module.module.config
+    parameter = link.optimizer.param_groups[0]["params"][0]
+    inner, chunks = link.optimizer, trainer.model
+    found = {}
+
+    def refuse(name: str, spoil: Callable[[], Any], mend: Callable[[], Any]) -> None:
+        spoil()
+        try:
+            _state(trainer)
+            found[name] = ""
+        except UnsupportedState as error:
+            found[name] = str(error)
+        finally:
+            mend()
+
+    hybrid = HybridDeviceOptimizer(
+        [torch.nn.Parameter(torch.zeros(4))],
+        offload_fraction=1.0,
+        cpu_optimizer_cls=torch.optim.AdamW,
+        gpu_optimizer_cls=torch.optim.AdamW,
+        pin_cpu_grads=False,
+        pin_cpu_params=False,
+        overlap_cpu_optimizer_d2h_h2d=False,
+    )
+    state = inner.state[parameter]
+    refuse(
+        "precision-aware",
+        lambda: setattr(link.config, "use_precision_aware_optimizer", True),
+        lambda: setattr(link.config, "use_precision_aware_optimizer", False),
+    )
+    refuse("offloaded", lambda: setattr(link, "optimizer", hybrid), lambda: setattr(link, "optimizer", inner))
+    refuse("fp8", lambda: setattr(config, "fp8", "hybrid"), lambda: setattr(config, "fp8", None))
+    refuse("unknown state", lambda: state.update(max_exp_avg_sq=parameter), lambda: state.pop("max_exp_avg_sq"))
+    refuse("missing chunk", lambda: setattr(trainer, "model", chunks[:1]), lambda: setattr(trainer, "model", chunks))
+    refuse("nothing", lambda: None, lambda: None)
+    return found

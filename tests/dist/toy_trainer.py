@@ -1,0 +1,400 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One rank of a small training job: NumPy state, the real ``Session`` over gloo, real arenas.
+
+Whoever reads its notes (``rank00000.ATTEMPT.jsonl``) can tell from which iteration every part of its state comes. A step
+depends on the state of all ranks before it, so that a wrong byte anywhere is in every hash that follows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import mmap
+import os
+import time
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from support import ToyState, _region
+from torch import distributed as dist
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ChannelError, MoetionError
+from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.session import Session
+from megatron_moetion.snapshot import packer
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
+
+CRASHED = 1
+"""Exit code of a rank that lost its peers, as a training loop has it that does not catch torch's errors."""
+
+_PAYLOAD = 4
+"""Which of a round's five exchanges carries the captures."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Toy:
+    """What a test can change about the model and its surroundings. Travels as JSON."""
+
+    world_size: int = 4
+    iterations: int = 12
+    topology: str = "toy"
+    experts: int = 4
+    """Of one rank; every second rank shares them."""
+    elements: int = 1500
+    salted: bool = False
+    """Steps depend on the attempt: what is done again comes out differently."""
+    ballast_bytes: int = 0
+    """Frozen state that is never touched, so it takes no memory."""
+    file_limit_bytes: int = 0
+    """No file of this process may grow beyond it."""
+    grown_host: tuple[int, ...] = ()
+    """Iterations at which the host state is far larger than at the start."""
+    moved: tuple[int, ...] = ()
+    """Iterations at which a tensor is said to have moved."""
+    slow_pack: tuple[int, ...] = ()
+    """Iterations whose copy takes long."""
+    slow_send: tuple[int, ...] = ()
+    """Iterations whose replication takes long."""
+    damaged_payload: tuple[int, ...] = ()
+    """Iterations of which a byte is flipped on its way to this rank."""
+    broken_send_after: int = 0
+    """From this iteration on, nothing can be sent or received any more."""
+    second_fetch: bool = False
+    """A kill at "fetch" waits for the second time, when buddies' copies are completed, and until all are there."""
+    odd_ranks: tuple[int, ...] = ()
+    """The ranks that all of the above concern; none named: all."""
+    calm: bool = False
+    """Each snapshot is whole before the next step, so what is whole does not depend on the machine's load."""
+    step_s: float = 0.005
+    audit: bool = False
+    """Note every access to the store and everything that is unpickled."""
+    misbehave: bool = False
+    """Do both things that the audit is there to find."""
+
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Toy:
+        return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in raw.items()})
+
+    def concerns(self, rank: int) -> bool:
+        return not self.odd_ranks or rank in self.odd_ranks
+
+
+def tokens_of(rank: int, iteration: int, expert: int) -> int:
+    """Tokens that a rank trains one of its experts on; some experts are far more popular than others."""
+    return 1 + (expert * expert * 7 + iteration * (expert + 2) + rank) % (3 + 5 * expert)
+
+
+class Trainee(ToyState):
+    """A toy state whose parts say how far they are.
+
+    An expert's captured bytes hold the iteration that they are of (``stamp``) and the tokens that they were trained
+    on (``trained``); what a recovery costs can be read from the state alone, as ``counts - trained``.
+    """
+
+    def __init__(self, toy: Toy, rank: int, attempt: int = 0) -> None:
+        super().__init__(toy.experts, seed=rank, elements=toy.elements, frozen=True)
+        self._toy = toy
+        self._rank = rank
+        self._salt = attempt if toy.salted else 0
+        self._iteration = 0
+        self.stamps = [np.zeros(40, dtype=np.int64) for _ in range(toy.experts)]
+        self.trained = [np.zeros(1, dtype=np.int64) for _ in range(toy.experts)]
+        self.host = {"iteration": 0, "rng": bytes(64), "pair": (0, None), "rate": 0.1}
+        self.ballast = _untouched(toy.ballast_bytes if toy.concerns(rank) else 0)
+
+    @property
+    def group(self) -> int:
+        return self._rank % 2
+
+    def name_of(self, expert: int) -> str:
+        return f"layers.0.experts.{self.group * self.num_experts + expert}"
+
+    def inventory(self) -> Inventory:
+        dense = "layers.0.dense"
+        weights = _region(dense, "dense", self.arrays["dense"])
+        counts = _region(dense, "counts", self.counts, Role.BUFFER, at_once=True)
+        units = [Unit(name=dense, kind=UnitKind.DENSE, layer=0, regions=(weights, counts))]
+        frozen = [_region("frozen", "frozen", self.arrays["frozen"], Role.WEIGHT)]
+        if self.ballast.nbytes:
+            frozen.append(_region("frozen", "ballast", self.ballast, Role.WEIGHT))
+        units.append(Unit(name="frozen", kind=UnitKind.FROZEN, regions=tuple(frozen)))
+        for e in range(self.num_experts):
+            units.append(
+                Unit(
+                    name=self.name_of(e),
+                    kind=UnitKind.EXPERT,
+                    layer=0,
+                    expert=self.group * self.num_experts + e,
+                    regions=self._expert_regions(e),
+                )
+            )
+        units.append(Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=8000))
+        return Inventory(units=tuple(units))
+
+    def _expert_regions(self, expert: int) -> tuple[Region, ...]:
+        name = self.name_of(expert)
+        return (
+            _region(name, "weight", self.arrays[f"expert{expert}"]),
+            _region(name, "stamp", self.stamps[expert]),
+            _region(name, "trained", self.trained[expert]),
+        )
+
+    def token_counters(self) -> tuple[TokenCounter, ...]:
+        return tuple(
+            TokenCounter(expert=self.name_of(e), unit="layers.0.dense", tensor="counts", position=e)
+            for e in range(self.num_experts)
+        )
+
+    def expert_peers(self) -> tuple[int, ...]:
+        return tuple(range(self.group, self._toy.world_size, 2))
+
+    def moved(self) -> str:
+        return "the tensor 'dense' was replaced" if self.now(self._toy.moved) else ""
+
+    def host_state(self) -> dict[str, Any]:
+        return {**self.host, **({"log": bytes(9000)} if self.now(self._toy.grown_host) else {})}
+
+    def load_host_state(self, state: Mapping[str, Any]) -> None:
+        super().load_host_state(state)
+        self._iteration = state["iteration"]
+
+    def now(self, iterations: Sequence[int]) -> bool:
+        return self._iteration in iterations and self._toy.concerns(self._rank)
+
+    def mark(self) -> int:
+        """A number that depends on every byte of the state."""
+        return zlib.crc32(self.image())
+
+    def image(self) -> bytes:
+        return super().image() + b"".join(a.tobytes() for a in (*self.stamps, *self.trained))
+
+    def advance(self, iteration: int, marks: Sequence[int]) -> None:
+        """One step, from the marks of all ranks."""
+        self._iteration = iteration
+        rng = np.random.default_rng([self._rank, iteration, self._salt, *marks])
+        for name, array in self.arrays.items():
+            if name != "frozen":
+                array *= np.float32(0.9)
+                array += rng.normal(size=array.shape).astype(np.float32)
+        for e in range(self.num_experts):
+            tokens = tokens_of(self._rank, iteration, e)
+            self.stamps[e][:] = iteration
+            self.trained[e] += tokens
+            self.counts[e] += tokens
+        self.host = {
+            "iteration": iteration,
+            "rng": rng.bytes(64),
+            "pair": (iteration, None),
+            "rate": float(rng.random()),
+        }
+
+    def hashes(self) -> dict[str, str]:
+        """A hash of each unit."""
+        parts = {"layers.0.dense": [self.arrays["dense"], self.counts], "frozen": [self.arrays["frozen"]]}
+        for e in range(self.num_experts):
+            parts[self.name_of(e)] = [self.arrays[f"expert{e}"], self.stamps[e], self.trained[e]]
+        found = {name: _hash(b"".join(a.tobytes() for a in arrays)) for name, arrays in parts.items()}
+        return {**found, HOST_UNIT: _hash(repr(sorted(self.host.items())).encode())}
+
+    def ages(self) -> dict[str, list[int]]:
+        """For each expert the oldest and the newest iteration in it."""
+        return {self.name_of(e): [int(s.min()), int(s.max())] for e, s in enumerate(self.stamps)}
+
+    def lost(self) -> int:
+        """Tokens that were processed and are not in the experts."""
+        return int(sum(int(c) - int(t[0]) for c, t in zip(self.counts, self.trained, strict=True)))
+
+
+def _untouched(nbytes: int) -> npt.NDArray[np.uint8]:
+    """Address space that no memory stands behind until it is touched."""
+    if not nbytes:
+        return np.zeros(0, dtype=np.uint8)
+    no_reserve = 0x4000  # MAP_NORESERVE, which Python names from 3.13 on
+    flags = mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | no_reserve
+    return np.frombuffer(mmap.mmap(-1, nbytes, flags=flags), dtype=np.uint8)
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=8).hexdigest()
+
+
+def uninterrupted(toy: Toy) -> list[dict[int, dict[str, str]]]:
+    """For each rank the unit hashes after each iteration of a run that nothing happens to. One process, no runtime."""
+    states = [Trainee(toy, rank) for rank in range(toy.world_size)]
+    found = [{0: s.hashes()} for s in states]
+    for iteration in range(1, toy.iterations + 1):
+        marks = [s.mark() for s in states]
+        for state, hashes in zip(states, found, strict=True):
+            state.advance(iteration, marks)
+            hashes[iteration] = state.hashes()
+    return found
+
+
+@dataclass
+class Notes:
+    """What one rank writes down in one attempt; a line is in the file before the rank goes on."""
+
+    path: Path
+    attempt: int
+    _fd: int = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def write(self, event: str, **fields: Any) -> None:
+        os.write(self._fd, (json.dumps({"event": event, "attempt": self.attempt, **fields}) + "\n").encode())
+
+
+def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping[str, str]) -> int:
+    """Train to the end on this rank; returns the exit code."""
+    rank = int(environment["RANK"])
+    attempt = int(environment["ATTEMPT"])
+    notes = Notes(folder / f"rank{rank:05d}.{attempt}.jsonl", attempt)
+    packer.BATCH_BYTES = 1 << 14  # several batches in a snapshot, so that "mid-pack" is in the middle
+    try:
+        store = dist.FileStore(str(folder / f"rendezvous{attempt}"), toy.world_size)
+        dist.init_process_group(
+            "gloo", store=store, rank=rank, world_size=toy.world_size, timeout=timedelta(seconds=30)
+        )
+        if toy.audit:
+            from store_audit import listen
+
+            listen(Path(config["store"]), notes.write)
+        _train(rank, attempt, config, toy, environment, notes)
+    except MoetionError as error:
+        notes.write("error", kind=type(error).__name__, message=str(error), code=error.exit_code)
+        return error.exit_code
+    except RuntimeError as error:  # what torch raises in a step whose peers are gone
+        notes.write("error", kind=type(error).__name__, message=str(error), code=CRASHED)
+        return CRASHED
+    return 0
+
+
+def _train(
+    rank: int, attempt: int, config: Mapping[str, Any], toy: Toy, environment: Mapping[str, str], notes: Notes
+) -> None:
+    if toy.file_limit_bytes and toy.concerns(rank):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_FSIZE, (toy.file_limit_bytes, toy.file_limit_bytes))
+    settings = MoetionConfig(**config)
+    state = Trainee(toy, rank, attempt)
+    fabric = GlooFabric(
+        expert_peers=state.expert_peers(), timeout_s=settings.timeout_s, in_flight_bytes=settings.in_flight_bytes
+    )
+    session = Session(config=settings, adapter=state, fabric=fabric, topology=toy.topology, environment=environment)
+    if toy.second_fetch and toy.concerns(rank):
+        _skip_first_fetch(session)
+    resumed = session.start()
+    if toy.concerns(rank):
+        _disturb(session, fabric, state, toy)
+    iteration = resumed.iteration if resumed is not None else 0
+    found = {"iteration": iteration, "hashes": state.hashes(), "ages": state.ages(), "lost": state.lost()}
+    processed = int(state.counts.sum())
+    extent = {"epoch": resumed.epoch, "lost_tokens": resumed.lost_tokens, "plt": resumed.plt} if resumed else {}
+    counted = {"local": resumed.local_units, "fetched": resumed.fetched_units} if resumed else {}
+    notes.write("started", recovered=resumed is not None, processed=processed, **found, **extent, **counted)
+    if toy.misbehave:
+        misbehave(Path(config["store"]))
+    while iteration < toy.iterations:
+        iteration += 1
+        marks = _gather(state.mark(), toy.world_size)
+        time.sleep(toy.step_s)
+        session.before_optimizer_step()
+        state.advance(iteration, marks)
+        notes.write("step", iteration=iteration, hashes=state.hashes(), lost=state.lost(), dropped=_dropped(session))
+        session.on_step_end(iteration)
+        if toy.calm and iteration not in toy.slow_pack:  # waiting there would make up for the delay
+            _drain(session)
+        notes.write("saved", iteration=iteration, stable=session.stable_iteration, dropped=_dropped(session))
+    _drain(session)
+    dropped = _dropped(session)
+    stable = session.stable_iteration
+    session.close()
+    notes.write("end", iteration=iteration, stable=stable, dropped=dropped, lost=state.lost())
+    _gather(0, toy.world_size)  # nobody leaves before all have let go of each other
+    dist.destroy_process_group()
+
+
+def _drain(session: Session) -> None:
+    flight = session._flight
+    assert flight is not None
+    flight.drain()
+
+
+def _dropped(session: Session) -> dict[str, int]:
+    flight = session._flight
+    assert flight is not None
+    return {reason: n for reason, n in flight.counts.dropped.copy().items() if n}
+
+
+def _gather(mark: int, world_size: int) -> list[int]:
+    """Every rank's number, as gradients meet in a real step."""
+    parts = [torch.zeros(1, dtype=torch.int64) for _ in range(world_size)]
+    dist.all_gather(parts, torch.tensor([mark]))
+    return [int(p) for p in parts]
+
+
+def _skip_first_fetch(session: Session) -> None:
+    probe = session._probe
+    passed: list[str] = []
+
+    def patient(point: str, iteration: int) -> None:
+        passed.append(point)
+        if point == "fetch":
+            if passed.count(point) == 1:
+                return
+            time.sleep(0.1)
+        probe(point, iteration)
+
+    session._probe = patient
+
+
+def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> None:
+    """Put the trouble that a test asks for around the packer and the channel of this rank."""
+    flight = session._flight
+    if flight is None or flight._replicator is None:
+        return
+    pack, replicate, exchange = session._packer.pack, flight._replicator.replicate, fabric.channel.exchange
+    round_ = {"iteration": 0, "exchange": 0}
+
+    def slow_pack(targets: Any, between: Any) -> Any:
+        if state.now(toy.slow_pack):
+            time.sleep(0.2)
+        return pack(targets, between)
+
+    def troubled_round(iteration: int, records: Any) -> bool:
+        round_.update(iteration=iteration, exchange=0)
+        if toy.broken_send_after and iteration >= toy.broken_send_after:
+            raise ChannelError("the network is gone")
+        if iteration in toy.slow_send:
+            time.sleep(0.1)
+        return replicate(iteration, records)
+
+    def troubled_exchange(sends: Any, receives: Any) -> None:
+        exchange(sends, receives)
+        round_["exchange"] += 1
+        if round_["exchange"] == _PAYLOAD and round_["iteration"] in toy.damaged_payload and receives:
+            receives[0].data[-1] ^= 1
+
+    session._packer.pack = slow_pack  # type: ignore[method-assign]
+    flight._replicator.replicate = troubled_round  # type: ignore[method-assign]
+    fabric.channel.exchange = troubled_exchange  # type: ignore[method-assign]
+
+
+def misbehave(store: Path) -> None:
+    """What no rank may do: read another node's file, unpickle."""
+    import pickle
+    from fractions import Fraction
+
+    for path in store.glob("*/node*/node.id"):
+        path.read_bytes()
+    pickle.loads(pickle.dumps(Fraction(1, 3)))
