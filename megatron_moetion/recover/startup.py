@@ -27,7 +27,7 @@ from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import UnitKind
 
-_OF_ONE_RANK = ("store", "pack_threads", "max_stall_ms", "report", "inject_fault")
+_OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault")
 """Settings that may differ between ranks."""
 
 

@@ -217,7 +217,7 @@ FAILURES: dict[str, tuple[int, dict[str, Any]]] = {
     "late": (1, {"slow_pack": FAILING, "max_stall_ms": 1}),
     "refused": (3, {"damaged_payload": FAILING}),
     "moved": (1, {"moved": FAILING}),
-    "host-state": (1, {"grown_host": FAILING}),
+    "freeze": (1, {"grown_host": FAILING}),
 }
 """By reason: the rank that counts the drops, and what makes them."""
 

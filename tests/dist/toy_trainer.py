@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from support import ToyState, _region
+from support import ToyState, _region, scheduler
 from torch import distributed as dist
 
 from megatron_moetion.config import MoetionConfig
@@ -287,10 +287,21 @@ def _train(
         resource.setrlimit(resource.RLIMIT_FSIZE, (toy.file_limit_bytes, toy.file_limit_bytes))
     settings = MoetionConfig(**config)
     state = Trainee(toy, rank, attempt)
+    timing = scheduler(settings.schedule)
     fabric = GlooFabric(
-        expert_peers=state.expert_peers(), timeout_s=settings.timeout_s, in_flight_bytes=settings.in_flight_bytes
+        expert_peers=state.expert_peers(),
+        timeout_s=settings.timeout_s,
+        in_flight_bytes=settings.in_flight_bytes,
+        gate=timing.gate,
     )
-    session = Session(config=settings, adapter=state, fabric=fabric, topology=toy.topology, environment=environment)
+    session = Session(
+        config=settings,
+        adapter=state,
+        fabric=fabric,
+        topology=toy.topology,
+        scheduler=timing,
+        environment=environment,
+    )
     if toy.second_fetch and toy.concerns(rank):
         _skip_first_fetch(session)
     resumed = session.start()
