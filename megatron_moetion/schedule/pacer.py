@@ -86,6 +86,7 @@ class Pacer(Meter):
         self._changed = threading.Condition()
         self._origin_s = now()
         self._steps: tuple[tuple[float, float, int, int], ...] = ()  # begin, end, first byte, end byte
+        self._step = 0  # the one that the next byte is in, or one before it
         self._deadline_s = 0.0  # without a plan nothing is held back
         self._total_bytes = self._gone_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
@@ -106,7 +107,7 @@ class Pacer(Meter):
             steps.append((chunk.begin_s, chunk.end_s, first, first + chunk.nbytes))
         with self._changed:
             self._origin_s = self._now()
-            self._steps, self._deadline_s = tuple(steps), deadline_s
+            self._steps, self._step, self._deadline_s = tuple(steps), 0, deadline_s
             self._total_bytes, self._gone_bytes, self._late_bytes = total_bytes, 0, 0
             self._held_before_s = self._held_s
             self._changed.notify_all()
@@ -160,10 +161,12 @@ class Pacer(Meter):
 
     def _opens_s(self) -> float:
         """When the plan moves the next byte; a byte that it has no room for is not moved at all."""
-        for begin, end, first, last in self._steps:
+        while self._step < len(self._steps):
+            begin, end, first, last = self._steps[self._step]
             if self._gone_bytes < last:
                 share = max(0, self._gone_bytes - first) / (last - first)
                 return self._origin_s + begin + share * (end - begin)
+            self._step += 1
         return float("inf")
 
     # -- Listener --------------------------------------------------------------------------------------

@@ -26,6 +26,9 @@ DEADLINE_SHARE = 0.9
 LATEST_SHARE = 0.25
 """One that begins late in an iteration gets at least this share of one."""
 
+CHUNKS_MAX = 200
+"""Of one plan: the pacer interpolates inside a chunk, so finer ones would only take time."""
+
 Draw = Callable[[str, float, float, int], None]
 """Is told of everything worth drawing: lane, begin and end (monotonic clock, seconds), bytes."""
 
@@ -82,8 +85,9 @@ class Scheduler:
             deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
             windows = ahead(self._windows(timelines), since_s, typical_s)
             demand = Demand(snapshot=0, nbytes=nbytes, links=(Link.NETWORK,), deadline_s={Link.NETWORK: deadline_s})
+            chunk_bytes = max(self._pacer.slice_bytes(), nbytes // CHUNKS_MAX)
             plan = planner.place(
-                {Link.NETWORK: windows}, {Link.NETWORK: self._pacer.bytes_per_s}, [demand], self._pacer.slice_bytes()
+                {Link.NETWORK: windows}, {Link.NETWORK: self._pacer.bytes_per_s}, [demand], chunk_bytes
             )
             self._pacer.follow(plan.on(Link.NETWORK), nbytes, deadline_s)
         with self._meter.transfer(nbytes):
