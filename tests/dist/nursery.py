@@ -8,6 +8,7 @@ process of its own from before the first connection to its end.
 from __future__ import annotations
 
 import ctypes
+import gc
 import json
 import os
 import signal
@@ -27,6 +28,7 @@ BUG = 70
 def serve(run_rank: Callable[[Mapping[str, Any], Mapping[str, str]], int]) -> None:
     """Answer requests until the other side closes the pipe."""
     _die_with_parent()
+    gc.freeze()  # ranks share what was imported; their collectors would touch, and so copy, all of it
     sys.stdout.write("ready\n")
     sys.stdout.flush()
     for line in sys.stdin:

@@ -112,7 +112,7 @@ def test_the_node_that_took_over_is_lost_while_it_recovers(job: MakeJob, point: 
         run.assert_as_if_nothing_had_happened()
 
 
-@pytest.mark.parametrize(("point", "lost"), zip(OF_A_RECOVERY, (0, 1, 0, 1), strict=True))
+@pytest.mark.parametrize(("point", "lost"), list(zip(OF_A_RECOVERY, (0, 1, 0, 1), strict=True)))
 def test_the_first_node_is_lost_in_the_recovery_from_a_kill(job: MakeJob, point: str, lost: int) -> None:
     run = job()
     run.fail(at(1, 6, "mid-replication"))
