@@ -31,6 +31,10 @@ class Gate(Protocol):
         """How many bytes to hand over at once, at least."""
         ...
 
+    def in_flight_bytes(self) -> int:
+        """How much may be under way at once, beside the channel's own limit."""
+        ...
+
     def admit(self, nbytes: int) -> None:
         """Return when these bytes may go. The wait is bounded."""
         ...

@@ -154,9 +154,10 @@ class GlooChannel:
         in_flight = 0
         for parts in self._rounds(messages):
             nbytes = sum(part.nbytes for _, part, _ in parts)
-            while pending and in_flight + nbytes > self._in_flight_bytes:
-                in_flight -= self._finish(pending.popleft())
             is_paced = is_send and any(asks for _, _, asks in parts)
+            limit = min(self._in_flight_bytes, self._gate.in_flight_bytes() if is_paced else self._in_flight_bytes)
+            while pending and in_flight + nbytes > limit:
+                in_flight -= self._finish(pending.popleft())
             if is_paced:
                 self._gate.admit(nbytes)
             posted_s = time.monotonic()

@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from megatron_moetion.schedule.planner import Placed
 from megatron_moetion.schedule.timeline import Lane
 
-SLICE_S = 5e-3
+SLICE_S = 10e-3
 """A slice should occupy the link no longer than this: so long a message of training may have to wait behind it."""
 SLICE_MIN_BYTES, SLICE_MAX_BYTES = 128 << 10, 8 << 20
 PROBE_FACTOR = 1.25
@@ -68,6 +68,10 @@ class Eager(Meter):
     def slice_bytes(self) -> int:
         """See ``Gate``."""
         return self._slice_bytes
+
+    def in_flight_bytes(self) -> int:
+        """See ``Gate``: as much as the channel allows."""
+        return 1 << 62
 
     def admit(self, nbytes: int) -> None:
         """See ``Gate``."""
@@ -122,6 +126,10 @@ class Pacer(Meter):
     def slice_bytes(self) -> int:
         """See ``Gate``."""
         return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
+
+    def in_flight_bytes(self) -> int:
+        """See ``Gate``: two slices, so that the link need not wait for us, and training for no more than that."""
+        return 2 * self.slice_bytes()
 
     def admit(self, nbytes: int) -> None:
         """See ``Gate``: returns when training is quiet, our last slice has left and the plan allows these bytes.

@@ -234,8 +234,9 @@ def affordable(rungs: Sequence[Rung], capacity_bytes: float, dense_bytes: int, e
 
 
 def next_level(now: int, wanted: int) -> int:
-    """One step towards what is wanted: sizes move smoothly, also when measurements jump."""
-    return now + (wanted > now) - (wanted < now)
+    """A quarter of the way to what is wanted, at least one level: sizes move smoothly when measurements jump."""
+    step = max(1, abs(wanted - now) // 4)
+    return now + min(step, wanted - now) if wanted > now else now - min(step, now - wanted)
 
 
 def capacity_bytes(windows: Mapping[Link, Sequence[Window]], bytes_per_s: Mapping[Link, float]) -> tuple[float, Link]:

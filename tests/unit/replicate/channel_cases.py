@@ -32,6 +32,9 @@ class OpenGate:
     def slice_bytes(self) -> int:
         return 1 << 14
 
+    def in_flight_bytes(self) -> int:
+        return 1 << 15
+
     def admit(self, nbytes: int) -> None:
         self.admitted += nbytes
 

@@ -179,8 +179,16 @@ def test_what_does_not_fit_gets_smaller_first_then_rarer() -> None:
     ]  # fmt: skip
 
 
-def test_sizes_move_one_level_at_a_time() -> None:
-    assert [next_level(3, wanted) for wanted in (0, 2, 3, 4, 9)] == [2, 2, 3, 4, 4]
+def test_sizes_move_smoothly_and_arrive() -> None:
+    assert [next_level(3, wanted) for wanted in (0, 2, 3, 4, 9, 15)] == [2, 2, 3, 4, 4, 6]
+    for start in range(planner.LEVELS):
+        for wanted in range(planner.LEVELS):
+            level, steps = start, 0
+            while level != wanted:
+                following = next_level(level, wanted)
+                assert 0 < abs(following - level) <= 3
+                level, steps = following, steps + 1
+            assert steps <= 8
 
 
 @given(st.lists(st.integers(0, planner.LEVELS - 1), min_size=1, max_size=9))
