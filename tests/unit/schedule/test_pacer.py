@@ -140,7 +140,7 @@ def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held()
 
 def test_slices_take_a_few_milliseconds_of_the_link() -> None:
     pacer = Simulated()
-    for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 500_000), (1e12, SLICE_MAX_BYTES)):
+    for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 1_000_000), (1e12, SLICE_MAX_BYTES)):
         pacer.knows(rate)
         assert pacer.slice_bytes() == expected
 
