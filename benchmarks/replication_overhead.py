@@ -47,8 +47,8 @@ MODEL_FLAGS = (
 EXPERTS_PER_RANK = 32
 STALENESS_CAP = 32
 ARMS = ("off", "full-eager", "full-bubble", "popularity-eager", "popularity-bubble")
-RATES_MBIT = (100.0, 300.0, None)
-QUICK_RATES_MBIT = (300.0,)
+RATES_MBIT = (100.0, None)
+QUICK_RATES_MBIT = (400.0,)
 HOSTS, RANKS_PER_HOST = 2, 2
 TARGET_SLOWDOWN = 0.01
 
@@ -63,7 +63,7 @@ class Size:
     limit_s: float
 
 
-FULL_SIZE = Size(cycles=7, block_iterations=3, settling_iterations=1, limit_s=1500)
+FULL_SIZE = Size(cycles=5, block_iterations=3, settling_iterations=1, limit_s=1500)
 QUICK_SIZE = Size(cycles=2, block_iterations=2, settling_iterations=1, limit_s=300)
 
 
