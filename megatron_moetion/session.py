@@ -33,8 +33,8 @@ from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.flight import Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
-from megatron_moetion.schedule.planner import Rung, ladder, level_of, next_level, vote
 from megatron_moetion.schedule.scheduler import Scheduler
+from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, share_lost
 from megatron_moetion.select.budget import copies, experts_per_snapshot
 from megatron_moetion.snapshot.host_state import decode, encode
@@ -90,9 +90,7 @@ class Session:
         self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
         self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
         fewest, self._most_experts = experts_per_snapshot(config, len(counters))
-        self._rungs = ladder(fewest, self._most_experts)
-        self._level = len(self._rungs) - 1
-        self._snapshots = 0
+        self._sizes = Sizes(fewest, self._most_experts)
         self._book = ExpertBook(
             names=[c.expert for c in counters],
             layers=[c.unit for c in counters],
@@ -183,21 +181,18 @@ class Session:
             self._base = iteration
             rounds = flight.rounds
             whole = [i for i, is_whole in rounds.items() if is_whole]
-            level = self._affordable_level()
-            self._fabric.start_agreement(mask_of(whole, iteration, rounds, self._config.interval), vote(level))
+            self._fabric.start_agreement(mask_of(whole, iteration, rounds, self._config.interval), self._vote())
         except ChannelError as error:
             self._degraded = str(error)
             self._journal.warn_once("agreement", iteration, f"snapshots stop, iteration {self._stable} stays: {error}")
             return
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
-        self._snapshots += 1
-        rung = self._rungs[self._level]
-        if self._snapshots % rung.every:
+        if self._sizes.skips_next():
             flight.skip(iteration, "budget")
             self._report_drops(flight, iteration)
             return
-        units = self._select(iteration, counts, rung.experts)
+        units = self._select(iteration, counts, self._sizes.now.experts)
         if unusable := unfrozen or self._adapter.moved():
             reason = "freeze" if unfrozen else "moved"
             self._journal.warn_once(
@@ -218,7 +213,7 @@ class Session:
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
             "moetion/unsaved-tokens": float(sum(self._book.ledger.unsaved)),
-            "moetion/experts-per-snapshot": float(self._rungs[self._level].experts),
+            "moetion/experts-per-snapshot": float(self._sizes.now.experts),
             **self._scheduler.scalars(),
         }
 
@@ -380,7 +375,7 @@ class Session:
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
         selection = (
-            f", {_range(self._rungs)} of {len(self._counters)} experts each" if self._config.mode != "full" else ""
+            f", {self._sizes.experts_text} of {len(self._counters)} experts each" if self._config.mode != "full" else ""
         )
         self._journal.info(
             self._stable,
@@ -411,7 +406,7 @@ class Session:
         if agreed is None:
             return
         mask, votes = agreed
-        self._resize(level_of(votes))
+        self._sizes.agree(votes)
         settled = fates(mask, self._base, self._open_iterations, self._config.interval)
         newest = newest_common(mask, self._base, self._config.interval)
         stable = max(self._stable, -1 if newest is None else newest)
@@ -429,24 +424,17 @@ class Session:
                 }
             )
 
-    def _affordable_level(self) -> int:
-        """The largest size that this rank's links afford; says so once where it is not the largest there is."""
+    def _vote(self) -> int:
+        """For the largest snapshot that this rank's links afford; says so once where that is not the largest of all."""
         always = sum(self._inventory.units[u].nbytes for u in self._always)
         experts = [self._inventory.units[u].nbytes for u in self._expert_units if u is not None]
         if self._config.mode == "full":
             always, experts = self._inventory.nbytes, []
         share = sum(experts) / max(len(self._expert_units), 1)
-        copies = self._config.replicas
-        level, why = self._scheduler.affordable(self._rungs, always * copies, share * copies)
-        if level < len(self._rungs) - 1:
-            rung = self._rungs[level]
-            smaller = f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
-            self._journal.warn_once("budget", self._base, f"snapshots are made to fit ({smaller} here): {why}")
-        return level
-
-    def _resize(self, wanted: int) -> None:
-        """Move towards the size that all ranks can afford; every rank moves alike."""
-        self._level = next_level(self._level, wanted)
+        votes, why = self._sizes.vote(self._scheduler, always * self._config.replicas, share * self._config.replicas)
+        if why:
+            self._journal.warn_once("budget", self._base, why)
+        return votes
 
     def _freeze(self) -> str:
         """Copy what cannot wait. Returns why that is not possible, empty if all is well."""
@@ -511,11 +499,6 @@ class Session:
         self._fabric.start_sum(now)
         self._book.recover(state, losses, self._fabric.finish_sum() or [])
         return sum(losses.lost)
-
-
-def _range(rungs: Sequence[Rung]) -> str:
-    fewest, most = rungs[0].experts, rungs[-1].experts
-    return str(most) if fewest == most else f"{fewest} to {most}"
 
 
 def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:
