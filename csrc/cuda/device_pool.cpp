@@ -26,6 +26,15 @@ int64_t address_of(const void* memory) {
 
 }  // namespace
 
+template <typename Check>
+void DevicePool::require(const Check& check) const {
+  try {
+    check();
+  } catch (const std::invalid_argument& error) {
+    throw std::invalid_argument("rank " + std::to_string(rank_) + ": " + error.what());
+  }
+}
+
 DevicePool::DevicePool(std::shared_ptr<Runtime> runtime, int rank, int64_t max_pieces, int64_t max_chunks,
                        int num_slots, int num_sms)
     : runtime_(std::move(runtime)),
@@ -68,7 +77,7 @@ DevicePool::~DevicePool() {
 
 int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOptions& options,
                          Stream stream) {
-  check_pack(pieces, chunks, options.op);
+  require([&] { check_pack(pieces, chunks, options.op); });
   std::lock_guard<std::mutex> lock(mutex_);
   Slot& slot = take_slot("pack", pieces.num_rows, chunks.num_rows);
   Work* const work = work_of(slot.host);
@@ -114,8 +123,10 @@ int64_t DevicePool::pack_kept(Table<KeptChunk> chunks, const PackOptions& option
     planned_.push_back({chunk.at, chunk.nbytes, chunk.first_piece, chunk.num_pieces});
     targets_.push_back({chunk.dst, chunk.nbytes});
   }
-  check_pack({kept_, num_kept_}, {planned_.data(), chunks.num_rows}, options.op);
-  check_disjoint_spans({targets_.data(), chunks.num_rows});
+  require([&] {
+    check_pack({kept_, num_kept_}, {planned_.data(), chunks.num_rows}, options.op);
+    check_disjoint_spans({targets_.data(), chunks.num_rows});
+  });
   Slot& slot = take_slot("pack", 0, chunks.num_rows);
   Work* const work = work_of(slot.host);
   for (int64_t c = 0; c < chunks.num_rows; ++c) {
@@ -126,7 +137,7 @@ int64_t DevicePool::pack_kept(Table<KeptChunk> chunks, const PackOptions& option
 }
 
 int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream) {
-  check_scatter(pieces);
+  require([&] { check_scatter(pieces); });
   std::lock_guard<std::mutex> lock(mutex_);
   Slot& slot = take_slot("scatter", pieces.num_rows, pieces.num_rows);
   Work* const work = work_of(slot.host);
@@ -139,7 +150,7 @@ int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stre
 }
 
 int64_t DevicePool::digest(Table<Span> spans, Stream stream) {
-  check_spans(spans);
+  require([&] { check_spans(spans); });
   std::lock_guard<std::mutex> lock(mutex_);
   Slot& slot = take_slot("digest", spans.num_rows, spans.num_rows);
   Work* const work = work_of(slot.host);

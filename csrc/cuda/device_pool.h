@@ -88,6 +88,9 @@ class DevicePool {
   void mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes);
   void wait(Event event, double timeout_s);
   void require_usable() const;
+  // Runs a check of tables; what it refuses is told with the rank.
+  template <typename Check>
+  void require(const Check& check) const;
   [[noreturn]] void fail(const std::string& what, const std::string& why);
 
   // A slot's table, on the host and on the device alike: work rows, pieces, sums.

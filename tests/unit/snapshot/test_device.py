@@ -214,10 +214,10 @@ def test_what_does_not_fit_the_tables_is_refused_with_the_numbers() -> None:
 
 
 def test_kept_pieces_are_checked_like_those_that_are_brought() -> None:
-    pool = Pool("model:0", rank=0, max_pieces=4, max_chunks=4)
+    pool = Pool("model:0", rank=8, max_pieces=4, max_chunks=4)
     source, target = np.arange(64, dtype=np.uint8), np.zeros(192, dtype=np.uint8)
     address = target.ctypes.data
-    with pytest.raises(ValueError, match=r"chunk 0: first_piece=0, num_pieces=1; there are 0 pieces"):
+    with pytest.raises(ValueError, match=r"rank 8: chunk 0: first_piece=0, num_pieces=1; there are 0 pieces"):
         pool.pack_kept(np.array([(address, 64, 0, 1, 64)], np.int64))
     pool.keep(np.array([(source.ctypes.data, 1000, 64)], np.int64))
     with pytest.raises(ValueError, match=r"piece 0: dst=0x3e8"):
