@@ -8,6 +8,7 @@ snapshots.
 
 from __future__ import annotations
 
+import statistics
 import threading
 import time
 from collections import deque
@@ -19,16 +20,18 @@ from megatron_moetion.schedule.timeline import Lane
 
 SLICE_S = 10e-3
 """A slice should occupy the link no longer than this: so long a message of training may have to wait behind it."""
-SLICE_MIN_BYTES, SLICE_MAX_BYTES = 128 << 10, 8 << 20
-PROBE_FACTOR = 1.25
+SLICE_MIN_BYTES, SLICE_MAX_BYTES = 32 << 10, 8 << 20
+MEASURED_MIN_BYTES = 128 << 10
+"""A transfer of fewer bytes says more about latency than about bandwidth."""
+PROBE_FACTOR = 1.05
 """Sending goes on at this multiple of the bandwidth last seen, so that a link that became faster is found out."""
 UNKNOWN_BYTES_PER_S = 1e9
 """Until the first transfer."""
 TICK_S = 1e-5
 """Shorter pauses are none."""
-REMEMBERED = 16
-"""Snapshots whose bandwidth is remembered; the best one counts, since what disturbs a transfer only makes it slower."""
-
+REMEMBERED = 5
+"""Transfers whose bandwidth is remembered. Their median counts: what is sent faster than the link carries it piles up
+in socket buffers, where it is in training's way and cannot be recalled."""
 
 Moved = Callable[[float, float, int], None]
 """Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
@@ -44,8 +47,8 @@ class Meter:
 
     @property
     def bytes_per_s(self) -> float:
-        """The most that the link has lately been seen to carry for this rank."""
-        return max(self._seen, default=UNKNOWN_BYTES_PER_S)
+        """What the link has lately been seen to carry for this rank."""
+        return statistics.median_low(self._seen) if self._seen else UNKNOWN_BYTES_PER_S
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
@@ -53,7 +56,7 @@ class Meter:
         began, held = self._now(), self._held_s
         yield
         took = self._now() - began - (self._held_s - held)
-        if nbytes >= SLICE_MIN_BYTES and took > 0:
+        if nbytes >= MEASURED_MIN_BYTES and took > 0:
             self._seen.append(nbytes / took)
 
 
@@ -128,8 +131,8 @@ class Pacer(Meter):
         return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
 
     def in_flight_bytes(self) -> int:
-        """See ``Gate``: two slices, so that the link need not wait for us, and training for no more than that."""
-        return 2 * self.slice_bytes()
+        """See ``Gate``: one slice, so that training waits for no more than that."""
+        return self.slice_bytes()
 
     def admit(self, nbytes: int) -> None:
         """See ``Gate``: returns when training is quiet, our last slice has left and the plan allows these bytes.
