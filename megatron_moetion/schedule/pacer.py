@@ -8,7 +8,6 @@ snapshots.
 
 from __future__ import annotations
 
-import statistics
 import threading
 import time
 from collections import deque
@@ -20,7 +19,7 @@ from megatron_moetion.schedule.timeline import Lane
 
 SLICE_S = 10e-3
 """A slice should occupy the link no longer than this: so long a message of training may have to wait behind it."""
-SLICE_MIN_BYTES, SLICE_MAX_BYTES = 32 << 10, 8 << 20
+SLICE_MIN_BYTES, SLICE_MAX_BYTES = 64 << 10, 8 << 20
 MEASURED_MIN_BYTES = 128 << 10
 """A transfer of fewer bytes says more about latency than about bandwidth."""
 PROBE_FACTOR = 1.05
@@ -29,9 +28,9 @@ UNKNOWN_BYTES_PER_S = 1e9
 """Until the first transfer."""
 TICK_S = 1e-5
 """Shorter pauses are none."""
-REMEMBERED = 5
-"""Transfers whose bandwidth is remembered. Their median counts: what is sent faster than the link carries it piles up
-in socket buffers, where it is in training's way and cannot be recalled."""
+REMEMBERED = 16
+"""Transfers whose bandwidth is remembered. The best one counts: what disturbs a transfer, a busy processor above all,
+only makes it look slower, and an estimate that followed would pace the next one down, and so on."""
 
 Moved = Callable[[float, float, int], None]
 """Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
@@ -47,8 +46,8 @@ class Meter:
 
     @property
     def bytes_per_s(self) -> float:
-        """What the link has lately been seen to carry for this rank."""
-        return statistics.median_low(self._seen) if self._seen else UNKNOWN_BYTES_PER_S
+        """The most that the link has lately been seen to carry for this rank."""
+        return max(self._seen, default=UNKNOWN_BYTES_PER_S)
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
@@ -131,8 +130,8 @@ class Pacer(Meter):
         return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
 
     def in_flight_bytes(self) -> int:
-        """See ``Gate``: one slice, so that training waits for no more than that."""
-        return self.slice_bytes()
+        """See ``Gate``: two slices, so that the link need not wait for us, and training for no more than that."""
+        return 2 * self.slice_bytes()
 
     def admit(self, nbytes: int) -> None:
         """See ``Gate``: returns when training is quiet, our last slice has left and the plan allows these bytes.
