@@ -442,12 +442,23 @@ def measured_mbit(testbed: Testbed, megabytes: int) -> float:
     return rate
 
 
+def _heed_signals() -> None:
+    """A suite that runs in the background, or under nohup, hands ignored signals down to its children."""
+    for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
+        signal.signal(number, signal.SIG_DFL)
+
+
 class OwnerProcess:
     """Another process that holds a testbed with two hosts."""
 
     def __init__(self) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-c", HOLD], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+            [sys.executable, "-c", HOLD],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+            preexec_fn=_heed_signals,
         )
         assert self.process.stdout is not None
         with self.process.stdout as said:
