@@ -28,5 +28,5 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         raise pytest.UsageError(f"MOETION_REQUIRE_GPU=1, but {missing}")
     for item in mine:
         item.add_marker(pytest.mark.gpu)
-        if missing:
+        if missing:  # said in the summary (-ra); on a machine that must have a GPU it was an error above
             item.add_marker(pytest.mark.skip(reason=missing))

@@ -115,19 +115,4 @@ def test_one_gibibyte(name: str) -> None:
 
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 def test_floats_become_what_torch_makes_of_them_on_the_same_gpu(scale: float) -> None:
-    backend = GpuBackend(to_host=False)
-    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
-    bits = (upper[:, None] | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).ravel()
-    source = backend.source(bits.nbytes, 0)
-    source.write(bits.view(np.uint8))
-    scaled = torch.from_numpy(bits.view(np.float32)).to(DEVICE) * torch.tensor(scale, device=DEVICE)
-    for op, wanted in (("scale", scaled.cpu()), ("bf16", scaled.to(torch.bfloat16).cpu())):
-        nbytes = wanted.numel() * wanted.element_size()
-        dst = backend.destination(nbytes, 0)
-        pieces = np.array([[source.address, dst.address, nbytes]], np.int64)
-        backend.pack(pieces, np.array([[dst.address, nbytes, 0, 1]], np.int64), op, scale)
-        found = torch.from_numpy(dst.read()).view(wanted.dtype)
-        is_nan = torch.isnan(wanted)
-        whole = torch.int16 if op == "bf16" else torch.int32
-        assert torch.equal(torch.isnan(found), is_nan)
-        assert torch.equal(found.view(whole)[~is_nan], wanted.view(whole)[~is_nan])
+    kernel_cases.floats_become_what_torch_makes_of_them(GpuBackend(to_host=False), scale, DEVICE)

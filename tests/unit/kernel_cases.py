@@ -13,6 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from megatron_moetion import _C
 from megatron_moetion.snapshot import reference
@@ -330,6 +331,25 @@ def damage_on_the_way_shows(backend: Backend, flip: Any = None) -> None:
         read = backend.digest(spans)
         assert read[0] != packed[0], change.__name__
         assert read[1] == packed[1]
+
+
+def floats_become_what_torch_makes_of_them(backend: Backend, scale: float, device: str) -> None:
+    """All 65,536 upper halves, each with lower halves around the tie. A NaN becomes a NaN: torch has several."""
+    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
+    bits = (upper[:, None] | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).ravel()
+    source = backend.source(bits.nbytes, 0)
+    source.write(bits.view(np.uint8))
+    scaled = torch.from_numpy(bits.view(np.float32)).to(device) * torch.tensor(scale, device=device)
+    for op, wanted in (("scale", scaled.cpu()), ("bf16", scaled.to(torch.bfloat16).cpu())):
+        nbytes = wanted.numel() * wanted.element_size()
+        dst = backend.destination(nbytes, 0)
+        pieces = np.array([[source.address, dst.address, nbytes]], np.int64)
+        backend.pack(pieces, np.array([[dst.address, nbytes, 0, 1]], np.int64), op, scale)
+        found = torch.from_numpy(dst.read()).view(wanted.dtype)
+        is_nan = torch.isnan(wanted)
+        whole = torch.int16 if op == "bf16" else torch.int32
+        assert torch.equal(torch.isnan(found), is_nan)
+        assert torch.equal(found.view(whole)[~is_nan], wanted.view(whole)[~is_nan])
 
 
 def single_bit(content: Bytes) -> None:

@@ -10,7 +10,6 @@ from collections.abc import Callable
 import kernel_cases
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from kernel_cases import POISON, SIZES, Backend, Case, DeviceBackend, HostBackend, KeptBackend, check, make_case
@@ -73,22 +72,7 @@ def test_generated_layouts(backend: Backend, data: st.DataObject) -> None:
 @pytest.mark.parametrize("backend", [name for name in BACKENDS if name != "model-kept"], indirect=True)
 @pytest.mark.parametrize("scale", [1.0, 0.37])
 def test_floats_become_what_torch_makes_of_them(backend: Backend, scale: float) -> None:
-    """All 65,536 upper halves, each with lower halves around the tie. A NaN becomes a NaN: torch has several."""
-    upper = np.arange(1 << 16, dtype=np.uint32) << np.uint32(16)
-    bits = (upper[:, None] | np.array([0, 1, 0x7FFF, 0x8000, 0x8001, 0xFFFF], np.uint32)).ravel()
-    source = backend.source(bits.nbytes, 0)
-    source.write(bits.view(np.uint8))
-    scaled = torch.from_numpy(bits.view(np.float32)) * torch.tensor(scale, dtype=torch.float32)
-    for op, wanted in (("scale", scaled), ("bf16", scaled.to(torch.bfloat16))):
-        nbytes = wanted.numel() * wanted.element_size()
-        dst = backend.destination(nbytes, 0)
-        pieces = np.array([[source.address, dst.address, nbytes]], np.int64)
-        backend.pack(pieces, np.array([[dst.address, nbytes, 0, 1]], np.int64), op, scale)
-        found = torch.from_numpy(dst.read()).view(wanted.dtype)
-        is_nan = torch.isnan(wanted)
-        assert torch.equal(torch.isnan(found), is_nan)
-        whole = torch.int16 if op == "bf16" else torch.int32
-        assert torch.equal(found.view(whole)[~is_nan], wanted.view(whole)[~is_nan])
+    kernel_cases.floats_become_what_torch_makes_of_them(backend, scale, "cpu")
 
 
 @pytest.mark.parametrize("streaming", [False, True])
