@@ -43,11 +43,13 @@ class Meter:
         self._now = now
         self._held_s = 0.0
         self._seen: deque[float] = deque(maxlen=REMEMBERED)
+        self.bytes_per_s = UNKNOWN_BYTES_PER_S
+        """The most that the link has lately been seen to carry for this rank. Read by the training thread too."""
 
-    @property
-    def bytes_per_s(self) -> float:
-        """The most that the link has lately been seen to carry for this rank."""
-        return max(self._seen, default=UNKNOWN_BYTES_PER_S)
+    def learn(self, bytes_per_s: float) -> None:
+        """One more transfer has shown this bandwidth."""
+        self._seen.append(bytes_per_s)
+        self.bytes_per_s = max(self._seen)
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
@@ -56,7 +58,7 @@ class Meter:
         yield
         took = self._now() - began - (self._held_s - held)
         if nbytes >= MEASURED_MIN_BYTES and took > 0:
-            self._seen.append(nbytes / took)
+            self.learn(nbytes / took)
 
 
 class Eager(Meter):

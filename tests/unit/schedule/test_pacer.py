@@ -47,9 +47,6 @@ class Simulated(Pacer):
         self.clock.now_s = until
         return False
 
-    def knows(self, bytes_per_s: float) -> None:
-        self._seen.append(bytes_per_s)
-
     def go(self, nbytes: int) -> float:
         """Admit, and say when it went, since the plan began."""
         self.admit(nbytes)
@@ -68,7 +65,7 @@ def test_without_a_plan_nothing_is_held_back() -> None:
 
 def test_bytes_go_in_their_windows() -> None:
     pacer = Simulated()
-    pacer.knows(RATE)
+    pacer.learn(RATE)
     pacer.follow([chunk(0.2, KB100), chunk(0.6, 2 * KB100)], 3 * KB100, deadline_s=2.0)
     assert [pacer.go(KB100) for _ in range(3)] == [0.2, 0.6, 0.7]
     late, held = pacer.report()
@@ -78,7 +75,7 @@ def test_bytes_go_in_their_windows() -> None:
 
 def test_what_has_no_window_goes_when_only_the_time_to_send_is_left() -> None:
     pacer = Simulated()
-    pacer.knows(RATE)
+    pacer.learn(RATE)
     pacer.follow([chunk(0.0, KB100)], 3 * KB100, deadline_s=1.0)
     assert pacer.go(KB100) == 0
     assert pacer.go(KB100) == 0.8  # 200 kB take 0.2 s, and 1 s is the limit
@@ -88,7 +85,7 @@ def test_what_has_no_window_goes_when_only_the_time_to_send_is_left() -> None:
 
 def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -> None:
     pacer = Simulated()
-    pacer.knows(RATE)
+    pacer.learn(RATE)
     pacer.follow([chunk(0.0, 3 * KB100)], 3 * KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.traffic_ends(Lane.PIPELINE, 50_000)  # the call returns at once; the wire is busy for 50 ms
@@ -99,7 +96,7 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
 
 def test_a_collective_holds_slices_back_until_it_returns() -> None:
     pacer = Simulated()
-    pacer.knows(RATE)
+    pacer.learn(RATE)
     pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.GRADIENT, 1)
     pacer.silences.append(1000.7)
@@ -108,7 +105,7 @@ def test_a_collective_holds_slices_back_until_it_returns() -> None:
 
 def test_a_collective_that_never_returns_holds_nothing_beyond_the_deadline() -> None:
     pacer = Simulated()
-    pacer.knows(RATE)
+    pacer.learn(RATE)
     pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=1.5)
     pacer.traffic_begins(Lane.GRADIENT, 1)
     assert pacer.go(KB100) == 1.5
@@ -116,7 +113,7 @@ def test_a_collective_that_never_returns_holds_nothing_beyond_the_deadline() -> 
 
 def test_slices_leave_at_the_links_pace_and_a_little_more() -> None:
     pacer = Simulated()
-    pacer.knows(RATE)
+    pacer.learn(RATE)
     pacer.follow([chunk(0.0, 5 * KB100, end=1e-6)], 5 * KB100, deadline_s=9.0)
     gone = [pacer.go(KB100) for _ in range(5)]
     assert gone == [pytest.approx(n * KB100 / RATE / PROBE_FACTOR) for n in range(5)]
@@ -148,7 +145,7 @@ def test_slices_take_a_few_milliseconds_of_the_link() -> None:
     pacer = Simulated()
     for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 1_000_000), (1e12, SLICE_MAX_BYTES)):
         pacer._seen.clear()
-        pacer.knows(rate)
+        pacer.learn(rate)
         assert pacer.slice_bytes() == expected
 
 
