@@ -11,10 +11,10 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from megatron_moetion.schedule.planner import Placed
+from megatron_moetion.schedule.planner import Rhythm
 from megatron_moetion.schedule.timeline import Lane
 
 SLICE_S = 10e-3
@@ -92,10 +92,11 @@ class Pacer(Meter):
         super().__init__(now)
         self._moved = moved
         self._changed = threading.Condition()
+        self._rhythm = Rhythm()
+        self._sends = 0  # of training, in this iteration
+        self._synced_s, self._synced_at = now(), 0.0  # when training was last known to be where in the rhythm
         self._origin_s = now()
-        self._steps: tuple[tuple[float, float, int, int], ...] = ()  # begin, end, first byte, end byte
-        self._step = 0  # the one that the next byte is in, or one before it
-        self._deadline_s = 0.0  # without a plan nothing is held back
+        self._deadline_s = 0.0  # without bytes to move nothing is held back
         self._total_bytes = self._gone_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
         self._active = 0
@@ -104,18 +105,21 @@ class Pacer(Meter):
 
     # -- the plan --------------------------------------------------------------------------------------
 
-    def follow(self, chunks: Sequence[Placed], total_bytes: int, deadline_s: float) -> None:
-        """From now on: ``total_bytes`` in these windows (seconds from now), all of them before ``deadline_s``.
+    def begin_iteration(self, rhythm: Rhythm) -> None:
+        """Training is at the beginning of an iteration that is expected to go like this."""
+        with self._changed:
+            self._rhythm, self._sends = rhythm, 0
+            self._synced_s, self._synced_at = self._now(), 0.0
+            self._changed.notify_all()
 
-        Bytes that the plan has no room for go when the deadline comes close.
+    def follow(self, total_bytes: int, deadline_s: float) -> None:
+        """From now on ``total_bytes`` go in the rhythm's windows, all of them before ``deadline_s`` (seconds from now).
+
+        Bytes that find no room go when the deadline comes close.
         """
-        steps: list[tuple[float, float, int, int]] = []
-        for chunk in chunks:
-            first = steps[-1][3] if steps else 0
-            steps.append((chunk.begin_s, chunk.end_s, first, first + chunk.nbytes))
         with self._changed:
             self._origin_s = self._now()
-            self._steps, self._step, self._deadline_s = tuple(steps), 0, deadline_s
+            self._deadline_s = deadline_s
             self._total_bytes, self._gone_bytes, self._late_bytes = total_bytes, 0, 0
             self._held_before_s = self._held_s
             self._changed.notify_all()
@@ -143,12 +147,12 @@ class Pacer(Meter):
         with self._changed:
             while True:
                 now = self._now()
-                pause_s, is_held = self._pause_s(now)
+                pause_s, is_held = self._pause_s(now, nbytes)
                 if pause_s < TICK_S:
                     break
                 self._changed.wait(pause_s)
                 self._held_s += (self._now() - now) * is_held
-            if now + TICK_S < self._opens_s():
+            if self._deadline_s and self._opens_in_s(now, nbytes) > TICK_S:
                 self._late_bytes += nbytes
             self._gone_bytes += nbytes
             self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * PROBE_FACTOR)
@@ -157,7 +161,7 @@ class Pacer(Meter):
         """See ``Gate``."""
         self._moved(posted_s, self._now(), nbytes)
 
-    def _pause_s(self, now: float) -> tuple[float, bool]:
+    def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         """How long to wait before looking again, 0 to go; and whether our last slice is not the reason."""
         left_s = self._origin_s + self._deadline_s - now
         if left_s <= 0:
@@ -169,16 +173,18 @@ class Pacer(Meter):
         if self._own_free_s > now:
             return min(self._own_free_s - now, left_s), False
         slack_s = left_s - (self._total_bytes - self._gone_bytes) / self.bytes_per_s
-        return min(self._opens_s() - now, slack_s), True  # without slack every moment that is left is needed
+        return min(self._opens_in_s(now, nbytes), slack_s), True  # without slack every moment that is left is needed
 
-    def _opens_s(self) -> float:
-        """When the plan moves the next byte; a byte that it has no room for is not moved at all."""
-        while self._step < len(self._steps):
-            begin, end, first, last = self._steps[self._step]
-            if self._gone_bytes < last:
-                share = max(0, self._gone_bytes - first) / (last - first)
-                return self._origin_s + begin + share * (end - begin)
-            self._step += 1
+    def _opens_in_s(self, now: float, nbytes: int) -> float:
+        """How long until a window has room for these bytes; infinite if that depends on what training does next."""
+        sends = self._rhythm.sends_s
+        upcoming = sends[self._sends] if self._sends < len(sends) else self._rhythm.duration_s
+        at = min(self._synced_at + now - self._synced_s, upcoming)
+        takes_s = nbytes / self.bytes_per_s
+        for window in self._rhythm.windows:
+            begin = max(at, window.begin_s)
+            if begin + takes_s <= window.end_s:
+                return begin - at if begin < upcoming else float("inf")
         return float("inf")
 
     # -- Listener --------------------------------------------------------------------------------------
@@ -191,6 +197,10 @@ class Pacer(Meter):
         if sent_bytes:
             with self._changed:
                 self._active += lane is not Lane.PIPELINE
+                if self._sends < len(self._rhythm.sends_s):
+                    self._synced_s, self._synced_at = self._now(), self._rhythm.sends_s[self._sends]
+                self._sends += 1
+                self._changed.notify_all()
                 self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
 
     def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where in the next iteration a snapshot's bytes travel, and how large a snapshot fits. Pure.
 
-From the timelines of the last iterations follow the *idle windows* of each link: stretches in which nearly all of
-them left the link alone. Chunks are placed in these windows, earliest deadline first; what does not fit makes the next
-snapshots smaller, then rarer.
+From the timelines of the last iterations follow the *rhythm* of training and in it the idle windows of a link: what
+nearly all of these iterations left free after one send and before the next. Chunks are placed in these windows,
+earliest deadline first; what does not fit makes the next snapshots smaller, then rarer.
 
 The idea of cutting a snapshot into chunks that fit profiled idle spans is GEMINI's (SOSP 2023); budgets for two
 links, and what happens when they are too small, are our own.
@@ -15,10 +15,10 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_moetion.schedule.timeline import TRAFFIC, Link, Timeline
+from megatron_moetion.schedule.timeline import TRAFFIC, Link, Span, Timeline
 
 IDLE_SHARE = 0.8
-"""A moment belongs to a window if the link was idle then in at least this share of the recorded iterations."""
+"""A window is as long as the gap between two sends was in at least this share of the recorded iterations."""
 WINDOW_MIN_S = 1e-3
 """Shorter gaps are left alone: a chunk would hardly have started."""
 HEADROOM = 0.8
@@ -75,49 +75,48 @@ class Plan:
         return tuple(p for p in self.placed if p.link is link)
 
 
-def busy(timeline: Timeline, link: Link, bytes_per_s: float) -> list[tuple[float, float]]:
-    """When one iteration's own traffic was on a link.
+@dataclass(frozen=True, kw_only=True)
+class Rhythm:
+    """A typical iteration, by what training sends between nodes; seconds since the end of the optimizer step.
 
-    A call that sends n bytes keeps the way out busy for n / bandwidth from its beginning on, although it may return as
-    soon as the kernel has the bytes, or go on to wait for a peer. Waiting keeps nothing busy.
+    ``windows[n]`` are idle after the n-th send and before the next; windows count from the sends, because what is known
+    well is how long training computes between two of them, not when in the iteration it comes to either.
     """
-    if link is not Link.NETWORK:
-        return []
-    found = []
-    for span in timeline.spans:
-        if span.lane in TRAFFIC and span.sent_bytes:
-            end = span.begin_s + span.sent_bytes / bytes_per_s
-            found.append((max(span.begin_s, 0.0), min(end, timeline.duration_s)))
-    return found
+
+    sends_s: tuple[float, ...] = ()
+    duration_s: float = 0.0
+    windows: tuple[Window, ...] = ()
 
 
-def idle_windows(timelines: Sequence[Timeline], link: Link, bytes_per_s: float) -> tuple[Window, ...]:
-    """Stretches of a typical iteration in which the link is idle; none without timelines.
+def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
+    """What the last iterations have in common on the network, from those that sent as often as the newest one.
 
-    Each timeline is stretched to the median duration first, so that a slow iteration does not blur the others.
+    From one send to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call that sends
+    n bytes keeps the way out busy for n / bandwidth from its beginning on, although it may return as soon as the kernel
+    has the bytes, or go on to wait for a peer. Waiting keeps nothing busy.
     """
     if not timelines:
-        return ()
-    durations = sorted(t.duration_s for t in timelines)
-    typical = durations[len(durations) // 2]
-    if typical <= 0:
-        return ()
-    steps: list[tuple[float, int]] = []
-    for timeline in timelines:
-        factor = typical / timeline.duration_s if timeline.duration_s > 0 else 1.0
-        for begin, end in merge(busy(timeline, link, bytes_per_s)):
-            steps += [(begin * factor, 1), (end * factor, -1)]
-    steps.sort()
-    allowed = math.floor((1 - IDLE_SHARE) * len(timelines) + 1e-9)
-    windows, level, since = [], 0, 0.0
-    for at, change in [*steps, (typical, 1 + len(timelines))]:
-        before, level = level, level + change
-        if before <= allowed < level:
-            if at - since >= WINDOW_MIN_S:
-                windows.append(Window(begin_s=since, end_s=at))
-        elif level <= allowed < before:
-            since = at
-    return tuple(windows)
+        return Rhythm()
+    sends = [_sends(t) for t in timelines]
+    alike = [(t, s) for t, s in zip(timelines, sends, strict=True) if len(s) == len(sends[-1])]
+    edges = [[0.0, *(s.begin_s for s in found), t.duration_s] for t, found in alike]
+    at, busy_until, begins, windows = 0.0, 0.0, [], []
+    for n in range(len(edges[0]) - 1):
+        gaps = sorted(max(e[n + 1] - e[n], 0.0) for e in edges)
+        end = at + gaps[math.floor((1 - IDLE_SHARE) * len(gaps) + 1e-9)]
+        if n:
+            begins.append(at)
+            nbytes = max(found[n - 1].sent_bytes for _, found in alike)
+            busy_until = max(busy_until, at) + nbytes / bytes_per_s
+        if end - max(busy_until, at) >= WINDOW_MIN_S:
+            windows.append(Window(begin_s=max(busy_until, at), end_s=end))
+        at = end
+    return Rhythm(sends_s=tuple(begins), duration_s=at, windows=tuple(windows))
+
+
+def _sends(timeline: Timeline) -> list[Span]:
+    found = [s for s in timeline.spans if s.lane in TRAFFIC and s.sent_bytes]
+    return sorted(found, key=lambda s: s.begin_s)
 
 
 def merge(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -50,15 +50,21 @@ class Scheduler:
         self.gate: Gate = self._meter
         self.recorder = Recorder(clock, self._pacer or Silent())
         self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
+        self._rhythm = planner.Rhythm()
         self._origin_s = time.monotonic()
+        self._refused_bytes = 0
 
     def cut(self, iteration: int) -> None:
         """An optimizer step has just ended. Call it once an iteration, in the training thread."""
         self._origin_s = time.monotonic()
         timeline = self.recorder.cut(iteration)
+        if timeline is not None:
+            self._timelines.append(timeline)
+        if self._pacer is not None:
+            self._rhythm = planner.rhythm(tuple(self._timelines), self._pacer.bytes_per_s)
+            self._pacer.begin_iteration(self._rhythm)
         if timeline is None:
             return
-        self._timelines.append(timeline)
         at = timeline.begin_s
         self._draw("iteration", at, at + timeline.duration_s, timeline.iteration)
         for span in timeline.spans:
@@ -77,19 +83,21 @@ class Scheduler:
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
-        """See ``Pacing``: the plan for these bytes is made here, when they are about to go."""
+        """See ``Pacing``: what has room before the deadline is known here, when the bytes are about to go."""
         timelines = tuple(self._timelines)
         if self._pacer is not None and timelines and nbytes:
             typical_s = typical_duration(timelines)
             since_s = (time.monotonic() - self._origin_s) % typical_s
             deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
-            windows = ahead(self._windows(timelines), since_s, typical_s)
+            self._pacer.follow(nbytes, deadline_s)
             demand = Demand(snapshot=0, nbytes=nbytes, links=(Link.NETWORK,), deadline_s={Link.NETWORK: deadline_s})
-            chunk_bytes = max(self._pacer.slice_bytes(), nbytes // CHUNKS_MAX)
             plan = planner.place(
-                {Link.NETWORK: windows}, {Link.NETWORK: self._pacer.bytes_per_s}, [demand], chunk_bytes
+                {Link.NETWORK: ahead(self._rhythm.windows, since_s, typical_s)},
+                {Link.NETWORK: self._pacer.bytes_per_s},
+                [demand],
+                max(self._pacer.slice_bytes(), nbytes // CHUNKS_MAX),
             )
-            self._pacer.follow(plan.on(Link.NETWORK), nbytes, deadline_s)
+            self._refused_bytes = sum(plan.refused_bytes.values())
         with self._meter.transfer(nbytes):
             yield
 
@@ -103,12 +111,12 @@ class Scheduler:
         if self._pacer is None or not timelines:
             return len(rungs) - 1, ""
         rate = self._pacer.bytes_per_s
-        windows = self._windows(timelines)
+        windows, typical_s = self._rhythm.windows, self._rhythm.duration_s
         capacity, link = planner.capacity_bytes({Link.NETWORK: windows}, {Link.NETWORK: rate})
         found = planner.affordable(rungs, capacity, dense_bytes, expert_bytes)
         idle_s = sum(w.duration_s for w in windows)
         return found, (
-            f"the {link.value} is idle for {idle_s:.2f} of {typical_duration(timelines):.2f} s at "
+            f"the {link.value} is idle for {idle_s:.2f} of {typical_s:.2f} s at "
             f"{rate / 1e6:.0f} MB/s, so an iteration carries {capacity / 1e6:.1f} MB"
         )
 
@@ -117,12 +125,10 @@ class Scheduler:
         late, held = self._pacer.report() if self._pacer is not None else (0, 0.0)
         return {
             "moetion/network-mb-per-s": self._meter.bytes_per_s / 1e6,
+            "moetion/unplaced-mb": self._refused_bytes / 1e6,
             "moetion/late-mb": late / 1e6,
             "moetion/held-s": held,
         }
-
-    def _windows(self, timelines: Sequence[Timeline]) -> tuple[Window, ...]:
-        return planner.idle_windows(timelines, Link.NETWORK, self._meter.bytes_per_s)
 
     def _moved(self, begin_s: float, end_s: float, nbytes: int) -> None:
         self._draw("replication", begin_s, end_s, nbytes)

@@ -9,8 +9,8 @@ import time
 import pytest
 
 from megatron_moetion.schedule.pacer import PROBE_FACTOR, REMEMBERED, SLICE_MAX_BYTES, SLICE_MIN_BYTES, Eager, Pacer
-from megatron_moetion.schedule.planner import Placed
-from megatron_moetion.schedule.timeline import Lane, Link
+from megatron_moetion.schedule.planner import Rhythm, Window
+from megatron_moetion.schedule.timeline import Lane
 
 RATE = 1e6
 KB100 = 100_000
@@ -27,13 +27,17 @@ class Clock:
 
 
 class Simulated(Pacer):
-    """A pacer whose waits advance the clock; at each moment of ``silences`` a collective of training returns."""
+    """A pacer whose waits advance the clock. At each moment of ``silences`` a collective of training returns, of
+    ``sends`` training sends so many bytes, of ``beginnings`` an iteration begins.
+    """
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.slices: list[tuple[float, float, int]] = []
         super().__init__(lambda begin, end, nbytes: self.slices.append((begin, end, nbytes)), self.clock)
         self.silences: list[float] = []
+        self.sends: list[tuple[float, int]] = []
+        self.beginnings: list[tuple[float, Rhythm]] = []
         self._changed.wait = self._sleep  # type: ignore[method-assign]
 
     def _sleep(self, timeout: float | None = None) -> bool:
@@ -44,6 +48,14 @@ class Simulated(Pacer):
             self.clock.now_s = self.silences.pop(0)
             self.traffic_ends(Lane.GRADIENT, 1)
             return True
+        if self.sends and self.sends[0][0] <= until:
+            self.clock.now_s, nbytes = self.sends.pop(0)
+            self.traffic_begins(Lane.PIPELINE, nbytes)
+            return True
+        if self.beginnings and self.beginnings[0][0] <= until:
+            self.clock.now_s, rhythm = self.beginnings.pop(0)
+            self.begin_iteration(rhythm)
+            return True
         self.clock.now_s = until
         return False
 
@@ -53,40 +65,65 @@ class Simulated(Pacer):
         return round(self.clock.now_s - 1000.0, 6)
 
 
-def chunk(begin: float, nbytes: int, end: float | None = None) -> Placed:
-    until = begin + nbytes / RATE if end is None else end
-    return Placed(snapshot=0, link=Link.NETWORK, begin_s=begin, end_s=until, nbytes=nbytes)
+def expect(*windows: tuple[float, float], sends: tuple[float, ...] = (), duration: float = 9.0) -> Rhythm:
+    return Rhythm(sends_s=sends, duration_s=duration, windows=tuple(Window(begin_s=b, end_s=e) for b, e in windows))
 
 
-def test_without_a_plan_nothing_is_held_back() -> None:
+def test_before_any_transfer_nothing_is_held_back() -> None:
     pacer = Simulated()
     assert pacer.go(10**9) == 0
 
 
-def test_bytes_go_in_their_windows() -> None:
+def test_bytes_go_in_the_windows_that_have_room_for_them() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
-    pacer.follow([chunk(0.2, KB100), chunk(0.6, 2 * KB100)], 3 * KB100, deadline_s=2.0)
-    assert [pacer.go(KB100) for _ in range(3)] == [0.2, 0.6, 0.7]
+    pacer.begin_iteration(expect((0.0, 0.05), (0.2, 0.35), (0.6, 0.9)))
+    pacer.follow(3 * KB100, deadline_s=2.0)
+    gone = [pacer.go(KB100) for _ in range(3)]
+    assert gone == [0.2, 0.6, pytest.approx(0.6 + KB100 / RATE / PROBE_FACTOR)]  # 50 ms are left of the second window
     late, held = pacer.report()
     assert late == 0
-    assert held == pytest.approx(0.7 - 2 * KB100 / RATE / PROBE_FACTOR)  # all but the time that slices were leaving
+    assert held == pytest.approx(gone[2] - 2 * KB100 / RATE / PROBE_FACTOR)  # all but the time that slices were leaving
 
 
 def test_what_has_no_window_goes_when_only_the_time_to_send_is_left() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
-    pacer.follow([chunk(0.0, KB100)], 3 * KB100, deadline_s=1.0)
+    pacer.begin_iteration(expect((0.0, 0.15)))
+    pacer.follow(3 * KB100, deadline_s=1.0)
     assert pacer.go(KB100) == 0
     assert pacer.go(KB100) == 0.8  # 200 kB take 0.2 s, and 1 s is the limit
     assert pacer.go(KB100) == 0.9
     assert pacer.report()[0] == 2 * KB100
 
 
+def test_the_rhythm_follows_training_and_waits_for_its_next_send() -> None:
+    """Expected: sends at 0.3 and 0.6. Training is late: until it has sent, the window after that send stays shut."""
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.begin_iteration(expect((0.4, 0.6), (0.7, 0.9), sends=(0.3, 0.6)))
+    pacer.follow(2 * KB100, deadline_s=5.0)
+    pacer.sends = [(1000.8, 50_000), (1001.4, 50_000)]
+    assert pacer.go(KB100) == pytest.approx(0.9)  # a tenth of a second after the send, as in the rhythm
+    pacer.clock.now_s = 1001.05  # too late for what is left of this window
+    assert pacer.go(KB100) == pytest.approx(1.5)
+
+
+def test_an_iteration_that_begins_reopens_the_windows() -> None:
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.begin_iteration(expect((0.0, 0.15), duration=0.5))
+    pacer.follow(2 * KB100, deadline_s=5.0)
+    assert pacer.go(KB100) == 0
+    pacer.beginnings = [(1000.7, expect((0.1, 0.3), duration=0.5))]
+    assert pacer.go(KB100) == pytest.approx(0.8)
+
+
 def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
-    pacer.follow([chunk(0.0, 3 * KB100)], 3 * KB100, deadline_s=5.0)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(3 * KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.traffic_ends(Lane.PIPELINE, 50_000)  # the call returns at once; the wire is busy for 50 ms
     assert pacer.go(KB100) == 0.05
@@ -97,7 +134,8 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
 def test_a_collective_holds_slices_back_until_it_returns() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
-    pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=5.0)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.GRADIENT, 1)
     pacer.silences.append(1000.7)
     assert pacer.go(KB100) == 0.7
@@ -106,7 +144,8 @@ def test_a_collective_holds_slices_back_until_it_returns() -> None:
 def test_a_collective_that_never_returns_holds_nothing_beyond_the_deadline() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
-    pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=1.5)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(KB100, deadline_s=1.5)
     pacer.traffic_begins(Lane.GRADIENT, 1)
     assert pacer.go(KB100) == 1.5
 
@@ -114,7 +153,8 @@ def test_a_collective_that_never_returns_holds_nothing_beyond_the_deadline() -> 
 def test_slices_leave_at_the_links_pace_and_a_little_more() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
-    pacer.follow([chunk(0.0, 5 * KB100, end=1e-6)], 5 * KB100, deadline_s=9.0)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(5 * KB100, deadline_s=9.0)
     gone = [pacer.go(KB100) for _ in range(5)]
     assert gone == [pytest.approx(n * KB100 / RATE / PROBE_FACTOR) for n in range(5)]
 
@@ -127,7 +167,8 @@ def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held()
     with pacer.transfer(10**6):
         pacer.clock.now_s += 4.0
     assert pacer.bytes_per_s == 1e6
-    pacer.follow([chunk(3.0, 10**6)], 10**6, deadline_s=9.0)
+    pacer.begin_iteration(expect((3.0, 5.0)))
+    pacer.follow(10**6, deadline_s=9.0)
     with pacer.transfer(10**6):
         pacer.go(10**6)
         pacer.clock.now_s += 0.5
@@ -151,7 +192,8 @@ def test_slices_take_a_few_milliseconds_of_the_link() -> None:
 
 def test_a_waiting_thread_is_woken_when_training_falls_silent() -> None:
     pacer = Pacer(lambda begin, end, nbytes: None)
-    pacer.follow([chunk(0.0, KB100)], KB100, deadline_s=20.0)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(KB100, deadline_s=20.0)
     pacer.traffic_begins(Lane.ALL_TO_ALL, 1)
     gone = threading.Event()
     thread = threading.Thread(target=lambda: (pacer.admit(KB100), gone.set()))

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.schedule import planner
-from megatron_moetion.schedule.planner import Demand, Rung, Window, affordable, idle_windows, ladder, next_level, place
+from megatron_moetion.schedule.planner import Demand, Rung, Window, affordable, ladder, next_level, place, rhythm
 from megatron_moetion.schedule.timeline import Lane, Link, Span, Timeline
 
 RATE = 1e6
@@ -29,12 +29,13 @@ def iteration(spans: Sequence[tuple[float, float]], duration: float = 1.0, lane:
 
 
 def windows_of(*timelines: Timeline) -> list[tuple[float, float]]:
-    found = idle_windows(timelines, Link.NETWORK, RATE)
+    found = rhythm(timelines, RATE).windows
     return [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found]
 
 
 def test_windows_are_what_traffic_leaves() -> None:
-    assert windows_of(iteration([(0.2, 0.3), (0.25, 0.5), (0.9, 1.0)])) == [(0.0, 0.2), (0.5, 0.9)]
+    """Messages that overlap queue on the wire: 0.1 s and 0.25 s of bytes from 0.2 on."""
+    assert windows_of(iteration([(0.2, 0.3), (0.25, 0.5), (0.9, 1.0)])) == [(0.0, 0.2), (0.55, 0.9)]
 
 
 def test_no_gap_all_gap_no_iteration() -> None:
@@ -53,26 +54,38 @@ def test_waiting_and_traffic_inside_the_node_leave_the_network_idle() -> None:
     waits = Span(lane=Lane.PIPELINE, begin_s=0.1, end_s=0.8, received_bytes=10)
     inside = Span(lane=Lane.ALL_TO_ALL, begin_s=0.1, end_s=0.8)
     assert windows_of(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=(waits, inside))) == [(0.0, 1.0)]
-    assert idle_windows([iteration([(0.0, 1.0)])], Link.D2H, RATE) == (Window(begin_s=0.0, end_s=1.0),)
 
 
 def test_one_odd_iteration_of_eight_changes_nothing_but_three_do() -> None:
-    usual, odd = iteration([(0.5, 0.6)]), iteration([(0.0, 0.3)])
+    usual, odd = iteration([(0.5, 0.6)]), iteration([(0.2, 0.3)])
     assert windows_of(*[usual] * 7, odd) == [(0.0, 0.5), (0.6, 1.0)]
-    assert windows_of(*[usual] * 5, *[odd] * 3) == [(0.3, 0.5), (0.6, 1.0)]
+    assert windows_of(*[usual] * 5, *[odd] * 2) == [(0.0, 0.2), (0.3, 0.7)]  # the shorter gap of each
 
 
-def test_a_slow_iteration_is_stretched_to_the_others() -> None:
-    assert windows_of(iteration([(0.5, 0.6)]), iteration([(1.0, 1.2)], duration=2.0)) == [(0.0, 1.0), (1.2, 2.0)]
+def test_iterations_that_sent_more_or_less_often_than_the_newest_do_not_count() -> None:
+    usual, validated = iteration([(0.5, 0.6)]), iteration([(0.1, 0.2), (0.3, 0.4), (0.7, 0.8)])
+    assert windows_of(*[validated] * 5, usual) == [(0.0, 0.5), (0.6, 1.0)]
+    assert windows_of(*[usual] * 5, validated) == [(0.0, 0.1), (0.2, 0.3), (0.4, 0.7), (0.8, 1.0)]
 
 
-@given(st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6), min_size=1, max_size=8))
+def test_windows_count_from_the_sends_so_that_a_late_beginning_does_not_blur_the_rest() -> None:
+    late = [iteration([(at + 0.1, at + 0.2), (at + 0.5, at + 0.6)], duration=at + 1.0) for at in (0.0, 0.3, 0.1, 0.4)]
+    assert windows_of(*late) == [(0.0, 0.1), (0.2, 0.5), (0.6, 1.0)]
+    assert rhythm(late, RATE).sends_s == pytest.approx((0.1, 0.5))
+
+
+SENDS = st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6), min_size=1, max_size=8)
+
+
+@given(SENDS)
 def test_windows_are_ordered_disjoint_and_inside(sends: list[list[tuple[float, float]]]) -> None:
-    found = idle_windows([iteration([(min(s), max(s)) for s in each]) for each in sends], Link.NETWORK, RATE)
-    ends = [0.0, *(w.end_s for w in found)]
-    assert all(w.begin_s >= end for w, end in zip(found, ends, strict=False))
-    assert all(planner.WINDOW_MIN_S <= w.duration_s <= 1 for w in found)
-    assert all(w.end_s <= 1 for w in found)
+    found = rhythm([iteration([(min(s), max(s)) for s in each]) for each in sends], RATE)
+    ends = [0.0, *(w.end_s for w in found.windows)]
+    assert all(w.begin_s >= end for w, end in zip(found.windows, ends, strict=False))
+    assert all(planner.WINDOW_MIN_S <= w.duration_s <= 1 for w in found.windows)
+    assert all(w.end_s <= found.duration_s <= 1 + 1e-9 for w in found.windows)
+    assert list(found.sends_s) == sorted(found.sends_s)
+    assert all(not w.begin_s < send < w.end_s for w in found.windows for send in found.sends_s)
 
 
 @settings(max_examples=40)
@@ -81,12 +94,10 @@ def test_half_an_iteration_of_jitter_only_makes_windows_smaller(seed: int) -> No
     import random
 
     rng = random.Random(seed)
-    steady = windows_of(*[iteration([(0.4, 0.6)])] * 8)
     jittered = [iteration([(max(0, 0.4 + j), min(1, 0.6 + j))]) for j in (rng.uniform(-0.5, 0.5) for _ in range(8))]
-    assert sum(e - b for b, e in windows_of(*jittered)) <= sum(e - b for b, e in steady) + 0.3
-    plan = place(
-        {Link.NETWORK: idle_windows(jittered, Link.NETWORK, RATE)}, {Link.NETWORK: RATE}, [demand(5e5)], 50_000
-    )
+    found = rhythm(jittered, RATE)
+    assert sum(w.duration_s for w in found.windows) <= 0.8
+    plan = place({Link.NETWORK: found.windows}, {Link.NETWORK: RATE}, [demand(5e5)], 50_000)
     assert sum(p.nbytes for p in plan.placed) + sum(plan.refused_bytes.values()) == 500_000
 
 
@@ -232,8 +243,8 @@ def test_pipelines_leave_windows_between_their_sends(stages: int, chunks: int) -
     """1F1B and interleaved 1F1B: what is placed never meets a send, and the bubbles are used."""
     for stage in range(stages):
         timeline = one_f_one_b(stage, stages, 8, chunks)
-        sends = planner.merge(planner.busy(timeline, Link.NETWORK, RATE))
-        windows = idle_windows([timeline] * 8, Link.NETWORK, RATE)
+        sends = planner.merge([(s.begin_s, s.begin_s + s.sent_bytes / RATE) for s in timeline.spans])
+        windows = rhythm([timeline] * 8, RATE).windows
         idle = sum(w.duration_s for w in windows)
         assert idle == pytest.approx(timeline.duration_s - sum(e - b for b, e in sends), abs=0.02)
         plan = place({Link.NETWORK: windows}, {Link.NETWORK: RATE}, [demand(0.9 * idle * RATE, deadline=99)], 100_000)
