@@ -38,11 +38,12 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 MODEL_FLAGS = (
-    "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --seq-length 128 "
-    "--max-position-embeddings 128 --num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax "
-    "--moe-ffn-hidden-size 512 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
+    "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention "
+    "--num-query-groups 1 --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope "
+    "--num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 128 "
+    "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
     "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
-    "--lr 1e-3 --bf16 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
+    "--lr 1e-3 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
 )
 EXPERTS_PER_RANK = 32
 STALENESS_CAP = 32
@@ -63,7 +64,7 @@ class Size:
     limit_s: float
 
 
-FULL_SIZE = Size(cycles=5, block_iterations=3, settling_iterations=1, limit_s=1500)
+FULL_SIZE = Size(cycles=10, block_iterations=5, settling_iterations=2, limit_s=1500)
 QUICK_SIZE = Size(cycles=2, block_iterations=2, settling_iterations=1, limit_s=300)
 
 
