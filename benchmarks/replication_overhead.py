@@ -48,6 +48,10 @@ MODEL_FLAGS = (
 EXPERTS_PER_RANK = 32
 STALENESS_CAP = 32
 ARMS = ("off", "full-eager", "full-bubble", "popularity-eager", "popularity-bubble")
+TOKENS_PER_ITERATION = 8 * 512 * 2
+"""Routed ones, of all layers: sequences, their length, layers."""
+FAULT_EVERY = 1000
+"""Iterations between faults, for the PLT that is printed beside K."""
 RATES_MBIT = (100.0, None)
 QUICK_RATES_MBIT = (400.0,)
 HOSTS, RANKS_PER_HOST = 2, 2
@@ -328,6 +332,11 @@ def results_of(rate: float, arms: Mapping[str, Mapping[str, float]]) -> list[Any
     results += [
         Result(name=f"{link}: K of a rank's {EXPERTS_PER_RANK} experts", value=ours["experts"], unit="experts"),
         Result(name=f"{link}: tokens at risk, all ranks", value=ours["unsaved"], unit="tokens"),
+        Result(
+            name=f"{link}: PLT at that K with a fault every {FAULT_EVERY} iterations",
+            value=ours["unsaved"] / (TOKENS_PER_ITERATION * FAULT_EVERY),
+            unit="share",
+        ),
     ]
     return results
 
