@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 MODEL_FLAGS = (
     "--num-layers 2 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --group-query-attention "
     "--num-query-groups 1 --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope "
-    "--num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 128 "
+    "--num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 160 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
     "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
     "--lr 1e-3 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
