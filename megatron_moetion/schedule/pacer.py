@@ -17,20 +17,23 @@ from contextlib import contextmanager
 from megatron_moetion.schedule.planner import Rhythm
 from megatron_moetion.schedule.timeline import Lane
 
-SLICE_S = 10e-3
-"""A slice should occupy the link no longer than this: so long a message of training may have to wait behind it."""
+SLICE_S = 20e-3
+"""A slice should occupy the link no longer than this: so long a message of training may have to wait behind it. Each
+slice wakes threads at both ends, so that smaller ones cost time of the processors that train."""
 SLICE_MIN_BYTES, SLICE_MAX_BYTES = 64 << 10, 8 << 20
 MEASURED_MIN_BYTES = 128 << 10
 """A transfer of fewer bytes says more about latency than about bandwidth."""
-PROBE_FACTOR = 1.05
-"""Sending goes on at this multiple of the bandwidth last seen, so that a link that became faster is found out."""
+CALM_FACTOR = 0.8
+"""We send at this share of the bandwidth: no queue builds up on the link for training's messages to wait behind."""
+PROBE_FACTOR, PROBE_EVERY = 1.05, 8
+"""One transfer in so many goes at this multiple: it shows what the link carries, and whether it became faster."""
 UNKNOWN_BYTES_PER_S = 1e9
 """Until the first transfer."""
 TICK_S = 1e-5
 """Shorter pauses are none."""
 REMEMBERED = 16
-"""Transfers whose bandwidth is remembered. The best one counts: what disturbs a transfer, a busy processor above all,
-only makes it look slower, and an estimate that followed would pace the next one down, and so on."""
+"""Transfers whose bandwidth is remembered, two probes among them. The best one counts: what disturbs a transfer, a busy
+processor above all, only makes it look slower, and an estimate that followed would pace the next one down, and so on."""
 
 Moved = Callable[[float, float, int], None]
 """Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
@@ -99,6 +102,8 @@ class Pacer(Meter):
         self._deadline_s = 0.0  # without bytes to move nothing is held back
         self._total_bytes = self._gone_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
+        self._transfers = 0
+        self._pace = PROBE_FACTOR
         self._active = 0
         self._wire_free_s = 0.0  # until then, training's last message is on the wire
         self._own_free_s = 0.0  # until then, our last slice is
@@ -122,6 +127,8 @@ class Pacer(Meter):
             self._deadline_s = deadline_s
             self._total_bytes, self._gone_bytes, self._late_bytes = total_bytes, 0, 0
             self._held_before_s = self._held_s
+            self._pace = PROBE_FACTOR if self._transfers % PROBE_EVERY == 0 else CALM_FACTOR
+            self._transfers += 1
             self._changed.notify_all()
 
     def report(self) -> tuple[int, float]:
@@ -155,7 +162,7 @@ class Pacer(Meter):
             if self._deadline_s and self._opens_in_s(now, nbytes) > TICK_S:
                 self._late_bytes += nbytes
             self._gone_bytes += nbytes
-            self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * PROBE_FACTOR)
+            self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * self._pace)
 
     def left(self, nbytes: int, posted_s: float) -> None:
         """See ``Gate``."""
@@ -172,7 +179,7 @@ class Pacer(Meter):
             return min(self._wire_free_s - now, left_s), True
         if self._own_free_s > now:
             return min(self._own_free_s - now, left_s), False
-        slack_s = left_s - (self._total_bytes - self._gone_bytes) / self.bytes_per_s
+        slack_s = left_s - (self._total_bytes - self._gone_bytes) / (self.bytes_per_s * min(self._pace, 1.0))
         return min(self._opens_in_s(now, nbytes), slack_s), True  # without slack every moment that is left is needed
 
     def _opens_in_s(self, now: float, nbytes: int) -> float:
