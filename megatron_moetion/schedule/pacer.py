@@ -32,8 +32,8 @@ UNKNOWN_BYTES_PER_S = 1e9
 TICK_S = 1e-5
 """Shorter pauses are none."""
 REMEMBERED = 16
-"""Transfers whose bandwidth is remembered, two probes among them. The best one counts: what disturbs a transfer, a busy
-processor above all, only makes it look slower, and an estimate that followed would pace the next one down, and so on."""
+"""Transfers whose bandwidth is remembered, two probes among them. The best one counts: what disturbs a transfer, above
+all a busy processor, only makes it look slower, and an estimate that followed would pace the next one down."""
 
 Moved = Callable[[float, float, int], None]
 """Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
