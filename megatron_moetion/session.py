@@ -29,7 +29,7 @@ from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
 from megatron_moetion.recover.startup import OpenArenas, Situation, Startup
-from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
+from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.flight import Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
@@ -116,7 +116,8 @@ class Session:
         )
         self._open_iterations: set[int] = set()
         self._stable = -1
-        self._base = -1
+        self._recent = [-1]
+        """Iterations of the last snapshots, the newest first; the same on all ranks."""
         self._degraded = ""
         self.node_of: tuple[int, ...] = ()
         """Node of each rank, by rank; known after ``start``."""
@@ -178,10 +179,10 @@ class Session:
             unfrozen = self._freeze()
             counts = self._token_counts()
             self._fabric.start_sum(counts)
-            self._base = iteration
+            self._recent = [iteration, *self._recent][:WINDOW]
             rounds = flight.rounds
             whole = [i for i, is_whole in rounds.items() if is_whole]
-            self._fabric.start_agreement(mask_of(whole, iteration, rounds, self._config.interval), self._vote())
+            self._fabric.start_agreement(mask_of(whole, self._recent, rounds), self._vote())
         except ChannelError as error:
             self._degraded = str(error)
             self._journal.warn_once("agreement", iteration, f"snapshots stop, iteration {self._stable} stays: {error}")
@@ -208,7 +209,7 @@ class Session:
         flight, _ = self._running()
         counts = flight.counts
         return {
-            "moetion/stable-lag-iterations": float(self._base - self._stable),
+            "moetion/stable-lag-iterations": float(self._recent[0] - self._stable),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
@@ -230,7 +231,7 @@ class Session:
         try:
             self._summarise(self._flight.counts)
         except ChannelError as error:
-            self._journal.warn_once("summary", self._base, f"the summary is missing: {error}")
+            self._journal.warn_once("summary", self._recent[0], f"the summary is missing: {error}")
         self._flight.close()
         self._packer.close()
         self._arenas.close()
@@ -265,7 +266,8 @@ class Session:
         state = decode(blob)
         self._adapter.load_host_state(state["adapter"])
         self._adapter.resync()
-        self._stable = self._base = plan.iteration
+        self._stable = plan.iteration
+        self._recent = [plan.iteration]
         self._fly(self._arenas, situation, plan.epoch)
         lost = self._count_losses(situation, plan, state["session"])
         everyone = self._fabric.gather({"lost": lost, "layers": self._book.layers(self._token_counts())})
@@ -330,14 +332,15 @@ class Session:
         counts = self._token_counts()
         flight.begin(iteration, everything, self._tokens_of_units(counts))
         flight.drain()
-        self._fabric.start_agreement(mask_of(flight.whole, iteration))
-        if newest_common((self._fabric.finish_agreement() or (0,))[0], iteration) is None:
+        self._fabric.start_agreement(mask_of(flight.whole, [iteration]))
+        if newest_common((self._fabric.finish_agreement() or (0,))[0], [iteration]) is None:
             raise StoreError(
                 "the first snapshot could not be made whole on every rank: "
                 f"{flight.broken or dict(flight.counts.dropped)}"
             )
         flight.counts = FlightCounts()  # the baseline is no steady-state snapshot
-        self._stable = self._base = iteration
+        self._stable = iteration
+        self._recent = [iteration]
         self._book.choose_all(iteration, counts)
         for arena in self._arenas.all():
             arena.edit(lambda page: {"stable": iteration})
@@ -407,8 +410,8 @@ class Session:
             return
         mask, votes = agreed
         self._sizes.agree(votes)
-        settled = fates(mask, self._base, self._open_iterations, self._config.interval)
-        newest = newest_common(mask, self._base, self._config.interval)
+        settled = fates(mask, self._recent, self._open_iterations)
+        newest = newest_common(mask, self._recent)
         stable = max(self._stable, -1 if newest is None else newest)
         if stable == self._stable and not settled:
             return
@@ -433,7 +436,7 @@ class Session:
         share = sum(experts) / max(len(self._expert_units), 1)
         votes, why = self._sizes.vote(self._scheduler, always * self._config.replicas, share * self._config.replicas)
         if why:
-            self._journal.warn_once("budget", self._base, why)
+            self._journal.warn_once("budget", self._recent[0], why)
         return votes
 
     def _freeze(self) -> str:

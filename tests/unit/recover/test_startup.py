@@ -170,6 +170,19 @@ def test_snapshots_become_stable_at_every_interval(tmp_path: Path, interval: int
     job.crash()
 
 
+@pytest.mark.parametrize("gap", [2, 40, 5000])
+def test_snapshots_become_stable_however_far_apart_the_calls_are(tmp_path: Path, gap: int) -> None:
+    """The loop may call ``on_step_end`` more rarely than ``interval`` says, and pause for long."""
+    job = Job(tmp_path)
+    job.start()
+    for number in range(1, 12):
+        job.iteration = number * gap - 1
+        job.train(1)
+    assert job.sessions[0].stable_iteration == 9 * gap
+    assert job.sessions[0].scalars()["moetion/snapshots-dropped"] == 0
+    job.crash()
+
+
 def test_mode_popularity_keeps_the_cap_and_counts_what_is_lost(tmp_path: Path) -> None:
     first = Job(tmp_path, mode="popularity", staleness_cap=4, experts_per_snapshot=1)
     first.start()

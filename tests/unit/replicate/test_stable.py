@@ -80,7 +80,8 @@ class Cluster:
         self.rounds: list[dict[int, bool]] = [{0: True} for _ in range(RANKS)]
         self.open: set[int] = set()
         self.masks: list[int] = []
-        self.base = self.stable = 0
+        self.recent = [0]
+        self.stable = 0
         for (owner, _), arena in self.arenas.items():
             arena.add(tuple(self.record(owner, u, 0) for u in range(HOST + 1)))
 
@@ -90,8 +91,8 @@ class Cluster:
 
     def snapshot(self, iteration: int, drop_rate: float) -> None:
         """All ranks begin a snapshot; some drop it. Those that share experts select the same ones."""
-        self.base = iteration
-        self.masks = [mask_of((i for i in r if r[i]), iteration, r) for r in self.rounds]
+        self.recent = [iteration, *self.recent]
+        self.masks = [mask_of((i for i in r if r[i]), self.recent, r) for r in self.rounds]
         self.open.add(iteration)
         names = range(1, EXPERTS + 1)
         chosen = [self.draw.sample(names, self.draw.randint(0, MOST_SELECTED)) for _ in range(RANKS // 2)]
@@ -115,9 +116,9 @@ class Cluster:
     def learn(self) -> list[Callable[[], None]]:
         """What the agreement of one snapshot ago lets each rank free, one step a rank: they do not free in step."""
         mask = reduce(int.__and__, self.masks) if self.masks else 0
-        settled = fates(mask, self.base, self.open)
+        settled = fates(mask, self.recent, self.open)
         self.open -= settled.keys()
-        stable = self.stable = max(self.stable, newest_common(mask, self.base) or 0)
+        stable = self.stable = max(self.stable, newest_common(mask, self.recent) or 0)
 
         def free(arena: Paper) -> None:
             alive = [r for r in arena.page.records if settled.get(r.iteration, True)]
