@@ -110,7 +110,12 @@ def measure(path: Path, size: Size) -> int:
             opt_param_scheduler=trainer.scheduler,
             user_state=trainer.progress,
             config=MoetionConfig(
-                mode=mode, run_id=f"overhead-{mode}", store=str(store), ranks_per_node=2, staleness_cap=STALENESS_CAP
+                mode=mode,
+                run_id=f"overhead-{mode}",
+                store=str(store),
+                ranks_per_node=2,
+                staleness_cap=STALENESS_CAP,
+                lost_token_budget=0.0,  # K is what is measured
             ),
         )
         sessions[mode].start()

@@ -52,7 +52,7 @@ TOKENS_PER_ITERATION = 8 * 512 * 2
 """Routed ones, of all layers: sequences, their length, layers."""
 FAULT_EVERY = 1000
 """Iterations between faults, for the PLT that is printed beside K."""
-RATES_MBIT = (100.0, None)
+RATES_MBIT = (200.0, 100.0, None)
 QUICK_RATES_MBIT = (400.0,)
 HOSTS, RANKS_PER_HOST = 2, 2
 TARGET_SLOWDOWN = 0.01
@@ -185,6 +185,7 @@ def open_session(trainer: Any, arm: str, store: Path, trace_dir: Path | None) ->
             run_id=arm,
             store=str(store),
             staleness_cap=STALENESS_CAP,
+            lost_token_budget=0.0,  # K is what is measured
             trace_dir=str(trace_dir / arm) if trace_dir is not None else "",
         ),
     )

@@ -11,6 +11,16 @@ from megatron_moetion.errors import ConfigError
 
 MODES = ("full", "popularity")
 SCHEDULES = ("bubble", "eager")
+SWITCH = ("on", "off")
+SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential", "full")
+
+
+_CHOICES = {
+    "mode": MODES,
+    "schedule": SCHEDULES,
+    "selection": SELECTIONS,
+    "capacity_recalibration": SWITCH,
+}
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -45,6 +55,33 @@ class MoetionConfig:
         "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from what "
         "the staleness cap needs to twice that",
     )
+    selection: str = setting(
+        "unsaved-tokens",
+        "which experts go first in mode 'popularity': 'unsaved-tokens' (most tokens since their last capture), "
+        "'popularity-ema' (most tokens of late), 'sequential' (in turn) or 'full' (all of them)",
+        choices=SELECTIONS,
+    )
+    snapshot_bytes: int = setting(
+        0, "instead of K: most bytes of a snapshot of any rank; K is what fits. 0: no such limit", metavar="BYTES"
+    )
+    lost_token_budget: float = setting(
+        0.0375,
+        "most tokens that faults may cost experts, as a share of those they processed: where a fault now could cost "
+        "more, a snapshot takes more than K experts. 0: no limit",
+        metavar="SHARE",
+    )
+    max_experts_per_snapshot: int = setting(
+        0,
+        "how far K may grow for --moetion-lost-token-budget; 0: to all experts, for which the arenas hold three copies "
+        "of each. Less saves memory",
+    )
+    capacity_recalibration: str = setting(
+        "on",
+        "after a fault, more capacity for a while for the experts that lost tokens (models with "
+        "--moe-expert-capacity-factor): 'on' or 'off'",
+        choices=SWITCH,
+    )
+    recalibration_iterations: int = setting(50, "how many iterations capacity is raised for after a fault")
     schedule: str = setting(
         "bubble",
         "when snapshots travel: 'bubble' (in the gaps that training leaves on the network) or 'eager' (at once)",
@@ -65,19 +102,50 @@ class MoetionConfig:
     inject_fault: str = setting("", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL")
 
     def __post_init__(self) -> None:
-        positive = ("interval", "staleness_cap", "pack_sms", "max_stall_ms", "timeout_s", "in_flight_bytes")
+        positive = (
+            "interval",
+            "staleness_cap",
+            "pack_sms",
+            "max_stall_ms",
+            "timeout_s",
+            "in_flight_bytes",
+            "recalibration_iterations",
+        )
         for name in positive:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        for name in ("replicas", "ranks_per_node", "experts_per_snapshot", "pack_threads"):
+        not_negative = (
+            "replicas",
+            "ranks_per_node",
+            "experts_per_snapshot",
+            "max_experts_per_snapshot",
+            "snapshot_bytes",
+            "pack_threads",
+        )
+        for name in not_negative:
             if getattr(self, name) < 0:
                 raise ConfigError(
                     f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
                 )
-        if self.mode not in MODES:
-            raise ConfigError(f"--moetion-mode is {self.mode!r}; choose one of {', '.join(MODES)}")
-        if self.schedule not in SCHEDULES:
-            raise ConfigError(f"--moetion-schedule is {self.schedule!r}; choose one of {', '.join(SCHEDULES)}")
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ConfigError(
+                    f"--moetion-{name.replace('_', '-')} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
+                )
+        if not 0 <= self.lost_token_budget < 1:
+            raise ConfigError(
+                f"--moetion-lost-token-budget is {self.lost_token_budget}; it is a share, from 0 (no limit) to below 1"
+            )
+        if self.experts_per_snapshot and self.snapshot_bytes:
+            raise ConfigError(
+                f"--moetion-experts-per-snapshot {self.experts_per_snapshot} and --moetion-snapshot-bytes "
+                f"{self.snapshot_bytes} both say how large a snapshot is; give one"
+            )
+        if 0 < self.max_experts_per_snapshot < self.experts_per_snapshot:
+            raise ConfigError(
+                f"--moetion-max-experts-per-snapshot {self.max_experts_per_snapshot} is less than "
+                f"--moetion-experts-per-snapshot {self.experts_per_snapshot}"
+            )
         if self.mode == "full" and self.experts_per_snapshot:
             raise ConfigError(
                 "--moetion-experts-per-snapshot has no meaning in mode 'full', which captures all experts; "

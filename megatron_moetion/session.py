@@ -7,6 +7,7 @@ Policies are in ``select``, ``recover/plan.py`` and ``replicate/placement.py``; 
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from megatron_moetion.errors import (
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
+from megatron_moetion.recover.recalibration import Recalibration
 from megatron_moetion.recover.startup import OpenArenas, Situation, Startup
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
@@ -35,8 +37,8 @@ from megatron_moetion.replicate.flight import Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.schedule.sizes import Sizes
-from megatron_moetion.select.book import ExpertBook, share_lost
-from megatron_moetion.select.budget import copies, experts_per_snapshot
+from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until, share_lost
+from megatron_moetion.select.budget import Limits, affordable_experts, copies, experts_per_snapshot
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec
@@ -89,14 +91,19 @@ class Session:
         self._counters = self._find_counters(counters)
         self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
         self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
-        fewest, self._most_experts = experts_per_snapshot(config, len(counters))
-        self._sizes = Sizes(fewest, self._most_experts)
+        self._limits = self._find_limits(len(counters))
+        self._sizes = Sizes(self._limits.fewest, self._limits.usual)
         self._book = ExpertBook(
             names=[c.expert for c in counters],
             layers=[c.unit for c in counters],
-            reserved=fewest,
-            staleness_cap=config.staleness_cap,
-            interval=config.interval,
+            rules=Rules(
+                policy=config.selection,
+                reserved=self._limits.fewest,
+                most=self._limits.most,
+                staleness_cap=config.staleness_cap,
+                interval=config.interval,
+                lost_token_budget=config.lost_token_budget,
+            ),
         )
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
@@ -112,13 +119,14 @@ class Session:
                 chunk_bytes=config.chunk_bytes,
             ),
             self._inventory,
-            copies(self._inventory.units, config.mode, self._most_experts),
+            copies(self._inventory.units, config.mode, self._limits.most),
         )
         self._open_iterations: set[int] = set()
         self._stable = -1
         self._recent = [-1]
         """Iterations of the last snapshots, the newest first; the same on all ranks."""
         self._degraded = ""
+        self._recalibration = Recalibration(adapter, fabric, self._journal, config.recalibration_iterations)
         self.node_of: tuple[int, ...] = ()
         """Node of each rank, by rank; known after ``start``."""
         self._arenas: OpenArenas | None = None
@@ -170,6 +178,8 @@ class Session:
         snapshot: that is dropped, counted and logged once.
         """
         self._scheduler.cut(iteration)
+        self._adapter.after_step()
+        self._recalibration.on_step_end(iteration)
         if iteration % self._config.interval or self._degraded:
             return
         flight, _ = self._running()
@@ -214,9 +224,14 @@ class Session:
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
             "moetion/unsaved-tokens": float(sum(self._book.ledger.unsaved)),
+            "moetion/projected-plt": self._book.projected_share,
             "moetion/experts-per-snapshot": float(self._sizes.now.experts),
             **self._scheduler.scalars(),
         }
+
+    def experts(self) -> tuple[ExpertState, ...]:
+        """What each expert of this rank's layers has at risk and has lost; empty in mode ``full``."""
+        return self._book.experts()
 
     def drain(self) -> None:
         """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
@@ -245,7 +260,7 @@ class Session:
                 "bytes": counts.bytes_committed,
                 "full": self._inventory.nbytes,
                 "dropped": dict(counts.dropped),
-                "layers": self._book.layers(self._token_counts()),
+                "layers": self._book.layers(self._token_counts(), self._adapter.routed_tokens()),
             }
         )
         snapshots = min(t["committed"] for t in totals)
@@ -270,7 +285,13 @@ class Session:
         self._recent = [plan.iteration]
         self._fly(self._arenas, situation, plan.epoch)
         lost = self._count_losses(situation, plan, state["session"])
-        everyone = self._fabric.gather({"lost": lost, "layers": self._book.layers(self._token_counts())})
+        layers = self._book.layers(self._token_counts(), self._adapter.routed_tokens())
+        everyone = self._fabric.gather({"lost": lost, "layers": layers})
+        by_expert: dict[str, int] = {}
+        for name, tokens in (item for m in everyone for item in m["lost"].items()):
+            by_expert[name] = by_expert.get(name, 0) + tokens
+        if self._config.mode != "full":
+            self._recalibration.begin(plan.iteration, by_expert)
         phases.done("resync")
         choices = plan.choices[self._fabric.rank]
         home = situation.placement.node_of[self._fabric.rank]
@@ -280,7 +301,7 @@ class Session:
             local_units=sum(c.node == home for c in choices),
             fetched_units=sum(c.node != home for c in choices),
             seconds=phases.seconds,
-            lost_tokens=sum(m["lost"] for m in everyone),
+            lost_tokens=sum(by_expert.values()),
             plt=share_lost([m["layers"] for m in everyone]),
         )
         if self._fabric.rank == 0:
@@ -298,6 +319,7 @@ class Session:
             phases_s=dict(phases.seconds),
             lost_tokens=resumed.lost_tokens,
             plt=resumed.plt,
+            lost_tokens_by_expert=by_expert,
             fetched_units=len(plan.fetches),
             damaged=sum(r.damaged for r in situation.reports),
             process_start=_process_start(),
@@ -377,9 +399,13 @@ class Session:
             self._journal.info(self._stable, self._packer.note)
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
-        selection = (
-            f", {self._sizes.experts_text} of {len(self._counters)} experts each" if self._config.mode != "full" else ""
-        )
+        selection = ""
+        if self._config.mode != "full":
+            most = self._limits.most
+            more = f" (as many as {most} to keep the budget of lost tokens)" if most > self._limits.usual else ""
+            selection = (
+                f", {self._sizes.experts_text} of {len(self._counters)} experts each{more}, {self._config.selection}"
+            )
         self._journal.info(
             self._stable,
             f"mode {self._config.mode}, {self._config.schedule}: a snapshot every {self._config.interval} iteration(s)"
@@ -453,6 +479,8 @@ class Session:
         if self._config.mode == "full":
             return (*self._always, *self._inventory.of_kind(UnitKind.EXPERT))
         chosen = self._book.choose(iteration, counts, num_experts)
+        if why := self._book.past_budget:
+            self._journal.warn_once("lost-token-budget", iteration, why)
         return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
@@ -486,10 +514,19 @@ class Session:
     def _tokens_of_units(self, counts: list[int]) -> dict[int, int]:
         return {u: tokens for u, tokens in zip(self._expert_units, counts, strict=True) if u is not None}
 
-    def _count_losses(self, situation: Situation, plan: RecoveryPlan, state: Mapping[str, Any]) -> int:
+    def _find_limits(self, num_experts: int) -> Limits:
+        """How many experts a snapshot takes. The same on all ranks: a byte budget is what the tightest one affords."""
+        config = self._config
+        if not config.snapshot_bytes:
+            return experts_per_snapshot(config, num_experts)
+        fits = affordable_experts(self._inventory.units, num_experts, config.snapshot_bytes) if num_experts else None
+        everywhere = [f for f in self._fabric.gather(None if fits == math.inf else fits) if f is not None]
+        return experts_per_snapshot(config, num_experts, min(everywhere, default=math.inf))
+
+    def _count_losses(self, situation: Situation, plan: RecoveryPlan, state: Mapping[str, Any]) -> dict[str, int]:
         """After a recovery: the tokens that this rank had trained experts on since the captures they come from.
 
-        Every rank counts its own tokens, also of experts whose state other ranks hold.
+        By expert, those that lost any. Every rank counts its own tokens, also of experts whose state other ranks hold.
         """
         self._freeze()
         now = self._token_counts()
@@ -499,9 +536,14 @@ class Session:
             for choice in choices
         }
         losses = self._book.losses(state, at, plan.iteration, now)
-        self._fabric.start_sum(now)
-        self._book.recover(state, losses, self._fabric.finish_sum() or [])
-        return sum(losses.lost)
+        totals, lost, before = (self._sum(counts) for counts in (now, losses.lost, lost_until(state)))
+        self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before)
+        return {name: tokens for name, tokens in zip(self._book.names, losses.lost, strict=True) if tokens}
+
+    def _sum(self, counts: Sequence[int]) -> list[int]:
+        """Added up over the ranks that share this rank's experts. Waits."""
+        self._fabric.start_sum(counts)
+        return self._fabric.finish_sum() or []
 
 
 def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:

@@ -193,6 +193,32 @@ class StateAdapter(Protocol):
         """Put back what ``host_state`` returned."""
         ...
 
+    def after_step(self) -> None:
+        """Called once an iteration, after the optimizer step and before anything of it is captured."""
+        ...
+
+    def routed_tokens(self) -> Mapping[str, int]:
+        """Tokens routed on this rank since the run began, dropped ones included, by the name of a layer's dense unit.
+
+        Only layers whose routers tell.
+        """
+        ...
+
+    def layer_tokens(self) -> Mapping[str, Mapping[str, float]]:
+        """Tokens an iteration of late, over all ranks of a layer, by the name of its dense unit; collective.
+
+        ``routed``, ``processed``, ``dropped``, and ``debt``: lost ones that are still to be made up for.
+        Only layers whose routers tell.
+        """
+        ...
+
+    def recalibrate(self, lost: Mapping[str, int]) -> str:
+        """After a recovery: raise the capacity of experts that lost tokens (unit name to tokens, over all ranks).
+
+        Collective. Returns why capacity stays as it is, empty if it can be raised.
+        """
+        ...
+
     def resync(self) -> None:
         """After a write-back into the regions: make model parameters agree with the optimizer's."""
         ...

@@ -118,7 +118,7 @@ def run_training(options: Options) -> str:
     if full.curve != reference.curve:
         wrong = [i for i in reference.curve if full.curve.get(i) != reference.curve[i]]
         raise CheckFailed(f"full: {len(wrong)} of {ITERATIONS} iterations differ from the reference, first {wrong[:1]}")
-    popularity = train(options, "popularity", ["--moetion", "--moetion-mode", "popularity"])
+    popularity = train(options, "popularity", ["--moetion", "--moetion-lost-token-budget", "0"])
     resumed = [run.resumed_from for run in (full, popularity)]
     if popularity.lost_tokens == 0 or max(popularity.curve) != ITERATIONS:
         raise CheckFailed(f"popularity lost {popularity.lost_tokens} tokens and reached {max(popularity.curve)}")

@@ -84,6 +84,7 @@ class Job:
                 "--moetion", "--moetion-mode", self.name, "--moetion-ranks-per-node", str(RANKS_PER_NODE),
                 "--moetion-store", str(self.store), "--moetion-run-id", self.run_id,
                 "--moetion-report", str(self.folder / "report.jsonl"),
+                "--moetion-lost-token-budget", "0",  # to keep one, so short a run would have to capture all experts
             ]  # fmt: skip
         return command
 

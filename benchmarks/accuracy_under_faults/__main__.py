@@ -64,6 +64,10 @@ def main() -> int:
 
 def work(args: argparse.Namespace) -> int:
     """The arms of one model and seed."""
+    from megatron_moetion.mcore import cpu_device
+
+    cpu_device.install()
+
     from benchmarks.accuracy_under_faults import worker
     from benchmarks.accuracy_under_faults.study import MODELS, TRAIN_ITERATIONS
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What share of lost tokens raised capacities can make up for, on the loads of a real run. Pure.
 
-Two ways to raise them are compared on the same loads, faults and selections: each expert by its *own* debt (room for those
-that lost tokens), and each by its *load* (room for those that drop tokens; what the product does).
+Two ways to raise them are compared on the same loads, faults and selections: each expert by its *own* debt (room for
+those that lost tokens), and each by its *load* (room for those that drop tokens; what the product does).
 """
 
 from __future__ import annotations

@@ -26,8 +26,8 @@ VALIDATION_BATCHES = 16
 _BASE = (
     "--num-layers 2 --hidden-size 128 --num-attention-heads 4 --seq-length 128 --position-embedding-type rope "
     "--ffn-hidden-size 256 --moe-ffn-hidden-size 128 --disable-bias-linear --hidden-dropout 0 --attention-dropout 0 "
-    "--moe-token-dispatcher-type alltoall --moe-router-pre-softmax --micro-batch-size 16 --global-batch-size 16 --lr 3e-3 --min-lr 3e-4 "
-    "--lr-decay-style cosine --lr-warmup-iters 20 --eval-iters 0 --use-distributed-optimizer "
+    "--moe-token-dispatcher-type alltoall --moe-router-pre-softmax --micro-batch-size 16 --global-batch-size 16 "
+    "--lr 3e-3 --min-lr 3e-4 --lr-decay-style cosine --lr-warmup-iters 20 --eval-iters 0 --use-distributed-optimizer "
     f"--train-iters {TRAIN_ITERATIONS}"
 )
 WEAK, STRONG = 1e-2, 1e-1

@@ -93,8 +93,8 @@ def table(runs: Runs) -> str:
         skew = float(np.mean([top_share(run) for run in base.values()]))
         parts.append(
             f"**{model}**: loss without faults {np.mean(losses):.3f} ({len(losses)} seeds, standard deviation "
-            f"{np.std(losses, ddof=1) if len(losses) > 1 else math.nan:.3f}); the most popular eighth of the experts get "
-            f"{skew:.0%} of the tokens\n"
+            f"{np.std(losses, ddof=1) if len(losses) > 1 else math.nan:.3f}); the most popular eighth of the experts "
+            f"get {skew:.0%} of the tokens\n"
         )
         parts.append("| arm | seeds | difference of loss (95%) | PLT at worst | tokens lost | bytes, full = 1 |")
         parts.append("| --- | --- | --- | --- | --- | --- |")

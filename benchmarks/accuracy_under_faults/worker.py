@@ -15,11 +15,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from megatron_moetion.mcore import cpu_device
-
-cpu_device.install()
-
-# isort: split
 import numpy as np
 import torch
 from megatron.core import tensor_parallel

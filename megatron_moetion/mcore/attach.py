@@ -18,9 +18,11 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.observe.trace import Trace, trace_name
+from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.schedule.recorder import EventClock, HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
+from megatron_moetion.select.book import ExpertState
 from megatron_moetion.session import Resumed, Session
 from megatron_moetion.store.node import restart_count
 
@@ -59,6 +61,10 @@ class Attached:
     def on_step_end(self, iteration: int) -> None:
         """See ``Session.on_step_end``."""
         self._session.on_step_end(iteration)
+
+    def experts(self) -> tuple[ExpertState, ...]:
+        """See ``Session.experts``."""
+        return self._session.experts()
 
     def drain(self) -> None:
         """See ``Session.drain``."""
@@ -106,6 +112,9 @@ def attach(
         scheduler=opt_param_scheduler,
         user_state=user_state,
         count_tokens=config.mode != "full",
+        capacity=CapacityRules(iterations=config.recalibration_iterations)
+        if config.capacity_recalibration == "on"
+        else None,
     )
     trace = open_trace(config, torch.distributed.get_rank())
     scheduler = Scheduler(

@@ -20,8 +20,9 @@ from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
-from megatron_moetion.mcore.router import TokenCounters
+from megatron_moetion.mcore.router import RouterWatch, TokenCounters
 from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
+from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
 
@@ -45,7 +46,8 @@ class UserState(Protocol):
 class MegatronState:
     """Inventory, host state and write-back of one rank.
 
-    ``model`` is the list of DDP-wrapped chunks. Keeps references to all tensors that regions point into; the
+    ``model`` is the list of DDP-wrapped chunks; ``capacity`` says how capacities are raised after a recovery, None: not
+    at all. Keeps references to all tensors that regions point into; the
     inventory is taken once, here, so optimizer state is created if it does not exist yet.
     """
 
@@ -57,6 +59,7 @@ class MegatronState:
         scheduler: OptimizerParamScheduler | None,
         user_state: UserState,
         count_tokens: bool,
+        capacity: CapacityRules | None = None,
     ) -> None:
         self._model = tuple(model)
         self._links = chain(optimizer)
@@ -69,6 +72,7 @@ class MegatronState:
                 "--fp8-format is not supported: quantised parameters carry scales beside their bytes"
             )
         self._counters = TokenCounters(self._blocks if count_tokens else ())
+        self._routers = RouterWatch(self._blocks if count_tokens else (), capacity)
         for link in self._links:
             create_state(link.optimizer)
         for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
@@ -116,6 +120,25 @@ class MegatronState:
             _load_optimizer_fields(link, fields)
         self._user_state.load_state_dict(state["user"])
 
+    def after_step(self) -> None:
+        """See ``StateAdapter``."""
+        with torch.no_grad():
+            self._routers.step()
+
+    def routed_tokens(self) -> dict[str, int]:
+        """See ``StateAdapter``."""
+        return self._routers.routed()
+
+    def layer_tokens(self) -> dict[str, dict[str, float]]:
+        """See ``StateAdapter``."""
+        return self._routers.shares()
+
+    def recalibrate(self, lost: Mapping[str, int]) -> str:
+        """See ``StateAdapter``."""
+        with torch.no_grad():
+            self._routers.recover(lost)
+        return self._routers.why_fixed
+
     def resync(self) -> None:
         """See ``StateAdapter``. Only between an optimizer step and the next forward."""
         with torch.no_grad():
@@ -144,6 +167,7 @@ class MegatronState:
     def close(self) -> None:
         """Remove the hooks on the model."""
         self._counters.close()
+        self._routers.close()
 
     # -- inventory ------------------------------------------------------------------------------------
 
@@ -183,16 +207,15 @@ class MegatronState:
             if buffer.numel():
                 _require_contiguous(buffer, place.tensor)
                 add(place, buffer, Role.BUFFER, 0, 0, buffer.numel(), at_once=True)
-        for block, total in zip(self._blocks, self._counters.totals, strict=False):
+        counted = [
+            *((b, t, _counter_name(b.prefix)) for b, t in zip(self._blocks, self._counters.totals, strict=False)),
+            *((b, t, f"{b.prefix}.moetion.router") for b, t in self._routers.regions()),
+        ]
+        for block, tensor, name in counted:
             place = Place(
-                unit=dense_unit(block),
-                kind=UnitKind.DENSE,
-                tensor=_counter_name(block.prefix),
-                start=0,
-                end=total.numel(),
-                layer=block.layer,
+                unit=dense_unit(block), kind=UnitKind.DENSE, tensor=name, start=0, end=tensor.numel(), layer=block.layer
             )
-            add(place, total, Role.BUFFER, 0, 0, total.numel(), at_once=True)
+            add(place, tensor, Role.BUFFER, 0, 0, tensor.numel(), at_once=True)
         units = [
             Unit(
                 name=name,
@@ -208,7 +231,8 @@ class MegatronState:
 
     def _host_unit(self) -> Unit:
         experts = [block.expert_unit(e) for block in self._blocks for e in block.experts]
-        session = {"lost": [0 for _ in experts], "history": [[[0, 0]] * _CAPTURES_IN_FLIGHT for _ in experts]}
+        each = 8 * len(experts)
+        session = {"lost": bytes(each), "recent": bytes(each), "history": bytes(3 * _CAPTURES_IN_FLIGHT * each)}
         size = size_bound({"adapter": self.host_state(), "session": session})
         return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
 

@@ -1,20 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Counts the tokens that each local expert processes, with a removable hook on the layer's experts."""
+"""Counts tokens per expert, and gives experts more capacity after a recovery.
+
+``TokenCounters`` works with any model: a hook on each layer's experts. ``CapacityRouter`` is given through the layer
+spec (``use_capacity_router``); it drops tokens exactly as Megatron's ``TopKRouter`` does until ``RouterWatch`` raises
+capacities, and tells what was routed, processed and dropped.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, get_capacity
+from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.mcore.layout import MoeBlock
+from megatron_moetion.mcore.layout import MoeBlock, dense_unit
+from megatron_moetion.recover.capacity import CapacityRules, boosts, repaid
+
+RECENT_ITERATIONS = 10
+"""What the moving averages of an iteration's tokens look back, about."""
 
 
 class TokenCounters:
-    """One int64[num_local_experts] tensor a layer, on the experts' device; counts since the run began.
+    """One int64[num_local_experts] tensor a layer, on the experts' device; tokens processed since the run began.
 
     Counts only while gradients are enabled: evaluation does not train, and recomputation runs a forward twice,
     once without gradients. Adds on the device, so nothing waits for the host.
@@ -24,15 +36,17 @@ class TokenCounters:
         self.totals: list[torch.Tensor] = []
         self._handles = []
         for block in blocks:
-            if block.module.config.moe_pad_expert_input_to_capacity:
+            config = block.module.config
+            if config.moe_pad_expert_input_to_capacity and config.moe_apply_probs_on_input:
                 raise UnsupportedState(
-                    "--moe-pad-expert-input-to-capacity gives every expert the same token count, so popularity "
-                    "cannot be read: use --moetion-mode full, or do not pad"
+                    "--moe-pad-expert-input-to-capacity with moe_apply_probs_on_input hides which tokens are padding, "
+                    "so popularity cannot be read: use --moetion-mode full, or drop either"
                 )
             device = next(block.module.parameters()).device
             total = torch.zeros(len(block.experts), dtype=torch.int64, device=device)
             self.totals.append(total)
-            self._handles.append(block.module.experts.register_forward_pre_hook(_Count(total)))
+            count = _Count(total, padded=config.moe_pad_expert_input_to_capacity)
+            self._handles.append(block.module.experts.register_forward_pre_hook(count))
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -42,10 +56,251 @@ class TokenCounters:
 
 
 class _Count:
-    def __init__(self, total: torch.Tensor) -> None:
+    def __init__(self, total: torch.Tensor, padded: bool) -> None:
         self._total = total
+        self._padded = padded
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if torch.is_grad_enabled():
-            tokens_per_expert: torch.Tensor = args[1]
-            self._total += tokens_per_expert.to(self._total.device, torch.int64, non_blocking=True)
+        if not torch.is_grad_enabled():
+            return
+        tokens_per_expert: torch.Tensor = args[1]
+        if self._padded:  # all experts get as many rows; those that are padding have probability 0
+            probs: torch.Tensor = args[2]
+            tokens_per_expert = (probs.detach().reshape(len(self._total), -1) > 0).sum(dim=1)
+        self._total += tokens_per_expert.to(self._total.device, torch.int64, non_blocking=True)
+
+
+# -- the router ----------------------------------------------------------------------------------------------
+
+
+class CapacityRouter(TopKRouter):
+    """Megatron's router with a capacity for each expert.
+
+    Routes without dropping first (its own copy of the configuration has no capacity factor), then drops; the auxiliary
+    losses do not depend on what is dropped, and the expert bias is updated afterwards. At base capacity the result
+    is bitwise Megatron's.
+    """
+
+    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+        dropless = copy.copy(config)
+        dropless.moe_expert_capacity_factor = None
+        super().__init__(config=dropless, pg_collection=pg_collection)
+        self.factor: float | None = config.moe_expert_capacity_factor
+        self._policy = config.moe_token_drop_policy
+        self.pads: bool = config.moe_pad_expert_input_to_capacity
+        self.counts: Counts | None = None
+        self.boost: torch.Tensor | float = 1.0
+        """What base capacity is multiplied by: one number for all experts, or float64[E]."""
+
+    def routing(
+        self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """See ``TopKRouter.routing``: (probs, map), both [num_tokens, E], of what is not dropped."""
+        probs, routed = super().routing(logits, padding_mask=padding_mask)
+        kept_probs, kept = self._drop(probs, routed)
+        super()._apply_expert_bias(kept, padding_mask=padding_mask)
+        if self.counts is not None and torch.is_grad_enabled():
+            base = self._capacity(len(routed)) if self.factor is not None else len(routed)
+            self.counts.add(routed, kept & routed if self.pads else kept, base)
+        return kept_probs, kept
+
+    def _apply_expert_bias(self, routing_map: torch.Tensor, padding_mask: torch.Tensor | None = None) -> None:
+        """Called by ``TopKRouter.routing`` before anything is dropped: too early."""
+
+    def _capacity(self, num_tokens: int) -> int:
+        return int(
+            get_capacity(
+                num_tokens=num_tokens * self.topk, num_experts=self.num_experts, capacity_factor=self.factor or 0.0
+            )
+        )
+
+    def _drop(self, probs: torch.Tensor, routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if self.factor is None:
+            return probs, routed
+        if isinstance(self.boost, torch.Tensor):
+            kept = routed & keep_mask(probs, routed, self._capacity(len(probs)), self.boost, self._policy)
+            return probs * kept, kept
+        kept_probs, kept = apply_router_token_dropping(
+            probs,
+            routed,
+            router_topk=self.topk,
+            capacity_factor=self.factor * self.boost,
+            drop_policy=self._policy,
+            pad_to_capacity=self.pads,
+        )
+        return kept_probs, kept
+
+
+def keep_mask(probs: torch.Tensor, routed: torch.Tensor, base: int, boost: torch.Tensor, policy: str) -> torch.Tensor:
+    """Which of the routed tokens each expert keeps, bool[num_tokens, E], with a capacity of ceil(base * boost) each.
+
+    ``policy`` is ``probs`` (the most probable ones) or ``position`` (the first ones). Nothing waits for a device.
+    """
+    num_tokens = len(probs)
+    capacity = (base * boost).ceil().clamp(max=num_tokens)
+    if policy == "position":
+        return routed.cumsum(dim=0) <= capacity
+    order = probs.detach().masked_fill(~routed, -1.0).argsort(dim=0, descending=True, stable=True)
+    places = torch.arange(num_tokens, device=probs.device)[:, None].expand_as(order)
+    return torch.empty_like(order).scatter_(0, order, places) < capacity
+
+
+def use_capacity_router(spec: Any) -> None:
+    """Put ``CapacityRouter`` into every MoE layer of a block spec (``get_gpt_decoder_block_spec``), in place."""
+    for layer in spec.layer_specs:
+        parts: Any = getattr(getattr(layer.submodules, "mlp", None), "submodules", None)
+        if hasattr(parts, "router"):
+            parts.router = CapacityRouter
+
+
+# -- what routers saw ----------------------------------------------------------------------------------------
+
+
+class Counts:
+    """One layer's row of ``RouterWatch.state``; all float64[E], tokens of this rank unless said otherwise."""
+
+    ROWS = 9
+
+    def __init__(self, state: torch.Tensor) -> None:
+        self.routed, self.processed, self.beyond = state[0], state[1], state[2]
+
+    def add(self, routed: torch.Tensor, processed: torch.Tensor, base: int) -> None:
+        """Count one micro batch."""
+        kept = processed.sum(dim=0)
+        self.routed += routed.sum(dim=0)
+        self.processed += kept
+        self.beyond += (kept - base).clamp(min=0)
+
+
+class RouterWatch:
+    """Counts of all ``CapacityRouter`` of this rank, and their capacities after a recovery.
+
+    ``state`` is float64[layers, rows, E] on the routers' device; it is captured like the router bias and comes back
+    with a recovery. Once an iteration, ``step``; nothing waits for the host, except with padding while capacity is
+    raised. Sums are over all ranks that run the same layers.
+    """
+
+    def __init__(self, blocks: Sequence[MoeBlock], rules: CapacityRules | None) -> None:
+        self.blocks = [b for b in blocks if isinstance(b.module.router, CapacityRouter)]
+        self._routers: list[CapacityRouter] = [b.module.router for b in self.blocks]
+        self._rules = rules
+        self._left = 0
+        self.state = torch.zeros(0)
+        if not self._routers:
+            return
+        experts = self._routers[0].num_experts
+        device = self._routers[0].weight.device
+        self.state = torch.zeros(len(self._routers), Counts.ROWS, experts, dtype=torch.float64, device=device)
+        for router, state in zip(self._routers, self.state, strict=True):
+            router.counts = Counts(state)
+        by_row = self.state.unbind(dim=1)
+        self._totals = self.state[:, 0:2]
+        self._beyond = by_row[2]
+        self._marks = self.state[:, 3:5]
+        self._recent = self.state[:, 5:7]
+        self._debt = by_row[7]
+        self._clock = by_row[8]
+
+    @property
+    def why_fixed(self) -> str:
+        """Why capacities stay as they are after a recovery; empty if they can be raised."""
+        if self._rules is None or not self._routers:
+            return "" if self._rules is None else "the model's routers are not CapacityRouter (use_capacity_router)"
+        if self._routers[0].factor is None:
+            return "the model is dropless: its experts have no capacity"
+        return ""
+
+    @property
+    def is_raised(self) -> bool:
+        """Whether capacities are above the base now."""
+        return self._left > 0
+
+    def regions(self) -> Iterator[tuple[MoeBlock, torch.Tensor]]:
+        """Each layer's part of ``state``."""
+        return zip(self.blocks, self.state, strict=False)
+
+    def routed(self) -> dict[str, int]:
+        """Tokens that each layer routed on this rank since the run began, by the name of its dense unit. Waits."""
+        sums = self.state[:, 0].sum(dim=-1).tolist() if self._routers else []
+        return {dense_unit(b): int(n) for b, n in zip(self.blocks, sums, strict=True)}
+
+    def step(self) -> None:
+        """After an optimizer step: bring averages up to date, pay off debts, set the next iteration's capacities."""
+        if not self._routers:
+            return
+        moved = self._totals - self._marks
+        self._recent += (moved - self._recent) / RECENT_ITERATIONS
+        self._marks.copy_(self._totals)
+        if self.is_raised:
+            self._left -= 1
+            self._clock += 1
+            self._debt.copy_(repaid(self._debt, self._reduced(self._beyond)))
+            self._set_boosts()
+        self._beyond.zero_()
+
+    def recover(self, lost: Mapping[str, int]) -> None:
+        """Begin to make up for ``lost`` tokens (expert's unit name to tokens, all ranks'), or go on with it.
+
+        Called on all ranks after ``state`` is restored. Raising goes on where an earlier recovery had begun it; new
+        losses start the clock again.
+        """
+        if not self._routers:
+            return
+        self._beyond.zero_()
+        if self._rules is None or self.why_fixed:
+            return
+        for block, debt, clock in zip(self.blocks, self._debt, self._clock, strict=True):
+            new = [float(lost.get(block.expert_unit(e), 0)) for e in range(len(debt))]
+            debt *= clock < self._rules.iterations  # an older one whose time is over
+            if any(new):
+                clock.zero_()
+                debt += torch.tensor(new, dtype=debt.dtype, device=debt.device)
+        clocks = torch.where(self._debt.sum(dim=-1) > 0, self._clock[:, 0], float(self._rules.iterations))
+        self._left = max(0, self._rules.iterations - int(clocks.min()))
+        self._set_boosts()
+
+    def shares(self) -> dict[str, dict[str, float]]:
+        """Per layer, over all its ranks: tokens routed, processed and dropped an iteration of late, and debt. Waits."""
+        recent = self._reduced(self._recent).sum(dim=-1).tolist() if self._routers else []
+        debts = self._debt.sum(dim=-1).tolist() if self._routers else []
+        return {
+            dense_unit(block): {
+                "routed": routed,
+                "processed": processed,
+                "dropped": routed - processed,
+                "debt": debt,
+            }
+            for block, (routed, processed), debt in zip(self.blocks, recent, debts, strict=True)
+        }
+
+    def close(self) -> None:
+        """Let the routers go, at base capacity."""
+        for block, router in zip(self.blocks, self._routers, strict=True):
+            router.counts = None
+            self._set(block, router, 1.0)
+
+    def _reduced(self, local: torch.Tensor) -> torch.Tensor:
+        total = local.clone()
+        torch.distributed.all_reduce(total, group=self._routers[0].tp_dp_cp_group)
+        return total
+
+    def _set_boosts(self) -> None:
+        assert self._rules is not None
+        factor = self._routers[0].factor
+        assert factor is not None
+        if not self.is_raised:
+            for block, router in zip(self.blocks, self._routers, strict=True):
+                self._set(block, router, 1.0)
+            return
+        load = self._reduced(self._recent[:, 0])
+        for layer, (block, router) in enumerate(zip(self.blocks, self._routers, strict=True)):
+            raised = boosts(load[layer], self._debt[layer], self._clock[layer, 0], factor, self._rules)
+            # Padded inputs have one size, which the host must know: the largest that the headroom allows.
+            self._set(block, router, min(1 + self._rules.headroom, float(raised.max())) if router.pads else raised)
+
+    @staticmethod
+    def _set(block: MoeBlock, router: CapacityRouter, boost: torch.Tensor | float) -> None:
+        router.boost = boost
+        dispatcher = block.module.token_dispatcher
+        if router.pads and router.factor is not None:
+            dispatcher.moe_expert_capacity_factor = router.factor * float(boost)

@@ -149,6 +149,10 @@ def _build_chunk(
         normalization=args.normalization,
         vp_stage=stage,
     )
+    if args.moetion and args.moe_expert_capacity_factor is not None:
+        from megatron_moetion.mcore.router import use_capacity_router
+
+        use_capacity_router(spec)
     model: torch.nn.Module = GPTModel(
         config=config,
         transformer_layer_spec=spec,

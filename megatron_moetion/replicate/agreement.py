@@ -3,9 +3,9 @@
 
 A minimum over ranks would be wrong once snapshots can be dropped: one rank may hold {8, 10} and another
 {8, 9}. Bits stand for snapshots in the order in which they were begun, which is the same on all ranks, and not for
-iterations: however far apart those are, the last ``WINDOW`` snapshots can be agreed on. Bit k is the k-th newest one: set
-if it is whole. Bit ``WINDOW + k`` is set once the fate of that snapshot is known, so that all ranks learn of a snapshot
-that one of them dropped, and free it, also while no newer one becomes stable.
+iterations: however far apart those are, the last ``WINDOW`` snapshots can be agreed on. Bit k is the k-th newest one:
+set if it is whole. Bit ``WINDOW + k`` is set once the fate of that snapshot is known, so that all ranks learn of a
+snapshot that one of them dropped, and free it, also while no newer one becomes stable.
 
 ``recent`` below are the iterations of the last snapshots, the newest first; what is beyond ``WINDOW`` is ignored.
 """

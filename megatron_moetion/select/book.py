@@ -12,7 +12,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moetion.select.policies import unsaved_tokens
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion.select.policies import POLICIES, Popularity, choose, grow
 from megatron_moetion.select.popularity import Ledger, tokens_lost_share
 
 
@@ -26,34 +29,113 @@ class Losses:
     lost: tuple[int, ...]
 
 
+@dataclass(frozen=True, kw_only=True)
+class ExpertState:
+    """One expert's account, in tokens of all ranks that share it."""
+
+    name: str
+    at_risk: int
+    """Lost if a fault came now; one snapshot old."""
+    staleness: int
+    """Snapshots since its last capture, the coming one included."""
+    lost: int
+    """To the last fault."""
+    lost_before: int
+    """To all faults before that."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rules:
+    """How experts are chosen."""
+
+    policy: str
+    reserved: int
+    """The smallest K that a snapshot may have."""
+    most: int
+    """The largest K that there is room for."""
+    staleness_cap: int
+    interval: int
+    """Iterations between snapshots."""
+    lost_token_budget: float = 0.0
+    """Most tokens that faults may have cost, as a share of those processed; 0: no limit."""
+
+
 class ExpertBook:
     """Popularity, staleness and losses of one rank's experts. Empty where nothing is selected (mode ``full``)."""
 
-    def __init__(
-        self, *, names: Sequence[str], layers: Sequence[str], reserved: int, staleness_cap: int, interval: int
-    ) -> None:
-        self._interval = interval
+    def __init__(self, *, names: Sequence[str], layers: Sequence[str], rules: Rules) -> None:
         self.names = tuple(names)
         self._layers = tuple(layers)
-        self._reserved = reserved
-        self._staleness_cap = staleness_cap
+        self._rules = rules
+        self._turn = _turns(layers)
         self.ledger = Ledger(len(self.names))
         self._lost = [0] * len(self.names)
+        self._lost_last = [0] * len(self.names)
+        self._lost_everywhere = [0] * len(self.names)
+        self._open_tokens = 0
 
     def choose(self, iteration: int, counts: Sequence[int], num_experts: int) -> tuple[int, ...]:
-        """The experts that the snapshot of ``iteration`` takes: so many, at least as many as were ``reserved``."""
-        ledger = self.ledger
-        chosen = unsaved_tokens(ledger.unsaved, ledger.staleness, num_experts, self._reserved, self._staleness_cap)
-        ledger.captured(iteration, chosen, counts)
-        return chosen
+        """The experts that the snapshot of ``iteration`` takes: so many, or more where the budget calls for it."""
+        ledger, rules = self.ledger, self._rules
+        unsaved, staleness = ledger.unsaved, ledger.staleness
+        seen = Popularity(unsaved=unsaved, staleness=staleness, average=ledger.average, turn=self._turn)
+        chosen = choose(POLICIES[rules.policy](seen), staleness, num_experts, rules.reserved, rules.staleness_cap)
+        # Counts are one snapshot old: what that snapshot brought is at risk too.
+        at_risk = [a + b for a, b in zip(unsaved, ledger.recent, strict=True)]
+        if rules.lost_token_budget:
+            processed = sum(ledger.totals)  # nothing is known of the first snapshot's tokens yet: take all
+            allowance = int(rules.lost_token_budget * processed) - sum(self._lost_everywhere) if processed else -1
+            chosen = grow(chosen, at_risk, allowance, rules.most)
+        self._open_tokens = sum(at_risk) - sum(at_risk[e] for e in chosen)
+        found = tuple(sorted(chosen))
+        ledger.captured(iteration, found, counts)
+        return found
 
     def choose_all(self, iteration: int, counts: Sequence[int]) -> None:
         """The baseline takes every expert."""
         self.ledger.captured(iteration, range(len(self.names)), counts)
 
+    @property
+    def projected_share(self) -> float:
+        """What PLT would be after a fault now, of these experts: lost to all faults, by tokens processed."""
+        processed = sum(self.ledger.totals)
+        return (sum(self._lost_everywhere) + self._open_tokens) / processed if processed else 0.0
+
+    @property
+    def past_budget(self) -> str:
+        """Why the budget of lost tokens does not hold although K has grown as far as it can; empty while it does."""
+        budget = self._rules.lost_token_budget
+        if not budget or self.projected_share <= budget:
+            return ""
+        processed, lost = sum(self.ledger.totals), sum(self._lost_everywhere)
+        if lost > budget * processed:
+            return (
+                f"faults so far have cost {lost / processed:.2%} of the tokens of this rank's experts, more than "
+                f"--moetion-lost-token-budget {budget:.2%}: from here on every snapshot takes as many experts as it "
+                f"can, and the share falls again as training goes on"
+            )
+        return (
+            f"a fault now could cost {self.projected_share:.2%} of the tokens of this rank's experts, more than "
+            f"--moetion-lost-token-budget {budget:.2%}, although a snapshot takes {self._rules.most} of "
+            f"{len(self.names)}: raise --moetion-max-experts-per-snapshot"
+        )
+
+    def experts(self) -> tuple[ExpertState, ...]:
+        """Every expert's account."""
+        ledger = self.ledger
+        rows = zip(self.names, ledger.unsaved, ledger.staleness, self._lost_everywhere, self._lost_last, strict=True)
+        return tuple(
+            ExpertState(name=name, at_risk=unsaved, staleness=staleness, lost=last, lost_before=lost - last)
+            for name, unsaved, staleness, lost, last in rows
+        )
+
     def state(self) -> dict[str, Any]:
         """What has to survive a fault; travels with the host state."""
-        return {"lost": list(self._lost), "history": self.ledger.history}
+        return {
+            "lost": _packed(self._lost),
+            "recent": _packed(self.ledger.recent),
+            "history": _packed(self.ledger.history),
+        }
 
     def losses(self, state: Mapping[str, Any], at: Mapping[str, int], iteration: int, now: Sequence[int]) -> Losses:
         """The cost of a recovery to ``iteration``, where ``at`` tells from which iteration each expert comes.
@@ -61,34 +143,83 @@ class ExpertBook:
         ``state`` is what ``state()`` returned at ``iteration``, ``now`` the counts of then.
         """
         captured = tuple(at.get(name, iteration) for name in self.names)
-        then = []
-        for position, since in enumerate(captured):
-            known = [tokens for i, tokens in state["history"][position] if i <= since]
-            then.append(now[position] if since == iteration else known[-1] if known else 0)
+        then = [now[position] if since == iteration else 0 for position, since in enumerate(captured)]
+        for position, i, tokens in _unpacked(state["history"]).reshape(-1, 3).tolist():  # oldest first
+            if i <= captured[position] < iteration:
+                then[position] = tokens
         lost = tuple(a - b for a, b in zip(now, then, strict=True))
         return Losses(iteration=iteration, captured=captured, now=tuple(now), lost=lost)
 
-    def recover(self, state: Mapping[str, Any], losses: Losses, totals: Sequence[int]) -> None:
-        """Go on from a recovery. What is lost once cannot be lost again: later losses count from now."""
-        self._lost = [before + new for before, new in zip(state["lost"], losses.lost, strict=True)]
-        ages = [-((i - losses.iteration) // self._interval) for i in losses.captured]
-        self.ledger.seed(losses.captured, ages, totals, losses.now)
+    def recover(
+        self,
+        state: Mapping[str, Any],
+        losses: Losses,
+        *,
+        totals: Sequence[int],
+        lost: Sequence[int],
+        lost_before: Sequence[int],
+    ) -> None:
+        """Go on from a recovery. What is lost once cannot be lost again: later losses count from now.
 
-    def layers(self, counts: Sequence[int]) -> dict[str, tuple[int, int]]:
-        """Per MoE layer: tokens lost to all faults so far, and tokens processed, both on this rank."""
+        ``totals``, ``lost`` and ``lost_before`` (``losses.lost`` and ``lost_until(state)``) are summed over the
+        ranks that share the experts.
+        """
+        self._lost = [before + new for before, new in zip(lost_until(state), losses.lost, strict=True)]
+        self._lost_last = list(lost)
+        self._lost_everywhere = [a + b for a, b in zip(lost, lost_before, strict=True)]
+        ages = [-((i - losses.iteration) // self._rules.interval) for i in losses.captured]
+        # At the beginning of a run little was known at T of what an interval brings.
+        intervals = max(1, losses.iteration // self._rules.interval)
+        recent = [
+            max(r, -(-total // intervals)) for r, total in zip(_unpacked(state["recent"]).tolist(), totals, strict=True)
+        ]
+        self.ledger.seed(losses.captured, ages, totals, losses.now, recent)
+
+    def layers(self, counts: Sequence[int], routed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+        """Per MoE layer: tokens lost to all faults so far, and tokens routed, both on this rank.
+
+        Where a layer is not in ``routed``, because nothing counts what its router drops, processed tokens stand in.
+        """
         found: dict[str, tuple[int, int]] = {}
         for layer, lost, processed in zip(self._layers, self._lost, counts, strict=True):
             before = found.get(layer, (0, 0))
             found[layer] = (before[0] + lost, before[1] + processed)
-        return found
+        return {layer: (lost, routed.get(layer, processed)) for layer, (lost, processed) in found.items()}
+
+
+def lost_until(state: Mapping[str, Any]) -> list[int]:
+    """Tokens that faults had cost each expert on this rank, of what ``ExpertBook.state`` returned."""
+    return [int(tokens) for tokens in _unpacked(state["lost"])]
+
+
+def _packed(numbers: Sequence[Any]) -> bytes:
+    return np.array(numbers, dtype="<i8").tobytes()
+
+
+def _unpacked(data: bytes) -> npt.NDArray[np.int64]:
+    return np.frombuffer(data, dtype="<i8")
 
 
 def share_lost(layers_of_ranks: Sequence[Mapping[str, Sequence[int]]]) -> float:
     """PLT over all ranks, from each rank's ``ExpertBook.layers``."""
     lost: dict[str, int] = {}
-    processed: dict[str, int] = {}
+    routed: dict[str, int] = {}
     for layers in layers_of_ranks:
         for layer, (a, b) in layers.items():
             lost[layer] = lost.get(layer, 0) + a
-            processed[layer] = processed.get(layer, 0) + b
-    return tokens_lost_share([lost[k] for k in sorted(lost)], [processed[k] for k in sorted(lost)])
+            routed[layer] = routed.get(layer, 0) + b
+    return tokens_lost_share([lost[k] for k in sorted(lost)], [routed[k] for k in sorted(lost)])
+
+
+def _turns(layers: Sequence[str]) -> tuple[int, ...]:
+    """The first expert of each layer, then the second of each, and so on: each expert's place in that round."""
+    seen: dict[str, int] = {}
+    numbers = []
+    for layer in layers:
+        numbers.append(seen.get(layer, 0))
+        seen[layer] = numbers[-1] + 1
+    order = sorted(range(len(layers)), key=lambda e: (numbers[e], e))
+    turns = [0] * len(layers)
+    for turn, e in enumerate(order):
+        turns[e] = turn
+    return tuple(turns)

@@ -3,31 +3,62 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.units import Unit, UnitKind
 
 
-def experts_per_snapshot(config: MoetionConfig, total: int) -> tuple[int, int]:
-    """The fewest and the most experts (K) in a snapshot of a rank whose layers hold ``total``.
+@dataclass(frozen=True, kw_only=True)
+class Limits:
+    """How many experts (K) of a rank a snapshot takes."""
 
-    A number fixes K. Where the user gave none, K moves between what the staleness cap needs and twice that, of which
-    half follows popularity. ``ConfigError`` where the cap cannot be kept.
+    fewest: int
+    usual: int
+    """The most that idle windows may call for."""
+    most: int
+    """The most that the budget of lost tokens may call for; the arena has room for so many."""
+
+
+def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = math.inf) -> Limits:
+    """The K of a rank whose layers hold ``total`` experts.
+
+    A number fixes K, and so does ``affordable``, the experts that fit ``--moetion-snapshot-bytes`` on every rank. Where
+    the user gave neither, K moves between what the staleness cap needs and twice that, of which half follows
+    popularity. ``ConfigError`` where the cap cannot be kept.
     """
-    if config.mode == "full":
-        return total, total
+    if config.mode == "full" or config.selection == "full":
+        return Limits(fewest=total, usual=total, most=total)
     needed = -(-total // config.staleness_cap)
+    given = f"--moetion-experts-per-snapshot {config.experts_per_snapshot}"
     chosen = config.experts_per_snapshot
-    if not chosen:
-        return needed, min(-(-2 * total // config.staleness_cap), total)
-    if chosen < needed:
+    if config.snapshot_bytes:
+        chosen = max(0, int(min(affordable, total)))
+        given = f"--moetion-snapshot-bytes {config.snapshot_bytes} ({chosen} experts)"
+    if (config.snapshot_bytes or chosen) and chosen < needed:
         raise ConfigError(
-            f"--moetion-experts-per-snapshot {chosen} x --moetion-staleness-cap {config.staleness_cap} is less than "
+            f"{given} x --moetion-staleness-cap {config.staleness_cap} is less than "
             f"the {total} experts of this rank's layers, so the cap cannot be kept; raise either"
         )
-    return min(chosen, total), min(chosen, total)
+    fewest = min(chosen, total) if chosen else needed
+    usual = fewest if chosen else min(-(-2 * total // config.staleness_cap), total)
+    most = usual
+    if config.lost_token_budget:
+        most = max(usual, min(config.max_experts_per_snapshot or total, total))
+    return Limits(fewest=fewest, usual=usual, most=most)
+
+
+def affordable_experts(units: Sequence[Unit], num_experts: int, snapshot_bytes: int) -> float:
+    """How many of a rank's ``num_experts`` fit into a snapshot beside what every snapshot has; may be negative.
+
+    ``num_experts`` counts those of the rank's layers, also where their state is shared with other ranks.
+    """
+    experts = sum(u.nbytes for u in units if u.kind is UnitKind.EXPERT)
+    always = sum(u.nbytes for u in units if u.kind in (UnitKind.DENSE, UnitKind.HOST))
+    return math.inf if not experts else (snapshot_bytes - always) / (experts / num_experts)
 
 
 def copies(units: Sequence[Unit], mode: str, num_experts: int) -> dict[str, int]:

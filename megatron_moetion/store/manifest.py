@@ -177,7 +177,7 @@ def retain(records: Iterable[Record], stable: int, whole: Mapping[int, bool]) ->
             best = newest.get(record.unit)
             if best is None or record.iteration > best.iteration:
                 newest[record.unit] = record
-    return tuple(sorted([*kept, *newest.values()]))
+    return tuple(sorted([*kept, *newest.values()], key=lambda r: r.key))
 
 
 def successor(page: Page, **changes: object) -> Page:

@@ -41,6 +41,7 @@ from megatron_moetion.pretrain.launch import Place
 from megatron_moetion.pretrain.loop import Trainer
 from megatron_moetion.pretrain.report import Reporter
 from megatron_moetion.pretrain.startup import form_groups
+from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
@@ -68,11 +69,20 @@ CASES = {
     "pp2 ep2, fp16, frozen embedding": (
         f"{_TWO_BY_TWO} --fp16 --initial-loss-scale 65536 --untie-embeddings-and-output-weights"
     ),
+    "ep2 dp2, bf16, capacity": (
+        "--expert-model-parallel-size 2 --bf16 --use-distributed-optimizer --moetion --moe-expert-capacity-factor 1 --moe-token-dispatcher-type alltoall"
+    ),
     "pp2 ep2 in four stages, bf16, distributed": (
         f"{_TWO_BY_TWO} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --bf16 --use-distributed-optimizer"
     ),
 }
 WITHOUT_COUNTS = "ep2 dp2, bf16"
+RECALIBRATED = {
+    "by probability": "--moe-token-drop-policy probs",
+    "by position": "--moe-token-drop-policy position",
+    "padded": "--moe-pad-expert-input-to-capacity",
+}
+RECALIBRATION_ITERATIONS = 6
 FROZEN = "pp2 ep2, fp16, frozen embedding"
 
 Span = tuple[int, int]
@@ -91,11 +101,21 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
         notes.write("case", name=name, **_examine(trainer, count_tokens=name != WITHOUT_COUNTS))
         if name == list(CASES)[-1]:
             notes.write("refusals", **_refusals(trainer))
-        get_moe_layer_wise_logging_tracker().clear()
-        parallel_state.destroy_model_parallel()
-        destroy_num_microbatches_calculator()
+        _tear_down()
+    for name, flags in RECALIBRATED.items():
+        capacity = "--expert-model-parallel-size 2 --moetion --moe-expert-capacity-factor 1 --moe-token-dispatcher-type alltoall"
+        trainer = _build(rank, name, f"{capacity} --recompute-granularity full --recompute-method uniform "
+                                     f"--recompute-num-layers 1 {flags}")  # fmt: skip
+        notes.write("recalibration", name=name, **_recalibrate(trainer))
+        _tear_down()
     dist.barrier()
     return 0
+
+
+def _tear_down() -> None:
+    get_moe_layer_wise_logging_tracker().clear()
+    parallel_state.destroy_model_parallel()
+    destroy_num_microbatches_calculator()
 
 
 def _build(rank: int, name: str, flags: str) -> Trainer:
@@ -133,7 +153,7 @@ def _state(trainer: Trainer, count_tokens: bool = False) -> MegatronState:
 def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     state = _state(trainer, count_tokens)
     inventory = state.inventory()
-    counters = [_span(t) for t in state._counters.totals]
+    counters = [_span(t) for t in state._counters.totals] + [_span(t) for _, t in state._routers.regions()]
     for _ in range(2):
         trainer.train_step()
     found = _coverage(inventory, [_span(t) for t in _owned(trainer)], counters)
@@ -158,6 +178,10 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
         "differs_after_step": sorted(k for k in before if expected[1][k] != again[1][k]),
         "counts": sum(int(t.sum()) for t in state._counters.totals),
         "kinds": {kind.name: len(inventory.of_kind(kind)) for kind in UnitKind},
+        "tensors": {
+            kind.name: sorted({r.tensor for i in inventory.of_kind(kind) for r in inventory.units[i].regions})
+            for kind in (UnitKind.EXPERT, UnitKind.DENSE)
+        },
         "spans": _master_spans(inventory),
         "elements": _elements(trainer),
         "sharded": trainer.args.use_distributed_optimizer,
@@ -286,6 +310,7 @@ def _everything(trainer: Trainer, state: MegatronState) -> dict[str, torch.Tenso
     for number, chunk in enumerate(trainer.model):
         found |= {f"{number} {name}": p.detach() for name, p in chunk.named_parameters()}
     found |= {f"counts {i}": t for i, t in enumerate(state._counters.totals)}
+    found |= {f"router {i}": t for i, (_, t) in enumerate(state._routers.regions())}
     return {name: t for name, t in found.items() if t.numel()}
 
 
@@ -329,6 +354,63 @@ def _step(trainer: Trainer) -> dict[str, Any]:
         "loss_scale": result.loss_scale,
         "skipped": result.skipped,
     }
+
+
+# -- recalibration ------------------------------------------------------------------------------------------------
+
+
+def _recalibrate(trainer: Trainer) -> dict[str, Any]:
+    """Two recoveries that lose tokens, the second one while capacity is still raised; then a third that loses none.
+
+    What each step's capacities were, on this rank, and what became of the layers' tokens.
+    """
+    state = MegatronState(
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        scheduler=trainer.scheduler,
+        user_state=trainer.progress,
+        count_tokens=True,
+        capacity=CapacityRules(iterations=RECALIBRATION_ITERATIONS),
+    )
+    inventory, routers = state.inventory(), state._routers
+    experts = [block.expert_unit(e) for block in routers.blocks for e in range(trainer.args.num_experts)]
+
+    def train(steps: int) -> list[dict[str, Any]]:
+        found = []
+        for _ in range(steps):
+            boosts = [_as_list(b.module.router.boost) for b in routers.blocks]
+            factors = [getattr(b.module.token_dispatcher, "moe_expert_capacity_factor", None) for b in routers.blocks]
+            trainer.train_step()
+            beyond = routers._beyond.sum().item()
+            state.after_step()
+            found.append({"boosts": boosts, "factors": factors, "beyond": beyond, "debt": routers._debt.sum().item()})
+        return found
+
+    before = train(4)
+    processed = [routers.state[:, 1].sum().item(), sum(int(t.sum()) for t in state._counters.totals)]
+    tokens = state.layer_tokens()
+    why = state.recalibrate({name: 3000 for name in experts[1:]})
+    first = train(2)
+    captures = _capture(state, inventory)
+    on = train(2)
+    _scramble(trainer, state)
+    _write_back(state, inventory, captures)
+    state.recalibrate({})
+    again = train(2)
+    state.recalibrate({experts[0]: 5000})
+    second = train(RECALIBRATION_ITERATIONS + 3)
+    looks = state.layer_tokens()
+    state.close()
+    return {
+        "before": before, "why": why, "first": first, "on": on, "again": again, "second": second,
+        "tokens": tokens, "looks": looks, "routed": state.routed_tokens(),
+        "processed": processed,
+        "closed": [_as_list(b.module.router.boost) for b in routers.blocks],
+    }  # fmt: skip
+
+
+def _as_list(boost: torch.Tensor | float) -> list[float]:
+    return boost.tolist() if isinstance(boost, torch.Tensor) else [boost]
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

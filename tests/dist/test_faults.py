@@ -21,7 +21,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 MakeJob = Callable[..., Job]
 OF_A_STEP, OF_A_RECOVERY = POINTS[:4], POINTS[4:]
-SPARSE = {"mode": "popularity", "experts_per_snapshot": 1, "staleness_cap": 4}
+SPARSE = {"mode": "popularity", "experts_per_snapshot": 1, "staleness_cap": 4, "lost_token_budget": 0.0}
 
 
 def at(rank: int, iteration: int, point: str) -> list[tuple[int, int, str]]:

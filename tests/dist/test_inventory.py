@@ -21,6 +21,7 @@ CASES = (
     "ep4, bf16, expert bias, shared expert",
     "pp2 ep2, fp16, frozen embedding",
     "pp2 ep2 in four stages, bf16, distributed",
+    "ep2 dp2, bf16, capacity",
 )
 
 
@@ -93,6 +94,22 @@ def test_kinds_of_units(notes: list[list[dict[str, Any]]]) -> None:
     assert {name for name, n in cases.items() if not n["counts"]} == {"ep2 dp2, bf16"}
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_not_an_expert_is_in_every_snapshot(ranks: list[dict[str, Any]]) -> None:
+    for found in ranks:
+        assert all(".experts." in name for name in found["tensors"]["EXPERT"])
+        assert not any(".experts." in name for name in found["tensors"]["DENSE"])
+    dense = {name for found in ranks for name in found["tensors"]["DENSE"]}
+    expected = ["embedding", "router.weight", "layernorm", "self_attention", "final_layernorm"]
+    if "frozen embedding" in str(ranks[0]["name"]):
+        expected.remove("embedding")
+    if "shared expert" in str(ranks[0]["name"]):
+        expected += ["shared_experts", "router.expert_bias"]
+    if "capacity" in str(ranks[0]["name"]):
+        expected += ["moetion.router", "moetion.tokens_processed"]
+    assert [part for part in expected if not any(part in name for name in dense)] == []
+
+
 REFUSALS = {
     "precision-aware": "--use-precision-aware-optimizer is not supported: it hands out converted copies",
     "offloaded": "HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split",
@@ -109,3 +126,38 @@ def test_state_that_cannot_be_captured_exactly_is_refused(notes: list[list[dict[
         message = next(n for n in of_rank if n["event"] == "refusals")[kind]
         assert REFUSALS[kind] in message
         assert bool(message) == (kind != "nothing")
+
+
+# -- capacity after a recovery ------------------------------------------------------------------------------------
+
+RAISED_FOR = 6
+
+
+@pytest.mark.parametrize("kind", ["by probability", "by position", "padded"])
+def test_capacity_is_raised_alike_on_all_ranks_and_falls_back_to_the_base(
+    notes: list[list[dict[str, Any]]], kind: str
+) -> None:
+    """Full recomputation is on: what a forward pass keeps must be kept when it is repeated."""
+    ranks = [next(n for n in of_rank if n["event"] == "recalibration" and n["name"] == kind) for of_rank in notes]
+    for part in ("before", "first", "on", "again", "second"):
+        alike = [[(step["boosts"], step["factors"], step["debt"]) for step in found[part]] for found in ranks]
+        assert alike[1:] == alike[:1] * 3, part
+    found = ranks[0]
+    assert found["why"] == ""
+    assert all(set(sum(step["boosts"], [])) == {1.0} and step["beyond"] == 0 for step in found["before"])
+    assert found["again"] == found["on"], "a recovery that loses nothing goes on where it was"
+    peaks = [max(sum(step["boosts"], [])) for step in (*found["first"], *found["on"])]
+    assert 1.25 >= peaks[0] > peaks[-1] > 1.0 if kind == "padded" else 2.0 >= peaks[0] > 1.0
+    assert sum(r["beyond"] for r in (*found["first"], *found["on"])) > 0
+    debts = [step["debt"] for step in found["first"]]
+    assert debts[0] > debts[1] > 0
+    raised = [max(sum(step["boosts"], [])) > 1 for step in found["second"]]
+    assert raised == [True] * RAISED_FOR + [False] * 3, "a new loss starts the clock again; then exactly the base"
+    assert all(set(sum(step["boosts"], [])) == {1.0} for step in found["second"][RAISED_FOR:])
+    if kind == "padded":
+        assert [max(s["factors"]) for s in found["second"]] == [max(sum(s["boosts"], [])) for s in found["second"]]
+    assert found["closed"] == [[1.0], [1.0]]
+    tokens = found["tokens"].values()
+    assert all(0 < t["dropped"] == pytest.approx(t["routed"] - t["processed"]) for t in tokens)
+    # The hook on the experts and the router count the same tokens, one on the ranks that compute, one where they are from.
+    assert sum(f["processed"][0] for f in ranks) == sum(f["processed"][1] for f in ranks) > 0

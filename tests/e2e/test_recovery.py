@@ -124,7 +124,7 @@ def test_full_is_bitwise_the_uninterrupted_run_after_two_faults(reference: Run, 
 
 def test_popularity_loses_little_and_counts_it(reference: Run, tmp_path: Path, store: Path) -> None:
     faults = "--moetion-inject-fault 0:2:6:before-commit,1:1:10:restored,1:1:9:before-select"
-    more = f"--moetion-staleness-cap 4 {faults} {save_at(tmp_path)}"
+    more = f"--moetion-staleness-cap 4 --moetion-lost-token-budget 0 {faults} {save_at(tmp_path)}"
     run = train(tmp_path, moetion(store, "popularity", more), restarts=3)
     first, second = run.recoveries[:2]
     before = {i: v for i, v in reference.curve.items() if i <= first["iteration"]}

@@ -74,6 +74,18 @@ class ToyState:
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         self.host = dict(state)
 
+    def after_step(self) -> None: ...
+
+    def routed_tokens(self) -> dict[str, int]:
+        return {}
+
+    def layer_tokens(self) -> dict[str, dict[str, float]]:
+        return {}
+
+    def recalibrate(self, lost: Mapping[str, int]) -> str:
+        self.recalibrated = dict(lost)
+        return ""
+
     def resync(self) -> None:
         self.resyncs += 1
 

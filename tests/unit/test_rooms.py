@@ -41,6 +41,7 @@ PURE = [
     "replicate/placement.py",
     "replicate/agreement.py",
     "recover/plan.py",
+    "recover/capacity.py",
 ]
 IMPURE_MODULES = {"torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess"}
 MEGATRON_ROOMS = {"pretrain", "mcore", "persist"}

@@ -29,25 +29,25 @@ class Job:
     def __init__(self, folder: Path, attempt: int = 0, elements: int = 1500, **settings: object) -> None:
         ranks = 2
         self.network = Network(ranks, timeout_s=5)
-        peers = tuple(range(ranks))
         self.states = [Adapter(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
         fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 5,
                   "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
         self.config = MoetionConfig(**fields)  # type: ignore[arg-type]
-        self.sessions = [
-            Session(
-                config=self.config,
-                adapter=state,
-                fabric=ToyFabric(self.network, rank, peers),
-                topology="toy",
-                scheduler=scheduler(),
-                environment={
-                    "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
-                },
-            )
-            for rank, state in enumerate(self.states)
-        ]  # fmt: skip
+        self.sessions: list[Session] = together(*(lambda r=r: self._session(r, attempt) for r in range(ranks)))  # type: ignore[misc]
         self.iteration = 0
+
+    def _session(self, rank: int, attempt: int) -> Session:
+        ranks = len(self.states)
+        return Session(
+            config=self.config,
+            adapter=self.states[rank],
+            fabric=ToyFabric(self.network, rank, tuple(range(ranks))),
+            topology="toy",
+            scheduler=scheduler(),
+            environment={
+                "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
+            },
+        )  # fmt: skip
 
     def start(self, load: Callable[[], int | None] | None = None) -> list[Resumed | None]:
         found = together(*(lambda s=s: s.start(load) for s in self.sessions))  # type: ignore[misc]
@@ -184,20 +184,51 @@ def test_snapshots_become_stable_however_far_apart_the_calls_are(tmp_path: Path,
 
 
 def test_mode_popularity_keeps_the_cap_and_counts_what_is_lost(tmp_path: Path) -> None:
-    first = Job(tmp_path, mode="popularity", staleness_cap=4, experts_per_snapshot=1)
+    first = Job(tmp_path, mode="popularity", staleness_cap=4, experts_per_snapshot=1, lost_token_budget=0.0)
     first.start()
     first.train(9)
     first.crash()
     shutil.rmtree(tmp_path / "job" / "node1")
-    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=4, experts_per_snapshot=1)
+    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=4, experts_per_snapshot=1, lost_token_budget=0.0)
     resumed = second.start()[0]
     assert resumed is not None
     assert resumed.iteration == 9
     assert resumed.lost_tokens > 0
     assert 0 < resumed.plt < 1
     assert [s.host["iteration"] for s in second.states] == [9, 9]
+    assert sum(second.states[0].recalibrated.values()) == resumed.lost_tokens
+    assert second.states[0].recalibrated == second.states[1].recalibrated, "every rank knows what all have lost"
+    accounts = second.sessions[0].experts()
+    assert {a.name: a.lost for a in accounts if a.lost} == second.states[0].recalibrated
+    assert {a.lost_before for a in accounts} == {0}
     second.train(3)
+    assert sum(a.at_risk for a in second.sessions[0].experts()) > 0
     second.crash()
+
+
+def test_within_the_budget_of_lost_tokens_k_grows_and_the_loss_stays_small(tmp_path: Path) -> None:
+    first = Job(tmp_path, mode="popularity", staleness_cap=4, lost_token_budget=0.01)
+    first.start()
+    first.train(9)
+    first.crash()
+    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=4, lost_token_budget=0.01)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.plt <= 0.01
+    second.crash()
+
+
+def test_k_from_a_budget_of_bytes_is_what_the_tightest_rank_affords(tmp_path: Path) -> None:
+    units = ToyState(num_experts=4, seed=0).inventory()
+    always = sum(u.nbytes for u in units.units if u.expert is None)
+    expert = next(u.nbytes for u in units.units if u.expert is not None)
+    job = Job(tmp_path, mode="popularity", snapshot_bytes=always + 2 * expert + 100, lost_token_budget=0.0)
+    job.start()
+    job.train(3)
+    assert {s.scalars()["moetion/experts-per-snapshot"] for s in job.sessions} == {2.0}
+    job.crash()
+    with pytest.raises(ConfigError, match=r"--moetion-snapshot-bytes 64 \(0 experts\)"):
+        Job(tmp_path / "other", mode="popularity", snapshot_bytes=64)
 
 
 def test_a_lost_network_stops_snapshots_and_not_training(tmp_path: Path) -> None:

@@ -33,10 +33,7 @@ def test_against_sets(whole: list[frozenset[int]], dropped: list[frozenset[int]]
     dropped = [dropped[r % len(dropped)] - w for r, w in enumerate(whole)]
     mask = reduce(
         int.__and__,
-        (
-            mask_of({at[i] for i in w}, recent, {at[i] for i in w | d})
-            for w, d in zip(whole, dropped, strict=True)
-        ),
+        (mask_of({at[i] for i in w}, recent, {at[i] for i in w | d}) for w, d in zip(whole, dropped, strict=True)),
     )
     assert 0 <= mask < 2**63, "it travels as a signed 64-bit integer"
     window = range(max(0, newest - WINDOW + 1), newest + 1)

@@ -9,18 +9,30 @@ import time
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moetion.select.policies import unsaved_tokens
+from megatron_moetion.select import policies
+from megatron_moetion.select.policies import POLICIES, Popularity, grow
 from megatron_moetion.select.popularity import Ledger
 
+DEFAULT = "unsaved-tokens"
 SIZES = st.tuples(st.integers(1, 24), st.integers(1, 8)).flatmap(
     lambda ec: st.tuples(st.just(ec[0]), st.integers(-(-ec[0] // ec[1]), ec[0]), st.just(ec[1]))
 )
 """(E, K, cap) with K * cap >= E."""
 
 
-def choose(unsaved: list[int], staleness: list[int], num_experts: int, cap: int) -> tuple[int, ...]:
-    """With a K that stays as it is."""
-    return unsaved_tokens(unsaved, staleness, num_experts, num_experts, cap)
+def seen(unsaved: list[int], staleness: list[int], average: list[float] | None = None) -> Popularity:
+    """What a policy is told; turns are positions."""
+    return Popularity(
+        unsaved=unsaved, staleness=staleness, average=average or [0.0] * len(unsaved), turn=range(len(unsaved))
+    )
+
+
+def choose(
+    unsaved: list[int], staleness: list[int], num_experts: int, cap: int, reserved: int = 0, policy: str = DEFAULT
+) -> tuple[int, ...]:
+    """In order of position; with a K that stays as it is, unless ``reserved`` says otherwise."""
+    order = POLICIES[policy](seen(unsaved, staleness))
+    return tuple(sorted(policies.choose(order, staleness, num_experts, reserved or num_experts, cap)))
 
 
 def skewed_tokens(num_experts: int, seed: int) -> list[int]:
@@ -44,9 +56,9 @@ def test_so_many_distinct_experts_the_same_every_time(
     assert chosen == choose(list(unsaved), list(staleness), num_experts, cap)
 
 
-@given(SIZES, st.integers(0, 10**6))
-@settings(max_examples=40)
-def test_no_expert_passes_the_cap_while_nothing_is_dropped(sizes: tuple[int, int, int], seed: int) -> None:
+@given(SIZES, st.integers(0, 10**6), st.sampled_from(sorted(POLICIES)))
+@settings(max_examples=100)
+def test_no_expert_passes_the_cap_while_nothing_is_dropped(sizes: tuple[int, int, int], seed: int, policy: str) -> None:
     total, num_experts, cap = sizes
     ledger = Ledger(total)
     totals = [0] * total
@@ -55,7 +67,8 @@ def test_no_expert_passes_the_cap_while_nothing_is_dropped(sizes: tuple[int, int
         totals = [t + n for t, n in zip(totals, skewed_tokens(total, seed + iteration // 20), strict=True)]
         ledger.update(totals)
         assert max(ledger.staleness) <= cap, f"snapshot {iteration}"
-        ledger.captured(iteration, choose(ledger.unsaved, ledger.staleness, num_experts, cap), totals)
+        chosen = choose(ledger.unsaved, ledger.staleness, num_experts, cap, policy=policy)
+        ledger.captured(iteration, chosen, totals)
         ledger.settle(iteration, whole=True)
 
 
@@ -72,7 +85,7 @@ def test_no_expert_passes_the_cap_while_k_goes_up_and_down(sizes: tuple[int, int
         ledger.update(totals)
         assert max(ledger.staleness) <= cap, f"snapshot {iteration}"
         now = fewest + draw.randint(0, more)
-        chosen = unsaved_tokens(ledger.unsaved, ledger.staleness, now, fewest, cap)
+        chosen = choose(ledger.unsaved, ledger.staleness, now, cap, reserved=fewest)
         assert len(chosen) == min(now, total)
         ledger.captured(iteration, chosen, totals)
         ledger.settle(iteration, whole=True)
@@ -130,7 +143,59 @@ def test_the_most_overdue_go_first_when_drops_have_broken_the_cap() -> None:
     assert choose([9, 9, 0, 0, 9], [9, 9, 14, 12, 1], 2, 8) == (2, 3)
 
 
-def test_long_staleness_costs_no_time() -> None:
+def test_many_experts_and_long_staleness_cost_little_time() -> None:
+    draw = random.Random(0)
+    unsaved = [draw.randrange(10**6) for _ in range(20_000)]
+    staleness = [draw.randrange(1, 10**6) for _ in unsaved]
     began = time.perf_counter()
-    choose([1] * 64, [10**6] * 64, 8, 8)
-    assert time.perf_counter() - began < 0.5
+    choose(unsaved, staleness, 2500, 8)
+    assert time.perf_counter() - began < 2
+
+
+# -- the other policies ---------------------------------------------------------------------------------------
+
+
+def test_popular_experts_go_first_whether_saved_or_not() -> None:
+    assert POLICIES["popularity-ema"](seen([9, 0, 5], [1, 1, 2], [1.0, 7.0, 1.0])) == [1, 2, 0]
+
+
+def test_in_turn_means_the_stalest_and_then_the_next_in_the_round() -> None:
+    assert POLICIES["sequential"](seen([9, 0, 5, 7], [1, 2, 2, 3])) == [3, 1, 2, 0]
+
+
+@given(SIZES)
+def test_in_turn_takes_each_once_a_round(sizes: tuple[int, int, int]) -> None:
+    total, num_experts, _ = sizes
+    staleness, rounds = [1] * total, []
+    for _ in range(-(-total // num_experts)):
+        chosen = choose([0] * total, staleness, num_experts, 10**6, policy="sequential")
+        staleness = [1 if e in chosen else s + 1 for e, s in enumerate(staleness)]
+        rounds += chosen
+    assert set(rounds) == set(range(total))
+    assert all(rounds.count(e) <= 2 for e in range(total)), "the last of a round and the first of the next"
+
+
+@given(st.lists(st.integers(0, 1000), min_size=1, max_size=30), st.sampled_from(sorted(POLICIES)))
+def test_a_policy_orders_every_expert_once(unsaved: list[int], policy: str) -> None:
+    order = POLICIES[policy](seen(unsaved, [1] * len(unsaved)))
+    assert sorted(order) == list(range(len(unsaved)))
+
+
+# -- more than K, for the budget ------------------------------------------------------------------------------
+
+
+@given(
+    st.lists(st.integers(0, 1000), min_size=1, max_size=30),
+    st.integers(0, 30),
+    st.integers(-5, 5000),
+    st.integers(1, 30),
+)
+def test_it_grows_no_more_than_the_allowance_needs(at_risk: list[int], start: int, allowance: int, most: int) -> None:
+    chosen = list(range(min(start, len(at_risk), most)))
+    grown = grow(chosen, at_risk, allowance, most)
+    assert grown[: len(chosen)] == chosen
+    assert len(set(grown)) == len(grown) <= max(most, len(chosen))
+    left = sum(at_risk) - sum(at_risk[e] for e in grown)
+    assert left <= allowance or len(grown) == min(most, len(at_risk))
+    if len(grown) > len(chosen):
+        assert left + at_risk[grown[-1]] > allowance, "one less would not have been enough"

@@ -3,14 +3,11 @@
 
 from __future__ import annotations
 
-import random
-
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moetion.select.policies import unsaved_tokens
-from megatron_moetion.select.popularity import Ledger, tokens_lost_share
+from megatron_moetion.select.popularity import AVERAGED_OVER, Ledger, tokens_lost_share
 
 
 def test_tokens_and_staleness_count_from_the_newest_capture() -> None:
@@ -22,7 +19,7 @@ def test_tokens_and_staleness_count_from_the_newest_capture() -> None:
     ledger.captured(1, [1], [9, 19, 29])
     ledger.update([15, 26, 30])
     assert (ledger.unsaved, ledger.staleness) == ([15, 6, 30], [2, 1, 2])
-    assert ledger.history == [[[0, 0]], [[0, 0], [1, 19]], [[0, 0]]]
+    assert ledger.history == [(0, 0, 0), (1, 0, 0), (1, 1, 19), (2, 0, 0)]
 
 
 def test_a_drop_brings_the_older_capture_back() -> None:
@@ -61,32 +58,27 @@ def test_settling_against_a_naive_model(events: list[tuple[int, bool]]) -> None:
             assert ledger.staleness[expert] == now + 2 - (counted[-1] + 1 if counted else 0)
 
 
-@given(st.integers(0, 10**6))
-def test_equal_input_gives_equal_answers(seed: int) -> None:
-    def drive() -> list[tuple[int, ...]]:
-        draw, ledger, totals, chosen = random.Random(seed), Ledger(9), [0] * 9, []
-        for iteration in range(30):
-            totals = [t + draw.randrange(50) for t in totals]
-            ledger.update(totals)
-            chosen.append(unsaved_tokens(ledger.unsaved, ledger.staleness, 3, 3, 4))
-            ledger.captured(iteration, chosen[-1], totals)
-            if iteration % 3 == 2:
-                ledger.settle(iteration - 1, draw.random() < 0.7)
-        return chosen
-
-    assert drive() == drive()
+def test_recent_tokens_and_their_average() -> None:
+    ledger = Ledger(2)
+    ledger.update([100, 0])
+    assert (ledger.recent, ledger.average) == ([100, 0], [100 / AVERAGED_OVER, 0.0])
+    for _ in range(200):
+        ledger.update([t + n for t, n in zip(ledger.totals, (7, 30), strict=True)])
+    assert ledger.recent == [7, 30]
+    assert ledger.average == pytest.approx([7, 30])
 
 
 def test_a_recovered_ledger_knows_tokens_and_ages() -> None:
     ledger = Ledger(3)
-    ledger.seed(captured=[8, 10, 9], ages=[2, 0, 1], totals=[100, 100, 100], local=[6, 10, 9])
+    ledger.seed(captured=[8, 10, 9], ages=[2, 0, 1], totals=[100, 100, 100], local=[6, 10, 9], recent=[3, 0, 4])
     assert ledger.unsaved == [0, 0, 0], "what was lost is lost; it is not to be saved any more"
     assert ledger.staleness == [3, 1, 2]
+    assert (ledger.recent, ledger.average) == ([3, 0, 4], [3.0, 0.0, 4.0])
 
 
 @pytest.mark.parametrize(
-    ("lost", "processed", "share"),
+    ("lost", "routed", "share"),
     [([], [], 0.0), ([0, 0], [10, 10], 0.0), ([5, 0], [10, 10], 0.25), ([5, 3], [10, 0], 0.5), ([3], [0], 0.0)],
 )
-def test_the_share_of_lost_tokens_is_the_mean_over_layers(lost: list[int], processed: list[int], share: float) -> None:
-    assert tokens_lost_share(lost, processed) == share
+def test_the_share_of_lost_tokens_is_the_mean_over_layers(lost: list[int], routed: list[int], share: float) -> None:
+    assert tokens_lost_share(lost, routed) == share

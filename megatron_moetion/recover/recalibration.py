@@ -1,0 +1,59 @@
+# SPDX-License-Identifier: Apache-2.0
+"""After a recovery that lost tokens: has capacity raised, and says what becomes of the layers' tokens."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from megatron_moetion.errors import ChannelError
+from megatron_moetion.observe.journal import Journal
+from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.units import StateAdapter
+
+_WHEN = {"before": "before the fault", "after": "after the fault", "repaid": "with capacity back at the base"}
+_LINE = 4000
+"""Longest log line about all layers; the event has them all."""
+
+
+class Recalibration:
+    """Of one rank; every call is collective."""
+
+    def __init__(self, adapter: StateAdapter, fabric: Fabric, journal: Journal, iterations: int) -> None:
+        self._adapter = adapter
+        self._fabric = fabric
+        self._journal = journal
+        self._iterations = iterations
+        self._due: dict[int, str] = {}
+        """Iterations at which the layers are looked at, and what these are."""
+
+    def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
+        """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
+        why = self._adapter.recalibrate(lost)
+        if why and any(lost.values()) and self._fabric.rank == 0:
+            self._journal.warn_once("capacity", iteration, f"capacity is not recalibrated: {why}")
+        self._look(iteration, "before")
+        soon = max(1, self._iterations // 5)
+        self._due = {iteration + soon: "after", iteration + self._iterations + soon: "repaid"}
+
+    def on_step_end(self, iteration: int) -> None:
+        """Look, if it is time to."""
+        if iteration in self._due:
+            self._look(iteration, self._due.pop(iteration))
+
+    def _look(self, iteration: int, when: str) -> None:
+        """Say what each layer's routers route, process and drop an iteration."""
+        try:
+            found = self._fabric.gather(self._adapter.layer_tokens())
+        except ChannelError as error:
+            self._journal.warn_once("layers", iteration, f"the layers' tokens are not known: {error}")
+            return
+        layers = {name: tokens for ranks in found for name, tokens in ranks.items()}
+        if not layers or self._fabric.rank:
+            return
+        text = ", ".join(
+            f"{name.removesuffix('.dense')}: {t['routed']:.0f} routed, {t['processed']:.0f} processed, "
+            f"{t['dropped']:.0f} dropped, {t['debt']:.0f} owed"
+            for name, t in layers.items()
+        )
+        self._journal.info(iteration, f"tokens an iteration, {_WHEN[when]}: {text}"[:_LINE])
+        self._journal.event("layer_tokens", when=when, iteration=iteration, layers=layers)

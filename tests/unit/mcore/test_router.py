@@ -1,0 +1,152 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The router that MoEtion gives to Megatron: the same as Megatron's at base capacity, and more room when it is raised.
+
+Recoveries of whole models with it are in ``tests/dist/test_recalibration.py``.
+"""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.transformer_config import TransformerConfig
+
+from megatron_moetion.mcore.router import CapacityRouter, Counts, TokenCounters, keep_mask, use_capacity_router
+
+EXPERTS, TOKENS = 8, 64
+GROUPS = SimpleNamespace(tp=None, cp=None, tp_cp=None, tp_dp_cp=None)
+
+
+def config(**changes: Any) -> TransformerConfig:
+    fields: dict[str, Any] = {
+        "num_layers": 1, "hidden_size": 16, "num_attention_heads": 2, "num_moe_experts": EXPERTS, "moe_router_topk": 2,
+        "moe_router_load_balancing_type": "none", "moe_expert_capacity_factor": 1.0, "use_cpu_initialization": True,
+        "moe_token_dispatcher_type": "alltoall",
+    }  # fmt: skip
+    return TransformerConfig(**{**fields, **changes})
+
+
+def routers(**changes: Any) -> tuple[TopKRouter, CapacityRouter]:
+    return TopKRouter(config(**changes), GROUPS), CapacityRouter(config(**changes), GROUPS)
+
+
+def logits(seed: int = 0) -> torch.Tensor:
+    """Skewed: the first experts get most of the tokens."""
+    torch.manual_seed(seed)
+    return (torch.randn(TOKENS, 1, EXPERTS) + torch.linspace(2, 0, EXPERTS)).requires_grad_()
+
+
+def routed(router: TopKRouter, given: torch.Tensor) -> list[torch.Tensor]:
+    """Probabilities, map and the gradient of a loss that uses them."""
+    given.grad = None
+    probs, where = router.routing(given)
+    (probs * torch.arange(1.0, 1 + EXPERTS)).sum().backward()
+    assert given.grad is not None
+    return [probs.detach(), where, given.grad.clone()]
+
+
+@pytest.mark.parametrize("topk", [1, 2])
+@pytest.mark.parametrize("policy", ["probs", "position"])
+@pytest.mark.parametrize("pads", [False, True])
+@pytest.mark.parametrize("factor", [None, 0.5, 1.0, 7.5])
+def test_at_base_capacity_it_is_megatrons_router_bit_for_bit(
+    topk: int, policy: str, pads: bool, factor: float | None
+) -> None:
+    settings = {
+        "moe_router_topk": topk, "moe_token_drop_policy": policy, "moe_expert_capacity_factor": factor,
+        "moe_pad_expert_input_to_capacity": pads and factor is not None, "moe_router_pre_softmax": True,
+    }  # fmt: skip
+    theirs, ours = routers(**settings)
+    for seed in range(3):
+        for a, b in zip(routed(theirs, logits(seed)), routed(ours, logits(seed)), strict=True):
+            assert torch.equal(a, b)
+
+
+def test_the_expert_bias_counts_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    settings = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    theirs, ours = routers(**settings)
+    for router in (theirs, ours):
+        router.routing(logits())
+    assert torch.equal(theirs.local_tokens_per_expert, ours.local_tokens_per_expert)
+    assert 0 < int(ours.local_tokens_per_expert.sum()) < 2 * TOKENS
+
+
+def counts_of(router: CapacityRouter) -> Counts:
+    router.counts = Counts(torch.zeros(Counts.ROWS, EXPERTS, dtype=torch.float64))
+    return router.counts
+
+
+@pytest.mark.parametrize("pads", [False, True])
+def test_it_counts_routed_and_processed_tokens_while_training_only(pads: bool) -> None:
+    _, router = routers(moe_pad_expert_input_to_capacity=pads)
+    counts = counts_of(router)
+    _, where = router.routing(logits())
+    with torch.no_grad():
+        router.routing(logits())
+    base = TOKENS * 2 // EXPERTS
+    assert counts.routed.sum() == 2 * TOKENS
+    assert torch.equal(counts.processed, counts.routed.clamp(max=base))
+    assert counts.beyond.sum() == 0
+    assert torch.equal(where.sum(dim=0).double(), torch.full_like(counts.routed, base) if pads else counts.processed)
+
+
+@pytest.mark.parametrize("policy", ["probs", "position"])
+def test_raised_capacity_admits_so_many_more_of_the_right_ones(policy: str) -> None:
+    _, router = routers(moe_token_drop_policy=policy)
+    counts = counts_of(router)
+    boost = torch.ones(EXPERTS, dtype=torch.float64)
+    boost[0], boost[1] = 1.3, 1.5
+    given = logits()
+    router.routing(given)
+    counts.beyond.zero_()
+    router.boost = boost
+    probs, kept = router.routing(given)
+    router.factor = None
+    free_probs, free_map = router.routing(given)
+    base = TOKENS * 2 // EXPERTS
+    room = torch.tensor([21, 24, *[base] * (EXPERTS - 2)])
+    assert torch.equal(kept.sum(dim=0), torch.minimum(free_map.sum(dim=0), room))
+    assert torch.equal(counts.beyond, (kept.sum(dim=0) - base).clamp(min=0).double())
+    for expert in range(EXPERTS):
+        mine = free_map[:, expert].nonzero()[:, 0].tolist()
+        if policy == "probs":
+            mine = sorted(mine, key=lambda t: (-free_probs[t, expert].item(), t))
+        assert kept[:, expert].nonzero()[:, 0].tolist() == sorted(mine[: int(room[expert])])
+    assert torch.equal(probs, free_probs * kept)
+
+
+def test_no_capacity_passes_the_number_of_tokens() -> None:
+    probs = torch.rand(4, 2)
+    everything = torch.ones(4, 2, dtype=torch.bool)
+    assert keep_mask(probs, everything, 3, torch.tensor([9.0, 1.0]), "probs").sum(dim=0).tolist() == [4, 3]
+
+
+def test_padded_inputs_are_counted_by_their_probabilities() -> None:
+    block = SimpleNamespace(experts=(0, 1), module=torch.nn.Module())
+    block.module.config = config(moe_pad_expert_input_to_capacity=True)
+    block.module.experts = torch.nn.Identity()
+    block.module.weight = torch.nn.Parameter(torch.zeros(1))
+    block.module.experts.forward = lambda tokens, per_expert, probs: tokens
+    counters = TokenCounters([block])  # type: ignore[list-item]
+    probs = torch.tensor([0.5, 0.2, 0.0, 0.1, 0.0, 0.0]).requires_grad_()
+    block.module.experts(torch.zeros(6, 4), torch.tensor([3, 3]), probs)
+    with torch.no_grad():
+        block.module.experts(torch.zeros(6, 4), torch.tensor([3, 3]), probs)
+    assert counters.totals[0].tolist() == [2, 1]
+    counters.close()
+    block.module.experts(torch.zeros(6, 4), torch.tensor([3, 3]), probs)
+    assert counters.totals[0].tolist() == [2, 1]
+
+
+def test_every_moe_layer_of_a_spec_gets_it_and_dense_layers_do_not() -> None:
+    moe = SimpleNamespace(
+        submodules=SimpleNamespace(mlp=SimpleNamespace(submodules=SimpleNamespace(router=TopKRouter)))
+    )
+    dense = SimpleNamespace(submodules=SimpleNamespace(mlp=SimpleNamespace(submodules=SimpleNamespace(linear_fc1=1))))
+    use_capacity_router(SimpleNamespace(layer_specs=[moe, dense]))
+    assert moe.submodules.mlp.submodules.router is CapacityRouter
+    assert not hasattr(dense.submodules.mlp.submodules, "router")
