@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -25,6 +27,8 @@ sys.path.insert(0, str(ROOT))
 
 FOLDER = ROOT / "benchmarks" / "results" / "accuracy_under_faults"
 QUICK_ITERATIONS = 100
+SELECTION_ITERATIONS = 150
+POLL_S = 0.5
 QUICK_ARMS = ("fault-free", "default", "full")
 
 
@@ -43,10 +47,13 @@ def main() -> int:
     options.add_argument(
         "--sigkill", metavar="NAME", help="confirm one model's default arm with real processes, killed and restarted"
     )
+    options.add_argument("--selection", action="store_true", help="what each policy loses, on the loads of short runs")
     options.add_argument("--worker", nargs=2, help=argparse.SUPPRESS)
     args = options.parse_args()
     if args.worker is not None:
         return work(args)
+    if args.selection:
+        return select(args)
     if args.sigkill is not None:
         from benchmarks.accuracy_under_faults.confirm import confirm
 
@@ -71,14 +78,37 @@ def work(args: argparse.Namespace) -> int:
     from benchmarks.accuracy_under_faults import worker
     from benchmarks.accuracy_under_faults.study import MODELS, TRAIN_ITERATIONS
 
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the arena is removed
     name, seed = args.worker
     iterations = QUICK_ITERATIONS if args.quick else TRAIN_ITERATIONS
     worker.main(MODELS[name], int(seed), args.folder, args.arms, iterations)
     return 0
 
 
+def select(args: argparse.Namespace) -> int:
+    """A table of what policies lose, on the loads of a short run of each model."""
+    from megatron_moetion.mcore import cpu_device
+
+    cpu_device.install()
+
+    from benchmarks.accuracy_under_faults import selection, worker
+    from benchmarks.accuracy_under_faults.study import MODELS
+
+    names = args.models or ["E64"]
+    rows = ["| model | K a layer, cap | unsaved-tokens | popularity-ema | sequential | sequential / ours | bound |"]
+    rows.append("| --- | --- | --- | --- | --- | --- | --- |")
+    for number, name in enumerate(names):
+        model = MODELS[name]
+        loads = worker.loads_of(model, SELECTION_ITERATIONS, first=number == 0)
+        sizes = [(k, 2 * model.experts // k) for k in sorted({max(1, model.experts // 32), max(1, model.experts // 8)})]
+        rows += selection.table(name, loads, model.capacity_factor, sizes)
+    print("\n".join(rows))
+    return 0
+
+
 def launch(args: argparse.Namespace, todo: Sequence[tuple[Model, int]]) -> None:
     """One process a model and seed, ``args.workers`` at once; the first that fails ends all."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the runs end too
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     running: list[subprocess.Popen[bytes]] = []
     try:
@@ -89,21 +119,24 @@ def launch(args: argparse.Namespace, todo: Sequence[tuple[Model, int]]) -> None:
             command += ["--arms", *args.arms] if args.arms else []
             command += ["--quick"] if args.quick else []
             running.append(subprocess.Popen(command, env=environment))
-            while len(running) >= args.workers:
-                _end(running.pop(0))
-        while running:
-            _end(running.pop(0))
+            _wait(running, args.workers - 1)
+        _wait(running, 0)
     finally:
         for process in running:
             process.terminate()
             process.wait()
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    if process.wait():
-        raise SystemExit(
-            f"a run failed with exit code {process.returncode}; what is done is kept, start again to go on"
-        )
+def _wait(running: list[subprocess.Popen[bytes]], most: int) -> None:
+    """Until at most so many are left; they end in any order."""
+    while len(running) > most:
+        time.sleep(POLL_S)
+        for process in [p for p in running if p.poll() is not None]:
+            running.remove(process)
+            if process.returncode:
+                raise SystemExit(
+                    f"a run failed with exit code {process.returncode}; what is done is kept, start again to go on"
+                )
 
 
 def tell(args: argparse.Namespace) -> int:

@@ -18,10 +18,12 @@ from typing import Any
 import numpy as np
 import torch
 from megatron.core import tensor_parallel
+from megatron.core.transformer.moe.router import TopKRouter
 
-from benchmarks.accuracy_under_faults.repayable import share_repaid
+from benchmarks.accuracy_under_faults.repayable import Loads, share_repaid
 from benchmarks.accuracy_under_faults.study import (
     FIXED_FAULTS,
+    SEEDS,
     TRAIN_ITERATIONS,
     VALIDATE_EVERY,
     VALIDATION_BATCHES,
@@ -61,10 +63,26 @@ def main(model: Model, seed: int, folder: Path, only: Sequence[str], iterations:
               f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
 
 
+def loads_of(model: Model, iterations: int, *, first: bool) -> Loads:
+    """Tokens routed in a run without faults; ``first``: nothing was trained in this process yet."""
+    args = _arguments(model, SEEDS[0], "")
+    if first:
+        torch.set_num_threads(1)
+        initialize(args, Place(rank=0, world_size=1, local_rank=0, local_world_size=1))
+    run = Run(model, SEEDS[0], arms(model, SEEDS[0])[0], build_source(args), iterations)
+    run.result()
+    return np.array(run.trace)
+
+
 def _arguments(model: Model, seed: int, flags: str) -> Any:
     # The flag gives the model a router that counts, in all arms alike.
     text = f"{model.flags} --seed {seed} --moetion --moetion-replicas 0 {flags}"
     return parse_arguments(text.split(), Machine.here(1, False))
+
+
+def _count(counts: Counts, routed: torch.Tensor) -> None:
+    if torch.is_grad_enabled():
+        counts.add(routed, routed, 0)
 
 
 class Run:
@@ -80,12 +98,13 @@ class Run:
         self._session: Any = None
         self._attempt = 0
         self._moments: list[torch.Tensor] = []
+        self.trace: list[list[list[float]]] = []
+        """Of a run without faults: tokens routed, [iterations, layers, experts]."""
         self._trainer = self._build(seed)
 
     def result(self) -> dict[str, Any]:
         """Train to the end, with faults on the way."""
         began = time.perf_counter()
-        trace: list[Any] = []
         curve: dict[int, float] = {}
         losses: dict[int, float] = {}
         faults = [f for f in self._arm.faults if f < self._iterations]
@@ -103,7 +122,7 @@ class Run:
                     self._session.on_step_end(iteration)
                 if self._arm.current_moments and iteration in self._arm.faults:
                     self._moments = [tensor.clone() for tensor in self._live_moments()]
-                trace.append([c.routed.tolist() for c in counts])
+                self.trace.append([c.routed.tolist() for c in counts])
                 for c in counts:
                     c.routed.zero_()
                 losses[iteration] = step.losses["lm loss"]
@@ -121,7 +140,7 @@ class Run:
                 "loads": self._loads_of_layers(),
                 "seconds": time.perf_counter() - began,
                 **self._told(),
-                **self._repayable(trace),
+                **self._repayable(),
             }
         finally:
             shutil.rmtree(self._store, ignore_errors=True)
@@ -168,23 +187,27 @@ class Run:
         if self._session is not None:
             self._session.close()
 
-    def _routers(self) -> Iterator[CapacityRouter]:
-        for chunk in self._trainer.model:
-            yield from (m for m in chunk.modules() if isinstance(m, CapacityRouter))
+    def _routers(self) -> list[TopKRouter]:
+        return [m for chunk in self._trainer.model for m in chunk.modules() if isinstance(m, TopKRouter)]
 
     def _count_loads(self) -> list[Counts]:
         """Of a run without a session: what its routers route from here on, a layer each."""
-        routers = list(self._routers())
-        for router in routers:
-            router.counts = Counts(torch.zeros(Counts.ROWS, self._model.experts, dtype=torch.float64))
-        return [router.counts for router in routers if router.counts is not None]
+        found = []
+        for router in self._routers():
+            counts = Counts(torch.zeros(Counts.ROWS, self._model.experts, dtype=torch.float64))
+            if isinstance(router, CapacityRouter):
+                router.counts = counts
+            else:  # drops nothing
+                router.register_forward_hook(lambda module, inputs, output, to=counts: _count(to, output[1]))
+            found.append(counts)
+        return found
 
-    def _repayable(self, trace: list[Any]) -> dict[str, Any]:
+    def _repayable(self) -> dict[str, Any]:
         """Of a run without faults: what raised capacities could have made up for, had there been faults."""
         factor = self._model.capacity_factor
         if self._arm.flags is not None or factor is None:
             return {}
-        loads = np.array(trace)
+        loads = np.array(self.trace)
         found = {}
         for policy in ("unsaved-tokens", "sequential"):
             for name, own in (("own debt", True), ("load", False)):
@@ -214,15 +237,16 @@ class Run:
         def count(module: Any, inputs: Any, output: Any) -> None:
             seen.append(output[1].sum(dim=0))
 
-        handles = [router.register_forward_hook(count) for router in self._routers()]
-        factors = [router.factor for router in self._routers()]
-        for router in self._routers():
+        routers = self._routers()
+        handles = [router.register_forward_hook(count) for router in routers]
+        factors = [getattr(router, "factor", None) for router in routers]
+        for router in routers:
             router.factor = None
         self._validate()
-        for router, factor, handle in zip(self._routers(), factors, handles, strict=True):
+        for router, factor, handle in zip(routers, factors, handles, strict=True):
             router.factor = factor
             handle.remove()
-        layers = len(factors)
+        layers = len(routers)
         return [torch.stack(seen[layer::layers]).sum(dim=0).tolist() for layer in range(layers)]
 
     def _told(self) -> dict[str, Any]:

@@ -32,7 +32,7 @@ Policy = Callable[[Popularity], list[int]]
 
 
 def unsaved_tokens(seen: Popularity) -> list[int]:
-    """Most tokens since the last capture first: the greedy choice that minimises the expected tokens lost.
+    """Most tokens since the last capture first: what makes a fault after this snapshot cost least.
 
     Ties go to the staler, then to the lower position.
     """
