@@ -62,7 +62,10 @@ class MoetionConfig:
         choices=SELECTIONS,
     )
     snapshot_bytes: int = setting(
-        0, "instead of K: most bytes of a snapshot of any rank; K is what fits. 0: no such limit", metavar="BYTES"
+        0,
+        "instead of K: bytes of a snapshot of one rank, on average; K is what fits on every rank, and does not grow "
+        "for --moetion-lost-token-budget. 0: no such limit",
+        metavar="BYTES",
     )
     lost_token_budget: float = setting(
         0.0375,
@@ -77,8 +80,8 @@ class MoetionConfig:
     )
     capacity_recalibration: str = setting(
         "on",
-        "after a fault, more capacity for a while for the experts that lost tokens (models with "
-        "--moe-expert-capacity-factor): 'on' or 'off'",
+        "after a fault, layers whose experts lost tokens drop fewer for a while, until the lost ones are made up for "
+        "(models with --moe-expert-capacity-factor): 'on' or 'off'",
         choices=SWITCH,
     )
     recalibration_iterations: int = setting(50, "how many iterations capacity is raised for after a fault")
@@ -146,10 +149,11 @@ class MoetionConfig:
                 f"--moetion-max-experts-per-snapshot {self.max_experts_per_snapshot} is less than "
                 f"--moetion-experts-per-snapshot {self.experts_per_snapshot}"
             )
-        if self.mode == "full" and self.experts_per_snapshot:
+        sized = [n for n in ("experts_per_snapshot", "snapshot_bytes") if getattr(self, n)]
+        if sized and "full" in (self.mode, self.selection):
             raise ConfigError(
-                "--moetion-experts-per-snapshot has no meaning in mode 'full', which captures all experts; "
-                "drop it, or use --moetion-mode popularity"
+                f"--moetion-{sized[0].replace('_', '-')} has no meaning in mode 'full' and with --moetion-selection "
+                f"full, which capture all experts; drop it, or use another mode and selection"
             )
         if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
             raise ConfigError(

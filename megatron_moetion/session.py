@@ -179,7 +179,8 @@ class Session:
         """
         self._scheduler.cut(iteration)
         self._adapter.after_step()
-        self._recalibration.on_step_end(iteration)
+        if not self._degraded:
+            self._recalibration.on_step_end(iteration)
         if iteration % self._config.interval or self._degraded:
             return
         flight, _ = self._running()
@@ -225,7 +226,7 @@ class Session:
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
             "moetion/unsaved-tokens": float(sum(self._book.ledger.unsaved)),
             "moetion/projected-plt": self._book.projected_share,
-            "moetion/experts-per-snapshot": float(self._sizes.now.experts),
+            "moetion/experts-per-snapshot": float(self._book.num_chosen),
             **self._scheduler.scalars(),
         }
 
@@ -260,7 +261,7 @@ class Session:
                 "bytes": counts.bytes_committed,
                 "full": self._inventory.nbytes,
                 "dropped": dict(counts.dropped),
-                "layers": self._book.layers(self._token_counts(), self._adapter.routed_tokens()),
+                "layers": self._layers(),
             }
         )
         snapshots = min(t["committed"] for t in totals)
@@ -285,8 +286,7 @@ class Session:
         self._recent = [plan.iteration]
         self._fly(self._arenas, situation, plan.epoch)
         lost = self._count_losses(situation, plan, state["session"])
-        layers = self._book.layers(self._token_counts(), self._adapter.routed_tokens())
-        everyone = self._fabric.gather({"lost": lost, "layers": layers})
+        everyone = self._fabric.gather({"lost": lost, "layers": self._layers()})
         by_expert: dict[str, int] = {}
         for name, tokens in (item for m in everyone for item in m["lost"].items()):
             by_expert[name] = by_expert.get(name, 0) + tokens
@@ -480,7 +480,7 @@ class Session:
             return (*self._always, *self._inventory.of_kind(UnitKind.EXPERT))
         chosen = self._book.choose(iteration, counts, num_experts)
         if why := self._book.past_budget:
-            self._journal.warn_once("lost-token-budget", iteration, why)
+            self._journal.warn_once(why.split()[0], iteration, why)  # "a fault now", "faults so far"
         return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
@@ -517,9 +517,9 @@ class Session:
     def _find_limits(self, num_experts: int) -> Limits:
         """How many experts a snapshot takes. The same on all ranks: a byte budget is what the tightest one affords."""
         config = self._config
-        if not config.snapshot_bytes:
-            return experts_per_snapshot(config, num_experts)
-        fits = affordable_experts(self._inventory.units, num_experts, config.snapshot_bytes) if num_experts else None
+        fits = None
+        if config.snapshot_bytes and num_experts:
+            fits = affordable_experts(self._inventory.units, num_experts, config.snapshot_bytes)
         everywhere = [f for f in self._fabric.gather(None if fits == math.inf else fits) if f is not None]
         return experts_per_snapshot(config, num_experts, min(everywhere, default=math.inf))
 
@@ -538,7 +538,13 @@ class Session:
         losses = self._book.losses(state, at, plan.iteration, now)
         totals, lost, before = (self._sum(counts) for counts in (now, losses.lost, lost_until(state)))
         self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before)
-        return {name: tokens for name, tokens in zip(self._book.names, losses.lost, strict=True) if tokens}
+        counted = zip(self._book.names, losses.lost, strict=True) if self._adapter.counts_tokens() else ()
+        return {name: tokens for name, tokens in counted if tokens}
+
+    def _layers(self) -> dict[str, tuple[int, int]]:
+        """Per MoE layer, tokens lost and routed, for sums over all ranks."""
+        counted = self._adapter.counts_tokens()
+        return self._book.layers(self._token_counts(), self._adapter.routed_tokens(), counted=counted)
 
     def _sum(self, counts: Sequence[int]) -> list[int]:
         """Added up over the ranks that share this rank's experts. Waits."""

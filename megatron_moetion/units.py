@@ -181,6 +181,13 @@ class StateAdapter(Protocol):
         """Which tensor is no longer where the inventory says, for a person; empty while all are in place."""
         ...
 
+    def counts_tokens(self) -> bool:
+        """Whether this rank's token counts belong in sums over all ranks.
+
+        Ranks that hold parts of the same experts by tensor parallelism count the same tokens: one of them says yes.
+        """
+        ...
+
     def expert_peers(self) -> tuple[int, ...]:
         """Global ranks that hold shards of the same experts as this rank, itself included."""
         ...

@@ -23,10 +23,11 @@ from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
 from megatron_moetion.mcore.router import RouterWatch, TokenCounters
 from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
 from megatron_moetion.recover.capacity import CapacityRules
+from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
 
-_CAPTURES_IN_FLIGHT = 8
+_CAPTURES_IN_FLIGHT = WINDOW + 1
 _SPARE_HOST_BYTES = 64 << 10
 """Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
 
@@ -96,6 +97,10 @@ class MegatronState:
             for block, _ in zip(self._blocks, self._counters.totals, strict=False)
             for i, expert in enumerate(block.experts)
         )
+
+    def counts_tokens(self) -> bool:
+        """See ``StateAdapter``."""
+        return int(parallel_state.get_expert_tensor_parallel_rank()) == 0
 
     def expert_peers(self) -> tuple[int, ...]:
         """See ``StateAdapter``: the expert-data-parallel group."""

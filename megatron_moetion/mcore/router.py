@@ -90,7 +90,8 @@ class CapacityRouter(TopKRouter):
         self.pads: bool = config.moe_pad_expert_input_to_capacity
         self.counts: Counts | None = None
         self.boost: torch.Tensor | float = 1.0
-        """What base capacity is multiplied by: one number for all experts, or float64[E]."""
+        """What base capacity is multiplied by: float64[E], in training; or one number for all experts, with padding
+        also in evaluation, because the dispatcher's buffers have that size."""
 
     def routing(
         self, logits: torch.Tensor, padding_mask: torch.Tensor | None = None
@@ -117,14 +118,14 @@ class CapacityRouter(TopKRouter):
     def _drop(self, probs: torch.Tensor, routed: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         if self.factor is None:
             return probs, routed
-        if isinstance(self.boost, torch.Tensor):
+        if isinstance(self.boost, torch.Tensor) and self.training:
             kept = routed & keep_mask(probs, routed, self._capacity(len(probs)), self.boost, self._policy)
             return probs * kept, kept
         kept_probs, kept = apply_router_token_dropping(
             probs,
             routed,
             router_topk=self.topk,
-            capacity_factor=self.factor * self.boost,
+            capacity_factor=self.factor * (self.boost if isinstance(self.boost, float) else 1.0),
             drop_policy=self._policy,
             pad_to_capacity=self.pads,
         )
@@ -181,6 +182,7 @@ class RouterWatch:
     """
 
     def __init__(self, blocks: Sequence[MoeBlock], rules: CapacityRules | None) -> None:
+        self._all_blocks = tuple(blocks)
         self.blocks = [b for b in blocks if isinstance(b.module.router, CapacityRouter)]
         self._routers: list[CapacityRouter] = [b.module.router for b in self.blocks]
         self._rules = rules
@@ -203,11 +205,16 @@ class RouterWatch:
 
     @property
     def why_fixed(self) -> str:
-        """Why capacities stay as they are after a recovery; empty if they can be raised."""
-        if self._rules is None or not self._routers:
-            return "" if self._rules is None else "the model's routers are not CapacityRouter (use_capacity_router)"
-        if self._routers[0].factor is None:
+        """Why capacities stay as they are after a recovery; empty if they can be raised, or were never to be."""
+        if self._rules is None or not self._all_blocks:
+            return ""
+        if self._all_blocks[0].module.config.moe_expert_capacity_factor is None:
             return "the model is dropless: its experts have no capacity"
+        if not self._routers:
+            return "the model's routers are not CapacityRouter (megatron_moetion.mcore.router.use_capacity_router)"
+        dispatcher = self._all_blocks[0].module.token_dispatcher
+        if self._routers[0].pads and not hasattr(dispatcher, "moe_expert_capacity_factor"):
+            return f"{type(dispatcher).__name__} has buffers of a fixed size for padded inputs"
         return ""
 
     @property
@@ -229,7 +236,8 @@ class RouterWatch:
         if not self._routers:
             return
         moved = self._totals - self._marks
-        self._recent += (moved - self._recent) / RECENT_ITERATIONS
+        is_first = self._marks.sum(dim=(1, 2), keepdim=True) == 0
+        self._recent += (moved - self._recent) * torch.where(is_first, 1.0, 1.0 / RECENT_ITERATIONS)
         self._marks.copy_(self._totals)
         if self.is_raised:
             self._left -= 1

@@ -10,7 +10,6 @@ from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.units import StateAdapter
 
-_WHEN = {"before": "before the fault", "after": "after the fault", "repaid": "with capacity back at the base"}
 _LINE = 4000
 """Longest log line about all layers; the event has them all."""
 
@@ -23,12 +22,15 @@ class Recalibration:
         self._fabric = fabric
         self._journal = journal
         self._iterations = iterations
+        self._began = 0
         self._due: dict[int, str] = {}
         """Iterations at which the layers are looked at, and what these are."""
 
     def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
         """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
-        why = self._adapter.recalibrate(lost)
+        self._began = iteration
+        reasons = self._fabric.gather(self._adapter.recalibrate(lost))
+        why = next((reason for reason in reasons if reason), "")
         if why and any(lost.values()) and self._fabric.rank == 0:
             self._journal.warn_once("capacity", iteration, f"capacity is not recalibrated: {why}")
         self._look(iteration, "before")
@@ -55,5 +57,6 @@ class Recalibration:
             f"{t['dropped']:.0f} dropped, {t['debt']:.0f} owed"
             for name, t in layers.items()
         )
-        self._journal.info(iteration, f"tokens an iteration, {_WHEN[when]}: {text}"[:_LINE])
+        at = f"{iteration - self._began} iterations after" if iteration > self._began else "before"
+        self._journal.info(iteration, f"tokens an iteration, {at} the fault: {text}"[:_LINE])
         self._journal.event("layer_tokens", when=when, iteration=iteration, layers=layers)

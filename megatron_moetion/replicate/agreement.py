@@ -32,14 +32,19 @@ def fates(mask: int, recent: Sequence[int], known: Iterable[int]) -> dict[int, b
     """Whether each of the ``known`` iterations is whole everywhere, as far as that is settled.
 
     It is settled if every rank has decided; and up to the newest common one, because replication keeps the order
-    of iterations, so what is not whole by then never will be.
+    of iterations, so what is not whole by then never will be. What is no longer among the last ``WINDOW`` cannot be
+    agreed on any more: it counts as dropped.
     """
     newest = newest_common(mask, recent)
+    places = {iteration: k for k, iteration in enumerate(recent[:WINDOW])}
     found = {}
     for iteration in known:
-        bit = _bits([iteration], recent)
-        if mask & bit << WINDOW or (newest is not None and iteration <= newest):
-            found[iteration] = bool(mask & bit)
+        place = places.get(iteration)
+        if place is None:
+            if iteration < recent[0]:
+                found[iteration] = False
+        elif mask >> (WINDOW + place) & 1 or (newest is not None and iteration <= newest):
+            found[iteration] = bool(mask >> place & 1)
     return found
 
 

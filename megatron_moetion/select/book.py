@@ -73,6 +73,8 @@ class ExpertBook:
         self._lost_last = [0] * len(self.names)
         self._lost_everywhere = [0] * len(self.names)
         self._open_tokens = 0
+        self.num_chosen = 0
+        """Experts in the last snapshot."""
 
     def choose(self, iteration: int, counts: Sequence[int], num_experts: int) -> tuple[int, ...]:
         """The experts that the snapshot of ``iteration`` takes: so many, or more where the budget calls for it."""
@@ -80,13 +82,14 @@ class ExpertBook:
         unsaved, staleness = ledger.unsaved, ledger.staleness
         seen = Popularity(unsaved=unsaved, staleness=staleness, average=ledger.average, turn=self._turn)
         chosen = choose(POLICIES[rules.policy](seen), staleness, num_experts, rules.reserved, rules.staleness_cap)
-        # Counts are one snapshot old: what that snapshot brought is at risk too.
+        # Counts are one snapshot old, at most an interval short of what is lost: K errs on the large side.
         at_risk = [a + b for a, b in zip(unsaved, ledger.recent, strict=True)]
         if rules.lost_token_budget:
             processed = sum(ledger.totals)  # nothing is known of the first snapshot's tokens yet: take all
             allowance = int(rules.lost_token_budget * processed) - sum(self._lost_everywhere) if processed else -1
             chosen = grow(chosen, at_risk, allowance, rules.most)
-        self._open_tokens = sum(at_risk) - sum(at_risk[e] for e in chosen)
+        self._open_tokens = sum(unsaved) - sum(unsaved[e] for e in chosen)
+        self.num_chosen = len(chosen)
         found = tuple(sorted(chosen))
         ledger.captured(iteration, found, counts)
         return found
@@ -175,15 +178,18 @@ class ExpertBook:
         ]
         self.ledger.seed(losses.captured, ages, totals, losses.now, recent)
 
-    def layers(self, counts: Sequence[int], routed: Mapping[str, int]) -> dict[str, tuple[int, int]]:
+    def layers(
+        self, counts: Sequence[int], routed: Mapping[str, int], *, counted: bool = True
+    ) -> dict[str, tuple[int, int]]:
         """Per MoE layer: tokens lost to all faults so far, and tokens routed, both on this rank.
 
         Where a layer is not in ``routed``, because nothing counts what its router drops, processed tokens stand in.
+        Not ``counted``: another rank tells of the same experts' tokens (but not of those that were routed here).
         """
         found: dict[str, tuple[int, int]] = {}
         for layer, lost, processed in zip(self._layers, self._lost, counts, strict=True):
             before = found.get(layer, (0, 0))
-            found[layer] = (before[0] + lost, before[1] + processed)
+            found[layer] = (before[0] + lost * counted, before[1] + processed * counted)
         return {layer: (lost, routed.get(layer, processed)) for layer, (lost, processed) in found.items()}
 
 

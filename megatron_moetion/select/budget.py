@@ -46,7 +46,7 @@ def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = 
     fewest = min(chosen, total) if chosen else needed
     usual = fewest if chosen else min(-(-2 * total // config.staleness_cap), total)
     most = usual
-    if config.lost_token_budget:
+    if config.lost_token_budget and not config.snapshot_bytes:
         most = max(usual, min(config.max_experts_per_snapshot or total, total))
     return Limits(fewest=fewest, usual=usual, most=most)
 

@@ -368,7 +368,7 @@ def _no_space(folder: Path, need: int, have: int) -> StoreError:
     return StoreError(
         f"the store {folder} has {have / 2**20:,.1f} MiB free and this arena needs {need / 2**20:,.1f} MiB: "
         f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas or "
-        f"--moetion-experts-per-snapshot"
+        f"--moetion-max-experts-per-snapshot"
     )
 
 

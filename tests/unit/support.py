@@ -76,6 +76,9 @@ class ToyState:
 
     def after_step(self) -> None: ...
 
+    def counts_tokens(self) -> bool:
+        return True
+
     def routed_tokens(self) -> dict[str, int]:
         return {}
 

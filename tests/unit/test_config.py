@@ -46,6 +46,7 @@ def test_every_setting_says_what_it_is() -> None:
         ({"experts_per_snapshot": 2, "snapshot_bytes": 9}, "--moetion-snapshot-bytes 9 both say"),
         ({"experts_per_snapshot": 4, "max_experts_per_snapshot": 2}, "--moetion-max-experts-per-snapshot 2 is less"),
         ({"mode": "full", "experts_per_snapshot": 2}, "no meaning in mode 'full'"),
+        ({"selection": "full", "snapshot_bytes": 2}, "--moetion-snapshot-bytes has no meaning in mode 'full'"),
         ({"chunk_bytes": 2048}, "--moetion-chunk-bytes is 2048"),
         ({"chunk_bytes": 4097}, "--moetion-chunk-bytes is 4097"),
     ],

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The router that MoEtion gives to Megatron: the same as Megatron's at base capacity, and more room when it is raised.
 
-Recoveries of whole models with it are in ``tests/dist/test_recalibration.py``.
+Recoveries of whole models with it are in ``tests/dist/test_inventory.py``.
 """
 
 from __future__ import annotations
@@ -117,6 +117,15 @@ def test_raised_capacity_admits_so_many_more_of_the_right_ones(policy: str) -> N
             mine = sorted(mine, key=lambda t: (-free_probs[t, expert].item(), t))
         assert kept[:, expert].nonzero()[:, 0].tolist() == sorted(mine[: int(room[expert])])
     assert torch.equal(probs, free_probs * kept)
+
+
+def test_evaluation_is_at_base_capacity() -> None:
+    _, router = routers()
+    _, base = router.routing(logits())
+    router.boost = torch.full((EXPERTS,), 2.0, dtype=torch.float64)
+    assert int(router.routing(logits())[1].sum()) > int(base.sum())
+    router.eval()
+    assert torch.equal(router.routing(logits())[1], base)
 
 
 def test_no_capacity_passes_the_number_of_tokens() -> None:

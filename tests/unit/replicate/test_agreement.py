@@ -41,7 +41,7 @@ def test_against_sets(whole: list[frozenset[int]], dropped: list[frozenset[int]]
     decided = frozenset.intersection(*(w | d for w, d in zip(whole, dropped, strict=True))).intersection(window)
     best = max(everywhere, default=None)
     assert newest_common(mask, recent) == (None if best is None else at[best])
-    settled = {i for i in range(newest + 5) if i in decided or (best is not None and i <= best)}
+    settled = {i for i in range(newest + 5) if i in decided or (best is not None and i <= best) or i < window.start}
     assert fates(mask, recent, at[: newest + 5]) == {at[i]: i in everywhere for i in settled}
 
 

@@ -58,6 +58,7 @@ def test_losses_are_the_tokens_since_the_captures_that_are_loaded() -> None:
     assert lost_until(after.state()) == [15, 0, 25]
     assert after.layers([25, 20, 25], {}) == {"l0": (15, 45), "l1": (25, 25)}
     assert after.layers([25, 20, 25], {"l1": 90}) == {"l0": (15, 45), "l1": (25, 90)}, "its router counts dropped ones"
+    assert after.layers([25, 20, 25], {"l1": 90}, counted=False) == {"l0": (0, 0), "l1": (0, 90)}, "another rank tells"
     assert [(e.name, e.at_risk, e.staleness, e.lost, e.lost_before) for e in after.experts()] == [
         ("a", 0, 2, 15, 0),
         ("b", 0, 1, 0, 0),

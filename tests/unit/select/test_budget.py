@@ -45,6 +45,7 @@ def test_a_number_that_cannot_keep_the_cap_is_refused() -> None:
 
 def test_k_from_a_budget_of_bytes() -> None:
     assert limits(16, 3.9, snapshot_bytes=1, lost_token_budget=0.0) == (3, 3, 3)
+    assert limits(16, 3.9, snapshot_bytes=1) == (3, 3, 3), "a limit of bytes does not give way to that of lost tokens"
     assert limits(16, math.inf, snapshot_bytes=1) == (16, 16, 16)
     with pytest.raises(ConfigError, match=r"--moetion-snapshot-bytes 1000 \(0 experts\) x --moetion-staleness-cap 8"):
         limits(16, -2.0, snapshot_bytes=1000)
