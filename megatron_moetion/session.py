@@ -387,6 +387,7 @@ class Session:
             replicator=replicator if self._config.replicas else None,
             epoch=epoch,
             probe=self._probe,
+            packed=self._scheduler.packed,
         )
         return self._flight
 
@@ -460,7 +461,7 @@ class Session:
         if self._config.mode == "full":
             always, experts = self._inventory.nbytes, []
         share = sum(experts) / max(len(self._expert_units), 1)
-        votes, why = self._sizes.vote(self._scheduler, always * self._config.replicas, share * self._config.replicas)
+        votes, why = self._sizes.vote(self._scheduler, always, share, self._config.replicas)
         if why:
             self._journal.warn_once("budget", self._recent[0], why)
         return votes

@@ -9,6 +9,7 @@ its replication round still takes place, empty, so that all ranks stay in step.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -38,7 +39,11 @@ class FlightCounts:
 
 
 class Flight:
-    """Owns the two threads. ``replicator`` is None where no replicas are kept."""
+    """Owns the two threads. ``replicator`` is None where no replicas are kept.
+
+    ``packed`` is told when a snapshot's bytes began to be packed and were in the arena (monotonic clock, seconds), and
+    how many there were.
+    """
 
     def __init__(
         self,
@@ -49,8 +54,10 @@ class Flight:
         replicator: Replicator | None,
         epoch: int,
         probe: Callable[[str, int], None],
+        packed: Callable[[float, float, int], None],
     ) -> None:
         self._packer = packer
+        self._packed = packed
         self._inventory = inventory
         self._arena = arena
         self._replicator = replicator
@@ -149,6 +156,7 @@ class Flight:
             Target(unit=u, address=self._arena.payload(s).ctypes.data, digests=self._arena.digests(s))
             for u, s in zip(units, slots, strict=True)
         ]
+        began = time.monotonic()
         try:
             digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
         except DeviceFault as error:
@@ -161,6 +169,7 @@ class Flight:
             self._arena.release(slots)
             self._count("late")
             return ()
+        self._packed(began, time.monotonic(), sum(self._inventory.units[u].nbytes for u in units))
         records = tuple(
             Record(
                 unit=u,

@@ -14,7 +14,7 @@ from contextlib import contextmanager
 
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
-from megatron_moetion.schedule.pacer import Eager, Pacer
+from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Pacer
 from megatron_moetion.schedule.planner import Demand, Rung, Window
 from megatron_moetion.schedule.recorder import Clock, Recorder, Silent
 from megatron_moetion.schedule.timeline import Lane, Link, Timeline
@@ -51,11 +51,13 @@ class Scheduler:
         self.recorder = Recorder(clock, self._pacer or Silent())
         self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
         self._rhythm = planner.Rhythm()
+        self._packing = Meter()
         self._origin_s = time.monotonic()
         self._refused_bytes = 0
 
     def cut(self, iteration: int) -> None:
         """An optimizer step has just ended. Call it once an iteration, in the training thread."""
+        self._packing = Meter()
         self._origin_s = time.monotonic()
         timeline = self.recorder.cut(iteration)
         if timeline is not None:
@@ -101,23 +103,37 @@ class Scheduler:
         with self._meter.transfer(nbytes):
             yield
 
-    def affordable(self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
-        """The largest size whose bytes fit the windows, and why not a larger one, for a person.
+    def packed(self, begin_s: float, end_s: float, nbytes: int) -> None:
+        """A snapshot of ``nbytes`` was copied from the device (or from memory) in this time. Called by any thread."""
+        self._draw(Lane.D2H.value, begin_s, end_s, nbytes)
+        if nbytes >= MEASURED_MIN_BYTES and end_s > begin_s:
+            self._packing.learn(nbytes / (end_s - begin_s))
 
-        Bytes are what this rank sends, all replicas together. Without a plan to keep (``eager``), or before anything
-        was measured, that is the largest.
+    def affordable(
+        self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float, replicas: int
+    ) -> tuple[int, str]:
+        """The largest size whose bytes fit the windows of both links, and why not a larger one, for a person.
+
+        Bytes are those of a snapshot; they leave the device once and cross the network ``replicas`` times. Training
+        moves nothing between device and host, so that link's window is the iteration. Without a plan to keep
+        (``eager``), or before anything was measured, it is the largest size.
         """
         timelines = tuple(self._timelines)
         if self._pacer is None or not timelines:
             return len(rungs) - 1, ""
-        rate = self._pacer.bytes_per_s
-        windows, typical_s = self._rhythm.windows, self._rhythm.duration_s
-        capacity, link = planner.capacity_bytes({Link.NETWORK: windows}, {Link.NETWORK: rate})
+        typical_s = self._rhythm.duration_s
+        windows: dict[Link, Sequence[Window]] = {Link.D2H: (Window(begin_s=0.0, end_s=typical_s),)}
+        rates = {Link.D2H: self._packing.bytes_per_s}
+        if replicas:
+            windows[Link.NETWORK], rates[Link.NETWORK] = self._rhythm.windows, self._pacer.bytes_per_s / replicas
+        capacity, link = planner.capacity_bytes(windows, rates)
         found = planner.affordable(rungs, capacity, dense_bytes, expert_bytes)
-        idle_s = sum(w.duration_s for w in windows)
+        idle_s = sum(w.duration_s for w in windows[link])
+        name = "network" if link is Link.NETWORK else "link from device to host"
         return found, (
-            f"the {link.value} is idle for {idle_s:.2f} of {typical_s:.2f} s at "
-            f"{rate / 1e6:.0f} MB/s, so an iteration carries {capacity / 1e6:.1f} MB"
+            f"the {name} is idle for {idle_s:.2f} of {typical_s:.2f} s at {rates[link] / 1e6:.0f} MB/s"
+            f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
+            f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
 
     def scalars(self) -> dict[str, float]:
@@ -125,6 +141,7 @@ class Scheduler:
         late, held = self._pacer.report() if self._pacer is not None else (0, 0.0)
         return {
             "moetion/network-mb-per-s": self._meter.bytes_per_s / 1e6,
+            "moetion/device-to-host-mb-per-s": self._packing.bytes_per_s / 1e6,
             "moetion/unplaced-mb": self._refused_bytes / 1e6,
             "moetion/late-mb": late / 1e6,
             "moetion/held-s": held,

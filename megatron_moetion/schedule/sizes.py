@@ -26,9 +26,9 @@ class Sizes:
         fewest, most = self._rungs[0].experts, self._rungs[-1].experts
         return str(most) if fewest == most else f"{fewest} to {most}"
 
-    def vote(self, scheduler: Scheduler, dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
+    def vote(self, scheduler: Scheduler, dense_bytes: int, expert_bytes: float, replicas: int) -> tuple[int, str]:
         """This rank's vote, and why it is not for the largest size (empty if it is)."""
-        level, why = scheduler.affordable(self._rungs, dense_bytes, expert_bytes)
+        level, why = scheduler.affordable(self._rungs, dense_bytes, expert_bytes, replicas)
         if level == len(self._rungs) - 1:
             return vote(level), ""
         rung = self._rungs[level]

@@ -50,7 +50,9 @@ class Rig:
             replicator=self.replicator,  # type: ignore[arg-type]
             epoch=0,
             probe=no_probe,
+            packed=lambda begin_s, end_s, nbytes: self.packed.append((end_s - begin_s, nbytes)),
         )
+        self.packed: list[tuple[float, int]] = []
         self.everything = range(len(inventory.units))
 
     def take(self, iteration: int) -> None:
@@ -68,6 +70,8 @@ def test_a_snapshot_is_committed_then_whole(tmp_path: Path, answer: Callable[[in
     rig.take(2)
     rig.flight.drain()
     assert rig.flight.whole == {1, 2}
+    assert [n for _, n in rig.packed] == [rig.state.inventory().nbytes] * 2
+    assert all(seconds > 0 for seconds, _ in rig.packed)
     assert rig.iterations() == {1, 2}
     assert {r.tokens for r in rig.arena.page.records if r.unit == 1} == {10, 20}
     counts = rig.flight.counts
@@ -221,6 +225,7 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
         replicator=replicator,
         epoch=0,
         probe=no_probe,
+        packed=lambda *_: None,
     )
     rig.packer.freeze(b"host")
     flight.begin(1, rig.everything, {})

@@ -15,7 +15,9 @@ class Links:
     def __init__(self, level: int) -> None:
         self.level = level
 
-    def affordable(self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
+    def affordable(
+        self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float, replicas: int
+    ) -> tuple[int, str]:
         return self.level, "the network is slow"
 
 
@@ -23,7 +25,7 @@ def settle(sizes: Sequence[Sizes], links: Sequence[Links], rounds: int = 20) -> 
     for _ in range(rounds):
         votes = -1
         for one, link in zip(sizes, links, strict=True):
-            votes &= one.vote(link, 1, 1.0)[0]  # type: ignore[arg-type]
+            votes &= one.vote(link, 1, 1.0, 1)[0]  # type: ignore[arg-type]
         for one in sizes:
             one.agree(votes)
 
@@ -50,10 +52,10 @@ def test_rarer_snapshots_are_left_out_on_all_ranks_at_once() -> None:
 
 def test_a_vote_for_less_says_why_and_one_for_the_most_says_nothing() -> None:
     sizes = Sizes(2, 14)
-    assert sizes.vote(Links(LEVELS - 1), 1, 1.0) == (vote(LEVELS - 1), "")  # type: ignore[arg-type]
-    assert sizes.vote(Links(5), 1, 1.0) == (  # type: ignore[arg-type]
+    assert sizes.vote(Links(LEVELS - 1), 1, 1.0, 1) == (vote(LEVELS - 1), "")  # type: ignore[arg-type]
+    assert sizes.vote(Links(5), 1, 1.0, 1) == (  # type: ignore[arg-type]
         vote(5), "snapshots are made to fit (4 experts here): the network is slow",
     )  # fmt: skip
-    assert "one in 8 snapshots" in sizes.vote(Links(0), 1, 1.0)[1]  # type: ignore[arg-type]
+    assert "one in 8 snapshots" in sizes.vote(Links(0), 1, 1.0, 1)[1]  # type: ignore[arg-type]
     assert sizes.experts_text == "2 to 14"
     assert Sizes(3, 3).experts_text == "3"
