@@ -79,9 +79,9 @@ class MoetionConfig:
         "of each. Less saves memory",
     )
     capacity_recalibration: str = setting(
-        "on",
+        "off",
         "after a fault, layers whose experts lost tokens drop fewer for a while, until the lost ones are made up for "
-        "(models with --moe-expert-capacity-factor): 'on' or 'off'",
+        "(models with --moe-expert-capacity-factor; up to a quarter more activations of experts): 'on' or 'off'",
         choices=SWITCH,
     )
     recalibration_iterations: int = setting(50, "how many iterations capacity is raised for after a fault")

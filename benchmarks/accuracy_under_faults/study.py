@@ -78,6 +78,9 @@ class Arm:
     difference is due to stale weights, and no other way to restore moments can do better."""
 
 
+RECALIBRATED = "--moetion-capacity-recalibration on"
+
+
 def arms(model: Model, seed: int) -> tuple[Arm, ...]:
     """All arms of a model. *Small K* captures E / 32 experts a layer, half of them by popularity."""
     per_layer = max(1, model.experts // 32)
@@ -85,25 +88,24 @@ def arms(model: Model, seed: int) -> tuple[Arm, ...]:
     small = (
         f"--moetion-experts-per-snapshot {2 * per_layer} --moetion-staleness-cap {cap} --moetion-lost-token-budget 0"
     )
-    off = "--moetion-capacity-recalibration off"
     drawn = random.Random(seed).sample(range(30, TRAIN_ITERATIONS - 20), len(FIXED_FAULTS))
     everywhere = (
         Arm(name="fault-free", flags=None, faults=()),
-        Arm(name="default", flags=""),
-        Arm(name="small-k", flags=small),
-        Arm(name="small-k-sequential", flags=f"{small} --moetion-selection sequential"),
+        Arm(name="recalibrated", flags=RECALIBRATED),
+        Arm(name="small-k-recalibrated", flags=f"{small} {RECALIBRATED}"),
+        Arm(name="small-k-sequential-recalibrated", flags=f"{small} --moetion-selection sequential {RECALIBRATED}"),
     )
     if model not in CORE:
         return everywhere
     return (
         *everywhere,
-        Arm(name="default-no-recalibration", flags=off),
-        Arm(name="default-random-faults", flags="", faults=tuple(sorted(drawn))),
-        Arm(name="small-k-no-recalibration", flags=f"{small} {off}"),
-        Arm(name="small-k-current-moments", flags=small, current_moments=True),
+        Arm(name="default", flags=""),
+        Arm(name="recalibrated-random-faults", flags=RECALIBRATED, faults=tuple(sorted(drawn))),
+        Arm(name="small-k", flags=small),
+        Arm(name="small-k-recalibrated-current-moments", flags=f"{small} {RECALIBRATED}", current_moments=True),
         Arm(
             name="control",
-            flags="--moetion-experts-per-snapshot 1 --moetion-staleness-cap 10000 --moetion-lost-token-budget 0 " + off,
+            flags="--moetion-experts-per-snapshot 1 --moetion-staleness-cap 10000 --moetion-lost-token-budget 0",
             faults=CONTROL_FAULTS,
         ),
         *([Arm(name="full", flags="--moetion-mode full")] if seed == SEEDS[0] else []),

@@ -26,6 +26,8 @@ Runs = Mapping[str, Mapping[str, Mapping[int, Run]]]
 
 LOST_TOKEN_BUDGET = 0.0375
 BASE = "fault-free"
+WITHIN_BUDGET = ("default", "recalibrated", "recalibrated-random-faults")
+"""Arms that are expected to be as good as a run without faults."""
 OLD = f"restart, {OLD_CHECKPOINT_ITERATIONS} iterations old"
 _STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95% quantiles of Student's t, by degrees of freedom."""
@@ -125,7 +127,7 @@ def figures(runs: Runs) -> list[Result]:
             if not values:
                 continue
             mean, low, high = interval(values)
-            is_default = arm in ("default", "default-random-faults") and len(values) > 1
+            is_default = arm in WITHIN_BUDGET and len(values) > 1
             name = f"{model}: {arm}: difference of loss"
             found.append(Result(name=name, value=mean, unit="nats"))
             if len(values) > 1:
@@ -140,7 +142,7 @@ def figures(runs: Runs) -> list[Result]:
                 name = f"{model}: {arm}: PLT at worst"
                 found.append(
                     at_most(name, worst, "share", LOST_TOKEN_BUDGET)
-                    if arm.startswith("default")
+                    if arm in WITHIN_BUDGET
                     else Result(name=name, value=worst, unit="share")
                 )
                 size = float(np.mean([run["bytes_full"] / run["bytes"] for run in own]))
@@ -162,16 +164,20 @@ def _comparisons(model: str, arms: Mapping[str, Mapping[int, Run]]) -> list[Resu
     if "full" in arms:
         worst = max(abs(d) for d in differences(arms, "full"))
         found.append(at_most(f"{model}: full against fault-free, largest difference", worst, "nats", 0.0))
-    ours, theirs = arms.get("small-k", {}), arms.get("small-k-sequential", {})
+    ours, theirs = arms.get("small-k-recalibrated", {}), arms.get("small-k-sequential-recalibrated", {})
     both = sorted(set(ours) & set(theirs))
     if both:
         ratios = [theirs[s]["lost_tokens"] / max(ours[s]["lost_tokens"], 1) for s in both]
         found.append(at_least(f"{model}: tokens lost, sequential / unsaved-tokens", min(ratios), "x", 2.0))
     for what, other, words in (
-        ("default", "default-no-recalibration", "recalibration on, less off"),
-        ("small-k", "small-k-no-recalibration", "recalibration on, less off"),
-        ("small-k", "small-k-sequential", "unsaved-tokens, less sequential"),
-        ("small-k", "small-k-current-moments", "moments as captured, less moments of the fault"),
+        ("recalibrated", "default", "recalibration on, less off"),
+        ("small-k-recalibrated", "small-k", "recalibration on, less off"),
+        ("small-k-recalibrated", "small-k-sequential-recalibrated", "unsaved-tokens, less sequential"),
+        (
+            "small-k-recalibrated",
+            "small-k-recalibrated-current-moments",
+            "moments as captured, less moments of the fault",
+        ),
     ):
         ours, theirs = arms.get(what, {}), arms.get(other, {})
         both = sorted(set(ours) & set(theirs))

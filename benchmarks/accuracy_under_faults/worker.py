@@ -136,7 +136,7 @@ class Run:
                 "faults": list(self._arm.faults),
                 "loss": curve[self._iterations],
                 "curve": curve,
-                "training_losses": [losses[i] for i in sorted(losses)],
+                "training_losses": [losses[i] for i in sorted(losses)] if self._is_confirmed else [],
                 "loads": self._loads_of_layers(),
                 "seconds": time.perf_counter() - began,
                 **self._told(),
@@ -144,6 +144,11 @@ class Run:
             }
         finally:
             shutil.rmtree(self._store, ignore_errors=True)
+
+    @property
+    def _is_confirmed(self) -> bool:
+        """Whether ``confirm.py`` compares this run's losses."""
+        return self._arm.name == "default" and self._seed == SEEDS[0]
 
     def _build(self, seed: int) -> Trainer:
         torch.manual_seed(seed)
@@ -266,7 +271,6 @@ class Run:
             "bytes": sum(s["snapshot_bytes_mean"] * s["snapshots"] for s in summaries) / max(committed, 1),
             "bytes_full": summaries[-1]["snapshot_bytes_full"],
             "dropped_snapshots": sum(s["dropped"] for s in summaries),
-            "lost_by_expert": [e.get("lost_tokens_by_expert", {}) for e in recovered],
             "layer_tokens": [
                 {k: e[k] for k in ("when", "iteration", "layers")} for e in events if e["event"] == "layer_tokens"
             ],
