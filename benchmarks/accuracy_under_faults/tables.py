@@ -29,6 +29,8 @@ BASE = "fault-free"
 WITHIN_BUDGET = ("default", "recalibrated", "recalibrated-random-faults")
 """Arms that are expected to be as good as a run without faults."""
 OLD = f"restart, {OLD_CHECKPOINT_ITERATIONS} iterations old"
+SHOWN = (-0.03, 0.07)
+"""Nats that the picture shows; what is beyond is written in it."""
 _STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
 """Two-sided 95% quantiles of Student's t, by degrees of freedom."""
 
@@ -207,15 +209,19 @@ def draw(runs: Runs, path: Path) -> None:
         for height, arm in enumerate(reversed(names)):
             values = differences(arms, arm)
             mean, low, high = interval(values)
+            if mean > SHOWN[1]:
+                panel.annotate(f"{mean:+.2f} →", (SHOWN[1], height), ha="right", va="center", color="tab:blue")
+                continue
             panel.plot(values, [height] * len(values), ".", color="0.7")
             panel.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color="tab:blue")
         panel.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.12, label=f"margin, {MARGIN} nats")
         panel.axvline(0, color="0.3", linewidth=0.8)
         panel.set_yticks(range(len(names)), list(reversed(names)))
-        panel.set_xscale("symlog", linthresh=0.05)
-        panel.set_xlabel("validation loss, difference to the run without faults (nats)")
-        panel.set_title(f"{model}, {len(arms[BASE])} seeds")
-        panel.legend(loc="lower right", fontsize=8)
+        panel.set_xlim(*SHOWN)
+        panel.set_ylim(-0.7, len(names) - 0.3)
+        panel.set_xlabel("difference of validation loss (nats)")
+        panel.set_title(f"{model}, {len(arms[BASE])} seeds: with faults, less without")
+        panel.legend(loc="center right", fontsize=8)
     fig.tight_layout()
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
