@@ -143,8 +143,8 @@ class Pacer(Meter):
         return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
 
     def in_flight_bytes(self) -> int:
-        """See ``Gate``: two slices, so that the link need not wait for us, and training for no more than that."""
-        return 2 * self.slice_bytes()
+        """See ``Gate``: one slice. Its successor is not due before it has left, and when that was is known at once."""
+        return self.slice_bytes()
 
     def admit(self, nbytes: int) -> None:
         """See ``Gate``: returns when training is quiet, our last slice has left and the plan allows these bytes.
@@ -165,8 +165,8 @@ class Pacer(Meter):
             self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * self._pace)
 
     def left(self, nbytes: int, posted_s: float) -> None:
-        """See ``Gate``."""
-        self._moved(posted_s, self._now(), nbytes)
+        """See ``Gate``. The network takes bytes into its buffers at once; they are on the wire for longer."""
+        self._moved(posted_s, max(self._now(), posted_s + nbytes / self.bytes_per_s), nbytes)
 
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         """How long to wait before looking again, 0 to go; and whether our last slice is not the reason."""
