@@ -72,13 +72,12 @@ def top_share(run: Run) -> float:
     return float(np.mean(shares))
 
 
-def dropped_share(run: Run) -> float | None:
-    """Tokens dropped of those routed, of late, at the last look after a fault; None where routers do not tell."""
-    looks = [look for look in run.get("layer_tokens", ()) if look["when"] == "repaid"]
-    if not looks:
-        return None
-    layers = looks[-1]["layers"].values()
-    return sum(t["dropped"] for t in layers) / sum(t["routed"] for t in layers)
+def dropped_share(runs: Sequence[Run], when: str) -> float | None:
+    """Tokens dropped, of those routed, at all looks of a kind (``Recalibration``); None where routers do not tell."""
+    layers = [t for run in runs for look in run.get("layer_tokens", ()) if look["when"] == when
+              for t in look["layers"].values()]  # fmt: skip
+    routed = sum(t["routed"] for t in layers)
+    return sum(t["dropped"] for t in layers) / routed if routed else None
 
 
 def order(arms: Mapping[str, Any]) -> list[str]:
@@ -100,8 +99,11 @@ def table(runs: Runs) -> str:
             f"{np.std(losses, ddof=1) if len(losses) > 1 else math.nan:.3f}); the most popular eighth of the experts "
             f"get {skew:.0%} of the tokens\n"
         )
-        parts.append("| arm | seeds | difference of loss (95%) | PLT at worst | tokens lost | bytes, full = 1 |")
-        parts.append("| --- | --- | --- | --- | --- | --- |")
+        parts.append(
+            "| arm | seeds | difference of loss (95%) | PLT at worst | tokens lost | dropped before, after, later "
+            "| bytes, full = 1 |"
+        )
+        parts.append("| --- | --- | --- | --- | --- | --- | --- |")
         for arm in order(arms):
             found = differences(arms, arm)
             if not found:
@@ -113,7 +115,9 @@ def table(runs: Runs) -> str:
             lost = f"{np.mean([run.get('lost_tokens', 0) for run in own]):,.0f}" if own else "0"
             sizes = [run["bytes"] / run["bytes_full"] for run in own if "bytes" in run]
             size = f"{np.mean(sizes):.3f}" if sizes else ""
-            parts.append(f"| {arm} | {len(found)} | {mean:+.4f}{ends} | {plt} | {lost} | {size} |")
+            shares = [dropped_share(own, when) for when in ("before", "after", "repaid")]
+            dropped = ", ".join(f"{s:.0%}" for s in shares if s is not None)
+            parts.append(f"| {arm} | {len(found)} | {mean:+.4f}{ends} | {plt} | {lost} | {dropped} | {size} |")
         parts.append("")
     return "\n".join(parts)
 
