@@ -102,6 +102,7 @@ def arms(model: Model, seed: int) -> tuple[Arm, ...]:
         Arm(name="default", flags=""),
         Arm(name="recalibrated-random-faults", flags=RECALIBRATED, faults=tuple(sorted(drawn))),
         Arm(name="small-k", flags=small),
+        Arm(name="small-k-current-moments", flags=small, current_moments=True),
         Arm(name="small-k-recalibrated-current-moments", flags=f"{small} {RECALIBRATED}", current_moments=True),
         Arm(
             name="control",

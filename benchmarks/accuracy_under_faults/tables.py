@@ -179,6 +179,7 @@ def _comparisons(model: str, arms: Mapping[str, Mapping[int, Run]]) -> list[Resu
         ("recalibrated", "default", "recalibration on, less off"),
         ("small-k-recalibrated", "small-k", "recalibration on, less off"),
         ("small-k-recalibrated", "small-k-sequential-recalibrated", "unsaved-tokens, less sequential"),
+        ("small-k", "small-k-current-moments", "moments as captured, less moments of the fault"),
         (
             "small-k-recalibrated",
             "small-k-recalibrated-current-moments",
