@@ -23,8 +23,8 @@ class Recalibration:
         self._journal = journal
         self._iterations = iterations
         self._began = 0
-        self._due: dict[int, str] = {}
-        """Iterations at which the layers are looked at, and what these are."""
+        self._due: list[tuple[int, str]] = []
+        """From which iteration on the layers are looked at once more, and what these looks are; soonest first."""
 
     def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
         """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
@@ -35,12 +35,12 @@ class Recalibration:
             self._journal.warn_once("capacity", iteration, f"capacity is not recalibrated: {why}")
         self._look(iteration, "before")
         soon = max(1, self._iterations // 5)
-        self._due = {iteration + soon: "after", iteration + self._iterations + soon: "repaid"}
+        self._due = [(iteration + soon, "after"), (iteration + self._iterations + soon, "repaid")]
 
     def on_step_end(self, iteration: int) -> None:
-        """Look, if it is time to."""
-        if iteration in self._due:
-            self._look(iteration, self._due.pop(iteration))
+        """Look, if it is time to; not every iteration need be told."""
+        if self._due and iteration >= self._due[0][0]:
+            self._look(iteration, self._due.pop(0)[1])
 
     def _look(self, iteration: int, when: str) -> None:
         """Say what each layer's routers route, process and drop an iteration."""
