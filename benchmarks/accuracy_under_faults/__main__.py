@@ -92,14 +92,15 @@ def select(args: argparse.Namespace) -> int:
     cpu_device.install()
 
     from benchmarks.accuracy_under_faults import selection, worker
-    from benchmarks.accuracy_under_faults.study import MODELS
+    from benchmarks.accuracy_under_faults.study import MODELS, SEEDS
 
     names = args.models or ["E64"]
     rows = ["| model | K a layer, cap | unsaved-tokens | popularity-ema | sequential | sequential / ours | bound |"]
     rows.append("| --- | --- | --- | --- | --- | --- | --- |")
-    for number, name in enumerate(names):
+    worker.start(MODELS[names[0]], SEEDS[0])
+    for name in names:
         model = MODELS[name]
-        loads = worker.loads_of(model, SELECTION_ITERATIONS, first=number == 0)
+        loads = worker.loads_of(model, SELECTION_ITERATIONS)
         sizes = [(k, 2 * model.experts // k) for k in sorted({max(1, model.experts // 32), max(1, model.experts // 8)})]
         rows += selection.table(name, loads, model.capacity_factor, sizes)
     print("\n".join(rows))

@@ -20,6 +20,11 @@ Loads = npt.NDArray[np.float64]
 """Tokens routed, [iterations, layers, experts]; one router call an iteration."""
 
 
+def capacity_of(loads: Loads, factor: float | None) -> int:
+    """Tokens that an expert processes at most in an iteration; a dropless model (None) has no such limit."""
+    return 10**9 if factor is None else math.ceil(factor * loads[0].sum(axis=-1)[0] / loads.shape[2])
+
+
 def lost_at(loads: Loads, capacity: int, fault: int, num_experts: int, cap: int, policy: str) -> Loads:
     """Tokens lost by each expert, [layers, experts], at a recovery to iteration ``fault`` (from 1)."""
     processed = np.minimum(loads, capacity).reshape(len(loads), -1)
@@ -46,7 +51,7 @@ def share_repaid(
 ) -> float:
     """Share of all lost tokens that is made up for until capacity is back at the base."""
     rules = CapacityRules(iterations=50)
-    capacity = math.ceil(factor * loads[0].sum(axis=-1)[0] / loads.shape[2])
+    capacity = capacity_of(loads, factor)
     total = paid = 0.0
     for fault in (f for f in faults if f < len(loads)):
         debt = lost_at(loads, capacity, fault, num_experts, cap, policy)

@@ -10,12 +10,11 @@ by the skew alone; what is measured also has loads that change and periods that 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 
 import numpy as np
 
-from benchmarks.accuracy_under_faults.repayable import Loads, lost_at
+from benchmarks.accuracy_under_faults.repayable import Loads, capacity_of, lost_at
 from megatron_moetion.select.policies import POLICIES
 
 FAULTS_FROM = 0.6
@@ -31,7 +30,7 @@ def gain_bound(loads: Loads) -> float:
 
 def lost_by_policy(loads: Loads, factor: float | None, num_experts: int, cap: int) -> dict[str, float]:
     """Mean tokens lost at a fault, by policy; ``num_experts`` (K) counts those of all layers."""
-    capacity = 10**9 if factor is None else math.ceil(factor * loads[0].sum(axis=-1)[0] / loads.shape[2])
+    capacity = capacity_of(loads, factor)
     faults = np.linspace(FAULTS_FROM * len(loads), len(loads), NUM_FAULTS, dtype=int)
     return {
         policy: float(np.mean([lost_at(loads, capacity, int(f), num_experts, cap, policy).sum() for f in faults]))
@@ -43,7 +42,7 @@ def lost_by_policy(loads: Loads, factor: float | None, num_experts: int, cap: in
 def table(name: str, loads: Loads, factor: float | None, sizes: Sequence[tuple[int, int]]) -> list[str]:
     """Rows of markdown, one for each (K of a layer, staleness cap)."""
     layers, experts = loads.shape[1:]
-    capped = loads if factor is None else np.minimum(loads, math.ceil(factor * loads[0].sum(axis=-1)[0] / experts))
+    capped = np.minimum(loads, capacity_of(loads, factor))
     rows = []
     for k, cap in sizes:
         lost = lost_by_policy(loads, factor, k * layers, cap)

@@ -19,12 +19,13 @@ from benchmarks.accuracy_under_faults.study import (
     POWER,
     TRAIN_ITERATIONS,
 )
+from megatron_moetion.config import MoetionConfig
 
 Run = dict[str, Any]
 Runs = Mapping[str, Mapping[str, Mapping[int, Run]]]
 """By model, arm and seed."""
 
-LOST_TOKEN_BUDGET = 0.0375
+LOST_TOKEN_BUDGET = MoetionConfig().lost_token_budget
 BASE = "fault-free"
 WITHIN_BUDGET = ("default", "recalibrated", "recalibrated-random-faults")
 """Arms that are expected to be as good as a run without faults."""

@@ -46,11 +46,8 @@ WRONG_SEED = 987_654
 
 def main(model: Model, seed: int, folder: Path, only: Sequence[str], iterations: int = TRAIN_ITERATIONS) -> None:
     """Train what ``folder`` has no result of yet; each arm's result is a file of its own."""
-    torch.set_num_threads(1)
-    place = Place(rank=0, world_size=1, local_rank=0, local_world_size=1)
-    args = _arguments(model, seed, "")
-    initialize(args, place)
-    source = build_source(args)
+    start(model, seed)
+    source = build_source(_arguments(model, seed, ""))
     for arm in arms(model, seed):
         path = folder / f"{model.name}-{seed}-{arm.name}.json"
         if path.exists() or (only and arm.name not in only):
@@ -63,13 +60,16 @@ def main(model: Model, seed: int, folder: Path, only: Sequence[str], iterations:
               f"{found['seconds']:.0f} s", flush=True)  # fmt: skip
 
 
-def loads_of(model: Model, iterations: int, *, first: bool) -> Loads:
-    """Tokens routed in a run without faults; ``first``: nothing was trained in this process yet."""
-    args = _arguments(model, SEEDS[0], "")
-    if first:
-        torch.set_num_threads(1)
-        initialize(args, Place(rank=0, world_size=1, local_rank=0, local_world_size=1))
-    run = Run(model, SEEDS[0], arms(model, SEEDS[0])[0], build_source(args), iterations)
+def start(model: Model, seed: int) -> None:
+    """Once a process, before anything is trained; models of one batch size may follow each other."""
+    torch.set_num_threads(1)
+    initialize(_arguments(model, seed, ""), Place(rank=0, world_size=1, local_rank=0, local_world_size=1))
+
+
+def loads_of(model: Model, iterations: int) -> Loads:
+    """Tokens routed in a run without faults."""
+    source = build_source(_arguments(model, SEEDS[0], ""))
+    run = Run(model, SEEDS[0], arms(model, SEEDS[0])[0], source, iterations)
     run.result()
     return np.array(run.trace)
 
