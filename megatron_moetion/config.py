@@ -9,7 +9,9 @@ from typing import Any
 
 from megatron_moetion.errors import ConfigError
 
-MODES = ("full", "popularity")
+MODES = ("full", "popularity", "exact")
+MAX_PERIOD = 64
+DEFAULT_PERIOD = 8
 SCHEDULES = ("bubble", "eager")
 SWITCH = ("on", "off")
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential", "full")
@@ -39,8 +41,8 @@ class MoetionConfig:
 
     mode: str = setting(
         "popularity",
-        "what a snapshot holds: 'full' (all units, bitwise recovery) or 'popularity' "
-        "(dense units and the selected experts)",
+        "what a snapshot holds: 'full' (all units, bitwise recovery), 'popularity' (dense units and the selected "
+        "experts) or 'exact' (a slice of the state and all gradients, bitwise recovery)",
         choices=MODES,
     )
     run_id: str = setting("", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID")
@@ -55,6 +57,12 @@ class MoetionConfig:
         "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from what "
         "the staleness cap needs to twice that",
     )
+    period: int = setting(
+        0,
+        "mode 'exact': each slice of the state is captured anew every so many iterations, and recovery replays at most "
+        "twice as many optimizer steps; more make snapshots smaller and take more memory. 0: what fits "
+        "--moetion-snapshot-bytes, else 8",
+    )
     selection: str = setting(
         "unsaved-tokens",
         "which experts go first in mode 'popularity': 'unsaved-tokens' (most tokens since their last capture), "
@@ -64,7 +72,7 @@ class MoetionConfig:
     snapshot_bytes: int = setting(
         0,
         "instead of K: bytes of a snapshot of one rank, on average; K is what fits on every rank, and does not grow "
-        "for --moetion-lost-token-budget. 0: no such limit",
+        "for --moetion-lost-token-budget. In mode 'exact' instead of --moetion-period. 0: no such limit",
         metavar="BYTES",
     )
     lost_token_budget: float = setting(
@@ -100,6 +108,9 @@ class MoetionConfig:
     )
     timeout_s: int = setting(120, "limit for every wait on a peer")
     in_flight_bytes: int = setting(64 << 20, "most bytes handed to the network at once by one rank", metavar="BYTES")
+    state_hash_interval: int = setting(
+        0, "every so many iterations the log and --moetion-report get a hash of the whole training state; 0: never"
+    )
     report: str = setting("", "file to which rank 0 appends events as JSON lines", metavar="PATH")
     allow_fresh: bool = setting(False, "start from iteration 0 although a restart finds nothing to recover")
     inject_fault: str = setting("", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL")
@@ -124,6 +135,8 @@ class MoetionConfig:
             "max_experts_per_snapshot",
             "snapshot_bytes",
             "pack_threads",
+            "period",
+            "state_hash_interval",
         )
         for name in not_negative:
             if getattr(self, name) < 0:
@@ -149,8 +162,9 @@ class MoetionConfig:
                 f"--moetion-max-experts-per-snapshot {self.max_experts_per_snapshot} is less than "
                 f"--moetion-experts-per-snapshot {self.experts_per_snapshot}"
             )
+        self._check_exact()
         sized = [n for n in ("experts_per_snapshot", "snapshot_bytes") if getattr(self, n)]
-        if sized and "full" in (self.mode, self.selection):
+        if sized and self.mode != "exact" and "full" in (self.mode, self.selection):
             raise ConfigError(
                 f"--moetion-{sized[0].replace('_', '-')} has no meaning in mode 'full' and with --moetion-selection "
                 f"full, which capture all experts; drop it, or use another mode and selection"
@@ -158,6 +172,32 @@ class MoetionConfig:
         if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
             raise ConfigError(
                 f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
+            )
+
+    def _check_exact(self) -> None:
+        if self.mode != "exact":
+            if self.period:
+                raise ConfigError(f"--moetion-period {self.period} is for mode 'exact'; the mode is {self.mode!r}")
+            return
+        if self.period == 1 or self.period > MAX_PERIOD:
+            raise ConfigError(
+                f"--moetion-period is {self.period}; it must be from 2 to {MAX_PERIOD} "
+                f"(all of the state in every snapshot is mode 'full')"
+            )
+        if self.interval != 1:
+            raise ConfigError(
+                f"--moetion-interval {self.interval} does not go with mode 'exact', which needs the gradients of every "
+                f"iteration; --moetion-period says how often state is captured"
+            )
+        if self.experts_per_snapshot:
+            raise ConfigError(
+                f"--moetion-experts-per-snapshot {self.experts_per_snapshot} has no meaning in mode 'exact'; "
+                f"--moetion-period says how much of the state a snapshot holds"
+            )
+        if self.period and self.snapshot_bytes:
+            raise ConfigError(
+                f"--moetion-period {self.period} and --moetion-snapshot-bytes {self.snapshot_bytes} both say how large "
+                f"a snapshot is; give one"
             )
 
     @property

@@ -7,17 +7,19 @@ Policies are in ``select``, ``recover/plan.py`` and ``replicate/placement.py``; 
 
 from __future__ import annotations
 
+import hashlib
 import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import DEFAULT_PERIOD, MoetionConfig
 from megatron_moetion.errors import (
     ChannelError,
     ConfigError,
@@ -30,21 +32,33 @@ from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
 from megatron_moetion.recover.recalibration import Recalibration
+from megatron_moetion.recover.restore import write_back
+from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.startup import OpenArenas, Situation, Startup
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
-from megatron_moetion.replicate.flight import Flight, FlightCounts
+from megatron_moetion.replicate.flight import Contents, Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until, share_lost
-from megatron_moetion.select.budget import Limits, affordable_experts, copies, experts_per_snapshot
+from megatron_moetion.select.budget import (
+    Limits,
+    affordable_experts,
+    copies,
+    exact_copies,
+    experts_per_snapshot,
+    shortest_period,
+)
+from megatron_moetion.select.rotation import Rotation
+from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
-from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec
-from megatron_moetion.store.manifest import retain
+from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
+from megatron_moetion.store.chains import ChainLayout, chain_layout
+from megatron_moetion.store.manifest import Page, Record, retain
 from megatron_moetion.store.node import open_node, restart_count, run_id_of, write_pid
-from megatron_moetion.units import Inventory, StateAdapter, TokenCounter, UnitKind
+from megatron_moetion.units import Inventory, StateAdapter, StepNote, StepReplayer, TokenCounter, UnitKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +72,8 @@ class Resumed:
     seconds: Mapping[str, float]
     lost_tokens: int
     plt: float
+    replayed_steps: int
+    """Optimizer steps that were taken once more, of this rank's; 0 but in mode ``exact``."""
 
 
 class Session:
@@ -73,6 +89,7 @@ class Session:
         fabric: Fabric,
         topology: str,
         scheduler: Scheduler,
+        replayer: StepReplayer | None = None,
         environment: Mapping[str, str] = os.environ,
     ) -> None:
         self._config = config
@@ -86,11 +103,21 @@ class Session:
         self._journal = Journal(rank, self._attempt, Path(config.report) if config.report and rank == 0 else None)
         self._node = open_node(config, run_id, environment, fabric.world_size)
         write_pid(self._node, rank, self._attempt)
-        self._inventory: Inventory = adapter.inventory()
+        assert (replayer is not None) == (config.mode == "exact"), (
+            "steps can be replayed in mode 'exact' and only there"
+        )
+        self._replayer = replayer
+        self._log = self._cut(adapter.inventory()) if config.mode == "exact" else None
+        """How state is cut and gradients are logged; None but in mode ``exact``."""
+        self._inventory: Inventory = self._log.inventory if self._log is not None else adapter.inventory()
         counters = adapter.token_counters()
         self._counters = self._find_counters(counters)
         self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
-        self._always = (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
+        self._always = (
+            self._log.always
+            if self._log is not None
+            else (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
+        )
         self._limits = self._find_limits(len(counters))
         self._sizes = Sizes(self._limits.fewest, self._limits.usual)
         self._book = ExpertBook(
@@ -119,7 +146,9 @@ class Session:
                 chunk_bytes=config.chunk_bytes,
             ),
             self._inventory,
-            copies(self._inventory.units, config.mode, self._limits.most),
+            exact_copies(self._log)
+            if self._log is not None
+            else copies(self._inventory.units, config.mode, self._limits.most),
         )
         self._open_iterations: set[int] = set()
         self._stable = -1
@@ -131,6 +160,10 @@ class Session:
         """Node of each rank, by rank; known after ``start``."""
         self._arenas: OpenArenas | None = None
         self._flight: Flight | None = None
+        self._rotation: Rotation | None = None
+        self._replayed = 0
+        self._layouts: dict[int, ChainLayout] = {}
+        """By owner of an arena; in mode ``exact`` only."""
 
     # -- public ---------------------------------------------------------------------------------------
 
@@ -184,16 +217,18 @@ class Session:
         if iteration % self._config.interval or self._degraded:
             return
         flight, _ = self._running()
-        flight.finish_packing(None)
+        packed, captured = flight.finish()
+        if self._rotation is not None:
+            self._rotation.packed(is_there=packed >= 0, captured=captured)
         try:
             self._learn()
+            note = self._replayer.note_step(iteration) if self._replayer is not None else StepNote()
             unfrozen = self._freeze()
             counts = self._token_counts()
             self._fabric.start_sum(counts)
             self._recent = [iteration, *self._recent][:WINDOW]
-            rounds = flight.rounds
-            whole = [i for i, is_whole in rounds.items() if is_whole]
-            self._fabric.start_agreement(mask_of(whole, self._recent, rounds), self._vote())
+            self._fabric.start_agreement(*self._masks(flight))
+            self._hash_state(iteration)
         except ChannelError as error:
             self._degraded = str(error)
             self._journal.warn_once("agreement", iteration, f"snapshots stop, iteration {self._stable} stays: {error}")
@@ -204,15 +239,15 @@ class Session:
             flight.skip(iteration, "budget")
             self._report_drops(flight, iteration)
             return
-        units = self._select(iteration, counts, self._sizes.now.experts)
-        if unusable := unfrozen or self._adapter.moved():
-            reason = "freeze" if unfrozen else "moved"
+        contents = self._select(iteration, counts, note)
+        if unusable := unfrozen or self._adapter.moved() or note.problem:
+            reason = "freeze" if unfrozen else "missed" if note.problem else "moved"
             self._journal.warn_once(
                 reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
             )
             flight.skip(iteration, reason)
         else:
-            flight.begin(iteration, units, self._tokens_of_units(counts))
+            flight.begin(iteration, contents, self._tokens_of_units(counts))
         self._report_drops(flight, iteration)
 
     def scalars(self) -> dict[str, float]:
@@ -259,7 +294,7 @@ class Session:
             {
                 "committed": counts.committed,
                 "bytes": counts.bytes_committed,
-                "full": self._inventory.nbytes,
+                "full": self._state_bytes,
                 "dropped": dict(counts.dropped),
                 "layers": self._layers(),
             }
@@ -278,8 +313,22 @@ class Session:
     # -- starting -------------------------------------------------------------------------------------
 
     def _recover(self, startup: Startup, situation: Situation, plan: RecoveryPlan, phases: Phases) -> Resumed:
-        self._arenas, blob = startup.recover(situation, plan, self._packer)
-        state = decode(blob)
+        state: dict[str, Any] = {}
+
+        def load(arena: Arena, records: Sequence[Record], host_state: bytes) -> None:
+            state.update(decode(host_state))
+            if self._log is None or self._replayer is None:
+                write_back(self._packer, arena, records)
+                return
+            self._replayer.begin_replay(state["adapter"])
+            log_of = self._log.log_of
+            self._replayed = roll_forward(
+                self._packer, arena, records, log_of=log_of, to=plan.iteration, replayer=self._replayer
+            )
+            bases = {r.unit: r.iteration for r in records if r.unit in log_of}
+            self._rotation = Rotation(self._log, plan.iteration, bases)
+
+        self._arenas = startup.recover(situation, plan, self._packer, load)
         self._adapter.load_host_state(state["adapter"])
         self._adapter.resync()
         self._stable = plan.iteration
@@ -290,7 +339,7 @@ class Session:
         by_expert: dict[str, int] = {}
         for name, tokens in (item for m in everyone for item in m["lost"].items()):
             by_expert[name] = by_expert.get(name, 0) + tokens
-        if self._config.mode != "full":
+        if self._config.mode == "popularity":
             self._recalibration.begin(plan.iteration, by_expert)
         phases.done("resync")
         choices = plan.choices[self._fabric.rank]
@@ -303,14 +352,17 @@ class Session:
             seconds=phases.seconds,
             lost_tokens=sum(by_expert.values()),
             plt=share_lost([m["layers"] for m in everyone]),
+            replayed_steps=self._replayed,
         )
         if self._fabric.rank == 0:
             spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items())
             units = sum(len(c) for c in plan.choices)
+            replayed = f"{self._replayed} optimizer steps replayed; " if self._log is not None else ""
             self._journal.info(
                 plan.iteration,
                 f"recovered, epoch {plan.epoch}: {units - len(plan.fetches)} units from their own nodes' memory, "
-                f"{len(plan.fetches)} from others; {resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; {spent}",
+                f"{len(plan.fetches)} from others; {replayed}{resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; "
+                f"{spent}",
             )
         self._journal.event(
             "recovered",
@@ -320,6 +372,7 @@ class Session:
             lost_tokens=resumed.lost_tokens,
             plt=resumed.plt,
             lost_tokens_by_expert=by_expert,
+            replayed_steps=self._replayed,
             fetched_units=len(plan.fetches),
             damaged=sum(r.damaged for r in situation.reports),
             process_start=_process_start(),
@@ -350,9 +403,10 @@ class Session:
         flight = self._fly(self._arenas, situation, epoch=0)
         if unfrozen := self._freeze():
             raise UnsupportedState(unfrozen)
-        everything = range(len(self._inventory.units))
+        logs = self._inventory.of_kind(UnitKind.LOG)
+        everything = tuple(u for u in range(len(self._inventory.units)) if u not in logs)
         counts = self._token_counts()
-        flight.begin(iteration, everything, self._tokens_of_units(counts))
+        flight.begin(iteration, Contents(units=everything), self._tokens_of_units(counts))
         flight.drain()
         self._fabric.start_agreement(mask_of(flight.whole, [iteration]))
         if newest_common((self._fabric.finish_agreement() or (0,))[0], [iteration]) is None:
@@ -364,6 +418,8 @@ class Session:
         self._stable = iteration
         self._recent = [iteration]
         self._book.choose_all(iteration, counts)
+        if self._log is not None:
+            self._rotation = Rotation(self._log, iteration, dict.fromkeys(self._log.log_of, iteration))
         for arena in self._arenas.all():
             arena.edit(lambda page: {"stable": iteration})
         self._fabric.gather("baseline")
@@ -401,7 +457,12 @@ class Session:
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
         selection = ""
-        if self._config.mode != "full":
+        if self._log is not None:
+            selection = (
+                f", 1/{len(self._log.groups)} of the state ({max(self._log.group_bytes) / 2**20:.1f} MiB) and all "
+                f"gradients ({self._log.log_bytes / 2**20:.1f} MiB) each"
+            )
+        if self._config.mode == "popularity":
             most = self._limits.most
             more = f" (as many as {most} to keep the budget of lost tokens)" if most > self._limits.usual else ""
             selection = (
@@ -411,7 +472,7 @@ class Session:
             self._stable,
             f"mode {self._config.mode}, {self._config.schedule}: a snapshot every {self._config.interval} iteration(s)"
             f"{selection}; state "
-            f"{self._inventory.nbytes / 2**20:.1f} MiB, arenas {sum(a.nbytes for a in arenas.all()) / 2**20:.1f} MiB "
+            f"{self._state_bytes / 2**20:.1f} MiB, arenas {sum(a.nbytes for a in arenas.all()) / 2**20:.1f} MiB "
             f"on this rank; {nodes} node(s), {self._config.replicas} replica(s); store {self._node.path}",
         )
         if not self._config.replicas:
@@ -435,7 +496,7 @@ class Session:
             self._book.ledger.update(totals)
         if agreed is None:
             return
-        mask, votes = agreed
+        mask, votes, whole_mask = agreed
         self._sizes.agree(votes)
         settled = fates(mask, self._recent, self._open_iterations)
         newest = newest_common(mask, self._recent)
@@ -446,18 +507,48 @@ class Session:
         self._open_iterations -= settled.keys()
         for iteration, whole in sorted(settled.items()):
             self._book.ledger.settle(iteration, whole)
+        if self._rotation is not None:
+            self._rotation.settle(stable, settled, fates(whole_mask, self._recent, settled))
         for arena in arenas.all():
-            arena.edit(
-                lambda page: {
-                    "records": retain((r for r in page.records if settled.get(r.iteration, True)), stable, settled),
-                    "stable": stable,
-                }
-            )
+            arena.edit(partial(self._forget, arena.spec, settled))
+
+    def _forget(self, spec: ArenaSpec, settled: Mapping[int, bool], page: Page) -> dict[str, Any]:
+        """An arena's page without what recovery no longer needs, now that the fate of these snapshots is known."""
+        if self._rotation is None:
+            records = retain((r for r in page.records if settled.get(r.iteration, True)), self._stable, settled)
+        else:
+            owner = spec.identity.owner
+            if owner not in self._layouts:
+                self._layouts[owner] = chain_layout(spec.units)
+            records = self._rotation.retain(page.records, self._stable, self._layouts[owner])
+        return {"records": records, "stable": self._stable}
+
+    def _masks(self, flight: Flight) -> tuple[int, int, int]:
+        """What this rank has to say: snapshots that can be recovered, its vote, and snapshots that are whole."""
+        rounds = flight.rounds
+        whole = [i for i, is_whole in rounds.items() if is_whole]
+        reachable = whole if self._rotation is None else self._rotation.reachable(rounds)
+        return (
+            mask_of(reachable, self._recent, rounds),
+            self._vote(),
+            mask_of(whole, self._recent, rounds),
+        )
 
     def _vote(self) -> int:
         """For the largest snapshot that this rank's links afford; says so once where that is not the largest of all."""
         always = sum(self._inventory.units[u].nbytes for u in self._always)
         experts = [self._inventory.units[u].nbytes for u in self._expert_units if u is not None]
+        if self._log is not None:
+            nbytes = always + self._log.log_bytes + max(self._log.group_bytes)
+            votes, why = self._sizes.insist(self._scheduler, nbytes, self._config.replicas)
+            if why:
+                self._journal.warn_once(
+                    "budget",
+                    self._recent[0],
+                    f"snapshots of {nbytes / 1e6:.1f} MB do not fit ({why}): a longer --moetion-period makes them "
+                    f"smaller",
+                )
+            return votes
         if self._config.mode == "full":
             always, experts = self._inventory.nbytes, []
         share = sum(experts) / max(len(self._expert_units), 1)
@@ -475,14 +566,32 @@ class Session:
             return str(error)
         return ""
 
-    def _select(self, iteration: int, counts: list[int], num_experts: int) -> tuple[int, ...]:
-        """Unit numbers of this snapshot. Ranks that share experts choose the same ones, each its shards of them."""
+    def _select(self, iteration: int, counts: list[int], note: StepNote) -> Contents:
+        """What this snapshot holds. Ranks that share experts choose the same ones, each its shards of them."""
+        if self._rotation is not None:
+            turn = self._rotation.turn(iteration)
+            zero = frozenset(turn.logs) if note.skipped else self._packer.zero_logs(turn.logs)
+            self._rotation.begin(iteration, turn, zero)
+            staged = (*self._always, *(u for u in turn.logs if u not in zero))
+            return Contents(staged=staged, optional=turn.captures, zero=tuple(sorted(zero)))
         if self._config.mode == "full":
-            return (*self._always, *self._inventory.of_kind(UnitKind.EXPERT))
-        chosen = self._book.choose(iteration, counts, num_experts)
+            return Contents(units=(*self._always, *self._inventory.of_kind(UnitKind.EXPERT)))
+        chosen = self._book.choose(iteration, counts, self._sizes.now.experts)
         if why := self._book.past_budget:
             self._journal.warn_once(why.split()[0], iteration, why)  # "a fault now", "faults so far"
-        return (*self._always, *(unit for e in chosen if (unit := self._expert_units[e]) is not None))
+        units = (unit for e in chosen if (unit := self._expert_units[e]) is not None)
+        return Contents(units=(*self._always, *units))
+
+    def _hash_state(self, iteration: int) -> None:
+        """Now and then: a hash over the state of all ranks, by which runs can be compared."""
+        every = self._config.state_hash_interval
+        if not every or iteration % every:
+            return
+        ranks = self._fabric.gather(self._adapter.state_hash())
+        whole = hashlib.blake2b("".join(ranks).encode(), digest_size=16).hexdigest()
+        if self._fabric.rank == 0:
+            self._journal.info(iteration, f"state hash {whole}")
+        self._journal.event("state_hash", iteration=iteration, hash=whole)
 
     def _report_drops(self, flight: Flight, iteration: int) -> None:
         for reason, count in flight.counts.dropped.copy().items():  # other threads add to it
@@ -515,11 +624,25 @@ class Session:
     def _tokens_of_units(self, counts: list[int]) -> dict[int, int]:
         return {u: tokens for u, tokens in zip(self._expert_units, counts, strict=True) if u is not None}
 
+    @property
+    def _state_bytes(self) -> int:
+        """Bytes of a full snapshot of this rank."""
+        logs = self._inventory.of_kind(UnitKind.LOG)
+        return self._inventory.nbytes - sum(self._inventory.units[u].nbytes for u in logs)
+
+    def _cut(self, inventory: Inventory) -> GradientLog:
+        """Mode ``exact``: cut state for the period that was asked for, or that the tightest rank affords."""
+        config = self._config
+        period = config.period or DEFAULT_PERIOD
+        if config.snapshot_bytes:
+            period = max(self._fabric.gather(shortest_period(gradient_log(inventory, 1), config.snapshot_bytes)))
+        return gradient_log(inventory, period)
+
     def _find_limits(self, num_experts: int) -> Limits:
         """How many experts a snapshot takes. The same on all ranks: a byte budget is what the tightest one affords."""
         config = self._config
         fits = None
-        if config.snapshot_bytes and num_experts:
+        if config.snapshot_bytes and num_experts and config.mode == "popularity":
             fits = affordable_experts(self._inventory.units, num_experts, config.snapshot_bytes)
         everywhere = [f for f in self._fabric.gather(None if fits == math.inf else fits) if f is not None]
         return experts_per_snapshot(config, num_experts, min(everywhere, default=math.inf))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import enum
 import hashlib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Protocol
@@ -29,6 +29,8 @@ class UnitKind(enum.IntEnum):
     """Never changes (``requires_grad=False``): captured once, in the baseline."""
     HOST = 4
     """Host state: RNG, scheduler, data cursor, counters. One per rank, captured in every snapshot."""
+    LOG = 5
+    """The gradient that the optimizer applied to another unit's state: mode ``exact`` captures it in every snapshot."""
 
 
 class Role(enum.IntEnum):
@@ -44,6 +46,8 @@ class Role(enum.IntEnum):
 
 HOST_UNIT = "host"
 """Name of the one unit that holds a rank's host state."""
+LOG_SUFFIX = ".grad"
+"""A ``LOG`` unit is named after the unit whose gradient it is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +69,7 @@ class Region:
     device: str = "cpu"
     """Where the memory is: ``cpu``, ``cuda:0``, ..."""
     at_once: bool = False
-    """Changes before the next optimizer step (router bias, counters): copied inside ``on_step_end``."""
+    """Changes before the next optimizer step (router bias, counters, gradients): copied inside ``on_step_end``."""
 
     def __post_init__(self) -> None:
         if self.nbytes <= 0 or self.start < 0 or self.address <= 0:
@@ -226,9 +230,56 @@ class StateAdapter(Protocol):
         """
         ...
 
+    def state_hash(self) -> str:
+        """Of all training state on this rank, host state included: equal if and only if every bit is."""
+        ...
+
     def resync(self) -> None:
         """After a write-back into the regions: make model parameters agree with the optimizer's."""
         ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepNote:
+    """What became of an iteration's optimizer step."""
+
+    skipped: bool = False
+    """There was none: gradients overflowed, and state is as it was."""
+    problem: str = ""
+    """Why it cannot be replayed (two steps, gradients gone), for a person; empty if it can."""
+
+
+class StepReplayer(Protocol):
+    """What mode ``exact`` needs beside ``StateAdapter``. Implemented in ``mcore/optimizer.py``.
+
+    Its ``inventory`` has a region with ``Role.GRAD`` for each span of a parameter: the gradient that the step used,
+    which must still be there right after it.
+    """
+
+    def note_step(self, iteration: int) -> StepNote:
+        """Enter what the optimizer was told in this iteration, at its end, into the host state."""
+        ...
+
+    def begin_replay(self, state: Mapping[str, Any]) -> None:
+        """Take what the optimizer was told in recent iterations from a host state."""
+        ...
+
+    def replay(self, iteration: int) -> bool:
+        """Take that iteration's step once more, with the gradients that are in the ``GRAD`` regions now.
+
+        False if it was a skipped one, and nothing changed.
+        """
+        ...
+
+
+def log_units(units: Sequence[tuple[str, UnitKind]]) -> dict[int, int]:
+    """From names and kinds by unit number: for each unit whose gradient is logged, the unit of that log."""
+    numbers = {name: number for number, (name, _) in enumerate(units)}
+    return {
+        numbers[name.removesuffix(LOG_SUFFIX)]: number
+        for number, (name, kind) in enumerate(units)
+        if kind is UnitKind.LOG
+    }
 
 
 def align_up(nbytes: int) -> int:

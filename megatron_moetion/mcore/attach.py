@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import MAX_PERIOD, MoetionConfig
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.observe.trace import Trace, trace_name
@@ -111,7 +111,8 @@ def attach(
         optimizer=optimizer,
         scheduler=opt_param_scheduler,
         user_state=user_state,
-        count_tokens=config.mode != "full",
+        count_tokens=config.mode == "popularity",
+        log_steps=2 * (config.period or MAX_PERIOD) + 8 if config.mode == "exact" else 0,
         capacity=CapacityRules(iterations=config.recalibration_iterations)
         if config.capacity_recalibration == "on"
         else None,
@@ -129,7 +130,14 @@ def attach(
         in_flight_bytes=config.in_flight_bytes,
         gate=scheduler.gate,
     )
-    session = Session(config=config, adapter=state, fabric=fabric, topology=_topology(), scheduler=scheduler)
+    session = Session(
+        config=config,
+        adapter=state,
+        fabric=fabric,
+        topology=_topology(),
+        scheduler=scheduler,
+        replayer=state if config.mode == "exact" else None,
+    )
     return Attached(session, state, model, scheduler, trace)
 
 

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Protocol
 
 import numpy as np
@@ -22,10 +23,11 @@ from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
 from megatron_moetion.mcore.router import RouterWatch, TokenCounters
 from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
+from megatron_moetion.mcore.steplog import StepLog, groups_of, load_group, plain
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.replicate.agreement import WINDOW
-from megatron_moetion.snapshot.host_state import size_bound
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
+from megatron_moetion.snapshot.host_state import encode, size_bound
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, TokenCounter, Unit, UnitKind
 
 _CAPTURES_IN_FLIGHT = WINDOW + 1
 _SPARE_HOST_BYTES = 64 << 10
@@ -48,7 +50,8 @@ class MegatronState:
     """Inventory, host state and write-back of one rank.
 
     ``model`` is the list of DDP-wrapped chunks; ``capacity`` says how capacities are raised after a recovery, None: not
-    at all. Keeps references to all tensors that regions point into; the
+    at all; ``log_steps`` is how many steps can be replayed (mode ``exact``), 0: none, and the inventory has no
+    gradients. Keeps references to all tensors that regions point into; the
     inventory is taken once, here, so optimizer state is created if it does not exist yet.
     """
 
@@ -61,6 +64,7 @@ class MegatronState:
         user_state: UserState,
         count_tokens: bool,
         capacity: CapacityRules | None = None,
+        log_steps: int = 0,
     ) -> None:
         self._model = tuple(model)
         self._links = chain(optimizer)
@@ -78,9 +82,12 @@ class MegatronState:
             create_state(link.optimizer)
         for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
             module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
+        self._steps = StepLog(optimizer, self._links, log_steps) if log_steps else None
         self._shards = {id(s.parameter): s for link in self._links for s in shards(link)}
         self._inventory = self._take_inventory(layout)
         self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
+        if self._steps is not None:
+            self._residents.extend(_gradient_residents(s.parameter for s in self._shards.values()))
 
     # -- StateAdapter ---------------------------------------------------------------------------------
 
@@ -112,6 +119,7 @@ class MegatronState:
             "rng": _rng_state(),
             "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
             "optimizers": [_optimizer_fields(link) for link in self._links],
+            "steps": self._steps.state() if self._steps is not None else None,
             "user": self._user_state.state_dict(),
         }
 
@@ -124,6 +132,23 @@ class MegatronState:
         for link, fields in zip(self._links, state["optimizers"], strict=True):
             _load_optimizer_fields(link, fields)
         self._user_state.load_state_dict(state["user"])
+
+    def note_step(self, iteration: int) -> StepNote:
+        """See ``StepReplayer``."""
+        return self._step_log.note(iteration)
+
+    def begin_replay(self, state: Mapping[str, Any]) -> None:
+        """See ``StepReplayer``."""
+        self._step_log.load(state["steps"], state["optimizers"])
+
+    def replay(self, iteration: int) -> bool:
+        """See ``StepReplayer``."""
+        return self._step_log.replay(iteration)
+
+    @property
+    def _step_log(self) -> StepLog:
+        assert self._steps is not None, "made without log_steps"
+        return self._steps
 
     def after_step(self) -> None:
         """See ``StateAdapter``."""
@@ -153,6 +178,13 @@ class MegatronState:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)
 
+    def state_hash(self) -> str:
+        """See ``StateAdapter``. Copies all state to the host: for checks, not for every iteration of a large model."""
+        digest = hashlib.blake2b(encode(self.host_state()), digest_size=16)
+        for view in self._views:
+            digest.update(view.detach().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
     def moved(self) -> str:
         """See ``StateAdapter``. Looks each tensor up where its owner keeps it; 0.1 us a tensor."""
         for holder, key, address in self._residents:
@@ -173,16 +205,21 @@ class MegatronState:
         """Remove the hooks on the model."""
         self._counters.close()
         self._routers.close()
+        if self._steps is not None:
+            self._steps.close()
 
     # -- inventory ------------------------------------------------------------------------------------
 
     def _take_inventory(self, layout: ModelLayout) -> Inventory:
         regions: dict[str, list[Region]] = {}
+        self._views: list[torch.Tensor] = []
         places: dict[str, Place] = {}
 
         def add(place: Place, tensor: torch.Tensor, role: Role, first: int, start: int, end: int, **how: bool) -> None:
             """Elements [start, end) of a parameter; ``tensor`` begins at element ``first``."""
             size = tensor.element_size()
+            if role is not Role.GRAD:
+                self._views.append(tensor.detach().reshape(-1)[start - first : end - first])
             places.setdefault(place.unit, place)
             regions.setdefault(place.unit, []).append(
                 Region(
@@ -208,6 +245,10 @@ class MegatronState:
                     start, end = max(place.start, shard.start), min(place.end, shard.end)
                     for role, tensor in shard.tensors.items() if start < end else ():
                         add(place, tensor, role, shard.start, start, end)
+                    if self._steps is not None and start < end:
+                        gradient = _gradient(parameter)
+                        _require_contiguous(gradient, place.tensor)
+                        add(place, gradient, Role.GRAD, 0, start, end, at_once=True)
         for buffer, place in layout.buffers():
             if buffer.numel():
                 _require_contiguous(buffer, place.tensor)
@@ -239,6 +280,8 @@ class MegatronState:
         each = 8 * len(experts)
         session = {"lost": bytes(each), "recent": bytes(each), "history": bytes(3 * _CAPTURES_IN_FLIGHT * each)}
         size = size_bound({"adapter": self.host_state(), "session": session})
+        if self._steps is not None:
+            size += self._steps.reserve_bytes
         return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
 
     def _require_complete(self, layout: ModelLayout) -> None:
@@ -281,6 +324,17 @@ def _module_residents(model: Sequence[nn.Module], layout: ModelLayout) -> Iterat
                 yield module._parameters, name, parameter.data_ptr()
 
 
+def _gradient_residents(parameters: Iterable[nn.Parameter]) -> Iterator[_Resident]:
+    for parameter in parameters:
+        yield vars(parameter), "main_grad", _gradient(parameter).data_ptr()
+
+
+def _gradient(parameter: nn.Parameter) -> torch.Tensor:
+    """Where DDP accumulates and reduces a parameter's gradient."""
+    found: torch.Tensor = vars(parameter)["main_grad"]
+    return found
+
+
 def _unwrap(chunk: DistributedDataParallel) -> nn.Module:
     module: nn.Module = chunk.module
     return module.module if isinstance(module, Float16Module) else module
@@ -299,22 +353,17 @@ def _require_contiguous(tensor: torch.Tensor, name: str) -> None:
 
 def _optimizer_fields(link: MegatronOptimizer) -> dict[str, Any]:
     """Everything of one optimizer that is not a state tensor: group fields, step, loss scaler."""
-    groups = [{k: _plain(v) for k, v in group.items() if k != "params"} for group in link.optimizer.param_groups]
     scaler = getattr(link, "grad_scaler", None)  # FP32Optimizer has none
     return {
-        "groups": groups,
+        "groups": groups_of(link),
         "steps": steps(link),
-        "grad_scaler": {k: _plain(v) for k, v in scaler.state_dict().items()} if scaler is not None else None,
+        "grad_scaler": {k: plain(v) for k, v in scaler.state_dict().items()} if scaler is not None else None,
     }
 
 
 def _load_optimizer_fields(link: MegatronOptimizer, fields: Mapping[str, Any]) -> None:
     for group, values in zip(link.optimizer.param_groups, fields["groups"], strict=True):
-        for key, value in values.items():
-            if isinstance(group.get(key), torch.Tensor):
-                group[key].fill_(value)
-            else:
-                group[key] = value
+        load_group(group, values)
     if fields["steps"] is not None:
         set_steps(link, fields["steps"])
     if fields["grad_scaler"] is not None:
@@ -326,10 +375,6 @@ def _load_optimizer_fields(link: MegatronOptimizer, fields: Mapping[str, Any]) -
                 for k, v in fields["grad_scaler"].items()
             }
         )
-
-
-def _plain(value: Any) -> Any:
-    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _rng_state() -> dict[str, Any]:

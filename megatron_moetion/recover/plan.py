@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Where every rank's state comes from after a failure. Pure: reports in, a plan or an explanation out.
 
-The plan names the newest iteration T that all ranks can reach, for each unit of each rank the capture to load
-and the node to load it from. Loading part of a state is never planned.
+The plan names the newest iteration T that all ranks can reach, for each unit of each rank the capture to load (in mode
+``exact`` also the gradients since then) and the node to load it from. Loading part of a state is never planned.
 """
 
 from __future__ import annotations
@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_moetion.recover.survey import ArenaReport
 from megatron_moetion.replicate.placement import Placement
+from megatron_moetion.store.chains import base_of
 from megatron_moetion.store.manifest import Branch, Record, in_history
-from megatron_moetion.units import UnitKind
+from megatron_moetion.units import UnitKind, log_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,6 +38,8 @@ class Choice:
     """The node that it is read from."""
     digest: int
     tokens: int
+    is_zero: bool = False
+    """All bytes are zero, and none of them is kept."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -64,7 +67,7 @@ class RecoveryPlan:
     safe: int
     """Newest iteration known to be whole on all replicas: kept until T is. T may be newer and on its owners only."""
     choices: tuple[tuple[Choice, ...], ...]
-    """For each owner, one choice a unit, by unit number."""
+    """For each owner, by unit number: one choice a unit, of a ``LOG`` unit one for each iteration that is replayed."""
     fetches: tuple[Transfer, ...]
     """From other nodes to the owners."""
     copies: tuple[Transfer, ...]
@@ -149,8 +152,14 @@ def _candidates(facts: Sequence[RankFacts], available: _Available) -> list[int]:
     return sorted(common or (), reverse=True)
 
 
-def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, mode: str) -> dict[int, list[int]] | str:
-    """For each rank the iteration of each unit's capture at T; or what is missing."""
+_Chosen = dict[int, list[tuple[int, int]]]
+"""For each rank: unit numbers, in order, and the iterations of their captures."""
+
+
+def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, mode: str) -> _Chosen | str:
+    """What leads to T; or what is missing."""
+    if mode == "exact":
+        return _choose_chains(facts, available, iteration)
     shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
     chosen: dict[int, list[int]] = {f.rank: [-1] * len(f.units) for f in facts}
     for rank in facts:
@@ -170,6 +179,32 @@ def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, m
             return f"expert {name} has no iteration that ranks {_short([r for r, _ in places])} all hold"
         for rank_number, number in places:
             chosen[rank_number][number] = max(usable)
+    return {rank: list(enumerate(row)) for rank, row in chosen.items()}
+
+
+def _choose_chains(facts: Sequence[RankFacts], available: _Available, iteration: int) -> _Chosen | str:
+    """Of every slice the newest capture from which all gradients to T are there, and these gradients."""
+    chosen: _Chosen = {}
+    for rank in facts:
+        row: list[tuple[int, int]] = []
+        found = available[rank.rank]
+        log_of = log_units(rank.units)
+        for number, (name, kind) in enumerate(rank.units):
+            if kind is UnitKind.LOG:
+                continue
+            if number in log_of:
+                base = base_of(found[number], found[log_of[number]], iteration)
+                if base is None:
+                    return f"the captures and gradients of {name} of rank {rank.rank} do not reach it"
+                row.extend((log_of[number], i) for i in range(base + 1, iteration + 1))
+            elif kind is UnitKind.FROZEN:
+                base = max((i for i in found[number] if i <= iteration), default=None)
+            else:
+                base = iteration if iteration in found[number] else None
+            if base is None:
+                return f"unit {name} of rank {rank.rank} has no copy"
+            row.append((number, base))
+        chosen[rank.rank] = sorted(row)
     return chosen
 
 
@@ -178,7 +213,7 @@ def _plan(
     safe: int,
     newest: ArenaReport,
     facts: Sequence[RankFacts],
-    chosen: Mapping[int, Sequence[int]],
+    chosen: _Chosen,
     available: _Available,
     placement: Placement,
 ) -> RecoveryPlan:
@@ -188,10 +223,20 @@ def _plan(
     for rank in facts:
         owner, home = rank.rank, placement.node_of[rank.rank]
         row = []
-        for unit, at in enumerate(chosen[owner]):
+        for unit, at in chosen[owner]:
             nodes = available[owner][unit][at]
             node = home if home in nodes else min(nodes)
-            row.append(Choice(unit=unit, iteration=at, node=node, digest=nodes[node].digest, tokens=nodes[node].tokens))
+            record = nodes[node]
+            row.append(
+                Choice(
+                    unit=unit,
+                    iteration=at,
+                    node=node,
+                    digest=record.digest,
+                    tokens=record.tokens,
+                    is_zero=record.is_zero,
+                )
+            )
             move = {"owner": owner, "unit": unit, "iteration": at}
             if node != home:
                 fetches.append(Transfer(**move, source=custodian(owner, node, placement), target=owner))

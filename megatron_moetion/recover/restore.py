@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -15,7 +15,8 @@ from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.snapshot.packer import HostPool, Packer, verify
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Page, Record, in_history, retain
+from megatron_moetion.store.chains import ChainLayout, retain_chains
+from megatron_moetion.store.manifest import NO_SLOT, Page, Record, in_history, retain
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,6 +28,9 @@ class Mover:
     channel: Channel
     pool: HostPool
     plan: RecoveryPlan
+
+    layouts: Mapping[int, ChainLayout] = field(default_factory=dict)
+    """By owner, in mode ``exact``; else empty."""
 
     def make_room(self, transfers: Sequence[Transfer]) -> None:
         """Before receiving: drop from the receiving arenas what neither T nor the last safe iteration needs.
@@ -41,7 +45,12 @@ class Mover:
             coming = {(t.unit, t.iteration) for t in transfers if (t.owner, t.target) == (owner, self.rank)}
             intact = (r for r in arena.page.records if r.key not in coming)
             live = [r for r in intact if in_history(r, self.plan.branches, self.plan.epoch)]
-            safe = retain((r for r in live if r.iteration <= self.plan.safe), self.plan.safe, {})
+            old = [r for r in live if r.iteration <= self.plan.safe]
+            safe = (
+                retain_chains(old, self.plan.safe, self.layouts[owner])
+                if owner in self.layouts
+                else retain(old, self.plan.safe, {})
+            )
             arena.edit(partial(_only, {r.key for r in (*safe, *(r for r in live if r.key in wanted))}))
 
     def move(self, transfers: Sequence[Transfer]) -> int:
@@ -55,22 +64,39 @@ class Mover:
         return received
 
     def _choice(self, transfer: Transfer) -> Choice:
-        return self.plan.choices[transfer.owner][transfer.unit]
+        wanted = (transfer.unit, transfer.iteration)
+        return next(c for c in self.plan.choices[transfer.owner] if (c.unit, c.iteration) == wanted)
 
     def _send(self, transfer: Transfer) -> None:
         arena = self.arenas[transfer.owner]
         record = arena.find(transfer.unit, transfer.iteration)
         assert record is not None, f"the plan reads {transfer} from an arena that lacks it"
         head = np.array([record.epoch, record.digest], dtype=np.uint64)
+        if record.is_zero:
+            self.channel.exchange([Message(peer=transfer.target, data=head.view(np.uint8))], [])
+            return
         for part in (head.view(np.uint8), arena.digests(record.slot).view(np.uint8), arena.payload(record.slot)):
             self.channel.exchange([Message(peer=transfer.target, data=part)], [])
 
     def _receive(self, transfer: Transfer) -> int:
         arena, choice = self.arenas[transfer.owner], self._choice(transfer)
-        nbytes = arena.spec.units[transfer.unit][2]
+        nbytes = 0 if choice.is_zero else arena.spec.units[transfer.unit][2]
+        head = np.zeros(2, dtype=np.uint64)
+        record = Record(
+            unit=transfer.unit,
+            iteration=transfer.iteration,
+            epoch=0,
+            slot=NO_SLOT,
+            nbytes=nbytes,
+            digest=choice.digest,
+            tokens=choice.tokens,
+        )
+        if choice.is_zero:
+            self.channel.exchange([], [Message(peer=transfer.source, data=head.view(np.uint8))])
+            arena.add([replace(record, epoch=int(head[0]))])
+            return 0
         slot = arena.acquire(nbytes)
         assert slot is not None, f"no free slot of {nbytes} bytes in {arena.path}, although room was made"
-        head = np.zeros(2, dtype=np.uint64)
         payload, digests = arena.payload(slot), arena.digests(slot)
         for part in (head.view(np.uint8), digests.view(np.uint8), payload):
             self.channel.exchange([], [Message(peer=transfer.source, data=part)])
@@ -80,16 +106,7 @@ class Mover:
                 f"unit {arena.spec.units[transfer.unit][0]} of rank {transfer.owner} arrived damaged from rank "
                 f"{transfer.source}; nothing was loaded, restart to try again"
             )
-        record = Record(
-            unit=transfer.unit,
-            iteration=transfer.iteration,
-            epoch=int(head[0]),
-            slot=slot,
-            nbytes=nbytes,
-            digest=choice.digest,
-            tokens=choice.tokens,
-        )
-        arena.add([record])
+        arena.add([replace(record, epoch=int(head[0]), slot=slot)])
         return nbytes
 
     def begin_epoch(self) -> None:
@@ -118,23 +135,26 @@ def _only(wanted: set[tuple[int, int]], page: Page) -> dict[str, Any]:
     return {"records": tuple(r for r in page.records if r.key in wanted)}
 
 
-def write_back(packer: Packer, arena: Arena, choices: Sequence[Choice], host_unit: int) -> bytes:
-    """Verify every chosen capture, then write all of them into live state; returns the host state's bytes.
-
-    Nothing is written unless everything verifies.
-    """
+def verified(packer: Packer, arena: Arena, choices: Sequence[Choice]) -> list[Record]:
+    """The chosen captures, every byte of them verified once more. Nothing has been written yet."""
     records = []
+    by_key = {r.key: r for r in arena.page.records}
     for choice in choices:
-        record = arena.find(choice.unit, choice.iteration)
+        record = by_key.get((choice.unit, choice.iteration))
         name = arena.spec.units[choice.unit][0]
         if record is None:
             raise CorruptArena(f"{arena.path}: the capture of {name} at iteration {choice.iteration} has gone")
-        if not packer.verify(arena.payload(record.slot), arena.digests(record.slot), choice.digest):
+        if not record.is_zero and not packer.verify(
+            arena.payload(record.slot), arena.digests(record.slot), choice.digest
+        ):
             raise CorruptArena(
                 f"{arena.path}: the capture of {name} changed after it was surveyed; restart to try again"
             )
         records.append(record)
+    return records
+
+
+def write_back(packer: Packer, arena: Arena, records: Sequence[Record]) -> None:
+    """Write verified captures into live state."""
     for record in records:
         packer.scatter(record.unit, arena.payload(record.slot))
-    host = next(r for r in records if r.unit == host_unit)
-    return bytes(arena.payload(host.slot))

@@ -17,13 +17,14 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, MoetionError, StoreError
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, custodian, plan_recovery
-from megatron_moetion.recover.restore import Mover, write_back
+from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.survey import ArenaReport, living, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
-from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.chains import chain_layout
+from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import UnitKind
 
@@ -120,8 +121,16 @@ class Startup:
             restarted=max(n["attempt"] for n in notes) > 0,
         )
 
-    def recover(self, situation: Situation, plan: RecoveryPlan, packer: Packer) -> tuple[OpenArenas, bytes]:
-        """Carry out the plan; returns the arenas, ready for step T + 1, and the host state's bytes.
+    def recover(
+        self,
+        situation: Situation,
+        plan: RecoveryPlan,
+        packer: Packer,
+        load: Callable[[Arena, Sequence[Record], bytes], None],
+    ) -> OpenArenas:
+        """Carry out the plan; returns the arenas, ready for step T + 1.
+
+        ``load`` puts verified captures into live state; it also gets the host state's bytes.
 
         Nothing that T needs is freed before it is complete everywhere again, and the new epoch is written on
         every rank before any rank returns: a failure at any moment leaves T recoverable.
@@ -142,6 +151,9 @@ class Startup:
             channel=self._fabric.channel,
             pool=self._pool,
             plan=plan,
+            layouts={o: chain_layout(spec.units) for o, spec in enumerate(situation.specs)}
+            if self._config.mode == "exact"
+            else {},
         )
         for phase, transfers in (("fetch", plan.fetches), ("replicate", plan.copies)):
             mover.make_room(transfers)
@@ -152,7 +164,10 @@ class Startup:
         self._probe("restore", -1)
         host_unit = next(i for i, (_, kind, _) in enumerate(self._spec.units) if kind == UnitKind.HOST)
         packer.adopt(arenas.own.memory)
-        host_state = write_back(packer, arenas.own, plan.choices[rank], host_unit)
+        records = verified(packer, arenas.own, plan.choices[rank])
+        host = next(r for r in records if r.unit == host_unit)
+        self._phases.done("verify")
+        load(arenas.own, records, bytes(arenas.own.payload(host.slot)))
         self._fabric.gather("loaded")
         self._phases.done("restore")
         replace(mover, arenas={rank: arenas.own, **arenas.held}).begin_epoch()
@@ -161,7 +176,7 @@ class Startup:
             arena.remove()
         self._phases.done("epoch")
         self._probe("restored", -1)
-        return arenas, host_state
+        return arenas
 
     def begin(self, situation: Situation) -> OpenArenas:
         """New, empty arenas, of a new lineage, for state that was initialised or loaded from disk."""

@@ -108,6 +108,8 @@ def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: 
 
 def _verifies(arena: Arena, record: Record, pool: HostPool) -> bool:
     units = arena.spec.units
+    if record.is_zero:
+        return record.unit < len(units) and not record.nbytes
     if record.unit >= len(units) or record.slot >= arena.spec.num_slots or units[record.unit][2] != record.nbytes:
         return False
     payload = arena.payload(record.slot)

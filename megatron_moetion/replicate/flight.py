@@ -13,7 +13,6 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as FutureTimeout
 from dataclasses import dataclass, field
 
 from megatron_moetion.errors import ChannelError, DeviceFault
@@ -22,7 +21,7 @@ from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.manifest import NO_SLOT, Record
 from megatron_moetion.units import Inventory
 
 
@@ -36,6 +35,22 @@ class FlightCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     """By reason: ``no-slot``, ``late``, ``moved``, ``freeze`` (host state or device), ``device``, ``budget`` (made
     rarer to fit the links), ``refused`` (a buddy had no room), ``channel``."""
+    left_out: Counter[str] = field(default_factory=Counter)
+    """Captures that snapshots can do without, by reason: ``no-slot``, ``late``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a snapshot holds, as unit numbers. The units of ``staged`` were copied by ``Packer.freeze``."""
+
+    units: tuple[int, ...] = ()
+    """Captured from live state; without one of them there is no snapshot."""
+    staged: tuple[int, ...] = ()
+    """Captured from copies; without one of them there is no snapshot. They may take longer than the optimizer waits."""
+    optional: tuple[int, ...] = ()
+    """Captured from live state, all of them or none: where there is no room or no time, the snapshot does without."""
+    zero: tuple[int, ...] = ()
+    """Known to be zeros, so that no byte of them is captured."""
 
 
 class Flight:
@@ -69,44 +84,60 @@ class Flight:
         self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
         self._rounds: dict[int, bool] = {}
+        self._live_is_done = threading.Event()
+        self._packed_last = (-1, False)
         self.counts = FlightCounts()
         self.details: dict[str, str] = {}
         """More about a reason for which snapshots are dropped, for a person."""
         self.broken = ""
         """Why nothing is replicated any more; empty while all is well."""
 
-    def begin(self, iteration: int, units: Sequence[int], tokens: Mapping[int, int]) -> None:
-        """Start to capture ``units`` as they are now; state is read until ``finish_packing``.
+    def begin(self, iteration: int, contents: Contents, tokens: Mapping[int, int]) -> None:
+        """Start to capture units as they are now; live state is read until ``finish_packing``.
 
         ``tokens[u]`` is what expert unit u has processed; it travels with the capture.
         """
-        self.finish_packing(None)
+        self.finish()
         self.counts.begun += 1
-        slots = self._acquire(units)
-        self._pack = self._packing.submit(self._capture, iteration, tuple(units), slots, dict(tokens))
+        slots = self._acquire(contents.units + contents.staged)
+        if slots is None:
+            self._count("no-slot")
+            contents = Contents()
+        optional = self._acquire(contents.optional)
+        if optional is None:
+            self.counts.left_out["no-slot"] += 1
+            optional = {}
+        self._submit(iteration, contents, (slots or {}) | optional, dict(tokens))
 
     def skip(self, iteration: int, reason: str) -> None:
         """Drop this iteration's snapshot on this rank; its round takes place, empty."""
-        self.finish_packing(None)
+        self.finish()
         self.counts.begun += 1
         self._count(reason)
-        self._pack = self._packing.submit(self._capture, iteration, (), None, {})
+        self._submit(iteration, Contents(), {}, {})
 
-    def finish_packing(self, max_stall_s: float | None) -> None:
-        """Return once live state is no longer read; a snapshot that takes longer than ``max_stall_s`` is dropped."""
-        if self._pack is None:
+    def finish_packing(self, max_stall_s: float) -> None:
+        """Return once live state is no longer read; captures that take longer than ``max_stall_s`` are given up."""
+        if self._pack is None or self._live_is_done.wait(max_stall_s):
             return
-        try:
-            self._pack.result(max_stall_s)
-        except FutureTimeout:
-            self._packer.cancel()
-            self._pack.result()  # bounded: the packer checks between pieces
-            self._packer.allow()
-        self._pack = None
+        with self._lock:
+            if not self._live_is_done.is_set():
+                self._packer.cancel()
+        self._live_is_done.wait()  # bounded: the packer checks between pieces
+
+    def finish(self) -> tuple[int, bool]:
+        """Return once the last snapshot is packed or dropped: its iteration, and whether its optional captures are in.
+
+        The iteration is -1 where the snapshot was dropped.
+        """
+        if self._pack is not None:
+            self._pack.result()
+            self._pack = None
+        return self._packed_last
 
     def drain(self) -> None:
         """Wait until everything begun is packed and replicated or dropped. Bounded by the channel's time limits."""
-        self.finish_packing(None)
+        self.finish()
         for send in self._sends:
             send.result()
         self._sends.clear()
@@ -128,19 +159,27 @@ class Flight:
         self._packing.shutdown(wait=True, cancel_futures=True)
         self._sending.shutdown(wait=True, cancel_futures=True)
 
-    def _acquire(self, units: Sequence[int]) -> list[int] | None:
-        slots: list[int] = []
+    def _acquire(self, units: Sequence[int]) -> dict[int, int] | None:
+        """A slot for each unit, or None."""
+        slots: dict[int, int] = {}
         for unit in units:
             slot = self._arena.acquire(self._inventory.units[unit].nbytes)
             if slot is None:
-                self._arena.release(slots)
-                self._count("no-slot")
+                self._arena.release(slots.values())
                 return None
-            slots.append(slot)
+            slots[unit] = slot
         return slots
 
-    def _capture(self, iteration: int, units: tuple[int, ...], slots: list[int] | None, tokens: dict[int, int]) -> None:
-        records = () if slots is None else self._fill(iteration, units, slots, tokens)
+    def _submit(self, iteration: int, contents: Contents, slots: dict[int, int], tokens: dict[int, int]) -> None:
+        self._live_is_done.clear()
+        self._packed_last = (-1, False)
+        self._pack = self._packing.submit(self._capture, iteration, contents, slots, tokens)
+
+    def _capture(self, iteration: int, contents: Contents, slots: dict[int, int], tokens: dict[int, int]) -> None:
+        try:
+            records = self._fill(iteration, contents, slots, tokens)
+        finally:
+            self._end_live()
         for send in self._sends:
             if send.done():
                 send.result()  # a fault is handled where it happens; what is raised here is a bug, and must show
@@ -149,44 +188,72 @@ class Flight:
             self.broken = f"{len(self._sends)} snapshots wait to be replicated"
         self._sends.append(self._sending.submit(self._replicate, iteration, records))
 
+    def _end_live(self) -> None:
+        with self._lock:  # a cancellation is meant for what reads live state, and for nothing after it
+            self._live_is_done.set()
+            self._packer.allow()
+
     def _fill(
-        self, iteration: int, units: tuple[int, ...], slots: list[int], tokens: dict[int, int]
+        self, iteration: int, contents: Contents, slots: dict[int, int], tokens: dict[int, int]
     ) -> tuple[Record, ...]:
-        targets = [
-            Target(unit=u, address=self._arena.payload(s).ctypes.data, digests=self._arena.digests(s))
-            for u, s in zip(units, slots, strict=True)
-        ]
+        if not slots:
+            return ()
         began = time.monotonic()
+        live = [*contents.units, *(u for u in contents.optional if u in slots)]
         try:
-            digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
+            digests = self._pack_units(iteration, live, slots)
+            if digests is None and not contents.staged:
+                self._arena.release(slots.values())
+                self._count("late")
+                return ()
+            if digests is None:
+                assert not contents.units, "what must be there is staged wherever something is optional"
+                self._arena.release([slots.pop(u) for u in live])
+                self.counts.left_out["late"] += 1
+                digests = {}
+            self._end_live()
+            staged = self._pack_units(iteration, contents.staged, slots)
+            if staged is None:  # the flight is being closed
+                self._arena.release(slots.values())
+                return ()
         except DeviceFault as error:
             # A late write of the device into these slots hurts nobody: after a fault it packs nothing any more.
-            self._arena.release(slots)
+            self._arena.release(slots.values())
             self.details["device"] = f": {error}"
             self._count("device")
             return ()
-        if digests is None:
-            self._arena.release(slots)
-            self._count("late")
-            return ()
-        self._packed(began, time.monotonic(), sum(self._inventory.units[u].nbytes for u in units))
+        self._packed(began, time.monotonic(), sum(self._inventory.units[u].nbytes for u in slots))
         records = tuple(
             Record(
                 unit=u,
                 iteration=iteration,
                 epoch=self._epoch,
-                slot=s,
+                slot=slots[u],
                 nbytes=self._inventory.units[u].nbytes,
-                digest=d,
+                digest=digest,
                 tokens=tokens.get(u, 0),
             )
-            for u, s, d in zip(units, slots, digests, strict=True)
+            for u, digest in (digests | staged).items()
+        )
+        zeros = tuple(
+            Record(unit=u, iteration=iteration, epoch=self._epoch, slot=NO_SLOT, nbytes=0, digest=0)
+            for u in contents.zero
         )
         self._probe("before-commit", iteration)
-        self._arena.add(records)
+        self._arena.add(records + zeros)
+        self._packed_last = (iteration, all(u in slots for u in contents.optional))
         self.counts.committed += 1
         self.counts.bytes_committed += sum(r.nbytes for r in records)
-        return records
+        return records + zeros
+
+    def _pack_units(self, iteration: int, units: Sequence[int], slots: Mapping[int, int]) -> dict[int, int] | None:
+        """Fill the slots; digests by unit, None if that was cancelled."""
+        targets = [
+            Target(unit=u, address=self._arena.payload(slots[u]).ctypes.data, digests=self._arena.digests(slots[u]))
+            for u in units
+        ]
+        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
+        return None if digests is None else dict(zip(units, digests, strict=True))
 
     def _replicate(self, iteration: int, records: tuple[Record, ...]) -> None:
         if self.broken:

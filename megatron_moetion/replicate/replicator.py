@@ -21,7 +21,7 @@ from megatron_moetion.replicate.channel import Channel, Gate, Message
 from megatron_moetion.snapshot.packer import HostPool, verify
 from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.store.arena import Arena, num_chunks
-from megatron_moetion.store.manifest import RECORD, Record, record_table, records_of
+from megatron_moetion.store.manifest import NO_SLOT, RECORD, Record, record_table, records_of
 
 Bytes = npt.NDArray[np.uint8]
 _HEADER_WORDS = 6  # epoch, iteration, captures, table bytes, table digest, bytes of a payload's slices
@@ -126,7 +126,7 @@ class Replicator:
         rows = table[: count * RECORD.itemsize].view(RECORD)
         records, digests, cursor = [], [], count * RECORD.itemsize
         for record in records_of(rows):
-            if spec.units[record.unit][2] != record.nbytes:
+            if spec.units[record.unit][2] != record.nbytes and not record.is_zero:
                 raise AssertionError(f"rank {owner} sends {record.nbytes} bytes for unit {spec.units[record.unit]}")
             records.append(record)
             end = cursor + 8 * num_chunks(record.nbytes, spec.identity.chunk_bytes)
@@ -139,6 +139,9 @@ class Replicator:
         for owner, announced in incoming.items():
             taken: list[int] = []
             for record in announced.records:
+                if record.is_zero:
+                    taken.append(NO_SLOT)
+                    continue
                 slot = self._held[owner].acquire(record.nbytes)
                 if slot is None:
                     self._held[owner].release(taken)
@@ -169,11 +172,13 @@ class Replicator:
             Message(peer=h, data=self._own.payload(r.slot), slice_bytes=self._slice_bytes)
             for h in holders
             for r in records
+            if not r.is_zero
         ]
         receives = [
             Message(peer=owner, data=self._held[owner].payload(slot), slice_bytes=announced.slice_bytes)
             for owner, announced in incoming.items()
             for slot in slots[owner]
+            if slot != NO_SLOT
         ]
         self._channel.exchange(sends, receives)
         self.bytes_sent += sum(m.data.nbytes for m in sends)
@@ -184,6 +189,9 @@ class Replicator:
         chunk_bytes = arena.spec.identity.chunk_bytes
         placed = []
         for record, digests, slot in zip(announced.records, announced.digests, slots, strict=True):
+            if record.is_zero:
+                placed.append(record)
+                continue
             if not verify(self._pool, chunk_bytes, arena.payload(slot), digests, record.digest):
                 arena.release(slots)
                 return False
@@ -195,5 +203,5 @@ class Replicator:
 
 def _table(arena: Arena, records: Sequence[Record]) -> Bytes:
     """The records, then their chunk digests, as bytes."""
-    parts = [record_table(records).view(np.uint8), *(arena.digests(r.slot).view(np.uint8) for r in records)]
-    return np.concatenate(parts)
+    digests = (arena.digests(r.slot).view(np.uint8) for r in records if not r.is_zero)
+    return np.concatenate([record_table(records).view(np.uint8), *digests])

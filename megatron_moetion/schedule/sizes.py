@@ -35,6 +35,12 @@ class Sizes:
         smaller = f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
         return vote(level), f"snapshots are made to fit ({smaller} here): {why}"
 
+    def insist(self, scheduler: Scheduler, nbytes: int, replicas: int) -> tuple[int, str]:
+        """The vote of a rank whose snapshots cannot be smaller or rarer, and why they should be (empty if they fit)."""
+        top = len(self._rungs) - 1
+        level, why = scheduler.affordable(self._rungs, nbytes, 0.0, replicas)
+        return vote(top), "" if level == top else why
+
     def agree(self, votes: int) -> None:
         """Move towards the size that all ranks can afford; ``votes`` is the AND of all votes."""
         self._level = next_level(self._level, level_of(votes))

@@ -7,8 +7,10 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import MAX_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
+from megatron_moetion.snapshot.gradlog import GradientLog
 from megatron_moetion.units import Unit, UnitKind
 
 
@@ -30,7 +32,7 @@ def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = 
     the user gave neither, K moves between what the staleness cap needs and twice that, of which half follows
     popularity. ``ConfigError`` where the cap cannot be kept.
     """
-    if config.mode == "full" or config.selection == "full":
+    if config.mode != "popularity" or config.selection == "full":
         return Limits(fewest=total, usual=total, most=total)
     needed = -(-total // config.staleness_cap)
     given = f"--moetion-experts-per-snapshot {config.experts_per_snapshot}"
@@ -65,7 +67,7 @@ def copies(units: Sequence[Unit], mode: str, num_experts: int) -> dict[str, int]
     """Slots per unit name: three (stable, awaiting agreement, in flight) for what every snapshot takes.
 
     In ``popularity`` an expert has one, and two selections' worth are shared among experts of one size. What
-    never changes has one.
+    never changes has one. For ``exact``: ``exact_copies``.
     """
     found = {}
     shared: dict[int, int] = {}
@@ -80,3 +82,25 @@ def copies(units: Sequence[Unit], mode: str, num_experts: int) -> dict[str, int]
         else:
             found[unit.name] = 3
     return found
+
+
+def exact_copies(log: GradientLog) -> dict[str, int]:
+    """Slots per unit name in mode ``exact``: two captures of each slice, gradients of a period and a few more."""
+    found = {u.name: 1 if u.kind is UnitKind.FROZEN else STATE_SLOTS for u in log.inventory.units}
+    for unit in log.log_of.values():
+        found[log.inventory.units[unit].name] = len(log.groups) + SPARE_LOGS
+    # A snapshot that finds no room for these would break all chains: as much to spare as gradients have.
+    return found | {log.inventory.units[u].name: 2 + SPARE_LOGS for u in log.always}
+
+
+def shortest_period(log: GradientLog, snapshot_bytes: int) -> int:
+    """The period whose snapshots of one rank have so many bytes; ``log`` is cut for any period."""
+    always = log.log_bytes + sum(log.inventory.units[u].nbytes for u in log.always)
+    room = snapshot_bytes - always
+    if room <= 0 or (period := -(-log.state_bytes // room)) > MAX_PERIOD:
+        raise ConfigError(
+            f"--moetion-snapshot-bytes {snapshot_bytes} is too little for mode 'exact': the gradients of an iteration "
+            f"and what changes in each are {always} bytes on this rank already, and state of {log.state_bytes} bytes "
+            f"must be captured within {MAX_PERIOD} iterations"
+        )
+    return max(2, period)

@@ -11,6 +11,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -55,17 +56,26 @@ class _Streams:
 
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
-    @contextmanager
-    def scratch(self, nbytes: int) -> Iterator[int]:
-        """The address of device memory that may be read until the block ends."""
+    def keep(self, nbytes: int) -> tuple[Any, int]:
+        """Zeroed memory of the device, to be kept as long as its address is used."""
         if not self.on_gpu:
-            yield np.zeros(nbytes, dtype=np.uint8).ctypes.data
-            return
+            model = np.zeros(nbytes, dtype=np.uint8)
+            return model, model.ctypes.data
         import torch
 
         memory = torch.zeros(nbytes, dtype=torch.uint8, device=self._device)
-        torch.cuda.synchronize(self._device)
-        yield memory.data_ptr()
+        return memory, memory.data_ptr()
+
+    @contextmanager
+    def scratch(self, nbytes: int) -> Iterator[int]:
+        """The address of device memory that may be read until the block ends."""
+        memory, address = self.keep(nbytes)
+        if self.on_gpu:
+            import torch
+
+            torch.cuda.synchronize(self._device)
+        yield address
+        del memory
 
 
 @contextmanager
@@ -109,6 +119,8 @@ class DevicePacker:
         self._copy_engine_bytes: int | None = None
         self._registration: Registration | None = None
         self._buffers: tuple[Bytes, ...] = ()
+        self._kept: Any = None
+        self._kept_address = 0
         self.note = ""
         """How captures reach the arena, for a person; filled by ``adopt``."""
 
@@ -116,6 +128,20 @@ class DevicePacker:
         """Host memory that the device reads and writes."""
         with naming_faults():
             return self._pool.pinned(nbytes)
+
+    def keep_staging(self, nbytes: int) -> int:
+        """Take memory of the device for gradients that wait to be packed; its address."""
+        self._kept, self._kept_address = self._streams.keep(nbytes)
+        return self._kept_address
+
+    def are_zero(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
+        """Whether each (address, nbytes) of the staging memory is all zero, after what the current stream was given."""
+        parts = [self._kept[a - self._kept_address :][:n] for a, n in spans]
+        if not self._streams.on_gpu or not parts:
+            return [not part.any() for part in parts]
+        import torch
+
+        return [not found for found in torch.stack([part.any() for part in parts]).tolist()]
 
     def plan(self, templates: Sequence[Template]) -> None:
         """Keep all units' pieces on the device: a snapshot brings only where its chunks go.

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ctypes
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -26,9 +27,9 @@ class Packer:
 
     Units in host memory are packed by the host's threads, units in device memory by the device. The regions' tensors
     must stay alive and unmoved for the packer's lifetime. State that changes before the next optimizer step
-    (``at_once`` regions and the host state) is copied into a staging buffer by ``freeze``; everything else is read
-    straight from the live tensors by ``pack``. ``rank`` names this process in errors, ``num_sms`` bounds how many
-    of a GPU's multiprocessors packing takes.
+    (``at_once`` regions and the host state) is copied into a staging buffer by ``freeze``, gradients into one on their
+    own device; everything else is read straight from the live tensors by ``pack``. ``rank`` names this process in
+    errors, ``num_sms`` bounds how many of a GPU's multiprocessors packing takes.
     """
 
     def __init__(
@@ -40,20 +41,27 @@ class Packer:
         self._cancel = Cancel()
         self._host_units = inventory.of_kind(UnitKind.HOST)
         self._on_device, self._device = _find_device(inventory, chunk_bytes, rank, num_sms)
-        self._staged, nbytes = _staging_offsets(inventory)
+        logs = [u for u in inventory.of_kind(UnitKind.LOG) if u in self._on_device]
+        self._staged, nbytes = _staging_offsets(inventory, [u for u in range(len(inventory.units)) if u not in logs])
         self._staging: Bytes = (
             self._device.pinned(nbytes) if self._device is not None else np.zeros(nbytes, dtype=np.uint8)
         )
         base = self._staging.ctypes.data
-        rows = [
-            (inventory.units[u].regions[r].address, base + offset, inventory.units[u].regions[r].nbytes)
-            for (u, r), offset in self._staged.items()
-            if u in self._on_device
-        ]
-        self._frozen_by_device: Int64s = np.array(rows, dtype=np.int64).reshape(-1, 3)
+        staged = {key: base + offset for key, offset in self._staged.items()}
+        self.device_staging_bytes = 0
+        """Memory of the device that gradients are kept in until they are packed."""
+        if logs and self._device is not None:
+            on_device, self.device_staging_bytes = _staging_offsets(inventory, logs)
+            base = self._device.keep_staging(self.device_staging_bytes)
+            staged |= {key: base + offset for key, offset in on_device.items()}
+        self._frozen_by_device = _rows(inventory, staged, self._on_device)
+        self._logs_on_host = _rows(inventory, staged, frozenset(inventory.of_kind(UnitKind.LOG)) - self._on_device)
+        self._log_spans = _spans(inventory, staged)
+        sources: dict[int, dict[int, int]] = defaultdict(dict)
+        for (number, position), address in staged.items():
+            sources[number][position] = address
         self._templates: list[Template] = [
-            template(unit, chunk_bytes, {r: base + o for (u, r), o in self._staged.items() if u == number})
-            for number, unit in enumerate(inventory.units)
+            template(unit, chunk_bytes, sources[number]) for number, unit in enumerate(inventory.units)
         ]
         if self._device is not None:
             self._device.plan(self._templates)
@@ -82,8 +90,12 @@ class Packer:
         """Copy what cannot wait. ``host_state`` must fit the host unit's ``reserved_bytes``."""
         if self._device is not None:
             self._device.freeze(self._frozen_by_device)
+        if len(self._logs_on_host):
+            self._pool.scatter(self._logs_on_host)
         for (number, position), offset in self._staged.items():
             unit = self._inventory.units[number]
+            if unit.kind is UnitKind.LOG:
+                continue
             if number in self._host_units:
                 if len(host_state) > unit.reserved_bytes:
                     raise UnsupportedState(
@@ -100,6 +112,16 @@ class Packer:
         """The bytes of an ``at_once`` region as of the last ``freeze``."""
         offset = self._staged[(unit, region)]
         return self._staging[offset : offset + self._inventory.units[unit].regions[region].nbytes]
+
+    def zero_logs(self, units: Sequence[int]) -> frozenset[int]:
+        """Those of these ``LOG`` units whose gradients were all zero bytes at the last ``freeze``."""
+        here = [u for u in units if u not in self._on_device]
+        found = {u for u in here if _is_zero(*self._log_spans[u])}
+        if self._device is not None:
+            there = [u for u in units if u in self._on_device]
+            zero = self._device.are_zero([self._log_spans[u] for u in there])
+            found |= {u for u, is_zero in zip(there, zero, strict=True) if is_zero}
+        return frozenset(found)
 
     def pack(self, targets: Sequence[Target], between: Callable[[], None]) -> list[int] | None:
         """Copy captures and fill their chunk digests; returns the capture digests, or None if cancelled.
@@ -169,16 +191,43 @@ def _find_device(
     )
 
 
-def _staging_offsets(inventory: Inventory) -> tuple[dict[tuple[int, int], int], int]:
-    """Where in the staging buffer each ``at_once`` region and each host state goes, and the buffer's size."""
-    offsets: dict[tuple[int, int], int] = {}
+_Places = dict[tuple[int, int], int]
+"""By unit and region: where it is."""
+
+
+def _staging_offsets(inventory: Inventory, units: Sequence[int]) -> tuple[_Places, int]:
+    """Where in a staging buffer each ``at_once`` region and each host state goes, and the buffer's size."""
+    offsets: _Places = {}
     cursor = 0
-    for number, unit in enumerate(inventory.units):
+    for number in units:
+        unit = inventory.units[number]
         waiting = [(i, r.nbytes) for i, r in enumerate(unit.regions) if r.at_once]
         for position, nbytes in [(0, unit.reserved_bytes)] if unit.kind is UnitKind.HOST else waiting:
             offsets[number, position] = cursor
             cursor = align_up(cursor + nbytes)
     return offsets, max(cursor, 1)
+
+
+def _rows(inventory: Inventory, staged: _Places, units: frozenset[int]) -> Int64s:
+    """The staged regions of these units: source, destination, nbytes."""
+    rows = [
+        (inventory.units[u].regions[r].address, address, inventory.units[u].regions[r].nbytes)
+        for (u, r), address in staged.items()
+        if u in units
+    ]
+    return np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
+def _spans(inventory: Inventory, staged: _Places) -> dict[int, tuple[int, int]]:
+    """Address and size of each ``LOG`` unit's staged gradients, which lie one behind the other."""
+    logs = inventory.of_kind(UnitKind.LOG)
+    return {u: (staged[u, 0], inventory.units[u].nbytes) for u in logs}
+
+
+def _is_zero(address: int, nbytes: int) -> bool:
+    """Whether memory of this process is all zero; looks at a little of it first."""
+    data = np.ctypeslib.as_array((ctypes.c_uint64 * (nbytes // 8)).from_address(address))
+    return not data[:512].any() and not data.any()
 
 
 def verify(pool: HostPool, chunk_bytes: int, capture: Bytes, digests: Digests, expected: int) -> bool:

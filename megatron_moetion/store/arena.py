@@ -25,7 +25,16 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
-from megatron_moetion.store.manifest import Page, Record, current_page, decode_page, encode_page, page_bytes, successor
+from megatron_moetion.store.manifest import (
+    NO_SLOT,
+    Page,
+    Record,
+    current_page,
+    decode_page,
+    encode_page,
+    page_bytes,
+    successor,
+)
 from megatron_moetion.units import Inventory, UnitKind, align_up
 
 FORMAT_VERSION = 1
@@ -77,8 +86,13 @@ class ArenaSpec:
 
     @property
     def num_slots(self) -> int:
-        """Slots in total; also the most records a page can need."""
+        """Slots in total."""
         return sum(count for _, count in self.slots)
+
+    @property
+    def num_records(self) -> int:
+        """The most records a page can need: one a slot; with gradient logs as many again, of captures of zeros."""
+        return self.num_slots * (2 if any(kind == UnitKind.LOG for _, kind, _ in self.units) else 1)
 
     def to_json(self) -> bytes:
         """The header's document."""
@@ -111,7 +125,7 @@ class _Layout:
     @classmethod
     def of(cls, spec: ArenaSpec) -> _Layout:
         header = _round(_HEADER_PREFIX_BYTES + len(spec.to_json()))
-        area = _round(page_bytes(spec.num_slots))
+        area = _round(page_bytes(spec.num_records))
         cursor = header + 2 * area
         starts, sizes = [], []
         for size, count in spec.slots:
@@ -149,8 +163,8 @@ class Arena:
         self._next_page = 1 - pages.index(page)
         older = pages[self._next_page]
         # A crash between the two writes of an edit leaves an older page that refers to more.
-        self._only_older = {r.slot for r in older.records} - {r.slot for r in page.records} if older else set()
-        self._taken = {r.slot for r in page.records} | self._only_older
+        self._only_older = _slots(older) - _slots(page) if older else set()
+        self._taken = _slots(page) | self._only_older
         self._free: dict[int, list[int]] = defaultdict(list)
         for slot in reversed(range(spec.num_slots)):
             if slot not in self._taken:
@@ -178,7 +192,7 @@ class Arena:
             document = spec.to_json()
             prefix = _MAGIC + len(document).to_bytes(8, "little") + _digest(document)
             memory[: len(prefix) + len(document)] = prefix + document
-            first = encode_page(page, spec.num_slots)
+            first = encode_page(page, spec.num_records)
             memory[layout.page_starts[0] : layout.page_starts[0] + len(first)] = first
             os.rename(scratch, path)
         except BaseException:
@@ -270,7 +284,7 @@ class Arena:
     def release(self, slots: Iterable[int]) -> None:
         """Give back slots that were acquired and never committed."""
         with self._lock:
-            listed = {r.slot for r in self._page.records}
+            listed = _slots(self._page)
             for slot in slots:
                 if slot in listed:
                     raise AssertionError(f"slot {slot} of {self.path} holds a whole capture; drop it by an edit")
@@ -288,9 +302,9 @@ class Arena:
         when these are handed out again.
         """
         with self._lock:
-            before = {r.slot for r in self._page.records} | self._only_older
+            before = _slots(self._page) | self._only_older
             self._write(successor(self._page, **change(self._page)))
-            dropped = before - {r.slot for r in self._page.records}
+            dropped = before - _slots(self._page)
             if dropped:
                 self._write(successor(self._page))
                 self._only_older = set()
@@ -304,10 +318,14 @@ class Arena:
 
     def _write(self, page: Page) -> None:
         start = self._layout.page_starts[self._next_page]
-        data = encode_page(page, self.spec.num_slots)
+        data = encode_page(page, self.spec.num_records)
         self._memory[start : start + len(data)] = data
         self._page = page
         self._next_page = 1 - self._next_page
+
+
+def _slots(page: Page) -> set[int]:
+    return {r.slot for r in page.records} - {NO_SLOT}
 
 
 def arena_name(owner: int) -> str:

@@ -23,6 +23,9 @@ _DIGEST_BYTES = 16
 MAX_BRANCHES = 32
 """Recoveries remembered. Captures of a history that branched off earlier are refused."""
 
+NO_SLOT = 0xFFFFFFFF
+"""In place of a slot: every byte of the capture is zero, so it needs none."""
+
 RECORD = np.dtype(
     [
         ("unit", "<u4"),
@@ -42,7 +45,8 @@ class Record:
     """One whole capture: the bytes in ``slot`` are unit ``unit`` as of the end of ``iteration``.
 
     ``digest`` is the digest of the capture's chunk digests. ``tokens`` counts what this rank's shard of the
-    expert had processed up to the capture since the run began (0 for other units).
+    expert had processed up to the capture since the run began (0 for other units). A capture of nothing but zeros is
+    told by its record alone: ``slot`` is ``NO_SLOT``, ``nbytes`` and ``digest`` are 0.
     """
 
     unit: int
@@ -57,6 +61,11 @@ class Record:
     def key(self) -> tuple[int, int]:
         """What a capture is identified by inside one history."""
         return (self.unit, self.iteration)
+
+    @property
+    def is_zero(self) -> bool:
+        """Whether all bytes are zero, and none of them in a slot."""
+        return self.slot == NO_SLOT
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -125,7 +125,7 @@ class Job:
         self, nursery: Nursery, folder: Path, store: Path, *, ranks_per_node: int = 2, **settings: Any
     ) -> None:
         toy = {f.name: settings.pop(f.name) for f in dataclasses.fields(Toy) if f.name in settings}
-        self.toy = Toy(**toy)
+        self.toy = Toy(**{"exact": settings.get("mode") == "exact", **toy})
         self.folder, self.store = folder, store
         self._nursery = nursery
         self._attempt = -1
@@ -243,7 +243,7 @@ class Job:
                     assert oldest == newest, f"{name} of rank {rank} is made of iterations {oldest} to {newest}"
                     assert origin.setdefault(name, oldest) == oldest, f"ranks have {name} of different iterations"
                     assert oldest <= iteration
-                    assert self.settings["mode"] != "full" or oldest == iteration
+                    assert self.settings["mode"] == "popularity" or oldest == iteration
                     at = oldest
                 assert found == book[at][name], f"rank {rank}: {name} is not what it was at iteration {at}"
         lost = sum(s["lost"] for s in outcome.started)

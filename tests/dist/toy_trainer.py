@@ -7,6 +7,7 @@ depends on the state of all ranks before it, so that a wrong byte anywhere is in
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import mmap
@@ -30,7 +31,7 @@ from megatron_moetion.errors import ChannelError, MoetionError
 from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot import packer
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, TokenCounter, Unit, UnitKind
 
 CRASHED = 1
 """Exit code of a rank that lost its peers, as a training loop has it that does not catch torch's errors."""
@@ -49,6 +50,8 @@ class Toy:
     experts: int = 4
     """Of one rank; every second rank shares them."""
     elements: int = 1500
+    exact: bool = False
+    """State follows from gradients, by steps that can be replayed; some gradients are zero, some steps are skipped."""
     salted: bool = False
     """Steps depend on the attempt: what is done again comes out differently."""
     ballast_bytes: int = 0
@@ -213,6 +216,95 @@ class Trainee(ToyState):
         return int(sum(int(c) - int(t[0]) for c, t in zip(self.counts, self.trained, strict=True)))
 
 
+class Descender(Trainee):
+    """A trainee in mode ``exact``: momentum descent along gradients that depend on the state of all ranks."""
+
+    def __init__(self, toy: Toy, rank: int, attempt: int = 0) -> None:
+        super().__init__(toy, rank, attempt)
+        self._moving = [name for name in self.arrays if name != "frozen"]
+        self.momenta = {name: np.zeros_like(self.arrays[name]) for name in self._moving}
+        self.gradients = {name: np.zeros_like(self.arrays[name]) for name in self._moving}
+        self._told: list[tuple[int, float | None]] = []
+        self._steps_taken = 0
+
+    def inventory(self) -> Inventory:
+        found = []
+        for unit in super().inventory().units:
+            name = {r.tensor for r in unit.regions} & {"dense", "weight"}
+            if not name:
+                found.append(unit)
+                continue
+            key = "dense" if unit.kind is UnitKind.DENSE else f"expert{(unit.expert or 0) % self.num_experts}"
+            roles = {Role.EXP_AVG: self.momenta[key], Role.GRAD: self.gradients[key]}
+            extra = tuple(_region(unit.name, *name, a, role, role is Role.GRAD) for role, a in roles.items())
+            weights = unit.regions[:1] if unit.kind is UnitKind.EXPERT else unit.regions
+            found.append(dataclasses.replace(unit, regions=(*weights, *extra)))
+        return Inventory(units=tuple(found))
+
+    def token_counters(self) -> tuple[TokenCounter, ...]:
+        return ()
+
+    def host_state(self) -> dict[str, Any]:
+        return {**super().host_state(), "told": self._told[-_REMEMBERED:]}
+
+    def load_host_state(self, state: Mapping[str, Any]) -> None:
+        super().load_host_state({k: v for k, v in state.items() if k != "told"})
+
+    def image(self) -> bytes:
+        return super().image() + b"".join(a.tobytes() for a in self.momenta.values())
+
+    def advance(self, iteration: int, marks: Sequence[int]) -> None:
+        self._iteration = iteration
+        rng = np.random.default_rng([self._rank, iteration, self._salt, *marks])
+        for number, name in enumerate(self._moving):
+            gradient = rng.normal(size=self.arrays[name].shape).astype(np.float32)
+            self.gradients[name][:] = 0 if number and (iteration // 4 + number) % 3 == 0 else gradient
+        skipped = iteration % 7 == 5
+        if skipped:
+            self.gradients["dense"][:] = np.inf
+        self._told.append((iteration, None if skipped else float(rng.random())))
+        self._steps_taken += 1
+        self._step(self._told[-1][1])
+        self.counts += iteration
+        self.host = {"iteration": iteration, "rng": rng.bytes(64), "pair": (iteration, None), "rate": 0.5}
+
+    def _step(self, rate: float | None) -> None:
+        for name in self._moving if rate is not None else ():
+            self.momenta[name] *= np.float32(0.9)
+            self.momenta[name] += self.gradients[name]
+            self.arrays[name] -= np.float32(rate or 0.0) * self.momenta[name]
+
+    def note_step(self, iteration: int) -> StepNote:
+        taken, self._steps_taken = self._steps_taken, 0
+        return StepNote(skipped=self._told[-1][1] is None, problem="" if taken == 1 else f"{taken} steps")
+
+    def begin_replay(self, state: Mapping[str, Any]) -> None:
+        self._told = [(i, rate) for i, rate in state["told"]]
+
+    def replay(self, iteration: int) -> bool:
+        rate = dict(self._told)[iteration]
+        self._step(rate)
+        return rate is not None
+
+    def hashes(self) -> dict[str, str]:
+        found = super().hashes()
+        names = {"layers.0.dense": "dense", **{self.name_of(e): f"expert{e}" for e in range(self.num_experts)}}
+        return found | {unit: found[unit] + _hash(self.momenta[name].tobytes()) for unit, name in names.items()}
+
+    def ages(self) -> dict[str, list[int]]:
+        return {self.name_of(e): [self._iteration] * 2 for e in range(self.num_experts)}
+
+    def lost(self) -> int:
+        return 0
+
+
+_REMEMBERED = 24
+
+
+def trainee(toy: Toy, rank: int, attempt: int = 0) -> Trainee:
+    return (Descender if toy.exact else Trainee)(toy, rank, attempt)
+
+
 def _untouched(nbytes: int) -> npt.NDArray[np.uint8]:
     """Address space that no memory stands behind until it is touched."""
     if not nbytes:
@@ -228,7 +320,7 @@ def _hash(data: bytes) -> str:
 
 def uninterrupted(toy: Toy) -> list[dict[int, dict[str, str]]]:
     """For each rank the unit hashes after each iteration of a run that nothing happens to. One process, no runtime."""
-    states = [Trainee(toy, rank) for rank in range(toy.world_size)]
+    states = [trainee(toy, rank) for rank in range(toy.world_size)]
     found = [{0: s.hashes()} for s in states]
     for iteration in range(1, toy.iterations + 1):
         marks = [s.mark() for s in states]
@@ -286,7 +378,7 @@ def _train(
 
         resource.setrlimit(resource.RLIMIT_FSIZE, (toy.file_limit_bytes, toy.file_limit_bytes))
     settings = MoetionConfig(**config)
-    state = Trainee(toy, rank, attempt)
+    state = trainee(toy, rank, attempt)
     timing = scheduler(settings.schedule)
     fabric = GlooFabric(
         expert_peers=state.expert_peers(),
@@ -300,6 +392,7 @@ def _train(
         fabric=fabric,
         topology=toy.topology,
         scheduler=timing,
+        replayer=state if isinstance(state, Descender) else None,
         environment=environment,
     )
     if toy.second_fetch and toy.concerns(rank):
@@ -312,6 +405,7 @@ def _train(
     processed = int(state.counts.sum())
     extent = {"epoch": resumed.epoch, "lost_tokens": resumed.lost_tokens, "plt": resumed.plt} if resumed else {}
     counted = {"local": resumed.local_units, "fetched": resumed.fetched_units} if resumed else {}
+    counted |= {"replayed": resumed.replayed_steps} if resumed else {}
     notes.write("started", recovered=resumed is not None, processed=processed, **found, **extent, **counted)
     if toy.misbehave:
         misbehave(Path(config["store"]))

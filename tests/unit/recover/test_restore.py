@@ -10,7 +10,7 @@ from support import CHUNK_BYTES, POOL, Network, ToyState, capture, make_arena, s
 
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, plan_recovery
-from megatron_moetion.recover.restore import Mover, write_back
+from megatron_moetion.recover.restore import Mover, verified, write_back
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.snapshot.packer import Packer
@@ -99,7 +99,10 @@ def test_every_rank_comes_back_bit_for_bit(tmp_path: Path, lost: int | None) -> 
     for rank, (state, packer) in enumerate(zip(nodes.states, nodes.packers, strict=True)):
         for array in state.arrays.values():
             array[:] = -1
-        host = write_back(packer, nodes.arenas[rank, rank], plan.choices[rank], HOST_UNIT)
+        own = nodes.arenas[rank, rank]
+        records = verified(packer, own, plan.choices[rank])
+        write_back(packer, own, records)
+        host = bytes(own.payload(next(r.slot for r in records if r.unit == HOST_UNIT)))
         assert image(state) == nodes.images[target][rank]
         assert host.rstrip(b"\0") == f"host state of {target}".encode()
         nodes.mover(rank, plan).begin_epoch()
@@ -151,8 +154,8 @@ def test_nothing_is_written_back_unless_everything_verifies(tmp_path: Path) -> N
     state.arrays["dense"][:] = 5
     wrong = image(state)
     with pytest.raises(CorruptArena, match="the capture of host changed after it was surveyed"):
-        write_back(nodes.packers[0], arena, plan.choices[0], HOST_UNIT)
+        verified(nodes.packers[0], arena, plan.choices[0])
     assert image(state) == wrong != before
     arena.edit(lambda page: {"records": ()})
     with pytest.raises(CorruptArena, match="has gone"):
-        write_back(nodes.packers[0], arena, plan.choices[0], HOST_UNIT)
+        verified(nodes.packers[0], arena, plan.choices[0])

@@ -14,7 +14,7 @@ from support import CHUNK_BYTES, POOL, Network, ToyState, make_arena, no_probe, 
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
-from megatron_moetion.replicate.flight import Flight
+from megatron_moetion.replicate.flight import Contents, Flight
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
@@ -53,11 +53,11 @@ class Rig:
             packed=lambda begin_s, end_s, nbytes: self.packed.append((end_s - begin_s, nbytes)),
         )
         self.packed: list[tuple[float, int]] = []
-        self.everything = range(len(inventory.units))
+        self.everything = tuple(range(len(inventory.units)))
 
     def take(self, iteration: int) -> None:
         self.packer.freeze(b"host")
-        self.flight.begin(iteration, self.everything, {1: 10 * iteration})
+        self.flight.begin(iteration, Contents(units=self.everything), {1: 10 * iteration})
 
     def iterations(self) -> set[int]:
         return {r.iteration for r in self.arena.page.records}
@@ -228,7 +228,7 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
         packed=lambda *_: None,
     )
     rig.packer.freeze(b"host")
-    flight.begin(1, rig.everything, {})
+    flight.begin(1, Contents(units=rig.everything), {})
     flight.drain()
     assert "timed out" in flight.broken
     assert rig.iterations() == {1}

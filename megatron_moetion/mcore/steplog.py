@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the optimizer was told in each step, so that it can be told once more (mode ``exact``).
+
+Gradients are logged by ``snapshot``; here is the rest of a step's input: the fields of the parameter groups, step
+counts, and, where gradients are reduced in less than fp32, what they were multiplied by on the way to the optimizer
+(there, the product that was applied exists in fp32 only and is twice as large as what it is made from).
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
+from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
+
+from megatron_moetion.errors import CorruptArena, UnsupportedState
+from megatron_moetion.mcore.shards import set_steps, steps
+from megatron_moetion.units import StepNote
+
+BYTES_A_GROUP = 256
+"""Room in the host state for what changes in one parameter group from step to step: rate, decay, count."""
+
+
+class StepLog:
+    """Watches one rank's optimizer; ``links`` are the parts of it that hold state. ``close`` undoes all of it.
+
+    Remembers the last ``depth`` iterations.
+    """
+
+    def __init__(self, optimizer: MegatronOptimizer, links: Sequence[MegatronOptimizer], depth: int) -> None:
+        self._links = tuple(links)
+        self._told: list[list[dict[str, Any]]] = [[] for _ in links]
+        self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=depth)
+        self._norm: float | None = None
+        self._undo: list[Callable[[], None]] = []
+        self._is_raw = [_has_raw_gradients(link) for link in links]
+        self._inverse_scales = [_inverse_scale(link) for link in links]
+        for number, link in enumerate(links):
+            if link.config.reuse_grad_buf_for_mxfp8_param_ag:
+                raise UnsupportedState(
+                    "--reuse-grad-buf-for-mxfp8-param-ag is not supported in mode 'exact': it overwrites gradients "
+                    "before they are logged"
+                )
+            handle = link.optimizer.register_step_pre_hook(lambda *_, n=number: self._told[n].append(self._fields(n)))
+            self._undo.append(handle.remove)
+        if any(self._is_raw):
+            self._watch_norm(optimizer)
+
+    def close(self) -> None:
+        """Remove every hook."""
+        while self._undo:
+            self._undo.pop()()
+
+    @property
+    def reserve_bytes(self) -> int:
+        """Room that ``state`` may take beyond what an empty one does."""
+        groups = sum(len(link.optimizer.param_groups) for link in self._links)
+        return int(self._log.maxlen or 0) * (64 + (groups + len(self._links)) * BYTES_A_GROUP)
+
+    def note(self, iteration: int) -> StepNote:
+        """Enter the step of ``iteration``."""
+        told, self._told = self._told, [[] for _ in self._links]
+        self._inverse_scales = [_inverse_scale(link) for link in self._links]
+        counts = {len(found) for found in told}
+        if counts <= {0}:
+            self._log.append((iteration, None))
+            return StepNote(skipped=True)
+        if counts != {1}:
+            return StepNote(problem=f"{max(counts)} optimizer steps were taken: on_step_end must follow each one")
+        self._log.append((iteration, [found[0] for found in told]))
+        firsts = [g["params"][0] for link in self._links for g in link.optimizer.param_groups if g["params"]]
+        if any(parameter.grad is None for parameter in firsts):
+            return StepNote(problem="gradients were gone before on_step_end: zero them where a step begins")
+        return StepNote()
+
+    def state(self) -> list[Any]:
+        """The log as JSON-able values: of each step only what differs from the optimizer's fields of now."""
+        now = [self._fields(n) for n in range(len(self._links))]
+        return [
+            [iteration, None if step is None else [_difference(a, b) for a, b in zip(step, now, strict=True)]]
+            for iteration, step in self._log
+        ]
+
+    def load(self, state: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> None:
+        """Take up the log of a host state; ``now``: groups and steps of each link at the time of that state."""
+        self._log.clear()
+        for iteration, step in state:
+            self._log.append(
+                (iteration, None if step is None else [_merged(a, b) for a, b in zip(step, now, strict=True)])
+            )
+
+    def replay(self, iteration: int) -> bool:
+        """Take the step of ``iteration`` once more, with the gradients in the buffers; False if it was skipped."""
+        log = dict(self._log)
+        if iteration not in log:
+            raise CorruptArena(f"the host state does not tell what the optimizer did in iteration {iteration}")
+        step = log[iteration]
+        if step is None:
+            return False
+        with torch.no_grad():
+            for link, fields, is_raw in zip(self._links, step, self._is_raw, strict=True):
+                for group, values in zip(link.optimizer.param_groups, fields["groups"], strict=True):
+                    load_group(group, values)
+                if fields["steps"] is not None:
+                    set_steps(link, fields["steps"])
+                _bring_gradients(link)
+                if is_raw:
+                    _scale_gradients(link, fields["inverse_scale"], fields["norm"])
+                link.optimizer.step()
+                link.optimizer.zero_grad()
+        self._told = [[] for _ in self._links]
+        return True
+
+    def _fields(self, number: int) -> dict[str, Any]:
+        link = self._links[number]
+        scales = {"inverse_scale": self._inverse_scales[number], "norm": self._norm} if self._is_raw[number] else {}
+        return {"groups": groups_of(link), "steps": steps(link), **scales}
+
+    def _watch_norm(self, optimizer: MegatronOptimizer) -> None:
+        """Remember what the optimizer's own method returns: the norm that gradients are clipped by."""
+        name = "get_grad_norm" if isinstance(optimizer, ChainedOptimizer) else "clip_grad_norm"
+        original = getattr(optimizer, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            self._norm = original(*args, **kwargs)
+            return self._norm
+
+        setattr(optimizer, name, watched)  # on this object only
+        self._undo.append(lambda: delattr(optimizer, name))
+
+
+def groups_of(link: MegatronOptimizer) -> list[dict[str, Any]]:
+    """The fields of each parameter group as plain values."""
+    return [{k: plain(v) for k, v in group.items() if k != "params"} for group in link.optimizer.param_groups]
+
+
+def load_group(group: dict[str, Any], values: Mapping[str, Any]) -> None:
+    """Put a group's fields back, in place where they are tensors."""
+    for key, value in values.items():
+        if isinstance(group.get(key), torch.Tensor):
+            group[key].fill_(value)
+        else:
+            group[key] = value
+
+
+def plain(value: Any) -> Any:
+    """A number instead of a tensor of one."""
+    return value.item() if isinstance(value, torch.Tensor) else value
+
+
+def _has_raw_gradients(link: MegatronOptimizer) -> bool:
+    parameters = [p for group in link.optimizer.param_groups for p in group["params"]]
+    models = getattr(link, "model_param_group_index_map", None)
+    buffers = list(models) if models is not None else [*parameters, *_models_of(link)]
+    return any(p.main_grad.dtype is not torch.float32 for p in buffers if hasattr(p, "main_grad"))
+
+
+def _models_of(link: MegatronOptimizer) -> list[torch.nn.Parameter]:
+    return [p for group in getattr(link, "float16_groups", []) for p in group]
+
+
+def _inverse_scale(link: MegatronOptimizer) -> float | None:
+    scaler = getattr(link, "grad_scaler", None)
+    return None if scaler is None else float(scaler.inv_scale)
+
+
+def _bring_gradients(link: MegatronOptimizer) -> None:
+    if isinstance(link, FP32Optimizer):
+        link.prepare_grads()
+    else:
+        link._copy_model_grads_to_main_grads()
+
+
+def _scale_gradients(link: MegatronOptimizer, inverse_scale: float | None, norm: float | None) -> None:
+    """What Megatron does to gradients between the reduction and the optimizer, by the same functions."""
+    if inverse_scale is not None:
+        gradients = link._collect_main_grad_data_for_unscaling()
+        scale = torch.full_like(link.grad_scaler.inv_scale, inverse_scale)
+        torch._amp_foreach_non_finite_check_and_unscale_(gradients, torch.zeros_like(link.found_inf), scale)
+    if norm is not None and link.config.clip_grad > 0.0 and (parameters := link.get_parameters()):
+        clip_grad_by_total_norm_fp32(parameters, max_norm=link.config.clip_grad, total_norm=norm)
+
+
+def _difference(step: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    groups = [
+        {k: v for k, v in a.items() if k not in b or b[k] != v}
+        for a, b in zip(step["groups"], now["groups"], strict=True)
+    ]
+    return {**step, "groups": groups}
+
+
+def _merged(step: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:
+    return {**step, "groups": [{**b, **a} for a, b in zip(step["groups"], now["groups"], strict=True)]}

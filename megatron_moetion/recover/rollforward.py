@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From captures of several ages to one iteration: the optimizer's own steps, on the logged gradients.
+
+An optimizer's step works element by element, so it does not matter to one slice what the others hold. Slices
+of different ages share tensors and one step count. So the oldest go first: before step t + 1 is replayed, every slice
+that was captured at t is written into live state, over whatever the replay so far has made of it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import Record
+from megatron_moetion.units import StepReplayer
+
+
+def roll_forward(
+    packer: Packer,
+    arena: Arena,
+    records: Sequence[Record],
+    *,
+    log_of: Mapping[int, int],
+    to: int,
+    replayer: StepReplayer,
+) -> int:
+    """Bring live state to iteration ``to``; returns how many steps were replayed.
+
+    ``records``: verified captures and gradients, as a plan chose them. Units without a log are written as they are.
+    """
+    slice_of = {log: unit for unit, log in log_of.items()}
+    captured: dict[int, list[Record]] = defaultdict(list)
+    logged: dict[int, dict[int, Record]] = defaultdict(dict)
+    for record in records:
+        if record.unit in log_of:
+            captured[record.iteration].append(record)
+        elif record.unit in slice_of:
+            logged[record.iteration][record.unit] = record
+        else:
+            packer.scatter(record.unit, arena.payload(record.slot))
+    zeros = np.zeros(max((arena.spec.units[u][2] for u in slice_of), default=0), dtype=np.uint8)
+    replayed = 0
+    for iteration in range(min(captured, default=to), to + 1):
+        if iteration in logged:
+            for unit in slice_of:  # a slice that is written later may be stepped on anything that is a number
+                gradient = logged[iteration].get(unit)
+                is_zero = gradient is None or gradient.is_zero
+                packer.scatter(unit, zeros if gradient is None or is_zero else arena.payload(gradient.slot))
+            replayed += replayer.replay(iteration)
+        for record in captured[iteration]:
+            packer.scatter(record.unit, arena.payload(record.slot))
+    return replayed

@@ -1,0 +1,81 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which captures and logged gradients lead to which iteration (mode ``exact``). Pure.
+
+A slice's state at iteration T follows from a capture at c <= T, its *base*, and the gradients of c + 1 ... T, all of
+them: a *chain*. An iteration whose gradient is missing breaks every chain that would pass over it.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from megatron_moetion.store.manifest import Record
+from megatron_moetion.units import UnitKind, log_units
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChainLayout:
+    """Which units of a rank form chains, by number."""
+
+    log_of: Mapping[int, int]
+    """The unit of the gradients of each slice."""
+    always: frozenset[int]
+    """Units that every snapshot holds and that only the iteration itself needs (host state, buffers)."""
+
+
+def chain_layout(units: Sequence[tuple[str, int, int]]) -> ChainLayout:
+    """From an arena's units (name, kind, bytes)."""
+    logs = log_units([(name, UnitKind(kind)) for name, kind, _ in units])
+    members = {*logs, *logs.values()}
+    return ChainLayout(
+        log_of=logs,
+        always=frozenset(u for u, (_, kind, _) in enumerate(units) if u not in members and kind != UnitKind.FROZEN),
+    )
+
+
+def base_of(captures: Iterable[int], logged: Collection[int], at: int) -> int | None:
+    """The newest capture from which iteration ``at`` can be reached, None if there is none."""
+    newest = max((c for c in captures if c <= at), default=None)
+    if newest is None:
+        return None
+    # A gap below the newest capture is of no interest, and one above it breaks the chains of all older ones too.
+    return newest if all(i in logged for i in range(newest + 1, at + 1)) else None
+
+
+def retain_chains(
+    records: Iterable[Record], stable: int, layout: ChainLayout, *, broken: int = -1, unreachable: Collection[int] = ()
+) -> tuple[Record, ...]:
+    """The records that recovery may still need once ``stable`` is stable.
+
+    ``broken``: the newest iteration whose snapshot is known not to be whole on some rank; no chain leads over it, so
+    what lies between ``stable`` and it is of no use. ``unreachable``: later iterations that are whole and still cannot
+    be recovered, because some chain has not begun anew yet.
+    """
+    stale = max(stable, broken)
+    kept: list[Record] = []
+    captures: dict[int, dict[int, Record]] = defaultdict(dict)
+    logs: dict[int, dict[int, Record]] = defaultdict(dict)
+    slice_of = {log: unit for unit, log in layout.log_of.items()}
+    for record in records:
+        if stable < record.iteration <= stale:
+            continue
+        if record.unit in layout.log_of:
+            captures[record.unit][record.iteration] = record
+        elif record.unit in slice_of:
+            logs[slice_of[record.unit]][record.iteration] = record
+        elif record.unit not in layout.always:
+            kept.append(record)  # never changes
+        elif record.iteration == stable or (record.iteration > stale and record.iteration not in unreachable):
+            kept.append(record)
+    for unit in layout.log_of:
+        base = base_of(captures[unit], logs[unit], stable)
+        new = [i for i in captures[unit] if i > stale]
+        kept.extend(captures[unit][i] for i in ([] if base is None else [base]) + new)
+        if base is not None:
+            kept.extend(r for i, r in logs[unit].items() if base < i <= stable)
+        begin = stable if stale == stable else min(new, default=None)
+        if begin is not None:
+            kept.extend(r for i, r in logs[unit].items() if i > max(begin, stale))
+    return tuple(sorted(kept, key=lambda r: r.key))
