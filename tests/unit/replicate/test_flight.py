@@ -166,7 +166,7 @@ def test_a_bug_in_replication_does_not_pass_in_silence(tmp_path: Path) -> None:
     other.flight._sending.submit(lambda: None).result(5)  # the failed round is over
     other.take(2)
     with pytest.raises(AssertionError, match="out of step"):
-        other.flight.finish_packing(5)
+        other.flight.finish()
 
 
 def test_a_skipped_iteration_takes_its_round(tmp_path: Path) -> None:
