@@ -262,7 +262,13 @@ def _check_precision(args: argparse.Namespace) -> None:
         args.loss_scale is not None and not (args.fp16 or args.bf16),
         f"--loss-scale {args.loss_scale} needs --fp16 or --bf16",
     )
-    if args.bf16:
+    if args.grad_reduce_in_bf16:
+        _refuse_if(not args.bf16, "--grad-reduce-in-bf16 needs --bf16")
+        _refuse_if(
+            args.accumulate_allreduce_grads_in_fp32,
+            "--grad-reduce-in-bf16 and --accumulate-allreduce-grads-in-fp32 exclude each other; give one",
+        )
+    elif args.bf16:
         args.accumulate_allreduce_grads_in_fp32 = True
 
 

@@ -137,7 +137,12 @@ def _add_parallelism(group: Any) -> None:
 def _add_precision(group: Any) -> None:
     group.add_argument("--bf16", action="store_true")
     group.add_argument("--fp16", action="store_true")
-    group.add_argument("--accumulate-allreduce-grads-in-fp32", action="store_true", help="always on with --bf16")
+    group.add_argument(
+        "--accumulate-allreduce-grads-in-fp32",
+        action="store_true",
+        help="on with --bf16, unless --grad-reduce-in-bf16 is given",
+    )
+    group.add_argument("--grad-reduce-in-bf16", action="store_true", help="reduce gradients as bf16")
     group.add_argument("--loss-scale", type=float, help="constant; without it fp16 scales dynamically")
     group.add_argument("--initial-loss-scale", type=float, default=2.0**32)
     group.add_argument("--min-loss-scale", type=float, default=1.0)

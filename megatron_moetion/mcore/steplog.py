@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ class StepLog:
         self._norm: float | None = None
         self._undo: list[Callable[[], None]] = []
         self._is_raw = [_has_raw_gradients(link) for link in links]
-        self._inverse_scales = [_inverse_scale(link) for link in links]
+        self._inverse_scales: list[float | None] = [None] * len(links)
         for number, link in enumerate(links):
             if link.config.reuse_grad_buf_for_mxfp8_param_ag:
                 raise UnsupportedState(
@@ -47,8 +48,11 @@ class StepLog:
                 )
             handle = link.optimizer.register_step_pre_hook(lambda *_, n=number: self._told[n].append(self._fields(n)))
             self._undo.append(handle.remove)
+            if self._is_raw[number] and getattr(link, "grad_scaler", None) is not None:
+                self._watch(link.grad_scaler, "update", before=partial(self._note_scale, number))
         if any(self._is_raw):
-            self._watch_norm(optimizer)
+            name = "get_grad_norm" if isinstance(optimizer, ChainedOptimizer) else "clip_grad_norm"
+            self._watch(optimizer, name, after=self._note_norm)
 
     def close(self) -> None:
         """Remove every hook."""
@@ -64,7 +68,6 @@ class StepLog:
     def note(self, iteration: int) -> StepNote:
         """Enter the step of ``iteration``."""
         told, self._told = self._told, [[] for _ in self._links]
-        self._inverse_scales = [_inverse_scale(link) for link in self._links]
         counts = {len(found) for found in told}
         if counts <= {0}:
             self._log.append((iteration, None))
@@ -120,17 +123,35 @@ class StepLog:
         scales = {"inverse_scale": self._inverse_scales[number], "norm": self._norm} if self._is_raw[number] else {}
         return {"groups": groups_of(link), "steps": steps(link), **scales}
 
-    def _watch_norm(self, optimizer: MegatronOptimizer) -> None:
-        """Remember what the optimizer's own method returns: the norm that gradients are clipped by."""
-        name = "get_grad_norm" if isinstance(optimizer, ChainedOptimizer) else "clip_grad_norm"
-        original = getattr(optimizer, name)
+    def _note_scale(self, number: int) -> None:
+        """Gradients have just been divided by the loss scale, which is about to change."""
+        self._inverse_scales[number] = float(self._links[number].grad_scaler.inv_scale)
+
+    def _note_norm(self, norm: float | None) -> None:
+        """What gradients are about to be clipped by."""
+        self._norm = norm
+
+    def _watch(
+        self,
+        owner: Any,
+        name: str,
+        *,
+        before: Callable[[], None] | None = None,
+        after: Callable[[Any], None] | None = None,
+    ) -> None:
+        """Be told of each call of this one object's method, until ``close``."""
+        original = getattr(owner, name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
-            self._norm = original(*args, **kwargs)
-            return self._norm
+            if before is not None:
+                before()
+            result = original(*args, **kwargs)
+            if after is not None:
+                after(result)
+            return result
 
-        setattr(optimizer, name, watched)  # on this object only
-        self._undo.append(lambda: delattr(optimizer, name))
+        setattr(owner, name, watched)
+        self._undo.append(lambda: delattr(owner, name))
 
 
 def groups_of(link: MegatronOptimizer) -> list[dict[str, Any]]:
@@ -161,11 +182,6 @@ def _has_raw_gradients(link: MegatronOptimizer) -> bool:
 
 def _models_of(link: MegatronOptimizer) -> list[torch.nn.Parameter]:
     return [p for group in getattr(link, "float16_groups", []) for p in group]
-
-
-def _inverse_scale(link: MegatronOptimizer) -> float | None:
-    scaler = getattr(link, "grad_scaler", None)
-    return None if scaler is None else float(scaler.inv_scale)
 
 
 def _bring_gradients(link: MegatronOptimizer) -> None:

@@ -93,9 +93,7 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
     """Examine all cases; whatever is raised ends the rank."""
     rank = int(environment["RANK"])
     notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
-    store = dist.FileStore(str(folder / "rendezvous"), WORLD_SIZE)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
-    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
+    join(folder, rank)
     for name, flags in CASES.items():
         trainer = _build(rank, name, flags)
         notes.write("case", name=name, **_examine(trainer, count_tokens=name != WITHOUT_COUNTS))
@@ -110,6 +108,18 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
         _tear_down()
     dist.barrier()
     return 0
+
+
+def join(folder: Path, rank: int) -> None:
+    """Meet the other ranks."""
+    with_port = dist.FileStore(str(folder / "rendezvous"), WORLD_SIZE)  # slow where many groups are made: for this only
+    if rank == 0:
+        store = dist.TCPStore("127.0.0.1", 0, WORLD_SIZE, is_master=True, wait_for_workers=False)
+        with_port.set("port", str(store.port))
+    else:
+        store = dist.TCPStore("127.0.0.1", int(with_port.get("port")), WORLD_SIZE, is_master=False)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
+    initialize_rerun_state_machine(mode=RerunMode.DISABLED)
 
 
 def _tear_down() -> None:
@@ -336,7 +346,7 @@ def _scramble(trainer: Trainer, state: MegatronState) -> None:
         ctypes.memmove(start, noise.randbytes(end - start), end - start)
     for optimizer in _inner(trainer):
         for group in optimizer.param_groups:
-            group.update(lr=9.0, weight_decay=0.7, step=77)
+            group.update(lr=9.0, weight_decay=0.7, **({"step": 77} if "step" in group else {}))
     trainer.scheduler.num_steps = 4321
     trainer.progress.load_state_dict({k: 99 for k in trainer.progress.state_dict()})
     tensor_parallel.model_parallel_cuda_manual_seed(4321)

@@ -111,11 +111,19 @@ def _megatron(request: Mapping[str, Any], environment: Mapping[str, str]) -> int
     return megatron_trainer.main(Path(request["folder"]), environment)
 
 
+def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import megatron_exact
+
+    return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
     kind = sys.argv[1]
     if kind == "toy":
         import toy_trainer  # noqa: F401
-    else:
+    elif kind == "megatron":
         import megatron_trainer  # noqa: F401
-    serve(_toy if kind == "toy" else _megatron)
+    else:
+        import megatron_exact  # noqa: F401
+    serve({"toy": _toy, "megatron": _megatron, "exact": _exact}[kind])
