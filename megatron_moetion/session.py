@@ -220,6 +220,8 @@ class Session:
         packed, captured = flight.finish()
         if self._rotation is not None:
             self._rotation.packed(is_there=packed >= 0, captured=captured)
+            # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
+            flight.catch_up(self._config.max_stall_ms / 1000)
         try:
             self._learn()
             note = self._replayer.note_step(iteration) if self._replayer is not None else StepNote()
@@ -258,6 +260,8 @@ class Session:
             "moetion/stable-lag-iterations": float(self._recent[0] - self._stable),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
+            "moetion/captures-left-out": float(sum(counts.left_out.values())),
+            "moetion/waited-s": counts.waited_s,
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
             "moetion/unsaved-tokens": float(sum(self._book.ledger.unsaved)),
             "moetion/projected-plt": self._book.projected_share,

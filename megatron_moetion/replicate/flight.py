@@ -12,7 +12,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field
 
 from megatron_moetion.errors import ChannelError, DeviceFault
@@ -37,6 +37,8 @@ class FlightCounts:
     rarer to fit the links), ``refused`` (a buddy had no room), ``channel``."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Captures that snapshots can do without, by reason: ``no-slot``, ``late``."""
+    waited_s: float = 0.0
+    """Time that training waited for replication (mode ``exact``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,6 +136,15 @@ class Flight:
             self._pack.result()
             self._pack = None
         return self._packed_last
+
+    def catch_up(self, max_stall_s: float) -> None:
+        """Wait until all snapshots are replicated, but not longer than this; for those that had better not be dropped.
+
+        Call it after ``finish``. What it waited is in ``counts``.
+        """
+        began = time.monotonic()
+        wait(self._sends, max_stall_s)
+        self.counts.waited_s += time.monotonic() - began
 
     def drain(self) -> None:
         """Wait until everything begun is packed and replicated or dropped. Bounded by the channel's time limits."""

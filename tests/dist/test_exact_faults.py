@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``exact`` under the faults of ``test_faults.py``: what comes back is bitwise what was, whatever phase it is in."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from jobs import Job
+from test_faults import OF_A_RECOVERY, OF_A_STEP, assert_few_lost, at
+
+from megatron_moetion.observe.fault import POINTS
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+
+MakeJob = Callable[..., Job]
+PERIOD = 3
+EXACT = {"mode": "exact", "period": PERIOD}
+FAILING = (5, 6)
+
+
+@pytest.mark.parametrize("iteration", range(7, 7 + PERIOD))
+@pytest.mark.parametrize("lost", [None, 0, 1])
+@pytest.mark.parametrize("point", OF_A_STEP)
+def test_goes_on_bitwise_after_a_kill(job: MakeJob, point: str, lost: int | None, iteration: int) -> None:
+    run = job(**EXACT)
+    ended = run.fail(at(2, iteration, point))
+    if lost is not None:
+        run.lose(lost)
+    began = run.finish()
+    assert_few_lost(2, point, ended, began)
+    assert all(s["replayed"] <= 2 * PERIOD for s in began.started)
+    run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize(
+    ("world_size", "replicas", "lost"),
+    [(4, 1, (1, 2)), (3, 2, (0, 2)), (5, 1, (0, 4))],
+    ids=["one of each pair", "two of three", "one of a pair, one of a ring"],
+)
+def test_as_many_nodes_as_there_are_replicas_may_vanish(
+    job: MakeJob, world_size: int, replicas: int, lost: tuple[int, ...]
+) -> None:
+    run = job(**EXACT, world_size=world_size, ranks_per_node=1, replicas=replicas)
+    ended = run.fail(at(lost[0], 8, "mid-replication"))
+    run.lose(*lost)
+    assert_few_lost(lost[0], "mid-replication", ended, run.finish())
+    run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize("lost_again", [False, True])
+@pytest.mark.parametrize("point", OF_A_RECOVERY)
+def test_a_recovery_is_cut_short(job: MakeJob, point: str, lost_again: bool) -> None:
+    run = job(**EXACT)
+    run.fail(at(3, 8, "mid-pack"))
+    run.lose(1)
+    run.fail([(2, -1, point)])
+    if lost_again:
+        run.lose(1)
+    run.finish()
+    run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize("point", ["restore", "restored"])
+def test_the_last_old_node_may_go_once_its_state_is_on_the_new_one(job: MakeJob, point: str) -> None:
+    run = job(**EXACT)
+    run.fail(at(3, 7, "mid-pack"))
+    run.lose(1)
+    run.fail([(0, -1, point)])
+    run.lose(0)
+    run.finish()
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_faults_in_a_row(job: MakeJob) -> None:
+    run = job(**EXACT, calm=True, iterations=16)
+    for iteration, lost in ((4, 1), (7, 0), (8, None), (9, 1), (13, 0)):
+        run.fail(at(iteration % 4, iteration, "mid-replication"))
+        if lost is not None:
+            run.lose(lost)
+    run.finish()
+    assert [e["epoch"] for e in run.events if e["event"] == "recovered"] == [1, 2, 3, 4, 5]
+    run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize("period", [2, 5, 8])
+@pytest.mark.parametrize("seed", range(2))
+def test_random_kills_again_and_again(job: MakeJob, seed: int, period: int) -> None:
+    rng = random.Random(100 * period + seed)
+    run = job(mode="exact", period=period, iterations=36)
+    whole = True
+    for _ in range(5):
+        rank = rng.randrange(4)
+        if rng.random() < 0.5:
+            ended = run.attempt(kill=(rank, rng.randrange(1, 8), rng.random() * 0.02))
+        else:
+            reached = max((max(book, default=0) for book in run.book), default=0)
+            point = rng.choice(POINTS)
+            soon = at(rank, reached + rng.randrange(1, 6), point)
+            ended = run.attempt(soon if point in OF_A_STEP else [(rank, -1, point)])
+        run.follow(ended)
+        whole = whole or all(ended.of("started", r) for r in range(4))
+        if whole and rng.random() < 0.5:
+            run.lose(rng.randrange(2))
+            whole = False
+    run.finish()
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_ranks_may_come_back_on_other_nodes(job: MakeJob) -> None:
+    run = job(**EXACT, iterations=14)
+    run.fail(at(0, 4, "mid-replication"))
+    run.fail(at(1, 7, "before-commit"), places=[2, 3, 0, 1])
+    run.lose(0)
+    run.fail(at(2, 10, "mid-pack"), places=[0, 2, 1, 3])
+    run.finish(places=[3, 0, 2, 1])
+    run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize("fault", [8, 14])
+@pytest.mark.parametrize(
+    ("reason", "rank", "trouble"),
+    [("refused", 3, {"damaged_payload": FAILING}), ("moved", 1, {"moved": FAILING}), ("freeze", 1, {"grown_host": FAILING})],
+)
+def test_after_a_dropped_snapshot_chains_begin_anew(
+    job: MakeJob, reason: str, rank: int, trouble: dict[str, Any], fault: int
+) -> None:
+    """Until they have, the iteration before the drop is what there is to go back to."""
+    run = job(**EXACT, **trouble, odd_ranks=(1,), calm=True, iterations=18)
+    ended = run.fail(at(rank, fault, "before-select"))
+    run.lose(1)
+    assert ended.dropped(rank) == {reason: len(FAILING)}
+    began = run.finish()
+    assert began.iteration == (FAILING[0] - 1 if fault == 8 else fault - 1)
+    assert began.one("end")["stable"] == run.toy.iterations - 2
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_a_late_capture_is_left_out_and_breaks_nothing(job: MakeJob) -> None:
+    run = job(**EXACT, slow_pack=(5, 6), max_stall_ms=1, odd_ranks=(1,), calm=True)
+    run.fail(at(1, 8, "before-select"))
+    run.lose(1)
+    began = run.finish()
+    assert began.iteration == 7
+    assert began.drops == 0
+    run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize(("max_stall_ms", "drops"), [(5000, False), (1, True)])
+def test_slow_replication_is_waited_for_and_stops_nothing(job: MakeJob, max_stall_ms: int, drops: bool) -> None:
+    """Up to a limit; beyond it snapshots are dropped, and chains begin anew once it is fast enough."""
+    slow = {"slow_send": (5, 6, 7, 8), "odd_ranks": (2,), "max_stall_ms": max_stall_ms}
+    run = job(**EXACT, **slow, iterations=40, step_s=0.01)
+    ended = run.fail(at(1, 16, "before-select"))
+    run.lose(0)
+    assert any(ended.dropped(r).get("no-slot", 0) > 0 for r in range(4)) == drops
+    last = run.finish()
+    assert last.one("end")["stable"] > 30, "snapshots become stable again"
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_replication_that_is_always_too_slow_still_makes_iterations_stable(job: MakeJob) -> None:
+    run = job(**EXACT, slow_send=tuple(range(1, 30)), odd_ranks=(2,), iterations=20, step_s=0.01)
+    ended = run.fail(at(1, 15, "before-select"))
+    run.lose(1)
+    assert ended.drops == 0
+    assert run.finish().iteration >= 12
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_a_broken_network_stops_replication_and_not_training(job: MakeJob) -> None:
+    run = job(**EXACT, broken_send_after=5, odd_ranks=(2,), timeout_s=2, iterations=12, calm=True)
+    first = run.finish()
+    assert {first.one("end", r)["stable"] for r in range(4)} == {4}
+    run.assert_as_if_nothing_had_happened()
+    run.lose(1)
+    assert run.finish(broken_send_after=0).iteration == 4
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_what_a_node_still_holds_of_a_dead_history_is_not_mixed_in(job: MakeJob) -> None:
+    run = job(**EXACT, salted=True, calm=True)
+    fault = at(0, 8, "mid-replication")
+    run.fail(fault)
+    run.take_away(1)
+    second = run.fail(fault)
+    assert second.iteration == 7
+    run.bring_back(1)
+    third = run.fail(at(1, 10, "mid-replication"))
+    assert third.iteration == 7
+    run.lose(0)
+    assert run.finish().iteration == 9
