@@ -224,7 +224,7 @@ class Session:
             flight.catch_up(self._config.max_stall_ms / 1000)
         try:
             self._learn()
-            note = self._replayer.note_step(iteration) if self._replayer is not None else StepNote()
+            note = self._note_step(iteration)
             unfrozen = self._freeze()
             counts = self._token_counts()
             self._fabric.start_sum(counts)
@@ -260,6 +260,7 @@ class Session:
             "moetion/stable-lag-iterations": float(self._recent[0] - self._stable),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
+            "moetion/zero-bytes": counts.zero_bytes / max(counts.committed, 1),
             "moetion/captures-left-out": float(sum(counts.left_out.values())),
             "moetion/waited-s": counts.waited_s,
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
@@ -585,6 +586,16 @@ class Session:
             self._journal.warn_once(why.split()[0], iteration, why)  # "a fault now", "faults so far"
         units = (unit for e in chosen if (unit := self._expert_units[e]) is not None)
         return Contents(units=(*self._always, *units))
+
+    def _note_step(self, iteration: int) -> StepNote:
+        """Mode ``exact``: enter the optimizer's step into the log."""
+        if self._replayer is None:
+            return StepNote()
+        note = self._replayer.note_step(iteration)
+        before = self._recent[0]
+        if iteration != before + 1 and not note.problem:
+            return StepNote(problem=f"after iteration {before} came {iteration}; mode 'exact' needs every one of them")
+        return note
 
     def _hash_state(self, iteration: int) -> None:
         """Now and then: a hash over the state of all ranks, by which runs can be compared."""

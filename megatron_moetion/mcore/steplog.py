@@ -34,7 +34,8 @@ class StepLog:
 
     def __init__(self, optimizer: MegatronOptimizer, links: Sequence[MegatronOptimizer], depth: int) -> None:
         self._links = tuple(links)
-        self._told: list[list[dict[str, Any]]] = [[] for _ in links]
+        self._told: list[dict[str, Any]] = [{} for _ in links]
+        self._times_told = [0] * len(links)
         self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=depth)
         self._norm: float | None = None
         self._undo: list[Callable[[], None]] = []
@@ -46,7 +47,7 @@ class StepLog:
                     "--reuse-grad-buf-for-mxfp8-param-ag is not supported in mode 'exact': it overwrites gradients "
                     "before they are logged"
                 )
-            handle = link.optimizer.register_step_pre_hook(lambda *_, n=number: self._told[n].append(self._fields(n)))
+            handle = link.optimizer.register_step_pre_hook(partial(self._note_told, number))
             self._undo.append(handle.remove)
             if self._is_raw[number] and getattr(link, "grad_scaler", None) is not None:
                 self._watch(link.grad_scaler, "update", before=partial(self._note_scale, number))
@@ -67,14 +68,13 @@ class StepLog:
 
     def note(self, iteration: int) -> StepNote:
         """Enter the step of ``iteration``."""
-        told, self._told = self._told, [[] for _ in self._links]
-        counts = {len(found) for found in told}
-        if counts <= {0}:
+        times, self._times_told = set(self._times_told), [0] * len(self._links)
+        if times <= {0}:
             self._log.append((iteration, None))
             return StepNote(skipped=True)
-        if counts != {1}:
-            return StepNote(problem=f"{max(counts)} optimizer steps were taken: on_step_end must follow each one")
-        self._log.append((iteration, [found[0] for found in told]))
+        if times != {1}:
+            return StepNote(problem=f"{max(times)} optimizer steps were taken: on_step_end must follow each one")
+        self._log.append((iteration, list(self._told)))
         firsts = [g["params"][0] for link in self._links for g in link.optimizer.param_groups if g["params"]]
         if any(parameter.grad is None for parameter in firsts):
             return StepNote(problem="gradients were gone before on_step_end: zero them where a step begins")
@@ -115,13 +115,18 @@ class StepLog:
                     _scale_gradients(link, fields["inverse_scale"], fields["norm"])
                 link.optimizer.step()
                 link.optimizer.zero_grad()
-        self._told = [[] for _ in self._links]
+        self._times_told = [0] * len(self._links)
         return True
 
     def _fields(self, number: int) -> dict[str, Any]:
         link = self._links[number]
         scales = {"inverse_scale": self._inverse_scales[number], "norm": self._norm} if self._is_raw[number] else {}
         return {"groups": groups_of(link), "steps": steps(link), **scales}
+
+    def _note_told(self, number: int, *_: Any) -> None:
+        """One of the optimizers is about to step."""
+        self._told[number] = self._fields(number)
+        self._times_told[number] += 1
 
     def _note_scale(self, number: int) -> None:
         """Gradients have just been divided by the loss scale, which is about to change."""

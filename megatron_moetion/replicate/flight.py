@@ -37,6 +37,8 @@ class FlightCounts:
     rarer to fit the links), ``refused`` (a buddy had no room), ``channel``."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Captures that snapshots can do without, by reason: ``no-slot``, ``late``."""
+    zero_bytes: int = 0
+    """Of captures that were known to be zeros, so that no byte of them was copied."""
     waited_s: float = 0.0
     """Time that training waited for replication (mode ``exact``)."""
 
@@ -254,6 +256,7 @@ class Flight:
         self._arena.add(records + zeros)
         self._packed_last = (iteration, all(u in slots for u in contents.optional))
         self.counts.committed += 1
+        self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in contents.zero)
         self.counts.bytes_committed += sum(r.nbytes for r in records)
         return records + zeros
 

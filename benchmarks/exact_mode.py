@@ -1,0 +1,389 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What does mode ``exact`` cost beside ``full`` and ``popularity``, and what comes back?
+
+Four ranks (PP 2 x EP 2, two emulated nodes) train one model; blocks of iterations without snapshots and with each mode
+alternate within one run, ``exact`` at several periods P. A block of ``exact`` begins with P + 4 iterations that are not
+counted: its chains begin anew there, because the blocks in between were not logged. Bytes and memory stand
+beside the formula's prediction (12 / P + g bytes a parameter and iteration, g of a gradient), and beside what MoEvement's
+published schedule would copy (2 + 10 / W bytes a parameter in its largest slot, 1.5 W iterations replayed on average;
+W = P). At the end every mode recovers what it holds, in the same processes, into a state that was overwritten with
+noise; every tensor is compared.
+
+Three models: 8 and 64 experts with fp32 gradients, 64 experts with bf16 gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+RANKS = 4
+COMMON = (
+    "--num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --seq-length 128 "
+    "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
+    "--lr 1e-4 --bf16 --use-distributed-optimizer --train-iters 100000 --eval-iters 0 --seed 1"
+)
+MODELS = {
+    "E 8, fp32 gradients": "--num-experts 8 --moe-ffn-hidden-size 768",
+    "E 64, fp32 gradients": "--num-experts 64 --moe-ffn-hidden-size 96",
+    "E 64, bf16 gradients": "--num-experts 64 --moe-ffn-hidden-size 96 --grad-reduce-in-bf16",
+}
+PERIODS = (2, 4, 8, 16)
+WARM_UP = 4
+TARGETS = {4: 0.48, 2: 0.30}
+"""Most bytes an iteration at P = 8, as a share of full's, by bytes of a gradient."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Size:
+    """How long a run is."""
+
+    models: tuple[str, ...]
+    periods: tuple[int, ...]
+    cycles: int
+    block_iterations: int
+
+    @property
+    def arms(self) -> tuple[str, ...]:
+        """What alternates."""
+        return ("off", "full", "popularity", *(f"exact P {p}" for p in self.periods))
+
+
+FULL_SIZE = Size(models=tuple(MODELS), periods=PERIODS, cycles=8, block_iterations=8)
+QUICK_SIZE = Size(models=tuple(MODELS)[:1], periods=(4,), cycles=2, block_iterations=4)
+
+
+def main() -> int:
+    """Start the ranks of each model, read what they measured, report."""
+    from benchmarks._common import parser, report
+
+    options = parser(__doc__ or "")
+    options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
+    options.add_argument("--model", help=argparse.SUPPRESS)
+    args = options.parse_args()
+    size = QUICK_SIZE if args.quick else FULL_SIZE
+    if args.worker is not None:
+        return measure(args.worker, size, args.model)
+    results: list[Any] = []
+    for model in size.models:
+        with tempfile.TemporaryDirectory() as folder:
+            measured = Path(folder) / "measured.json"
+            command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+            command += [__file__, "--worker", str(measured), "--model", model, *(["--quick"] if args.quick else [])]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+            subprocess.run(command, check=True, cwd=ROOT, env=environment)
+            results += summarise(json.loads(measured.read_text()), size, model)
+    report("exact_mode", results, args.json, [f"model: {COMMON}", *(f"{k}: {v}" for k, v in MODELS.items())])
+    return 0
+
+
+def measure(path: Path, size: Size, model: str) -> int:
+    """One rank: train block after block, then recover; rank 0 writes what all measured."""
+    from megatron_moetion.mcore import cpu_device
+
+    cpu_device.install()
+
+    from torch import distributed as dist
+
+    from megatron_moetion.mcore.argument_checks import Machine
+    from megatron_moetion.mcore.arguments import parse_arguments
+    from megatron_moetion.pretrain.launch import Place
+    from megatron_moetion.pretrain.loop import Trainer
+    from megatron_moetion.pretrain.report import Reporter
+    from megatron_moetion.pretrain.startup import build_source, initialize
+
+    place = Place.from_environment(os.environ)
+    args = parse_arguments(f"{COMMON} {MODELS[model]}".split(), Machine.here(place.world_size, False))
+    initialize(args, place)
+    trainer = Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
+    store = Path("/dev/shm") / f"moetion-exact-{os.environ['MASTER_PORT']}"
+    order = random.Random(0)
+    blocks: list[dict[str, Any]] = []
+    try:
+        sessions = {arm: start(trainer, store, arm)[0] for arm in size.arms if arm != "off"}
+        for cycle in range(size.cycles + 1):
+            for arm in order.sample(size.arms, len(size.arms)):
+                block = run_block(trainer, sessions.get(arm), warm_up(arm), size.block_iterations)
+                if cycle:  # the first cycle warms caches and allocators
+                    blocks.append({"cycle": cycle, "arm": arm, **block})
+            if place.rank == 0:
+                print(f"{model}: cycle {cycle} of {size.cycles}", flush=True)
+        facts = {arm: facts_of(session) for arm, session in sessions.items()}
+        os.environ["TORCHELASTIC_RESTART_COUNT"] = "1"
+        for arm, session in sessions.items():
+            facts[arm] |= recover(trainer, store, arm, session)
+        gathered: list[Any] = [None] * place.world_size
+        dist.all_gather_object(gathered, {"blocks": blocks, "facts": facts})
+        if place.rank == 0:
+            path.write_text(json.dumps(gathered))
+    finally:
+        dist.barrier()
+        if place.local_rank == 0:
+            shutil.rmtree(store, ignore_errors=True)
+    return 0
+
+
+def warm_up(arm: str) -> int:
+    """Iterations at the beginning of a block that are not counted."""
+    return 1 if arm in ("off", "full", "popularity") else int(arm.split()[-1]) + WARM_UP
+
+
+def start(trainer: Any, store: Path, arm: str) -> tuple[Any, Any]:
+    """A session of one arm, and what it recovered."""
+    from megatron_moetion.config import MoetionConfig
+    from megatron_moetion.mcore.attach import attach
+
+    mode, *period = arm.split(" P ")
+    attached = attach(
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        opt_param_scheduler=trainer.scheduler,
+        user_state=trainer.progress,
+        config=MoetionConfig(
+            mode=mode,
+            period=int(period[0]) if period else 0,
+            run_id=arm.replace(" ", "-"),
+            store=str(store),
+            ranks_per_node=2,
+            lost_token_budget=0.0,  # K is what is measured
+        ),
+    )
+    return attached, attached.start()
+
+
+def run_block(trainer: Any, attached: Any, skipped: int, iterations: int) -> dict[str, Any]:
+    """Counted iterations: seconds of each, CPU seconds and bytes of one, and when each was over and whole."""
+    seconds, steps = [], []
+    whole: dict[int, float] = {}
+    cpu = 0.0
+    before: dict[str, float] = {}
+    if attached is not None:
+        watch_rounds(attached._session._flight, whole)
+    for number in range(iterations + skipped):
+        if number == skipped:
+            cpu, before = time.process_time(), counts_of(attached)
+        started = time.perf_counter()
+        trainer.train_step()
+        ended = time.monotonic()
+        if attached is not None:
+            attached.on_step_end(trainer.progress.iteration)
+        if number >= skipped:
+            seconds.append(time.perf_counter() - started)
+            steps.append([trainer.progress.iteration, ended])
+    cpu = (time.process_time() - cpu) / iterations
+    if attached is not None:
+        attached.drain()
+    after = counts_of(attached)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "steps": steps,
+        "whole": whole,
+        **{name: (after[name] - before[name]) / iterations for name in after},
+    }
+
+
+def watch_rounds(flight: Any, whole: dict[int, float]) -> None:
+    """Enter when each snapshot of this rank is whole here and on its buddy."""
+    mark = type(flight)._mark
+
+    def marked(iteration: int, is_whole: bool) -> None:
+        mark(flight, iteration, is_whole)
+        if is_whole:
+            whole[iteration] = time.monotonic()
+
+    flight._mark = marked
+
+
+def counts_of(attached: Any) -> dict[str, float]:
+    """What a session has counted so far."""
+    if attached is None:
+        return {}
+    counts = attached._session._flight.counts
+    return {
+        "bytes": counts.bytes_committed,
+        "zero_bytes": counts.zero_bytes,
+        "snapshots": counts.committed,
+        "dropped": sum(counts.dropped.values()),
+        "left_out": sum(counts.left_out.values()),
+        "waited_s": counts.waited_s,
+    }
+
+
+def facts_of(attached: Any) -> dict[str, Any]:
+    """Sizes that do not change."""
+    from megatron_moetion.units import Role
+
+    session = attached._session
+    regions = [r for u in attached._state.inventory().units for r in u.regions]
+    parameters = sum(r.nbytes // 4 for r in regions if r.role is Role.MASTER)
+    always = sum(session._inventory.units[u].nbytes for u in session._always) if session._log is not None else 0
+    return {
+        "parameters": parameters,
+        "always": always,
+        "gradient_bytes": sum(r.nbytes for r in regions if r.role is Role.GRAD) / parameters,
+        "arenas": sum(a.nbytes for a in session._arenas.all()),
+        "spared": session._rotation.spared_bytes if session._rotation is not None else 0,
+    }
+
+
+def recover(trainer: Any, store: Path, arm: str, attached: Any) -> dict[str, Any]:
+    """Train a block, stop in mid-rotation, overwrite all state with noise, come back; compare every tensor."""
+    import torch
+    from torch import distributed as dist
+
+    for _ in range(warm_up(arm) + 2):
+        trainer.train_step()
+        attached.on_step_end(trainer.progress.iteration)
+    attached.drain()
+    state = attached._state
+    before = [view.clone() for view in state._views]
+    progress = trainer.progress.iteration
+    attached.close()
+    for view in state._views:
+        view.copy_(torch.rand(view.shape).to(view.dtype) if view.is_floating_point() else view)
+    dist.barrier()
+    again, resumed = start(trainer, store, arm)
+    wrong = sum(
+        not torch.equal(a.view(torch.uint8), b.view(torch.uint8))
+        for a, b in zip(before, again._state._views, strict=True)
+    )
+    found = {
+        "recovery_s": dict(resumed.seconds),
+        "replayed": resumed.replayed_steps,
+        "lost": progress - resumed.iteration,
+        "wrong": wrong,
+        "tensors": len(before),
+    }
+    again.close()
+    return found
+
+
+def lost_now(ranks: list[dict[str, Any]], arm: str) -> Counter[int]:
+    """Iterations that a fault would have cost, at moments spread evenly over the counted iterations."""
+    found: Counter[int] = Counter()
+    for number, block in enumerate(ranks[0]["blocks"]):
+        if block["arm"] != arm:
+            continue
+        whole = [{int(i): t for i, t in r["blocks"][number]["whole"].items()} for r in ranks]
+        stable = {i: max(w[i] for w in whole) for i in whole[0] if all(i in w for w in whole)}
+        steps = [max(r["blocks"][number]["steps"][k][1] for r in ranks) for k in range(len(block["steps"]))]
+        numbers = [i for i, _ in block["steps"]]
+        for moment in np.linspace(steps[0], steps[-1], 40 * len(steps)):
+            reached = max((i for i, t in zip(numbers, steps, strict=True) if t <= moment), default=None)
+            held = max((i for i, t in stable.items() if t <= moment), default=None)
+            if reached is not None and held is not None:
+                found[max(0, reached - held)] += 1
+    return found
+
+
+def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
+    """The figures of one model."""
+    from benchmarks._common import Result, at_most, median_interval
+
+    times = {(b["cycle"], b["arm"]): statistics.median(b["seconds"]) for b in ranks[0]["blocks"]}
+    cycles = sorted({cycle for cycle, _ in times})
+    facts = [r["facts"] for r in ranks]
+
+    def mean(arm: str, name: str) -> float:
+        """An iteration, all ranks."""
+        return sum(statistics.mean(b[name] for b in r["blocks"] if b["arm"] == arm) for r in ranks)
+
+    def total(arm: str, name: str) -> float:
+        return float(sum(f[arm][name] for f in facts))
+
+    exact = f"exact P {size.periods[0]}"
+    parameters, gradient = total(exact, "parameters"), total(exact, "gradient_bytes") / len(facts)
+    full = mean("full", "bytes")
+    results = [
+        Result(
+            name=f"{model}: iteration without snapshots",
+            value=statistics.median(times[c, "off"] for c in cycles),
+            unit="s",
+        ),
+        Result(name=f"{model}: parameters, all ranks", value=parameters / 1e6, unit="M"),
+        Result(name=f"{model}: full: bytes", value=full / 1e6, unit="MB/iteration"),
+    ]
+    for arm in size.arms[1:]:
+        at = f"{model}: {arm}"
+        ratios = np.array([times[c, arm] / times[c, "off"] for c in cycles])
+        low, high = median_interval(ratios)
+        cpu = mean(arm, "cpu_seconds") - mean("off", "cpu_seconds")
+        lost = lost_now(ranks, arm)
+        moments = sum(lost.values())
+        seconds = {k: max(f[arm]["recovery_s"].get(k, 0.0) for f in facts) for k in facts[0][arm]["recovery_s"]}
+        wrong, of = total(arm, "wrong"), total(arm, "tensors")
+        if arm.startswith("exact"):
+            period = int(arm.split()[-1])
+            always = total(arm, "always")
+            before_saving = mean(arm, "bytes") + mean(arm, "zero_bytes")
+            predicted = (12 / period + gradient) * parameters + always
+            share = before_saving / full
+            target = TARGETS[round(gradient)] if period == 8 else None
+            name = f"{at}: bytes, share of full's, before the saving on zeros"
+            results += [
+                at_most(name, share, "", target) if target else Result(name=name, value=share, unit=""),
+                Result(name=f"{at}: the same by the formula", value=predicted / full, unit=""),
+                Result(name=f"{at}: bytes, share of full's", value=mean(arm, "bytes") / full, unit=""),
+                Result(
+                    name=f"{at}: MoEvement's largest slot by its formula, W = P", value=(2 + 10 / period) / 12, unit=""
+                ),
+                Result(name=f"{at}: device staging on a GPU, all ranks", value=gradient * parameters / 1e6, unit="MB"),
+                Result(
+                    name=f"{at}: steps replayed in the recovery", value=max(f[arm]["replayed"] for f in facts), unit=""
+                ),
+                Result(name=f"{at}: iterations that MoEvement replays on average, 1.5 W", value=1.5 * period, unit=""),
+                Result(name=f"{at}: captures left out", value=mean(arm, "left_out"), unit="/iteration"),
+                Result(name=f"{at}: training waited", value=mean(arm, "waited_s") / len(ranks), unit="s/iteration"),
+                Result(
+                    name=f"{at}: host memory by the formula",
+                    value=2 * ((24 + gradient * (period + 3)) * parameters + 5 * always) / 1e6,
+                    unit="MB",
+                ),
+            ]
+        else:
+            results.append(Result(name=f"{at}: bytes, share of full's", value=mean(arm, "bytes") / full, unit=""))
+        results += [
+            Result(name=f"{at}: host memory, all ranks, one replica", value=total(arm, "arenas") / 1e6, unit="MB"),
+            Result(name=f"{at}: iteration time, ratio to none", value=float(np.median(ratios)), unit="x"),
+            Result(name=f"{at}: the same, lower end of 95%", value=low, unit="x"),
+            Result(name=f"{at}: the same, upper end of 95%", value=high, unit="x"),
+            Result(name=f"{at}: CPU seconds added, all ranks", value=cpu, unit="s/iteration"),
+            Result(name=f"{at}: snapshots dropped", value=mean(arm, "dropped"), unit="/iteration"),
+            Result(name=f"{at}: recovery", value=sum(seconds.values()), unit="s"),
+            Result(name=f"{at}: of it, restoring state", value=seconds.get("restore", 0.0), unit="s"),
+        ]
+        for iterations in range(3):
+            results.append(
+                Result(
+                    name=f"{at}: moments at which a fault costs {iterations} iteration(s)",
+                    value=lost[iterations] / moments if moments else None,
+                    unit="",
+                )
+            )
+        if arm != "popularity":
+            results.append(at_most(f"{at}: most iterations that a fault costs", float(max(lost, default=0)), "", 2))
+            results.append(at_most(f"{at}: tensors that came back otherwise, of {of:.0f}", wrong, "", 0))
+    return results
+
+
+if __name__ == "__main__":
+    sys.exit(main())
