@@ -2,9 +2,9 @@
 """What does mode ``exact`` cost beside ``full`` and ``popularity``, and what comes back?
 
 Four ranks (PP 2 x EP 2, two emulated nodes) train one model; blocks of iterations without snapshots and with each mode
-alternate within one run, ``exact`` at several periods P. A block of ``exact`` begins with P + 4 iterations that are not
-counted: its chains begin anew there, because the blocks in between were not logged. Bytes and memory stand
-beside the formula's prediction (12 / P + g bytes a parameter and iteration, g of a gradient), and beside what MoEvement's
+alternate within one run, ``exact`` at several periods P. A block of ``exact`` begins with P + 4 iterations that are
+not counted: its chains begin anew there, because the blocks in between were not logged. Bytes and memory stand beside
+the formula's prediction (12 / P + g bytes a parameter and iteration, g of a gradient), and beside what MoEvement's
 published schedule would copy (2 + 10 / W bytes a parameter in its largest slot, 1.5 W iterations replayed on average;
 W = P). At the end every mode recovers what it holds, in the same processes, into a state that was overwritten with
 noise; every tensor is compared.

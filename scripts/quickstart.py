@@ -30,7 +30,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 ROOT = Path(__file__).resolve().parent.parent
-MODES = ("full", "popularity")
+MODES = ("full", "exact", "popularity")
 ITERATIONS, ITERATIONS_QUICK = 60, 24
 RANKS, RANKS_PER_NODE, LOST_NODE = 4, 2, 1
 POLL_INTERVAL_S = 0.05

@@ -160,17 +160,17 @@ def summarise(run: Run, reference: Run) -> dict[str, Any]:
 def check(run: Run, reference: Run) -> None:
     """Holds a run to its mode's promise; raises ``RunError`` with what was broken.
 
-    ``full``: every loss of every attempt and the validation loss are bitwise the fault-free run's. Other modes:
-    so are all losses before the fault, because a snapshot never changes training.
+    ``full`` and ``exact``: every loss of every attempt and the validation loss are bitwise the fault-free run's.
+    ``popularity``: so are all losses before the fault, because a snapshot never changes training.
     """
-    exact = run.name == "full"
+    exact = run.name in ("full", "exact")
     unequal = unequal_iterations(run, reference, None if exact else {0})
     if unequal:
         when = "bitwise equal to" if exact else "bitwise equal, before the fault, to"
         raise RunError(f"run '{run.name}' is not {when} the fault-free run: iterations {_short(unequal)} differ")
     if exact and run.validation_loss != reference.validation_loss:
         raise RunError(
-            f"run 'full' ends with validation loss {run.validation_loss}, the fault-free run with "
+            f"run '{run.name}' ends with validation loss {run.validation_loss}, the fault-free run with "
             f"{reference.validation_loss}; they must be equal"
         )
 

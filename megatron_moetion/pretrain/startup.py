@@ -5,9 +5,11 @@ from __future__ import annotations
 
 import argparse
 import logging
+import random
 import sys
 from datetime import timedelta
 
+import numpy as np
 import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
@@ -66,6 +68,8 @@ def form_groups(args: argparse.Namespace, place: Place) -> None:
     )
     # As Megatron-LM: pipeline stages differ, data parallel replicas agree; the tracker adds the expert ranks.
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()
+    random.seed(seed)
+    np.random.seed(seed)
     torch.manual_seed(seed)
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 

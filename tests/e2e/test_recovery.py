@@ -109,16 +109,25 @@ def assert_loads_as_it_went_on(saved: Path, run: Run) -> None:
     assert resumed.curve == {i: v for i, v in run.curve.items() if i > SAVED_AT}
 
 
-def test_full_is_bitwise_the_uninterrupted_run_after_two_faults(reference: Run, tmp_path: Path, store: Path) -> None:
+@pytest.mark.parametrize("mode", ["full", "exact --moetion-period 3"])
+def test_bitwise_modes_are_the_uninterrupted_run_after_two_faults(
+    reference: Run, tmp_path: Path, store: Path, mode: str
+) -> None:
     """Dropout on, a rank lost while replicas travel, then one lost in the middle of a copy; then ``--save``."""
-    faults = "--moetion-inject-fault 0:3:5:mid-replication,1:0:9:mid-pack"
-    run = train(tmp_path, moetion(store, "full", f"{faults} {save_at(tmp_path)}"), restarts=3)
+    faults = "--moetion-inject-fault 0:3:5:mid-replication,1:0:9:mid-pack --moetion-state-hash-interval 4"
+    run = train(tmp_path, moetion(store, mode, f"{faults} {save_at(tmp_path)}"), restarts=3)
     assert run.curve == reference.curve
     assert run.validation == reference.validation
     assert [r["epoch"] for r in run.recoveries] == [1, 2]
     assert all(0 <= fault - r["iteration"] <= 2 for fault, r in zip((5, 9), run.recoveries, strict=True))
     assert run.summary["dropped"] == 0
     assert run.summary["plt"] == 0
+    hashes = {e["iteration"]: e["hash"] for e in run.events if e["event"] == "state_hash"}
+    undisturbed = train(
+        tmp_path / "undisturbed", moetion(store / "undisturbed", mode, "--moetion-state-hash-interval 4")
+    )
+    assert hashes == {e["iteration"]: e["hash"] for e in undisturbed.events if e["event"] == "state_hash"}
+    assert set(hashes) == {4, 8, 12}
     assert_loads_as_it_went_on(tmp_path / "saved", run)
 
 

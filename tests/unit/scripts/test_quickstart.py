@@ -74,7 +74,7 @@ def faulted(folder: Path, mode: str, *, drift: float = 0.0, resumed: int = 29, i
         {"event": "recovered", "iteration": resumed, "epoch": 1, "attempt": 1, "phases_s": PHASES, "time": 1018.0,
          "process_start": 1000.6, "plt": 0.01},
         {"event": "summary", "snapshots": 60, "dropped": 0, "snapshot_bytes_full": 8_000_000,
-         "snapshot_bytes_mean": 8e6 if mode == "full" else 2.5e6, "plt": 0.0 if mode == "full" else 0.012},
+         "snapshot_bytes_mean": 8e6 if mode == "full" else 2.5e6, "plt": 0.012 if mode == "popularity" else 0.0},
     ]  # fmt: skip
     write_run(folder / mode, documents, events)
     return read_run(mode, folder / mode, Fault(iteration=half, time=KILL_TIME))
@@ -133,14 +133,15 @@ def test_a_run_without_a_recovery_is_refused(tmp_path):
         summarise(reference(tmp_path), reference(tmp_path / "other"))
 
 
-def test_mode_full_must_be_bitwise_equal_in_every_attempt(tmp_path):
+@pytest.mark.parametrize("mode", ["full", "exact"])
+def test_bitwise_modes_must_be_bitwise_equal_in_every_attempt(tmp_path, mode):
     fault_free = reference(tmp_path)
-    check(faulted(tmp_path, "full"), fault_free)
-    drifted = faulted(tmp_path / "drifted", "full", drift=1e-15)
+    check(faulted(tmp_path, mode), fault_free)
+    drifted = faulted(tmp_path / "drifted", mode, drift=1e-15)
     assert unequal_iterations(drifted, fault_free)[0] == 30
     with pytest.raises(RunError, match="not bitwise equal to the fault-free run: iterations 30"):
         check(drifted, fault_free)
-    overwritten = faulted(tmp_path / "overwritten", "full")
+    overwritten = faulted(tmp_path / "overwritten", mode)
     overwritten.steps[5]["loss_hex"] = (9.0).hex()
     with pytest.raises(RunError, match="iterations 6 differ"):
         check(overwritten, fault_free)
@@ -170,7 +171,9 @@ def test_a_missing_iteration_is_named(tmp_path):
 
 def test_the_picture_is_written(tmp_path):
     fault_free = reference(tmp_path)
-    runs = [faulted(tmp_path, mode, drift=0.0 if mode == "full" else 0.02, resumed=28) for mode in quickstart.MODES]
+    runs = [
+        faulted(tmp_path, mode, drift=0.02 if mode == "popularity" else 0.0, resumed=28) for mode in quickstart.MODES
+    ]
     entries = [summarise(run, fault_free) for run in runs]
     draw(tmp_path / "deep" / "loss.png", fault_free, runs, entries)
     assert (tmp_path / "deep" / "loss.png").read_bytes().startswith(b"\x89PNG")
