@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The steps of ``gpu_check.sh``: each a command with a log, a time limit and a verdict; a table at the end.
 
-The training steps run one rank of a small MoE GPT. In mode ``full`` it is killed in the middle of a copy and must end
-bit for bit as the run that was not; in mode ``popularity`` it must come back and say what it lost.
+The training steps run one rank of a small MoE GPT. In modes ``full`` and ``exact`` it is killed in the middle of a copy
+and must end bit for bit as the run that was not; in mode ``popularity`` it must come back and say what it lost.
 """
 
 from __future__ import annotations
@@ -112,19 +112,22 @@ def run_sanitizer(options: Options) -> str:
 
 
 def run_training(options: Options) -> str:
-    """Reference, then both modes with a SIGKILL in mid-copy; see the module."""
+    """Reference, then each mode with a SIGKILL in mid-copy; see the module."""
     reference = train(options, "reference", [])
-    full = train(options, "full", ["--moetion", "--moetion-mode", "full"])
-    if full.curve != reference.curve:
-        wrong = [i for i in reference.curve if full.curve.get(i) != reference.curve[i]]
-        raise CheckFailed(f"full: {len(wrong)} of {ITERATIONS} iterations differ from the reference, first {wrong[:1]}")
+    bitwise = {mode: train(options, mode, ["--moetion", "--moetion-mode", mode]) for mode in ("full", "exact")}
+    for mode, found in bitwise.items():
+        if found.curve != reference.curve:
+            wrong = [i for i in reference.curve if found.curve.get(i) != reference.curve[i]]
+            raise CheckFailed(
+                f"{mode}: {len(wrong)} of {ITERATIONS} iterations differ from the reference, first {wrong[:1]}"
+            )
     popularity = train(options, "popularity", ["--moetion", "--moetion-lost-token-budget", "0"])
-    resumed = [run.resumed_from for run in (full, popularity)]
+    resumed = [run.resumed_from for run in (*bitwise.values(), popularity)]
     if popularity.lost_tokens == 0 or max(popularity.curve) != ITERATIONS:
         raise CheckFailed(f"popularity lost {popularity.lost_tokens} tokens and reached {max(popularity.curve)}")
     return (
-        f"killed at {FAULT_AT}; full resumed from {resumed[0]}, all {ITERATIONS} losses bitwise; popularity from "
-        f"{resumed[1]}, {popularity.lost_tokens} tokens lost, PLT {popularity.plt:.2%}"
+        f"killed at {FAULT_AT}; full resumed from {resumed[0]}, exact from {resumed[1]}, all {ITERATIONS} losses bitwise; "
+        f"popularity from {resumed[2]}, {popularity.lost_tokens} tokens lost, PLT {popularity.plt:.2%}"
     )
 
 

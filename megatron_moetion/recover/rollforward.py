@@ -11,8 +11,6 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
-import numpy as np
-
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Record
@@ -42,14 +40,15 @@ def roll_forward(
             logged[record.iteration][record.unit] = record
         else:
             packer.scatter(record.unit, arena.payload(record.slot))
-    zeros = np.zeros(max((arena.spec.units[u][2] for u in slice_of), default=0), dtype=np.uint8)
     replayed = 0
     for iteration in range(min(captured, default=to), to + 1):
         if iteration in logged:
             for unit in slice_of:  # a slice that is written later may be stepped on anything that is a number
                 gradient = logged[iteration].get(unit)
-                is_zero = gradient is None or gradient.is_zero
-                packer.scatter(unit, zeros if gradient is None or is_zero else arena.payload(gradient.slot))
+                if gradient is None or gradient.is_zero:
+                    packer.clear(unit)
+                else:
+                    packer.scatter(unit, arena.payload(gradient.slot))
             replayed += replayer.replay(iteration)
         for record in captured[iteration]:
             packer.scatter(record.unit, arena.payload(record.slot))

@@ -46,6 +46,7 @@ class Packer:
         self._staging: Bytes = (
             self._device.pinned(nbytes) if self._device is not None else np.zeros(nbytes, dtype=np.uint8)
         )
+        self._zeros: Bytes = np.zeros(0, dtype=np.uint8)
         base = self._staging.ctypes.data
         staged = {key: base + offset for key, offset in self._staged.items()}
         self.device_staging_bytes = 0
@@ -162,6 +163,14 @@ class Packer:
             self._device.scatter(table)
         else:
             self._pool.scatter(table)
+
+    def clear(self, unit: int) -> None:
+        """Write zeros into the unit's live regions."""
+        nbytes = self._inventory.units[unit].nbytes
+        if self._zeros.nbytes < nbytes:
+            self._zeros = self._device.pinned(nbytes) if self._device is not None else np.zeros(nbytes, dtype=np.uint8)
+            self._zeros[:] = 0
+        self.scatter(unit, self._zeros)
 
     def verify(self, capture: Bytes, digests: Digests, expected: int) -> bool:
         """Whether a capture's bytes agree with its chunk digests and these with the capture digest."""

@@ -24,7 +24,7 @@ WHOLE = {i: (f"0x{i:x}", 1.0) for i in range(1, gpu_check.ITERATIONS + 1)}
 
 
 def trained(monkeypatch: pytest.MonkeyPatch, full: Run, popularity: Run) -> None:
-    found = {"reference": run(WHOLE), "full": full, "popularity": popularity}
+    found = {"reference": run(WHOLE), "full": full, "exact": run(WHOLE), "popularity": popularity}
     monkeypatch.setattr(gpu_check, "train", lambda options, name, flags: found[name])
 
 
@@ -32,7 +32,7 @@ def test_training_passes_only_bitwise_and_with_its_losses_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     trained(monkeypatch, run(WHOLE), run(WHOLE, lost_tokens=5))
-    assert "full resumed from 10, all 20 losses bitwise" in gpu_check.run_training(options(tmp_path))
+    assert "full resumed from 10, exact from 10, all 20 losses bitwise" in gpu_check.run_training(options(tmp_path))
     trained(monkeypatch, run(WHOLE | {13: ("0xff", 1.0)}), run(WHOLE, lost_tokens=5))
     with pytest.raises(CheckFailed, match=r"full: 1 of 20 iterations differ from the reference, first \[13\]"):
         gpu_check.run_training(options(tmp_path))

@@ -300,3 +300,38 @@ def test_both_engines_are_timed_at_every_size(monkeypatch: pytest.MonkeyPatch) -
     samples = engines.measure("model:0", source=source.ctypes.data, stream=0, num_sms=2)
     assert [s.segment_bytes for s in samples] == list(engines.SIZES_BYTES)
     assert all(s.kernel_s > 0 and s.copy_engine_s > 0 for s in samples)
+
+
+@pytest.mark.parametrize("device", ["model:0", "cpu"])
+def test_gradients_are_kept_where_they_are_until_they_are_packed(device: str) -> None:
+    """The next iteration's gradients are written over the live ones while a snapshot is packed."""
+    rng = np.random.default_rng(6)
+    gradients = [rng.integers(0, 256, 24_000, dtype=np.uint8), np.zeros(8_000, dtype=np.uint8)]
+    weights = rng.integers(0, 256, 4_000, dtype=np.uint8)
+    logs = [
+        Unit(name=f"{n}.grad", kind=UnitKind.LOG, regions=(region(f"{n}.grad", "g", g, device, at_once=True),))
+        for n, g in enumerate(gradients)
+    ]
+    weight = Unit(name="w", kind=UnitKind.DENSE, regions=(region("w", "w", weights, device),))
+    inventory = Inventory(units=(weight, *logs))
+    packer = Packer(inventory, CHUNK_BYTES, 1)
+    arena = arena_for(inventory)
+    packer.adopt(arena)
+    packer.freeze(b"")
+    assert packer.zero_logs((1, 2)) == {2}
+    expected = gradients[0].copy()
+    gradients[0][:] = 0
+    gradients[1][5] = 1
+    assert packer.zero_logs((1, 2)) == {2}, "of the last freeze"
+    targets = targets_in(arena, inventory)
+    digests = packer.pack(targets[:2], lambda: None)
+    assert digests is not None
+    at = targets[1].address - arena.ctypes.data
+    assert packer.verify(arena[at : at + logs[0].nbytes], targets[1].digests, digests[1])
+    assert (arena[at : at + 24_000] == expected).all()
+    packer.scatter(1, arena[at : at + logs[0].nbytes])
+    assert (gradients[0] == expected).all()
+    packer.clear(2)
+    assert not gradients[1].any()
+    assert packer.device_staging_bytes == (sum(u.nbytes for u in logs) if device == "model:0" else 0)
+    packer.close()
