@@ -217,7 +217,7 @@ def counts_of(attached: Any) -> dict[str, float]:
     """What a session has counted so far."""
     if attached is None:
         return {}
-    counts = attached._session._flight.counts
+    counts, rotation = attached._session._flight.counts, attached._session._rotation
     return {
         "bytes": counts.bytes_committed,
         "zero_bytes": counts.zero_bytes,
@@ -225,6 +225,7 @@ def counts_of(attached: Any) -> dict[str, float]:
         "dropped": sum(counts.dropped.values()),
         "left_out": sum(counts.left_out.values()),
         "waited_s": counts.waited_s,
+        "spared_bytes": rotation.spared_bytes if rotation is not None else 0,
     }
 
 
@@ -241,7 +242,6 @@ def facts_of(attached: Any) -> dict[str, Any]:
         "always": always,
         "gradient_bytes": sum(r.nbytes for r in regions if r.role is Role.GRAD) / parameters,
         "arenas": sum(a.nbytes for a in session._arenas.all()),
-        "spared": session._rotation.spared_bytes if session._rotation is not None else 0,
     }
 
 
@@ -334,7 +334,7 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
         if arm.startswith("exact"):
             period = int(arm.split()[-1])
             always = total(arm, "always")
-            before_saving = mean(arm, "bytes") + mean(arm, "zero_bytes")
+            before_saving = mean(arm, "bytes") + mean(arm, "zero_bytes") + mean(arm, "spared_bytes")
             predicted = (12 / period + gradient) * parameters + always
             share = before_saving / full
             target = TARGETS[round(gradient)] if period == 8 else None
@@ -343,6 +343,12 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
                 at_most(name, share, "", target) if target else Result(name=name, value=share, unit=""),
                 Result(name=f"{at}: the same by the formula", value=predicted / full, unit=""),
                 Result(name=f"{at}: bytes, share of full's", value=mean(arm, "bytes") / full, unit=""),
+                Result(name=f"{at}: gradients of zeros", value=mean(arm, "zero_bytes") / 1e6, unit="MB/iteration"),
+                Result(
+                    name=f"{at}: captures spared without gradients",
+                    value=mean(arm, "spared_bytes") / 1e6,
+                    unit="MB/iteration",
+                ),
                 Result(
                     name=f"{at}: MoEvement's largest slot by its formula, W = P", value=(2 + 10 / period) / 12, unit=""
                 ),

@@ -63,7 +63,7 @@ from megatron_moetion.units import Inventory, StateAdapter, StepNote, StepReplay
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """What a recovery did. ``lost_tokens`` and ``plt`` count over all ranks; both are 0 in mode ``full``."""
+    """What a recovery did. ``lost_tokens`` and ``plt`` count over all ranks; both are 0 but in mode ``popularity``."""
 
     iteration: int
     epoch: int
@@ -142,7 +142,7 @@ class Session:
                 world_size=fabric.world_size,
                 topology=topology,
                 layout=self._inventory.fingerprint,
-                mode=config.mode,
+                mode=config.mode if self._log is None else f"{config.mode}, period {len(self._log.groups)}",
                 chunk_bytes=config.chunk_bytes,
             ),
             self._inventory,
@@ -261,6 +261,7 @@ class Session:
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/zero-bytes": counts.zero_bytes / max(counts.committed, 1),
+            "moetion/spared-bytes": float(self._rotation.spared_bytes) if self._rotation is not None else 0.0,
             "moetion/captures-left-out": float(sum(counts.left_out.values())),
             "moetion/waited-s": counts.waited_s,
             "moetion/unsaved-tokens-max": float(max(self._book.ledger.unsaved, default=0)),
@@ -271,7 +272,7 @@ class Session:
         }
 
     def experts(self) -> tuple[ExpertState, ...]:
-        """What each expert of this rank's layers has at risk and has lost; empty in mode ``full``."""
+        """What each expert of this rank's layers has at risk and has lost; empty but in mode ``popularity``."""
         return self._book.experts()
 
     def drain(self) -> None:
