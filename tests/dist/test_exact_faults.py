@@ -192,3 +192,11 @@ def test_what_a_node_still_holds_of_a_dead_history_is_not_mixed_in(job: MakeJob)
     assert third.iteration == 7
     run.lose(0)
     assert run.finish().iteration == 9
+
+
+def test_another_period_is_refused_by_name(job: MakeJob) -> None:
+    run = job(**EXACT, iterations=5)
+    run.finish()
+    errors = run.refuse(2, period=4)
+    assert all("'exact, period 3'" in e and "'exact, period 4'" in e for e in errors)
+    assert run.attempt(iterations=6).codes == [0] * 4
