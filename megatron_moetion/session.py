@@ -223,7 +223,7 @@ class Session:
             # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
             flight.catch_up(self._config.max_stall_ms / 1000)
         try:
-            self._learn()
+            free = self._learn()
             note = self._note_step(iteration)
             unfrozen = self._freeze()
             counts = self._token_counts()
@@ -238,7 +238,7 @@ class Session:
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
         if self._sizes.skips_next():
-            flight.skip(iteration, "budget")
+            flight.skip(iteration, "budget", free)
             self._report_drops(flight, iteration)
             return
         contents = self._select(iteration, counts, note)
@@ -247,9 +247,9 @@ class Session:
             self._journal.warn_once(
                 reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
             )
-            flight.skip(iteration, reason)
+            flight.skip(iteration, reason, free)
         else:
-            flight.begin(iteration, contents, self._tokens_of_units(counts))
+            flight.begin(iteration, contents, self._tokens_of_units(counts), free)
         self._report_drops(flight, iteration)
 
     def scalars(self) -> dict[str, float]:
@@ -493,30 +493,34 @@ class Session:
             raise ConfigError("call start() before on_step_end(), and neither after close()")
         return self._flight, self._arenas
 
-    def _learn(self) -> None:
-        """Read what the ranks agreed on one snapshot ago, and free what is no longer needed."""
+    def _learn(self) -> Callable[[], None]:
+        """Read what the ranks agreed on one snapshot ago; returns what frees what is then no longer needed."""
         _, arenas = self._running()
         totals = self._fabric.finish_sum()
         agreed = self._fabric.finish_agreement()
         if totals is not None:
             self._book.ledger.update(totals)
         if agreed is None:
-            return
+            return lambda: None
         mask, votes, whole_mask = agreed
         self._sizes.agree(votes)
         settled = fates(mask, self._recent, self._open_iterations)
         newest = newest_common(mask, self._recent)
         stable = max(self._stable, -1 if newest is None else newest)
         if stable == self._stable and not settled:
-            return
+            return lambda: None
         self._stable = stable
         self._open_iterations -= settled.keys()
         for iteration, whole in sorted(settled.items()):
             self._book.ledger.settle(iteration, whole)
         if self._rotation is not None:
             self._rotation.settle(stable, settled, fates(whole_mask, self._recent, settled))
-        for arena in arenas.all():
-            arena.edit(partial(self._forget, arena.spec, settled))
+
+        def free() -> None:
+            for arena in arenas.all():
+                arena.edit(partial(self._forget, arena.spec, settled))
+
+        return free
 
     def _forget(self, spec: ArenaSpec, settled: Mapping[int, bool], page: Page) -> dict[str, Any]:
         """An arena's page without what recovery no longer needs, now that the fate of these snapshots is known."""

@@ -57,6 +57,10 @@ class Contents:
     """Known to be zeros, so that no byte of them is captured."""
 
 
+def _nothing() -> None:
+    """Where there is nothing to free."""
+
+
 class Flight:
     """Owns the two threads. ``replicator`` is None where no replicas are kept.
 
@@ -96,29 +100,24 @@ class Flight:
         self.broken = ""
         """Why nothing is replicated any more; empty while all is well."""
 
-    def begin(self, iteration: int, contents: Contents, tokens: Mapping[int, int]) -> None:
+    def begin(
+        self, iteration: int, contents: Contents, tokens: Mapping[int, int], free: Callable[[], None] = _nothing
+    ) -> None:
         """Start to capture units as they are now; live state is read until ``finish_packing``.
 
-        ``tokens[u]`` is what expert unit u has processed; it travels with the capture.
+        ``tokens[u]`` is what expert unit u has processed; it travels with the capture. ``free`` drops from arenas what
+        is no longer needed; it is called first, in the packing thread.
         """
         self.finish()
         self.counts.begun += 1
-        slots = self._acquire(contents.units + contents.staged)
-        if slots is None:
-            self._count("no-slot")
-            contents = Contents()
-        optional = self._acquire(contents.optional)
-        if optional is None:
-            self.counts.left_out["no-slot"] += 1
-            optional = {}
-        self._submit(iteration, contents, (slots or {}) | optional, dict(tokens))
+        self._submit(iteration, contents, dict(tokens), free)
 
-    def skip(self, iteration: int, reason: str) -> None:
+    def skip(self, iteration: int, reason: str, free: Callable[[], None] = _nothing) -> None:
         """Drop this iteration's snapshot on this rank; its round takes place, empty."""
         self.finish()
         self.counts.begun += 1
         self._count(reason)
-        self._submit(iteration, Contents(), {}, {})
+        self._submit(iteration, Contents(), {}, free)
 
     def finish_packing(self, max_stall_s: float) -> None:
         """Return once live state is no longer read; captures that take longer than ``max_stall_s`` are given up."""
@@ -183,14 +182,15 @@ class Flight:
             slots[unit] = slot
         return slots
 
-    def _submit(self, iteration: int, contents: Contents, slots: dict[int, int], tokens: dict[int, int]) -> None:
+    def _submit(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
         self._live_is_done.clear()
         self._packed_last = (-1, False)
-        self._pack = self._packing.submit(self._capture, iteration, contents, slots, tokens)
+        self._pack = self._packing.submit(self._capture, iteration, contents, tokens, free)
 
-    def _capture(self, iteration: int, contents: Contents, slots: dict[int, int], tokens: dict[int, int]) -> None:
+    def _capture(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
         try:
-            records = self._fill(iteration, contents, slots, tokens)
+            free()
+            records = self._fill(iteration, contents, tokens)
         finally:
             self._end_live()
         for send in self._sends:
@@ -206,11 +206,17 @@ class Flight:
             self._live_is_done.set()
             self._packer.allow()
 
-    def _fill(
-        self, iteration: int, contents: Contents, slots: dict[int, int], tokens: dict[int, int]
-    ) -> tuple[Record, ...]:
-        if not slots:
+    def _fill(self, iteration: int, contents: Contents, tokens: dict[int, int]) -> tuple[Record, ...]:
+        if contents == Contents():
             return ()
+        slots = self._acquire(contents.units + contents.staged)
+        if slots is None:
+            self._count("no-slot")
+            return ()
+        optional = self._acquire(contents.optional)
+        if optional is None:
+            self.counts.left_out["no-slot"] += 1
+        slots |= optional or {}
         began = time.monotonic()
         live = [*contents.units, *(u for u in contents.optional if u in slots)]
         try:

@@ -385,8 +385,8 @@ def _check_space(folder: Path, need: int) -> None:
 def _no_space(folder: Path, need: int, have: int) -> StoreError:
     return StoreError(
         f"the store {folder} has {have / 2**20:,.1f} MiB free and this arena needs {need / 2**20:,.1f} MiB: "
-        f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas or "
-        f"--moetion-max-experts-per-snapshot"
+        f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas, in mode 'popularity' "
+        f"--moetion-max-experts-per-snapshot, in mode 'exact' --moetion-period"
     )
 
 

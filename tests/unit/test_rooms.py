@@ -37,6 +37,7 @@ PURE = [
     "snapshot/gradlog.py",
     "select/book.py",
     "select/budget.py",
+    "select/memory.py",
     "select/policies.py",
     "select/popularity.py",
     "snapshot/plan.py",
