@@ -11,8 +11,9 @@ from __future__ import annotations
 import random
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, reduce
+from itertools import count
 from typing import Any, cast
 
 import pytest
@@ -20,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import POOL
 
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, plan_recovery
+from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, plan_recovery
 from megatron_moetion.recover.restore import Mover
 from megatron_moetion.recover.survey import ArenaReport
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
@@ -36,46 +37,37 @@ from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, Uni
 
 RANKS = 4
 PLACEMENT = place([f"node{r}" for r in range(RANKS)], 1)
-BLOCK = 64
-"""Elements that a cut is a multiple of."""
 STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRAD)
 NO_NODE: frozenset[int] = frozenset()
+LOSSES = (NO_NODE, *(frozenset({n}) for n in range(RANKS)))
+PERIODS = st.sampled_from((2, 3, 5, 8))
 
 
-def parameter(unit: str, tensor: str, elements: int) -> tuple[Region, ...]:
+def parameter(unit: str, elements: int) -> tuple[Region, ...]:
     """Master copy, moments and gradient at made-up addresses."""
-    base = 1 << 20
     return tuple(
         Region(
-            unit=unit, tensor=tensor, role=role, dtype="float32", start=0, nbytes=4 * elements, address=base << n
+            unit=unit, tensor="w", role=role, dtype="float32", start=0, nbytes=4 * elements, address=(1 + n) << 30
         )  # fmt: skip
         for n, role in enumerate(STATE)
     )
 
 
-def buffer(unit: str) -> Region:
-    return Region(unit=unit, tensor="bias", role=Role.BUFFER, dtype="int64", start=0, nbytes=80, address=4096)
-
-
 @cache
 def log_of_rank(rank: int, period: int) -> GradientLog:
     """Ranks differ in what they hold; the last one has too little for a cut in each iteration of a long period."""
-    blocks = (30 + 7 * rank) if rank < RANKS - 1 else 1
-    name = f"layers.{rank}.dense"
+    elements = 64 * (3000 + 700 * rank if rank < RANKS - 1 else 2)
+    dense = f"layers.{rank}.dense"
+    bias = Region(unit=dense, tensor="bias", role=Role.BUFFER, dtype="int64", start=0, nbytes=80, address=4096)
+    fixed = Region(unit="frozen", tensor="f", role=Role.WEIGHT, dtype="bfloat16", start=0, nbytes=64, address=64)
     units = [
-        Unit(name=name, kind=UnitKind.DENSE, layer=rank, regions=(*parameter(name, "w", BLOCK * blocks), buffer(name))),
-        Unit(
-            name="frozen",
-            kind=UnitKind.FROZEN,
-            regions=(
-                Region(unit="frozen", tensor="f", role=Role.WEIGHT, dtype="bfloat16", start=0, nbytes=64, address=64),
-            ),
-        ),
+        Unit(name=dense, kind=UnitKind.DENSE, layer=rank, regions=(*parameter(dense, elements), bias)),
+        Unit(name="frozen", kind=UnitKind.FROZEN, regions=(fixed,)),
     ]
     for e in range(3):
-        own = f"layers.{rank}.experts.{e}"
-        regions = parameter(own, "w", BLOCK * max(blocks // 2, 1))
-        units.append(Unit(name=own, kind=UnitKind.EXPERT, layer=rank, expert=e, regions=regions))
+        name = f"layers.{rank}.experts.{e}"
+        regions = parameter(name, elements // 2)
+        units.append(Unit(name=name, kind=UnitKind.EXPERT, layer=rank, expert=e, regions=regions))
     units.append(Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=1000))
     return gradient_log(Inventory(units=tuple(units)), period)
 
@@ -94,20 +86,20 @@ def layout_of(owner: int, period: int) -> ChainLayout:
 
 
 class Paper:
-    """An arena without bytes. Slots are the real numbers, shared by units of one size or (``apart``) by no others."""
+    """An arena without bytes. Units of one size share their slots, as in a real one, or (``apart``) nothing."""
 
-    def __init__(self, log: GradientLog, apart: bool) -> None:
-        units = log.inventory.units
-        self.pool_of = [u.name if apart else u.nbytes for u in units]
+    def __init__(self, log: GradientLog, apart: bool, page: Page) -> None:
+        copies = exact_copies(log)
+        self.pool_of = [u.name if apart else u.nbytes for u in log.inventory.units]
         self.slots: Counter[Any] = Counter()
-        for unit, count in zip(units, (exact_copies(log)[u.name] for u in units), strict=True):
-            self.slots[unit.name if apart else unit.nbytes] += count
+        for unit, pool in zip(log.inventory.units, self.pool_of, strict=True):
+            self.slots[pool] += copies[unit.name]
         self.most_records = 2 * self.slots.total()
-        self.page = Page(stable=0)
+        self.page = page
 
     def has_room(self, records: Sequence[Record]) -> bool:
         held = Counter(self.pool_of[r.unit] for r in (*self.page.records, *records) if not r.is_zero)
-        return all(count <= self.slots[pool] for pool, count in held.items())
+        return all(taken <= self.slots[pool] for pool, taken in held.items())
 
     def edit(self, change: Callable[[Page], Mapping[str, Any]]) -> None:
         self.page = successor(self.page, **change(self.page))
@@ -119,64 +111,87 @@ class Paper:
 
 @dataclass(frozen=True, kw_only=True)
 class Weather:
-    """How often things go wrong, and whether replication keeps up with iterations; if not, how soon it goes on."""
+    """How often things go wrong; where replication is not ``prompt``, how soon the next round takes place."""
 
     drop: float = 0.0
     refuse: float = 0.0
     late: float = 0.0
+    """Snapshots without their turn's captures."""
     zero: float = 0.0
+    """Gradients of zeros: of a third of the units never, of a third half as often as of the last one."""
     skipped: float = 0.0
     prompt: bool = True
     speed: float = 1.0
 
 
 CALM = Weather()
+STORMS = st.builds(
+    Weather,
+    drop=st.sampled_from((0.0, 0.05, 0.3)),
+    refuse=st.sampled_from((0.0, 0.05, 0.3)),
+    late=st.sampled_from((0.0, 0.1, 0.5)),
+    zero=st.sampled_from((0.0, 0.25, 0.5)),
+    skipped=st.sampled_from((0.0, 0.05)),
+    prompt=st.just(False),
+    speed=st.sampled_from((0.1, 0.3, 0.7, 1.0)),
+)
 
 
 @dataclass
 class Side:
-    """One rank: what its session knows."""
+    """One rank: what its session knows, and for the tests what became of its snapshots."""
 
     rotation: Rotation
-    stable: int = 0
-    recent: list[int] = field(default_factory=lambda: [0])
+    stable: int
+    recent: list[int]
+    rounds: dict[int, bool]
     open: set[int] = field(default_factory=set)
-    rounds: dict[int, bool] = field(default_factory=lambda: {0: True})
     queue: list[tuple[int, tuple[Record, ...]]] = field(default_factory=list)
     last: tuple[bool, bool] = (False, False)
+    turns: dict[int, Turn] = field(default_factory=dict)
     no_room: list[int] = field(default_factory=list)
     left_out: list[int] = field(default_factory=list)
-    turns: dict[int, Turn] = field(default_factory=dict)
 
 
 class Cluster:
     """Ranks on one node each, with their own arena and those that they hold for others."""
 
     def __init__(self, period: int, draw: random.Random, apart: bool = False) -> None:
-        self.period = period
-        self.draw = draw
+        self.period, self.draw, self.apart = period, draw, apart
         self.logs = [log_of_rank(r, period) for r in range(RANKS)]
-        homes = [(r, n) for r in range(RANKS) for n in (r, *PLACEMENT.holders[r])]  # owner, node
-        self.arenas = {home: Paper(self.logs[home[0]], apart) for home in homes}
-        self.sides = [Side(Rotation(log, 0, dict.fromkeys(log.log_of, 0))) for log in self.logs]
-        self.masks: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        self.masks[0] = [(0, 0)] * RANKS
         self.forced: set[tuple[int, int]] = set()
         """Snapshots (rank, iteration) that are dropped whatever the weather."""
+        self.epoch = 0
+        homes = [(r, n) for r in range(RANKS) for n in (r, *PLACEMENT.holders[r])]  # owner, node
+        self.arenas = {home: Paper(self.logs[home[0]], apart, Page(stable=0)) for home in homes}
         for (owner, _), arena in self.arenas.items():
             logs = set(self.logs[owner].log_of.values())
-            everything = range(len(self.logs[owner].inventory.units))
-            arena.add([self.record(owner, u, 0) for u in everything if u not in logs])
+            arena.add([self.record(owner, u, 0) for u in range(len(self.logs[owner].inventory.units)) if u not in logs])
+        self.begin(0, [dict.fromkeys(log.log_of, 0) for log in self.logs], {0: True})
+
+    def begin(self, iteration: int, bases: Sequence[Mapping[int, int]], rounds: Mapping[int, bool]) -> None:
+        self.sides = [
+            Side(rotation=Rotation(log, iteration, b), stable=iteration, recent=[iteration], rounds=dict(rounds))
+            for log, b in zip(self.logs, bases, strict=True)
+        ]
+        self.masks: dict[int, list[tuple[int, int]]] = defaultdict(list)
+        """By iteration what each rank has said: what can be recovered, what is whole."""
+        self.masks[iteration] = [(0, 0)] * RANKS
 
     @property
     def stable(self) -> int:
         return max(side.stable for side in self.sides)
 
+    @property
+    def now(self) -> int:
+        """The last iteration that all ranks have begun a snapshot of."""
+        return min(max(side.turns, default=side.recent[-1]) for side in self.sides)
+
     def record(self, owner: int, unit: int, iteration: int, zero: bool = False) -> Record:
+        key = {"unit": unit, "iteration": iteration, "epoch": self.epoch}
         if zero:
-            return Record(unit=unit, iteration=iteration, epoch=0, slot=NO_SLOT, nbytes=0, digest=0)
-        digest = owner << 24 | unit << 12 | iteration
-        return Record(unit=unit, iteration=iteration, epoch=0, slot=0, nbytes=64, digest=digest)
+            return Record(**key, slot=NO_SLOT, nbytes=0, digest=0)
+        return Record(**key, slot=0, nbytes=64, digest=owner << 24 | unit << 12 | iteration)
 
     # -- what one rank does, one event at a time ------------------------------------------------------------
 
@@ -189,8 +204,10 @@ class Cluster:
         side.recent = [iteration, *side.recent][:WINDOW]
         rounds = dict(sorted(side.rounds.items())[-WINDOW:])
         whole = [i for i in rounds if rounds[i]]
-        reachable = mask_of(side.rotation.reachable(rounds), side.recent, rounds)
-        self.masks[iteration].append((reachable, mask_of(whole, side.recent, rounds)))
+        can_be_recovered = side.rotation.reachable(rounds)
+        self.masks[iteration].append(
+            (mask_of(can_be_recovered, side.recent, rounds), mask_of(whole, side.recent, rounds))
+        )
         yield
         side.open.add(iteration)
         self.snapshot(rank, iteration, weather)
@@ -213,7 +230,7 @@ class Cluster:
                 yield
 
     def snapshot(self, rank: int, iteration: int, weather: Weather) -> None:
-        """``Session._select`` and ``Flight.begin``."""
+        """``Session._select`` and ``Flight``."""
         side, log, arena = self.sides[rank], self.logs[rank], self.arenas[rank, rank]
         turn = side.turns[iteration] = side.rotation.turn(iteration)
         skipped = self.draw.random() < weather.skipped
@@ -225,44 +242,44 @@ class Cluster:
         if not dropped and not arena.has_room(staged):
             side.no_room.append(iteration)
             dropped = True
-        records: tuple[Record, ...] = ()
         captured = self.draw.random() >= weather.late
-        if not dropped:
-            if not arena.has_room([*staged, *optional]):
-                side.left_out.append(iteration)
-                captured = False
-            zeros = [self.record(rank, u, iteration, zero=True) for u in sorted(zero)]
-            records = (*staged, *(optional if captured else ()), *zeros)
-            arena.add(records)
+        if not dropped and not arena.has_room([*staged, *optional]):
+            side.left_out.append(iteration)
+            captured = False
+        zeros = [self.record(rank, u, iteration, zero=True) for u in sorted(zero)]
+        records = () if dropped else (*staged, *(optional if captured else ()), *zeros)
+        arena.add(records)
         side.last = (not dropped, captured)
         side.queue.append((iteration, records))
 
     def is_round_open(self, rank: int) -> bool:
-        """Buddies take part in the round of an iteration once they have begun (or dropped) their own snapshot of it."""
+        """Buddies take part in the round of an iteration once they have begun, or dropped, their own snapshot of it."""
         side = self.sides[rank]
         buddies = (*PLACEMENT.holders[rank], *PLACEMENT.owners_held_by(rank))
         return bool(side.queue) and all(side.queue[0][0] in self.sides[b].turns for b in buddies)
 
     def replicate(self, rank: int, weather: Weather) -> None:
         """The oldest snapshot that waits is sent, or refused."""
-        iteration, records = self.sides[rank].queue.pop(0)
+        side = self.sides[rank]
+        iteration, records = side.queue.pop(0)
         held = [self.arenas[rank, holder] for holder in PLACEMENT.holders[rank]]
-        wanted = bool(records) and self.draw.random() >= weather.refuse
-        whole = wanted and all(a.has_room(records) for a in held)
-        if wanted and not whole:
-            self.sides[rank].no_room.append(iteration)
+        whole = bool(records) and self.draw.random() >= weather.refuse
+        if whole and not all(a.has_room(records) for a in held):
+            side.no_room.append(iteration)
+            whole = False
         for arena in held if whole else ():
             arena.add(records)
-        self.sides[rank].rounds[iteration] = whole
+        side.rounds[iteration] = whole
 
     # -- time --------------------------------------------------------------------------------------------
 
-    def run(self, iterations: range, weather: Weather, after_event: Callable[[], None] = lambda: None) -> None:
-        """All ranks go through these iterations, as far apart as agreement allows."""
+    def run(self, steps: int, weather: Weather, after_event: Callable[[], bool] = lambda: False) -> None:
+        """All ranks go on, as far apart as agreement allows, or until ``after_event`` says that they failed."""
+        iterations = range(self.now + 1, self.now + 1 + steps)
 
         def train(rank: int) -> Iterator[None]:
             for iteration in iterations:
-                while len(self.masks[iteration - 1]) < RANKS or (weather.prompt and self.is_late(iteration)):
+                while len(self.masks[iteration - 1]) < RANKS or (weather.prompt and not self.is_done(iteration - 1)):
                     yield
                 yield from self.on_step_end(rank, iteration, weather)
 
@@ -274,15 +291,16 @@ class Cluster:
             rank = self.draw.randrange(RANKS)
             while self.is_round_open(rank) and (weather.prompt or self.draw.random() < weather.speed):
                 self.replicate(rank, weather)
-            after_event()
-        while weather.prompt and any(side.queue for side in self.sides):
+            if after_event():
+                return
+        while weather.prompt and not self.is_done(iterations[-1]):
             for rank in filter(self.is_round_open, range(RANKS)):
                 self.replicate(rank, weather)
 
-    def is_late(self, iteration: int) -> bool:
-        """Whether something of an earlier iteration still has to be begun or replicated."""
-        before = iteration - 1
-        return any(before > 0 and (before not in s.turns or any(i < iteration for i, _ in s.queue)) for s in self.sides)
+    def is_done(self, iteration: int) -> bool:
+        """Whether all snapshots until then are replicated or dropped."""
+        waiting = (i for side in self.sides for i, _ in side.queue[:1])
+        return self.now >= iteration and min(waiting, default=iteration + 1) > iteration
 
     # -- what would be recovered -------------------------------------------------------------------------
 
@@ -302,22 +320,26 @@ class Cluster:
         ]
         return plan_recovery(facts(self.period), reports, PLACEMENT, "exact")
 
-    def check(self, lost: Sequence[frozenset[int]] = (NO_NODE, *(frozenset({n}) for n in range(RANKS)))) -> None:
-        for nodes in lost:
-            plan = self.plan(nodes)
-            assert isinstance(plan, RecoveryPlan), f"without nodes {set(nodes)}: {plan}"
-            assert plan.iteration >= self.stable, f"without nodes {set(nodes)}"
-            self.check_plan(plan, nodes)
+    def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan:
+        plan = self.plan(lost_nodes)
+        assert isinstance(plan, RecoveryPlan), f"without nodes {set(lost_nodes)}: {plan}"
+        return plan
+
+    def check(self, losses: Sequence[frozenset[int]] = LOSSES) -> None:
+        for lost in losses:
+            plan = self.plan_of(lost)
+            assert plan.iteration >= self.stable, f"without nodes {set(lost)}"
+            self.check_plan(plan, lost)
 
     def check_plan(self, plan: RecoveryPlan, lost: frozenset[int] = NO_NODE) -> None:
         """Of every slice one capture and all gradients since; all else as of T; each from where it really is."""
+        keys = {home: {r.key for r in arena.page.records} for home, arena in self.arenas.items()}
         for owner, choices in enumerate(plan.choices):
             found: dict[int, list[int]] = defaultdict(list)
             for choice in choices:
                 found[choice.unit].append(choice.iteration)
                 assert choice.node not in lost
-                keys = {r.key for r in self.arenas[owner, choice.node].page.records}
-                assert (choice.unit, choice.iteration) in keys
+                assert (choice.unit, choice.iteration) in keys[owner, choice.node]
             units = facts(self.period)[owner].units
             logs = log_units(units)
             for number, (_, kind) in enumerate(units):
@@ -326,3 +348,225 @@ class Cluster:
                     assert found[logs[number]] == list(range(base + 1, plan.iteration + 1))
                 elif kind is not UnitKind.LOG:
                     assert found[number] == [0 if kind is UnitKind.FROZEN else plan.iteration]
+
+    def longest_chain(self) -> int:
+        """Gradients that a recovery of the newest iteration needs of one slice, at most."""
+        plan = self.plan_of()
+        at = [c.iteration for log, row in zip(self.logs, plan.choices, strict=True) for c in row if c.unit in log.log_of]
+        return plan.iteration - min(at)
+
+    # -- recovery ----------------------------------------------------------------------------------------
+
+    def mover(self, node: int, plan: RecoveryPlan) -> Mover:
+        mine = {owner: cast(Arena, a) for (owner, where), a in self.arenas.items() if where == node}
+        layouts = {owner: layout_of(owner, self.period) for owner in range(RANKS)}
+        return Mover(rank=node, arenas=mine, channel=cast(Channel, None), pool=POOL, plan=plan, layouts=layouts)
+
+    def lose(self, lost: frozenset[int], plan: RecoveryPlan) -> None:
+        """These nodes are replaced; their arenas are made anew."""
+        page = Page(epoch=plan.history_epoch, stable=plan.safe, branches=plan.branches[:-1])
+        for owner, node in self.arenas:
+            if node in lost:
+                self.arenas[owner, node] = Paper(self.logs[owner], self.apart, page)
+
+    def move(self, transfers: Sequence[Transfer]) -> None:
+        for t in transfers:
+            source, target = self.arenas[t.owner, t.source], self.arenas[t.owner, t.target]
+            (record,) = (r for r in source.page.records if r.key == (t.unit, t.iteration))
+            assert target.has_room([record]), "room was made"
+            target.add([record])
+
+    def recover(self, lost: frozenset[int]) -> RecoveryPlan:
+        """Every rank begins again from the newest iteration that can be recovered."""
+        plan = self.plan_of(lost)
+        self.lose(lost, plan)
+        for transfers in (plan.fetches, plan.copies):
+            for node in range(RANKS):
+                self.mover(node, plan).make_room(transfers)
+            self.move(transfers)
+        for node in range(RANKS):
+            self.mover(node, plan).begin_epoch()
+        self.epoch = plan.epoch
+        slices = [log.log_of for log in self.logs]
+        bases = [{c.unit: c.iteration for c in row if c.unit in s} for row, s in zip(plan.choices, slices, strict=True)]
+        self.begin(plan.iteration, bases, {})
+        return plan
+
+
+def sometimes(cluster: Cluster, rate: float) -> Callable[[], bool]:
+    """After an event: look whether all is well, now and then."""
+
+    def look() -> bool:
+        if cluster.draw.random() < rate:
+            cluster.check()
+        return False
+
+    return look
+
+
+def at_some_event(cluster: Cluster, most: int) -> Callable[[], bool]:
+    """After an event: fail at one of the next so many."""
+    events = count()
+    last = cluster.draw.randrange(most)
+    return lambda: next(events) >= last
+
+
+def until_current(cluster: Cluster, weather: Weather, within: int) -> int | None:
+    """Iterations until the stable one stays as new as agreement allows; None if it does not, within so many."""
+    first: int | None = None
+    for step in range(1, within + 2 * cluster.period + 12):
+        cluster.run(1, weather)
+        if cluster.stable < cluster.now - 2:
+            first = None
+        elif first is None:
+            first = step
+    return first if first is not None and first <= within else None
+
+
+# -- safety -----------------------------------------------------------------------------------------------------
+
+
+@given(seed=st.integers(0, 10**6), period=PERIODS, storm=STORMS, apart=st.booleans(), steps=st.integers(4, 24))
+@settings(max_examples=50)
+def test_the_stable_iteration_is_reachable_after_any_event(
+    seed: int, period: int, storm: Weather, apart: bool, steps: int
+) -> None:
+    cluster = Cluster(period, random.Random(seed), apart)
+    cluster.run(steps, storm, sometimes(cluster, 0.2))
+    cluster.check()
+
+
+@given(seed=st.integers(0, 10**6), period=PERIODS, storm=STORMS, apart=st.booleans())
+@settings(max_examples=40)
+def test_a_run_that_recovers_goes_on_and_recovers_again(seed: int, period: int, storm: Weather, apart: bool) -> None:
+    """At any event, with any one node lost; no branch is ever confused with another, and replicas have room."""
+    cluster = Cluster(period, random.Random(seed), apart)
+    for _ in range(4):
+        cluster.run(3 * period + 8, storm, at_some_event(cluster, 200))
+        before = cluster.stable
+        lost = cluster.draw.choice(LOSSES)
+        plan = cluster.recover(lost)
+        assert plan.iteration >= before
+        again = cluster.plan_of()
+        assert (again.iteration, again.history_epoch, again.fetches, again.copies) == (plan.iteration, plan.epoch, (), ())
+        cluster.check()
+
+
+@given(seed=st.integers(0, 10**6), period=PERIODS, storm=STORMS)
+@settings(max_examples=60)
+def test_a_node_lost_while_a_recovery_makes_room_leaves_a_plan(seed: int, period: int, storm: Weather) -> None:
+    """Processes fail, all memory is there; room is made for what replicas lack, some arrives; then a node is lost."""
+    cluster = Cluster(period, random.Random(seed))
+    cluster.run(3 * period + 8, storm, at_some_event(cluster, 300))
+    plan = cluster.plan_of()
+    prepared = [node for node in range(RANKS) if cluster.draw.random() < 0.8]
+    for node in prepared:
+        cluster.mover(node, plan).make_room(plan.copies)
+    cluster.check()
+    coming = [t for t in plan.copies if t.target in prepared]
+    cluster.move(coming[: cluster.draw.randint(0, len(coming))])
+    cluster.check()
+
+
+@given(seed=st.integers(0, 10**6), period=PERIODS, storm=STORMS)
+@settings(max_examples=25)
+def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(
+    seed: int, period: int, storm: Weather
+) -> None:
+    cluster = Cluster(period, random.Random(seed))
+    cluster.run(3 * period + 8, storm, at_some_event(cluster, 300))
+    plan = cluster.plan_of()
+    for node in range(RANKS):
+        cluster.mover(node, plan).make_room(plan.copies)
+    cluster.move(plan.copies)
+    written = [n for n in range(RANKS) if cluster.draw.random() < 0.5]
+    for node in written:
+        cluster.mover(node, plan).begin_epoch()
+    again = cluster.plan_of()
+    cluster.check_plan(again)
+    if written:
+        assert (again.iteration, again.history_epoch) == (plan.iteration, plan.epoch)
+        assert [[(c.unit, c.iteration) for c in row] for row in again.choices] == [
+            [(c.unit, c.iteration) for c in row] for row in plan.choices
+        ]
+
+
+@given(seed=st.integers(0, 10**6), period=PERIODS, storm=STORMS)
+@settings(max_examples=25)
+def test_the_oracle_misses_no_record(seed: int, period: int, storm: Weather) -> None:
+    """Whatever the plan of the stable iteration chooses is needed for it; without it there is an older one, or none."""
+    cluster = Cluster(period, random.Random(seed))
+    cluster.run(2 * period + 4, storm)
+    plan = cluster.plan_of()
+    owner = cluster.draw.randrange(RANKS)
+    choice = cluster.draw.choice(plan.choices[owner])
+    gone = {(choice.unit, choice.iteration)}
+    for node in (owner, *PLACEMENT.holders[owner]):
+        cluster.arenas[owner, node].edit(lambda page: {"records": tuple(r for r in page.records if r.key not in gone)})
+    without = cluster.plan()
+    assert isinstance(without, NoPlan) or without.iteration < plan.iteration or choice.unit in cluster.logs[owner].log_of
+    if isinstance(without, RecoveryPlan):
+        cluster.check_plan(without)
+
+
+# -- while all goes well ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("period", [2, 3, 5, 8, 13])
+def test_steady_turns_find_room_and_chains_stay_within_a_period(period: int, apart: bool) -> None:
+    cluster = Cluster(period, random.Random(period), apart)
+    for iteration in range(1, 4 * period + 3):
+        cluster.run(1, CALM)
+        assert cluster.stable == max(iteration - 2, 0)
+        assert cluster.longest_chain() < period
+        for log, side in zip(cluster.logs, cluster.sides, strict=True):
+            turn = side.turns[iteration]
+            taking_turns = [g for g in log.groups if g]
+            assert turn.captures == taking_turns[(iteration - 1) % len(taking_turns)]
+            assert turn.logs == tuple(log.log_of.values())
+    assert all(not side.no_room and not side.left_out and not side.rotation.spared_bytes for side in cluster.sides)
+
+
+@given(seed=st.integers(0, 10**6), period=PERIODS, zero=st.sampled_from((0.1, 0.5)), apart=st.booleans())
+@settings(max_examples=20)
+def test_quiet_slices_are_spared_one_turn_and_chains_stay_within_two_periods(
+    seed: int, period: int, zero: float, apart: bool
+) -> None:
+    cluster = Cluster(period, random.Random(seed), apart)
+    weather = Weather(zero=zero, skipped=0.1)
+    spared = [0] * RANKS
+    for iteration in range(1, 5 * period):
+        cluster.run(1, weather)
+        assert cluster.stable == max(iteration - 2, 0)
+        assert cluster.longest_chain() < 2 * period
+        for rank, (log, side) in enumerate(zip(cluster.logs, cluster.sides, strict=True)):
+            units = log.inventory.units
+            turn = side.turns[iteration]
+            (group,) = turn.groups
+            whole = [g for g in log.groups if g][group]
+            assert set(turn.captures) <= set(whole)
+            spared[rank] += sum(units[u].nbytes for u in whole if u not in turn.captures)
+    cluster.run(1, CALM)  # the last turn's sparing is counted one iteration later
+    assert all(not side.no_room and not side.left_out for side in cluster.sides)
+    assert [side.rotation.spared_bytes for side in cluster.sides] == spared
+
+
+# -- after something was dropped ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize("period", [2, 3, 5, 8])
+def test_one_dropped_snapshot_leads_to_no_other_and_costs_no_more_bytes(period: int, apart: bool) -> None:
+    for rank in (0, RANKS - 1):
+        for at in range(1, 2 * period + 1):
+            cluster = Cluster(period, random.Random(at), apart)
+            cluster.forced = {(rank, at)}
+            cluster.run(at, CALM)
+            assert until_current(cluster, CALM, period + 2) is not None
+            assert all(not side.no_room for side in cluster.sides)
+            assert cluster.longest_chain() <= period
+            for log, side in zip(cluster.logs, cluster.sides, strict=True):
+                units = log.inventory.units
+                usual = max(log.group_bytes) + log.log_bytes
+                assert all(sum(units[u].nbytes for u in (*t.captures, *t.logs)) <= usual for t in side.turns.values())
