@@ -30,6 +30,7 @@ from megatron_moetion.snapshot.host_state import encode, size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, TokenCounter, Unit, UnitKind
 
 _CAPTURES_IN_FLIGHT = WINDOW + 1
+_SAMPLED_ELEMENTS = 1024
 _SPARE_HOST_BYTES = 64 << 10
 """Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
 
@@ -82,8 +83,11 @@ class MegatronState:
             create_state(link.optimizer)
         for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
             module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
-        self._steps = StepLog(optimizer, self._links, log_steps) if log_steps else None
-        self._shards = {id(s.parameter): s for link in self._links for s in shards(link)}
+        held = [list(shards(link)) for link in self._links]
+        self._shards = {id(s.parameter): s for of_link in held for s in of_link}
+        self._steps: StepLog | None = None
+        if log_steps:
+            self._steps = StepLog(optimizer, self._links, log_steps, [_sample(of_link) for of_link in held])
         self._inventory = self._take_inventory(layout)
         self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
         if self._steps is not None:
@@ -327,6 +331,14 @@ def _module_residents(model: Sequence[nn.Module], layout: ModelLayout) -> Iterat
 def _gradient_residents(parameters: Iterable[nn.Parameter]) -> Iterator[_Resident]:
     for parameter in parameters:
         yield vars(parameter), "main_grad", _gradient(parameter).data_ptr()
+
+
+def _sample(held: Sequence[Shard]) -> torch.Tensor:
+    """A few elements of the gradient of a small parameter, in place."""
+    if not held:
+        return torch.zeros(0)
+    small = min(held, key=lambda s: s.end - s.start)
+    return _gradient(small.parameter).view(-1)[small.start : min(small.end, small.start + _SAMPLED_ELEMENTS)]
 
 
 def _gradient(parameter: nn.Parameter) -> torch.Tensor:

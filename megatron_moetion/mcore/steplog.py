@@ -29,11 +29,20 @@ BYTES_A_GROUP = 256
 class StepLog:
     """Watches one rank's optimizer; ``links`` are the parts of it that hold state. ``close`` undoes all of it.
 
-    Remembers the last ``depth`` iterations.
+    Remembers the last ``depth`` iterations. ``samples``: a few elements of each link's reduced gradients, where they
+    lie; by them it is seen that gradients were overwritten before they could be logged.
     """
 
-    def __init__(self, optimizer: MegatronOptimizer, links: Sequence[MegatronOptimizer], depth: int) -> None:
+    def __init__(
+        self,
+        optimizer: MegatronOptimizer,
+        links: Sequence[MegatronOptimizer],
+        depth: int,
+        samples: Sequence[torch.Tensor],
+    ) -> None:
         self._links = tuple(links)
+        self._samples = tuple(samples)
+        self._seen = [torch.zeros_like(sample) for sample in samples]
         self._told: list[dict[str, Any]] = [{} for _ in links]
         self._times_told = [0] * len(links)
         self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=depth)
@@ -75,9 +84,9 @@ class StepLog:
         if times != {1}:
             return StepNote(problem=f"{max(times)} optimizer steps were taken: on_step_end must follow each one")
         self._log.append((iteration, list(self._told)))
-        firsts = [g["params"][0] for link in self._links for g in link.optimizer.param_groups if g["params"]]
-        if any(parameter.grad is None for parameter in firsts):
-            return StepNote(problem="gradients were gone before on_step_end: zero them where a step begins")
+        bits = ((a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(self._samples, self._seen, strict=True))
+        if not all(torch.equal(a, b) for a, b in bits):
+            return StepNote(problem="gradients changed before on_step_end: zero them where a step begins")
         return StepNote()
 
     def state(self) -> list[Any]:
@@ -126,6 +135,7 @@ class StepLog:
     def _note_told(self, number: int, *_: Any) -> None:
         """One of the optimizers is about to step."""
         self._told[number] = self._fields(number)
+        self._seen[number].copy_(self._samples[number])
         self._times_told[number] += 1
 
     def _note_scale(self, number: int) -> None:

@@ -136,6 +136,7 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
         arena = attached._session._arenas.own
         zeros = max(zeros, sum(r.is_zero for r in arena.page.records))
         wrong += _differences(expected[iteration], trainer, state, f"{iteration}, trained")
+        careless = _careless(trainer, state) if iteration == ITERATIONS else []
         fault, node = faults.pop(0) if faults else (0, None)
         _end(attached)
         dist.barrier()
@@ -145,8 +146,20 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
         attempt += 1
     return {
         "wrong": wrong, "lost": lost, "replayed": replayed, "skipped": skipped, "zeros": zeros,
-        "hashes": max(len(h) for h in hashes.values()), "attempts": attempt,
+        "hashes": max(len(h) for h in hashes.values()), "attempts": attempt, "careless": careless,
     }  # fmt: skip
+
+
+def _careless(trainer: Trainer, state: MegatronState) -> list[str]:
+    """What is said of a loop that zeroes gradients too early, and of one that leaves out a step; and of a good one."""
+    found = []
+    for steps, zeroed in ((1, True), (2, False), (1, False)):
+        for _ in range(steps):
+            trainer.train_step()
+        for chunk in trainer.model if zeroed else ():
+            chunk.zero_grad_buffer()
+        found.append(state.note_step(99).problem)
+    return found
 
 
 def _differences(expected: Mapping[str, str], trainer: Trainer, state: MegatronState, when: str) -> list[str]:
