@@ -221,7 +221,8 @@ class Session:
         if self._rotation is not None:
             self._rotation.packed(is_there=packed >= 0, captured=captured)
             # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
-            flight.catch_up(self._config.max_stall_ms / 1000)
+            with self._scheduler.urgent():
+                flight.catch_up(self._config.max_stall_ms / 1000)
         try:
             free = self._learn()
             note = self._note_step(iteration)

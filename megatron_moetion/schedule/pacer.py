@@ -102,6 +102,7 @@ class Pacer(Meter):
         self._deadline_s = 0.0  # without bytes to move nothing is held back
         self._total_bytes = self._gone_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
+        self._is_urgent = False
         self._transfers = 0
         self._pace = PROBE_FACTOR
         self._active = 0
@@ -130,6 +131,18 @@ class Pacer(Meter):
             self._pace = PROBE_FACTOR if self._transfers % PROBE_EVERY == 0 else CALM_FACTOR
             self._transfers += 1
             self._changed.notify_all()
+
+    @contextmanager
+    def urgent(self) -> Iterator[None]:
+        """Training waits for these bytes: nothing is held back."""
+        with self._changed:
+            self._is_urgent = True
+            self._changed.notify_all()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._is_urgent = False
 
     def report(self) -> tuple[int, float]:
         """Bytes of this plan that went outside their window, and seconds that the pacer held bytes back."""
@@ -171,7 +184,7 @@ class Pacer(Meter):
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         """How long to wait before looking again, 0 to go; and whether our last slice is not the reason."""
         left_s = self._origin_s + self._deadline_s - now
-        if left_s <= 0:
+        if left_s <= 0 or self._is_urgent:
             return 0.0, False
         if self._active:
             return left_s, True  # notified when training's call returns

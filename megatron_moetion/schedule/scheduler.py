@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
@@ -102,6 +102,10 @@ class Scheduler:
             self._refused_bytes = sum(plan.refused_bytes.values())
         with self._meter.transfer(nbytes):
             yield
+
+    def urgent(self) -> AbstractContextManager[None]:
+        """While it is entered, training waits for snapshots to leave, and none of their bytes are held back."""
+        return self._pacer.urgent() if self._pacer is not None else nullcontext()
 
     def packed(self, begin_s: float, end_s: float, nbytes: int) -> None:
         """A snapshot of ``nbytes`` was copied from the device (or from memory) in this time. Called by any thread."""

@@ -70,6 +70,8 @@ class Rotation:
         if not self.is_whole:
             groups = self._anew(logs)
             return Turn(groups=groups, captures=tuple(u for g in groups for u in self._groups[g]), logs=logs)
+        if not self._groups:  # a rank whose parameters are all frozen, or sharded to others
+            return Turn(groups=(), captures=(), logs=())
         longest = min(range(len(self._groups)), key=lambda g: (self._turned[g], g))
         captures = tuple(u for u in self._groups[longest] if not self._is_spared(u, iteration))
         return Turn(groups=(longest,), captures=captures, logs=logs)

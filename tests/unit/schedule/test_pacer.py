@@ -217,6 +217,20 @@ def test_a_waiting_thread_is_woken_when_training_falls_silent() -> None:
     thread.join()
 
 
+def test_when_training_waits_nothing_is_held_back() -> None:
+    pacer = Pacer(lambda *_: None)
+    pacer.learn(RATE)
+    pacer.begin_iteration(Rhythm(duration_s=30.0, windows=(), sends_s=()))
+    pacer.follow(KB100, deadline_s=30.0)
+    gone = threading.Event()
+    sender = threading.Thread(target=lambda: (pacer.admit(KB100), gone.set()), daemon=True)
+    sender.start()
+    assert not gone.wait(0.2)
+    with pacer.urgent():
+        assert gone.wait(5)
+    sender.join(5)
+
+
 def test_eager_never_waits_and_tells_what_moved() -> None:
     seen: list[int] = []
     eager = Eager(1 << 20, lambda begin, end, nbytes: seen.append(nbytes))
