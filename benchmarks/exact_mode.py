@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ RANKS = 4
 COMMON = (
     "--num-layers 4 --hidden-size 256 --ffn-hidden-size 512 --num-attention-heads 4 --seq-length 128 "
     "--moe-router-topk 2 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 4 "
     "--lr 1e-4 --bf16 --use-distributed-optimizer --train-iters 100000 --eval-iters 0 --seed 1"
 )
 MODELS = {
@@ -67,7 +67,7 @@ class Size:
         return ("off", "full", "popularity", *(f"exact P {p}" for p in self.periods))
 
 
-FULL_SIZE = Size(models=tuple(MODELS), periods=PERIODS, cycles=8, block_iterations=8)
+FULL_SIZE = Size(models=tuple(MODELS), periods=PERIODS, cycles=5, block_iterations=6)
 QUICK_SIZE = Size(models=tuple(MODELS)[:1], periods=(4,), cycles=2, block_iterations=4)
 
 
@@ -76,10 +76,14 @@ def main() -> int:
     from benchmarks._common import parser, report
 
     options = parser(__doc__ or "")
+    options.add_argument("--plot", type=Path, metavar="PATH", help="draw bytes, memory and recoveries")
+    options.add_argument("--periods", type=int, nargs="+", help=f"default: {' '.join(map(str, PERIODS))}")
+    options.add_argument("--cycles", type=int, help="how often the blocks alternate")
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     options.add_argument("--model", help=argparse.SUPPRESS)
     args = options.parse_args()
     size = QUICK_SIZE if args.quick else FULL_SIZE
+    size = replace(size, periods=tuple(args.periods or size.periods), cycles=args.cycles or size.cycles)
     if args.worker is not None:
         return measure(args.worker, size, args.model)
     results: list[Any] = []
@@ -88,9 +92,12 @@ def main() -> int:
             measured = Path(folder) / "measured.json"
             command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
             command += [__file__, "--worker", str(measured), "--model", model, *(["--quick"] if args.quick else [])]
+            command += ["--cycles", str(size.cycles), "--periods", *map(str, size.periods)]
             environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
             subprocess.run(command, check=True, cwd=ROOT, env=environment)
             results += summarise(json.loads(measured.read_text()), size, model)
+    if args.plot is not None:
+        plot({r.name: r.value for r in results}, size, args.plot)
     report("exact_mode", results, args.json, [f"model: {COMMON}", *(f"{k}: {v}" for k, v in MODELS.items())])
     return 0
 
@@ -298,6 +305,7 @@ def lost_now(ranks: list[dict[str, Any]], arm: str) -> Counter[int]:
 def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
     """The figures of one model."""
     from benchmarks._common import Result, at_most, median_interval
+    from megatron_moetion.select.rotation import SPARE_LOGS
 
     times = {(b["cycle"], b["arm"]): statistics.median(b["seconds"]) for b in ranks[0]["blocks"]}
     cycles = sorted({cycle for cycle, _ in times})
@@ -361,7 +369,7 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
                 Result(name=f"{at}: training waited", value=mean(arm, "waited_s") / len(ranks), unit="s/iteration"),
                 Result(
                     name=f"{at}: host memory by the formula",
-                    value=2 * ((24 + gradient * (period + 3)) * parameters + 5 * always) / 1e6,
+                    value=2 * ((24 + gradient * (period + SPARE_LOGS)) * parameters + (2 + SPARE_LOGS) * always) / 1e6,
                     unit="MB",
                 ),
             ]
@@ -389,6 +397,58 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
             results.append(at_most(f"{at}: most iterations that a fault costs", float(max(lost, default=0)), "", 2))
             results.append(at_most(f"{at}: tensors that came back otherwise, of {of:.0f}", wrong, "", 0))
     return results
+
+
+def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
+    """Bytes an iteration, host memory and recovery time over the period, beside the formulas and the other modes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    colors = dict(zip(MODELS, ("#0072B2", "#009E73", "#D55E00"), strict=True))
+    fine = np.geomspace(size.periods[0], size.periods[-1], 100)
+    figure, (bytes_, memory, recovery) = pyplot.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    bytes_.axhline(12, color="#222222", label="full")
+    bytes_.plot(
+        fine, 2 + 10 / fine, color="#8c8c8c", linestyle="--", label="MoEvement's largest slot, W = P, by its formula"
+    )
+    memory.axhline(36, color="#222222", label="full, by the formula")
+    for gradient, style in ((4, "-"), (2, ":")):
+        bytes_.plot(
+            fine, 12 / fine + gradient, color="#222222", linestyle=style, linewidth=1, label=f"12 / P + {gradient}"
+        )
+        label = f"24 + {gradient} (P + 4)"
+        memory.plot(fine, 24 + gradient * (fine + 4), color="#222222", linestyle=style, linewidth=1, label=label)
+    for model in size.models:
+        parameters = figures[f"{model}: parameters, all ranks"] or 1.0
+        full = (figures[f"{model}: full: bytes"] or 0.0) / parameters
+        exact = {p: f"{model}: exact P {p}" for p in size.periods}
+        shares = [figures[f"{at}: bytes, share of full's, before the saving on zeros"] or 0.0 for at in exact.values()]
+        saved = [figures[f"{at}: bytes, share of full's"] or 0.0 for at in exact.values()]
+        arenas = [
+            (figures[f"{at}: host memory, all ranks, one replica"] or 0.0) / parameters / 2 for at in exact.values()
+        ]
+        seconds = [figures[f"{at}: of it, restoring state"] or 0.0 for at in exact.values()]
+        how = {"color": colors[model], "markersize": 7}
+        bytes_.plot(list(exact), [s * full for s in shares], "o", **how, label=f"{model}")
+        bytes_.plot(list(exact), [s * full for s in saved], "x", **how)
+        memory.plot(list(exact), arenas, "o", **how, label=model)
+        recovery.plot(list(exact), seconds, "o-", **how, label=f"exact, {model}")
+        other = figures[f"{model}: full: of it, restoring state"] or 0.0
+        recovery.axhline(other, color=colors[model], linestyle="--", linewidth=1, label=f"full, {model}")
+    bytes_.set(title="Bytes a parameter and iteration (x: less gradients of zeros)", ylim=(0, None))
+    memory.set(title="Host memory, bytes a parameter and copy", ylim=(0, None))
+    recovery.set(title="Recovery: loading state and replaying, seconds", ylim=(0, None))
+    for axis in (bytes_, memory, recovery):
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(size.periods, [str(p) for p in size.periods])
+        axis.set_xlabel("period P")
+        axis.legend(fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moetion.config import DEFAULT_PERIOD, MoetionConfig
+from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MoetionConfig
 from megatron_moetion.errors import (
     ChannelError,
     ConfigError,
@@ -217,9 +217,9 @@ class Session:
         if iteration % self._config.interval or self._degraded:
             return
         flight, _ = self._running()
-        packed, captured = flight.finish()
+        packed = flight.finish()
         if self._rotation is not None:
-            self._rotation.packed(is_there=packed >= 0, captured=captured)
+            self._rotation.packed(is_there=packed.is_there, captured=packed.captured, late=packed.late)
             # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
             with self._scheduler.urgent():
                 flight.catch_up(self._config.max_stall_ms / 1000)
@@ -243,7 +243,9 @@ class Session:
             self._report_drops(flight, iteration)
             return
         contents = self._select(iteration, counts, note)
-        if unusable := unfrozen or self._adapter.moved() or note.problem:
+        if contents is None:
+            flight.skip(iteration, "late", free)
+        elif unusable := unfrozen or self._adapter.moved() or note.problem:
             reason = "freeze" if unfrozen else "missed" if note.problem else "moved"
             self._journal.warn_once(
                 reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
@@ -577,12 +579,17 @@ class Session:
             return str(error)
         return ""
 
-    def _select(self, iteration: int, counts: list[int], note: StepNote) -> Contents:
-        """What this snapshot holds. Ranks that share experts choose the same ones, each its shards of them."""
+    def _select(self, iteration: int, counts: list[int], note: StepNote) -> Contents | None:
+        """What this snapshot holds; None: there must be none.
+
+        Ranks that share experts choose the same ones, each its shards of them.
+        """
         if self._rotation is not None:
             turn = self._rotation.turn(iteration)
             zero = frozenset(turn.logs) if note.skipped else self._packer.zero_logs(turn.logs)
             self._rotation.begin(iteration, turn, zero)
+            if turn.is_gap:
+                return None
             staged = (*self._always, *(u for u in turn.logs if u not in zero))
             return Contents(staged=staged, optional=turn.captures, zero=tuple(sorted(zero)))
         if self._config.mode == "full":
@@ -621,6 +628,12 @@ class Session:
                 self._journal.warn_once(
                     f"drop-{reason}", iteration, f"a snapshot was dropped ({why}); training goes on, counts follow"
                 )
+        for reason in flight.counts.left_out.copy():
+            self._journal.warn_once(
+                f"left-out-{reason}",
+                iteration,
+                f"captures were left out ({reason}); the snapshot is whole without them",
+            )
         if flight.broken:
             self._journal.warn_once(
                 "channel", iteration, f"replication stopped, iteration {self._stable} stays: {flight.broken}"
@@ -656,7 +669,14 @@ class Session:
         config = self._config
         period = config.period or DEFAULT_PERIOD
         if config.snapshot_bytes:
-            period = max(self._fabric.gather(shortest_period(gradient_log(inventory, 1), config.snapshot_bytes)))
+            whole = gradient_log(inventory, 1)
+            period = max(self._fabric.gather(shortest_period(whole, config.snapshot_bytes)))
+            if period > MAX_PERIOD:
+                raise ConfigError(
+                    f"--moetion-snapshot-bytes {config.snapshot_bytes} is too little for mode 'exact' on some rank: "
+                    f"here the gradients of an iteration are {whole.log_bytes} bytes, and {whole.state_bytes} bytes of "
+                    f"state must be captured within {MAX_PERIOD} iterations"
+                )
         return gradient_log(inventory, period)
 
     def _find_limits(self, num_experts: int) -> Limits:

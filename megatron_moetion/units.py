@@ -30,7 +30,7 @@ class UnitKind(enum.IntEnum):
     HOST = 4
     """Host state: RNG, scheduler, data cursor, counters. One per rank, captured in every snapshot."""
     LOG = 5
-    """The gradient that the optimizer applied to another unit's state: mode ``exact`` captures it in every snapshot."""
+    """The gradient of another unit, as it lies in DDP's buffer after the step: in every snapshot of mode ``exact``."""
 
 
 class Role(enum.IntEnum):

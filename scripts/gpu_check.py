@@ -126,8 +126,8 @@ def run_training(options: Options) -> str:
     if popularity.lost_tokens == 0 or max(popularity.curve) != ITERATIONS:
         raise CheckFailed(f"popularity lost {popularity.lost_tokens} tokens and reached {max(popularity.curve)}")
     return (
-        f"killed at {FAULT_AT}; full resumed from {resumed[0]}, exact from {resumed[1]}, all {ITERATIONS} losses bitwise; "
-        f"popularity from {resumed[2]}, {popularity.lost_tokens} tokens lost, PLT {popularity.plt:.2%}"
+        f"killed at {FAULT_AT}; full resumed from {resumed[0]}, exact from {resumed[1]}, all {ITERATIONS} losses "
+        f"bitwise; popularity from {resumed[2]}, {popularity.lost_tokens} tokens lost, PLT {popularity.plt:.2%}"
     )
 
 

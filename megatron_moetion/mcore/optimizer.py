@@ -77,6 +77,8 @@ class MegatronState:
             raise UnsupportedState(
                 "--fp8-format is not supported: quantised parameters carry scales beside their bytes"
             )
+        if log_steps and self._blocks and getattr(self._blocks[0].module.config, "qk_clip", False):
+            raise UnsupportedState("qk_clip is not supported in mode 'exact': it changes parameters after the step")
         self._counters = TokenCounters(self._blocks if count_tokens else ())
         self._routers = RouterWatch(self._blocks if count_tokens else (), capacity)
         for link in self._links:

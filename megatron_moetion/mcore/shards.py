@@ -25,6 +25,8 @@ from megatron.core.optimizer.optimizer import (
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.units import Role
 
+_ELEMENTWISE = {"Adam", "AdamW", "FusedAdam", "SGD", "FusedSGD"}
+"""Optimizers, of torch, Apex and Transformer Engine, whose state we know and whose step works element by element."""
 _STATE_ROLES = {"exp_avg": Role.EXP_AVG, "exp_avg_sq": Role.EXP_AVG_SQ, "momentum_buffer": Role.EXP_AVG}
 
 
@@ -52,6 +54,9 @@ def chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
             raise UnsupportedState(
                 "HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split"
             )
+        name = type(link.optimizer).__name__
+        if name not in _ELEMENTWISE:
+            raise UnsupportedState(f"{name} is not supported: MoEtion knows {', '.join(sorted(_ELEMENTWISE))}")
         if link.config.use_precision_aware_optimizer:
             raise UnsupportedState(
                 "--use-precision-aware-optimizer is not supported: it hands out converted copies of its state, and "

@@ -77,12 +77,13 @@ class StepLog:
 
     def note(self, iteration: int) -> StepNote:
         """Enter the step of ``iteration``."""
-        times, self._times_told = set(self._times_told), [0] * len(self._links)
-        if times <= {0}:
+        times, self._times_told = self._times_told, [0] * len(self._links)
+        if not any(times) and any(getattr(link, "grad_scaler", None) is not None for link in self._links):
             self._log.append((iteration, None))
             return StepNote(skipped=True)
-        if times != {1}:
-            return StepNote(problem=f"{max(times)} optimizer steps were taken: on_step_end must follow each one")
+        if any(n != 1 for n in times):
+            steps_taken = " and ".join(map(str, times))
+            return StepNote(problem=f"{steps_taken} optimizer steps were taken: on_step_end must follow each one")
         self._log.append((iteration, list(self._told)))
         bits = ((a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(self._samples, self._seen, strict=True))
         if not all(torch.equal(a, b) for a, b in bits):
@@ -156,6 +157,7 @@ class StepLog:
     ) -> None:
         """Be told of each call of this one object's method, until ``close``."""
         original = getattr(owner, name)
+        before_us = vars(owner).get(name)
 
         def watched(*args: Any, **kwargs: Any) -> Any:
             if before is not None:
@@ -165,8 +167,16 @@ class StepLog:
                 after(result)
             return result
 
+        def undo() -> None:
+            if vars(owner).get(name) is not watched:
+                return  # someone has wrapped this in turn: it goes on to tell a log that nobody asks any more
+            if before_us is None:
+                delattr(owner, name)
+            else:
+                setattr(owner, name, before_us)
+
         setattr(owner, name, watched)
-        self._undo.append(lambda: delattr(owner, name))
+        self._undo.append(undo)
 
 
 def groups_of(link: MegatronOptimizer) -> list[dict[str, Any]]:
@@ -189,10 +199,16 @@ def plain(value: Any) -> Any:
 
 
 def _has_raw_gradients(link: MegatronOptimizer) -> bool:
+    """Whether what the optimizer is given is a converted copy of the reduced gradients, which themselves stay."""
     parameters = [p for group in link.optimizer.param_groups for p in group["params"]]
     models = getattr(link, "model_param_group_index_map", None)
     buffers = list(models) if models is not None else [*parameters, *_models_of(link)]
-    return any(p.main_grad.dtype is not torch.float32 for p in buffers if hasattr(p, "main_grad"))
+    raw = {p.main_grad.dtype is not torch.float32 for p in buffers if hasattr(p, "main_grad")}
+    if len(raw) > 1:
+        raise UnsupportedState(
+            "gradients of one optimizer are reduced partly in fp32 and partly in less: mode 'exact' needs one of them"
+        )
+    return raw == {True}
 
 
 def _models_of(link: MegatronOptimizer) -> list[torch.nn.Parameter]:

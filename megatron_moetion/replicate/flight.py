@@ -33,8 +33,8 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``moved``, ``freeze`` (host state or device), ``device``, ``budget`` (made
-    rarer to fit the links), ``refused`` (a buddy had no room), ``channel``."""
+    """By reason: ``no-slot``, ``late``, ``moved``, ``missed`` (a step), ``freeze`` (host state or device), ``device``,
+    ``budget`` (made rarer to fit the links), ``refused`` (a buddy had no room), ``channel``."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Captures that snapshots can do without, by reason: ``no-slot``, ``late``."""
     zero_bytes: int = 0
@@ -55,6 +55,18 @@ class Contents:
     """Captured from live state, all of them or none: where there is no room or no time, the snapshot does without."""
     zero: tuple[int, ...] = ()
     """Known to be zeros, so that no byte of them is captured."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Packed:
+    """What became of a snapshot on this rank."""
+
+    is_there: bool = False
+    """Committed; else it was dropped."""
+    captured: bool = False
+    """With its optional captures."""
+    late: bool = False
+    """Without them, because they took too long."""
 
 
 def _nothing() -> None:
@@ -93,7 +105,7 @@ class Flight:
         self._lock = threading.Lock()
         self._rounds: dict[int, bool] = {}
         self._live_is_done = threading.Event()
-        self._packed_last = (-1, False)
+        self._outcome = Packed()
         self.counts = FlightCounts()
         self.details: dict[str, str] = {}
         """More about a reason for which snapshots are dropped, for a person."""
@@ -128,15 +140,12 @@ class Flight:
                 self._packer.cancel()
         self._live_is_done.wait()  # bounded: the packer checks between pieces
 
-    def finish(self) -> tuple[int, bool]:
-        """Return once the last snapshot is packed or dropped: its iteration, and whether its optional captures are in.
-
-        The iteration is -1 where the snapshot was dropped.
-        """
+    def finish(self) -> Packed:
+        """Return once the last snapshot is packed or dropped, and which of it."""
         if self._pack is not None:
             self._pack.result()
             self._pack = None
-        return self._packed_last
+        return self._outcome
 
     def catch_up(self, max_stall_s: float) -> None:
         """Wait until all snapshots are replicated, but not longer than this; for those that had better not be dropped.
@@ -184,7 +193,7 @@ class Flight:
 
     def _submit(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
         self._live_is_done.clear()
-        self._packed_last = (-1, False)
+        self._outcome = Packed()
         self._pack = self._packing.submit(self._capture, iteration, contents, tokens, free)
 
     def _capture(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
@@ -209,7 +218,8 @@ class Flight:
     def _fill(self, iteration: int, contents: Contents, tokens: dict[int, int]) -> tuple[Record, ...]:
         if contents == Contents():
             return ()
-        slots = self._acquire(contents.units + contents.staged)
+        count = len(contents.units + contents.staged + contents.optional + contents.zero)
+        slots = self._acquire(contents.units + contents.staged) if self._arena.can_list(count) else None
         if slots is None:
             self._count("no-slot")
             return ()
@@ -260,7 +270,11 @@ class Flight:
         )
         self._probe("before-commit", iteration)
         self._arena.add(records + zeros)
-        self._packed_last = (iteration, all(u in slots for u in contents.optional))
+        self._outcome = Packed(
+            is_there=True,
+            captured=all(u in slots for u in contents.optional),
+            late=optional is not None and not all(u in slots for u in contents.optional),
+        )
         self.counts.committed += 1
         self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in contents.zero)
         self.counts.bytes_committed += sum(r.nbytes for r in records)

@@ -138,7 +138,8 @@ class Replicator:
         slots: dict[int, list[int]] = {}
         for owner, announced in incoming.items():
             taken: list[int] = []
-            for record in announced.records:
+            listable = self._held[owner].can_list(len(announced.records))
+            for record in announced.records if listable else ():
                 if record.is_zero:
                     taken.append(NO_SLOT)
                     continue

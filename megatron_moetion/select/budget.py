@@ -94,13 +94,6 @@ def exact_copies(log: GradientLog) -> dict[str, int]:
 
 
 def shortest_period(log: GradientLog, snapshot_bytes: int) -> int:
-    """The period whose snapshots of one rank have so many bytes; ``log`` is cut for any period."""
-    always = log.log_bytes + sum(log.inventory.units[u].nbytes for u in log.always)
-    room = snapshot_bytes - always
-    if room <= 0 or (period := -(-log.state_bytes // room)) > MAX_PERIOD:
-        raise ConfigError(
-            f"--moetion-snapshot-bytes {snapshot_bytes} is too little for mode 'exact': the gradients of an iteration "
-            f"and what changes in each are {always} bytes on this rank already, and state of {log.state_bytes} bytes "
-            f"must be captured within {MAX_PERIOD} iterations"
-        )
-    return max(2, period)
+    """The period whose snapshots of one rank have so many bytes, above ``MAX_PERIOD`` if none has."""
+    room = snapshot_bytes - log.log_bytes - sum(log.inventory.units[u].nbytes for u in log.always)
+    return max(2, -(-log.state_bytes // room)) if room > 0 else MAX_PERIOD + 1

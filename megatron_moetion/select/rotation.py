@@ -2,14 +2,16 @@
 """Whose turn it is in mode ``exact``: which slices a snapshot captures anew, and which gradients it logs. Pure.
 
 In the steady state the groups take turns, one an iteration, so that no log is longer than the period. A snapshot that
-was not whole on some rank breaks the chains of all slices, on all ranks. They begin anew at the usual number of bytes
-an iteration: gradients that no chain needs are not logged, and their bytes go into captures. Groups whose broken log is
-short begin first: their new log grows longest, so that old and new log of any slice together stay within one period.
+was not whole on some rank breaks the chains of all slices, on all ranks. They begin anew with one snapshot of all
+state, on all ranks the same one, since all learn of the gap in the same iteration. It needs no gradient to be reached;
+so there is room for the old chains, which are needed until then, and for new ones. Where the copy of all state takes
+too long for one iteration, the next ones take half of it, a quarter and so on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+import math
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 from megatron_moetion.snapshot.gradlog import GradientLog
@@ -18,9 +20,9 @@ from megatron_moetion.store.manifest import Record
 
 STATE_SLOTS = 2
 """Captures of one slice that there is room for: the base of the stable iteration, and the next one."""
-SPARE_LOGS = 3
-"""Gradients of one slice that there is room for beyond the period: until the new capture is stable, for replication
-that takes longer than an iteration, and for a turn that was missed."""
+SPARE_LOGS = 4
+"""Gradients of one slice that there is room for beyond the period: one for a turn that was missed, and three for the
+time after a gap, when the old chain is still needed and the new one must last until it is stable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +34,8 @@ class Turn:
     captures: tuple[int, ...]
     """Slices of these groups; all of them, or none where there is no room or no time."""
     logs: tuple[int, ...]
+    is_gap: bool = False
+    """There must be no snapshot: a chain has grown so long, because turns were missed, that only a gap can end it."""
 
 
 class Rotation:
@@ -48,7 +52,12 @@ class Rotation:
         self._turned = [max(bases[u] for u in group) for group in self._groups]
         """When each group had its last turn."""
         self._bases: dict[int, int | None] = {u: bases[u] for u in log.log_of}
-        self._broken_log = [0] * len(self._groups)
+        self._gap = -1
+        """The newest snapshot that was dropped here. Until all ranks know of it, nothing begins anew."""
+        self._share = 1.0
+        """Of the groups without chains, how many begin anew in one snapshot."""
+        self._logged = {u: iteration - bases[u] for u in log.log_of}
+        """Gradients that are not zero since a slice's capture."""
         self._quiet = dict.fromkeys(log.log_of, False)
         """Whether a slice's gradients have been zero in every iteration since its capture."""
         self._roots: dict[int, int | None] = {iteration: min(bases.values(), default=iteration)}
@@ -68,8 +77,11 @@ class Rotation:
         """What the snapshot of ``iteration`` should hold."""
         logs = tuple(self._log.log_of[u] for u, base in self._bases.items() if base is not None)
         if not self.is_whole:
-            groups = self._anew(logs)
-            return Turn(groups=groups, captures=tuple(u for g in groups for u in self._groups[g]), logs=logs)
+            groups = self._anew() if self._gap <= self._broken else ()
+            begun = (u for g in groups for u in self._groups[g] if self._bases[u] is None)
+            return Turn(groups=groups, captures=tuple(begun), logs=logs)
+        if any(self._logged[u] > self._period for u in self._bases):
+            return Turn(groups=(), captures=(), logs=(), is_gap=True)
         if not self._groups:  # a rank whose parameters are all frozen, or sharded to others
             return Turn(groups=(), captures=(), logs=())
         longest = min(range(len(self._groups)), key=lambda g: (self._turned[g], g))
@@ -80,27 +92,35 @@ class Rotation:
         """The snapshot of ``iteration`` is being made; ``zero``: ``LOG`` units whose gradient is zero."""
         self._open = (iteration, turn, zero)
 
-    def packed(self, *, is_there: bool, captured: bool) -> None:
-        """What became of the last snapshot on this rank; ``captured``: with its turn's captures."""
+    def packed(self, *, is_there: bool, captured: bool, late: bool) -> None:
+        """What became of the last snapshot on this rank; ``captured``: with its turn's captures, ``late``: why not."""
         if self._open is None:
             return
         (iteration, turn, zero), self._open = self._open, None
         if not is_there:
+            self._gap = iteration
             self._break_at(iteration)
             return
+        if late and not self.is_whole:
+            self._share = max(self._share / 2, 1 / len(self._groups))
         for unit in self._bases:
-            self._quiet[unit] &= self._log.log_of[unit] in zero
+            is_zero = self._log.log_of[unit] in zero
+            self._quiet[unit] &= is_zero
+            self._logged[unit] += not is_zero
+        was_whole = self.is_whole
         if captured:
             for number in turn.groups:
                 self._turned[number] = iteration
-                spared = set(self._groups[number]) - set(turn.captures)
+                spared = set(self._groups[number]) - set(turn.captures) if was_whole else ()
                 self.spared_bytes += sum(self._bytes[u] for u in spared)
             for unit in turn.captures:
                 self._bases[unit] = iteration
                 self._quiet[unit] = True
-        self._roots[iteration] = min((b for b in self._bases.values() if b is not None), default=iteration)
-        if not self.is_whole:
-            self._roots[iteration] = None
+                self._logged[unit] = 0
+        self._roots[iteration] = None
+        if self.is_whole:
+            self._share = 1.0
+            self._roots[iteration] = min((b for b in self._bases.values() if b is not None), default=iteration)
 
     def reachable(self, rounds: Mapping[int, bool]) -> list[int]:
         """The iterations that can be recovered on this rank; ``rounds``: whether recent snapshots are whole here."""
@@ -110,7 +130,7 @@ class Rotation:
             root = self._roots.get(iteration)
             if not is_whole:
                 broken = max(broken, iteration)
-            elif root is not None and root > broken:
+            elif root is not None and root > broken and iteration - root <= longest_chain(self._period):
                 found.append(iteration)
         return found
 
@@ -119,6 +139,7 @@ class Rotation:
         for iteration, is_whole in whole.items():
             if not is_whole:
                 self._broken = max(self._broken, iteration)
+                self._share = 1.0
                 self._break_at(iteration)
         self._unreachable |= {i for i, found in reachable.items() if not found}
         stale = max(stable, self._broken)
@@ -131,26 +152,20 @@ class Rotation:
 
     def _break_at(self, iteration: int) -> None:
         """No chain leads over this iteration."""
-        if self.is_whole:
-            self._broken_log = [iteration - turned for turned in self._turned]
-        for unit, base in self._bases.items():
-            if base is not None and base <= iteration:
-                self._bases[unit] = None
+        self._bases |= {u: None for u, base in self._bases.items() if base is not None and base <= iteration}
 
     def _is_spared(self, unit: int, iteration: int) -> bool:
         """A slice that had no gradient since its capture is left out, once in a row: its log takes no room."""
         base = self._bases[unit]
         return self._quiet[unit] and base is not None and iteration - base <= self._period
 
-    def _anew(self, logs: Collection[int]) -> tuple[int, ...]:
-        """Groups without chains, as many as the bytes of a usual snapshot allow, one at least."""
+    def _anew(self) -> tuple[int, ...]:
+        """Groups without chains: as many as one snapshot takes, those first that have waited longest."""
         waiting = [g for g, group in enumerate(self._groups) if any(self._bases[u] is None for u in group)]
-        room = max(self._log.group_bytes) + self._log.log_bytes - sum(self._bytes[u] for u in logs)
-        found: list[int] = []
-        for number in sorted(waiting, key=lambda g: (self._broken_log[g], g)):
-            cost = sum(self._bytes[u] for u in self._groups[number])
-            if found and cost > room:
-                break
-            found.append(number)
-            room -= cost
-        return tuple(found)
+        waiting.sort(key=lambda g: (self._turned[g], g))
+        return tuple(sorted(waiting[: math.ceil(self._share * len(self._groups))]))
+
+
+def longest_chain(period: int) -> int:
+    """Most steps that are ever replayed: slices without gradients wait for two periods, and a turn may be missed."""
+    return 2 * period + SPARE_LOGS

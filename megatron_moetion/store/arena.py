@@ -281,6 +281,10 @@ class Arena:
             self._taken.add(slot)
             return slot
 
+    def can_list(self, count: int) -> bool:
+        """Whether a page has room for so many more records."""
+        return len(self.page.records) + count <= self.spec.num_records
+
     def release(self, slots: Iterable[int]) -> None:
         """Give back slots that were acquired and never committed."""
         with self._lock:
