@@ -312,8 +312,13 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
     facts = [r["facts"] for r in ranks]
 
     def mean(arm: str, name: str) -> float:
-        """An iteration, all ranks."""
-        return sum(statistics.mean(b[name] for b in r["blocks"] if b["arm"] == arm) for r in ranks)
+        """An iteration, all ranks. What is counted by snapshot: a block may end with the last of the one before."""
+        return sum(
+            statistics.mean(
+                b[name] / (b["snapshots"] if name.endswith("bytes") else 1) for b in r["blocks"] if b["arm"] == arm
+            )
+            for r in ranks
+        )
 
     def total(arm: str, name: str) -> float:
         return float(sum(f[arm][name] for f in facts))

@@ -11,6 +11,7 @@ import hashlib
 import math
 import os
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -335,7 +336,9 @@ class Session:
                 self._packer, arena, records, log_of=log_of, to=plan.iteration, replayer=self._replayer
             )
             bases = {r.unit: r.iteration for r in records if r.unit in log_of}
-            self._rotation = Rotation(self._log, plan.iteration, bases)
+            slice_of = {log: unit for unit, log in log_of.items()}
+            logged = Counter(slice_of[r.unit] for r in records if r.unit in slice_of and not r.is_zero)
+            self._rotation = Rotation(self._log, plan.iteration, bases, logged)
 
         self._arenas = startup.recover(situation, plan, self._packer, load)
         self._adapter.load_host_state(state["adapter"])

@@ -41,10 +41,13 @@ class Turn:
 class Rotation:
     """The chains of one rank's slices, as far as they are known to be unbroken.
 
-    ``bases``: the iteration that each slice was captured at, all chains leading to ``iteration``.
+    ``bases``: the iteration that each slice was captured at, all chains leading to ``iteration``; ``logged``: how many
+    gradients that are not zero a slice's chain has, none where it is not named.
     """
 
-    def __init__(self, log: GradientLog, iteration: int, bases: Mapping[int, int]) -> None:
+    def __init__(
+        self, log: GradientLog, iteration: int, bases: Mapping[int, int], logged: Mapping[int, int] | None = None
+    ) -> None:
         self._log = log
         self._bytes = {u: log.inventory.units[u].nbytes for pair in log.log_of.items() for u in pair}
         self._groups = [g for g in log.groups if g]
@@ -56,13 +59,14 @@ class Rotation:
         """The newest snapshot that was dropped here. Until all ranks know of it, nothing begins anew."""
         self._share = 1.0
         """Of the groups without chains, how many begin anew in one snapshot."""
-        self._logged = {u: iteration - bases[u] for u in log.log_of}
+        self._logged = {u: (logged or {}).get(u, 0) for u in log.log_of}
         """Gradients that are not zero since a slice's capture."""
         self._quiet = dict.fromkeys(log.log_of, False)
         """Whether a slice's gradients have been zero in every iteration since its capture."""
         self._roots: dict[int, int | None] = {iteration: min(bases.values(), default=iteration)}
         """For recent iterations the oldest capture that one of them needs; None: it cannot be reached."""
         self._open: tuple[int, Turn, frozenset[int]] | None = None
+        self._stable = iteration
         self._broken = -1
         self._unreachable: set[int] = set()
         self.spared_bytes = 0
@@ -80,7 +84,8 @@ class Rotation:
             groups = self._anew() if self._gap <= self._broken else ()
             begun = (u for g in groups for u in self._groups[g] if self._bases[u] is None)
             return Turn(groups=groups, captures=tuple(begun), logs=logs)
-        if any(self._logged[u] > self._period for u in self._bases):
+        waits = self._stable < self._broken  # for ranks whose chains are not whole yet: a gap would only set them back
+        if not waits and any(logged > self._period for logged in self._logged.values()):
             return Turn(groups=(), captures=(), logs=(), is_gap=True)
         if not self._groups:  # a rank whose parameters are all frozen, or sharded to others
             return Turn(groups=(), captures=(), logs=())
@@ -142,6 +147,7 @@ class Rotation:
                 self._share = 1.0
                 self._break_at(iteration)
         self._unreachable |= {i for i, found in reachable.items() if not found}
+        self._stable = stable
         stale = max(stable, self._broken)
         self._unreachable = {i for i in self._unreachable if i > stale}
         self._roots = {i: root for i, root in self._roots.items() if i >= stable}

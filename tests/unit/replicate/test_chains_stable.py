@@ -413,6 +413,11 @@ class Cluster:
         slices = [log.log_of for log in self.logs]
         bases = [{c.unit: c.iteration for c in row if c.unit in s} for row, s in zip(plan.choices, slices, strict=True)]
         self.begin(plan.iteration, bases, {})
+        for side, log, row in zip(self.sides, self.logs, plan.choices, strict=True):
+            slice_of = {number: unit for unit, number in log.log_of.items()}
+            logged = Counter(slice_of[c.unit] for c in row if c.unit in slice_of and not c.is_zero)
+            of_slices = {c.unit: c.iteration for c in row if c.unit in log.log_of}
+            side.rotation = Rotation(log, plan.iteration, of_slices, logged)
         return plan
 
 
@@ -614,14 +619,16 @@ def test_after_any_storm_iterations_become_stable_again(
     assert until_current(cluster, CALM, 2 * period + 12) is not None
 
 
-@pytest.mark.parametrize("period", [2, 8, 16])
-def test_copies_of_all_state_that_are_always_late_begin_anew_in_parts(period: int) -> None:
-    """As long as a part is in time: here it is if it is a quarter of the state, or one group."""
+@pytest.mark.parametrize("period", [2, 4, 8, 16])
+def test_where_copies_of_all_state_are_always_late_iterations_still_become_stable(period: int) -> None:
+    """As long as a part is in time: here a quarter of the state, or one group. Gaps may follow each other then."""
     cluster = Cluster(period, random.Random(3))
     cluster.most_groups = max(1, period // 4)
     cluster.forced = {(1, 2 * period)}
     cluster.run(2 * period, CALM)
-    assert until_current(cluster, CALM, 6 * period + 12) is not None
+    for _ in range(6 * period):
+        cluster.run(1, CALM)
+        assert cluster.now - cluster.stable <= 4 * period + 4
 
 
 @pytest.mark.parametrize(("period", "rank", "at"), [(12, 0, 24), (13, 1, 37), (16, 1, 42), (24, 0, 68)])
@@ -646,7 +653,7 @@ def test_one_dropped_snapshot_leads_to_no_other_where_slices_are_quiet(seed: int
 
 
 @given(seed=st.integers(0, 10**6), period=PERIODS, storm=STORMS, late=st.just(0.0), steps=st.integers(10, 40))
-@settings(max_examples=200)
+@settings(max_examples=60)
 def test_after_any_storm_of_drops_snapshots_become_stable_again(
     seed: int, period: int, storm: Weather, late: float, steps: int
 ) -> None:
