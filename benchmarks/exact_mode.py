@@ -423,8 +423,8 @@ def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
         bytes_.plot(
             fine, 12 / fine + gradient, color="#222222", linestyle=style, linewidth=1, label=f"12 / P + {gradient}"
         )
-        label = f"24 + {gradient} (P + 4)"
-        memory.plot(fine, 24 + gradient * (fine + 4), color="#222222", linestyle=style, linewidth=1, label=label)
+        label = f"24 + {gradient} (P + 6)"
+        memory.plot(fine, 24 + gradient * (fine + 6), color="#222222", linestyle=style, linewidth=1, label=label)
     for model in size.models:
         parameters = figures[f"{model}: parameters, all ranks"] or 1.0
         full = (figures[f"{model}: full: bytes"] or 0.0) / parameters

@@ -20,9 +20,12 @@ from megatron_moetion.store.manifest import Record
 
 STATE_SLOTS = 2
 """Captures of one slice that there is room for: the base of the stable iteration, and the next one."""
-SPARE_LOGS = 4
-"""Gradients of one slice that there is room for beyond the period: one for a turn that was missed, and three for the
-time after a gap, when the old chain is still needed and the new one must last until it is stable."""
+MISSED_TURNS = 2
+"""So many iterations a turn may be late, as it is after a gap, before only a gap can end the chain."""
+SPARE_LOGS = MISSED_TURNS + 4
+"""Gradients of one slice that there is room for beyond the period: those of turns that were missed, one until the
+capture is there, and three for the time after a gap, when the old chain is needed and the new one must last until it is
+stable."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +88,7 @@ class Rotation:
             begun = (u for g in groups for u in self._groups[g] if self._bases[u] is None)
             return Turn(groups=groups, captures=tuple(begun), logs=logs)
         waits = self._stable < self._broken  # for ranks whose chains are not whole yet: a gap would only set them back
-        if not waits and any(logged > self._period for logged in self._logged.values()):
+        if not waits and any(logged > self._period + MISSED_TURNS for logged in self._logged.values()):
             return Turn(groups=(), captures=(), logs=(), is_gap=True)
         if not self._groups:  # a rank whose parameters are all frozen, or sharded to others
             return Turn(groups=(), captures=(), logs=())
