@@ -37,7 +37,7 @@ def test_the_table_has_a_row_for_each_mode_and_ends_with_a_sentence(capsys: pyte
         "full", "popularity", "exact P=2", "exact P=4", "exact P=8", "exact P=16", "exact P=32",
     ]  # fmt: skip
     assert rows[0][1:] == ["17.9", "100%", "107", "35.8", "0.00", "71.5", "858", "0.00", "0"]
-    assert rows[4][2:] == ["8.20", "46%", "203", "35.8", "95.4", "71.5", "1,621", "5.96", "8"]
+    assert rows[4][2:] == ["8.20", "46%", "238", "35.8", "95.4", "107", "1,907", "5.96", "8"]
     assert "popularity: 2 of 8 experts a snapshot, up to 8 for the budget of lost tokens" in "\n".join(lines)
     assert lines[-1].startswith("To learn which mode and period fit, give --iteration-s")
 
@@ -56,7 +56,7 @@ def test_what_does_not_fit_is_marked(capsys: pytest.CaptureFixture[str]) -> None
     rows = {line.split()[1]: line for line in shown.splitlines() if line.split()[:1] == ["exact"]}
     assert "14.9! " in rows["P=2"]
     assert "!" not in rows["P=4"]
-    assert " 2,384!" in rows["P=16"]
+    assert " 2,670!" in rows["P=16"]
     assert "!: does not fit the link, or the memory" in shown
     assert shown.splitlines()[-1].startswith("Mode 'exact' with --moetion-period 3 fits: a rank sends 11.9 of 14.0 GiB")
 
