@@ -170,8 +170,11 @@ class Session:
 
     @property
     def stable_iteration(self) -> int:
-        """The newest iteration known to be whole on every rank and its replicas; -1 before ``start``."""
-        return self._stable
+        """The newest iteration that manifests call whole on every rank and its replicas; -1 before ``start``.
+
+        It outlives this process: what ranks have only just agreed on does not count before it is written down.
+        """
+        return self._arenas.own.page.stable if self._arenas is not None else self._stable
 
     def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
         """Recover from memory, else load a persistent checkpoint, else begin; then make a baseline stable.

@@ -121,11 +121,12 @@ class MegatronState:
 
     def host_state(self) -> dict[str, Any]:
         """See ``StateAdapter``."""
+        optimizers = [_optimizer_fields(link) for link in self._links]
         return {
             "rng": _rng_state(),
             "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
-            "optimizers": [_optimizer_fields(link) for link in self._links],
-            "steps": self._steps.state() if self._steps is not None else None,
+            "optimizers": optimizers,
+            "steps": self._steps.state(optimizers) if self._steps is not None else None,
             "user": self._user_state.state_dict(),
         }
 

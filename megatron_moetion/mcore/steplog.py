@@ -90,16 +90,15 @@ class StepLog:
             return StepNote(problem="gradients changed before on_step_end: zero them where a step begins")
         return StepNote()
 
-    def state(self) -> list[Any]:
-        """The log as JSON-able values: of each step only what differs from the optimizer's fields of now."""
-        now = [self._fields(n) for n in range(len(self._links))]
+    def state(self, now: Sequence[Mapping[str, Any]]) -> list[Any]:
+        """The log as JSON-able values: of each step only what differs from ``now``, each link's fields at this time."""
         return [
             [iteration, None if step is None else [_difference(a, b) for a, b in zip(step, now, strict=True)]]
             for iteration, step in self._log
         ]
 
     def load(self, state: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> None:
-        """Take up the log of a host state; ``now``: groups and steps of each link at the time of that state."""
+        """Take up what ``state`` returned for the same ``now``."""
         self._log.clear()
         for iteration, step in state:
             self._log.append(

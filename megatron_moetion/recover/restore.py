@@ -54,60 +54,66 @@ class Mover:
             arena.edit(partial(_only, {r.key for r in (*safe, *(r for r in live if r.key in wanted))}))
 
     def move(self, transfers: Sequence[Transfer]) -> int:
-        """Take part in the transfers, in the plan's order, which is the same on all ranks; returns bytes received."""
-        received = 0
+        """Take part in the transfers, in the plan's order, which is the same on all ranks; returns bytes received.
+
+        What has arrived is committed at the end, all of an arena's at once.
+        """
+        listed = {
+            (owner, *record.key): record
+            for owner in {t.owner for t in transfers if t.source == self.rank}
+            for record in self.arenas[owner].page.records
+        }
+        coming = {t.owner for t in transfers if t.target == self.rank}
+        choices = {(owner, c.unit, c.iteration): c for owner in coming for c in self.plan.choices[owner]}
+        arrived: dict[int, list[Record]] = {owner: [] for owner in coming}
         for transfer in transfers:
+            key = (transfer.owner, transfer.unit, transfer.iteration)
             if transfer.source == self.rank:
-                self._send(transfer)
+                assert key in listed, f"the plan reads {transfer} from an arena that lacks it"
+                self._send(transfer, listed[key])
             elif transfer.target == self.rank:
-                received += self._receive(transfer)
-        return received
+                arrived[transfer.owner].append(self._receive(transfer, choices[key]))
+        for owner, records in arrived.items():
+            self.arenas[owner].add(records)
+        return sum(r.nbytes for records in arrived.values() for r in records)
 
-    def _choice(self, transfer: Transfer) -> Choice:
-        wanted = (transfer.unit, transfer.iteration)
-        return next(c for c in self.plan.choices[transfer.owner] if (c.unit, c.iteration) == wanted)
-
-    def _send(self, transfer: Transfer) -> None:
-        arena = self.arenas[transfer.owner]
-        record = arena.find(transfer.unit, transfer.iteration)
-        assert record is not None, f"the plan reads {transfer} from an arena that lacks it"
-        head = np.array([record.epoch, record.digest], dtype=np.uint64)
-        if record.is_zero:
-            self.channel.exchange([Message(peer=transfer.target, data=head.view(np.uint8))], [])
-            return
-        for part in (head.view(np.uint8), arena.digests(record.slot).view(np.uint8), arena.payload(record.slot)):
+    def _send(self, transfer: Transfer, record: Record) -> None:
+        parts = [np.array([record.epoch, record.digest], dtype=np.uint64).view(np.uint8)]
+        if not record.is_zero:
+            arena = self.arenas[transfer.owner]
+            parts += [arena.digests(record.slot).view(np.uint8), arena.payload(record.slot)]
+        for part in parts:
             self.channel.exchange([Message(peer=transfer.target, data=part)], [])
 
-    def _receive(self, transfer: Transfer) -> int:
-        arena, choice = self.arenas[transfer.owner], self._choice(transfer)
+    def _receive(self, transfer: Transfer, choice: Choice) -> Record:
+        arena = self.arenas[transfer.owner]
         nbytes = 0 if choice.is_zero else arena.spec.units[transfer.unit][2]
-        head = np.zeros(2, dtype=np.uint64)
-        record = Record(
-            unit=transfer.unit,
-            iteration=transfer.iteration,
-            epoch=0,
-            slot=NO_SLOT,
-            nbytes=nbytes,
-            digest=choice.digest,
-            tokens=choice.tokens,
-        )
-        if choice.is_zero:
-            self.channel.exchange([], [Message(peer=transfer.source, data=head.view(np.uint8))])
-            arena.add([replace(record, epoch=int(head[0]))])
-            return 0
-        slot = arena.acquire(nbytes)
+        slot = NO_SLOT if choice.is_zero else arena.acquire(nbytes)
         assert slot is not None, f"no free slot of {nbytes} bytes in {arena.path}, although room was made"
-        payload, digests = arena.payload(slot), arena.digests(slot)
-        for part in (head.view(np.uint8), digests.view(np.uint8), payload):
+        head = np.zeros(2, dtype=np.uint64)
+        parts = [head.view(np.uint8)]
+        if not choice.is_zero:
+            parts += [arena.digests(slot).view(np.uint8), arena.payload(slot)]
+        for part in parts:
             self.channel.exchange([], [Message(peer=transfer.source, data=part)])
-        if not verify(self.pool, arena.spec.identity.chunk_bytes, payload, digests, choice.digest):
+        chunk_bytes = arena.spec.identity.chunk_bytes
+        if not choice.is_zero and not verify(
+            self.pool, chunk_bytes, arena.payload(slot), arena.digests(slot), choice.digest
+        ):
             arena.release([slot])
             raise ChannelError(
                 f"unit {arena.spec.units[transfer.unit][0]} of rank {transfer.owner} arrived damaged from rank "
                 f"{transfer.source}; nothing was loaded, restart to try again"
             )
-        arena.add([replace(record, epoch=int(head[0]), slot=slot)])
-        return nbytes
+        return Record(
+            unit=transfer.unit,
+            iteration=transfer.iteration,
+            epoch=int(head[0]),
+            slot=slot,
+            nbytes=nbytes,
+            digest=choice.digest,
+            tokens=choice.tokens,
+        )
 
     def begin_epoch(self) -> None:
         """Durably: the new epoch, T stable, and only what T needs, in every arena that stays in use.

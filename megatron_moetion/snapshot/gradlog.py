@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.units import LOG_SUFFIX, Inventory, Region, Role, Unit, UnitKind, log_units
+from megatron_moetion.units import LOG_SUFFIX, Inventory, Region, Role, Unit, UnitKind, always_of, log_units
 
 _CUT_ELEMENTS = 64
 """Cuts are at multiples of so many elements of a parameter, so that slices keep its alignment."""
@@ -89,12 +89,13 @@ def gradient_log(inventory: Inventory, period: int) -> GradientLog:
             others.append(_log(name, unit, members))
     units = (*(s for s, _ in slices), *others)
     numbers = {u.name: i for i, u in enumerate(units)}
+    log_of = log_units([(u.name, u.kind) for u in units])
     groups = [[numbers[s.name] for s, g in slices if g == group] for group in range(period)]
     return GradientLog(
         inventory=Inventory(units=units),
         groups=tuple(tuple(g) for g in groups),
-        log_of=log_units([(u.name, u.kind) for u in units]),
-        always=tuple(i for i, u in enumerate(units) if u.kind is UnitKind.HOST or _is_buffers(u)),
+        log_of=log_of,
+        always=always_of([u.kind for u in units], log_of),
     )
 
 
@@ -110,6 +111,8 @@ def _spans(unit: Unit) -> list[_Span]:
             raise UnsupportedState(
                 f"{tensor} from element {start}: mode 'exact' needs its gradient and found {len(gradients)}"
             )
+        if len(regions) == 1:
+            raise UnsupportedState(f"{tensor} from element {start}: there is a gradient and no state that it changes")
         spans.append(_Span(state=tuple(r for r in regions if r.role is not Role.GRAD), gradient=gradients[0]))
     return spans
 
@@ -144,10 +147,6 @@ def _log(name: str, unit: Unit, spans: Sequence[_Span]) -> Unit:
 def _buffers(unit: Unit, regions: Sequence[Region]) -> Unit:
     name = f"{unit.name}.buffers"
     return Unit(name=name, kind=UnitKind.DENSE, layer=unit.layer, regions=tuple(replace(r, unit=name) for r in regions))
-
-
-def _is_buffers(unit: Unit) -> bool:
-    return unit.kind is UnitKind.DENSE and not any(r.role in _PARAMETER_ROLES for r in unit.regions)
 
 
 def _part(region: Region, first: int, end: int) -> Region:

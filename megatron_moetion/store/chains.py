@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_moetion.store.manifest import Record
-from megatron_moetion.units import UnitKind, log_units
+from megatron_moetion.units import UnitKind, always_of, log_units
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,12 +27,9 @@ class ChainLayout:
 
 def chain_layout(units: Sequence[tuple[str, int, int]]) -> ChainLayout:
     """From an arena's units (name, kind, bytes)."""
-    logs = log_units([(name, UnitKind(kind)) for name, kind, _ in units])
-    members = {*logs, *logs.values()}
-    return ChainLayout(
-        log_of=logs,
-        always=frozenset(u for u, (_, kind, _) in enumerate(units) if u not in members and kind != UnitKind.FROZEN),
-    )
+    kinds = [UnitKind(kind) for _, kind, _ in units]
+    logs = log_units([(name, kind) for (name, _, _), kind in zip(units, kinds, strict=True)])
+    return ChainLayout(log_of=logs, always=frozenset(always_of(kinds, logs)))
 
 
 def base_of(captures: Iterable[int], logged: Collection[int], at: int) -> int | None:

@@ -243,6 +243,9 @@ def test_state_without_one_gradient_is_refused() -> None:
             UnsupportedState, match=f"w from element 977: mode 'exact' needs its gradient and found {found}"
         ):
             gradient_log(inventory, 4)
+    alone = Inventory(units=(Unit(name="dense", kind=UnitKind.DENSE, regions=(gradient,)),))
+    with pytest.raises(UnsupportedState, match="there is a gradient and no state that it changes"):
+        gradient_log(alone, 4)
     elsewhere = builder.region("dense", "w", Role.GRAD, 100, start=1077)
     inventory = Inventory(units=(Unit(name="dense", kind=UnitKind.DENSE, regions=(*state, elsewhere)),))
     with pytest.raises(UnsupportedState):
