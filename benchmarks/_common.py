@@ -51,6 +51,25 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
+def start_trainer(flags: str) -> tuple[Any, Any]:
+    """This process as one rank of the bundled trainer on the CPU: its place, and the trainer at iteration 0."""
+    from megatron_moetion.mcore import cpu_device
+
+    cpu_device.install()
+
+    from megatron_moetion.mcore.argument_checks import Machine
+    from megatron_moetion.mcore.arguments import parse_arguments
+    from megatron_moetion.pretrain.launch import Place
+    from megatron_moetion.pretrain.loop import Trainer
+    from megatron_moetion.pretrain.report import Reporter
+    from megatron_moetion.pretrain.startup import build_source, initialize
+
+    place = Place.from_environment(os.environ)
+    args = parse_arguments(flags.split(), Machine.here(place.world_size, False))
+    initialize(args, place)
+    return place, Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
+
+
 def report(benchmark: str, results: Sequence[Result], json_path: Path | None, notes: Sequence[str] = ()) -> None:
     """Print the table and, if asked, write the JSON document."""
     machine = hardware()

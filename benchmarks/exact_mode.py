@@ -104,23 +104,12 @@ def main() -> int:
 
 def measure(path: Path, size: Size, model: str) -> int:
     """One rank: train block after block, then recover; rank 0 writes what all measured."""
-    from megatron_moetion.mcore import cpu_device
+    from benchmarks._common import start_trainer
 
-    cpu_device.install()
+    place, trainer = start_trainer(f"{COMMON} {MODELS[model]}")
 
     from torch import distributed as dist
 
-    from megatron_moetion.mcore.argument_checks import Machine
-    from megatron_moetion.mcore.arguments import parse_arguments
-    from megatron_moetion.pretrain.launch import Place
-    from megatron_moetion.pretrain.loop import Trainer
-    from megatron_moetion.pretrain.report import Reporter
-    from megatron_moetion.pretrain.startup import build_source, initialize
-
-    place = Place.from_environment(os.environ)
-    args = parse_arguments(f"{COMMON} {MODELS[model]}".split(), Machine.here(place.world_size, False))
-    initialize(args, place)
-    trainer = Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
     store = Path("/dev/shm") / f"moetion-exact-{os.environ['MASTER_PORT']}"
     order = random.Random(0)
     blocks: list[dict[str, Any]] = []

@@ -82,25 +82,15 @@ def main() -> int:
 
 def measure(path: Path, size: Size) -> int:
     """One rank: train block after block; rank 0 writes what all measured."""
-    from megatron_moetion.mcore import cpu_device
+    from benchmarks._common import start_trainer
 
-    cpu_device.install()
+    place, trainer = start_trainer(MODEL_FLAGS)
 
     from torch import distributed as dist
 
     from megatron_moetion.config import MoetionConfig
-    from megatron_moetion.mcore.argument_checks import Machine
-    from megatron_moetion.mcore.arguments import parse_arguments
     from megatron_moetion.mcore.attach import attach
-    from megatron_moetion.pretrain.launch import Place
-    from megatron_moetion.pretrain.loop import Trainer
-    from megatron_moetion.pretrain.report import Reporter
-    from megatron_moetion.pretrain.startup import build_source, initialize
 
-    place = Place.from_environment(os.environ)
-    args = parse_arguments(MODEL_FLAGS.split(), Machine.here(place.world_size, False))
-    initialize(args, place)
-    trainer = Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
     store = Path("/dev/shm") / f"moetion-overhead-{os.environ['MASTER_PORT']}"
     sessions: dict[str, Any] = {}
     for mode in ARMS[1:]:

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import shutil
 import statistics
@@ -128,23 +127,12 @@ def _name(rate: float | None) -> str:
 
 def measure(path: Path, size: Size, trace_dir: Path | None) -> int:
     """Train block after block; rank 0 writes what all ranks measured."""
-    from megatron_moetion.mcore import cpu_device
+    from benchmarks._common import start_trainer
 
-    cpu_device.install()
+    place, trainer = start_trainer(MODEL_FLAGS)
 
     from torch import distributed as dist
 
-    from megatron_moetion.mcore.argument_checks import Machine
-    from megatron_moetion.mcore.arguments import parse_arguments
-    from megatron_moetion.pretrain.launch import Place
-    from megatron_moetion.pretrain.loop import Trainer
-    from megatron_moetion.pretrain.report import Reporter
-    from megatron_moetion.pretrain.startup import build_source, initialize
-
-    place = Place.from_environment(os.environ)
-    args = parse_arguments(MODEL_FLAGS.split(), Machine.here(place.world_size, False))
-    initialize(args, place)
-    trainer = Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
     store = Path("/dev/shm/moetion-replication")
     sessions = {arm: open_session(trainer, arm, store, trace_dir) for arm in ARMS[1:]}
     order, blocks = random.Random(0), []

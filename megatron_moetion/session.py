@@ -174,7 +174,10 @@ class Session:
 
         It outlives this process: what ranks have only just agreed on does not count before it is written down.
         """
-        return self._arenas.own.page.stable if self._arenas is not None else self._stable
+        if self._flight is None or self._arenas is None:
+            return self._stable
+        self._flight.wait_until_freed()
+        return self._arenas.own.page.stable
 
     def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
         """Recover from memory, else load a persistent checkpoint, else begin; then make a baseline stable.

@@ -105,6 +105,8 @@ class Flight:
         self._lock = threading.Lock()
         self._rounds: dict[int, bool] = {}
         self._live_is_done = threading.Event()
+        self._is_freed = threading.Event()
+        self._is_freed.set()
         self._outcome = Packed()
         self.counts = FlightCounts()
         self.details: dict[str, str] = {}
@@ -146,6 +148,10 @@ class Flight:
             self._pack.result()
             self._pack = None
         return self._outcome
+
+    def wait_until_freed(self) -> None:
+        """Return once ``free`` of the last snapshot has been called, which is the first thing that is done for it."""
+        self._is_freed.wait()
 
     def catch_up(self, max_stall_s: float) -> None:
         """Wait until all snapshots are replicated, but not longer than this; for those that had better not be dropped.
@@ -193,14 +199,17 @@ class Flight:
 
     def _submit(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
         self._live_is_done.clear()
+        self._is_freed.clear()
         self._outcome = Packed()
         self._pack = self._packing.submit(self._capture, iteration, contents, tokens, free)
 
     def _capture(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
         try:
             free()
+            self._is_freed.set()
             records = self._fill(iteration, contents, tokens)
         finally:
+            self._is_freed.set()
             self._end_live()
         for send in self._sends:
             if send.done():

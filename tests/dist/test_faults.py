@@ -22,6 +22,8 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 MakeJob = Callable[..., Job]
 OF_A_STEP, OF_A_RECOVERY = POINTS[:4], POINTS[4:]
 SPARSE = {"mode": "popularity", "experts_per_snapshot": 1, "staleness_cap": 4, "lost_token_budget": 0.0}
+EXACT = {"mode": "exact", "period": 3}
+SETTINGS: dict[str, dict[str, Any]] = {"full": {"mode": "full"}, "popularity": SPARSE, "exact": EXACT}
 
 
 def at(rank: int, iteration: int, point: str) -> list[tuple[int, int, str]]:
@@ -33,6 +35,34 @@ def assert_few_lost(rank: int, point: str, ended: Outcome, began: Outcome) -> No
     """At most two iterations are done again, and one for each snapshot that is known to be dropped or had not begun."""
     reached = ended.of("step", rank)[-1]["iteration"]
     assert 0 <= reached - began.iteration <= 2 + (point == "before-select") + ended.drops
+
+
+def assert_undisturbed(run: Job) -> None:
+    """What mode ``popularity`` loses is checked where runs are followed."""
+    if run.settings["mode"] != "popularity":
+        run.assert_as_if_nothing_had_happened()
+
+
+def kill_at_random(run: Job, rng: random.Random, *, ahead: int) -> None:
+    """Five times, at named points and at any moment, up to so many iterations ahead; nodes are lost where they may."""
+    whole = True
+    for _ in range(5):
+        rank = rng.randrange(4)
+        if rng.random() < 0.5:
+            ended = run.attempt(kill=(rank, rng.randrange(1, ahead + 2), rng.random() * 0.02))
+        else:
+            reached = max((max(book, default=0) for book in run.book), default=0)
+            point = rng.choice(POINTS)
+            soon = at(rank, reached + rng.randrange(1, ahead + 1), point)
+            ended = run.attempt(soon if point in OF_A_STEP else [(rank, -1, point)])
+        run.follow(ended)
+        # Redundancy is complete again once a recovery is over; until then no second node may go.
+        whole = whole or all(ended.of("started", r) for r in range(4))
+        if whole and rng.random() < 0.5:
+            run.lose(rng.randrange(2))
+            whole = False
+    run.finish()
+    assert_undisturbed(run)
 
 
 # -- one fault --------------------------------------------------------------------------------------------------
@@ -81,7 +111,7 @@ def test_an_expert_that_one_rank_failed_to_capture_is_of_an_older_iteration_on_a
 # -- lost nodes -------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["full", "popularity"])
+@pytest.mark.parametrize("mode", SETTINGS)
 @pytest.mark.parametrize(
     ("world_size", "replicas", "lost"),
     [(4, 1, (1, 2)), (3, 2, (0, 2)), (5, 1, (0, 4))],
@@ -90,13 +120,11 @@ def test_an_expert_that_one_rank_failed_to_capture_is_of_an_older_iteration_on_a
 def test_as_many_nodes_as_there_are_replicas_may_vanish(
     job: MakeJob, mode: str, world_size: int, replicas: int, lost: tuple[int, ...]
 ) -> None:
-    settings = SPARSE if mode == "popularity" else {}
-    run = job(world_size=world_size, ranks_per_node=1, replicas=replicas, **settings)
+    run = job(world_size=world_size, ranks_per_node=1, replicas=replicas, **SETTINGS[mode])
     ended = run.fail(at(lost[0], 7, "mid-replication"))
     run.lose(*lost)
     assert_few_lost(lost[0], "mid-replication", ended, run.finish())
-    if mode == "full":
-        run.assert_as_if_nothing_had_happened()
+    assert_undisturbed(run)
 
 
 @pytest.mark.parametrize("mode", ["full", "popularity"])
@@ -175,39 +203,19 @@ def test_faults_in_a_row(job: MakeJob, mode: str) -> None:
 def test_random_kills_again_and_again(job: MakeJob, seed: int) -> None:
     """At named points and at any moment, in training and in recovery, with and without the loss of a node."""
     rng = random.Random(seed)
-    mode = rng.choice(["full", "popularity"])
-    run = job(**(SPARSE if mode == "popularity" else {}), iterations=30)
-    whole = True
-    for _ in range(5):
-        rank = rng.randrange(4)
-        if rng.random() < 0.5:
-            ended = run.attempt(kill=(rank, rng.randrange(1, 5), rng.random() * 0.02))
-        else:
-            reached = max((max(book, default=0) for book in run.book), default=0)
-            point = rng.choice(POINTS)
-            soon = at(rank, reached + rng.randrange(1, 4), point)
-            ended = run.attempt(soon if point in OF_A_STEP else [(rank, -1, point)])
-        run.follow(ended)
-        # Redundancy is complete again once a recovery is over; until then no second node may go.
-        whole = whole or all(ended.of("started", r) for r in range(4))
-        if whole and rng.random() < 0.5:
-            run.lose(rng.randrange(2))
-            whole = False
-    run.finish()
-    if mode == "full":
-        run.assert_as_if_nothing_had_happened()
+    run = job(**SETTINGS[rng.choice(["full", "popularity"])], iterations=30)
+    kill_at_random(run, rng, ahead=3)
 
 
-@pytest.mark.parametrize("mode", ["full", "popularity"])
+@pytest.mark.parametrize("mode", SETTINGS)
 def test_ranks_may_come_back_on_other_nodes(job: MakeJob, mode: str) -> None:
-    run = job(**(SPARSE if mode == "popularity" else {}), iterations=14)
+    run = job(**SETTINGS[mode], iterations=14)
     run.fail(at(0, 4, "mid-replication"))
     run.fail(at(1, 7, "before-commit"), places=[2, 3, 0, 1])
     run.lose(0)
     run.fail(at(2, 10, "mid-pack"), places=[0, 2, 1, 3])
     run.finish(places=[3, 0, 2, 1])
-    if mode == "full":
-        run.assert_as_if_nothing_had_happened()
+    assert_undisturbed(run)
 
 
 # -- snapshots that fail ----------------------------------------------------------------------------------------
@@ -252,8 +260,9 @@ def test_slow_replication_drops_snapshots_and_stops_nothing(job: MakeJob, mode: 
         run.assert_as_if_nothing_had_happened()
 
 
-def test_a_broken_network_stops_replication_and_not_training(job: MakeJob) -> None:
-    run = job(broken_send_after=5, odd_ranks=(2,), timeout_s=2, iterations=10, calm=True)
+@pytest.mark.parametrize("mode", ["full", "exact"])
+def test_a_broken_network_stops_replication_and_not_training(job: MakeJob, mode: str) -> None:
+    run = job(**SETTINGS[mode], broken_send_after=5, odd_ranks=(2,), timeout_s=2, iterations=12, calm=True)
     first = run.finish()
     assert all("channel" in first.dropped(r) for r in (0, 2))
     assert {first.one("end", r)["stable"] for r in range(4)} == {4}
@@ -266,10 +275,10 @@ def test_a_broken_network_stops_replication_and_not_training(job: MakeJob) -> No
 # -- one history ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["full", "popularity"])
+@pytest.mark.parametrize("mode", SETTINGS)
 def test_what_a_node_still_holds_of_a_dead_history_is_not_mixed_in(job: MakeJob, mode: str) -> None:
     """Iteration 8 exists twice: on the node that was away, and half of it on the other. Neither is whole."""
-    run = job(**(SPARSE if mode == "popularity" else {}), salted=True, calm=True)
+    run = job(**SETTINGS[mode], salted=True, calm=True)
     fault = at(0, 8, "mid-replication")
     run.fail(fault)
     run.take_away(1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 import json
 import queue
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,6 +16,7 @@ import numpy.typing as npt
 
 from megatron_moetion._C import HostPool
 from megatron_moetion.errors import ChannelError
+from megatron_moetion.recover.survey import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.schedule.recorder import HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
@@ -157,6 +158,23 @@ def capture(
     )
     arena.add(records)
     return records
+
+
+def reports_of(arenas: Mapping[tuple[int, int], Any], lost_nodes: Collection[int] = ()) -> list[ArenaReport]:
+    """What a survey would report of arenas on paper, by (owner, node), with these nodes gone."""
+    return [
+        ArenaReport(
+            path=f"{node}/{owner}",
+            node=node,
+            owner=owner,
+            epoch=arena.page.epoch,
+            stable=arena.page.stable,
+            branches=arena.page.branches,
+            captures=arena.page.records,
+        )
+        for (owner, node), arena in arenas.items()
+        if node not in lost_nodes
+    ]
 
 
 class Network:

@@ -19,11 +19,10 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import POOL
+from support import POOL, reports_of
 
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, plan_recovery
 from megatron_moetion.recover.restore import Mover
-from megatron_moetion.recover.survey import ArenaReport
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Channel
 from megatron_moetion.replicate.placement import place
@@ -326,20 +325,7 @@ class Cluster:
     # -- what would be recovered -------------------------------------------------------------------------
 
     def plan(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan | NoPlan:
-        reports = [
-            ArenaReport(
-                path=f"{node}/{owner}",
-                node=node,
-                owner=owner,
-                epoch=a.page.epoch,
-                stable=a.page.stable,
-                branches=a.page.branches,
-                captures=a.page.records,
-            )
-            for (owner, node), a in self.arenas.items()
-            if node not in lost_nodes
-        ]
-        return plan_recovery(facts(self.period), reports, PLACEMENT, "exact")
+        return plan_recovery(facts(self.period), reports_of(self.arenas, lost_nodes), PLACEMENT, "exact")
 
     def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan:
         plan = self.plan(lost_nodes)

@@ -17,11 +17,10 @@ from typing import Any, cast
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import POOL
+from support import POOL, reports_of
 
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, plan_recovery
 from megatron_moetion.recover.restore import Mover
-from megatron_moetion.recover.survey import ArenaReport
 from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Channel
 from megatron_moetion.replicate.placement import place
@@ -127,20 +126,7 @@ class Cluster:
         return [lambda arena=arena: free(arena) for arena in self.arenas.values()]  # type: ignore[misc]
 
     def plan(self, lost_nodes: set[int]) -> RecoveryPlan | NoPlan:
-        reports = [
-            ArenaReport(
-                path=f"{node}/{owner}",
-                node=node,
-                owner=owner,
-                epoch=a.page.epoch,
-                stable=a.page.stable,
-                branches=a.page.branches,
-                captures=a.page.records,
-            )
-            for (owner, node), a in self.arenas.items()
-            if node not in lost_nodes
-        ]
-        return plan_recovery(FACTS, reports, PLACEMENT, self.mode)
+        return plan_recovery(FACTS, reports_of(self.arenas, lost_nodes), PLACEMENT, self.mode)
 
     def check(self) -> None:
         for lost in (set[int](), *({n} for n in range(RANKS))):
