@@ -232,7 +232,7 @@ def facts_of(attached: Any) -> dict[str, Any]:
     session = attached._session
     regions = [r for u in attached._state.inventory().units for r in u.regions]
     parameters = sum(r.nbytes // 4 for r in regions if r.role is Role.MASTER)
-    always = sum(session._inventory.units[u].nbytes for u in session._always) if session._log is not None else 0
+    always = sum(session._inventory.units[u].nbytes for u in session._sizing.always) if session._log is not None else 0
     return {
         "parameters": parameters,
         "always": always,

@@ -176,6 +176,7 @@ void bind_device_pool(py::module_& m) {
           py::arg("ticket"), py::arg("digests").noconvert() = py::none(), py::kw_only(),
           py::arg("timeout_s") = 60.0)
       .def("order", &DevicePool::order, py::arg("later"), py::arg("earlier"))
+      .def("order_after", &DevicePool::order_after, py::arg("later"), py::arg("ticket"))
       .def(
           "check_spans_are_here",
           [](DevicePool& self, const Rows& spans) { self.check_spans_are_here(table<Span>("spans", spans)); },

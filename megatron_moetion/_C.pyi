@@ -148,6 +148,8 @@ class DevicePool:
         """
     def order(self, later: int, earlier: int) -> None:
         """What is enqueued on stream ``later`` from now on waits for all that ``earlier`` was given so far."""
+    def order_after(self, later: int, ticket: int) -> None:
+        """The same for the work behind a ticket; nothing is enqueued where it was finished, since it is done."""
     def check_spans_are_here(self, spans: npt.NDArray[np.int64]) -> None:
         """``ValueError``, with the row, for a row (address, nbytes) that is not memory of this device, nor pinned."""
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:

@@ -10,7 +10,7 @@ from typing import Any
 from megatron_moetion.errors import ConfigError
 
 MODES = ("full", "popularity", "exact")
-MAX_PERIOD = 64
+MIN_PERIOD, MAX_PERIOD = 2, 64
 DEFAULT_PERIOD = 8
 SCHEDULES = ("bubble", "eager")
 SWITCH = ("on", "off")
@@ -61,7 +61,7 @@ class MoetionConfig:
         0,
         "mode 'exact': each slice of the state is captured anew every so many iterations, and recovery replays at most "
         "twice as many optimizer steps; more make snapshots smaller and take more memory. 0: what fits "
-        "--moetion-snapshot-bytes, else 8",
+        f"--moetion-snapshot-bytes, else {DEFAULT_PERIOD}, or less where the store has no room for its arenas",
     )
     selection: str = setting(
         "unsaved-tokens",
@@ -179,9 +179,9 @@ class MoetionConfig:
             if self.period:
                 raise ConfigError(f"--moetion-period {self.period} is for mode 'exact'; the mode is {self.mode!r}")
             return
-        if self.period == 1 or self.period > MAX_PERIOD:
+        if self.period and not MIN_PERIOD <= self.period <= MAX_PERIOD:
             raise ConfigError(
-                f"--moetion-period is {self.period}; it must be from 2 to {MAX_PERIOD} "
+                f"--moetion-period is {self.period}; it must be from {MIN_PERIOD} to {MAX_PERIOD} "
                 f"(all of the state in every snapshot is mode 'full')"
             )
         if self.interval != 1:

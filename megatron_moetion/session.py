@@ -8,7 +8,6 @@ Policies are in ``select``, ``recover/plan.py`` and ``replicate/placement.py``; 
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import time
 from collections import Counter
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MoetionConfig
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import (
     ChannelError,
     ConfigError,
@@ -43,23 +42,16 @@ from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until, share_lost
-from megatron_moetion.select.budget import (
-    Limits,
-    affordable_experts,
-    copies,
-    exact_copies,
-    experts_per_snapshot,
-    shortest_period,
-)
+from megatron_moetion.select.budget import longer_period
 from megatron_moetion.select.rotation import Rotation
-from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
+from megatron_moetion.sizing import Sizing
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
 from megatron_moetion.store.chains import ChainLayout, chain_layout
 from megatron_moetion.store.manifest import Page, Record, retain
 from megatron_moetion.store.node import open_node, restart_count, run_id_of, write_pid
-from megatron_moetion.units import Inventory, StateAdapter, StepNote, StepReplayer, TokenCounter, UnitKind
+from megatron_moetion.units import StateAdapter, StepNote, StepReplayer, TokenCounter, UnitKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,26 +100,36 @@ class Session:
             "steps can be replayed in mode 'exact' and only there"
         )
         self._replayer = replayer
-        self._log = self._cut(adapter.inventory()) if config.mode == "exact" else None
-        """How state is cut and gradients are logged; None but in mode ``exact``."""
-        self._inventory: Inventory = self._log.inventory if self._log is not None else adapter.inventory()
         counters = adapter.token_counters()
+        self._sizing = Sizing.settle(
+            config=config,
+            fabric=fabric,
+            node=self._node,
+            identity=ArenaIdentity(
+                run_id=run_id,
+                owner=rank,
+                world_size=fabric.world_size,
+                topology=topology,
+                layout="",
+                mode=config.mode,
+                chunk_bytes=config.chunk_bytes,
+            ),
+            inventory=adapter.inventory(),
+            num_experts=len(counters),
+            environment=environment,
+        )
+        self._inventory, self._log = self._sizing.inventory, self._sizing.log
         self._counters = self._find_counters(counters)
         self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
-        self._always = (
-            self._log.always
-            if self._log is not None
-            else (*self._inventory.of_kind(UnitKind.DENSE), *self._inventory.of_kind(UnitKind.HOST))
-        )
-        self._limits = self._find_limits(len(counters))
-        self._sizes = Sizes(self._limits.fewest, self._limits.usual)
+        limits = self._sizing.limits
+        self._sizes = Sizes(limits.fewest, limits.usual)
         self._book = ExpertBook(
             names=[c.expert for c in counters],
             layers=[c.unit for c in counters],
             rules=Rules(
                 policy=config.selection,
-                reserved=self._limits.fewest,
-                most=self._limits.most,
+                reserved=limits.fewest,
+                most=limits.most,
                 staleness_cap=config.staleness_cap,
                 interval=config.interval,
                 lost_token_budget=config.lost_token_budget,
@@ -136,21 +138,6 @@ class Session:
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
         self._packer = Packer(self._inventory, config.chunk_bytes, threads, rank=rank, num_sms=config.pack_sms)
-        self._spec = ArenaSpec.of(
-            ArenaIdentity(
-                run_id=run_id,
-                owner=rank,
-                world_size=fabric.world_size,
-                topology=topology,
-                layout=self._inventory.fingerprint,
-                mode=config.mode if self._log is None else f"{config.mode}, period {len(self._log.groups)}",
-                chunk_bytes=config.chunk_bytes,
-            ),
-            self._inventory,
-            exact_copies(self._log)
-            if self._log is not None
-            else copies(self._inventory.units, config.mode, self._limits.most),
-        )
         self._open_iterations: set[int] = set()
         self._stable = -1
         self._recent = [-1]
@@ -191,7 +178,7 @@ class Session:
             config=self._config,
             fabric=self._fabric,
             node=self._node,
-            spec=self._spec,
+            spec=self._sizing.spec,
             pool=self._pool,
             phases=phases,
             probe=self._probe,
@@ -472,6 +459,8 @@ class Session:
             return
         if self._packer.is_direct and self._packer.note:
             self._journal.info(self._stable, self._packer.note)
+        if self._sizing.note:
+            self._journal.info(self._stable, self._sizing.note)
         _, arenas = self._running()
         nodes = situation.placement.num_nodes
         selection = ""
@@ -481,8 +470,8 @@ class Session:
                 f"gradients ({self._log.log_bytes / 2**20:.1f} MiB) each"
             )
         if self._config.mode == "popularity":
-            most = self._limits.most
-            more = f" (as many as {most} to keep the budget of lost tokens)" if most > self._limits.usual else ""
+            most = self._sizing.limits.most
+            more = f" (as many as {most} to keep the budget of lost tokens)" if most > self._sizing.limits.usual else ""
             selection = (
                 f", {self._sizes.experts_text} of {len(self._counters)} experts each{more}, {self._config.selection}"
             )
@@ -558,25 +547,22 @@ class Session:
 
     def _vote(self) -> int:
         """For the largest snapshot that this rank's links afford; says so once where that is not the largest of all."""
-        always = sum(self._inventory.units[u].nbytes for u in self._always)
-        experts = [self._inventory.units[u].nbytes for u in self._expert_units if u is not None]
+        always = sum(self._inventory.units[u].nbytes for u in self._sizing.always)
+        carried, why = self._scheduler.carries(self._config.replicas)
         if self._log is not None:
             nbytes = always + self._log.log_bytes + max(self._log.group_bytes)
-            votes, why = self._sizes.insist(self._scheduler, nbytes, self._config.replicas)
-            if why:
+            if nbytes > carried:
+                advice = longer_period(self._log, carried, 1 + self._config.replicas)
                 self._journal.warn_once(
-                    "budget",
-                    self._recent[0],
-                    f"snapshots of {nbytes / 1e6:.1f} MB do not fit ({why}): a longer --moetion-period makes them "
-                    f"smaller",
+                    "budget", self._recent[0], f"snapshots of {nbytes / 1e6:.1f} MB do not fit ({why}): {advice}"
                 )
-            return votes
+            return self._sizes.largest
+        experts = [self._inventory.units[u].nbytes for u in self._expert_units if u is not None]
         if self._config.mode == "full":
             always, experts = self._inventory.nbytes, []
-        share = sum(experts) / max(len(self._expert_units), 1)
-        votes, why = self._sizes.vote(self._scheduler, always, share, self._config.replicas)
-        if why:
-            self._journal.warn_once("budget", self._recent[0], why)
+        votes, smaller = self._sizes.vote(carried, always, sum(experts) / max(len(self._expert_units), 1))
+        if smaller:
+            self._journal.warn_once("budget", self._recent[0], f"snapshots are made to fit ({smaller} here): {why}")
         return votes
 
     def _freeze(self) -> str:
@@ -599,15 +585,15 @@ class Session:
             self._rotation.begin(iteration, turn, zero)
             if turn.is_gap:
                 return None
-            staged = (*self._always, *(u for u in turn.logs if u not in zero))
+            staged = (*self._sizing.always, *(u for u in turn.logs if u not in zero))
             return Contents(staged=staged, optional=turn.captures, zero=tuple(sorted(zero)))
         if self._config.mode == "full":
-            return Contents(units=(*self._always, *self._inventory.of_kind(UnitKind.EXPERT)))
+            return Contents(units=(*self._sizing.always, *self._inventory.of_kind(UnitKind.EXPERT)))
         chosen = self._book.choose(iteration, counts, self._sizes.now.experts)
         if why := self._book.past_budget:
             self._journal.warn_once(why.split()[0], iteration, why)  # "a fault now", "faults so far"
         units = (unit for e in chosen if (unit := self._expert_units[e]) is not None)
-        return Contents(units=(*self._always, *units))
+        return Contents(units=(*self._sizing.always, *units))
 
     def _note_step(self, iteration: int) -> StepNote:
         """Mode ``exact``: enter the optimizer's step into the log."""
@@ -672,30 +658,6 @@ class Session:
         """Bytes of a full snapshot of this rank."""
         logs = self._inventory.of_kind(UnitKind.LOG)
         return self._inventory.nbytes - sum(self._inventory.units[u].nbytes for u in logs)
-
-    def _cut(self, inventory: Inventory) -> GradientLog:
-        """Mode ``exact``: cut state for the period that was asked for, or that the tightest rank affords."""
-        config = self._config
-        period = config.period or DEFAULT_PERIOD
-        if config.snapshot_bytes:
-            whole = gradient_log(inventory, 1)
-            period = max(self._fabric.gather(shortest_period(whole, config.snapshot_bytes)))
-            if period > MAX_PERIOD:
-                raise ConfigError(
-                    f"--moetion-snapshot-bytes {config.snapshot_bytes} is too little for mode 'exact' on some rank: "
-                    f"here the gradients of an iteration are {whole.log_bytes} bytes, and {whole.state_bytes} bytes of "
-                    f"state must be captured within {MAX_PERIOD} iterations"
-                )
-        return gradient_log(inventory, period)
-
-    def _find_limits(self, num_experts: int) -> Limits:
-        """How many experts a snapshot takes. The same on all ranks: a byte budget is what the tightest one affords."""
-        config = self._config
-        fits = None
-        if config.snapshot_bytes and num_experts and config.mode == "popularity":
-            fits = affordable_experts(self._inventory.units, num_experts, config.snapshot_bytes)
-        everywhere = [f for f in self._fabric.gather(None if fits == math.inf else fits) if f is not None]
-        return experts_per_snapshot(config, num_experts, min(everywhere, default=math.inf))
 
     def _count_losses(self, situation: Situation, plan: RecoveryPlan, state: Mapping[str, Any]) -> dict[str, int]:
         """After a recovery: the tokens that this rank had trained experts on since the captures they come from.

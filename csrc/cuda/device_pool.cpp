@@ -228,6 +228,13 @@ void DevicePool::order(Stream later, Stream earlier) {
   runtime_->wait(later, order_event_);
 }
 
+void DevicePool::order_after(Stream later, int64_t ticket) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  require_usable();
+  for (const Slot& slot : slots_)
+    if (slot.ticket == ticket) runtime_->wait(later, slot.event);
+}
+
 void DevicePool::check_spans_are_here(Table<Span> spans) {
   check_spans(spans);
   for (int64_t s = 0; s < spans.num_rows; ++s) {

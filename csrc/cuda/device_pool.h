@@ -63,6 +63,9 @@ class DevicePool {
 
   // What is enqueued on `later` from now on waits for all that `earlier` was given so far.
   void order(Stream later, Stream earlier);
+  // The same for the work behind a ticket and all that its stream was given before. Nothing is enqueued where
+  // the ticket was finished, since that work is done.
+  void order_after(Stream later, int64_t ticket);
   // Throws std::invalid_argument, with the row, for a span that is not memory of this device.
   void check_spans_are_here(Table<Span> spans);
 

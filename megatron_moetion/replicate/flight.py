@@ -104,7 +104,7 @@ class Flight:
         self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
         self._rounds: dict[int, bool] = {}
-        self._live_is_done = threading.Event()
+        self._live_is_given = threading.Event()
         self._is_freed = threading.Event()
         self._is_freed.set()
         self._outcome = Packed()
@@ -134,13 +134,18 @@ class Flight:
         self._submit(iteration, Contents(), {}, free)
 
     def finish_packing(self, max_stall_s: float) -> None:
-        """Return once live state is no longer read; captures that take longer than ``max_stall_s`` are given up."""
-        if self._pack is None or self._live_is_done.wait(max_stall_s):
+        """Return once live state may be written; captures that take longer than ``max_stall_s`` are given up.
+
+        What a device was given by then it reads first: training's stream waits for it there, and the host does not.
+        """
+        if self._pack is None:
             return
-        with self._lock:
-            if not self._live_is_done.is_set():
-                self._packer.cancel()
-        self._live_is_done.wait()  # bounded: the packer checks between pieces
+        if not self._live_is_given.wait(max_stall_s):
+            with self._lock:
+                if not self._live_is_given.is_set():
+                    self._packer.cancel()
+            self._live_is_given.wait()  # bounded: the packer checks between pieces
+        self._packer.hold_stream()
 
     def finish(self) -> Packed:
         """Return once the last snapshot is packed or dropped, and which of it."""
@@ -198,7 +203,7 @@ class Flight:
         return slots
 
     def _submit(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
-        self._live_is_done.clear()
+        self._live_is_given.clear()
         self._is_freed.clear()
         self._outcome = Packed()
         self._pack = self._packing.submit(self._capture, iteration, contents, tokens, free)
@@ -210,7 +215,7 @@ class Flight:
             records = self._fill(iteration, contents, tokens)
         finally:
             self._is_freed.set()
-            self._end_live()
+            self._give_live()
         for send in self._sends:
             if send.done():
                 send.result()  # a fault is handled where it happens; what is raised here is a bug, and must show
@@ -219,9 +224,9 @@ class Flight:
             self.broken = f"{len(self._sends)} snapshots wait to be replicated"
         self._sends.append(self._sending.submit(self._replicate, iteration, records))
 
-    def _end_live(self) -> None:
+    def _give_live(self) -> None:
         with self._lock:  # a cancellation is meant for what reads live state, and for nothing after it
-            self._live_is_done.set()
+            self._live_is_given.set()
             self._packer.allow()
 
     def _fill(self, iteration: int, contents: Contents, tokens: dict[int, int]) -> tuple[Record, ...]:
@@ -239,7 +244,7 @@ class Flight:
         began = time.monotonic()
         live = [*contents.units, *(u for u in contents.optional if u in slots)]
         try:
-            digests = self._pack_units(iteration, live, slots)
+            digests = self._pack_units(iteration, live, slots, self._give_live)
             if digests is None and not contents.staged:
                 self._arena.release(slots.values())
                 self._count("late")
@@ -249,7 +254,7 @@ class Flight:
                 self._arena.release([slots.pop(u) for u in live])
                 self.counts.left_out["late"] += 1
                 digests = {}
-            self._end_live()
+            self._give_live()
             staged = self._pack_units(iteration, contents.staged, slots)
             if staged is None:  # the flight is being closed
                 self._arena.release(slots.values())
@@ -289,13 +294,19 @@ class Flight:
         self.counts.bytes_committed += sum(r.nbytes for r in records)
         return records + zeros
 
-    def _pack_units(self, iteration: int, units: Sequence[int], slots: Mapping[int, int]) -> dict[int, int] | None:
+    def _pack_units(
+        self,
+        iteration: int,
+        units: Sequence[int],
+        slots: Mapping[int, int],
+        given: Callable[[], None] | None = None,
+    ) -> dict[int, int] | None:
         """Fill the slots; digests by unit, None if that was cancelled."""
         targets = [
             Target(unit=u, address=self._arena.payload(slots[u]).ctypes.data, digests=self._arena.digests(slots[u]))
             for u in units
         ]
-        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration))
+        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration), given)
         return None if digests is None else dict(zip(units, digests, strict=True))
 
     def _replicate(self, iteration: int, records: tuple[Record, ...]) -> None:

@@ -7,6 +7,7 @@ size of snapshot the measured windows afford.
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Pacer
-from megatron_moetion.schedule.planner import Demand, Rung, Window
+from megatron_moetion.schedule.planner import Demand, Window
 from megatron_moetion.schedule.recorder import Clock, Recorder, Silent
 from megatron_moetion.schedule.timeline import Lane, Link, Timeline
 
@@ -113,28 +114,24 @@ class Scheduler:
         if nbytes >= MEASURED_MIN_BYTES and end_s > begin_s:
             self._packing.learn(nbytes / (end_s - begin_s))
 
-    def affordable(
-        self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float, replicas: int
-    ) -> tuple[int, str]:
-        """The largest size whose bytes fit the windows of both links, and why not a larger one, for a person.
+    def carries(self, replicas: int) -> tuple[float, str]:
+        """Bytes of a snapshot that the windows of both links carry in an iteration, and why so few, for a person.
 
-        Bytes are those of a snapshot; they leave the device once and cross the network ``replicas`` times. Training
-        moves nothing between device and host, so that link's window is the iteration. Without a plan to keep
-        (``eager``), or before anything was measured, it is the largest size.
+        A snapshot leaves the device once and crosses the network ``replicas`` times. Training moves nothing between
+        device and host, so that link's window is the iteration. Infinite without a plan to keep (``eager``), and
+        before anything was measured.
         """
-        timelines = tuple(self._timelines)
-        if self._pacer is None or not timelines:
-            return len(rungs) - 1, ""
+        if self._pacer is None or not self._timelines:
+            return math.inf, ""
         typical_s = self._rhythm.duration_s
         windows: dict[Link, Sequence[Window]] = {Link.D2H: (Window(begin_s=0.0, end_s=typical_s),)}
         rates = {Link.D2H: self._packing.bytes_per_s}
         if replicas:
             windows[Link.NETWORK], rates[Link.NETWORK] = self._rhythm.windows, self._pacer.bytes_per_s / replicas
         capacity, link = planner.capacity_bytes(windows, rates)
-        found = planner.affordable(rungs, capacity, dense_bytes, expert_bytes)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
-        return found, (
+        return capacity, (
             f"the {name} is idle for {idle_s:.2f} of {typical_s:.2f} s at {rates[link] / 1e6:.0f} MB/s"
             f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"

@@ -3,8 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_moetion.schedule.planner import Rung, ladder, level_of, next_level, vote
-from megatron_moetion.schedule.scheduler import Scheduler
+from megatron_moetion.schedule.planner import Rung, affordable, ladder, level_of, next_level, vote
 
 
 class Sizes:
@@ -26,20 +25,21 @@ class Sizes:
         fewest, most = self._rungs[0].experts, self._rungs[-1].experts
         return str(most) if fewest == most else f"{fewest} to {most}"
 
-    def vote(self, scheduler: Scheduler, dense_bytes: int, expert_bytes: float, replicas: int) -> tuple[int, str]:
-        """This rank's vote, and why it is not for the largest size (empty if it is)."""
-        level, why = scheduler.affordable(self._rungs, dense_bytes, expert_bytes, replicas)
+    def vote(self, carried_bytes: float, dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
+        """This rank's vote, and how much smaller than the largest its snapshots are to be (empty if they are not).
+
+        ``carried_bytes``: what an iteration's windows carry; see ``Scheduler.carries``.
+        """
+        level = affordable(self._rungs, carried_bytes, dense_bytes, expert_bytes)
         if level == len(self._rungs) - 1:
             return vote(level), ""
         rung = self._rungs[level]
-        smaller = f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
-        return vote(level), f"snapshots are made to fit ({smaller} here): {why}"
+        return vote(level), f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
 
-    def insist(self, scheduler: Scheduler, nbytes: int, replicas: int) -> tuple[int, str]:
-        """The vote of a rank whose snapshots cannot be smaller or rarer, and why they should be (empty if they fit)."""
-        top = len(self._rungs) - 1
-        level, why = scheduler.affordable(self._rungs, nbytes, 0.0, replicas)
-        return vote(top), "" if level == top else why
+    @property
+    def largest(self) -> int:
+        """The vote of a rank whose snapshots cannot be smaller or rarer."""
+        return vote(len(self._rungs) - 1)
 
     def agree(self, votes: int) -> None:
         """Move towards the size that all ranks can afford; ``votes`` is the AND of all votes."""

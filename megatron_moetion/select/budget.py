@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from megatron_moetion.config import MAX_PERIOD, MoetionConfig
+from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
 from megatron_moetion.snapshot.gradlog import GradientLog
@@ -93,7 +93,20 @@ def exact_copies(log: GradientLog) -> dict[str, int]:
     return found | {log.inventory.units[u].name: 2 + SPARE_LOGS for u in log.always}
 
 
-def shortest_period(log: GradientLog, snapshot_bytes: int) -> int:
+def shortest_period(log: GradientLog, snapshot_bytes: float) -> int:
     """The period whose snapshots of one rank have so many bytes, above ``MAX_PERIOD`` if none has."""
     room = snapshot_bytes - log.log_bytes - sum(log.inventory.units[u].nbytes for u in log.always)
-    return max(2, -(-log.state_bytes // room)) if room > 0 else MAX_PERIOD + 1
+    return max(MIN_PERIOD, math.ceil(log.state_bytes / room)) if room > 0 else MAX_PERIOD + 1
+
+
+def longer_period(log: GradientLog, carried_bytes: float, arenas: int) -> str:
+    """What to do where snapshots are larger than an iteration carries, for a person; ``arenas`` are held by a rank."""
+    now, period = len(log.groups), shortest_period(log, carried_bytes)
+    if period > MAX_PERIOD:
+        return (
+            f"no --moetion-period would fit, since the gradients alone are {log.log_bytes / 1e6:.1f} MB; smaller ones "
+            f"might (--grad-reduce-in-bf16), and mode 'popularity' needs none"
+        )
+    period = max(period, now + 1)
+    more = (period - now) * log.log_bytes * arenas
+    return f"--moetion-period {period} would fit, and take {more / 2**20:.1f} MiB more memory on this rank"

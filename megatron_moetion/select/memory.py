@@ -9,14 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from megatron_moetion.config import MAX_PERIOD
+from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.select.budget import Limits, copies, exact_copies
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.units import ALIGNMENT_BYTES, HOST_UNIT, Inventory, Region, Role, Unit, UnitKind, total_bytes
 
-MIN_PERIOD = 2
-"""All of the state in every snapshot is mode ``full``."""
 GRADIENT_DTYPES = {4: "float32", 2: "bfloat16"}
 """What gradients are reduced in, by bytes an element."""
 _STATE = dict.fromkeys((Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ), ("float32", 4))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,9 @@ from megatron_moetion.units import ALIGNMENT_BYTES, Unit
 
 SLOTS = 2
 """Batches in flight: one is waited for while the next one runs."""
+_STAGED_RUN_BYTES = 1 << 18
+"""Gradients that are copied aside in training's own stream hold it up, so runs of this size and more are copied with
+all of the device's bandwidth and not by a kernel of a few multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -121,6 +124,8 @@ class DevicePacker:
         self._buffers: tuple[Bytes, ...] = ()
         self._kept: Any = None
         self._kept_address = 0
+        self._held_for: int | None = None
+        """Ticket of the last work that reads live state."""
         self.note = ""
         """How captures reach the arena, for a person; filled by ``adopt``."""
 
@@ -194,24 +199,45 @@ class DevicePacker:
         current = self._streams.current()
         with naming_faults():
             if len(rows):
-                self._pool.finish(self._pool.scatter(rows, stream=current))
+                self._pool.finish(self._pool.scatter(rows, stream=current, copy_engine_bytes=_STAGED_RUN_BYTES))
             self._pool.order(self._streams.side, current)
 
-    def pack(self, targets: Sequence[Target], host: HostPool, cancel: Cancel, between: Callable[[], None]) -> bool:
-        """Fill the targets and their digests; False if cancelled, and then nothing is in flight any more."""
+    def pack(
+        self,
+        targets: Sequence[Target],
+        host: HostPool,
+        cancel: Cancel,
+        between: Callable[[], None],
+        given: Callable[[], None] | None = None,
+    ) -> bool:
+        """Fill the targets and their digests; False if cancelled, and then nothing is in flight any more.
+
+        ``given`` is called once the device has been given everything, of which some is still in flight: then
+        ``hold_stream`` is for this call's work.
+        """
         in_flight: deque[_Flying] = deque()
+        cancelled = False
         with naming_faults():
             for number, group in enumerate(groups(self._templates, targets, self._batch_bytes)):
                 if len(in_flight) == SLOTS:
                     self._land(in_flight.popleft(), host)
                     between()
-                if cancel.is_set():
+                if cancelled := cancel.is_set():
                     break
                 in_flight.append(self._start(group, number % SLOTS))
+            if given is not None and not cancelled:
+                self._held_for = in_flight[-1].ticket if in_flight else None
+                given()
             while in_flight:
                 self._land(in_flight.popleft(), host)
                 between()
-        return not cancel.is_set()
+        return not cancelled
+
+    def hold_stream(self) -> None:
+        """What training's stream is given from now on waits, on the device, for the last ``pack`` with ``given``."""
+        if self._held_for is not None:
+            with suppress(DeviceError):  # the packing thread meets it too, and drops the snapshot
+                self._pool.order_after(self._streams.current(), self._held_for)
 
     def scatter(self, rows: Int64s) -> None:
         """Copy each row (source in host memory, destination on the device, nbytes), and wait."""

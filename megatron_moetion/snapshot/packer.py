@@ -124,15 +124,15 @@ class Packer:
             found |= {u for u, is_zero in zip(there, zero, strict=True) if is_zero}
         return frozenset(found)
 
-    def pack(self, targets: Sequence[Target], between: Callable[[], None]) -> list[int] | None:
+    def pack(
+        self, targets: Sequence[Target], between: Callable[[], None], given: Callable[[], None] | None = None
+    ) -> list[int] | None:
         """Copy captures and fill their chunk digests; returns the capture digests, or None if cancelled.
 
-        ``between`` is called after each batch. ``DeviceFault`` where the device fails.
+        ``between`` is called after each batch; ``given`` once the host has read all that it reads, and the device was
+        given the rest: from then on ``hold_stream`` protects what is still to be read. ``DeviceFault`` where the
+        device fails.
         """
-        if self._device is not None:
-            theirs = [t for t in targets if t.unit in self._on_device]
-            if not self._device.pack(theirs, self._pool, self._cancel, between):
-                return None
         ours = [t for t in targets if t.unit not in self._on_device]
         for group in groups(self._templates, ours, BATCH_BYTES):
             batch = batch_of(self._templates, group)
@@ -141,7 +141,21 @@ class Packer:
                 return None
             share(digests, group)
             between()
+        if self._device is not None:
+            theirs = [t for t in targets if t.unit in self._on_device]
+            if not self._device.pack(theirs, self._pool, self._cancel, between, given):
+                return None
+        elif given is not None:
+            given()
         return [capture_digest(t.digests) for t in targets]
+
+    def hold_stream(self) -> None:
+        """Let what training enqueues on its stream from now on wait, on the device, for what ``pack`` still reads.
+
+        Call it in the training thread, after ``given``. The host does not wait.
+        """
+        if self._device is not None:
+            self._device.hold_stream()
 
     def cancel(self) -> None:
         """Make a running or coming ``pack`` return None soon."""

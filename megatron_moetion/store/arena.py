@@ -60,6 +60,8 @@ class ArenaIdentity:
     layout: str
     mode: str
     chunk_bytes: int
+    period: int = 0
+    """Of mode ``exact``; 0 in others."""
     format_version: int = FORMAT_VERSION
 
 
@@ -88,6 +90,11 @@ class ArenaSpec:
     def num_slots(self) -> int:
         """Slots in total."""
         return sum(count for _, count in self.slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        return _Layout.of(self).nbytes
 
     @property
     def num_records(self) -> int:
@@ -182,7 +189,8 @@ class Arena:
         layout = _Layout.of(spec)
         for left in path.parent.glob(f"{path.stem}.*.tmp"):
             left.unlink(missing_ok=True)  # a process was killed while it made this arena; its file holds memory
-        _check_space(path.parent, layout.nbytes)
+        if free_bytes(path.parent) < layout.nbytes:
+            raise _no_space(path.parent, layout.nbytes)
         scratch = path.with_suffix(f".{os.getpid()}.tmp")
         fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
@@ -210,7 +218,7 @@ class Arena:
         fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
         try:
             _lock(fd, path, wait_s)
-            spec = read_spec(fd, path)
+            spec = _read_spec(fd, path)
             layout = _Layout.of(spec)
             if os.fstat(fd).st_size != layout.nbytes:
                 raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {layout.nbytes}")
@@ -342,8 +350,16 @@ def num_chunks(nbytes: int, chunk_bytes: int) -> int:
     return -(-nbytes // chunk_bytes)
 
 
-def read_spec(fd: int, path: Path) -> ArenaSpec:
-    """The header of an arena file; ``CorruptArena`` where it does not verify."""
+def spec_of(path: Path) -> ArenaSpec:
+    """The header of an arena file, also while another process writes to it; ``CorruptArena`` if it does not verify."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return _read_spec(fd, path)
+    finally:
+        os.close(fd)
+
+
+def _read_spec(fd: int, path: Path) -> ArenaSpec:
     prefix = os.pread(fd, _HEADER_PREFIX_BYTES, 0)
     length = int.from_bytes(prefix[8:16], "little")
     if len(prefix) < _HEADER_PREFIX_BYTES or prefix[:8] != _MAGIC or length > os.fstat(fd).st_size:
@@ -379,14 +395,14 @@ def _digest(data: bytes) -> bytes:
     return hashlib.blake2b(data, digest_size=16).digest()
 
 
-def _check_space(folder: Path, need: int) -> None:
+def free_bytes(folder: Path) -> int:
+    """Room that the file system of a folder has left; for one in memory, memory."""
     stat = os.statvfs(folder)
-    have = stat.f_bavail * stat.f_frsize
-    if have < need:
-        raise _no_space(folder, need, have)
+    return stat.f_bavail * stat.f_frsize
 
 
-def _no_space(folder: Path, need: int, have: int) -> StoreError:
+def _no_space(folder: Path, need: int) -> StoreError:
+    have = free_bytes(folder)
     return StoreError(
         f"the store {folder} has {have / 2**20:,.1f} MiB free and this arena needs {need / 2**20:,.1f} MiB: "
         f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas, in mode 'popularity' "
@@ -398,8 +414,7 @@ def _allocate(fd: int, nbytes: int, folder: Path) -> None:
     try:
         os.posix_fallocate(fd, 0, nbytes)
     except OSError as error:
-        stat = os.statvfs(folder)
-        raise _no_space(folder, nbytes, stat.f_bavail * stat.f_frsize) from error
+        raise _no_space(folder, nbytes) from error
 
 
 def _lock(fd: int, path: Path, wait_s: float) -> None:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, StoreError
+from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
+from megatron_moetion.store.arena import spec_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,6 +74,17 @@ def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
     scratch = node.path / f".rank{rank:05d}.pid.{os.getpid()}"
     scratch.write_text(json.dumps({"pid": os.getpid(), "rank": rank, "attempt": attempt}))
     scratch.rename(node.path / f"rank{rank:05d}.pid")
+
+
+def period_found(node: NodeFolder) -> int:
+    """The period of the arenas that are already here, of mode ``exact``; 0 without any."""
+    for path in sorted(node.path.glob("*.arena")):
+        try:
+            if period := spec_of(path).identity.period:
+                return period
+        except (OSError, CorruptArena):
+            continue
+    return 0
 
 
 def remove_run(config: MoetionConfig, run_id: str) -> None:

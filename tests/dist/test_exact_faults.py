@@ -133,5 +133,5 @@ def test_another_period_is_refused_by_name(job: MakeJob) -> None:
     run = job(**EXACT, iterations=5)
     run.finish()
     errors = run.refuse(2, period=4)
-    assert all("'exact, period 3'" in e and "'exact, period 4'" in e for e in errors)
+    assert all("period: the arena has 3, this run has 4" in e for e in errors)
     assert run.attempt(iterations=6).codes == [0] * 4

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,6 +15,7 @@ from support import CHUNK_BYTES, capture, identity
 from megatron_moetion import _C
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena, ArenaSpec
 from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
@@ -112,6 +114,39 @@ def test_a_capture_holds_what_the_training_stream_had_done_by_then(arena: Arena)
         found = torch.from_numpy(payload(arena, big)[offset : offset + region.nbytes].copy()).view(tensor.dtype)
         assert torch.equal(found, tensor.cpu())
     assert packer.staged(1, 0).view(np.int64).tolist() == [100, 101, 102, 103, 104]
+    packer.close()
+
+
+def test_what_is_enqueued_after_the_stream_was_held_waits_for_the_capture_and_the_host_does_not(arena: Arena) -> None:
+    state = GpuState()
+    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer.adopt(arena.memory)
+    packer.freeze(b"")
+    expected = [t.clone() for t in state.tensors]
+    torch.cuda.synchronize()
+    waited: list[float] = []
+
+    def given() -> None:
+        began = time.perf_counter()
+        packer.hold_stream()
+        for tensor in state.tensors:
+            tensor.zero_()
+        waited.append(time.perf_counter() - began)
+
+    # The side stream is busy when the capture is given to it, so that nothing of it was read when it is given.
+    assert packer._device is not None
+    with torch.cuda.stream(packer._device._streams._stream):
+        torch.cuda._sleep(1_000_000_000)
+    slot = arena.acquire(state.inventory.units[0].nbytes)
+    assert slot is not None
+    target = Target(unit=0, address=arena.payload(slot).ctypes.data, digests=arena.digests(slot))
+    assert packer.pack([target], lambda: None, given) is not None
+    unit = state.inventory.units[0]
+    for tensor, region, offset in zip(expected, unit.regions, unit.offsets, strict=True):
+        found = torch.from_numpy(arena.payload(slot)[offset : offset + region.nbytes].copy()).view(tensor.dtype)
+        assert torch.equal(found, tensor.cpu())
+    assert not any(t.any() for t in state.tensors)
+    assert waited[0] < 0.2, "the sleep alone takes about half a second"
     packer.close()
 
 

@@ -21,7 +21,7 @@ FLOORS = [
     {"replicate"},
     {"schedule"},
     {"recover"},
-    {"session"},
+    {"session", "sizing"},
     {"persist"},
     {"mcore"},
     {"pretrain"},

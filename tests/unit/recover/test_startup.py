@@ -343,7 +343,7 @@ def test_another_models_arenas_are_refused_and_kept(tmp_path: Path, change: dict
 
 def test_ranks_that_were_started_differently_are_refused(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.sessions[1]._spec = Job(tmp_path, chunk_bytes=8192).sessions[1]._spec
+    job.sessions[1]._sizing = Job(tmp_path, chunk_bytes=8192).sessions[1]._sizing
     with pytest.raises(ConfigError, match="ranks 0 and 1 were started differently: chunk_bytes is 4096"):
         job.start()
 

@@ -103,11 +103,13 @@ def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
     rig = Rig(tmp_path, lambda iteration: True, copies=1)
     pack = rig.packer.pack
 
-    def slow(targets: Sequence[Target], between: Callable[[], None]) -> list[int] | None:
+    def slow(
+        targets: Sequence[Target], between: Callable[[], None], given: Callable[[], None] | None = None
+    ) -> list[int] | None:
         deadline = time.monotonic() + 10
         while not rig.packer._cancel.is_set() and time.monotonic() < deadline:
             time.sleep(0.002)
-        return pack(targets, between)
+        return pack(targets, between, given)
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.packer, "pack", slow)

@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
+import math
 import threading
 import time
 
 import pytest
 
-from megatron_moetion.schedule.planner import Window, ladder
+from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, ahead, between, typical_duration
 from megatron_moetion.schedule.timeline import Lane, Span, Timeline
@@ -62,8 +63,7 @@ def test_before_anything_is_known_nothing_is_held_back_and_all_is_afforded() -> 
     with scheduler.transfer(1 << 30):
         scheduler.gate.admit(1 << 30)
     assert time.monotonic() - began < 1.0
-    rungs = ladder(1, 5)
-    assert scheduler.affordable(rungs, 10**12, 1.0, 1) == (len(rungs) - 1, "")
+    assert scheduler.carries(1) == (math.inf, "")
 
 
 def test_a_transfer_ends_by_the_end_of_the_iteration_whatever_training_does() -> None:
@@ -91,12 +91,11 @@ def test_a_slow_link_affords_less_and_says_why() -> None:
         iterate(scheduler, number, 0.1)
     with scheduler.transfer(1 << 20):  # 1 MiB in 0.1 s: about 10 MB/s, so about 0.8 MB fit an iteration
         time.sleep(0.1)
-    rungs = ladder(1, 13)
-    level, why = scheduler.affordable(rungs, 100_000, 100_000.0, 1)
-    assert 3 <= level < len(rungs) - 1
+    carried, why = scheduler.carries(1)
+    assert 400_000 < carried < 1_000_000
     assert "the network is idle for 0.1" in why
-    assert scheduler.affordable(rungs, 10**9, 1.0, 1)[0] == 0
-    assert make("eager")[0].affordable(rungs, 10**9, 1.0, 1) == (len(rungs) - 1, "")
+    assert f"so an iteration carries {carried / 1e6:.1f} MB" in why
+    assert make("eager")[0].carries(1) == (math.inf, "")
     assert scheduler.scalars()["moetion/network-mb-per-s"] == pytest.approx(10, rel=0.5)
 
 
@@ -104,10 +103,9 @@ def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None
     scheduler, drawn = make("bubble")
     for number in range(3):
         iterate(scheduler, number, 0.1)
-    rungs = ladder(1, 13)
     scheduler.packed(1.0, 1.1, 1 << 20)  # about 10 MB/s
-    level, why = scheduler.affordable(rungs, 100_000, 100_000.0, 0)
-    assert 3 <= level < len(rungs) - 1
+    carried, why = scheduler.carries(0)
+    assert 400_000 < carried < 1_500_000
     assert "the link from device to host is idle for 0.1" in why
     assert ("device to host", 1.0, 1.1, 1 << 20) in drawn
     fast, _ = make("bubble")
@@ -116,6 +114,6 @@ def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None
     fast.packed(1.0, 1.001, 1 << 20)
     with fast.transfer(1 << 20):
         time.sleep(0.05)
-    one, two = (fast.affordable(rungs, 100_000, 100_000.0, n) for n in (1, 2))
-    assert two[0] < one[0]
+    one, two = (fast.carries(n) for n in (1, 2))
+    assert two[0] == pytest.approx(one[0] / 2)
     assert "a replica, 2 of them" in two[1]

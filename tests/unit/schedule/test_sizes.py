@@ -3,59 +3,51 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 from megatron_moetion.schedule.planner import LEVELS, Rung, vote
 from megatron_moetion.schedule.sizes import Sizes
 
-
-class Links:
-    """A scheduler that affords one level."""
-
-    def __init__(self, level: int) -> None:
-        self.level = level
-
-    def affordable(
-        self, rungs: Sequence[Rung], dense_bytes: int, expert_bytes: float, replicas: int
-    ) -> tuple[int, str]:
-        return self.level, "the network is slow"
+DENSE_BYTES, EXPERT_BYTES = 1000, 100.0
 
 
-def settle(sizes: Sequence[Sizes], links: Sequence[Links], rounds: int = 20) -> None:
+def room_for(experts: float, every: int = 1) -> float:
+    """What an iteration has to carry for that."""
+    return (DENSE_BYTES + experts * EXPERT_BYTES) / every
+
+
+def settle(sizes: Sequence[Sizes], carried_bytes: Sequence[float], rounds: int = 20) -> None:
     for _ in range(rounds):
         votes = -1
-        for one, link in zip(sizes, links, strict=True):
-            votes &= one.vote(link, 1, 1.0, 1)[0]  # type: ignore[arg-type]
+        for one, carried in zip(sizes, carried_bytes, strict=True):
+            votes &= one.vote(carried, DENSE_BYTES, EXPERT_BYTES)[0]
         for one in sizes:
             one.agree(votes)
 
 
 def test_all_ranks_settle_on_what_the_slowest_affords_and_come_back() -> None:
     sizes = [Sizes(2, 14), Sizes(0, 0), Sizes(4, 8)]  # stages with other numbers of experts
-    links = [Links(LEVELS - 1), Links(9), Links(LEVELS - 1)]
-    settle(sizes, links)
-    assert [s.now for s in sizes] == [Rung(experts=8, every=1), Rung(experts=0, every=1), Rung(experts=6, every=1)]
-    links[2].level = 1
-    settle(sizes, links)
-    assert {s.now.every for s in sizes} == {4}
-    links[1].level = links[2].level = LEVELS - 1
-    settle(sizes, links)
+    settle(sizes, [room_for(9), math.inf, math.inf])
+    assert [s.now for s in sizes] == [Rung(experts=9, every=1), Rung(experts=0, every=1), Rung(experts=6, every=1)]
+    settle(sizes, [room_for(9), math.inf, room_for(4, every=4)])
+    assert [s.now for s in sizes] == [Rung(experts=2, every=4), Rung(experts=0, every=4), Rung(experts=4, every=4)]
+    settle(sizes, [math.inf] * 3)
     assert [s.now.experts for s in sizes] == [14, 0, 8]
 
 
 def test_rarer_snapshots_are_left_out_on_all_ranks_at_once() -> None:
     sizes = [Sizes(1, 2), Sizes(0, 0)]
-    settle(sizes, [Links(1), Links(1)])
+    settle(sizes, [room_for(1, every=4), math.inf])
     skipped = [[s.skips_next() for _ in range(8)] for s in sizes]
     assert skipped[0] == skipped[1] == [True, True, True, False] * 2
 
 
-def test_a_vote_for_less_says_why_and_one_for_the_most_says_nothing() -> None:
+def test_a_vote_for_less_says_how_much_less_and_one_for_the_most_says_nothing() -> None:
     sizes = Sizes(2, 14)
-    assert sizes.vote(Links(LEVELS - 1), 1, 1.0, 1) == (vote(LEVELS - 1), "")  # type: ignore[arg-type]
-    assert sizes.vote(Links(5), 1, 1.0, 1) == (  # type: ignore[arg-type]
-        vote(5), "snapshots are made to fit (4 experts here): the network is slow",
-    )  # fmt: skip
-    assert "one in 8 snapshots" in sizes.vote(Links(0), 1, 1.0, 1)[1]  # type: ignore[arg-type]
+    assert sizes.vote(math.inf, DENSE_BYTES, EXPERT_BYTES) == (vote(LEVELS - 1), "")
+    assert sizes.largest == vote(LEVELS - 1)
+    assert sizes.vote(room_for(4.5), DENSE_BYTES, EXPERT_BYTES) == (vote(5), "4 experts")
+    assert sizes.vote(0.0, DENSE_BYTES, EXPERT_BYTES)[1] == "one in 8 snapshots"
     assert sizes.experts_text == "2 to 14"
     assert Sizes(3, 3).experts_text == "3"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import numpy as np
 import pytest
@@ -150,12 +151,13 @@ def test_a_cancelled_pack_leaves_nothing_in_flight_and_may_be_repeated() -> None
     packer.freeze(encode({}))
     batches: list[int] = []
 
-    def cancel_after_one() -> None:
+    def cancel_after_two() -> None:
         batches.append(1)
-        packer.cancel()
+        if len(batches) == 2:
+            packer.cancel()
 
-    assert packer.pack(targets_in(arena, state.inventory), cancel_after_one) is None
-    assert len(batches) == 2  # the one that was waited for and the one that was in flight
+    assert packer.pack(targets_in(arena, state.inventory), cancel_after_two) is None
+    assert len(batches) == 3  # the host's, the one that was waited for, and the one that was in flight
     packer.allow()
     assert packer.pack(targets_in(arena, state.inventory), lambda: None) is not None
 
@@ -278,6 +280,96 @@ def test_pinned_memory_outlives_its_pool() -> None:
     del memory
     view[:] = 7
     assert view.sum() == 70
+
+
+# -- what training waits for ---------------------------------------------------------------------------------
+
+
+class Watched:
+    """A pool whose calls are written down."""
+
+    def __init__(self, pool: _C.DevicePool, calls: list[str], *keep: object) -> None:
+        self._pool, self._calls = pool, calls
+        self._keep = keep
+        """Whose memory the calls read and write."""
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._pool, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = found(*arguments, **options)
+            named = {"pack_kept": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
+            self._calls.append(f"{name} {named}")
+            return result
+
+        return call if callable(found) else found
+
+
+def watched(state: State) -> tuple[Packer, list[str], list[Target]]:
+    packer, calls = Packer(state.inventory, CHUNK_BYTES, 1), list[str]()
+    memory = arena_for(state.inventory)
+    packer.adopt(memory)
+    packer.freeze(encode({}))
+    assert packer._device is not None
+    packer._device._pool = Watched(packer._device._pool, calls, memory, state)  # type: ignore[assignment]
+    return packer, calls, targets_in(memory, state.inventory)
+
+
+def test_live_state_is_given_away_when_the_last_batch_is_on_its_way_and_the_stream_waits_for_that_one() -> None:
+    packer, calls, targets = watched(State("model:0"))
+
+    def given() -> None:
+        calls.append("given")
+        packer.hold_stream()
+
+    assert packer.pack(targets, lambda: calls.append("between"), given) is not None
+    at = calls.index("given")
+    last = max(int(c.split()[1]) for c in calls if c.startswith("pack_kept"))
+    assert calls[at + 1] == f"order_after {(0, last)}"
+    assert not any(c.startswith("pack_kept") for c in calls[at:]), "all was enqueued before"
+    assert calls.count("between") > 2
+    assert f"finish {(last,)}" in calls[at:], "and the last batch was still in flight"
+    calls.clear()
+    assert packer.pack(targets[:1], lambda: None) is not None  # from copies: training need not wait for them
+    packer.hold_stream()
+    assert calls[-1] == f"order_after {(0, last)}", "which is done, so that nothing is waited for"
+
+
+def test_a_pack_that_was_cancelled_gives_nothing_away() -> None:
+    packer, calls, targets = watched(State("model:0"))
+    packer.cancel()
+    assert packer.pack(targets, lambda: None, lambda: calls.append("given")) is None
+    assert "given" not in calls
+    packer.allow()
+    on_host = [t for t in targets if t.unit in (2, 4)]
+    assert packer.pack(on_host, lambda: None, lambda: calls.append("given")) is not None
+    assert calls == ["given"]
+    packer.hold_stream()
+    assert calls == ["given"], "the host has read what there was to be read"
+
+
+def test_a_stream_can_wait_for_work_that_is_not_done_and_for_work_that_is() -> None:
+    pool = Pool("model:0", rank=1, max_pieces=4, max_chunks=4, num_slots=2)
+    pieces, chunks, _keep = one_chunk()
+    ticket = pool.pack(pieces, chunks)
+    pool.order_after(0, ticket)
+    pool.finish(ticket)
+    pool.order_after(0, ticket)
+
+
+def test_training_does_not_wait_for_a_device_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
+    packer, calls, targets = watched(State("model:0"))
+
+    def fail(*arguments: Any) -> None:
+        raise _C.DeviceError("not done after 60 s")
+
+    assert packer._device is not None
+    for call in ("finish", "order_after"):
+        monkeypatch.setattr(packer._device._pool, call, fail)
+    with pytest.raises(DeviceFault, match="not done after"):
+        packer.pack(targets[1:2], lambda: None, lambda: calls.append("given"))
+    assert "given" in calls
+    packer.hold_stream()
 
 
 # -- which engine --------------------------------------------------------------------------------------------
