@@ -471,10 +471,10 @@ def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> 
     pack, replicate, exchange = session._packer.pack, flight._replicator.replicate, fabric.channel.exchange
     round_ = {"iteration": 0, "exchange": 0}
 
-    def slow_pack(targets: Any, between: Any) -> Any:
+    def slow_pack(targets: Any, between: Any, given: Any = None) -> Any:
         if state.now(toy.slow_pack):
             time.sleep(0.2)
-        return pack(targets, between)
+        return pack(targets, between, given)
 
     def troubled_round(iteration: int, records: Any) -> bool:
         round_.update(iteration=iteration, exchange=0)
