@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import random
 import shutil
@@ -394,7 +395,7 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
 
 
 def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
-    """Bytes an iteration, host memory and recovery time over the period, beside the formulas and the other modes."""
+    """Bytes, host memory, recovery and iteration time over the period, beside the formulas and the other modes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -402,7 +403,8 @@ def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
 
     colors = dict(zip(MODELS, ("#0072B2", "#009E73", "#D55E00"), strict=True))
     fine = np.geomspace(size.periods[0], size.periods[-1], 100)
-    figure, (bytes_, memory, recovery) = pyplot.subplots(1, 3, figsize=(15, 4.8), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    bytes_, memory, recovery, overhead = axes.flat
     bytes_.axhline(12, color="#222222", label="full")
     bytes_.plot(
         fine, 2 + 10 / fine, color="#8c8c8c", linestyle="--", label="MoEvement's largest slot, W = P, by its formula"
@@ -414,7 +416,7 @@ def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
         )
         label = f"24 + {gradient} (P + 6)"
         memory.plot(fine, 24 + gradient * (fine + 6), color="#222222", linestyle=style, linewidth=1, label=label)
-    for model in size.models:
+    for number, model in enumerate(size.models):
         parameters = figures[f"{model}: parameters, all ranks"] or 1.0
         full = (figures[f"{model}: full: bytes"] or 0.0) / parameters
         exact = {p: f"{model}: exact P {p}" for p in size.periods}
@@ -429,15 +431,26 @@ def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
         bytes_.plot(list(exact), [s * full for s in saved], "x", **how)
         memory.plot(list(exact), arenas, "o", **how, label=model)
         recovery.plot(list(exact), seconds, "o-", **how, label=f"exact, {model}")
+        ratios, low, high = (
+            np.array([figures[f"{model}: {arm}: {what}"] or math.nan for arm in size.arms[1:]])
+            for what in ("iteration time, ratio to none", "the same, lower end of 95%", "the same, upper end of 95%")
+        )
+        places = np.arange(len(ratios)) + (number - 1) * 0.15
+        spread = [ratios - low, high - ratios]
+        overhead.errorbar(places, ratios, yerr=spread, fmt="o", capsize=3, color=colors[model], label=model)
         other = figures[f"{model}: full: of it, restoring state"] or 0.0
         recovery.axhline(other, color=colors[model], linestyle="--", linewidth=1, label=f"full, {model}")
-    bytes_.set(title="Bytes a parameter and iteration (x: less gradients of zeros)", ylim=(0, None))
+    bytes_.set(title="Bytes a parameter and iteration (x: less gradients of zeros)", ylim=(0, 20))
     memory.set(title="Host memory, bytes a parameter and copy", ylim=(0, None))
     recovery.set(title="Recovery: loading state and replaying, seconds", ylim=(0, None))
     for axis in (bytes_, memory, recovery):
         axis.set_xscale("log", base=2)
         axis.set_xticks(size.periods, [str(p) for p in size.periods])
         axis.set_xlabel("period P")
+    overhead.set_title("Iteration time, ratio to no snapshots, with its 95% interval")
+    overhead.axhline(1, color="#222222", linewidth=1)
+    overhead.set_xticks(range(len(size.arms) - 1), [arm.replace(" P ", "\nP = ") for arm in size.arms[1:]])
+    for axis in axes.flat:
         axis.legend(fontsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)

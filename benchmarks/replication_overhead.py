@@ -27,7 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,13 +41,13 @@ MODEL_FLAGS = (
     "--num-query-groups 1 --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope "
     "--num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 160 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 8 "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 48 "
     "--lr 1e-3 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
 )
 EXPERTS_PER_RANK = 32
 STALENESS_CAP = 32
 ARMS = ("off", "full-eager", "full-bubble", "popularity-eager", "popularity-bubble")
-TOKENS_PER_ITERATION = 8 * 512 * 2
+TOKENS_PER_ITERATION = 48 * 512 * 2
 """Routed ones, of all layers: sequences, their length, layers."""
 FAULT_EVERY = 1000
 """Iterations between faults, for the PLT that is printed beside K."""
@@ -80,9 +80,11 @@ def main() -> int:
     options.add_argument("--rates", type=_rate, nargs="+", metavar="MBIT", help="links to try; 0: unlimited")
     options.add_argument("--trace-dir", type=Path, metavar="DIR", help="keep traces of the bubble and eager arms there")
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the sweep")
+    options.add_argument("--cycles", type=int, help="how often the blocks alternate")
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
     size = QUICK_SIZE if args.quick else FULL_SIZE
+    size = replace(size, cycles=args.cycles or size.cycles)
     if args.worker is not None:
         return measure(args.worker, size, args.trace_dir)
     rates = args.rates or (QUICK_RATES_MBIT if args.quick else RATES_MBIT)
@@ -91,6 +93,7 @@ def main() -> int:
         for rate in rates:
             folder = Path(scratch) / f"{rate or 0:g}"
             command = [__file__, "--worker", str(folder / "measured.json"), *(["--quick"] if args.quick else [])]
+            command += ["--cycles", str(size.cycles)]
             if args.trace_dir is not None:
                 command += ["--trace-dir", str(args.trace_dir.resolve() / f"{rate or 0:g}mbit")]
             print(f"link: {_name(rate)} ...", flush=True)
