@@ -10,9 +10,11 @@ EP 2); the pipeline crosses the link. For each rate of the sweep one run alterna
     popularity-eager     dense state and K experts, at once
     popularity-bubble    the same, in the gaps: what this project does
 
-The first iterations of a block are left out: there the arm settles. A cycle of blocks gives one ratio for each arm, its
-median iteration over that of ``off``; reported are the median over all cycles and its 95% interval. The unlimited link
-is the control: what snapshots cost there is CPU time, because two cores train, pack and send.
+The first iterations of a block are left out: there the arm settles. A cycle has a block without snapshots, one of ours,
+and one of the other three in turn, in random order, so that what is compared lies close together. It gives one ratio
+for each of its arms, the median iteration over that of ``off``; reported are the median over all cycles and its 95%
+interval. The unlimited link is the control: what snapshots cost there is CPU time, because two cores train, pack and
+send.
 """
 
 from __future__ import annotations
@@ -41,17 +43,22 @@ MODEL_FLAGS = (
     "--num-query-groups 1 --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope "
     "--num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 160 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 --global-batch-size 48 "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 "
     "--lr 1e-3 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
 )
 EXPERTS_PER_RANK = 32
 STALENESS_CAP = 32
-ARMS = ("off", "full-eager", "full-bubble", "popularity-eager", "popularity-bubble")
-TOKENS_PER_ITERATION = 48 * 512 * 2
-"""Routed ones, of all layers: sequences, their length, layers."""
+OURS = "popularity-bubble"
+OTHERS = ("full-eager", "full-bubble", "popularity-eager")
+ARMS = ("off", *OTHERS, OURS)
+BATCH = 48
+"""Sequences an iteration. The fewer, the more bytes of state there are for each byte that training sends and each
+second that it computes; large runs have thousands."""
+TOKENS_PER_SEQUENCE = 512 * 2
+"""Routed ones, of all layers: length, layers."""
 FAULT_EVERY = 1000
 """Iterations between faults, for the PLT that is printed beside K."""
-RATES_MBIT = (200.0, 100.0, None)
+RATES_MBIT = (100.0, 200.0, None)
 QUICK_RATES_MBIT = (400.0,)
 HOSTS, RANKS_PER_HOST = 2, 2
 TARGET_SLOWDOWN = 0.01
@@ -61,14 +68,15 @@ TARGET_SLOWDOWN = 0.01
 class Size:
     """How long one rate is measured: cycles of blocks, iterations counted in a block, and left out before them."""
 
+    batch: int
     cycles: int
     block_iterations: int
     settling_iterations: int
     limit_s: float
 
 
-FULL_SIZE = Size(cycles=10, block_iterations=5, settling_iterations=2, limit_s=1500)
-QUICK_SIZE = Size(cycles=2, block_iterations=2, settling_iterations=1, limit_s=300)
+FULL_SIZE = Size(batch=BATCH, cycles=12, block_iterations=3, settling_iterations=2, limit_s=4000)
+QUICK_SIZE = Size(batch=8, cycles=3, block_iterations=2, settling_iterations=1, limit_s=300)
 
 
 def main() -> int:
@@ -80,20 +88,24 @@ def main() -> int:
     options.add_argument("--rates", type=_rate, nargs="+", metavar="MBIT", help="links to try; 0: unlimited")
     options.add_argument("--trace-dir", type=Path, metavar="DIR", help="keep traces of the bubble and eager arms there")
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the sweep")
-    options.add_argument("--cycles", type=int, help="how often the blocks alternate")
+    options.add_argument("--cycles", type=int, nargs="+", help="how often blocks alternate: for all links, or for each")
+    options.add_argument("--batch", type=int, metavar="SEQUENCES", help=f"sequences an iteration; default: {BATCH}")
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
     size = QUICK_SIZE if args.quick else FULL_SIZE
-    size = replace(size, cycles=args.cycles or size.cycles)
-    if args.worker is not None:
-        return measure(args.worker, size, args.trace_dir)
+    size = replace(size, batch=args.batch or size.batch)
     rates = args.rates or (QUICK_RATES_MBIT if args.quick else RATES_MBIT)
+    cycles = args.cycles or [size.cycles]
+    if len(cycles) not in (1, len(rates)):
+        options.error(f"--cycles has {len(cycles)} numbers for {len(rates)} links; give one, or one for each")
+    if args.worker is not None:
+        return measure(args.worker, replace(size, cycles=cycles[0]), args.trace_dir)
     found: dict[float, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
-        for rate in rates:
+        for rate, count in zip(rates, cycles * len(rates), strict=False):
             folder = Path(scratch) / f"{rate or 0:g}"
             command = [__file__, "--worker", str(folder / "measured.json"), *(["--quick"] if args.quick else [])]
-            command += ["--cycles", str(size.cycles)]
+            command += ["--cycles", str(count), "--batch", str(size.batch)]
             if args.trace_dir is not None:
                 command += ["--trace-dir", str(args.trace_dir.resolve() / f"{rate or 0:g}mbit")]
             print(f"link: {_name(rate)} ...", flush=True)
@@ -109,9 +121,14 @@ def main() -> int:
     summaries = {rate: summarise(measured) for rate, measured in found.items()}
     results: list[Result] = []
     for rate, arms in summaries.items():
-        results += results_of(rate, arms)
+        results += results_of(rate, arms, size.batch * TOKENS_PER_SEQUENCE)
     results += headline(summaries)
-    report("replication_overhead", results, args.json, [f"model: {MODEL_FLAGS}", f"staleness cap {STALENESS_CAP}"])
+    report(
+        "replication_overhead",
+        results,
+        args.json,
+        [f"model: {MODEL_FLAGS}", f"{size.batch} sequences an iteration", f"staleness cap {STALENESS_CAP}"],
+    )
     if args.plot is not None:
         plot(summaries, args.plot)
     return 0
@@ -132,7 +149,7 @@ def measure(path: Path, size: Size, trace_dir: Path | None) -> int:
     """Train block after block; rank 0 writes what all ranks measured."""
     from benchmarks._common import start_trainer
 
-    place, trainer = start_trainer(MODEL_FLAGS)
+    place, trainer = start_trainer(f"{MODEL_FLAGS} --global-batch-size {size.batch}")
 
     from torch import distributed as dist
 
@@ -140,13 +157,14 @@ def measure(path: Path, size: Size, trace_dir: Path | None) -> int:
     sessions = {arm: open_session(trainer, arm, store, trace_dir) for arm in ARMS[1:]}
     order, blocks = random.Random(0), []
     for cycle in range(size.cycles + 1):
-        for arm in order.sample(ARMS, len(ARMS)):
+        arms = ("off", OURS, OTHERS[cycle % len(OTHERS)]) if cycle else ARMS
+        for arm in order.sample(arms, len(arms)):
             block = run_block(trainer, sessions.get(arm), size)
             if cycle:  # the first cycle warms caches, allocators and timelines
                 blocks.append({"cycle": cycle, "arm": arm, **block})
         if place.rank == 0:
             print(f"cycle {cycle} of {size.cycles}", flush=True)
-    spans = len(sessions["popularity-bubble"].scheduler.newest_timeline.spans)
+    spans = len(sessions[OURS].scheduler.newest_timeline.spans)
     for session in reversed(sessions.values()):
         session.close()
     gathered: list[Any] = [None] * place.world_size
@@ -259,11 +277,11 @@ def summarise(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     cycles = sorted({cycle for cycle, _ in times})
     found: dict[str, dict[str, float]] = {}
     for arm in ARMS:
-        ratios = np.array([times[c, arm] / times[c, "off"] for c in cycles])
+        ratios = np.array([times[c, arm] / times[c, "off"] for c in cycles if (c, arm) in times])
         low, high = median_interval(ratios)
         mine = [b for r in ranks for b in r["blocks"] if b["arm"] == arm]
         found[arm] = {
-            "seconds": statistics.median(times[c, arm] for c in cycles),
+            "seconds": statistics.median(s for (_, a), s in times.items() if a == arm),
             "slowdown": float(np.median(ratios)) - 1,
             "low": low - 1,
             "high": high - 1,
@@ -295,7 +313,7 @@ def smallest_interval(arm: Mapping[str, float]) -> float:
     return max(1.0, math.ceil(max(arm["high"], 0.0) / arm["whole"] / TARGET_SLOWDOWN))
 
 
-def results_of(rate: float, arms: Mapping[str, Mapping[str, float]]) -> list[Any]:
+def results_of(rate: float, arms: Mapping[str, Mapping[str, float]], tokens_per_iteration: int) -> list[Any]:
     """All figures of one rate."""
     from benchmarks._common import Result, at_most
 
@@ -320,13 +338,13 @@ def results_of(rate: float, arms: Mapping[str, Mapping[str, float]]) -> list[Any
             ("bandwidth seen by a rank", arm["mb_per_s"], "MB/s"),
         ):
             results.append(Result(name=f"{link}: {name}: {what}", value=value, unit=unit))
-    ours = arms["popularity-bubble"]
+    ours = arms[OURS]
     results += [
         Result(name=f"{link}: K of a rank's {EXPERTS_PER_RANK} experts", value=ours["experts"], unit="experts"),
         Result(name=f"{link}: tokens at risk, all ranks", value=ours["unsaved"], unit="tokens"),
         Result(
             name=f"{link}: PLT at that K with a fault every {FAULT_EVERY} iterations",
-            value=ours["unsaved"] / (TOKENS_PER_ITERATION * FAULT_EVERY),
+            value=ours["unsaved"] / (tokens_per_iteration * FAULT_EVERY),
             unit="share",
         ),
     ]
@@ -342,7 +360,7 @@ def headline(summaries: Mapping[float, Mapping[str, Mapping[str, float]]]) -> li
         return [Result(name="a link on which full-eager slows training by 50%", value=None, unit="Mbit/s")]
     rate = max(slow)
     arms = summaries[rate]
-    ours, eager, bubble = arms["popularity-bubble"], arms["full-eager"], arms["full-bubble"]
+    ours, eager, bubble = arms[OURS], arms["full-eager"], arms["full-bubble"]
     cost = max(ours["high"], 1e-3)  # never a value near zero
     ours_each = cost / max(ours["whole"], 1e-9)
     eager_each, bubble_each = (arm["slowdown"] / max(arm["whole"], 1e-9) for arm in (eager, bubble))
