@@ -13,8 +13,8 @@ EP 2); the pipeline crosses the link. For each rate of the sweep one run alterna
 The first iterations of a block are left out: there the arm settles. A cycle has a block without snapshots, one of ours,
 and one of the other three in turn, in random order, so that what is compared lies close together. It gives one ratio
 for each of its arms, the median iteration over that of ``off``; reported are the median over all cycles and its 95%
-interval. The unlimited link is the control: what snapshots cost there is CPU time, because two cores train, pack and
-send.
+interval (of the other three, with a third of the blocks, it is hardly more than their range). The unlimited link is the
+control: what snapshots cost there is CPU time, because two cores train, pack and send.
 """
 
 from __future__ import annotations
@@ -98,6 +98,8 @@ def main() -> int:
     cycles = args.cycles or [size.cycles]
     if len(cycles) not in (1, len(rates)):
         options.error(f"--cycles has {len(cycles)} numbers for {len(rates)} links; give one, or one for each")
+    if min(cycles) < len(OTHERS):
+        options.error(f"--cycles {min(cycles)} is too few: an arm has one block in {len(OTHERS)} of them")
     if args.worker is not None:
         return measure(args.worker, replace(size, cycles=cycles[0]), args.trace_dir)
     found: dict[float, dict[str, Any]] = {}

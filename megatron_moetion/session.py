@@ -39,11 +39,11 @@ from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.flight import Contents, Flight, FlightCounts
 from megatron_moetion.replicate.replicator import Replicator
-from megatron_moetion.schedule.scheduler import Scheduler
+from megatron_moetion.schedule.scheduler import TIMELINES, Scheduler
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until, share_lost
 from megatron_moetion.select.budget import longer_period
-from megatron_moetion.select.rotation import Rotation
+from megatron_moetion.select.rotation import Rotation, remembered_steps
 from megatron_moetion.sizing import Sizing
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
@@ -116,9 +116,12 @@ class Session:
             ),
             inventory=adapter.inventory(),
             num_experts=len(counters),
+            bytes_a_step=replayer.bytes_a_step if replayer is not None else 0,
             environment=environment,
         )
         self._inventory, self._log = self._sizing.inventory, self._sizing.log
+        if replayer is not None and self._log is not None:
+            replayer.remember(remembered_steps(len(self._log.groups)))
         self._counters = self._find_counters(counters)
         self._expert_units = [self._inventory.index.get(c.expert) for c in counters]
         limits = self._sizing.limits
@@ -194,7 +197,10 @@ class Session:
         return resumed
 
     def before_optimizer_step(self) -> None:
-        """Return once no snapshot reads live state any more; a late one is dropped. Called by the optimizer hook."""
+        """Return once live state may be written; a late snapshot is dropped. Called by the optimizer hook.
+
+        On a GPU what is still to be read is read first: training's stream waits there, and the host does not.
+        """
         if self._flight is not None:
             self._flight.finish_packing(self._config.max_stall_ms / 1000)
 
@@ -551,7 +557,7 @@ class Session:
         carried, why = self._scheduler.carries(self._config.replicas)
         if self._log is not None:
             nbytes = always + self._log.log_bytes + max(self._log.group_bytes)
-            if nbytes > carried:
+            if nbytes > carried and len(self._recent) > TIMELINES:  # the first ones show little
                 advice = longer_period(self._log, carried, 1 + self._config.replicas)
                 self._journal.warn_once(
                     "budget", self._recent[0], f"snapshots of {nbytes / 1e6:.1f} MB do not fit ({why}): {advice}"

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MIN_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
@@ -22,13 +23,14 @@ from megatron_moetion.select.budget import (
     experts_per_snapshot,
     shortest_period,
 )
+from megatron_moetion.select.rotation import remembered_steps
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec, free_bytes
-from megatron_moetion.store.node import NodeFolder, period_found
+from megatron_moetion.store.node import NodeFolder, bytes_here, period_found
 from megatron_moetion.units import Inventory, UnitKind
 
 _STORE_SHARE = 0.9
-"""Of the store's free memory, what arenas may take before a shorter period is chosen; the rest is for others."""
+"""Of the store's free memory, what arenas may take before a shorter period is chosen. The rest is for others."""
 _PERIODS = range(DEFAULT_PERIOD, MIN_PERIOD - 1, -1)
 """From the usual one down."""
 
@@ -59,70 +61,103 @@ class Sizing:
         identity: ArenaIdentity,
         inventory: Inventory,
         num_experts: int,
+        bytes_a_step: int = 0,
         environment: Mapping[str, str],
     ) -> Sizing:
         """Collective. ``identity`` as far as it does not follow from the sizes; ``num_experts`` of this rank's layers.
 
-        ``ConfigError`` where what was asked for cannot be kept on some rank.
+        ``bytes_a_step``: of the host state for each step that it tells of, in mode ``exact``. ``ConfigError`` where
+        what was asked for cannot be kept on some rank.
         """
-        log, note = None, ""
-        if config.mode == "exact":
-            sharers = int(environment.get("LOCAL_WORLD_SIZE", "1")) * (1 + config.replicas)
-            period, note = _period(config, fabric, node, identity, inventory, sharers)
-            log = gradient_log(inventory, period)
-            inventory = log.inventory
-        limits = _limits(config, fabric, inventory, num_experts)
+        rank = _Rank(config, identity, inventory, num_experts, bytes_a_step)
+        facts = fabric.gather(rank.facts(node, environment))  # one, so that ranks whose settings differ live to be told
+        if config.mode != "exact":
+            experts = min((f["experts"] for f in facts if f["experts"] is not None), default=math.inf)
+            limits = experts_per_snapshot(config, num_experts, experts)
+            return cls(
+                inventory=inventory,
+                log=None,
+                always=(*inventory.of_kind(UnitKind.DENSE), *inventory.of_kind(UnitKind.HOST)),
+                limits=limits,
+                spec=_spec(identity, inventory, copies(inventory.units, config.mode, limits.most)),
+                note="",
+            )
+        period, note = (config.period, "") if config.period else rank.period(facts)
+        log = rank.cut(period)
         return cls(
-            inventory=inventory,
+            inventory=log.inventory,
             log=log,
-            always=log.always
-            if log is not None
-            else (*inventory.of_kind(UnitKind.DENSE), *inventory.of_kind(UnitKind.HOST)),
-            limits=limits,
-            spec=_exact_spec(identity, log)
-            if log is not None
-            else _spec(identity, inventory, copies(inventory.units, config.mode, limits.most)),
+            always=log.always,
+            limits=experts_per_snapshot(config, num_experts),
+            spec=_exact_spec(identity, log),
             note=note,
         )
 
 
-def _period(
-    config: MoetionConfig,
-    fabric: Fabric,
-    node: NodeFolder,
-    identity: ArenaIdentity,
-    inventory: Inventory,
-    sharers: int,
-) -> tuple[int, str]:
-    """The period that was asked for, or that the tightest rank affords; and a note. ``sharers``: arenas in memory."""
-    if config.period:
-        return config.period, ""
-    if config.snapshot_bytes:
-        whole = gradient_log(inventory, 1)
-        period = max(fabric.gather(shortest_period(whole, config.snapshot_bytes)))
-        if period > MAX_PERIOD:
-            raise ConfigError(
-                f"--moetion-snapshot-bytes {config.snapshot_bytes} is too little for mode 'exact' on some rank: "
-                f"here the gradients of an iteration are {whole.log_bytes} bytes, and {whole.state_bytes} bytes of "
-                f"state must be captured within {MAX_PERIOD} iterations"
-            )
-        return period, ""
+@dataclass(frozen=True)
+class _Rank:
+    """What one rank can say for itself, and what follows from what all have said."""
 
-    room = _STORE_SHARE * free_bytes(node.path)
-    needs = {p: sharers * _exact_spec(identity, gradient_log(inventory, p)).nbytes for p in _PERIODS}
-    held = next((p for p in _PERIODS if needs[p] <= room), MIN_PERIOD)
-    facts = fabric.gather((period_found(node), held))
-    found = Counter(p for p, _ in facts if p)
-    if found:  # a run that goes on: its arenas take room already, and are of use with their own period only
-        return found.most_common(1)[0][0], ""
-    period = min(held for _, held in facts)
-    if period == DEFAULT_PERIOD:
-        return period, ""
-    return period, (
-        f"the period is {period}, not {DEFAULT_PERIOD}: on some node the store has no room for more (on this one "
-        f"{free_bytes(node.path) / 2**30:.2f} GiB are free, and period {DEFAULT_PERIOD} takes "
-        f"{needs[DEFAULT_PERIOD] / 2**30:.2f} GiB); enlarge shared memory, or choose with --moetion-period"
-    )
+    config: MoetionConfig
+    identity: ArenaIdentity
+    inventory: Inventory
+    num_experts: int
+    bytes_a_step: int
+
+    def facts(self, node: NodeFolder, environment: Mapping[str, str]) -> dict[str, Any]:
+        """What this rank affords, as far as it matters for these settings. JSON-able."""
+        config = self.config
+        facts: dict[str, Any] = {"experts": None}
+        chooses = config.mode == "exact" and not config.period
+        if config.mode == "popularity" and config.snapshot_bytes and self.num_experts:
+            fits = affordable_experts(self.inventory.units, self.num_experts, config.snapshot_bytes)
+            facts["experts"] = None if fits == math.inf else fits
+        if chooses and config.snapshot_bytes:
+            facts["shortest"] = shortest_period(self.cut(MAX_PERIOD), config.snapshot_bytes)
+        elif chooses:
+            facts["found"] = period_found(node)
+            facts["arenas"] = int(environment.get("LOCAL_WORLD_SIZE", "1")) * (1 + config.replicas)
+            facts["needs"] = [_exact_spec(self.identity, self.cut(p)).nbytes for p in _PERIODS]
+            facts["room"] = _STORE_SHARE * (free_bytes(node.path) + bytes_here(node))
+        return facts
+
+    def cut(self, period: int) -> GradientLog:
+        """State as it is captured with this period; the host state tells of as many steps as it needs."""
+        steps = remembered_steps(period) * self.bytes_a_step
+        units = (
+            replace(u, reserved_bytes=u.reserved_bytes + steps) if u.kind is UnitKind.HOST else u
+            for u in self.inventory.units
+        )
+        return gradient_log(Inventory(units=tuple(units)), period)
+
+    def period(self, facts: Sequence[Mapping[str, Any]]) -> tuple[int, str]:
+        """The period that suits all ranks, and why it is not the usual one."""
+        if self.config.snapshot_bytes:
+            shortest = max(int(f["shortest"]) for f in facts if "shortest" in f)
+            if shortest > MAX_PERIOD:
+                log = self.cut(MAX_PERIOD)
+                raise ConfigError(
+                    f"--moetion-snapshot-bytes {self.config.snapshot_bytes} is too little for mode 'exact' on some "
+                    f"rank: here the gradients of an iteration are {log.log_bytes} bytes, and {log.state_bytes} "
+                    f"bytes of state must be captured within {MAX_PERIOD} iterations"
+                )
+            return shortest, ""
+        facts = [f for f in facts if "needs" in f]
+        found = Counter(f["found"] for f in facts if f["found"])
+        if found:  # a run that goes on: its arenas take room already, and are of use with their own period only
+            return int(found.most_common(1)[0][0]), ""
+        # A small rank's node may have to hold a large rank's replica, so the largest has to fit everywhere.
+        needs = [max(sizes) for sizes in zip(*(f["needs"] for f in facts), strict=True)]
+        tightest = min(facts, key=lambda f: f["room"] / f["arenas"])
+        fits = (p for p, need in zip(_PERIODS, needs, strict=True) if need * tightest["arenas"] <= tightest["room"])
+        period = next(fits, MIN_PERIOD)
+        if period == DEFAULT_PERIOD:
+            return period, ""
+        return period, (
+            f"the period is {period}, not {DEFAULT_PERIOD}: of the store's free memory on the tightest node "
+            f"{tightest['room'] / 2**30:.2f} GiB may be used, and period {DEFAULT_PERIOD} takes "
+            f"{needs[0] * tightest['arenas'] / 2**30:.2f} GiB; enlarge shared memory, or choose with --moetion-period"
+        )
 
 
 def _exact_spec(identity: ArenaIdentity, log: GradientLog) -> ArenaSpec:
@@ -131,12 +166,3 @@ def _exact_spec(identity: ArenaIdentity, log: GradientLog) -> ArenaSpec:
 
 def _spec(identity: ArenaIdentity, inventory: Inventory, slots: Mapping[str, int]) -> ArenaSpec:
     return ArenaSpec.of(replace(identity, layout=inventory.fingerprint), inventory, slots)
-
-
-def _limits(config: MoetionConfig, fabric: Fabric, inventory: Inventory, num_experts: int) -> Limits:
-    """How many experts a snapshot takes. The same on all ranks: a byte budget is what the tightest one affords."""
-    fits = None
-    if config.snapshot_bytes and num_experts and config.mode == "popularity":
-        fits = affordable_experts(inventory.units, num_experts, config.snapshot_bytes)
-    everywhere = [f for f in fabric.gather(None if fits == math.inf else fits) if f is not None]
-    return experts_per_snapshot(config, num_experts, min(everywhere, default=math.inf))

@@ -253,8 +253,17 @@ class StepReplayer(Protocol):
     """What mode ``exact`` needs beside ``StateAdapter``. Implemented in ``mcore/optimizer.py``.
 
     Its ``inventory`` has a region with ``Role.GRAD`` for each span of a parameter: the gradient that the step used,
-    which must still be there right after it.
+    which must still be there right after it. The host unit has no room for steps yet: that depends on the period.
     """
+
+    @property
+    def bytes_a_step(self) -> int:
+        """What the host state may grow by for each step that it tells of."""
+        ...
+
+    def remember(self, steps: int) -> None:
+        """From now on the host state tells of the last ``steps`` ones."""
+        ...
 
     def note_step(self, iteration: int) -> StepNote:
         """Enter what the optimizer was told in this iteration, at its end, into the host state."""

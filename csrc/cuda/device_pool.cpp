@@ -197,6 +197,7 @@ void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
     fail(what, error.what());
   }
   std::lock_guard<std::mutex> lock(mutex_);
+  require_usable();  // nobody may trust what was read while another stream could not be made to wait
   Slot& slot = slot_of(ticket);
   const Work* const work = work_of(slot.host);
   const uint64_t* const sums = sums_of(slot, slot.host);
@@ -231,8 +232,14 @@ void DevicePool::order(Stream later, Stream earlier) {
 void DevicePool::order_after(Stream later, int64_t ticket) {
   std::lock_guard<std::mutex> lock(mutex_);
   require_usable();
-  for (const Slot& slot : slots_)
-    if (slot.ticket == ticket) runtime_->wait(later, slot.event);
+  for (const Slot& slot : slots_) {
+    if (slot.ticket != ticket) continue;
+    try {
+      runtime_->wait(later, slot.event);
+    } catch (const DeviceError& error) {
+      fail(slot.what, error.what());
+    }
+  }
 }
 
 void DevicePool::check_spans_are_here(Table<Span> spans) {

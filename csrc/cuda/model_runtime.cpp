@@ -32,8 +32,8 @@ void run(const Job& job, bool digest) {
 class ModelRuntime final : public Runtime {
  public:
   explicit ModelRuntime(const std::string& fault) : fault_(fault) {
-    if (fault != "" && fault != "register" && fault != "launch" && fault != "stuck")
-      throw std::invalid_argument("fault is '" + fault + "'; it must be '', register, launch or stuck");
+    if (fault != "" && fault != "register" && fault != "launch" && fault != "stuck" && fault != "wait")
+      throw std::invalid_argument("fault is '" + fault + "'; it must be '', register, launch, stuck or wait");
   }
 
   std::string name() const override { return "model"; }
@@ -54,7 +54,9 @@ class ModelRuntime final : public Runtime {
   void destroy_event(Event) noexcept override {}
   void record(Event, Stream) override {}
   bool is_done(Event) override { return fault_ != "stuck"; }
-  void wait(Stream, Event) override {}
+  void wait(Stream, Event) override {
+    if (fault_ == "wait") throw DeviceError("cudaStreamWaitEvent: invalid resource handle (injected)");
+  }
 
   void copy(const CopyRow* rows, size_t num_rows, Stream) override {
     for (size_t i = 0; i < num_rows; ++i)

@@ -14,7 +14,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MoetionConfig
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.observe.trace import Trace, trace_name
@@ -23,7 +23,6 @@ from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.schedule.recorder import EventClock, HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
-from megatron_moetion.select.rotation import SPARE_LOGS, longest_chain
 from megatron_moetion.session import Resumed, Session
 from megatron_moetion.store.node import restart_count
 
@@ -113,7 +112,7 @@ def attach(
         scheduler=opt_param_scheduler,
         user_state=user_state,
         count_tokens=config.mode == "popularity",
-        log_steps=_steps_to_remember(config),
+        log_steps=config.mode == "exact",
         capacity=CapacityRules(iterations=config.recalibration_iterations)
         if config.capacity_recalibration == "on"
         else None,
@@ -147,14 +146,6 @@ def open_trace(config: MoetionConfig, rank: int) -> Trace | None:
     if not config.trace_dir:
         return None
     return Trace(Path(config.trace_dir) / trace_name(rank, restart_count(os.environ)), rank)
-
-
-def _steps_to_remember(config: MoetionConfig) -> int:
-    """As many as a recovery may replay, and those whose snapshots were on their way; 0 but in mode ``exact``."""
-    if config.mode != "exact":
-        return 0
-    period = config.period or (MAX_PERIOD if config.snapshot_bytes else DEFAULT_PERIOD)
-    return longest_chain(period) + SPARE_LOGS
 
 
 def _topology() -> str:

@@ -51,7 +51,7 @@ class MegatronState:
     """Inventory, host state and write-back of one rank.
 
     ``model`` is the list of DDP-wrapped chunks; ``capacity`` says how capacities are raised after a recovery, None: not
-    at all; ``log_steps`` is how many steps can be replayed (mode ``exact``), 0: none, and the inventory has no
+    at all; ``log_steps`` says that steps can be replayed (mode ``exact``); without it the inventory has no
     gradients. Keeps references to all tensors that regions point into; the
     inventory is taken once, here, so optimizer state is created if it does not exist yet.
     """
@@ -65,7 +65,7 @@ class MegatronState:
         user_state: UserState,
         count_tokens: bool,
         capacity: CapacityRules | None = None,
-        log_steps: int = 0,
+        log_steps: bool = False,
     ) -> None:
         self._model = tuple(model)
         self._links = chain(optimizer)
@@ -89,7 +89,7 @@ class MegatronState:
         self._shards = {id(s.parameter): s for of_link in held for s in of_link}
         self._steps: StepLog | None = None
         if log_steps:
-            self._steps = StepLog(optimizer, self._links, log_steps, [_sample(of_link) for of_link in held])
+            self._steps = StepLog(optimizer, self._links, [_sample(of_link) for of_link in held])
         self._inventory = self._take_inventory(layout)
         self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
         if self._steps is not None:
@@ -139,6 +139,15 @@ class MegatronState:
         for link, fields in zip(self._links, state["optimizers"], strict=True):
             _load_optimizer_fields(link, fields)
         self._user_state.load_state_dict(state["user"])
+
+    @property
+    def bytes_a_step(self) -> int:
+        """See ``StepReplayer``."""
+        return self._step_log.bytes_a_step
+
+    def remember(self, steps: int) -> None:
+        """See ``StepReplayer``."""
+        self._step_log.remember(steps)
 
     def note_step(self, iteration: int) -> StepNote:
         """See ``StepReplayer``."""
@@ -287,8 +296,6 @@ class MegatronState:
         each = 8 * len(experts)
         session = {"lost": bytes(each), "recent": bytes(each), "history": bytes(3 * _CAPTURES_IN_FLIGHT * each)}
         size = size_bound({"adapter": self.host_state(), "session": session})
-        if self._steps is not None:
-            size += self._steps.reserve_bytes
         return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
 
     def _require_complete(self, layout: ModelLayout) -> None:

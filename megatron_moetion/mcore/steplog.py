@@ -29,15 +29,14 @@ BYTES_A_GROUP = 256
 class StepLog:
     """Watches one rank's optimizer; ``links`` are the parts of it that hold state. ``close`` undoes all of it.
 
-    Remembers the last ``depth`` iterations. ``samples``: a few elements of each link's reduced gradients, where they
-    lie; by them it is seen that gradients were overwritten before they could be logged.
+    Remembers as many steps as ``remember`` says. ``samples``: a few elements of each link's reduced gradients, where
+    they lie; by them it is seen that gradients were overwritten before they could be logged.
     """
 
     def __init__(
         self,
         optimizer: MegatronOptimizer,
         links: Sequence[MegatronOptimizer],
-        depth: int,
         samples: Sequence[torch.Tensor],
     ) -> None:
         self._links = tuple(links)
@@ -45,7 +44,7 @@ class StepLog:
         self._seen = [torch.zeros_like(sample) for sample in samples]
         self._told: list[dict[str, Any]] = [{} for _ in links]
         self._times_told = [0] * len(links)
-        self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=depth)
+        self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=1)
         self._norm: float | None = None
         self._undo: list[Callable[[], None]] = []
         self._is_raw = [_has_raw_gradients(link) for link in links]
@@ -70,10 +69,14 @@ class StepLog:
             self._undo.pop()()
 
     @property
-    def reserve_bytes(self) -> int:
-        """Room that ``state`` may take beyond what an empty one does."""
+    def bytes_a_step(self) -> int:
+        """What ``state`` may grow by for each step that is remembered."""
         groups = sum(len(link.optimizer.param_groups) for link in self._links)
-        return int(self._log.maxlen or 0) * (64 + (groups + len(self._links)) * BYTES_A_GROUP)
+        return 64 + (groups + len(self._links)) * BYTES_A_GROUP
+
+    def remember(self, steps: int) -> None:
+        """Keep the last ``steps`` ones."""
+        self._log = deque(self._log, maxlen=steps)
 
     def note(self, iteration: int) -> StepNote:
         """Enter the step of ``iteration``."""

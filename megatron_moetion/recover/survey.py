@@ -53,8 +53,12 @@ class ArenaReport:
 def survey_store(
     paths: Sequence[Path], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
 ) -> list[ArenaReport]:
-    """Verify the given arenas of this node. ``specs`` are what each owner's arena must be like; ``rank`` looks."""
-    return [_report(path, node, rank, specs, pool) for path in paths]
+    """Verify the given arenas of this node. ``specs`` are what each owner's arena must be like; ``rank`` looks.
+
+    Arenas of other settings that never held anything are what a start that failed has left: they are passed over.
+    """
+    reports = (_report(path, node, rank, specs, pool) for path in paths)
+    return [r for r in reports if r is not None]
 
 
 def living(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
@@ -78,7 +82,7 @@ def living(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
     return tuple(replace(r, problem=f"{r.path} {why}", captures=()) if is_dead(r) else r for r in reports)
 
 
-def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool) -> ArenaReport:
+def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool) -> ArenaReport | None:
     try:
         arena = Arena.open(path)
     except CorruptArena as error:
@@ -101,6 +105,8 @@ def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: 
             verified_bytes=sum(r.nbytes for r in sound),
         )
     except IdentityMismatch as error:
+        if arena.page.stable < 0 and not arena.page.records:
+            return None
         return ArenaReport(path=str(path), node=node, problem=str(error), stranger=True)
     finally:
         arena.close()

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Snapshots in flight: packed by one thread, replicated by another, each iteration in its order.
 
-The main thread only begins a snapshot and, before the optimizer steps, makes sure that nothing still reads
-live state. A snapshot that finds no free slot, is late, or is not accepted by a buddy is dropped and counted;
+The main thread only begins a snapshot and, before the optimizer steps, makes sure that live state is read before it
+is written. A snapshot that finds no free slot, is late, or is not accepted by a buddy is dropped and counted;
 its replication round still takes place, empty, so that all ranks stay in step.
 """
 
@@ -117,7 +117,8 @@ class Flight:
     def begin(
         self, iteration: int, contents: Contents, tokens: Mapping[int, int], free: Callable[[], None] = _nothing
     ) -> None:
-        """Start to capture units as they are now; live state is read until ``finish_packing``.
+        """Start to capture units as they are now; live state is read before what follows
+        ``finish_packing`` writes it.
 
         ``tokens[u]`` is what expert unit u has processed; it travels with the capture. ``free`` drops from arenas what
         is no longer needed; it is called first, in the packing thread.

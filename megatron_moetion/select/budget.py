@@ -101,12 +101,12 @@ def shortest_period(log: GradientLog, snapshot_bytes: float) -> int:
 
 def longer_period(log: GradientLog, carried_bytes: float, arenas: int) -> str:
     """What to do where snapshots are larger than an iteration carries, for a person; ``arenas`` are held by a rank."""
-    now, period = len(log.groups), shortest_period(log, carried_bytes)
+    now = len(log.groups)
+    period = max(shortest_period(log, carried_bytes), now + 1)
     if period > MAX_PERIOD:
         return (
-            f"no --moetion-period would fit, since the gradients alone are {log.log_bytes / 1e6:.1f} MB; smaller ones "
+            f"no --moetion-period would fit, since gradients are {log.log_bytes / 1e6:.1f} MB of it; smaller ones "
             f"might (--grad-reduce-in-bf16), and mode 'popularity' needs none"
         )
-    period = max(period, now + 1)
     more = (period - now) * log.log_bytes * arenas
-    return f"--moetion-period {period} would fit, and take {more / 2**20:.1f} MiB more memory on this rank"
+    return f"here --moetion-period {period} would fit, and take {more / 2**20:.1f} MiB more memory"

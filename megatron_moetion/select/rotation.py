@@ -178,3 +178,8 @@ class Rotation:
 def longest_chain(period: int) -> int:
     """Most steps that are ever replayed: slices without gradients wait for two periods, and a turn may be missed."""
     return 2 * period + SPARE_LOGS
+
+
+def remembered_steps(period: int) -> int:
+    """Optimizer steps that a host state tells of: as many as a recovery may replay, and those on their way."""
+    return longest_chain(period) + SPARE_LOGS

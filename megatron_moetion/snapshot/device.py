@@ -24,8 +24,8 @@ from megatron_moetion.units import ALIGNMENT_BYTES, Unit
 SLOTS = 2
 """Batches in flight: one is waited for while the next one runs."""
 _STAGED_RUN_BYTES = 1 << 18
-"""Gradients that are copied aside in training's own stream hold it up, so runs of this size and more are copied with
-all of the device's bandwidth and not by a kernel of a few multiprocessors."""
+"""Gradients that are copied aside in training's own stream hold it up, so runs of this size and more are left to the
+driver's copies, which may use all of the device's bandwidth, and not to a kernel on a few multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,7 +91,7 @@ def naming_faults() -> Iterator[None]:
 
 
 class DevicePacker:
-    """The device's part of a ``Packer``; for one thread at a time.
+    """The device's part of a ``Packer``; for one thread at a time, but for ``hold_stream``.
 
     ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Call ``plan`` once before all else. Raises
     ``UnsupportedState`` for a region that is not where it says, ``DeviceFault`` where the device fails.
@@ -234,9 +234,12 @@ class DevicePacker:
         return not cancelled
 
     def hold_stream(self) -> None:
-        """What training's stream is given from now on waits, on the device, for the last ``pack`` with ``given``."""
+        """What training's stream is given from now on waits, on the device, for the last ``pack`` with ``given``.
+
+        May be called while that ``pack`` still runs, after ``given``.
+        """
         if self._held_for is not None:
-            with suppress(DeviceError):  # the packing thread meets it too, and drops the snapshot
+            with suppress(DeviceError):  # the pool is broken now: the packing thread meets that, and drops the snapshot
                 self._pool.order_after(self._streams.current(), self._held_for)
 
     def scatter(self, rows: Int64s) -> None:

@@ -223,10 +223,7 @@ class Arena:
             if os.fstat(fd).st_size != layout.nbytes:
                 raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {layout.nbytes}")
             memory = mmap.mmap(fd, layout.nbytes, flags=_SHARED_NOW)
-            pages = [decode_page(memory[s : s + layout.page_area]) for s in layout.page_starts]
-            page = current_page(pages)
-            if page is None:
-                raise CorruptArena(f"{path}: neither manifest page verifies")
+            pages, page = _newest([memory[s : s + layout.page_area] for s in layout.page_starts], path)
         except BaseException:
             os.close(fd)
             raise
@@ -350,13 +347,27 @@ def num_chunks(nbytes: int, chunk_bytes: int) -> int:
     return -(-nbytes // chunk_bytes)
 
 
-def spec_of(path: Path) -> ArenaSpec:
-    """The header of an arena file, also while another process writes to it; ``CorruptArena`` if it does not verify."""
+def peek(path: Path) -> tuple[ArenaSpec, Page]:
+    """Header and manifest of an arena file, also while another process writes to it.
+
+    ``CorruptArena`` where they do not verify.
+    """
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return _read_spec(fd, path)
+        spec = _read_spec(fd, path)
+        layout = _Layout.of(spec)
+        return spec, _newest([os.pread(fd, layout.page_area, start) for start in layout.page_starts], path)[1]
     finally:
         os.close(fd)
+
+
+def _newest(areas: Sequence[bytes], path: Path) -> tuple[list[Page | None], Page]:
+    """Both manifest pages, None where one does not verify, and the current one."""
+    pages = [decode_page(area) for area in areas]
+    page = current_page(pages)
+    if page is None:
+        raise CorruptArena(f"{path}: neither manifest page verifies")
+    return pages, page
 
 
 def _read_spec(fd: int, path: Path) -> ArenaSpec:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
-from megatron_moetion.store.arena import spec_of
+from megatron_moetion.store.arena import peek
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,14 +77,20 @@ def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
 
 
 def period_found(node: NodeFolder) -> int:
-    """The period of the arenas that are already here, of mode ``exact``; 0 without any."""
+    """The period of arenas of mode ``exact`` that are here and hold something; 0 without any."""
     for path in sorted(node.path.glob("*.arena")):
         try:
-            if period := spec_of(path).identity.period:
-                return period
+            spec, page = peek(path)
         except (OSError, CorruptArena):
             continue
+        if spec.identity.period and page.stable >= 0:
+            return spec.identity.period
     return 0
+
+
+def bytes_here(node: NodeFolder) -> int:
+    """Memory that arenas here take, whoever left them."""
+    return sum(path.stat().st_size for path in node.path.glob("*.arena"))
 
 
 def remove_run(config: MoetionConfig, run_id: str) -> None:

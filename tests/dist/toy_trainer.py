@@ -225,6 +225,7 @@ class Descender(Trainee):
         self.momenta = {name: np.zeros_like(self.arrays[name]) for name in self._moving}
         self.gradients = {name: np.zeros_like(self.arrays[name]) for name in self._moving}
         self._told: list[tuple[int, float | None]] = []
+        self._remembered = 1
         self._steps_taken = 0
 
     def inventory(self) -> Inventory:
@@ -245,7 +246,7 @@ class Descender(Trainee):
         return ()
 
     def host_state(self) -> dict[str, Any]:
-        return {**super().host_state(), "told": self._told[-_REMEMBERED:]}
+        return {**super().host_state(), "told": self._told[-self._remembered :]}
 
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         super().load_host_state({k: v for k, v in state.items() if k != "told"})
@@ -274,6 +275,13 @@ class Descender(Trainee):
             self.momenta[name] += self.gradients[name]
             self.arrays[name] -= np.float32(rate or 0.0) * self.momenta[name]
 
+    @property
+    def bytes_a_step(self) -> int:
+        return 64
+
+    def remember(self, steps: int) -> None:
+        self._remembered = steps
+
     def note_step(self, iteration: int) -> StepNote:
         taken, self._steps_taken = self._steps_taken, 0
         return StepNote(skipped=self._told[-1][1] is None, problem="" if taken == 1 else f"{taken} steps")
@@ -298,7 +306,6 @@ class Descender(Trainee):
         return 0
 
 
-_REMEMBERED = 24
 
 
 def trainee(toy: Toy, rank: int, attempt: int = 0) -> Trainee:

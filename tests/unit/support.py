@@ -8,13 +8,14 @@ import queue
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
-from megatron_moetion._C import HostPool
+from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.recover.survey import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Message
@@ -107,11 +108,36 @@ class ToyState:
         return arrays + self.counts.tobytes() + repr(sorted(self.host.items())).encode()
 
 
+def on_device(inventory: Inventory) -> Inventory:
+    """The same units, said to be in the memory of the model of a device."""
+    units = (replace(u, regions=tuple(replace(r, device="model:0") for r in u.regions)) for u in inventory.units)
+    return Inventory(units=tuple(units))
+
+
 def _region(unit: str, tensor: str, array: npt.NDArray[Any], role: Role = Role.MASTER, at_once: bool = False) -> Region:
     return Region(
         unit=unit, tensor=tensor, role=role, dtype=str(array.dtype), start=0, nbytes=array.nbytes,
         address=array.ctypes.data, at_once=at_once,
     )  # fmt: skip
+
+
+class WatchedPool:
+    """A ``DevicePool`` whose calls are written down; ``keep`` lives as long as it."""
+
+    def __init__(self, pool: DevicePool, calls: list[str], *keep: object) -> None:
+        self._pool, self._calls = pool, calls
+        self._keep = keep
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._pool, name)
+
+        def call(*arguments: Any, **options: Any) -> Any:
+            result = found(*arguments, **options)
+            named = {"pack_kept": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
+            self._calls.append(f"{name} {named}")
+            return result
+
+        return call if callable(found) else found
 
 
 def identity(**changes: Any) -> ArenaIdentity:

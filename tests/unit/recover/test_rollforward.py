@@ -98,6 +98,12 @@ class Toy:
 
     # -- StepReplayer
 
+    @property
+    def bytes_a_step(self) -> int:
+        return 0
+
+    def remember(self, steps: int) -> None: ...
+
     def note_step(self, iteration: int) -> StepNote:
         return StepNote(skipped=iteration in self.skipped)
 

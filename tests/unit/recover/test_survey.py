@@ -68,6 +68,7 @@ def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
 def test_a_stranger_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state, run_id="theirs")
+    arena.edit(lambda page: {"stable": 0})
     arena.close()
     found = survey(arena.path, state, run_id="ours")
     assert found.stranger
@@ -78,10 +79,21 @@ def test_a_stranger_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
 def test_another_ranks_arena_is_held_against_that_rank(tmp_path: Path) -> None:
     """The model of rank 1 changed; the rank that happens to look at its arena is rank 0."""
     arena = make_arena(tmp_path, ToyState(elements=900), owner=1)
+    arena.edit(lambda page: {"stable": 0})
     arena.close()
     found = survey(arena.path, ToyState(elements=1500), rank=0)
     assert found.stranger
     assert "layout" in found.problem
+
+
+def test_what_never_held_anything_and_is_of_other_settings_is_passed_over(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state, chunk_bytes=8192)
+    arena.close()
+    assert survey_store([arena.path], 0, 0, [spec_of(state)], POOL) == []
+    ours = make_arena(tmp_path, state)
+    ours.close()
+    assert [r.problem for r in survey_store([ours.path], 0, 0, [spec_of(state)], POOL)] == [""]
 
 
 def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) -> None:

@@ -7,10 +7,21 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
-from support import CHUNK_BYTES, POOL, Network, ToyState, make_arena, no_probe, scheduler
+from support import (
+    CHUNK_BYTES,
+    POOL,
+    Network,
+    ToyState,
+    WatchedPool,
+    make_arena,
+    no_probe,
+    on_device,
+    scheduler,
+)
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
@@ -20,6 +31,7 @@ from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Record
+from megatron_moetion.units import Inventory
 
 
 class FakeReplicator:
@@ -37,9 +49,15 @@ class FakeReplicator:
 class Rig:
     """One rank's flight over a small state."""
 
-    def __init__(self, folder: Path, answer: Callable[[int], bool] | None, copies: int = 3) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        answer: Callable[[int], bool] | None,
+        copies: int = 3,
+        place: Callable[[Inventory], Inventory] = lambda inventory: inventory,
+    ) -> None:
         self.state = ToyState(num_experts=2)
-        inventory = self.state.inventory()
+        inventory = place(self.state.inventory())
         self.arena: Arena = make_arena(folder, self.state, copies=copies)
         self.packer = Packer(inventory, CHUNK_BYTES, 1)
         self.replicator = FakeReplicator(answer) if answer is not None else None
@@ -127,6 +145,36 @@ def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
     rig.flight.drain()
     assert rig.flight.whole == {2}
     rig.flight.close()
+
+
+def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rig = Rig(tmp_path, lambda iteration: True, place=on_device)
+    rig.packer.adopt(rig.arena.memory)
+    rig.packer.freeze(b"host")
+    device, calls, has_landed = rig.packer._device, list[str](), threading.Event()
+    assert device is not None
+    device._pool = pool = WatchedPool(device._pool, calls)  # type: ignore[assignment]
+    finish = pool.finish
+
+    def finish_late(*arguments: Any) -> None:
+        assert has_landed.wait(10)
+        finish(*arguments)
+
+    monkeypatch.setattr(pool, "finish", finish_late)
+    rig.flight.begin(1, Contents(units=rig.everything), {})
+    rig.flight.finish_packing(10)
+    tickets = [c.split()[1] for c in calls if c.startswith("pack_kept")]
+    assert calls[-1] == f"order_after (0, {tickets[-1]})", "the optimizer's stream waits for the last batch"
+    assert not any(c.startswith("finish") for c in calls), "which is still under way"
+    assert rig.iterations() == set()
+    has_landed.set()
+    rig.flight.drain()
+    assert rig.flight.whole == {1}
+    assert sum(rig.flight.counts.dropped.values()) == 0
+    rig.flight.close()
+    rig.packer.close()
 
 
 def test_a_refusal_is_counted_and_the_next_snapshot_is_whole(tmp_path: Path) -> None:

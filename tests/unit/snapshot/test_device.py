@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CHUNK_BYTES
+from support import CHUNK_BYTES, WatchedPool
 
 from megatron_moetion import _C
 from megatron_moetion.errors import DeviceFault, UnsupportedState
@@ -268,6 +268,16 @@ def test_work_that_does_not_end_is_given_up_in_time() -> None:
         pool.pack(pieces, chunks)
 
 
+def test_what_was_read_while_a_stream_could_not_be_made_to_wait_is_not_trusted() -> None:
+    pool = Pool("model:0", rank=2, max_pieces=4, max_chunks=4, fault="wait")
+    pieces, chunks, _keep = one_chunk()
+    ticket = pool.pack(pieces, chunks)
+    with pytest.raises(_C.DeviceError, match=r"rank 2: pack of 1 pieces .* cudaStreamWaitEvent"):
+        pool.order_after(0, ticket)
+    with pytest.raises(_C.DeviceError, match="cudaStreamWaitEvent"):
+        pool.finish(ticket)
+
+
 @pytest.mark.parametrize("device", ["cuda", "cuda:", "cuda:x", "cuda:-1", "tpu:0", ""])
 def test_devices_have_a_kind_and_a_number(device: str) -> None:
     with pytest.raises(ValueError, match=r"it must be cuda:N or model:N"):
@@ -285,33 +295,13 @@ def test_pinned_memory_outlives_its_pool() -> None:
 # -- what training waits for ---------------------------------------------------------------------------------
 
 
-class Watched:
-    """A pool whose calls are written down."""
-
-    def __init__(self, pool: _C.DevicePool, calls: list[str], *keep: object) -> None:
-        self._pool, self._calls = pool, calls
-        self._keep = keep
-        """Whose memory the calls read and write."""
-
-    def __getattr__(self, name: str) -> Any:
-        found = getattr(self._pool, name)
-
-        def call(*arguments: Any, **options: Any) -> Any:
-            result = found(*arguments, **options)
-            named = {"pack_kept": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
-            self._calls.append(f"{name} {named}")
-            return result
-
-        return call if callable(found) else found
-
-
 def watched(state: State) -> tuple[Packer, list[str], list[Target]]:
     packer, calls = Packer(state.inventory, CHUNK_BYTES, 1), list[str]()
     memory = arena_for(state.inventory)
     packer.adopt(memory)
     packer.freeze(encode({}))
     assert packer._device is not None
-    packer._device._pool = Watched(packer._device._pool, calls, memory, state)  # type: ignore[assignment]
+    packer._device._pool = WatchedPool(packer._device._pool, calls, memory, state)  # type: ignore[assignment]
     return packer, calls, targets_in(memory, state.inventory)
 
 
@@ -337,11 +327,14 @@ def test_live_state_is_given_away_when_the_last_batch_is_on_its_way_and_the_stre
 
 def test_a_pack_that_was_cancelled_gives_nothing_away() -> None:
     packer, calls, targets = watched(State("model:0"))
-    packer.cancel()
-    assert packer.pack(targets, lambda: None, lambda: calls.append("given")) is None
-    assert "given" not in calls
-    packer.allow()
     on_host = [t for t in targets if t.unit in (2, 4)]
+    on_device = [t for t in targets if t not in on_host]
+    assert packer.pack(on_device, packer.cancel, lambda: calls.append("given")) is None
+    assert "given" not in calls, "the first batch was landed, the second was in flight, the third was never enqueued"
+    enqueued = [c.split()[1] for c in calls if c.startswith("pack_kept")]
+    assert [c for c in calls if c.startswith("finish")] == [f"finish ({n},)" for n in enqueued], "and none is in flight"
+    packer.allow()
+    calls.clear()
     assert packer.pack(on_host, lambda: None, lambda: calls.append("given")) is not None
     assert calls == ["given"]
     packer.hold_stream()
