@@ -11,7 +11,9 @@ import os
 import platform
 import shlex
 import sys
-from collections.abc import Sequence
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -140,6 +142,40 @@ def median_interval(
     medians = np.median(values[picks], axis=1)
     low, high = np.quantile(medians, ((1 - confidence) / 2, (1 + confidence) / 2))
     return float(low), float(high)
+
+
+def watch_rounds(flight: Any, whole: dict[int, float]) -> None:
+    """Enter when each snapshot of this rank is whole here and on its buddy."""
+    mark = type(flight)._mark
+
+    def marked(iteration: int, is_whole: bool) -> None:
+        mark(flight, iteration, is_whole)
+        if is_whole:
+            whole[iteration] = time.monotonic()
+
+    flight._mark = marked
+
+
+def lost_iterations(ranks: Sequence[Sequence[Mapping[str, Any]]], arm: str) -> Counter[int]:
+    """Iterations that a fault would have cost, at moments spread evenly over the counted iterations of an arm.
+
+    ``ranks``: each rank's blocks, with ``arm``, ``steps`` (iteration, when it was over) and ``whole`` (see
+    ``watch_rounds``; JSON has made its keys text). A fault goes back to the newest snapshot that is whole on all ranks.
+    """
+    found: Counter[int] = Counter()
+    for blocks in zip(*ranks, strict=True):
+        if blocks[0]["arm"] != arm:
+            continue
+        whole = [{int(i): t for i, t in b["whole"].items()} for b in blocks]
+        held = {i: max(w[i] for w in whole) for i in whole[0] if all(i in w for w in whole)}
+        numbers = [i for i, _ in blocks[0]["steps"]]
+        over = [max(b["steps"][k][1] for b in blocks) for k in range(len(numbers))]
+        for moment in np.linspace(over[0], over[-1], 40 * len(over)):
+            reached = max(i for i, t in zip(numbers, over, strict=True) if t <= moment)
+            newest = max((i for i, t in held.items() if t <= moment), default=None)
+            if newest is not None:
+                found[max(0, reached - newest)] += 1
+    return found
 
 
 def _proc_value(path: str, key: str) -> str | None:

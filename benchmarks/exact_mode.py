@@ -25,7 +25,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -168,6 +167,8 @@ def start(trainer: Any, store: Path, arm: str) -> tuple[Any, Any]:
 
 def run_block(trainer: Any, attached: Any, skipped: int, iterations: int) -> dict[str, Any]:
     """Counted iterations: seconds of each, CPU seconds and bytes of one, and when each was over and whole."""
+    from benchmarks._common import watch_rounds
+
     seconds, steps = [], []
     whole: dict[int, float] = {}
     cpu = 0.0
@@ -196,18 +197,6 @@ def run_block(trainer: Any, attached: Any, skipped: int, iterations: int) -> dic
         "whole": whole,
         **{name: (after[name] - before[name]) / iterations for name in after},
     }
-
-
-def watch_rounds(flight: Any, whole: dict[int, float]) -> None:
-    """Enter when each snapshot of this rank is whole here and on its buddy."""
-    mark = type(flight)._mark
-
-    def marked(iteration: int, is_whole: bool) -> None:
-        mark(flight, iteration, is_whole)
-        if is_whole:
-            whole[iteration] = time.monotonic()
-
-    flight._mark = marked
 
 
 def counts_of(attached: Any) -> dict[str, float]:
@@ -274,27 +263,9 @@ def recover(trainer: Any, store: Path, arm: str, attached: Any) -> dict[str, Any
     return found
 
 
-def lost_now(ranks: list[dict[str, Any]], arm: str) -> Counter[int]:
-    """Iterations that a fault would have cost, at moments spread evenly over the counted iterations."""
-    found: Counter[int] = Counter()
-    for number, block in enumerate(ranks[0]["blocks"]):
-        if block["arm"] != arm:
-            continue
-        whole = [{int(i): t for i, t in r["blocks"][number]["whole"].items()} for r in ranks]
-        stable = {i: max(w[i] for w in whole) for i in whole[0] if all(i in w for w in whole)}
-        steps = [max(r["blocks"][number]["steps"][k][1] for r in ranks) for k in range(len(block["steps"]))]
-        numbers = [i for i, _ in block["steps"]]
-        for moment in np.linspace(steps[0], steps[-1], 40 * len(steps)):
-            reached = max((i for i, t in zip(numbers, steps, strict=True) if t <= moment), default=None)
-            held = max((i for i, t in stable.items() if t <= moment), default=None)
-            if reached is not None and held is not None:
-                found[max(0, reached - held)] += 1
-    return found
-
-
 def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
     """The figures of one model."""
-    from benchmarks._common import Result, at_most, median_interval
+    from benchmarks._common import Result, at_most, lost_iterations, median_interval
     from megatron_moetion.select.rotation import SPARE_LOGS
 
     times = {(b["cycle"], b["arm"]): statistics.median(b["seconds"]) for b in ranks[0]["blocks"]}
@@ -330,7 +301,7 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
         ratios = np.array([times[c, arm] / times[c, "off"] for c in cycles])
         low, high = median_interval(ratios)
         cpu = mean(arm, "cpu_seconds") - mean("off", "cpu_seconds")
-        lost = lost_now(ranks, arm)
+        lost = lost_iterations([r["blocks"] for r in ranks], arm)
         moments = sum(lost.values())
         seconds = {k: max(f[arm]["recovery_s"].get(k, 0.0) for f in facts) for k in facts[0][arm]["recovery_s"]}
         wrong, of = total(arm, "wrong"), total(arm, "tensors")

@@ -228,11 +228,15 @@ def seconds_per_span() -> float:
 
 def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
     """Seconds of each counted iteration, CPU seconds, and what became of the snapshots."""
+    from benchmarks._common import watch_rounds
+
     trainer._pipeline_arguments = {} if session is None else session.pipeline_arguments
-    seconds, lags, unsaved, experts = [], [], [], []
+    seconds, steps, unsaved, experts = [], [], [], []
+    whole: dict[int, float] = {}
     before: dict[str, float] = {}
     cpu = 0.0
     if session is not None:
+        watch_rounds(session._session._flight, whole)
         session.scheduler.recorder.cut(trainer.progress.iteration)  # what other arms did is no timeline of this one
     for number in range(size.settling_iterations + size.block_iterations):
         is_counted = number >= size.settling_iterations
@@ -241,13 +245,14 @@ def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
             before = session.scalars() if session is not None else {}
         started = time.perf_counter()
         trainer.train_step()
+        ended = time.monotonic()
         if session is not None:
             session.on_step_end(trainer.progress.iteration)
         if is_counted:
+            steps.append([trainer.progress.iteration, ended])
             seconds.append(time.perf_counter() - started)
         if is_counted and session is not None:
             now = session.scalars()
-            lags.append(now["moetion/stable-lag-iterations"])
             unsaved.append(now["moetion/unsaved-tokens"])
             experts.append(now["moetion/experts-per-snapshot"])
     cpu = (time.process_time() - cpu) / size.block_iterations
@@ -257,7 +262,8 @@ def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
         session.drain()
         dropped = now["moetion/snapshots-dropped"] - before["moetion/snapshots-dropped"]
         found |= {
-            "lag": min(lags),  # the first ones still count the blocks of other arms
+            "steps": steps,
+            "whole": whole,
             "unsaved": statistics.mean(unsaved),
             "experts": statistics.mean(experts),
             "bytes": now["moetion/snapshot-bytes"],
@@ -272,7 +278,7 @@ def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
 
 def summarise(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """For each arm its figures at one rate."""
-    from benchmarks._common import median_interval
+    from benchmarks._common import lost_iterations, median_interval
 
     ranks = measured["ranks"]
     times = {(b["cycle"], b["arm"]): statistics.median(b["seconds"]) for b in ranks[0]["blocks"]}
@@ -296,13 +302,19 @@ def summarise(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
             # Blocks count cumulative means, so the last one has the mean over the run.
             found[arm] |= {
                 "bytes": sum([b for b in r["blocks"] if b["arm"] == arm][-1]["bytes"] for r in ranks),
-                "lost": statistics.median(b["lag"] for b in mine) + 0.5,
+                "lost": lost_work(lost_iterations([r["blocks"] for r in ranks], arm)),
                 "unsaved": sum(statistics.mean(b["unsaved"] for b in r["blocks"] if b["arm"] == arm) for r in ranks),
                 "experts": statistics.mean(b["experts"] for b in mine),
                 "whole": 1 - sum(b["dropped"] for b in mine) / iterations,
                 "mb_per_s": statistics.median(b["mb_per_s"] for b in mine),
             }
     return found
+
+
+def lost_work(lost: Mapping[int, int]) -> float:
+    """The mean, with half of the iteration that the fault interrupts. Not known where no snapshot was whole."""
+    moments = sum(lost.values())
+    return 0.5 + sum(iterations * count for iterations, count in lost.items()) / moments if moments else math.inf
 
 
 def smallest_interval(arm: Mapping[str, float]) -> float:
@@ -335,7 +347,7 @@ def results_of(rate: float, arms: Mapping[str, Mapping[str, float]], tokens_per_
             ("bytes a snapshot, all ranks", arm["bytes"] / 1e6, "MB"),
             ("snapshots that became whole", arm["whole"], "share"),
             ("smallest interval at 1% slowdown", None if math.isinf(interval) else interval, "iterations"),
-            ("lost work at a random fault", arm["lost"], "iterations"),
+            ("lost work at a random fault", None if math.isinf(arm["lost"]) else arm["lost"], "iterations"),
             ("CPU seconds added, all ranks", arm["cpu"] - arms["off"]["cpu"], "s/iteration"),
             ("bandwidth seen by a rank", arm["mb_per_s"], "MB/s"),
         ):
