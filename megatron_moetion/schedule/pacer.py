@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_moetion.schedule.planner import Rhythm
@@ -210,23 +210,26 @@ class Pacer(Meter):
     # -- Listener --------------------------------------------------------------------------------------
 
     def traffic_begins(self, lane: Lane, sent_bytes: int) -> None:
-        """See ``Listener``. A pipeline call counts while its bytes are on the wire, a collective until it returns.
-
-        A call that only waits for a peer leaves the way out free and does not count.
-        """
+        """See ``Listener``. A call that only waits for a peer leaves the way out free and does not count."""
         if sent_bytes:
             with self._changed:
-                self._active += lane is not Lane.PIPELINE
-                if self._sends < len(self._rhythm.sends_s):
-                    self._synced_s, self._synced_at = self._now(), self._rhythm.sends_s[self._sends]
+                self._active += 1
+                self._sync(self._rhythm.sends_s, self._sends)
                 self._sends += 1
                 self._changed.notify_all()
-                self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
 
     def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
-        """See ``Listener``."""
-        if sent_bytes and lane is not Lane.PIPELINE:
+        """See ``Listener``. What a pipeline call sends is on the wire from now on; a collective is over."""
+        if sent_bytes:
             with self._changed:
                 self._active -= 1
+                if lane is Lane.PIPELINE:
+                    self._sync(self._rhythm.taken_s, self._sends - 1)
+                    self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
                 if not self._active:
                     self._changed.notify_all()
+
+    def _sync(self, moments: Sequence[float], number: int) -> None:
+        """Training is now where the rhythm has this moment."""
+        if 0 <= number < len(moments):
+            self._synced_s, self._synced_at = self._now(), moments[number]

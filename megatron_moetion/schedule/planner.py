@@ -12,7 +12,7 @@ links, and what happens when they are too small, are our own.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_moetion.schedule.timeline import TRAFFIC, Link, Span, Timeline
@@ -79,11 +79,13 @@ class Plan:
 class Rhythm:
     """A typical iteration, by what training sends between nodes; seconds since the end of the optimizer step.
 
-    ``windows[n]`` are idle after the n-th send and before the next; windows count from the sends, because what is known
-    well is how long training computes between two of them, not when in the iteration it comes to either.
+    Windows lie between two sends and count from when the network has what the earlier one sends: what is known well is
+    how long training computes from then to the next send, and not when in the iteration it comes to either.
     """
 
     sends_s: tuple[float, ...] = ()
+    taken_s: tuple[float, ...] = ()
+    """When the network has what the n-th send sends: at once, or when the peer asks for it."""
     duration_s: float = 0.0
     windows: tuple[Window, ...] = ()
 
@@ -91,27 +93,36 @@ class Rhythm:
 def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     """What the last iterations have in common on the network, from those that sent as often as the newest one.
 
-    From one send to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call that sends
-    n bytes keeps the way out busy for n / bandwidth from its beginning on, although it may return as soon as the kernel
-    has the bytes, or go on to wait for a peer. Waiting keeps nothing busy.
+    From one event to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call that
+    sends n bytes keeps the way out busy from its beginning, because its peer may ask for them at any moment, until the
+    network has taken them, and for n / bandwidth after that. Waiting for bytes of a peer keeps nothing busy.
     """
     if not timelines:
         return Rhythm()
     sends = [_sends(t) for t in timelines]
     alike = [(t, s) for t, s in zip(timelines, sends, strict=True) if len(s) == len(sends[-1])]
-    edges = [[0.0, *(s.begin_s for s in found), t.duration_s] for t, found in alike]
-    at, busy_until, begins, windows = 0.0, 0.0, [], []
-    for n in range(len(edges[0]) - 1):
-        gaps = sorted(max(e[n + 1] - e[n], 0.0) for e in edges)
-        end = at + gaps[math.floor((1 - IDLE_SHARE) * len(gaps) + 1e-9)]
-        if n:
-            begins.append(at)
-            nbytes = max(found[n - 1].sent_bytes for _, found in alike)
-            busy_until = max(busy_until, at) + nbytes / bytes_per_s
+    unusual = math.floor((1 - IDLE_SHARE) * len(alike) + 1e-9)
+
+    def usually(durations: Iterable[float]) -> float:
+        return sorted(max(d, 0.0) for d in durations)[unusual]
+
+    at, busy_until = 0.0, 0.0
+    begins, takens, windows = [], [], []
+    quiet_since = [0.0] * len(alike)
+    for n in range(len(sends[-1]) + 1):
+        ends = [found[n].begin_s if n < len(found) else t.duration_s for t, found in alike]
+        end = at + usually(e - q for e, q in zip(ends, quiet_since, strict=True))
         if end - max(busy_until, at) >= WINDOW_MIN_S:
             windows.append(Window(begin_s=max(busy_until, at), end_s=end))
         at = end
-    return Rhythm(sends_s=tuple(begins), duration_s=at, windows=tuple(windows))
+        if n < len(sends[-1]):
+            calls = [found[n] for _, found in alike]
+            quiet_since = [c.begin_s if c.taken_s is None else c.taken_s for c in calls]
+            begins.append(at)
+            at += usually(q - c.begin_s for q, c in zip(quiet_since, calls, strict=True))
+            takens.append(at)
+            busy_until = max(busy_until, at) + max(c.sent_bytes for c in calls) / bytes_per_s
+    return Rhythm(sends_s=tuple(begins), taken_s=tuple(takens), duration_s=at, windows=tuple(windows))
 
 
 def _sends(timeline: Timeline) -> list[Span]:

@@ -89,7 +89,7 @@ class Listener(Protocol):
         ...
 
     def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
-        """The call that used it has returned."""
+        """The network has taken what the call sends, or the call has returned."""
         ...
 
 
@@ -108,6 +108,7 @@ class _Open:
     lane: Lane
     begin: Any
     end: Any = None
+    taken: Any = None
     sent_bytes: int = 0
     received_bytes: int = 0
 
@@ -140,18 +141,24 @@ class Recorder:
                 self._now.spans.append(span)
         return span
 
+    def taken(self, span: _Open) -> None:
+        """The network has taken all that the span sends. Once the span is over, this says nothing new."""
+        if span.taken is None and span.end is None:
+            span.taken = self._clock.stamp()
+            self._listener.traffic_ends(span.lane, span.sent_bytes)
+
     def end(self, span: _Open) -> None:
         """The span ends."""
         span.end = self._clock.stamp()
-        if span.sent_bytes or span.received_bytes:
+        if span.taken is None and (span.sent_bytes or span.received_bytes):
             self._listener.traffic_ends(span.lane, span.sent_bytes)
 
     @contextmanager
-    def span(self, lane: Lane, sent_bytes: int = 0, received_bytes: int = 0) -> Iterator[None]:
+    def span(self, lane: Lane, sent_bytes: int = 0, received_bytes: int = 0) -> Iterator[_Open]:
         """Record what happens inside."""
         opened = self.begin(lane, sent_bytes, received_bytes)
         try:
-            yield
+            yield opened
         finally:
             self.end(opened)
 
@@ -182,9 +189,11 @@ class Recorder:
                 end_s=at(s.end) if s.end is not None else duration,
                 sent_bytes=s.sent_bytes,
                 received_bytes=s.received_bytes,
+                taken_s=at(s.taken) if s.taken is not None else None,
             )
             for s in what.spans
         )
         if self._past is not None and self._past[1] is not what:
-            self._clock.recycle(s for span in what.spans for s in (span.begin, span.end) if s is not None)
+            stamps = (s for span in what.spans for s in (span.begin, span.taken, span.end))
+            self._clock.recycle(s for s in stamps if s is not None)
         return Timeline(iteration=iteration, begin_s=what.begin_s, duration_s=duration, spans=spans)

@@ -70,12 +70,14 @@ class Scheduler:
             return
         at = timeline.begin_s
         self._draw("iteration", at, at + timeline.duration_s, timeline.iteration)
+        free_s = 0.0  # when the way out is
         for span in timeline.spans:
-            on_wire_s = span.end_s
-            if span.lane is Lane.PIPELINE and span.sent_bytes:  # the rest of the call is waiting for the peer
-                on_wire_s = min(span.end_s, span.begin_s + span.sent_bytes / self._meter.bytes_per_s)
-                self._draw(Lane.WAIT.value, at + on_wire_s, at + span.end_s, 0)
-            self._draw(span.lane.value, at + span.begin_s, at + on_wire_s, span.sent_bytes)
+            begin_s, end_s = span.begin_s, span.end_s
+            if span.lane is Lane.PIPELINE and span.sent_bytes:  # the call itself only waits, for its peer or the kernel
+                self._draw(Lane.WAIT.value, at + begin_s, at + end_s, 0)
+                begin_s = max(span.taken_s or begin_s, free_s)
+                end_s = free_s = begin_s + span.sent_bytes / self._meter.bytes_per_s
+            self._draw(span.lane.value, at + begin_s, at + end_s, span.sent_bytes)
         for begin, end in between(timeline):
             self._draw("compute", at + begin, at + end, 0)
 

@@ -36,7 +36,8 @@ class Span:
     """A stretch of one iteration, in seconds since the end of the optimizer step before it.
 
     ``sent_bytes`` and ``received_bytes`` are what crossed the network between nodes; both are 0 for what stayed on
-    the node. A span of traffic that moved nothing over the network does not keep that link busy.
+    the node. A span of traffic that moved nothing over the network does not keep that link busy. ``taken_s`` is when
+    the network had taken all that the span sends, where that was seen: the peer may let a sender wait for it.
     """
 
     lane: Lane
@@ -44,6 +45,7 @@ class Span:
     end_s: float
     sent_bytes: int = 0
     received_bytes: int = 0
+    taken_s: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,15 +36,15 @@ class Clock:
 
 
 class Simulated(Pacer):
-    """A pacer whose waits advance the clock. At each moment of ``silences`` a collective of training returns, of
-    ``sends`` training sends so many bytes, of ``beginnings`` an iteration begins.
+    """A pacer whose waits advance the clock. At each moment of ``silences`` the network has taken what training sent in
+    a lane, of ``sends`` training sends so many bytes that are taken at once, of ``beginnings`` an iteration begins.
     """
 
     def __init__(self) -> None:
         self.clock = Clock()
         self.slices: list[tuple[float, float, int]] = []
         super().__init__(lambda begin, end, nbytes: self.slices.append((begin, end, nbytes)), self.clock)
-        self.silences: list[float] = []
+        self.silences: list[tuple[float, Lane, int]] = []
         self.sends: list[tuple[float, int]] = []
         self.beginnings: list[tuple[float, Rhythm]] = []
         self._changed.wait = self._sleep  # type: ignore[method-assign]
@@ -53,13 +53,14 @@ class Simulated(Pacer):
         assert timeout is not None
         assert timeout > 0
         until = self.clock.now_s + timeout
-        if self.silences and self.silences[0] <= until:
-            self.clock.now_s = self.silences.pop(0)
-            self.traffic_ends(Lane.GRADIENT, 1)
+        if self.silences and self.silences[0][0] <= until:
+            self.clock.now_s, lane, nbytes = self.silences.pop(0)
+            self.traffic_ends(lane, nbytes)
             return True
         if self.sends and self.sends[0][0] <= until:
             self.clock.now_s, nbytes = self.sends.pop(0)
             self.traffic_begins(Lane.PIPELINE, nbytes)
+            self.traffic_ends(Lane.PIPELINE, nbytes)
             return True
         if self.beginnings and self.beginnings[0][0] <= until:
             self.clock.now_s, rhythm = self.beginnings.pop(0)
@@ -140,13 +141,37 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
     assert pacer.go(KB100) == pytest.approx(0.05 + KB100 / RATE / PROBE_FACTOR, abs=0.03)
 
 
+def test_a_send_whose_peer_is_late_holds_slices_back_until_its_bytes_are_gone() -> None:
+    """Taken by the network 0.7 s after the call; the bytes take 50 ms more."""
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(KB100, deadline_s=5.0)
+    pacer.traffic_begins(Lane.PIPELINE, 50_000)
+    pacer.silences.append((1000.7, Lane.PIPELINE, 50_000))
+    assert pacer.go(KB100) == 0.75
+
+
+def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
+    """Expected: a send at 0.3, taken at 0.4, a window from 0.5 on. It is taken at 2.0: the window is from 2.1 on."""
+    pacer = Simulated()
+    pacer.learn(RATE)
+    windows = (Window(begin_s=0.5, end_s=0.7),)
+    pacer.begin_iteration(Rhythm(sends_s=(0.3,), taken_s=(0.4,), duration_s=0.9, windows=windows))
+    pacer.follow(KB100, deadline_s=5.0)
+    pacer.clock.now_s = 1001.0
+    pacer.traffic_begins(Lane.PIPELINE, 50_000)
+    pacer.silences.append((1002.0, Lane.PIPELINE, 50_000))
+    assert pacer.go(KB100) == 2.1
+
+
 def test_a_collective_holds_slices_back_until_it_returns() -> None:
     pacer = Simulated()
     pacer.learn(RATE)
     pacer.begin_iteration(expect((0.0, 9.0)))
     pacer.follow(KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.GRADIENT, 1)
-    pacer.silences.append(1000.7)
+    pacer.silences.append((1000.7, Lane.GRADIENT, 1))
     assert pacer.go(KB100) == 0.7
 
 

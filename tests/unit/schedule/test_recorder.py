@@ -63,14 +63,14 @@ def test_a_device_that_is_behind_is_never_waited_for() -> None:
     clock = LateClock()
     recorder = Recorder(clock)
     clock.readable = 1
-    with recorder.span(Lane.GRADIENT):
-        pass
+    with recorder.span(Lane.GRADIENT) as span:
+        recorder.taken(span)
     assert recorder.cut(1) is None
     clock.readable = clock.now
     found = recorder.cut(2)
     assert found is not None
     assert found.iteration == 1
-    assert clock.recycled == [2, 3]
+    assert clock.recycled == [2, 3, 4]
 
 
 def test_a_span_that_is_still_open_lasts_to_the_end() -> None:
@@ -91,6 +91,23 @@ def test_who_listens_hears_of_network_traffic_alone() -> None:
     with recorder.span(Lane.PIPELINE, 9, 0):
         pass
     assert ear.heard == [("begins", Lane.PIPELINE, 9), ("ends", Lane.PIPELINE, 9)]
+
+
+def test_that_the_network_has_taken_what_is_sent_is_told_once_and_noted() -> None:
+    ear = Ear()
+    recorder = Recorder(LateClock(), ear)  # stamp 1
+    with recorder.span(Lane.PIPELINE, 9, 0) as span:  # 2, 5
+        recorder.taken(span)  # 3
+        assert ear.heard[-1] == ("ends", Lane.PIPELINE, 9)
+        recorder.taken(span)
+        recorder._clock.stamp()  # 4
+    with recorder.span(Lane.PIPELINE, 9, 0) as late:  # 6, 7
+        pass
+    recorder.taken(late)
+    assert [what for what, *_ in ear.heard] == ["begins", "ends"] * 2
+    found = recorder.cut(1)
+    assert found is not None
+    assert [(s.begin_s, s.taken_s, s.end_s) for s in found.spans] == [(1, 2, 4), (5, None, 6)]
 
 
 def test_the_number_of_spans_is_bounded() -> None:
