@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Tells the recorder when Megatron-Core communicates. Every hook is put on an object and taken off by ``close``.
 
-Seams: a ``P2PCommunicator`` that the loop passes to the schedule, and the functions with which it posts requests; the
-token dispatcher's ``token_dispatch`` and ``token_combine``; a bucket group's ``start_`` and ``finish_`` ``grad_sync``
-and ``param_sync`` (megatron-core 0.16).
+Seams: a ``P2PCommunicator`` that the loop passes to the schedule, and during its calls the functions that post
+requests; the token dispatcher's ``token_dispatch`` and ``token_combine``; a bucket group's ``start_`` and ``finish_``
+``grad_sync`` and ``param_sync`` (megatron-core 0.16).
 """
 
 from __future__ import annotations
@@ -29,13 +29,10 @@ from megatron_moetion.schedule.timeline import Lane
 class TimedCommunicator(P2PCommunicator):
     """A ``P2PCommunicator`` that records what it sends and how long it waits."""
 
-    def __init__(
-        self, pp_group: dist.ProcessGroup, config: Any, recorder: Recorder, crosses: bool, requests: SendRequests
-    ) -> None:
+    def __init__(self, pp_group: dist.ProcessGroup, config: Any, recorder: Recorder, crosses: bool) -> None:
         super().__init__(pp_group, config)
         self._recorder = recorder
         self._crosses = crosses
-        self._requests = requests
 
     def _communicate(self, **call: Any) -> Any:
         sent = sum(_nbytes(call[side]) for side in ("tensor_send_next", "tensor_send_prev"))
@@ -46,52 +43,52 @@ class TimedCommunicator(P2PCommunicator):
         with self._recorder.span(lane, sent * self._crosses, received * self._crosses) as span:
             if not sent:
                 return super()._communicate(**call)
-            with self._requests.watched(lambda: self._recorder.taken(span)):
+            with telling_of_sends(lambda: self._recorder.taken(span)):
                 return super()._communicate(**call)
 
 
-class SendRequests:
-    """Tells when the network has taken what a pipeline call sends, which is before the call returns.
+@contextmanager
+def telling_of_sends(taken: Callable[[], None]) -> Iterator[None]:
+    """``taken`` is called once the network has taken what Megatron's pipeline call inside sends.
 
-    Gloo keeps a message until its receiver asks for it, which may be late; the training thread waits for that. A
-    device's requests are waited for by its stream, out of the host's sight: there a message counts as taken at once.
+    That is before the call returns. Gloo keeps a message until its receiver asks for it, which may be late; the
+    training thread waits for that. A device's requests are waited for by its stream, out of the host's sight: there,
+    and where Megatron posts requests in another way than this knows, a message counts as taken when it is posted.
     """
-
-    def __init__(self) -> None:
-        self._taken: Callable[[], None] | None = None
-
-    @contextmanager
-    def watched(self, taken: Callable[[], None]) -> Iterator[None]:
-        """Call ``taken`` once what is sent inside has been taken by the network."""
-        self._taken = taken
-        try:
-            yield
-        finally:
-            self._taken = None
-
-    def wrap(self, post: Callable[..., Any]) -> Callable[..., Any]:
-        """Wrap one of Megatron's functions that post the requests of a call: a list, or a dict by name."""
-
-        def call(**arguments: Any) -> Any:
-            requests = post(**arguments)
-            taken, self._taken = self._taken, None
-            if taken is None:
-                return requests
-            asked = [n for n in _REQUESTS if arguments[f"tensor_{n}"] is not None]
-            sends = [n for n in asked if n.startswith("send")]
-            if len(asked) != len(requests) or arguments[f"tensor_{sends[0]}"].is_cuda:
-                taken()
-                return requests
-            named = requests if isinstance(requests, dict) else dict(zip(asked, requests, strict=True))
-            last = [n for n in named if n in sends][-1]
-            named = named | {last: _Waited(named[last], taken)}
-            return named if isinstance(requests, dict) else list(named.values())
-
-        return call
+    posting = {name: post for name in _POSTING if (post := vars(p2p_communication).get(name)) is not None}
+    for name, post in posting.items():
+        setattr(p2p_communication, name, _telling(post, taken))
+    try:
+        yield
+    finally:
+        for name, post in posting.items():
+            setattr(p2p_communication, name, post)
 
 
+_POSTING = ("_batched_p2p_ops", "_p2p_ops")
+"""The functions that post the requests of a call: a list in the order of ``_REQUESTS``, or a dict."""
 _REQUESTS = ("send_prev", "recv_prev", "send_next", "recv_next")
-"""In the order in which Megatron posts a batch. It waits for all requests of a call in the order of their posting."""
+
+
+def _telling(post: Callable[..., Any], taken: Callable[[], None]) -> Callable[..., Any]:
+    def call(*positional: Any, **arguments: Any) -> Any:
+        requests = post(*positional, **arguments)
+        asked = [n for n in _REQUESTS if arguments.get(f"tensor_{n}") is not None]
+        sends = [n for n in asked if n.startswith("send")]
+        named: dict[str, Any] = {}
+        if isinstance(requests, dict) and requests.keys() == set(asked):
+            named = requests
+        elif isinstance(requests, list) and len(requests) == len(asked):
+            named = dict(zip(asked, requests, strict=True))
+        if not named or not sends or arguments[f"tensor_{sends[0]}"].is_cuda:
+            taken()
+            return requests
+        # All are posted and Megatron waits for all of them; with the sends first, no late answer hides when they went.
+        named = {n: named[n] for n in (*sends, *asked)}
+        named[sends[-1]] = _Waited(named[sends[-1]], taken)
+        return named if isinstance(requests, dict) else list(named.values())
+
+    return call
 
 
 class _Waited:
@@ -123,10 +120,6 @@ class TrafficHooks:
         self._crosses = crosses
         self._replaced: list[tuple[Any, str, Any]] = []
         self._config = get_model_config(model[0])
-        self.requests = SendRequests()
-        for name in ("_batched_p2p_ops", "_p2p_ops"):  # without them a call counts as sending until it returns
-            if hasattr(p2p_communication, name):
-                self._replace(p2p_communication, name, self.requests.wrap)
         for chunk in model:
             for layer in chunk.modules():
                 if isinstance(layer, MoELayer):
@@ -146,8 +139,7 @@ class TrafficHooks:
         groups.embd = parallel_state.get_embedding_group(check_initialized=False)
         groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
-        crosses = self._crosses(_ranks(group))
-        communicator = TimedCommunicator(group, self._config, self._recorder, crosses, self.requests)
+        communicator = TimedCommunicator(group, self._config, self._recorder, self._crosses(_ranks(group)))
         return {"p2p_communicator": communicator, "pg_collection": groups}
 
     def close(self) -> None:

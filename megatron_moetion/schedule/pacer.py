@@ -145,7 +145,7 @@ class Pacer(Meter):
                 self._is_urgent = False
 
     def report(self) -> tuple[int, float]:
-        """Bytes of this plan that went outside their window, and seconds that the pacer held bytes back."""
+        """Bytes of this plan that went outside a window or beside training, and seconds for which bytes were held."""
         with self._changed:
             return self._late_bytes, self._held_s - self._held_before_s
 
@@ -172,7 +172,8 @@ class Pacer(Meter):
                     break
                 self._changed.wait(pause_s)
                 self._held_s += (self._now() - now) * is_held
-            if self._deadline_s and self._opens_in_s(now, nbytes) > TICK_S:
+            is_beside = self._active > 0 or self._wire_free_s > now
+            if self._deadline_s and (is_beside or self._opens_in_s(now, nbytes) > TICK_S):
                 self._late_bytes += nbytes
             self._gone_bytes += nbytes
             self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * self._pace)
@@ -187,7 +188,7 @@ class Pacer(Meter):
         if left_s <= 0 or self._is_urgent:
             return 0.0, False
         if self._active:
-            return left_s, True  # notified when training's call returns
+            return left_s, True  # notified when the network has training's message, or training's call returns
         if self._wire_free_s > now:
             return min(self._wire_free_s - now, left_s), True
         if self._own_free_s > now:

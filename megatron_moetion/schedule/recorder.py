@@ -142,10 +142,15 @@ class Recorder:
         return span
 
     def taken(self, span: _Open) -> None:
-        """The network has taken all that the span sends. Once the span is over, this says nothing new."""
+        """The network has taken all that the span sends.
+
+        Once the span is over, this says nothing new: who waits for a request later than in the call that posted it, as
+        Megatron does between virtual stages, may have sent again by then, or never wait.
+        """
         if span.taken is None and span.end is None:
             span.taken = self._clock.stamp()
-            self._listener.traffic_ends(span.lane, span.sent_bytes)
+            if span.sent_bytes:
+                self._listener.traffic_ends(span.lane, span.sent_bytes)
 
     def end(self, span: _Open) -> None:
         """The span ends."""

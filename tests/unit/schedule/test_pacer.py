@@ -165,6 +165,34 @@ def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
     assert pacer.go(KB100) == 2.1
 
 
+def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none() -> None:
+    """Two messages and, between them, gradients, as expected; all of it is late."""
+    pacer = Simulated()
+    pacer.learn(RATE)
+    windows = (Window(begin_s=0.25, end_s=0.4), Window(begin_s=0.9, end_s=1.05))
+    pacer.begin_iteration(Rhythm(sends_s=(0.1, 0.4, 0.6), taken_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows))
+    pacer.follow(2 * KB100, deadline_s=30.0)
+    late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, None), (6, 8, Lane.PIPELINE, 8.1))
+    for began, taken, lane, expected in late:
+        pacer.clock.now_s = 1000.0 + began
+        pacer.traffic_begins(lane, 50_000)
+        pacer.silences.append((1000.0 + taken, lane, 50_000))
+        if expected is None:
+            pacer._sleep(5.0)
+        else:
+            assert pacer.go(KB100) == pytest.approx(expected)
+
+
+def test_what_goes_at_the_deadline_beside_training_is_late() -> None:
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.begin_iteration(expect((0.0, 9.0)))
+    pacer.follow(KB100, deadline_s=1.0)
+    pacer.traffic_begins(Lane.PIPELINE, 50_000)
+    assert pacer.go(KB100) == 1.0
+    assert pacer.report()[0] == KB100
+
+
 def test_a_collective_holds_slices_back_until_it_returns() -> None:
     pacer = Simulated()
     pacer.learn(RATE)

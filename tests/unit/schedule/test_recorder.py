@@ -86,8 +86,8 @@ def test_a_span_that_is_still_open_lasts_to_the_end() -> None:
 def test_who_listens_hears_of_network_traffic_alone() -> None:
     ear = Ear()
     recorder = Recorder(HostClock(), ear)
-    with recorder.span(Lane.ALL_TO_ALL):
-        pass
+    with recorder.span(Lane.ALL_TO_ALL) as inside_the_node:
+        recorder.taken(inside_the_node)
     with recorder.span(Lane.PIPELINE, 9, 0):
         pass
     assert ear.heard == [("begins", Lane.PIPELINE, 9), ("ends", Lane.PIPELINE, 9)]

@@ -57,6 +57,28 @@ def test_all_that_happens_is_drawn(schedule: str) -> None:
     assert all(end >= begin for _, begin, end, _ in drawn)
 
 
+def test_a_message_is_drawn_from_when_the_network_has_it_and_behind_the_one_before() -> None:
+    scheduler, drawn = make("eager")
+    scheduler._meter.learn(1e6)
+    recorder = scheduler.recorder
+    for _ in range(2):
+        with recorder.span(Lane.PIPELINE, 50_000, 0) as span:
+            time.sleep(0.02)
+            recorder.taken(span)
+    scheduler.cut(1)
+    timeline = scheduler.newest_timeline
+    first, second = timeline.spans
+    assert first.taken_s is not None
+    assert first.taken_s >= first.begin_s + 0.02
+    sent = [(begin - timeline.begin_s, end - timeline.begin_s) for lane, begin, end, _ in drawn if lane == "pipeline"]
+    assert sent == [
+        (pytest.approx(first.taken_s), pytest.approx(first.taken_s + 0.05)),
+        (pytest.approx(first.taken_s + 0.05), pytest.approx(first.taken_s + 0.1)),  # taken before, and waits its turn
+    ]
+    waited = [(begin - timeline.begin_s, end - timeline.begin_s) for lane, begin, end, _ in drawn if lane == "wait"]
+    assert waited == [(pytest.approx(s.begin_s), pytest.approx(s.end_s)) for s in (first, second)]
+
+
 def test_before_anything_is_known_nothing_is_held_back_and_all_is_afforded() -> None:
     scheduler, _ = make("bubble")
     began = time.monotonic()
