@@ -212,7 +212,7 @@ def state_shares(trainer: Any) -> dict[str, float]:
 
 
 def seconds_per_span() -> float:
-    """What recording one span costs the training thread."""
+    """What recording one span of a send costs the training thread."""
     from megatron_moetion.schedule.pacer import Pacer
     from megatron_moetion.schedule.recorder import HostClock, Recorder
     from megatron_moetion.schedule.timeline import Lane
@@ -221,8 +221,8 @@ def seconds_per_span() -> float:
     count = 10_000
     started = time.perf_counter()
     for _ in range(count):
-        with recorder.span(Lane.PIPELINE, 1, 1):
-            pass
+        with recorder.span(Lane.PIPELINE, 1, 1) as span:
+            recorder.taken(span)
     return (time.perf_counter() - started) / count
 
 
