@@ -79,16 +79,22 @@ def expect(*windows: tuple[float, float], sends: tuple[float, ...] = (), duratio
     return Rhythm(sends_s=sends, duration_s=duration, windows=tuple(Window(begin_s=b, end_s=e) for b, e in windows))
 
 
+def following(rhythm: Rhythm, total_bytes: int, deadline_s: float) -> Simulated:
+    """A pacer that knows the link, at the beginning of an iteration and of a transfer."""
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.begin_iteration(rhythm)
+    pacer.follow(total_bytes, deadline_s)
+    return pacer
+
+
 def test_before_any_transfer_nothing_is_held_back() -> None:
     pacer = Simulated()
     assert pacer.go(10**9) == 0
 
 
 def test_bytes_go_in_the_windows_that_have_room_for_them() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 0.05), (0.2, 0.35), (0.6, 0.9)))
-    pacer.follow(3 * KB100, deadline_s=2.0)
+    pacer = following(expect((0.0, 0.05), (0.2, 0.35), (0.6, 0.9)), 3 * KB100, deadline_s=2.0)
     gone = [pacer.go(KB100) for _ in range(3)]
     assert gone == [0.2, 0.6, pytest.approx(0.6 + KB100 / RATE / PROBE_FACTOR)]  # 50 ms are left of the second window
     late, held = pacer.report()
@@ -97,10 +103,7 @@ def test_bytes_go_in_the_windows_that_have_room_for_them() -> None:
 
 
 def test_what_has_no_window_goes_when_only_the_time_to_send_is_left() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 0.15)))
-    pacer.follow(3 * KB100, deadline_s=1.0)
+    pacer = following(expect((0.0, 0.15)), 3 * KB100, deadline_s=1.0)
     assert pacer.go(KB100) == 0
     assert pacer.go(KB100) == 0.8  # 200 kB take 0.2 s, and 1 s is the limit
     assert pacer.go(KB100) == 0.9
@@ -109,10 +112,7 @@ def test_what_has_no_window_goes_when_only_the_time_to_send_is_left() -> None:
 
 def test_the_rhythm_follows_training_and_waits_for_its_next_send() -> None:
     """Expected: sends at 0.3 and 0.6. Training is late: until it has sent, the window after that send stays shut."""
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.4, 0.6), (0.7, 0.9), sends=(0.3, 0.6)))
-    pacer.follow(2 * KB100, deadline_s=5.0)
+    pacer = following(expect((0.4, 0.6), (0.7, 0.9), sends=(0.3, 0.6)), 2 * KB100, deadline_s=5.0)
     pacer.sends = [(1000.8, 50_000), (1001.4, 50_000)]
     assert pacer.go(KB100) == pytest.approx(0.9)  # a tenth of a second after the send, as in the rhythm
     pacer.clock.now_s = 1001.05  # too late for what is left of this window
@@ -120,20 +120,14 @@ def test_the_rhythm_follows_training_and_waits_for_its_next_send() -> None:
 
 
 def test_an_iteration_that_begins_reopens_the_windows() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 0.15), duration=0.5))
-    pacer.follow(2 * KB100, deadline_s=5.0)
+    pacer = following(expect((0.0, 0.15), duration=0.5), 2 * KB100, deadline_s=5.0)
     assert pacer.go(KB100) == 0
     pacer.beginnings = [(1000.7, expect((0.1, 0.3), duration=0.5))]
     assert pacer.go(KB100) == pytest.approx(0.8)
 
 
 def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 9.0)))
-    pacer.follow(3 * KB100, deadline_s=5.0)
+    pacer = following(expect((0.0, 9.0)), 3 * KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.traffic_ends(Lane.PIPELINE, 50_000)  # the call returns at once; the wire is busy for 50 ms
     assert pacer.go(KB100) == 0.05
@@ -143,10 +137,7 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
 
 def test_a_send_whose_peer_is_late_holds_slices_back_until_its_bytes_are_gone() -> None:
     """Taken by the network 0.7 s after the call; the bytes take 50 ms more."""
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 9.0)))
-    pacer.follow(KB100, deadline_s=5.0)
+    pacer = following(expect((0.0, 9.0)), KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.silences.append((1000.7, Lane.PIPELINE, 50_000))
     assert pacer.go(KB100) == 0.75
@@ -154,11 +145,8 @@ def test_a_send_whose_peer_is_late_holds_slices_back_until_its_bytes_are_gone() 
 
 def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
     """Expected: a send at 0.3, taken at 0.4, a window from 0.5 on. It is taken at 2.0: the window is from 2.1 on."""
-    pacer = Simulated()
-    pacer.learn(RATE)
     windows = (Window(begin_s=0.5, end_s=0.7),)
-    pacer.begin_iteration(Rhythm(sends_s=(0.3,), taken_s=(0.4,), duration_s=0.9, windows=windows))
-    pacer.follow(KB100, deadline_s=5.0)
+    pacer = following(Rhythm(sends_s=(0.3,), taken_s=(0.4,), duration_s=0.9, windows=windows), KB100, deadline_s=5.0)
     pacer.clock.now_s = 1001.0
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.silences.append((1002.0, Lane.PIPELINE, 50_000))
@@ -167,11 +155,12 @@ def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
 
 def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none() -> None:
     """Two messages and, between them, gradients, as expected; all of it is late."""
-    pacer = Simulated()
-    pacer.learn(RATE)
     windows = (Window(begin_s=0.25, end_s=0.4), Window(begin_s=0.9, end_s=1.05))
-    pacer.begin_iteration(Rhythm(sends_s=(0.1, 0.4, 0.6), taken_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows))
-    pacer.follow(2 * KB100, deadline_s=30.0)
+    pacer = following(
+        Rhythm(sends_s=(0.1, 0.4, 0.6), taken_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
+        2 * KB100,
+        deadline_s=30.0,
+    )
     late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, None), (6, 8, Lane.PIPELINE, 8.1))
     for began, taken, lane, expected in late:
         pacer.clock.now_s = 1000.0 + began
@@ -184,30 +173,21 @@ def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none()
 
 
 def test_what_goes_at_the_deadline_beside_training_is_late() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 9.0)))
-    pacer.follow(KB100, deadline_s=1.0)
+    pacer = following(expect((0.0, 9.0)), KB100, deadline_s=1.0)
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     assert pacer.go(KB100) == 1.0
     assert pacer.report()[0] == KB100
 
 
 def test_a_collective_holds_slices_back_until_it_returns() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 9.0)))
-    pacer.follow(KB100, deadline_s=5.0)
+    pacer = following(expect((0.0, 9.0)), KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.GRADIENT, 1)
     pacer.silences.append((1000.7, Lane.GRADIENT, 1))
     assert pacer.go(KB100) == 0.7
 
 
 def test_a_collective_that_never_returns_holds_nothing_beyond_the_deadline() -> None:
-    pacer = Simulated()
-    pacer.learn(RATE)
-    pacer.begin_iteration(expect((0.0, 9.0)))
-    pacer.follow(KB100, deadline_s=1.5)
+    pacer = following(expect((0.0, 9.0)), KB100, deadline_s=1.5)
     pacer.traffic_begins(Lane.GRADIENT, 1)
     assert pacer.go(KB100) == 1.5
 
