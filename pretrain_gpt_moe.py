@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_moetion.pretrain.launch import run
+from megatron_moetion.pretrain.launch import leave, run
 
 if __name__ == "__main__":
-    sys.exit(run(sys.argv[1:]))
+    leave(run(sys.argv[1:]))

@@ -12,6 +12,7 @@ import warnings
 from collections.abc import MutableMapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.mcore.argument_checks import Machine
@@ -94,6 +95,19 @@ def run(argv: Sequence[str]) -> int:
         print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
         return error.exit_code
     return 0
+
+
+def leave(code: int) -> NoReturn:
+    """End the process with this exit code.
+
+    After an error there are process groups whose threads still run, and Python's teardown may be aborted by one of
+    them. The code would be lost, by which a job's script tells a mistake from a fault. So there is no teardown then.
+    """
+    if code:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def _quiet_deprecations() -> None:

@@ -7,6 +7,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from typing import Any
 
 import torch
@@ -37,11 +38,11 @@ def pretrain(args: argparse.Namespace, place: Place) -> None:
     source = build_source(args)
     # The last rank is on the last pipeline stage, which has the loss.
     reporter = Reporter(args, active=place.rank == place.world_size - 1, attempt=attempt)
-    trainer = Trainer(args, source, reporter)
-    say(f"> data: {source.description}")
-    say(f"> {trainer.num_parameters:,} parameters on rank 0, {args.num_microbatches} micro batches a step")
-    trainer.train()
-    reporter.close()
+    with closing(reporter):
+        trainer = Trainer(args, source, reporter)
+        say(f"> data: {source.description}")
+        say(f"> {trainer.num_parameters:,} parameters on rank 0, {args.num_microbatches} micro batches a step")
+        trainer.train()
     dist.destroy_process_group()
 
 
