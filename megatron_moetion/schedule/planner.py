@@ -15,7 +15,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_moetion.schedule.timeline import TRAFFIC, Lane, Link, Span, Timeline
+from megatron_moetion.schedule.timeline import TRAFFIC, Link, Span, Timeline
 
 IDLE_SHARE = 0.8
 """A window is as long as the gap between two messages was in at least this share of the recorded iterations."""
@@ -117,7 +117,7 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
         at = end
         if n < len(sends[-1]):
             calls = [found[n] for _, found in alike]
-            quiet_since = [_taken_s(c) for c in calls]
+            quiet_since = [c.leaves_s for c in calls]
             begins.append(at)
             at += usually(q - c.begin_s for q, c in zip(quiet_since, calls, strict=True))
             takens.append(at)
@@ -128,13 +128,6 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
 def _sends(timeline: Timeline) -> list[Span]:
     found = [s for s in timeline.spans if s.lane in TRAFFIC and s.sent_bytes]
     return sorted(found, key=lambda s: s.begin_s)
-
-
-def _taken_s(call: Span) -> float:
-    """When the network has what it sends: a pipeline call, where nothing better is known, when it returns."""
-    if call.taken_s is not None:
-        return call.taken_s
-    return call.end_s if call.lane is Lane.PIPELINE else call.begin_s
 
 
 def merge(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -47,6 +47,16 @@ class Span:
     received_bytes: int = 0
     taken_s: float | None = None
 
+    @property
+    def leaves_s(self) -> float:
+        """From when on its bytes are on the wire: when the network has taken them.
+
+        Of a pipeline call of which that was not seen, when it returned; of a collective, from its beginning.
+        """
+        if self.taken_s is not None:
+            return self.taken_s
+        return self.end_s if self.lane is Lane.PIPELINE else self.begin_s
+
 
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
