@@ -107,6 +107,12 @@ class MoetionConfig:
         2000, "how long an optimizer step waits for a snapshot in flight before the snapshot is dropped"
     )
     timeout_s: int = setting(120, "limit for every wait on a peer")
+    max_unprotected_iterations: int = setting(
+        -1,
+        "after snapshots have stopped for good, how many iterations training goes on before the process ends, so that "
+        "its supervisor restarts the job from the stable iteration; 0: for ever. -1: 20 where torchrun has restarts "
+        "left, else for ever",
+    )
     in_flight_bytes: int = setting(64 << 20, "most bytes handed to the network at once by one rank", metavar="BYTES")
     state_hash_interval: int = setting(
         0, "every so many iterations the log and --moetion-report get a hash of the whole training state; 0: never"
@@ -143,6 +149,10 @@ class MoetionConfig:
                 raise ConfigError(
                     f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
                 )
+        if self.max_unprotected_iterations < -1:
+            raise ConfigError(
+                f"--moetion-max-unprotected-iterations is {self.max_unprotected_iterations}; it must be -1 or more"
+            )
         for name, choices in _CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ConfigError(

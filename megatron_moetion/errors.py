@@ -8,6 +8,8 @@ class MoetionError(RuntimeError):
     """Base of every expected operational fault."""
 
     exit_code = 2
+    shared = False
+    """All ranks raise it together, so one a node is enough to print it."""
 
 
 class ConfigError(MoetionError, ValueError):
@@ -42,3 +44,9 @@ class NothingRecoverable(MoetionError):
     """A restart found no state that every rank can reach."""
 
     exit_code = 3
+
+
+class ProtectionLost(MoetionError):
+    """Snapshots have stopped for good and training has gone on long enough without; a restart brings them back."""
+
+    exit_code = 4

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,9 @@ from megatron_moetion.errors import (
     ChannelError,
     ConfigError,
     DeviceFault,
+    MoetionError,
     NothingRecoverable,
+    ProtectionLost,
     StoreError,
     UnsupportedState,
 )
@@ -37,8 +41,11 @@ from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.startup import OpenArenas, Situation, Startup
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.flight import Contents, Flight, FlightCounts
+from megatron_moetion.replicate.protection import Distance, limit_of
 from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.replicate.witness import NO_WITNESS, Past, Witness
 from megatron_moetion.schedule.scheduler import TIMELINES, Scheduler
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until, share_lost
@@ -49,9 +56,17 @@ from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
 from megatron_moetion.store.chains import ChainLayout, chain_layout
+from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
 from megatron_moetion.store.manifest import Page, Record, retain
-from megatron_moetion.store.node import open_node, restart_count, run_id_of, write_pid
+from megatron_moetion.store.node import NodeFolder, open_node, restart_count, run_id_of, write_pid
 from megatron_moetion.units import StateAdapter, StepNote, StepReplayer, TokenCounter, UnitKind
+
+_LOCK_SHARE = 0.8
+"""Of the time that ranks wait for each other, what a rank waits for the lock on its folder."""
+_TRY_AGAIN = 16
+"""Snapshots until a store that was deleted, and could not be made again, is tried once more."""
+_QUIET_LAG = 64
+"""Snapshots that the stable iteration may be behind before rank 0 says so, whatever the reason."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,18 +99,27 @@ class Session:
         scheduler: Scheduler,
         replayer: StepReplayer | None = None,
         environment: Mapping[str, str] = os.environ,
+        witness: Witness = NO_WITNESS,
     ) -> None:
         self._config = config
         self._adapter = adapter
         self._fabric = fabric
         self._scheduler = scheduler
         self._attempt = restart_count(environment)
+        self._witness = witness
+        self._undo = ExitStack()
+        self._undo.callback(fabric.close)
         rank = fabric.rank
-        run_id = run_id_of(config, environment)
-        self._probe = make_probe(parse_faults(config.inject_fault), self._attempt, rank)
-        self._journal = Journal(rank, self._attempt, Path(config.report) if config.report and rank == 0 else None)
-        self._node = open_node(config, run_id, environment, fabric.world_size)
-        write_pid(self._node, rank, self._attempt)
+
+        def claim() -> tuple[str, Callable[[str, int], None], Journal, NodeFolder]:
+            run_id = run_id_of(config, environment)
+            probe = make_probe(parse_faults(config.inject_fault), self._attempt, rank)
+            journal = Journal(rank, self._attempt, Path(config.report) if config.report and rank == 0 else None)
+            node = open_node(config, run_id, environment, fabric.world_size)
+            write_pid(node, rank, self._attempt)
+            return run_id, probe, journal, node
+
+        run_id, self._probe, self._journal, self._node = on_all_ranks(fabric, claim)
         assert (replayer is not None) == (config.mode == "exact"), (
             "steps can be replayed in mode 'exact' and only there"
         )
@@ -140,15 +164,22 @@ class Session:
         )
         threads = _pack_threads(config, environment)
         self._pool = HostPool(threads)
-        self._packer = Packer(self._inventory, config.chunk_bytes, threads, rank=rank, num_sms=config.pack_sms)
+        self._packer = on_all_ranks(
+            fabric, lambda: Packer(self._inventory, config.chunk_bytes, threads, rank=rank, num_sms=config.pack_sms)
+        )
+        self._undo.callback(self._packer.close)
         self._open_iterations: set[int] = set()
         self._stable = -1
         self._recent = [-1]
         """Iterations of the last snapshots, the newest first; the same on all ranks."""
         self._degraded = ""
+        self._distance = Distance(limit_of(config.max_unprotected_iterations, environment))
+        self._lag_said = _QUIET_LAG * config.interval
+        self._store_is_tried_in = 0
         self._recalibration = Recalibration(adapter, fabric, self._journal, config.recalibration_iterations)
         self.node_of: tuple[int, ...] = ()
         """Node of each rank, by rank; known after ``start``."""
+        self._lock: NodeLock | None = None
         self._arenas: OpenArenas | None = None
         self._flight: Flight | None = None
         self._rotation: Rotation | None = None
@@ -169,13 +200,35 @@ class Session:
         self._flight.wait_until_freed()
         return self._arenas.own.page.stable
 
-    def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
-        """Recover from memory, else load a persistent checkpoint, else begin; then make a baseline stable.
+    def start(
+        self,
+        load_persistent: Callable[[], int | None] | None = None,
+        newest_persistent: Callable[[], int | None] | None = None,
+    ) -> Resumed | None:
+        """Recover the newest state from memory or disk, or begin; then make a baseline stable. Collective.
 
-        ``load_persistent`` loads the newest checkpoint on disk and returns its iteration, or None if there is
-        none. It is called only when memory holds nothing that can be recovered. Returns what was recovered
-        from memory, None otherwise. Raises ``NothingRecoverable`` rather than start from zero by accident.
+        ``load_persistent`` loads the newest checkpoint on disk and returns its iteration, or None if there is none.
+        ``newest_persistent`` returns that iteration without loading anything: where it is newer than what memory holds,
+        disk wins. Without it, disk is asked only when memory holds nothing.
+
+        Returns what was recovered from memory, None otherwise. Raises ``NothingRecoverable`` rather than start from
+        zero by accident, other ``MoetionError`` for what does not fit together or does not work: the same on all ranks,
+        but for a ``ChannelError``.
         """
+        try:
+            return self._start(load_persistent, newest_persistent)
+        except ChannelError:
+            raise
+        except MoetionError as error:
+            error.shared = True
+            raise
+
+    def _start(
+        self, load_persistent: Callable[[], int | None] | None, newest_persistent: Callable[[], int | None] | None
+    ) -> Resumed | None:
+        wait_s = min(LOCK_WAIT_S, _LOCK_SHARE * self._config.timeout_s)
+        self._lock = on_all_ranks(self._fabric, lambda: self._node.lock(wait_s, partial(self._journal.info, -1)))
+        self._undo.callback(self._lock.close)
         phases = Phases()
         startup = Startup(
             config=self._config,
@@ -187,14 +240,42 @@ class Session:
             probe=self._probe,
         )
         situation = startup.look(self._attempt)
-        if isinstance(situation.outcome, RecoveryPlan):
-            resumed = self._recover(startup, situation, situation.outcome, phases)
+        newest = on_all_ranks(self._fabric, newest_persistent) if newest_persistent is not None else None
+        on_disk = self._fabric.gather(newest)
+        disk = min(on_disk) if None not in on_disk else -1  # what all ranks see
+        plan = situation.outcome
+        loaded = None
+        if load_persistent is not None and (isinstance(plan, NoPlan) or disk > plan.iteration):
+            loaded = self._load(load_persistent, plan, disk)
+        if isinstance(plan, RecoveryPlan) and (loaded is None or loaded <= plan.iteration):
+            resumed = self._recover(startup, situation, plan, phases)
         else:
             resumed = None
-            self._begin(startup, situation, situation.outcome, load_persistent)
+            self._begin(startup, situation, loaded)
         self.node_of = situation.placement.node_of
+        if self._fabric.rank == 0:
+            self._witness.has_baseline()
         self._announce(situation)
         return resumed
+
+    def _load(self, load_persistent: Callable[[], int | None], plan: RecoveryPlan | NoPlan, disk: int) -> int | None:
+        """Load from disk; the iteration, or None if there was nothing or less than memory has."""
+        is_newer, is_first = isinstance(plan, RecoveryPlan), self._fabric.rank == 0
+        if isinstance(plan, RecoveryPlan) and is_first:
+            self._journal.info(
+                plan.iteration,
+                f"memory holds iteration {plan.iteration}, disk {disk}: the newer one is loaded, from disk",
+            )
+        loaded = on_all_ranks(self._fabric, load_persistent)
+        if len(everyone := set(self._fabric.gather(loaded))) > 1:
+            raise StoreError(f"ranks loaded different persistent checkpoints: iterations {sorted(everyone, key=str)}")
+        if is_newer and is_first and (loaded is None or loaded < disk):
+            self._journal.warn_once(
+                "disk",
+                disk,
+                f"disk should have held iteration {disk} and gave {loaded}; the newer of it and memory is taken",
+            )
+        return loaded
 
     def before_optimizer_step(self) -> None:
         """Return once live state may be written; a late snapshot is dropped. Called by the optimizer hook.
@@ -207,17 +288,21 @@ class Session:
     def on_step_end(self, iteration: int) -> None:
         """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
 
-        ``iteration`` counts completed steps and must be the same on all ranks. Does not raise for a failed
-        snapshot: that is dropped, counted and logged once.
+        ``iteration`` counts completed steps and must be the same on all ranks. Whatever draws random numbers or moves
+        the position in the data between two steps, an evaluation for instance, comes before it: a resume does not
+        repeat it. Does not raise for a failed snapshot, which is dropped, counted and logged once; raises
+        ``ProtectionLost`` where snapshots have stopped for good and ``max_unprotected_iterations`` have passed.
         """
         self._scheduler.cut(iteration)
         self._adapter.after_step()
         if not self._degraded:
             self._recalibration.on_step_end(iteration)
+        self._watch(iteration)
         if iteration % self._config.interval or self._degraded:
             return
-        flight, _ = self._running()
+        flight, arenas = self._running()
         packed = flight.finish()
+        self._keep_store(iteration, flight, arenas)
         if self._rotation is not None:
             self._rotation.packed(is_there=packed.is_there, captured=packed.captured, late=packed.late)
             # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
@@ -284,19 +369,33 @@ class Session:
             self._flight.drain()
 
     def close(self) -> None:
-        """Finish what is in flight, report, and let go of everything. The arenas stay for the next start."""
-        if self._flight is None or self._arenas is None:
+        """Finish what is in flight, report, and let go of everything. The arenas stay for the next start.
+
+        While an exception is being handled nobody is waited for: see ``abandon``.
+        """
+        if sys.exc_info()[0] is not None:
+            self.abandon()
             return
-        self._flight.drain()
+        flight, self._flight = self._flight, None
         try:
-            self._summarise(self._flight.counts)
+            if flight is not None and self._arenas is not None:
+                flight.drain()
+                self._summarise(flight.counts)
         except ChannelError as error:
             self._journal.warn_once("summary", self._recent[0], f"the summary is missing: {error}")
-        self._flight.close()
-        self._packer.close()
-        self._arenas.close()
-        self._fabric.close()
-        self._flight = self._arenas = None
+        finally:
+            self._arenas = None
+            self._undo.close()
+
+    def abandon(self, wait_s: float = 0.0) -> bool:
+        """Stop without waiting for other ranks, in a process that is about to end; returns at once.
+
+        ``wait_s`` is for the snapshots under way; the result is whether they were done by then. What the threads may
+        still use stays as it is until the process has ended.
+        """
+        self._undo.pop_all()
+        flight, self._flight, self._arenas = self._flight, None, None
+        return flight.abandon(wait_s) if flight is not None else True
 
     def _summarise(self, counts: FlightCounts) -> None:
         totals = self._fabric.gather(
@@ -340,7 +439,7 @@ class Session:
             self._rotation = Rotation(self._log, plan.iteration, bases, logged)
 
         self._arenas = startup.recover(situation, plan, self._packer, load)
-        self._adapter.load_host_state(state["adapter"])
+        on_all_ranks(self._fabric, lambda: self._adapter.load_host_state(state["adapter"]))
         self._adapter.resync()
         self._stable = plan.iteration
         self._recent = [plan.iteration]
@@ -390,15 +489,13 @@ class Session:
         )
         return resumed
 
-    def _begin(
-        self, startup: Startup, situation: Situation, why: NoPlan, load_persistent: Callable[[], int | None] | None
-    ) -> None:
-        loaded = load_persistent() if load_persistent is not None else None
-        if len(everyone := set(self._fabric.gather(loaded))) > 1:
-            raise StoreError(f"ranks loaded different persistent checkpoints: iterations {sorted(everyone, key=str)}")
+    def _begin(self, startup: Startup, situation: Situation, loaded: int | None) -> None:
+        """Begin a new lineage, from what was loaded from disk (its iteration) or from the initial state (None)."""
+        why, past = situation.outcome, self._past()
         # Arenas of which none has had a first baseline show that no step was ever taken.
-        lost = why.began or (situation.restarted and not situation.reports)
-        if loaded is None and lost and not self._config.allow_fresh:
+        unknown = situation.restarted and not situation.reports and not past.is_known
+        lost = isinstance(why, NoPlan) and (why.began or past.had_baseline or unknown)
+        if isinstance(why, NoPlan) and lost and loaded is None and not self._config.allow_fresh:
             raise NothingRecoverable(
                 f"nothing can be recovered: {why.reason}. There is no persistent checkpoint to fall back to "
                 f"(--load); more --moetion-replicas survive more lost nodes. --moetion-allow-fresh starts from "
@@ -406,14 +503,14 @@ class Session:
             )
         iteration = loaded or 0
         self._arenas = startup.begin(situation)
-        self._packer.adopt(self._arenas.own.memory)
-        if lost:
+        own = self._arenas.own
+        on_all_ranks(self._fabric, lambda: self._packer.adopt(own.memory))
+        if isinstance(why, NoPlan) and lost:
             self._journal.warn_once(
                 "fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here"
             )
         flight = self._fly(self._arenas, situation, epoch=0)
-        if unfrozen := self._freeze():
-            raise UnsupportedState(unfrozen)
+        on_all_ranks(self._fabric, self._freeze_or_raise)
         logs = self._inventory.of_kind(UnitKind.LOG)
         everything = tuple(u for u in range(len(self._inventory.units)) if u not in logs)
         counts = self._token_counts()
@@ -434,6 +531,15 @@ class Session:
         for arena in self._arenas.all():
             arena.edit(lambda page: {"stable": iteration})
         self._fabric.gather("baseline")
+
+    def _past(self) -> Past:
+        """What the witness knows of earlier starts; the same on all ranks."""
+        seen = self._witness.arrive() if self._fabric.rank == 0 else Past()
+        return Past(**self._fabric.gather(asdict(seen))[0])
+
+    def _freeze_or_raise(self) -> None:
+        if unfrozen := self._freeze():
+            raise UnsupportedState(unfrozen)
 
     def _fly(self, arenas: OpenArenas, situation: Situation, epoch: int) -> Flight:
         rank = self._fabric.rank
@@ -456,6 +562,9 @@ class Session:
             probe=self._probe,
             packed=self._scheduler.packed,
         )
+        self._undo.callback(arenas.close)
+        self._undo.callback(self._packer.close)
+        self._undo.callback(self._flight.close)
         return self._flight
 
     def _announce(self, situation: Situation) -> None:
@@ -499,6 +608,62 @@ class Session:
         if self._flight is None or self._arenas is None:
             raise ConfigError("call start() before on_step_end(), and neither after close()")
         return self._flight, self._arenas
+
+    def _watch(self, iteration: int) -> None:
+        """Say how far the stable iteration is behind, as that grows; end where it will never catch up."""
+        behind = iteration - self._stable
+        broken = self._degraded or (self._flight.broken if self._flight is not None else "")
+        if not broken:
+            if behind > self._lag_said and self._fabric.rank == 0:
+                self._lag_said = 2 * behind
+                self._journal.warn(
+                    iteration,
+                    f"iteration {self._stable} stays, {behind} iterations back: some rank's snapshots are dropped or "
+                    f"do not reach their replicas; its lines say why",
+                )
+            return
+        if text := self._distance.worth_saying(behind):
+            self._journal.warn(iteration, f"no snapshot is protected since iteration {self._stable}: {text}: {broken}")
+        if self._distance.is_too_far(behind):
+            raise ProtectionLost(
+                f"at iteration {iteration} the stable iteration is still {self._stable} and cannot move: {broken}. "
+                f"This process ends so that its supervisor restarts the job from iteration {self._stable} "
+                f"(--moetion-max-unprotected-iterations)"
+            )
+
+    def _keep_store(self, iteration: int, flight: Flight, arenas: OpenArenas) -> None:
+        """Notice that somebody deleted this node's folder or files in it, and put them back. Call it after ``finish``.
+
+        Their memory is still mapped here, but a restart would not find it.
+        """
+        gone = [a for a in arenas.all() if not a.has_file]
+        lock = self._lock
+        if lock is None or (not gone and lock.has_file):
+            return
+        if self._store_is_tried_in:
+            self._store_is_tried_in -= 1
+            return
+        what = f"{len(gone)} of this rank's {len(arenas.all())} arenas" if gone else "the lock"
+        said = f"{what} in {self._node.path} were deleted by somebody while training runs"
+        flight.drain()  # bounded; then no thread uses the arenas
+        self._packer.close()
+        try:
+            self._node.make_again(lock)
+            write_pid(self._node, self._fabric.rank, self._attempt)
+            for arena in gone:
+                arena.make_file_again()
+        except (StoreError, OSError) as error:
+            self._store_is_tried_in = _TRY_AGAIN
+            self._journal.warn(
+                iteration,
+                f"{said} and cannot be made again: {error}. A restart finds nothing in this node's memory",
+            )
+        else:
+            self._journal.warn(iteration, f"{said}; they were made again, and protect as before")
+        try:
+            self._packer.adopt(arenas.own.memory)
+        except DeviceFault as error:
+            self._journal.warn(iteration, f"the arena was made again and could not be pinned: {error}")
 
     def _learn(self) -> Callable[[], None]:
         """Read what the ranks agreed on one snapshot ago; returns what frees what is then no longer needed."""

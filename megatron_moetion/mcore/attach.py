@@ -3,8 +3,12 @@
 
 from __future__ import annotations
 
+import atexit
+import logging
 import os
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +19,42 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
+from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.replicate.witness import witness_of
 from megatron_moetion.schedule.recorder import EventClock, HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
 from megatron_moetion.session import Resumed, Session
-from megatron_moetion.store.node import restart_count
+from megatron_moetion.store.node import restart_count, run_id_of
+
+EXIT_WAIT_S = 5.0
+"""What a process that ends without ``close`` gives its last snapshots to become whole."""
+_logger = logging.getLogger("megatron_moetion")
+
+
+class NoState:
+    """The user state of a loop that has none beyond the iteration, which ``Resumed`` tells."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Nothing."""
+        return {}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Nothing to load."""
 
 
 class Attached:
-    """A session tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``."""
+    """A session tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``.
+
+    As a context manager it closes itself, after an exception without waiting for other ranks. A process that ends
+    without ``close`` does what it can in a few seconds, and says so.
+    """
 
     def __init__(
         self,
@@ -36,26 +62,32 @@ class Attached:
         state: MegatronState,
         model: Sequence[DistributedDataParallel],
         scheduler: Scheduler,
-        trace: Trace | None,
+        undo: ExitStack,
     ) -> None:
+        """Takes over ``undo``: what takes back all that ``attach`` did, the session itself aside."""
         self._session = session
-        self._state = state
         self._model = model
         self.scheduler = scheduler
-        self._trace = trace
-        self._traffic: TrafficHooks | None = None
+        self._undo = undo
         self.pipeline_arguments: dict[str, Any] = {}
         """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen; may be empty."""
-        self._handles = [
-            o.register_step_pre_hook(lambda *_: session.before_optimizer_step()) for o in state.inner_optimizers()
-        ]
+        for optimizer in state.inner_optimizers():
+            handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
+            undo.callback(handle.remove)
+        atexit.register(self._at_exit)
+        undo.callback(atexit.unregister, self._at_exit)
 
-    def start(self, load_persistent: Callable[[], int | None] | None = None) -> Resumed | None:
+    def start(
+        self,
+        load_persistent: Callable[[], int | None] | None = None,
+        newest_persistent: Callable[[], int | None] | None = None,
+    ) -> Resumed | None:
         """See ``Session.start``. From here on training's traffic is watched."""
-        resumed = self._session.start(load_persistent)
+        resumed = self._session.start(load_persistent, newest_persistent)
         crosses = node_crossing(self._session.node_of)
-        self._traffic = TrafficHooks(self._model, self.scheduler.recorder, crosses)
-        self.pipeline_arguments = self._traffic.pipeline_arguments()
+        traffic = TrafficHooks(self._model, self.scheduler.recorder, crosses)
+        self._undo.callback(traffic.close)
+        self.pipeline_arguments = traffic.pipeline_arguments()
         return resumed
 
     def on_step_end(self, iteration: int) -> None:
@@ -80,15 +112,32 @@ class Attached:
         return self._session.stable_iteration
 
     def close(self) -> None:
-        """Finish what is in flight and undo everything that ``attach`` did."""
-        self._session.close()
-        if self._traffic is not None:
-            self._traffic.close()
-        if self._trace is not None:
-            self._trace.close()
-        for handle in self._handles:
-            handle.remove()
-        self._state.close()
+        """Finish what is in flight and undo everything that ``attach`` did; see ``Session.close``."""
+        with self._undo:
+            self._session.close()
+
+    def abandon(self, wait_s: float = 0.0) -> bool:
+        """See ``Session.abandon``; everything that ``attach`` did is undone."""
+        with self._undo:
+            return self._session.abandon(wait_s)
+
+    def __enter__(self) -> Attached:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
+
+    def _at_exit(self) -> None:
+        """The interpreter ends and nobody called ``close``."""
+        if "last_value" in vars(sys):  # by an exception: a supervisor waits for this process to be gone
+            self.abandon()
+            return
+        _logger.warning(
+            "[moetion] rank %d: the loop ended without session.close(); its last snapshots get %.0f s",
+            torch.distributed.get_rank() if torch.distributed.is_initialized() else -1,
+            EXIT_WAIT_S,
+        )
+        self.abandon(EXIT_WAIT_S)
 
 
 def attach(
@@ -97,48 +146,112 @@ def attach(
     optimizer: MegatronOptimizer,
     opt_param_scheduler: OptimizerParamScheduler | None,
     config: MoetionConfig,
-    user_state: UserState,
+    user_state: UserState | None = None,
 ) -> Attached:
     """Prepare in-memory checkpointing; collective over all ranks.
 
     ``model`` is the list of DDP-wrapped model chunks, ``optimizer`` what ``get_megatron_optimizer`` returned for
-    them. ``user_state`` is the loop's own state (iteration, consumed samples). Call it after model parallelism and
-    the random seeds are set up and before the first step. Raises ``MoetionError`` subclasses for settings and
-    models that cannot be captured exactly.
+    them, ``opt_param_scheduler`` Megatron's, or None: a scheduler of another kind belongs into ``user_state``, which is
+    the loop's own state (data position, consumed samples). Call it after model parallelism and the random seeds are set
+    up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the same, for settings and models
+    that cannot be captured exactly; then nothing stays hooked.
     """
-    state = MegatronState(
+    _check(model, optimizer, opt_param_scheduler, config, user_state)
+    with ExitStack() as undo:
+        _show_log(undo)
+        trace = open_trace(config, torch.distributed.get_rank())
+        if trace is not None:
+            undo.callback(trace.close)
+        scheduler = Scheduler(
+            config.schedule,
+            EventClock() if next(model[0].parameters()).is_cuda else HostClock(),
+            eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
+            draw=trace.add if trace is not None else no_drawing,
+        )
+        fabric = GlooFabric(timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes, gate=scheduler.gate)
+        state = on_all_ranks(fabric, lambda: _state(model, optimizer, opt_param_scheduler, config, user_state))
+        undo.callback(state.close)
+        fabric.join_experts(state.expert_peers())
+        session = Session(
+            config=config,
+            adapter=state,
+            fabric=fabric,
+            topology=_topology(),
+            scheduler=scheduler,
+            replayer=state if config.mode == "exact" else None,
+            witness=witness_of(os.environ, run_id_of(config, os.environ)),
+        )
+        return Attached(session, state, model, scheduler, undo.pop_all())
+
+
+def _state(
+    model: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    opt_param_scheduler: OptimizerParamScheduler | None,
+    config: MoetionConfig,
+    user_state: UserState | None,
+) -> MegatronState:
+    recalibrates = config.capacity_recalibration == "on"
+    return MegatronState(
         model=model,
         optimizer=optimizer,
         scheduler=opt_param_scheduler,
-        user_state=user_state,
+        user_state=user_state if user_state is not None else NoState(),
         count_tokens=config.mode == "popularity",
         log_steps=config.mode == "exact",
-        capacity=CapacityRules(iterations=config.recalibration_iterations)
-        if config.capacity_recalibration == "on"
-        else None,
+        capacity=CapacityRules(iterations=config.recalibration_iterations) if recalibrates else None,
     )
-    trace = open_trace(config, torch.distributed.get_rank())
-    scheduler = Scheduler(
-        config.schedule,
-        EventClock() if state.is_on_gpu else HostClock(),
-        eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
-        draw=trace.add if trace is not None else no_drawing,
-    )
-    fabric = GlooFabric(
-        expert_peers=state.expert_peers(),
-        timeout_s=config.timeout_s,
-        in_flight_bytes=config.in_flight_bytes,
-        gate=scheduler.gate,
-    )
-    session = Session(
-        config=config,
-        adapter=state,
-        fabric=fabric,
-        topology=_topology(),
-        scheduler=scheduler,
-        replayer=state if config.mode == "exact" else None,
-    )
-    return Attached(session, state, model, scheduler, trace)
+
+
+def _check(
+    model: Sequence[DistributedDataParallel],
+    optimizer: MegatronOptimizer,
+    opt_param_scheduler: OptimizerParamScheduler | None,
+    config: MoetionConfig,
+    user_state: UserState | None,
+) -> None:
+    """Raise ``ConfigError`` where an argument of ``attach`` is not what it should be."""
+    if not torch.distributed.is_initialized() or not parallel_state.model_parallel_is_initialized():
+        raise ConfigError("attach() comes after init_process_group() and parallel_state.initialize_model_parallel()")
+    if isinstance(model, torch.nn.Module):
+        raise ConfigError(
+            f"attach(model=...) is a {type(model).__name__}; give the list of model chunks: model=[model]"
+        )
+    wrong = [type(chunk).__name__ for chunk in model if not isinstance(chunk, DistributedDataParallel)]
+    if wrong or not model:
+        raise ConfigError(
+            f"attach(model=...) holds {', '.join(wrong) or 'nothing'}; every chunk must be wrapped in "
+            f"megatron.core.distributed.DistributedDataParallel"
+        )
+    if not isinstance(optimizer, MegatronOptimizer):
+        raise ConfigError(
+            f"attach(optimizer=...) is a {type(optimizer).__name__}; give what "
+            f"megatron.core.optimizer.get_megatron_optimizer returned"
+        )
+    if not isinstance(opt_param_scheduler, OptimizerParamScheduler | None):
+        raise ConfigError(
+            f"attach(opt_param_scheduler=...) is a {type(opt_param_scheduler).__name__}; it takes Megatron's "
+            f"OptimizerParamScheduler or None. Let user_state carry the state of a scheduler of your own"
+        )
+    if not isinstance(config, MoetionConfig):
+        raise ConfigError(f"attach(config=...) is a {type(config).__name__}; give a MoetionConfig")
+    missing = [n for n in ("state_dict", "load_state_dict") if user_state is not None and not hasattr(user_state, n)]
+    if missing:
+        raise ConfigError(
+            f"attach(user_state=...) is a {type(user_state).__name__} without {' and '.join(missing)}; give an object "
+            f"with both, or nothing if the loop has no state beyond its iteration"
+        )
+
+
+def _show_log(undo: ExitStack) -> None:
+    """Let the runtime's few lines be seen, unless the program has decided what becomes of them."""
+    if _logger.level == logging.NOTSET:
+        _logger.setLevel(logging.INFO)
+        undo.callback(_logger.setLevel, logging.NOTSET)
+    if not _logger.hasHandlers():
+        handler = logging.StreamHandler(sys.stdout)
+        _logger.addHandler(handler)
+        undo.callback(_logger.removeHandler, handler)
 
 
 def open_trace(config: MoetionConfig, rank: int) -> Trace | None:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, Protocol
 
 import numpy as np
@@ -79,21 +80,26 @@ class MegatronState:
             )
         if log_steps and self._blocks and getattr(self._blocks[0].module.config, "qk_clip", False):
             raise UnsupportedState("qk_clip is not supported in mode 'exact': it changes parameters after the step")
-        self._counters = TokenCounters(self._blocks if count_tokens else ())
-        self._routers = RouterWatch(self._blocks if count_tokens else (), capacity)
-        for link in self._links:
-            create_state(link.optimizer)
-        for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
-            module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
-        held = [list(shards(link)) for link in self._links]
-        self._shards = {id(s.parameter): s for of_link in held for s in of_link}
         self._steps: StepLog | None = None
-        if log_steps:
-            self._steps = StepLog(optimizer, self._links, [_sample(of_link) for of_link in held])
-        self._inventory = self._take_inventory(layout)
-        self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
-        if self._steps is not None:
-            self._residents.extend(_gradient_residents(s.parameter for s in self._shards.values()))
+        with ExitStack() as hooks:
+            self._counters = TokenCounters(self._blocks if count_tokens else ())
+            hooks.callback(self._counters.close)
+            self._routers = RouterWatch(self._blocks if count_tokens else (), capacity)
+            hooks.callback(self._routers.close)
+            for link in self._links:
+                create_state(link.optimizer)
+            for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
+                module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
+            held = [list(shards(link)) for link in self._links]
+            self._shards = {id(s.parameter): s for of_link in held for s in of_link}
+            if log_steps:
+                self._steps = StepLog(optimizer, self._links, [_sample(of_link) for of_link in held])
+                hooks.callback(self._steps.close)
+            self._inventory = self._take_inventory(layout)
+            self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
+            if self._steps is not None:
+                self._residents.extend(_gradient_residents(s.parameter for s in self._shards.values()))
+            self._hooks = hooks.pop_all()
 
     # -- StateAdapter ---------------------------------------------------------------------------------
 
@@ -219,10 +225,7 @@ class MegatronState:
 
     def close(self) -> None:
         """Remove the hooks on the model."""
-        self._counters.close()
-        self._routers.close()
-        if self._steps is not None:
-            self._steps.close()
+        self._hooks.close()
 
     # -- inventory ------------------------------------------------------------------------------------
 

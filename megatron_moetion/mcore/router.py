@@ -35,13 +35,14 @@ class TokenCounters:
     def __init__(self, blocks: Sequence[MoeBlock]) -> None:
         self.totals: list[torch.Tensor] = []
         self._handles = []
-        for block in blocks:
-            config = block.module.config
+        for config in (block.module.config for block in blocks):
             if config.moe_pad_expert_input_to_capacity and config.moe_apply_probs_on_input:
                 raise UnsupportedState(
                     "--moe-pad-expert-input-to-capacity with moe_apply_probs_on_input hides which tokens are padding, "
                     "so popularity cannot be read: use --moetion-mode full, or drop either"
                 )
+        for block in blocks:
+            config = block.module.config
             device = next(block.module.parameters()).device
             total = torch.zeros(len(block.experts), dtype=torch.int64, device=device)
             self.totals.append(total)

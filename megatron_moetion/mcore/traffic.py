@@ -120,12 +120,16 @@ class TrafficHooks:
         self._crosses = crosses
         self._replaced: list[tuple[Any, str, Any]] = []
         self._config = get_model_config(model[0])
-        for chunk in model:
-            for layer in chunk.modules():
-                if isinstance(layer, MoELayer):
-                    self._watch_experts(layer)
-            for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
-                self._watch_buckets(group)
+        try:
+            for chunk in model:
+                for layer in chunk.modules():
+                    if isinstance(layer, MoELayer):
+                        self._watch_experts(layer)
+                for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+                    self._watch_buckets(group)
+        except BaseException:
+            self.close()
+            raise
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the schedule, ``p2p_communicator`` and ``pg_collection``; none without a pipeline."""

@@ -28,11 +28,15 @@ class Journal:
         """A rare, expected event."""
         _logger.info("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
 
+    def warn(self, iteration: int, text: str) -> None:
+        """Trouble that is worth saying each time."""
+        _logger.warning("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
+
     def warn_once(self, kind: str, iteration: int, text: str) -> None:
         """The first trouble of its kind; the counts tell the rest."""
         if kind not in self._said:
             self._said.add(kind)
-            _logger.warning("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
+            self.warn(iteration, text)
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event."""

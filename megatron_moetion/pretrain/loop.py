@@ -7,7 +7,7 @@ import argparse
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 
 import torch
@@ -75,9 +75,22 @@ class Trainer:
 
     def train(self) -> None:
         """Resume, then step to the end."""
-        session = self._start()
-        if session is not None:
-            self._pipeline_arguments = session.pipeline_arguments
+        with ExitStack() as stack:
+            session = self._attach()
+            if session is None:
+                self.load()
+            else:
+                stack.enter_context(session)
+                session.start(load_persistent=self.load, newest_persistent=self._newest_on_disk)
+                self._pipeline_arguments = session.pipeline_arguments
+            evaluated, saved = self._train(session)
+        if self.args.eval_iters and evaluated != self.progress.iteration:
+            self.evaluate()
+        if self.args.save is not None and saved != self.progress.iteration:
+            self.save()
+
+    def _train(self, session: Any) -> tuple[int, int]:
+        """All steps that are left; the iterations that were last evaluated and saved, -1 for none."""
         args, progress = self.args, self.progress
         say(f"> training from iteration {progress.iteration} to {args.train_iters}")
         evaluated = saved = -1
@@ -98,30 +111,26 @@ class Trainer:
             if args.exit_interval is not None and progress.iteration % args.exit_interval == 0:
                 say(f"> leaving at iteration {progress.iteration}, a multiple of --exit-interval")
                 break
-        if session is not None:
-            session.close()
-        if args.eval_iters and evaluated != progress.iteration:
-            self.evaluate()
-        if args.save is not None and saved != progress.iteration:
-            self.save()
+        return evaluated, saved
 
-    def _start(self) -> Any:
-        """Put the newest state in place. Returns the checkpointing session, or None without ``--moetion``."""
+    def _attach(self) -> Any:
+        """The checkpointing session, not started; None without ``--moetion``."""
         if not self.args.moetion:
-            self.load()
             return None
         # Imported here only: a run without --moetion loads nothing of the checkpointing runtime.
         from megatron_moetion.mcore.attach import attach
 
-        session = attach(
+        return attach(
             model=self.model,
             optimizer=self.optimizer,
             opt_param_scheduler=self.scheduler,
             config=moetion_config(self.args),
             user_state=self.progress,
         )
-        session.start(load_persistent=self.load)
-        return session
+
+    def _newest_on_disk(self) -> int | None:
+        """The iteration of the newest checkpoint below ``--load``, or None if there is none."""
+        return None if self.args.load is None else export.latest_iteration(self.args.load)
 
     def load(self) -> int | None:
         """Load the newest checkpoint below ``--load``. Returns its iteration, or None if there is none."""

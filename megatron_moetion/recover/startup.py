@@ -10,25 +10,28 @@ import secrets
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, IdentityMismatch, MoetionError, StoreError
+from megatron_moetion.errors import ConfigError, IdentityMismatch
 from megatron_moetion.observe.journal import Phases
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, custodian, plan_recovery
+from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.survey import ArenaReport, living, survey_store
 from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool, Packer
-from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
+from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name, clear
 from megatron_moetion.store.chains import chain_layout
 from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import UnitKind
 
-_OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault")
+_OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault",
+                "max_unprotected_iterations")  # fmt: skip
 """Settings that may differ between ranks."""
 
 
@@ -102,7 +105,9 @@ class Startup:
         neighbours = placement.ranks_on(node)
         mine = sorted(self._node.path.glob("*.arena"))[neighbours.index(rank) :: len(neighbours)]
         self._probe("survey", -1)
-        found = [r.to_json() for r in survey_store(mine, node, rank, specs, self._pool)]
+        found = on_all_ranks(
+            self._fabric, lambda: [r.to_json() for r in survey_store(mine, node, rank, specs, self._pool)]
+        )
         reports = living([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
         strangers = [r.problem for r in reports if r.stranger]
         if strangers:
@@ -144,7 +149,7 @@ class Startup:
             lineage=max(r.lineage for r in situation.reports),
             branches=plan.branches[:-1],
         )
-        arenas, leftovers = self._open(situation, page)
+        arenas, leftovers = on_all_ranks(self._fabric, lambda: self._open(situation, page))
         mover = Mover(
             rank=rank,
             arenas={rank: arenas.own, **arenas.held, **leftovers},
@@ -156,45 +161,52 @@ class Startup:
             else {},
         )
         for phase, transfers in (("fetch", plan.fetches), ("replicate", plan.copies)):
-            mover.make_room(transfers)
-            self._probe("fetch", -1)
-            mover.move(transfers)
-            self._fabric.gather(phase)
+            on_all_ranks(self._fabric, partial(self._move, mover, transfers))
             self._phases.done(phase)
         self._probe("restore", -1)
-        host_unit = next(i for i, (_, kind, _) in enumerate(self._spec.units) if kind == UnitKind.HOST)
-        packer.adopt(arenas.own.memory)
-        records = verified(packer, arenas.own, plan.choices[rank])
-        host = next(r for r in records if r.unit == host_unit)
-        self._phases.done("verify")
-        load(arenas.own, records, bytes(arenas.own.payload(host.slot)))
-        self._fabric.gather("loaded")
+        on_all_ranks(self._fabric, lambda: self._load(arenas.own, plan, packer, load))
         self._phases.done("restore")
-        replace(mover, arenas={rank: arenas.own, **arenas.held}).begin_epoch()
-        self._fabric.gather("epoch")
+        living = replace(mover, arenas={rank: arenas.own, **arenas.held})
+        on_all_ranks(self._fabric, living.begin_epoch)
         for arena in leftovers.values():
             arena.remove()
         self._phases.done("epoch")
         self._probe("restored", -1)
         return arenas
 
+    def _move(self, mover: Mover, transfers: Sequence[Transfer]) -> None:
+        mover.make_room(transfers)
+        self._probe("fetch", -1)
+        mover.move(transfers)
+
+    def _load(
+        self,
+        arena: Arena,
+        plan: RecoveryPlan,
+        packer: Packer,
+        load: Callable[[Arena, Sequence[Record], bytes], None],
+    ) -> None:
+        host_unit = next(i for i, (_, kind, _) in enumerate(self._spec.units) if kind == UnitKind.HOST)
+        packer.adopt(arena.memory)
+        records = verified(packer, arena, plan.choices[self._fabric.rank])
+        host = next(r for r in records if r.unit == host_unit)
+        self._phases.done("verify")
+        load(arena, records, bytes(arena.payload(host.slot)))
+
     def begin(self, situation: Situation) -> OpenArenas:
         """New, empty arenas, of a new lineage, for state that was initialised or loaded from disk."""
-        if self._fabric.rank == min(situation.placement.ranks_on(situation.placement.node_of[self._fabric.rank])):
-            for path in self._node.path.glob("*.arena"):
-                path.unlink()
+        on_all_ranks(self._fabric, lambda: self._clear_node(situation.placement))
         newest = max((r.lineage for r in situation.reports), default=0)  # a clock may have been ahead then
         lineage = max(*self._fabric.gather(time.time_ns()), newest + 1)
-        problem = ""
-        arenas: OpenArenas | None = None
-        try:
-            arenas, _ = self._open(replace(situation, reports=()), Page(lineage=lineage))
-        except MoetionError as error:
-            problem = str(error)
-        problems = [p for p in self._fabric.gather(problem) if p]
-        if problems or arenas is None:
-            raise StoreError(problems[0])
+        page = Page(lineage=lineage)
+        arenas, _ = on_all_ranks(self._fabric, lambda: self._open(replace(situation, reports=()), page))
         return arenas
+
+    def _clear_node(self, placement: Placement) -> None:
+        """One rank a node removes what is left of earlier arenas."""
+        if self._fabric.rank == min(placement.ranks_on(placement.node_of[self._fabric.rank])):
+            for path in self._node.path.glob("*.arena"):
+                clear(path)
 
     def _open(self, situation: Situation, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
         """Open what the survey found sound and make what is missing; leftovers are only read from."""
@@ -206,7 +218,7 @@ class Startup:
             path = self._node.path / arena_name(owner)
             if owner in sound:
                 return Arena.open(path)
-            path.unlink(missing_ok=True)
+            clear(path)
             return Arena.create(path, situation.specs[owner], page)
 
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
@@ -222,7 +234,7 @@ class Startup:
         for report in reports:
             path = Path(report.path)
             if report.problem and report.node == node and path.name not in ours and path.parent == self._node.path:
-                path.unlink(missing_ok=True)
+                clear(path)
 
 
 def _require_one_run(settings: Sequence[Mapping[str, Any]], specs: Sequence[ArenaSpec]) -> None:

@@ -85,7 +85,9 @@ def living(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
 def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool) -> ArenaReport | None:
     try:
         arena = Arena.open(path)
-    except CorruptArena as error:
+    except IdentityMismatch as error:
+        return ArenaReport(path=str(path), node=node, problem=str(error), stranger=True)
+    except (CorruptArena, OSError) as error:
         return ArenaReport(path=str(path), node=node, problem=str(error))
     try:
         owner = arena.spec.identity.owner

@@ -12,12 +12,13 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass, field
 
 from megatron_moetion.errors import ChannelError, DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.replicate.worker import Worker
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
@@ -98,8 +99,8 @@ class Flight:
         self._replicator = replicator
         self._epoch = epoch
         self._probe = probe
-        self._packing = ThreadPoolExecutor(1, thread_name_prefix="moetion-pack")
-        self._sending = ThreadPoolExecutor(1, thread_name_prefix="moetion-send")
+        self._packing = Worker("moetion-pack")
+        self._sending = Worker("moetion-send")
         self._pack: Future[None] | None = None
         self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
@@ -189,8 +190,20 @@ class Flight:
     def close(self) -> None:
         """Stop both threads after what they are doing."""
         self._packer.cancel()
-        self._packing.shutdown(wait=True, cancel_futures=True)
-        self._sending.shutdown(wait=True, cancel_futures=True)
+        self._packing.close()
+        self._sending.close()
+
+    def abandon(self, wait_s: float) -> bool:
+        """Stop both threads without waiting for peers; ``wait_s`` is for what is under way. Whether all of it was done.
+
+        Afterwards nothing may be expected of the packer, the arenas or the channel.
+        """
+        pack = [self._pack] if self._pack is not None else []
+        is_done = not wait([*pack, *self._sends], wait_s).not_done
+        self._packer.cancel()
+        self._packing.abandon()
+        self._sending.abandon()
+        return is_done
 
     def _acquire(self, units: Sequence[int]) -> dict[int, int] | None:
         """A slot for each unit, or None."""

@@ -7,7 +7,6 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -18,34 +17,40 @@ from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Bytes, Channel, Gate, Message
+from megatron_moetion.replicate.worker import Worker
 
 
 class GlooFabric:
     """``Fabric`` on three gloo groups of its own: control, data, and the ranks that share experts.
 
-    Making it is collective. ``expert_peers`` are the ranks that hold shards of the same experts as this one,
-    itself included; every rank of such a set must name the same set. ``gate`` holds back what the channel sends.
+    Making it is collective. ``gate`` holds back what the channel sends.
     """
 
-    def __init__(self, *, expert_peers: Sequence[int], timeout_s: int, in_flight_bytes: int, gate: Gate) -> None:
-        timeout = timedelta(seconds=timeout_s)
+    def __init__(self, *, timeout_s: int, in_flight_bytes: int, gate: Gate) -> None:
+        self._timeout = timedelta(seconds=timeout_s)
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._control = dist.new_group(backend="gloo", timeout=timeout)
-        data = dist.new_group(backend="gloo", timeout=timeout)
+        self._control = dist.new_group(backend="gloo", timeout=self._timeout)
+        data = dist.new_group(backend="gloo", timeout=self._timeout)
         assert data is not None
         self._moving = GlooChannel(data, in_flight_bytes, gate)
         self.channel: Channel = self._moving
         self._groups = [self._control, data]
         self._experts: dist.ProcessGroup | None = None
-        for peers in sorted({tuple(p) for p in self.gather(sorted(expert_peers))}):
-            if len(peers) > 1:
-                group = dist.new_group(list(peers), backend="gloo", timeout=timeout)
-                if self.rank in peers:
-                    self._experts = group
-                    self._groups.append(group)
         self._mask: _Reduction | None = None
         self._sum: _Reduction | None = None
+
+    def join_experts(self, peers: Sequence[int]) -> None:
+        """Name the ranks that hold shards of the same experts as this one, itself included. Collective, once.
+
+        Every rank of such a set must name the same set.
+        """
+        for members in sorted({tuple(p) for p in self.gather(sorted(peers))}):
+            if len(members) > 1:
+                group = dist.new_group(list(members), backend="gloo", timeout=self._timeout)
+                if self.rank in members:
+                    self._experts = group
+                    self._groups.append(group)
 
     def gather(self, document: Any) -> list[Any]:
         """See ``Fabric.gather``: lengths first, then the padded documents."""
@@ -125,7 +130,7 @@ class GlooChannel:
         self._gate = gate
         self._in_flight_bytes = in_flight_bytes // 2  # each way
         self._urgent_bytes = max(1 << 16, in_flight_bytes // 8)
-        self._receiving = ThreadPoolExecutor(1, thread_name_prefix="moetion-receive")
+        self._receiving = Worker("moetion-receive")
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See ``Channel.exchange``. Bytes travel in rounds: the n-th slice to, or from, every peer.
@@ -147,7 +152,7 @@ class GlooChannel:
 
     def close(self) -> None:
         """End the thread. The group is its maker's to destroy."""
-        self._receiving.shutdown(wait=True)
+        self._receiving.close()
 
     def _move(self, messages: Sequence[Message], *, is_send: bool) -> None:
         pending: deque[_Round] = deque()

@@ -26,8 +26,12 @@ def decode(data: bytes | memoryview) -> dict[str, Any]:
     length = int.from_bytes(data[:_LENGTH_BYTES], "little")
     if not 0 < length <= len(data) - _LENGTH_BYTES:
         raise CorruptArena(f"host state claims {length} bytes of {len(data) - _LENGTH_BYTES}")
-    state = _restore(json.loads(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + length])))
-    assert isinstance(state, dict)
+    try:
+        state = _restore(json.loads(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + length])))
+    except (ValueError, TypeError) as error:
+        raise CorruptArena(f"host state is no document of this format: {error}") from error
+    if not isinstance(state, dict):
+        raise CorruptArena(f"host state is a {type(state).__name__}, not a table")
     return state
 
 

@@ -2,22 +2,21 @@
 """One rank's captures in a shared-memory file that outlives the process.
 
 A file holds a header (who it belongs to, how it is laid out), two manifest pages and fixed slots. It is
-allocated whole when it is made, so memory cannot run out later. An exclusive ``flock`` makes the process
-that opened it the only writer; the kernel drops the lock when that process dies.
+allocated whole when it is made, so memory cannot run out later. Who may write to it is settled by the lock on its
+folder (``store/lock.py``): an arena has one writer because a rank of the node has one process.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
-import mmap
 import os
+import stat
 import threading
 import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -35,15 +34,15 @@ from megatron_moetion.store.manifest import (
     page_bytes,
     successor,
 )
+from megatron_moetion.store.mapping import MappedFile
 from megatron_moetion.units import Inventory, UnitKind, align_up
 
 FORMAT_VERSION = 1
-_MAGIC = b"MOETION1"
+_NAME = b"MOETION"
+_MAGIC = _NAME + str(FORMAT_VERSION).encode()
+"""Every version begins with the name and one digit for the version, whatever follows."""
 _HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
-_SHARED_NOW = mmap.MAP_SHARED | mmap.MAP_POPULATE  # page faults at start, not in the first snapshots
-LOCK_WAIT_S = 40.0
-"""A supervisor ends the processes of a failed attempt within 30 s; their locks go with them."""
 
 Bytes = npt.NDArray[np.uint8]
 Digests = npt.NDArray[np.uint64]
@@ -94,7 +93,8 @@ class ArenaSpec:
     @property
     def nbytes(self) -> int:
         """Bytes of the file."""
-        return _Layout.of(self).nbytes
+        chunk_bytes = self.identity.chunk_bytes
+        return _slots_start(self) + sum(count * _stride(size, chunk_bytes) for size, count in self.slots)
 
     @property
     def num_records(self) -> int:
@@ -110,13 +110,21 @@ class ArenaSpec:
         """Inverse of ``to_json``; raises ``CorruptArena`` on a document of another shape."""
         try:
             raw: dict[str, Any] = json.loads(data)
-            return cls(
+            found = cls(
                 identity=ArenaIdentity(**raw["identity"]),
                 units=tuple((str(n), int(UnitKind(k)), int(b)) for n, k, b in raw["units"]),
                 slots=tuple((int(b), int(c)) for b, c in raw["slots"]),
             )
+            for field in fields(ArenaIdentity):
+                value = getattr(found.identity, field.name)
+                if type(value).__name__ != field.type:
+                    raise ValueError(f"{field.name} is {value!r}")
+            sizes = [b for _, _, b in found.units] + [n for slot in found.slots for n in slot]
+            if min(sizes, default=0) < 0 or found.identity.chunk_bytes < 1:
+                raise ValueError("a size is negative")
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
+        return found
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,12 +139,12 @@ class _Layout:
 
     @classmethod
     def of(cls, spec: ArenaSpec) -> _Layout:
-        header = _round(_HEADER_PREFIX_BYTES + len(spec.to_json()))
+        cursor = _slots_start(spec)
         area = _round(page_bytes(spec.num_records))
-        cursor = header + 2 * area
+        header = cursor - 2 * area
         starts, sizes = [], []
         for size, count in spec.slots:
-            stride = _round(size + 8 * num_chunks(size, spec.identity.chunk_bytes))
+            stride = _stride(size, spec.identity.chunk_bytes)
             for _ in range(count):
                 starts.append(cursor)
                 sizes.append(size)
@@ -157,13 +165,13 @@ class Arena:
     """
 
     def __init__(
-        self, path: Path, spec: ArenaSpec, fd: int, memory: mmap.mmap, pages: Sequence[Page | None], page: Page
+        self, path: Path, spec: ArenaSpec, mapping: MappedFile, inode: int, pages: Sequence[Page | None], page: Page
     ) -> None:
         self.path = path
         self.spec = spec
-        self._fd = fd
-        self._memory = memory
-        self._view: Bytes = np.frombuffer(memory, dtype=np.uint8)
+        self._mapping: MappedFile | None = mapping
+        self._inode = inode
+        self._view: Bytes = mapping.array()
         self._layout = _Layout.of(spec)
         self._lock = threading.RLock()
         self._page = page
@@ -186,61 +194,77 @@ class Arena:
         ``page`` is its first manifest page and must list no captures. Raises ``StoreError`` where memory is short.
         """
         assert not page.records, "a new arena holds no captures"
-        layout = _Layout.of(spec)
+        document = spec.to_json()
+        prefix = _MAGIC + len(document).to_bytes(8, "little") + _digest(document)
         for left in path.parent.glob(f"{path.stem}.*.tmp"):
             left.unlink(missing_ok=True)  # a process was killed while it made this arena; its file holds memory
-        if free_bytes(path.parent) < layout.nbytes:
-            raise _no_space(path.parent, layout.nbytes)
-        scratch = path.with_suffix(f".{os.getpid()}.tmp")
-        fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            _allocate(fd, layout.nbytes, path.parent)
-            memory = mmap.mmap(fd, layout.nbytes, flags=_SHARED_NOW)
-            document = spec.to_json()
-            prefix = _MAGIC + len(document).to_bytes(8, "little") + _digest(document)
-            memory[: len(prefix) + len(document)] = prefix + document
+
+        def make(fd: int) -> MappedFile:
+            mapping = MappedFile(fd, spec.nbytes)
+            view = mapping.array()
             first = encode_page(page, spec.num_records)
-            memory[layout.page_starts[0] : layout.page_starts[0] + len(first)] = first
-            os.rename(scratch, path)
-        except BaseException:
-            os.close(fd)
-            scratch.unlink(missing_ok=True)
-            raise
-        return cls(path, spec, fd, memory, (page, None), page)
+            for start, data in ((0, prefix + document), (_Layout.of(spec).page_starts[0], first)):
+                view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+            return mapping
+
+        mapping, inode = _new_file(path, spec.nbytes, make)
+        return cls(path, spec, mapping, inode, (page, None), page)
 
     @classmethod
-    def open(cls, path: Path, wait_s: float = LOCK_WAIT_S) -> Arena:
-        """Open an arena for writing; waits at most ``wait_s`` for another process to let go of it.
+    def open(cls, path: Path) -> Arena:
+        """Open an arena for writing.
 
-        Raises ``CorruptArena`` where the header or both pages fail to verify.
+        Raises ``CorruptArena`` where it is no readable file of this user, or header or both pages fail to verify;
+        ``IdentityMismatch`` where another version of the format wrote it.
         """
-        fd = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+        fd = _open_regular(path, os.O_RDWR)
         try:
-            _lock(fd, path, wait_s)
             spec = _read_spec(fd, path)
-            layout = _Layout.of(spec)
-            if os.fstat(fd).st_size != layout.nbytes:
-                raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {layout.nbytes}")
-            memory = mmap.mmap(fd, layout.nbytes, flags=_SHARED_NOW)
-            pages, page = _newest([memory[s : s + layout.page_area] for s in layout.page_starts], path)
-        except BaseException:
+            status = os.fstat(fd)
+            if status.st_size != spec.nbytes:
+                raise CorruptArena(f"{path} has {status.st_size} bytes; its header says {spec.nbytes}")
+            mapping = MappedFile(fd, spec.nbytes)
+            layout, view = _Layout.of(spec), mapping.array()
+            pages, page = _newest([view[s : s + layout.page_area].tobytes() for s in layout.page_starts], path)
+        finally:
             os.close(fd)
-            raise
-        return cls(path, spec, fd, memory, pages, page)
+        return cls(path, spec, mapping, status.st_ino, pages, page)
 
     def close(self) -> None:
-        """Let go of the file; it stays. Views of it must no longer be used."""
+        """Let go of the file; it stays. Views of it stay good for as long as they are referred to."""
         with self._lock:
-            if self._fd >= 0:
-                fcntl.flock(self._fd, fcntl.LOCK_UN)  # the mapping holds a duplicate of the descriptor
-                os.close(self._fd)
-                self._fd = -1
+            self._mapping, self._view = None, self._view[:0].copy()
 
     def remove(self) -> None:
         """Delete the file and let go of it."""
         self.path.unlink(missing_ok=True)
         self.close()
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the file still stands under its name. Without it the arena cannot be found after a restart."""
+        try:
+            return self.path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def make_file_again(self) -> None:
+        """Write all that the arena holds to a new file, which takes the place of one that was deleted.
+
+        Addresses stay good, the memory behind them is another one. Nobody else may use the arena meanwhile. Raises
+        ``StoreError`` where memory is short: the deleted file's memory is only given back afterwards.
+        """
+
+        def take(fd: int) -> MappedFile:
+            assert self._mapping is not None, f"{self.path} is closed"
+            left = self._view.data
+            while left:
+                left = left[os.write(fd, left[: 1 << 30]) :]
+            self._mapping.replace(fd)
+            return self._mapping
+
+        with self._lock:
+            self._mapping, self._inode = _new_file(self.path, self.nbytes, take)
 
     # -- reading --------------------------------------------------------------------------------------
 
@@ -328,7 +352,7 @@ class Arena:
     def _write(self, page: Page) -> None:
         start = self._layout.page_starts[self._next_page]
         data = encode_page(page, self.spec.num_records)
-        self._memory[start : start + len(data)] = data
+        self._view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
         self._page = page
         self._next_page = 1 - self._next_page
 
@@ -348,17 +372,38 @@ def num_chunks(nbytes: int, chunk_bytes: int) -> int:
 
 
 def peek(path: Path) -> tuple[ArenaSpec, Page]:
-    """Header and manifest of an arena file, also while another process writes to it.
-
-    ``CorruptArena`` where they do not verify.
-    """
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    """Header and manifest of an arena file, also while another process writes to it. Raises as ``Arena.open``."""
+    fd = _open_regular(path, os.O_RDONLY)
     try:
         spec = _read_spec(fd, path)
+        if os.fstat(fd).st_size != spec.nbytes:
+            raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {spec.nbytes}")
         layout = _Layout.of(spec)
         return spec, _newest([os.pread(fd, layout.page_area, start) for start in layout.page_starts], path)[1]
     finally:
         os.close(fd)
+
+
+def clear(path: Path) -> None:
+    """Free a name in the store, whatever stands under it: a file is deleted, anything else is moved aside."""
+    try:
+        path.unlink(missing_ok=True)
+    except OSError:
+        path.rename(path.with_name(f"{path.name}.unusable-{os.getpid()}-{time.time_ns()}"))
+
+
+def _open_regular(path: Path, flags: int) -> int:
+    """Open a regular file of this user's, following no link and waiting for nobody. Raises ``CorruptArena``."""
+    try:
+        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        raise CorruptArena(f"{path} cannot be opened: {error.strerror}") from error
+    status = os.fstat(fd)
+    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+        return fd
+    os.close(fd)
+    what = f"belongs to user {status.st_uid}" if stat.S_ISREG(status.st_mode) else "is no regular file"
+    raise CorruptArena(f"{path} {what}")
 
 
 def _newest(areas: Sequence[bytes], path: Path) -> tuple[list[Page | None], Page]:
@@ -371,14 +416,28 @@ def _newest(areas: Sequence[bytes], path: Path) -> tuple[list[Page | None], Page
 
 
 def _read_spec(fd: int, path: Path) -> ArenaSpec:
+    """The header, its version first: what another version wrote is not damaged, and not ours to judge."""
     prefix = os.pread(fd, _HEADER_PREFIX_BYTES, 0)
+    if prefix.startswith(_NAME) and prefix[7:8].isdigit() and prefix[:8] != _MAGIC:
+        raise _other_version(path, prefix[7:8].decode())
     length = int.from_bytes(prefix[8:16], "little")
     if len(prefix) < _HEADER_PREFIX_BYTES or prefix[:8] != _MAGIC or length > os.fstat(fd).st_size:
         raise CorruptArena(f"{path} is not an arena, or its header is damaged")
     document = os.pread(fd, length, _HEADER_PREFIX_BYTES)
     if _digest(document) != prefix[16:]:
         raise CorruptArena(f"{path}: the header does not verify")
-    return ArenaSpec.from_json(document)
+    try:
+        return ArenaSpec.from_json(document)
+    except CorruptArena as error:  # it verifies, so this is what was written
+        raise _other_version(path, f"{FORMAT_VERSION} with other fields") from error
+
+
+def _other_version(path: Path, version: str) -> IdentityMismatch:
+    return IdentityMismatch(
+        f"{path} was written by another version of MoEtion: its format is {version!r}, this version reads "
+        f"{FORMAT_VERSION}. It is left as it is: go on with that version, give another --moetion-run-id, or delete the "
+        f"folder if its state is no longer wanted"
+    )
 
 
 def check_identity(found: ArenaSpec, expected: ArenaSpec, path: Path) -> None:
@@ -396,6 +455,15 @@ def check_identity(found: ArenaSpec, expected: ArenaSpec, path: Path) -> None:
             f"{path} belongs to something else ({sides}). Use the settings that it was made with, "
             f"another --moetion-run-id, or delete the folder if its state is no longer wanted"
         )
+
+
+def _slots_start(spec: ArenaSpec) -> int:
+    return _round(_HEADER_PREFIX_BYTES + len(spec.to_json())) + 2 * _round(page_bytes(spec.num_records))
+
+
+def _stride(nbytes: int, chunk_bytes: int) -> int:
+    """Bytes of a slot: a capture and its chunk digests."""
+    return _round(nbytes + 8 * num_chunks(nbytes, chunk_bytes))
 
 
 def _round(nbytes: int) -> int:
@@ -421,23 +489,25 @@ def _no_space(folder: Path, need: int) -> StoreError:
     )
 
 
-def _allocate(fd: int, nbytes: int, folder: Path) -> None:
+def _new_file(path: Path, nbytes: int, make: Callable[[int], MappedFile]) -> tuple[MappedFile, int]:
+    """A file of allocated memory, mapped, and its inode; it appears under its name only when ``make`` is done with it.
+
+    Raises ``StoreError`` where memory is short.
+    """
+    if free_bytes(path.parent) < nbytes:
+        raise _no_space(path.parent, nbytes)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
-        os.posix_fallocate(fd, 0, nbytes)
-    except OSError as error:
-        raise _no_space(folder, nbytes) from error
-
-
-def _lock(fd: int, path: Path, wait_s: float) -> None:
-    deadline = time.monotonic() + wait_s
-    while True:
         try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                raise StoreError(
-                    f"{path} is still in use by another process after {wait_s:.0f} s; is another job with the "
-                    f"same --moetion-run-id running on this node?"
-                ) from error
-            time.sleep(0.05)
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            raise _no_space(path.parent, nbytes) from error
+        mapping = make(fd)
+        os.rename(scratch, path)
+        return mapping, os.fstat(fd).st_ino
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)

@@ -6,14 +6,18 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import stat
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
+from megatron_moetion.errors import ConfigError, StoreError
 from megatron_moetion.store.arena import peek
+from megatron_moetion.store.lock import NodeLock
+
+_MARKER = "node.id"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,6 +26,23 @@ class NodeFolder:
 
     path: Path
     key: str
+    position: int
+    """Of this rank among the node's, from 0."""
+    num_ranks: int
+    """Ranks of the node."""
+
+    def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
+        """See ``NodeLock.take``."""
+        return NodeLock.take(self.path, self.position, self.num_ranks, wait_s, say)
+
+    def make_again(self, lock: NodeLock) -> None:
+        """Put back what makes the folder this node's, after somebody deleted it. ``StoreError`` where that fails."""
+        try:
+            _make_folder(self.path)
+            (self.path / _MARKER).write_text(self.key)
+            lock.renew()
+        except OSError as error:
+            raise StoreError(f"the store {self.path} cannot be made again: {error.strerror}") from error
 
 
 def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
@@ -57,7 +78,7 @@ def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str]
         )
     path = Path(config.store_folder) / run_id / f"node{local_rank // per_node}"
     try:
-        path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        _make_folder(path)
         probe = path / f".probe{os.getpid()}"
         probe.touch()
         probe.unlink()
@@ -66,7 +87,20 @@ def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str]
         raise StoreError(
             f"the store {path} cannot be written: {error.strerror}; choose another with --moetion-store"
         ) from error
-    return NodeFolder(path=path, key=key)
+    return NodeFolder(path=path, key=key, position=local_rank % per_node, num_ranks=per_node)
+
+
+def _make_folder(path: Path) -> None:
+    """The node's folder and the run's above it, for this user alone. ``StoreError`` where either is another user's."""
+    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (path.parent, path):
+        folder.mkdir(exist_ok=True, mode=0o700)
+        status = folder.lstat()
+        if status.st_uid != os.geteuid() or not stat.S_ISDIR(status.st_mode):
+            raise StoreError(
+                f"{folder} belongs to user {status.st_uid}, or is a link, and this process is user {os.geteuid()}: "
+                f"state in it would be in strange hands; choose another place with --moetion-store"
+            )
 
 
 def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
@@ -81,7 +115,7 @@ def period_found(node: NodeFolder) -> int:
     for path in sorted(node.path.glob("*.arena")):
         try:
             spec, page = peek(path)
-        except (OSError, CorruptArena):
+        except StoreError:  # damaged or another's: the survey says so
             continue
         if spec.identity.period and page.stable >= 0:
             return spec.identity.period
@@ -90,7 +124,7 @@ def period_found(node: NodeFolder) -> int:
 
 def bytes_here(node: NodeFolder) -> int:
     """Memory that arenas here take, whoever left them."""
-    return sum(path.stat().st_size for path in node.path.glob("*.arena"))
+    return sum(path.lstat().st_size for path in node.path.glob("*.arena"))
 
 
 def remove_run(config: MoetionConfig, run_id: str) -> None:
@@ -100,7 +134,7 @@ def remove_run(config: MoetionConfig, run_id: str) -> None:
 
 def _key(path: Path) -> str:
     """A name that lives and dies with the folder's memory, so that a replaced node is a new node."""
-    marker = path / "node.id"
+    marker = path / _MARKER
     scratch = path / f".node.id.{os.getpid()}"
     scratch.write_text(uuid.uuid4().hex)
     try:

@@ -388,11 +388,11 @@ def _train(
     state = trainee(toy, rank, attempt)
     timing = scheduler(settings.schedule)
     fabric = GlooFabric(
-        expert_peers=state.expert_peers(),
         timeout_s=settings.timeout_s,
         in_flight_bytes=settings.in_flight_bytes,
         gate=timing.gate,
     )
+    fabric.join_experts(state.expert_peers())
     session = Session(
         config=settings,
         adapter=state,

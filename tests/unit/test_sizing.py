@@ -55,7 +55,7 @@ def settle(tmp_path: Path) -> Settle:
             return Sizing.settle(
                 config=MoetionConfig(mode=modes[rank], snapshot_bytes=budgets[rank], **settings),
                 fabric=ToyFabric(network, rank),
-                node=NodeFolder(path=tmp_path / f"node{rank}", key=str(rank)),
+                node=NodeFolder(path=tmp_path / f"node{rank}", key=str(rank), position=0, num_ranks=1),
                 identity=identity(owner=rank, mode=modes[rank]),
                 inventory=state(elements[rank]),
                 num_experts=0,
@@ -113,7 +113,7 @@ def test_a_restart_keeps_the_period_of_the_arenas_that_are_there_whatever_asked_
     assert [s.note for s in again] == ["", ""]
     assert again[1].spec == before.spec
     assert settle(period=5)[1].spec == before.spec
-    nodes = [NodeFolder(path=tmp_path / f"node{r}", key="") for r in range(2)]
+    nodes = [NodeFolder(path=tmp_path / f"node{r}", key="", position=0, num_ranks=1) for r in range(2)]
     assert [period_found(n) for n in nodes] == [0, 5]
 
 

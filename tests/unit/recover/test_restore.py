@@ -57,7 +57,7 @@ class TwoNodes:
         for (node, _), arena in self.arenas.items():
             arena.close()
             reports += survey_store([arena.path], node, node, self.specs, POOL)
-        self.arenas = {at: Arena.open(a.path, wait_s=1) for at, a in self.arenas.items()}
+        self.arenas = {at: Arena.open(a.path) for at, a in self.arenas.items()}
         facts = [
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in s.units))
             for r, s in enumerate(self.specs)

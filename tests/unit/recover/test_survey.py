@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 from support import CHUNK_BYTES, POOL, ToyState, capture, make_arena, spec_of
 
 from megatron_moetion.recover.survey import ArenaReport, survey_store
@@ -102,6 +104,30 @@ def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) ->
     found = survey(path, ToyState())
     assert "rank00000.arena" in found.problem
     assert not found.stranger
+
+
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "pipe"])
+def test_what_is_no_regular_file_is_a_problem_and_no_stranger(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rank00000.arena"
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    found = survey(path, ToyState())
+    assert str(path) in found.problem
+    assert not found.stranger
+
+
+def test_an_arena_of_another_version_is_a_stranger_also_when_it_holds_nothing(tmp_path: Path) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state)
+    arena.close()
+    arena.path.write_bytes(b"MOETION2" + arena.path.read_bytes()[8:])
+    found = survey(arena.path, state)
+    assert found.stranger
+    assert "another version" in found.problem
 
 
 def test_a_survey_lets_go_of_what_it_looked_at(tmp_path: Path) -> None:

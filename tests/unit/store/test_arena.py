@@ -4,10 +4,12 @@
 from __future__ import annotations
 
 import errno
+import hashlib
+import json
 import os
 import random
-import signal
-import subprocess
+import re
+import socket
 import sys
 import tempfile
 from itertools import pairwise
@@ -22,7 +24,7 @@ from support import ToyState, identity, make_arena, spec_of
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
 from megatron_moetion.store import arena as arena_module
-from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity
+from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity, clear, peek
 from megatron_moetion.store.manifest import Branch, Page, Record, decode_page, page_bytes
 
 SMALL, LARGE = 64, 8192
@@ -69,7 +71,7 @@ def test_captures_survive_the_process(tmp_path: Path) -> None:
     records = [store(first, 0, 5), store(first, 1, 5)]
     first.digests(records[1].slot)[:] = [7, 8]
     first.close()
-    again = Arena.open(tmp_path / "rank00000.arena", wait_s=1)
+    again = Arena.open(tmp_path / "rank00000.arena")
     assert again.spec == SPEC
     assert (again.page.epoch, again.page.stable, again.page.branches) == (3, 2, (Branch(epoch=3, iteration=2),))
     assert list(again.page.records) == records
@@ -138,13 +140,7 @@ def test_room_in_the_page_for_a_record_in_every_slot(tmp_path: Path) -> None:
     assert len(arena.page.records) == SPEC.num_slots
 
 
-# -- one writer -----------------------------------------------------------------------------------------------
-
-
-def test_a_second_writer_is_refused_in_time(tmp_path: Path) -> None:
-    arena = create(tmp_path)
-    with pytest.raises(StoreError, match=r"still in use by another process after 0 s.*--moetion-run-id"):
-        Arena.open(arena.path, wait_s=0.1)
+# -- its file -------------------------------------------------------------------------------------------------
 
 
 def test_close_lets_go_while_views_are_alive(tmp_path: Path) -> None:
@@ -152,23 +148,93 @@ def test_close_lets_go_while_views_are_alive(tmp_path: Path) -> None:
     view = arena.payload(0)
     arena.close()
     arena.close()
-    Arena.open(arena.path, wait_s=0.1).close()
-    assert view.nbytes == SMALL
+    Arena.open(arena.path).close()
+    view[:] = 3
+    assert view.tolist() == [3] * SMALL
 
 
-def test_a_dead_process_lets_go(tmp_path: Path) -> None:
+def test_a_file_that_was_deleted_is_made_again_at_the_same_addresses(tmp_path: Path) -> None:
+    arena = create(tmp_path, Page(epoch=2, stable=1))
+    record = store(arena, 1, 5)
+    address, view = arena.memory.ctypes.data, arena.payload(record.slot)
+    assert arena.has_file
+    arena.path.unlink()
+    assert not arena.has_file
+    arena.make_file_again()
+    assert arena.has_file
+    assert arena.memory.ctypes.data == address
+    view[:] = 77  # what an old view writes goes into the new file
+    store(arena, 0, 6)
+    again = Arena.open(arena.path)
+    assert again.page == arena.page
+    assert (again.payload(record.slot) == 77).all()
+
+
+def test_another_file_under_the_name_is_noticed(tmp_path: Path) -> None:
     arena = create(tmp_path)
-    arena.close()
-    path = arena.path
-    hold = "import fcntl, sys; f = open(sys.argv[1]); fcntl.flock(f, 2); print(flush=True); sys.stdin.read()"
-    other = subprocess.Popen([sys.executable, "-c", hold, str(path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert other.stdout is not None
-    other.stdout.readline()
-    with pytest.raises(StoreError, match="still in use"):
-        Arena.open(path, wait_s=0.1)
-    other.send_signal(signal.SIGKILL)
-    Arena.open(path, wait_s=10).close()
-    other.communicate()
+    (tmp_path / "other").write_bytes(b"")
+    (tmp_path / "other").rename(arena.path)
+    assert not arena.has_file
+
+
+def test_without_room_a_deleted_file_is_not_made_again_and_the_arena_stays_good(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arena = create(tmp_path)
+    record = store(arena, 0, 5)
+    arena.path.unlink()
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=4096))
+    with pytest.raises(StoreError, match="this arena needs"):
+        arena.make_file_again()
+    assert (arena.payload(record.slot) == 5).all()
+    assert list(tmp_path.iterdir()) == []
+
+
+def special(path: Path, kind: str) -> None:
+    """Something that is no regular file, or none that can be read."""
+    if kind == "folder":
+        path.mkdir()
+    elif kind == "link to nothing":
+        path.symlink_to(path.parent / "nothing")
+    elif kind == "link to an arena":
+        path.symlink_to(create(path.parent).path)
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        listener = socket.socket(socket.AF_UNIX)
+        listener.bind(str(path))
+        listener.close()
+
+
+SPECIAL = ("folder", "link to nothing", "link to an arena", "pipe", "socket")
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_what_is_no_regular_file_is_corrupt_at_once(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rank00007.arena"
+    special(path, kind)
+    for look in (Arena.open, peek):
+        with pytest.raises(CorruptArena, match=re.escape(str(path))):
+            look(path)
+
+
+@pytest.mark.parametrize("kind", SPECIAL)
+def test_a_name_is_cleared_whatever_stands_under_it(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "rank00007.arena"
+    special(path, kind)
+    before = {p.name for p in tmp_path.iterdir()} - {path.name}
+    clear(path)
+    assert not path.is_symlink()
+    assert not path.exists()
+    assert before <= {p.name for p in tmp_path.iterdir()}
+    clear(path)
+
+
+def test_another_users_file_is_corrupt(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arena = create(tmp_path)
+    monkeypatch.setattr(os, "geteuid", lambda: 12345)
+    with pytest.raises(CorruptArena, match="belongs to user"):
+        Arena.open(arena.path)
 
 
 def test_remove_deletes_the_file(tmp_path: Path) -> None:
@@ -237,7 +303,54 @@ def test_a_truncated_file_is_corrupt(tmp_path: Path, size: int) -> None:
     path = _closed(tmp_path)
     os.truncate(path, size % path.stat().st_size)
     with pytest.raises(CorruptArena, match="rank00000"):
-        Arena.open(path, wait_s=1)
+        Arena.open(path)
+
+
+def rewrite_header(path: Path, magic: bytes = b"MOETION1", **identity_fields: object) -> None:
+    """A header that verifies, with other fields."""
+    data = bytearray(path.read_bytes())
+    document = json.loads(data[32 : 32 + int.from_bytes(data[8:16], "little")])
+    document["identity"] |= identity_fields
+    body = json.dumps(document, separators=(",", ":")).encode()
+    assert 32 + len(body) <= 4096
+    digest = hashlib.blake2b(body, digest_size=16).digest()
+    data[: 32 + len(body)] = magic + len(body).to_bytes(8, "little") + digest + body
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    ("magic", "more"), [(b"MOETION2", {}), (b"MOETION9", {"x": 1}), (b"MOETION1", {"new_field": 1})]
+)
+def test_an_arena_of_another_version_is_a_stranger_and_not_damaged(
+    tmp_path: Path, magic: bytes, more: dict[str, object]
+) -> None:
+    arena = create(tmp_path)
+    arena.close()
+    rewrite_header(arena.path, magic, **more)
+    for look in (Arena.open, peek):
+        with pytest.raises(IdentityMismatch, match=r"another version.*its format is '.*this version reads 1"):
+            look(arena.path)
+
+
+@pytest.mark.parametrize("field", ["owner", "run_id", "chunk_bytes"])
+def test_a_header_with_values_of_another_kind_is_refused(tmp_path: Path, field: str) -> None:
+    arena = create(tmp_path)
+    arena.close()
+    rewrite_header(arena.path, **{field: [1]})
+    with pytest.raises(IdentityMismatch):
+        Arena.open(arena.path)
+
+
+def test_a_header_that_claims_many_slots_is_corrupt_before_they_are_counted(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    huge = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 1 << 40),)).to_json()
+    data = bytearray(arena.path.read_bytes())
+    digest = hashlib.blake2b(huge, digest_size=16).digest()
+    data[: 32 + len(huge)] = b"MOETION1" + len(huge).to_bytes(8, "little") + digest + huge
+    arena.path.write_bytes(data)
+    for look in (Arena.open, peek):
+        with pytest.raises(CorruptArena, match="its header says"):
+            look(arena.path)
 
 
 def test_a_damaged_header_is_corrupt(tmp_path: Path) -> None:
@@ -245,9 +358,9 @@ def test_a_damaged_header_is_corrupt(tmp_path: Path) -> None:
     for position in range(32 + len(SPEC.to_json())):
         damage(path, position)
         with pytest.raises(CorruptArena):
-            Arena.open(path, wait_s=1)
+            Arena.open(path)
         damage(path, position)
-    Arena.open(path, wait_s=1).close()
+    Arena.open(path).close()
 
 
 def test_a_header_of_another_shape_is_corrupt() -> None:
@@ -261,7 +374,7 @@ def test_a_damaged_page_falls_back_and_two_are_corrupt(tmp_path: Path) -> None:
     older, current = sorted(valid_pages(path), key=lambda p: p.sequence)
     assert [len(older.records), len(current.records)] == [1, 2]
     damage(path, PAGE_STARTS[current.sequence % 2] + 60)
-    arena = Arena.open(path, wait_s=1)
+    arena = Arena.open(path)
     assert arena.page == older
     store(arena, 1, 9)
     assert len(valid_pages(path)) == 2
@@ -269,7 +382,7 @@ def test_a_damaged_page_falls_back_and_two_are_corrupt(tmp_path: Path) -> None:
     for start in PAGE_STARTS:
         damage(path, start + 60)
     with pytest.raises(CorruptArena, match="neither manifest page verifies"):
-        Arena.open(path, wait_s=1)
+        Arena.open(path)
 
 
 def _closed(folder: Path) -> Path:
@@ -294,7 +407,7 @@ def test_a_freed_slot_that_is_overwritten_is_in_no_valid_page(tmp_path: Path) ->
     current = arena.page.sequence
     arena.close()
     damage(arena.path, PAGE_STARTS[current % 2] + 60)
-    again = Arena.open(arena.path, wait_s=1)
+    again = Arena.open(arena.path)
     assert again.page.sequence == current - 1
     assert again.page.records == (kept,)
 
@@ -305,7 +418,7 @@ def test_a_crash_between_the_two_page_writes_of_an_edit_frees_no_slot(
     arena = create(tmp_path)
     doomed, kept = store(arena, 1, 1), store(arena, 1, 2)
     _crash_in_edit(arena, (kept,), monkeypatch)
-    again = Arena.open(arena.path, wait_s=1)
+    again = Arena.open(arena.path)
     assert again.page.records == (kept,)
     assert doomed in min(valid_pages(arena.path), key=lambda p: p.sequence).records
     assert again.acquire(LARGE) is None, "the older page is valid and refers to this slot"
@@ -362,12 +475,12 @@ def test_every_valid_page_refers_to_the_bytes_it_was_written_for(operations: lis
                     arena.edit(lambda page, kept=kept: {"records": kept})
                 else:
                     _crash_in_edit(arena, kept, patch)
-                    arena, pending = Arena.open(arena.path, wait_s=1), []
+                    arena, pending = Arena.open(arena.path), []
             elif operation == "stable":
                 arena.edit(lambda page, clock=clock: {"stable": clock})
             elif operation == "reopen":
                 arena.close()
-                arena, pending = Arena.open(arena.path, wait_s=1), []
+                arena, pending = Arena.open(arena.path), []
                 assert arena.page.records == records
             pages = valid_pages(arena.path)
             assert max(pages, key=lambda p: p.sequence) == arena.page

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -52,8 +53,9 @@ def test_restarts_are_the_most_that_any_supervisor_knows() -> None:
 def test_ranks_of_a_node_share_a_folder_and_a_key(tmp_path: Path) -> None:
     config = MoetionConfig(store=str(tmp_path), ranks_per_node=2)
     nodes = [open_node(config, "run", {**FOUR, "LOCAL_RANK": str(r)}, 8) for r in range(4)]
-    assert nodes[0] == nodes[1]
-    assert nodes[2] == nodes[3]
+    assert (nodes[0].path, nodes[0].key) == (nodes[1].path, nodes[1].key)
+    assert [(n.position, n.num_ranks) for n in nodes] == [(0, 2), (1, 2)] * 2
+    assert nodes[2].key == nodes[3].key
     assert nodes[0].key != nodes[2].key
     assert nodes[3].path == tmp_path / "run" / "node1"
     assert sorted(p.name for p in nodes[0].path.iterdir()) == ["node.id"]
@@ -78,6 +80,32 @@ def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match=r"the store .*file.* cannot be written.*--moetion-store"):
         open_node(MoetionConfig(store=str(tmp_path / "file")), "run", FOUR, 4)
+
+
+@pytest.mark.parametrize("whose", ["run", "run/node0"])
+def test_a_folder_of_another_user_is_refused(tmp_path: Path, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = MoetionConfig(store=str(tmp_path))
+    open_node(config, "run", FOUR, 4)
+    lstat, foreign = Path.lstat, tmp_path / whose
+
+    def status(path: Path) -> object:
+        found = lstat(path)
+        return SimpleNamespace(st_uid=found.st_uid + (path == foreign), st_mode=found.st_mode)
+
+    monkeypatch.setattr(Path, "lstat", status)
+    with pytest.raises(StoreError, match=rf"{foreign} belongs to user \d+.*--moetion-store"):
+        open_node(config, "run", FOUR, 4)
+
+
+def test_a_folder_that_was_deleted_is_made_again_as_the_same_node(tmp_path: Path) -> None:
+    config = MoetionConfig(store=str(tmp_path))
+    node = open_node(config, "run", FOUR, 4)
+    lock = node.lock(1, lambda _: None)
+    shutil.rmtree(tmp_path / "run")
+    node.make_again(lock)
+    assert lock.has_file
+    assert open_node(config, "run", FOUR, 4) == node
+    lock.close()
 
 
 def test_a_process_leaves_its_id_and_a_run_can_be_removed(tmp_path: Path) -> None:

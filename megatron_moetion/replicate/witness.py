@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Somebody who outlives the ranks and knows whether this run has ever had a state to lose.
+
+Without a witness, a restart that finds no arena cannot tell a run that died before its first snapshot from one whose
+copies are all gone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from torch import distributed as dist
+
+ENDPOINT = "MOETION_RENDEZVOUS"
+"""Environment: host:port of a rendezvous store that lives as long as the job, where the launcher's own does not."""
+_TIMEOUT = timedelta(seconds=20)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Past:
+    """What is known of earlier starts of this run."""
+
+    is_known: bool = False
+    """Whether the witness was there from the first start on."""
+    had_baseline: bool = False
+    """Whether a first snapshot was ever whole on all ranks."""
+
+
+class Witness(Protocol):
+    """Asked and told by rank 0 only."""
+
+    def arrive(self) -> Past:
+        """Note that the run starts, once more perhaps."""
+        ...
+
+    def has_baseline(self) -> None:
+        """Note that there is a state to lose from now on."""
+        ...
+
+
+class NoWitness:
+    """Knows nothing."""
+
+    def arrive(self) -> Past:
+        """See ``Witness``."""
+        return Past()
+
+    def has_baseline(self) -> None:
+        """See ``Witness``."""
+
+
+NO_WITNESS = NoWitness()
+
+
+class StoreWitness:
+    """Keeps its notes in a rendezvous store. ``is_first``: the store is known to be as old as the run."""
+
+    def __init__(self, store: dist.Store, run_id: str, *, is_first: bool) -> None:
+        self._store = store
+        self._starts = f"moetion/{run_id}/starts"
+        self._baseline = f"moetion/{run_id}/baseline"
+        self._is_first = is_first
+
+    def arrive(self) -> Past:
+        """See ``Witness``. A store that does not answer knows nothing."""
+        try:
+            earlier = self._store.add(self._starts, 1) - 1
+            return Past(is_known=self._is_first or earlier > 0, had_baseline=self._store.check([self._baseline]))
+        except RuntimeError:  # torch raises nothing narrower for a lost store
+            return Past()
+
+    def has_baseline(self) -> None:
+        """See ``Witness``."""
+        try:
+            self._store.set(self._baseline, "1")
+        except (
+            RuntimeError
+        ):  # torch raises nothing narrower for a lost store; at worst a later restart asks for consent
+            return
+
+
+def witness_of(environment: Mapping[str, str], run_id: str) -> Witness:
+    """The launcher's store, if it outlives an attempt: named by ``MOETION_RENDEZVOUS``, else torchrun's own.
+
+    torchrun keeps one store for all attempts of a job, unless it was told not to share it. A requeued SLURM job has a
+    new one.
+    """
+    is_requeued = environment.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
+    named = environment.get(ENDPOINT, "")
+    shared = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") not in ("1", "true", "True")
+    if named:
+        host, _, port = named.rpartition(":")
+    elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and shared:
+        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+    else:
+        return NoWitness()
+    try:
+        store = dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+    except (RuntimeError, ValueError):  # torch raises nothing narrower where nobody listens
+        return NoWitness()
+    return StoreWitness(store, run_id, is_first=not is_requeued)

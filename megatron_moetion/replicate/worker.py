@@ -1,0 +1,58 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A thread that runs calls in order and never keeps a process alive.
+
+The interpreter joins the threads of a ``ThreadPoolExecutor`` before it ends, so a transfer that waits for a dead peer
+would hold back an exception, and with it the restart, for as long as the transfer may take.
+"""
+
+from __future__ import annotations
+
+import queue
+import threading
+from collections.abc import Callable
+from concurrent.futures import Future
+from typing import Any, ParamSpec, TypeVar
+
+T = TypeVar("T")
+P = ParamSpec("P")
+_Call = tuple["Future[Any]", Callable[[], Any]]
+
+
+class Worker:
+    """One daemon thread. ``close`` it when it is no longer needed."""
+
+    def __init__(self, name: str) -> None:
+        self._calls: queue.SimpleQueue[_Call | None] = queue.SimpleQueue()
+        self._is_closed = False
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have it called after all that was submitted before. After ``close`` the call is cancelled at once."""
+        future: Future[T] = Future()
+        if self._is_closed:
+            future.cancel()
+        else:
+            self._calls.put((future, lambda: call(*args, **kwargs)))
+        return future
+
+    def abandon(self) -> None:
+        """Cancel what has not begun, and do not wait for what has."""
+        self._is_closed = True
+        self._calls.put(None)
+
+    def close(self) -> None:
+        """Cancel what has not begun; return when what has begun is done."""
+        self.abandon()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (taken := self._calls.get()) is not None:
+            future, call = taken
+            if self._is_closed or not future.set_running_or_notify_cancel():
+                future.cancel()
+                continue
+            try:
+                future.set_result(call())
+            except BaseException as error:  # whoever asks for the result gets it
+                future.set_exception(error)

@@ -1,0 +1,118 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Who may write to a node's store: one process for each of the node's ranks, until it ends.
+
+A POSIX record lock belongs to a process. Forked children do not inherit it, and the kernel drops it when the process
+ends, however it ends. A lock by ``flock`` would live on in every forked child.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import struct
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from megatron_moetion.errors import StoreError
+
+LOCK_WAIT_S = 40.0
+"""A supervisor ends the processes of a failed attempt within 30 s; their locks go with them."""
+LOCK_NAME = "lock"
+_POLL_S = 0.05
+_SAID_AFTER_S = 3.0
+_FLOCK = struct.Struct("@hhqqi4x")  # struct flock of 64-bit Linux: type, whence, start, length, pid
+
+
+class NodeLock:
+    """One rank's share of the lock on a node's folder: the byte that stands for its position on the node.
+
+    The last rank also locks all bytes behind its own, so an earlier attempt with more ranks on the node is noticed.
+    A process must hold at most one lock on a folder: closing any descriptor of the file drops all of them.
+    """
+
+    def __init__(self, fd: int, path: Path, start: int, length: int) -> None:
+        self.path = path
+        self._fd = fd
+        self._span = (start, length)
+
+    @classmethod
+    def take(cls, folder: Path, position: int, num_ranks: int, wait_s: float, say: Callable[[str], None]) -> NodeLock:
+        """Lock rank number ``position`` of the ``num_ranks`` of this node; waits at most ``wait_s``.
+
+        ``say`` is told when that takes longer than a moment. ``StoreError`` names the process that holds the lock.
+        """
+        path = folder / LOCK_NAME
+        span = (position, 0 if position == num_ranks - 1 else 1)  # a length of 0 means without end
+        fd = _open(path)
+        began = time.monotonic()
+        is_said = False
+        try:
+            while not _try(fd, *span):
+                waited_s = time.monotonic() - began
+                holder = describe(_holder(fd, *span))
+                if waited_s >= wait_s:
+                    raise StoreError(
+                        f"{folder} is still in use by {holder} after {wait_s:.0f} s. If it is left from an earlier "
+                        f"attempt, end it; if it is another job, give this one another --moetion-run-id"
+                    )
+                if waited_s >= _SAID_AFTER_S and not is_said:
+                    is_said = True
+                    say(f"waiting up to {wait_s:.0f} s for {holder}, which still uses {folder}")
+                time.sleep(_POLL_S)
+        except BaseException:
+            os.close(fd)
+            raise
+        return cls(fd, path, *span)
+
+    @property
+    def has_file(self) -> bool:
+        """Whether the locked file still stands under its name, where others would look for it."""
+        try:
+            return self.path.stat().st_ino == os.fstat(self._fd).st_ino
+        except OSError:
+            return False
+
+    def renew(self) -> None:
+        """Lock the file of this name again after somebody deleted it. ``StoreError`` if another process has it."""
+        fd = _open(self.path)
+        if not _try(fd, *self._span):
+            holder = describe(_holder(fd, *self._span))
+            os.close(fd)
+            raise StoreError(f"{self.path.parent} was deleted, and {holder} has taken it since")
+        os.close(self._fd)
+        self._fd = fd
+
+    def close(self) -> None:
+        """Let others have the folder."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+
+def describe(pid: int) -> str:
+    """A process, for a person: its id and how it was started."""
+    try:
+        words = " ".join(Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace").replace("\0", " ").split())
+    except OSError:
+        words = ""
+    return f"process {pid}" + (f" ({words[:80]})" if words else "")
+
+
+def _open(path: Path) -> int:
+    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+
+
+def _try(fd: int, start: int, length: int) -> bool:
+    try:
+        fcntl.lockf(fd, fcntl.LOCK_EX | fcntl.LOCK_NB, length, start)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _holder(fd: int, start: int, length: int) -> int:
+    """Id of a process that holds the lock; 0 where it has just gone or lives in another container."""
+    asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
+    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return pid if kind != fcntl.F_UNLCK else 0

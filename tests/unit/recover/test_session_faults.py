@@ -1,0 +1,451 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What goes wrong around a session: newer checkpoints on disk, deleted stores, errors of one rank, sudden ends."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+import pytest
+from session_job import Adapter, Job
+
+from megatron_moetion import session
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import (
+    ConfigError,
+    IdentityMismatch,
+    MoetionError,
+    NothingRecoverable,
+    ProtectionLost,
+    StoreError,
+    UnsupportedState,
+)
+from megatron_moetion.recover import startup
+from megatron_moetion.replicate.witness import Past
+from megatron_moetion.store.arena import Arena, peek
+from megatron_moetion.store.node import NodeFolder
+
+
+def lines(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
+    return [r.getMessage() for r in caplog.records if text in r.getMessage()]
+
+
+@pytest.fixture(autouse=True)
+def _log(caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level(logging.INFO, "megatron_moetion")
+
+
+# -- the newer of memory and disk wins --------------------------------------------------------------------------
+
+
+def trained(folder: Path, steps: int = 3, **settings: object) -> Job:
+    job = Job(folder, **settings)  # type: ignore[arg-type]
+    job.start()
+    job.train(steps)
+    return job
+
+
+def test_a_newer_checkpoint_on_disk_beats_memory_and_both_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    trained(tmp_path).crash()
+    second = Job(tmp_path, attempt=1)
+    assert second.start(lambda: 30, lambda: 30) == [None, None]
+    assert lines(caplog, "memory holds iteration 3, disk 30")
+    assert second.iteration == 30
+    images = second.train(2)
+    second.crash()
+    third = Job(tmp_path, attempt=2)  # of the new lineage, with the same checkpoint still there
+    resumed = third.start(lambda: 30, lambda: 30)[0]
+    assert resumed is not None
+    assert resumed.iteration == 32
+    assert [s.image() for s in third.states] == images
+    third.crash()
+
+
+@pytest.mark.parametrize("on_disk", [None, 1, 3])
+def test_memory_that_is_as_new_as_disk_is_taken_and_disk_is_not_read(tmp_path: Path, on_disk: int | None) -> None:
+    def never() -> NoReturn:
+        raise AssertionError("memory has it")
+
+    trained(tmp_path).crash()
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start(never, lambda: on_disk)[0]
+    assert resumed is not None
+    assert resumed.iteration == 3
+    second.crash()
+
+
+def test_where_not_all_ranks_see_the_newer_checkpoint_memory_is_taken(tmp_path: Path) -> None:
+    trained(tmp_path).crash()
+    second = Job(tmp_path, attempt=1)
+    seen = iter([30, None])
+    assert second.start(lambda: 30, lambda: next(seen))[0] is not None
+    second.crash()
+
+
+@pytest.mark.parametrize("loaded", [None, 2])
+def test_a_checkpoint_that_turns_out_to_be_older_leaves_memory_the_winner(
+    tmp_path: Path, loaded: int | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    images = trained(tmp_path)
+    expected = [s.image() for s in images.states]
+    images.crash()
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start(lambda: loaded, lambda: 30)[0]
+    assert resumed is not None
+    assert resumed.iteration == 3
+    assert [s.image() for s in second.states] == expected
+    assert lines(caplog, f"disk should have held iteration 30 and gave {loaded}")
+    second.crash()
+
+
+# -- never silently from zero -----------------------------------------------------------------------------------
+
+
+class Memory:
+    """A witness that outlives attempts."""
+
+    def __init__(self) -> None:
+        self.starts = 0
+        self.baseline = False
+
+    def arrive(self) -> Past:
+        self.starts += 1
+        return Past(is_known=True, had_baseline=self.baseline)
+
+    def has_baseline(self) -> None:
+        self.baseline = True
+
+
+def test_a_run_that_died_before_its_first_arenas_starts_by_itself(tmp_path: Path) -> None:
+    witness = Memory()
+    Job(tmp_path, witness=witness)  # its processes die before they start
+    second = Job(tmp_path, attempt=1, witness=witness)
+    assert second.start() == [None, None]
+    second.train(2)
+    second.crash()
+    shutil.rmtree(tmp_path / "job")
+    with pytest.raises(NothingRecoverable):
+        Job(tmp_path, attempt=2, witness=witness).start()
+
+
+def test_agents_that_count_no_restarts_do_not_start_from_zero_where_the_witness_knows_better(tmp_path: Path) -> None:
+    witness = Memory()
+    trained(tmp_path, witness=witness).crash()
+    shutil.rmtree(tmp_path / "job")  # both nodes were replaced, by spares whose agents never failed
+    with pytest.raises(NothingRecoverable):
+        Job(tmp_path, attempt=0, witness=witness).start()
+
+
+def test_without_a_witness_a_restart_that_finds_nothing_asks_for_consent(tmp_path: Path) -> None:
+    Job(tmp_path)
+    with pytest.raises(NothingRecoverable):
+        Job(tmp_path, attempt=1).start()
+
+
+# -- other versions ---------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("consent", [{"allow_fresh": True}, {}])
+def test_arenas_of_another_version_are_left_alone_whatever_was_agreed_to(
+    tmp_path: Path, consent: dict[str, object]
+) -> None:
+    trained(tmp_path).crash()
+    paths = sorted((tmp_path / "job").rglob("*.arena"))
+    for path in paths:
+        path.write_bytes(b"MOETION2" + path.read_bytes()[8:])
+    before = [path.read_bytes() for path in paths]
+    with pytest.raises(IdentityMismatch, match="another version of MoEtion") as refusal:
+        Job(tmp_path, attempt=1, **consent).start(lambda: 40, lambda: 40)  # type: ignore[arg-type]
+    assert refusal.value.shared
+    assert [path.read_bytes() for path in paths] == before
+
+
+# -- paths that are no arenas -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["rank00000.arena", "old.arena"])
+@pytest.mark.parametrize("kind", ["folder", "link to nothing", "pipe"])
+def test_a_path_that_is_no_file_is_passed_over_and_the_replica_is_used(tmp_path: Path, name: str, kind: str) -> None:
+    job = trained(tmp_path)
+    expected = [s.image() for s in job.states]
+    job.crash()
+    path = tmp_path / "job" / "node0" / name
+    path.unlink(missing_ok=True)
+    if kind == "folder":
+        path.mkdir()
+        (path / "kept").write_text("somebody's")
+    elif kind == "pipe":
+        os.mkfifo(path)
+    else:
+        path.symlink_to(tmp_path / "nothing")
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start()
+    assert [r.iteration for r in resumed if r is not None] == [3, 3]
+    assert [s.image() for s in second.states] == expected
+    assert peek(tmp_path / "job" / "node0" / "rank00000.arena")[1].stable == 3
+    if kind == "folder":
+        assert [p.read_text() for p in (tmp_path / "job").rglob("kept")] == ["somebody's"]
+    second.crash()
+
+
+# -- errors of one rank -----------------------------------------------------------------------------------------
+
+
+def all_errors(*calls: Callable[[], object]) -> list[Exception]:
+    """What each rank raises; every one must."""
+    found: dict[int, Exception] = {}
+
+    def run(rank: int, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            found[rank] = error
+
+    threads = [threading.Thread(target=run, args=item) for item in enumerate(calls)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(4)  # less than the job's timeout: nobody waited for the rank that had given up
+    assert sorted(found) == list(range(len(calls)))
+    return [error for _, error in sorted(found.items())]
+
+
+def fail_where(
+    monkeypatch: pytest.MonkeyPatch, target: object, name: str, is_it: Callable[..., bool], error: Exception
+) -> None:
+    """Let a function raise where ``is_it`` says so of its arguments."""
+    original = getattr(target, name)
+
+    def call(*args: object, **named: object) -> object:
+        if is_it(*args):
+            raise error
+        return original(*args, **named)
+
+    monkeypatch.setattr(target, name, call)
+
+
+ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
+    "lock": (NodeFolder, "lock", lambda node, *_: node.path.name == "node1"),
+    "survey": (startup, "survey_store", lambda paths, node, rank, *_: rank == 1),
+    "open": (startup.Startup, "_open", lambda self, *_: self._fabric.rank == 1),
+    "verify": (startup, "verified", lambda packer, arena, *_: arena.spec.identity.owner == 1),
+    "host state": (Adapter, "load_host_state", lambda self, *_: self.rank == 1),
+    "epoch": (startup.Mover, "begin_epoch", lambda self: self.rank == 1),
+}
+
+
+@pytest.mark.parametrize("phase", ON_RANK_1)
+@pytest.mark.parametrize("error", [StoreError("not today"), OSError(5, "not today"), RuntimeError("not today")])
+def test_an_error_of_one_rank_while_a_run_recovers_is_raised_by_all_at_once(
+    tmp_path: Path, phase: str, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = trained(tmp_path)
+    expected = [s.image() for s in job.states]
+    job.crash()
+    second = Job(tmp_path, attempt=1)
+    with monkeypatch.context() as patched:
+        fail_where(patched, *ON_RANK_1[phase], error)
+        first, other = all_errors(*(s.start for s in second.sessions))
+    assert isinstance(first, MoetionError)
+    assert first.shared
+    assert "rank 1 on " in str(first)
+    assert "not today" in str(first)
+    assert str(other) == str(first) if isinstance(error, StoreError) else other is error
+    for each in second.sessions:
+        each.close()
+    third = Job(tmp_path, attempt=2)
+    resumed = third.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 3
+    assert [s.image() for s in third.states] == expected
+    third.crash()
+
+
+@pytest.mark.parametrize("point", ["load", "begin"])
+def test_an_error_of_one_rank_while_a_run_begins_is_raised_by_all_at_once(
+    tmp_path: Path, point: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path)
+
+    def load() -> int | None:
+        if point == "load" and next(calls):
+            raise ValueError("no such checkpoint here")
+        return None
+
+    calls = iter([False, True])
+    if point == "begin":
+        is_it: Callable[..., bool] = lambda self, *_: self._fabric.rank == 1
+        fail_where(monkeypatch, startup.Startup, "_open", is_it, StoreError("no such checkpoint here"))
+    found = all_errors(*(lambda s=s: s.start(load) for s in job.sessions))  # type: ignore[misc]
+    assert all("no such checkpoint here" in str(error) for error in found)
+
+
+def test_an_error_of_one_rank_while_sessions_are_made_is_raised_by_all_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fail_where(monkeypatch, session, "write_pid", lambda node, rank, attempt: rank == 1, OSError(28, "No space left"))
+    with pytest.raises((MoetionError, OSError), match="No space left"):
+        Job(tmp_path)
+
+
+# -- a store that is deleted while training runs ----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["full", "popularity"])
+@pytest.mark.parametrize("what", ["job", "job/node0", "job/node0/rank00001.arena", "job/node1/lock"])
+def test_a_deleted_store_is_noticed_at_the_next_snapshot_and_made_again(
+    tmp_path: Path, mode: str, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = trained(tmp_path, mode=mode, experts_per_snapshot=0 if mode == "full" else 4)
+    path = tmp_path / what
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    job.train(1)
+    assert lines(caplog, "were deleted by somebody while training runs; they were made again")
+    images = job.train(2)
+    caplog.clear()
+    job.train(0)
+    assert not lines(caplog, "deleted")
+    job.crash()
+    shutil.rmtree(tmp_path / "job" / "node1")
+    second = Job(tmp_path, attempt=1, mode=mode, experts_per_snapshot=0 if mode == "full" else 4)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 6
+    assert [s.image() for s in second.states] == images
+    second.crash()
+
+
+def test_a_deleted_store_that_cannot_be_made_again_is_said_and_tried_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = trained(tmp_path)
+    shutil.rmtree(tmp_path / "job" / "node0")
+    with monkeypatch.context() as patched:
+        fail_where(patched, Arena, "make_file_again", lambda arena: True, StoreError("no room"))
+        job.train(3)
+    said = lines(caplog, "cannot be made again: no room")
+    assert len(said) == 1
+    assert "node0" in said[0]
+    job.train(session._TRY_AGAIN)
+    assert len(lines(caplog, "they were made again")) == 1
+    job.crash()
+
+
+# -- snapshots that stop for good -------------------------------------------------------------------------------
+
+
+def test_a_run_that_lost_its_protection_says_so_again_and_ends_where_it_can_be_restarted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = trained(tmp_path, 4, max_restarts=3)
+    job.network.dead |= {0, 1}
+    with pytest.raises(ProtectionLost, match=r"stable iteration is still \d.*supervisor restarts") as end:
+        job.train(60)
+    assert end.value.exit_code == 4
+    assert 4 + 20 - 3 <= job.iteration <= 4 + 20
+    said = [line for line in lines(caplog, "no snapshot is protected since iteration") if "rank 0" in line]
+    assert [int(line.split("costs ")[1].split()[0]) for line in said] == [4, 8, 16]
+    job.crash()
+    second = Job(tmp_path, attempt=1, max_restarts=3)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration >= 3
+    second.train(3)
+    assert second.sessions[0].stable_iteration > resumed.iteration
+    second.crash()
+
+
+@pytest.mark.parametrize(("setting", "max_restarts"), [(-1, 0), (0, 9)])
+def test_without_a_restart_at_hand_training_goes_on_unprotected(
+    tmp_path: Path, setting: int, max_restarts: int
+) -> None:
+    job = trained(tmp_path, 4, max_restarts=max_restarts, max_unprotected_iterations=setting)
+    job.network.dead |= {0, 1}
+    job.train(60)
+    assert job.iteration == 64
+    job.crash()
+
+
+def test_a_rank_whose_peer_is_cut_off_hears_that_the_stable_iteration_stays(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = trained(tmp_path, 4)
+    flight = job.sessions[1]._flight
+    assert flight is not None
+    flight._replicator = None
+    flight._mark = lambda iteration, whole: None  # type: ignore[method-assign]  # rank 1 is never whole again
+    job.sessions[0]._flight._replicator = None  # type: ignore[union-attr]
+    job.train(150)
+    assert len(lines(caplog, "some rank's snapshots are dropped")) == 2
+    job.crash()
+
+
+# -- ends without warning ---------------------------------------------------------------------------------------
+
+
+def test_close_after_a_start_that_failed_lets_go_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path)
+    closed: list[int] = []
+    for s in job.sessions:
+        monkeypatch.setattr(s._fabric, "close", lambda rank=s._fabric.rank: closed.append(rank))
+        s._undo.callback(s._fabric.close)
+    with monkeypatch.context() as patched:
+        fail_where(patched, startup, "survey_store", lambda *_: True, StoreError("not today"))
+        all_errors(*(s.start for s in job.sessions))
+    for s in job.sessions:
+        s.close()
+        s.close()
+    assert closed == [0, 1]
+    assert all(s._lock is not None and s._lock._fd < 0 for s in job.sessions)
+
+
+def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) -> None:
+    job = trained(tmp_path)
+    job.network.timeout_s = 60
+    session_0, state = job.sessions[0], job.states[0]
+
+    def lone_step() -> None:
+        session_0.before_optimizer_step()
+        state.step(4)
+        session_0.on_step_end(4)  # its replication waits for rank 1, which never comes
+        try:
+            raise RuntimeError("CUDA out of memory, say")
+        finally:
+            session_0.close()
+
+    def run() -> None:
+        with pytest.raises(RuntimeError):
+            lone_step()
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive()
+    job.sessions[1].abandon()
+
+
+def test_state_that_cannot_be_frozen_at_the_start_is_an_error_of_all_ranks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = Job(tmp_path)
+    theirs = job.sessions[1]._packer
+    error = UnsupportedState("too much host state")
+    fail_where(monkeypatch, type(theirs), "freeze", lambda packer, _: packer is theirs, error)
+    for error in all_errors(*(s.start for s in job.sessions)):
+        assert isinstance(error, UnsupportedState)
+        assert "rank 1 on" in str(error)
+
+
+def test_settings_that_cannot_be_are_refused() -> None:
+    with pytest.raises(ConfigError, match="max-unprotected-iterations is -2"):
+        MoetionConfig(max_unprotected_iterations=-2)

@@ -1,0 +1,146 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One process for each rank of a node, until it ends: whatever it forked, and however it ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from megatron_moetion.errors import StoreError
+from megatron_moetion.store.lock import NodeLock
+from megatron_moetion.store.mapping import MappedFile
+
+HOLD = """
+import os, sys, time
+from pathlib import Path
+from megatron_moetion.store.lock import NodeLock
+lock = NodeLock.take(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), 0, print)
+child = 0
+if sys.argv[4] == "fork":
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+print(child, flush=True)
+time.sleep(60)
+"""
+
+
+def take(folder: Path, position: int = 0, num_ranks: int = 1, wait_s: float = 0.1) -> NodeLock:
+    return NodeLock.take(folder, position, num_ranks, wait_s, lambda _: None)
+
+
+class Holder:
+    """Another process that holds a lock, and perhaps has forked a child."""
+
+    def __init__(self, folder: Path, position: int = 0, num_ranks: int = 1, *, forks: bool = False) -> None:
+        words = [str(folder), str(position), str(num_ranks), "fork" if forks else ""]
+        self._process = subprocess.Popen([sys.executable, "-c", HOLD, *words], stdout=subprocess.PIPE, text=True)
+        assert self._process.stdout is not None
+        self.child = int(self._process.stdout.readline())
+        self.pid = self._process.pid
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        assert self._process.stdout is not None
+        self._process.stdout.close()
+
+
+def test_a_second_process_is_refused_in_time_and_told_who_it_is(tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    try:
+        with pytest.raises(StoreError, match=rf"in use by process {holder.pid} \(.*after 0 s.*--moetion-run-id"):
+            take(tmp_path)
+    finally:
+        holder.kill()
+
+
+def test_a_lock_ends_with_its_process_although_a_forked_child_lives_on(tmp_path: Path) -> None:
+    holder = Holder(tmp_path, forks=True)
+    holder.kill()
+    try:
+        os.kill(holder.child, 0)  # it lives
+        take(tmp_path, wait_s=5).close()
+    finally:
+        os.kill(holder.child, signal.SIGKILL)
+
+
+def test_it_is_waited_for_and_said(tmp_path: Path) -> None:
+    holder = Holder(tmp_path)
+    said: list[str] = []
+
+    def heard(text: str) -> None:
+        said.append(text)
+        holder.kill()
+
+    NodeLock.take(tmp_path, 0, 1, 30, heard).close()
+    assert len(said) == 1
+    assert f"waiting up to 30 s for process {holder.pid}" in said[0]
+
+
+def test_ranks_of_a_node_have_a_share_each(tmp_path: Path) -> None:
+    other = Holder(tmp_path, 0, 2)
+    try:
+        take(tmp_path, 1, 2).close()
+        with pytest.raises(StoreError):
+            take(tmp_path, 0, 2)
+    finally:
+        other.kill()
+
+
+def test_the_last_rank_notices_an_attempt_with_more_ranks(tmp_path: Path) -> None:
+    other = Holder(tmp_path, 7, 8)
+    try:
+        take(tmp_path, 0, 4).close()
+        with pytest.raises(StoreError, match=f"process {other.pid}"):
+            take(tmp_path, 3, 4)
+    finally:
+        other.kill()
+
+
+def test_closing_lets_others_in(tmp_path: Path) -> None:
+    lock = take(tmp_path)
+    lock.close()
+    lock.close()
+    holder = Holder(tmp_path)
+    holder.kill()
+
+
+def test_a_lock_whose_file_was_deleted_is_renewed(tmp_path: Path) -> None:
+    lock = take(tmp_path)
+    assert lock.has_file
+    lock.path.unlink()
+    assert not lock.has_file
+    lock.renew()
+    assert lock.has_file
+    lock.path.unlink()
+    holder = Holder(tmp_path)
+    try:
+        with pytest.raises(StoreError, match=f"was deleted, and process {holder.pid}"):
+            lock.renew()
+    finally:
+        holder.kill()
+
+
+def test_a_mapping_is_not_inherited_and_goes_with_its_last_array(tmp_path: Path) -> None:
+    path = tmp_path / "memory"
+    path.write_bytes(bytes(1 << 16))
+    fd = os.open(path, os.O_RDWR)
+    view = MappedFile(fd, 1 << 16).array()[5:10]
+    os.close(fd)
+    view[:] = 9
+    assert np.frombuffer(path.read_bytes(), dtype=np.uint8)[5:11].tolist() == [9] * 5 + [0]
+    assert str(path) in Path("/proc/self/maps").read_text()
+    child = os.fork()
+    if not child:
+        os._exit(str(path) in Path("/proc/self/maps").read_text())
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    del view
+    assert str(path) not in Path("/proc/self/maps").read_text()
+    assert not any(os.readlink(f"/proc/self/fd/{n}") == str(path) for n in os.listdir("/proc/self/fd") if n != str(fd))
