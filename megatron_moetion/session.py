@@ -395,7 +395,9 @@ class Session:
         """
         self._undo.pop_all()
         flight, self._flight, self._arenas = self._flight, None, None
-        return flight.abandon(wait_s) if flight is not None else True
+        is_done = flight.abandon(wait_s) if flight is not None else True
+        self._fabric.abandon()
+        return is_done
 
     def _summarise(self, counts: FlightCounts) -> None:
         totals = self._fabric.gather(

@@ -26,7 +26,7 @@ from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.gloo import GlooFabric
-from megatron_moetion.replicate.witness import witness_of
+from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
 from megatron_moetion.schedule.recorder import EventClock, HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
@@ -172,6 +172,7 @@ def attach(
         state = on_all_ranks(fabric, lambda: _state(model, optimizer, opt_param_scheduler, config, user_state))
         undo.callback(state.close)
         fabric.join_experts(state.expert_peers())
+        witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank))
         session = Session(
             config=config,
             adapter=state,
@@ -179,7 +180,7 @@ def attach(
             topology=_topology(),
             scheduler=scheduler,
             replayer=state if config.mode == "exact" else None,
-            witness=witness_of(os.environ, run_id_of(config, os.environ)),
+            witness=witness,
         )
         return Attached(session, state, model, scheduler, undo.pop_all())
 
@@ -201,6 +202,12 @@ def _state(
         log_steps=config.mode == "exact",
         capacity=CapacityRules(iterations=config.recalibration_iterations) if recalibrates else None,
     )
+
+
+def _witness(config: MoetionConfig, rank: int) -> Witness:
+    """Rank 0's; nobody else is asked, so nobody else connects."""
+    run_id = run_id_of(config, os.environ)
+    return witness_of(os.environ, run_id) if rank == 0 else NO_WITNESS
 
 
 def _check(

@@ -84,6 +84,10 @@ class Fabric(Protocol):
         """The result of the last ``start_sum``, None if there was none."""
         ...
 
+    def abandon(self) -> None:
+        """The process is about to end, and nothing of the fabric may hold it back."""
+        ...
+
     def close(self) -> None:
         """Release groups; the fabric must not be used again."""
         ...

@@ -198,8 +198,10 @@ class Flight:
 
         Afterwards nothing may be expected of the packer, the arenas or the channel.
         """
+        until = time.monotonic() + wait_s
         pack = [self._pack] if self._pack is not None else []
-        is_done = not wait([*pack, *self._sends], wait_s).not_done
+        left = wait(pack, wait_s).not_done  # a snapshot's replication is submitted when it is packed
+        is_done = not left and not wait(self._sends, max(0.0, until - time.monotonic())).not_done
         self._packer.cancel()
         self._packing.abandon()
         self._sending.abandon()

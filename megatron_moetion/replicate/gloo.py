@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import json
 import time
 from collections import defaultdict, deque
@@ -85,6 +86,16 @@ class GlooFabric:
         done, self._sum = self._sum, None
         return done.wait() if done is not None else None
 
+    def abandon(self) -> None:
+        """See ``Fabric.abandon``.
+
+        A group's destructor, which the interpreter calls when it ends, waits for what the group still has to do: for a
+        peer that is gone, until the time limit. So the groups are never destroyed.
+        """
+        self._moving.abandon()
+        for group in self._groups:
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(group))
+
     def close(self) -> None:
         """See ``Fabric.close``."""
         self._moving.close()
@@ -153,6 +164,10 @@ class GlooChannel:
     def close(self) -> None:
         """End the thread. The group is its maker's to destroy."""
         self._receiving.close()
+
+    def abandon(self) -> None:
+        """Let go without waiting for the thread."""
+        self._receiving.abandon()
 
     def _move(self, messages: Sequence[Message], *, is_send: bool) -> None:
         pending: deque[_Round] = deque()

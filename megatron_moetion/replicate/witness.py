@@ -96,9 +96,9 @@ def witness_of(environment: Mapping[str, str], run_id: str) -> Witness:
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and shared:
         host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     else:
-        return NoWitness()
+        return NO_WITNESS
     try:
         store = dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
     except (RuntimeError, ValueError):  # torch raises nothing narrower where nobody listens
-        return NoWitness()
+        return NO_WITNESS
     return StoreWitness(store, run_id, is_first=not is_requeued)

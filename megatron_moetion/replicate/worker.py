@@ -15,6 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
+_MOMENT_S = 0.3
 _Call = tuple["Future[Any]", Callable[[], Any]]
 
 
@@ -37,14 +38,22 @@ class Worker:
         return future
 
     def abandon(self) -> None:
-        """Cancel what has not begun, and do not wait for what has."""
-        self._is_closed = True
-        self._calls.put(None)
+        """Cancel what has not begun, and do not wait for what has.
+
+        A thread that is idle, or just done, gets the moment that it needs to end: the interpreter aborts where it ends
+        while a thread of its own is on the way back from compiled code.
+        """
+        self._stop()
+        self._thread.join(_MOMENT_S)
 
     def close(self) -> None:
         """Cancel what has not begun; return when what has begun is done."""
-        self.abandon()
+        self._stop()
         self._thread.join()
+
+    def _stop(self) -> None:
+        self._is_closed = True
+        self._calls.put(None)
 
     def _run(self) -> None:
         while (taken := self._calls.get()) is not None:

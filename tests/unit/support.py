@@ -300,6 +300,9 @@ class ToyFabric:
             return None
         return [sum(column) for column in zip(*self._network.collect("sum", turn, self._peers), strict=True)]
 
+    def abandon(self) -> None:
+        pass
+
     def close(self) -> None:
         pass
 

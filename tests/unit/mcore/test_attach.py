@@ -1,0 +1,110 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What ``attach`` says of arguments that are not what it needs, and what it leaves behind where it fails."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import ExitStack
+from typing import Any
+
+import pytest
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import ChainedOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+import megatron_moetion
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.mcore import attach as attach_module
+
+
+@pytest.fixture(autouse=True)
+def _connected(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(parallel_state, "model_parallel_is_initialized", lambda: True)
+
+
+def of(kind: type) -> Any:
+    """An object of this class that was never made."""
+    return kind.__new__(kind)
+
+
+class OwnScheduler:
+    def state_dict(self) -> dict[str, int]:
+        return {}
+
+    def load_state_dict(self, state: dict[str, int]) -> None: ...
+
+
+GOOD: dict[str, Any] = {
+    "model": [of(DistributedDataParallel)],
+    "optimizer": of(ChainedOptimizer),
+    "opt_param_scheduler": of(OptimizerParamScheduler),
+    "config": MoetionConfig(run_id="r"),
+    "user_state": OwnScheduler(),
+}
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"model": of(DistributedDataParallel)}, r"is a DistributedDataParallel; give the list.*model=\[model\]"),
+        ({"model": [torch.nn.Linear(1, 1)]}, "holds Linear; every chunk must be wrapped in .*DistributedDataParallel"),
+        ({"model": []}, "holds nothing"),
+        ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, "is a Adam; give what .*get_megatron_optimizer"),
+        ({"opt_param_scheduler": OwnScheduler()}, "is a OwnScheduler; .*user_state carry the state of a scheduler"),
+        ({"config": "full"}, "config=.* is a str; give a MoetionConfig"),
+        ({"user_state": object()}, "is a object without state_dict and load_state_dict"),
+    ],
+)
+def test_a_wrong_argument_is_named_with_what_to_give_instead(wrong: dict[str, Any], says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        megatron_moetion.attach(**{**GOOD, **wrong})
+
+
+def test_attach_before_the_ranks_are_connected_says_what_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: False)
+    with pytest.raises(ConfigError, match=r"attach\(\) comes after init_process_group"):
+        megatron_moetion.attach(**GOOD)
+
+
+@pytest.mark.parametrize("missing", [None, OwnScheduler()])
+def test_arguments_that_are_right_pass(missing: Any) -> None:
+    attach_module._check(**{**GOOD, "user_state": missing})
+    attach_module._check(**{**GOOD, "opt_param_scheduler": None})
+
+
+@pytest.fixture
+def log() -> Iterator[logging.Logger]:
+    logger = logging.getLogger("megatron_moetion")
+    before = logger.level, list(logger.handlers), logger.propagate
+    logger.setLevel(logging.NOTSET)
+    logger.handlers = []
+    yield logger
+    logger.setLevel(before[0])
+    logger.handlers, logger.propagate = before[1:]
+
+
+def test_an_own_loop_sees_the_log_until_the_end(
+    log: logging.Logger, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(log, "hasHandlers", lambda: bool(log.handlers))  # pytest's own handlers are on the root
+    with ExitStack() as undo:
+        attach_module._show_log(undo)
+        log.info("[moetion] here")
+    log.info("[moetion] and gone")
+    assert capsys.readouterr().out == "[moetion] here\n"
+    assert log.level == logging.NOTSET
+
+
+def test_a_program_with_a_log_of_its_own_keeps_it(log: logging.Logger) -> None:
+    log.setLevel(logging.ERROR)
+    handler = logging.NullHandler()
+    log.addHandler(handler)
+    with ExitStack() as undo:
+        attach_module._show_log(undo)
+        assert log.level == logging.ERROR
+        assert log.handlers == [handler]
