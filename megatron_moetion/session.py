@@ -226,9 +226,7 @@ class Session:
     def _start(
         self, load_persistent: Callable[[], int | None] | None, newest_persistent: Callable[[], int | None] | None
     ) -> Resumed | None:
-        wait_s = min(LOCK_WAIT_S, _LOCK_SHARE * self._config.timeout_s)
-        self._lock = on_all_ranks(self._fabric, lambda: self._node.lock(wait_s, partial(self._journal.info, -1)))
-        self._undo.callback(self._lock.close)
+        self._take_lock()
         phases = Phases()
         startup = Startup(
             config=self._config,
@@ -257,6 +255,22 @@ class Session:
             self._witness.has_baseline()
         self._announce(situation)
         return resumed
+
+    def _take_lock(self) -> None:
+        """Make this run the only one in the folders of its nodes. Collective.
+
+        Rank 0 goes first: of two jobs that start under one name at one moment, one gets all locks and the other none.
+        """
+        wait_s = min(LOCK_WAIT_S, _LOCK_SHARE * self._config.timeout_s)
+
+        def lock_of(ranks: range) -> NodeLock | None:
+            return self._node.lock(wait_s, partial(self._journal.info, -1)) if self._fabric.rank in ranks else None
+
+        for ranks in (range(1), range(1, self._fabric.world_size)):
+            taken = on_all_ranks(self._fabric, partial(lock_of, ranks))
+            if taken is not None:
+                self._lock = taken
+                self._undo.callback(taken.close)
 
     def _load(self, load_persistent: Callable[[], int | None], plan: RecoveryPlan | NoPlan, disk: int) -> int | None:
         """Load from disk; the iteration, or None if there was nothing or less than memory has."""

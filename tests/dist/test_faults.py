@@ -8,8 +8,11 @@ itself tells them.
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -41,6 +44,25 @@ def assert_undisturbed(run: Job) -> None:
     """What mode ``popularity`` loses is checked where runs are followed."""
     if run.settings["mode"] != "popularity":
         run.assert_as_if_nothing_had_happened()
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+def test_a_forked_child_that_outlives_its_rank_holds_back_no_restart(job: MakeJob, mode: str) -> None:
+    run = job(orphan_s=100, **SETTINGS[mode])
+    first = run.fail(at(1, 5, "mid-pack"))
+    orphans = [first.one("orphan", rank)["pid"] for rank in range(4)]
+    try:
+        for pid in orphans:
+            os.kill(pid, 0)  # it lives
+            maps = Path(f"/proc/{pid}/maps").read_text()
+            held = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()]
+            assert not any(".arena" in line for line in [*maps.splitlines(), *held])
+        second = run.finish(limit_s=30, orphan_s=0)
+    finally:
+        for pid in orphans:
+            os.kill(pid, signal.SIGKILL)
+    assert_few_lost(1, "mid-pack", first, second)
+    assert_undisturbed(run)
 
 
 def kill_at_random(run: Job, rng: random.Random, *, ahead: int) -> None:

@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Job, content, damage_captures, damage_header, damage_pages, truncate
+from jobs import Job, Nursery, Outcome, content, damage_captures, damage_header, damage_pages, truncate
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
@@ -185,3 +187,42 @@ def test_memory_that_cannot_be_allocated_is_refused_before_the_first_step(job: M
     messages = run.refuse(2)
     assert all("MiB free and this arena needs" in m for m in messages)
     assert not list(run.store.rglob("*.tmp"))
+
+
+@pytest.fixture
+def second_nursery() -> Iterator[Nursery]:
+    found = Nursery("toy")
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("delay_s", [0.0, 0.01, 0.3])
+def test_of_two_jobs_under_one_name_one_trains_and_the_other_is_refused(
+    job: MakeJob, second_nursery: Nursery, store: Path, tmp_path: Path, delay_s: float
+) -> None:
+    settings = {"iterations": 60, "step_s": 0.05, "calm": True, "timeout_s": 2}
+    ours = job(store=store / "one", **settings)
+    theirs = Job(second_nursery, tmp_path / "theirs", store / "one", salted=True, **settings)
+    found: dict[str, Outcome] = {}
+
+    def run(which: str, wait_s: float, each: Job) -> None:
+        time.sleep(wait_s)
+        found[which] = each.attempt()
+
+    threads = [
+        threading.Thread(target=run, args=("ours", 0.0, ours)),
+        threading.Thread(target=run, args=("theirs", delay_s, theirs)),
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    winners = [each for each in (ours, theirs) if found["ours" if each is ours else "theirs"].codes == [0] * 4]
+    assert len(winners) == 1, {k: (o.codes, o.errors) for k, o in found.items()}
+    winner, lost = winners[0], found["theirs" if winners[0] is ours else "ours"]
+    assert lost.codes == [2] * 4
+    assert all("is still in use by process" in error for error in lost.errors)
+    winner.follow(found["ours" if winner is ours else "theirs"])
+    again = winner.attempt(iterations=62)
+    assert again.codes == [0] * 4
+    winner.follow(again)

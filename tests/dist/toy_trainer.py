@@ -77,6 +77,8 @@ class Toy:
     calm: bool = False
     """Each snapshot is whole before the next step, so what is whole does not depend on the machine's load."""
     step_s: float = 0.005
+    orphan_s: int = 0
+    """Fork a child that outlives its rank by so long, as a worker of a data loader that hangs."""
     audit: bool = False
     """Note every access to the store and everything that is unpickled."""
     misbehave: bool = False
@@ -407,6 +409,8 @@ def _train(
     resumed = session.start()
     if toy.concerns(rank):
         _disturb(session, fabric, state, toy)
+    if toy.orphan_s and toy.concerns(rank):
+        notes.write("orphan", pid=_orphan(toy.orphan_s))
     iteration = resumed.iteration if resumed is not None else 0
     found = {"iteration": iteration, "hashes": state.hashes(), "ages": state.ages(), "lost": state.lost()}
     processed = int(state.counts.sum())
@@ -434,6 +438,15 @@ def _train(
     notes.write("end", iteration=iteration, stable=stable, dropped=dropped, lost=state.lost())
     _gather(0, toy.world_size)  # nobody leaves before all have let go of each other
     dist.destroy_process_group()
+
+
+def _orphan(seconds: int) -> int:
+    """A forked child that holds all it has inherited; its id."""
+    pid = os.fork()
+    if not pid:
+        time.sleep(seconds)
+        os._exit(0)
+    return pid
 
 
 def _drain(session: Session) -> None:
