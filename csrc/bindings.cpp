@@ -135,7 +135,12 @@ void bind_device_pool(py::module_& m) {
           py::arg("pieces").noconvert(), py::arg("chunks").noconvert(), py::kw_only(), py::arg("stream") = 0,
           py::arg("op") = "copy", py::arg("scale") = 1.0f, py::arg("copy_engine_bytes") = py::none())
       .def(
-          "keep", [](DevicePool& self, const Rows& pieces) { self.keep(table<Piece>("pieces", pieces)); },
+          "keep",
+          [](DevicePool& self, const Rows& pieces) {
+            const auto piece_table = table<Piece>("pieces", pieces);
+            py::gil_scoped_release unlocked;
+            self.keep(piece_table);
+          },
           py::arg("pieces").noconvert())
       .def(
           "pack_kept",
@@ -165,18 +170,27 @@ void bind_device_pool(py::module_& m) {
             return self.digest(spans, stream);
           },
           py::arg("chunks").noconvert(), py::kw_only(), py::arg("stream") = 0)
-      .def("is_done", &DevicePool::is_done, py::arg("ticket"), py::call_guard<py::gil_scoped_release>())
+      .def("wait", &DevicePool::wait, py::arg("ticket"), py::kw_only(), py::arg("timeout_s"),
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "finish",
           [](DevicePool& self, int64_t ticket, std::optional<Digests> digests, double timeout_s) {
-            uint64_t* const out = digests ? results(*digests, self.num_rows(ticket)) : nullptr;
+            int64_t num_rows = 0;
+            {
+              py::gil_scoped_release unlocked;
+              num_rows = self.num_rows(ticket);
+            }
+            uint64_t* const out = digests ? results(*digests, num_rows) : nullptr;
             py::gil_scoped_release unlocked;
             self.finish(ticket, out, timeout_s);
           },
           py::arg("ticket"), py::arg("digests").noconvert() = py::none(), py::kw_only(),
           py::arg("timeout_s") = 60.0)
-      .def("order", &DevicePool::order, py::arg("later"), py::arg("earlier"))
-      .def("order_after", &DevicePool::order_after, py::arg("later"), py::arg("ticket"))
+      // These enqueue, and wait for others that do: without the GIL, which those may need.
+      .def("order", &DevicePool::order, py::arg("later"), py::arg("earlier"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("order_after", &DevicePool::order_after, py::arg("later"), py::arg("ticket"),
+           py::call_guard<py::gil_scoped_release>())
       .def(
           "check_spans_are_here",
           [](DevicePool& self, const Rows& spans) { self.check_spans_are_here(table<Span>("spans", spans)); },

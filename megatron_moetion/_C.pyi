@@ -67,7 +67,7 @@ def built_with_cuda() -> bool:
     """Whether this build has the CUDA kernels. A GPU may still be missing."""
 
 class DeviceError(RuntimeError):
-    """A call that the device or its driver refused, or work on it that failed or did not end in time."""
+    """A call that the device or its driver refused, or work on it that failed; or work that is late."""
 
 class Registration:
     """Host memory that the device reads and writes. Ends with ``close`` or with the object."""
@@ -78,7 +78,8 @@ class DevicePool:
     """The GPU's twin of ``HostPool``: calls enqueue on a stream and return a ticket. Thread-safe.
 
     At most ``num_slots`` tickets may be open. All memory is taken here: about 24 bytes a piece and 64 a chunk for each
-    slot, on the device and pinned on the host. After a ``DeviceError`` every later call repeats it.
+    slot, on the device and pinned on the host. After a ``DeviceError`` every later call repeats it, unless work was
+    only late: then its ticket stays open.
     """
 
     def __init__(
@@ -95,7 +96,7 @@ class DevicePool:
         """``device``: ``cuda:N``, or ``model:N``, where this process stands for the device.
 
         ``rank`` names this process in errors. ``num_sms`` bounds the streaming multiprocessors that kernels use.
-        ``fault``, for the model: ``register``, ``launch`` or ``stuck`` is made to fail.
+        ``fault``, for the model, makes something fail: see ``csrc/cuda/runtime.h``.
         """
     @property
     def device(self) -> str: ...
@@ -140,11 +141,13 @@ class DevicePool:
         """As ``HostPool.scatter``."""
     def digest(self, chunks: npt.NDArray[np.int64], *, stream: int = 0) -> int:
         """As ``HostPool.digest``."""
-    def is_done(self, ticket: int) -> bool: ...
+    def wait(self, ticket: int, *, timeout_s: float) -> bool:
+        """Whether a ticket's work is done, within this time. It stays to be finished."""
     def finish(self, ticket: int, digests: npt.NDArray[np.uint64] | None = None, *, timeout_s: float = 60.0) -> None:
         """Wait for a ticket, write its digests (one a chunk, in order) and give its slot back.
 
-        ``DeviceError`` names rank, pieces, address ranges and device where the work failed or took longer.
+        ``DeviceError`` names rank, pieces, address ranges and device where the work failed or takes longer; in the
+        second case the ticket stays open.
         """
     def order(self, later: int, earlier: int) -> None:
         """What is enqueued on stream ``later`` from now on waits for all that ``earlier`` was given so far."""

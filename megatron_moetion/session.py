@@ -309,8 +309,6 @@ class Session:
         """
         self._scheduler.cut(iteration)
         self._adapter.after_step()
-        if not self._degraded:
-            self._recalibration.on_step_end(iteration)
         self._watch(iteration)
         if iteration % self._config.interval or self._degraded:
             return
@@ -324,6 +322,7 @@ class Session:
                 flight.catch_up(self._config.max_stall_ms / 1000)
         try:
             free = self._learn()
+            self._recalibration.on_step_end(iteration)
             note = self._note_step(iteration)
             unfrozen = self._freeze()
             counts = self._token_counts()

@@ -216,10 +216,10 @@ class StateAdapter(Protocol):
         ...
 
     def layer_tokens(self) -> Mapping[str, Mapping[str, float]]:
-        """Tokens an iteration of late, over all ranks of a layer, by the name of its dense unit; collective.
+        """Tokens an iteration of late, on this rank, by the name of a layer's dense unit. Talks to no other rank.
 
-        ``routed``, ``processed``, ``dropped``, and ``debt``: lost ones that are still to be made up for.
-        Only layers whose routers tell.
+        ``routed`` and ``processed``, to be added up over ranks; ``debt``: lost ones of the layer that are still to be
+        made up for, the same on all ranks that run it. Only layers whose routers tell.
         """
         ...
 

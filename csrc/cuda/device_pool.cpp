@@ -107,7 +107,7 @@ void DevicePool::keep(Table<Piece> pieces) {
   try {
     runtime_->copy(&upload, 1, 0);
     runtime_->record(order_event_, 0);
-    wait(order_event_, kLastWaitSeconds);
+    if (!is_done_within(order_event_, kLastWaitSeconds)) throw DeviceError("not done in time");
   } catch (const DeviceError& error) {
     fail(what, error.what());
   }
@@ -164,23 +164,12 @@ int64_t DevicePool::digest(Table<Span> spans, Stream stream) {
   return submit(slot, PackOptions(), true, stream);
 }
 
-bool DevicePool::is_done(int64_t ticket) {
-  std::lock_guard<std::mutex> lock(mutex_);
-  require_usable();
-  Slot& slot = slot_of(ticket);
-  try {
-    return runtime_->is_done(slot.event);
-  } catch (const DeviceError& error) {
-    fail(slot.what, error.what());
-  }
-}
-
 int64_t DevicePool::num_rows(int64_t ticket) {
   std::lock_guard<std::mutex> lock(mutex_);
   return slot_of(ticket).num_rows;
 }
 
-void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
+bool DevicePool::wait(int64_t ticket, double timeout_s) {
   Event event = 0;
   std::string what;
   {
@@ -191,14 +180,24 @@ void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
     what = slot.what;
   }
   try {
-    wait(event, timeout_s);  // without the lock: others may enqueue meanwhile
+    return is_done_within(event, timeout_s);  // without the lock: others may enqueue meanwhile
   } catch (const DeviceError& error) {
     std::lock_guard<std::mutex> lock(mutex_);
     fail(what, error.what());
   }
+}
+
+void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
+  const bool is_done = wait(ticket, timeout_s);
   std::lock_guard<std::mutex> lock(mutex_);
   require_usable();  // nobody may trust what was read while another stream could not be made to wait
   Slot& slot = slot_of(ticket);
+  if (!is_done) {
+    std::ostringstream text;
+    text << "rank " << rank_ << ": " << slot.what << " on " << runtime_->name() << " is not done after "
+         << timeout_s << " s";
+    throw DeviceError(text.str());
+  }
   const Work* const work = work_of(slot.host);
   const uint64_t* const sums = sums_of(slot, slot.host);
   if (digests != nullptr)
@@ -207,19 +206,16 @@ void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
   slot.ticket = -1;
 }
 
-void DevicePool::wait(Event event, double timeout_s) {
+bool DevicePool::is_done_within(Event event, double timeout_s) {
   using Clock = std::chrono::steady_clock;
   const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_s);
   auto pause = std::chrono::microseconds(20);
   while (!runtime_->is_done(event)) {
-    if (Clock::now() >= deadline) {
-      std::ostringstream text;
-      text << "not done after " << timeout_s << " s";
-      throw DeviceError(text.str());
-    }
+    if (Clock::now() >= deadline) return false;
     std::this_thread::sleep_for(pause);
     pause = std::min(2 * pause, std::chrono::microseconds(200));
   }
+  return true;
 }
 
 void DevicePool::order(Stream later, Stream earlier) {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 // Gather, scatter and digest by a GPU: the device's twin of HostPool. Calls enqueue work on a given stream
-// and return a ticket; `finish` waits for it. No device or pinned memory is taken per call.
+// and return a ticket; `wait` and `finish` wait for it. No device or pinned memory is taken per call.
 #pragma once
 
 #include <atomic>
@@ -28,8 +28,9 @@ struct PackOptions {
   static constexpr int64_t kNever = INT64_MAX;
 };
 
-// Thread-safe. After a DeviceError the pool is not used again: every later call repeats the error, because
-// memory that enqueued work still reads may not be written.
+// Thread-safe. After the runtime has refused or failed something the pool is not used again: every later call
+// repeats the error, because memory that enqueued work still reads may not be written. Work that is late is
+// no failure: its ticket stays open, and its slot taken, until it is finished.
 class DevicePool {
  public:
   DevicePool(std::shared_ptr<Runtime> runtime, int rank, int64_t max_pieces, int64_t max_chunks,
@@ -54,9 +55,10 @@ class DevicePool {
   int64_t scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream);
   int64_t digest(Table<Span> spans, Stream stream);
 
-  bool is_done(int64_t ticket);
-  // Waits at most `timeout_s` and frees the slot; `digests` takes one value for each chunk or span and may be
-  // null. Throws DeviceError where the work failed or is not done in time.
+  // Waits at most `timeout_s`; whether the work is done. Throws DeviceError where it failed.
+  bool wait(int64_t ticket, double timeout_s);
+  // Waits as well, and frees the slot; `digests` takes one value for each chunk or span and may be null.
+  // Throws DeviceError where the work failed, and where it is not done in time.
   void finish(int64_t ticket, uint64_t* digests, double timeout_s);
   // Rows of the call behind a ticket: how many digests `finish` writes.
   int64_t num_rows(int64_t ticket);
@@ -89,7 +91,7 @@ class DevicePool {
     return submit(slot, pieces_of(slot, slot.host), pieces_of(slot, slot.device), options, digest, stream);
   }
   void mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes);
-  void wait(Event event, double timeout_s);
+  bool is_done_within(Event event, double timeout_s);
   void require_usable() const;
   // Runs a check of tables; what it refuses is told with the rank.
   template <typename Check>

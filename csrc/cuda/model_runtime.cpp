@@ -1,6 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
+#include <mutex>
+#include <thread>
+#include <vector>
 
 #include "runtime.h"
 
@@ -32,8 +36,10 @@ void run(const Job& job, bool digest) {
 class ModelRuntime final : public Runtime {
  public:
   explicit ModelRuntime(const std::string& fault) : fault_(fault) {
-    if (fault != "" && fault != "register" && fault != "launch" && fault != "stuck" && fault != "wait")
-      throw std::invalid_argument("fault is '" + fault + "'; it must be '', register, launch, stuck or wait");
+    if (fault != "" && fault != "register" && fault != "launch" && fault != "late" && fault != "gate" &&
+        fault != "wait")
+      throw std::invalid_argument("fault is '" + fault +
+                                  "'; it must be '', register, launch, late, gate or wait");
   }
 
   std::string name() const override { return "model"; }
@@ -50,10 +56,20 @@ class ModelRuntime final : public Runtime {
   void unregister_host(void*) noexcept override {}
   std::string misplaced(int64_t, int64_t) override { return ""; }
 
-  Event make_event() override { return 1; }
+  Event make_event() override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    questions_.push_back(0);
+    return questions_.size() - 1;
+  }
   void destroy_event(Event) noexcept override {}
-  void record(Event, Stream) override {}
-  bool is_done(Event) override { return fault_ != "stuck"; }
+  void record(Event event, Stream) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    questions_[event] = fault_ == "late" ? kQuestions : 0;
+  }
+  bool is_done(Event event) override {
+    std::lock_guard<std::mutex> lock(mutex_);
+    return questions_[event] == 0 || --questions_[event] == 0;
+  }
   void wait(Stream, Event) override {
     if (fault_ == "wait") throw DeviceError("cudaStreamWaitEvent: invalid resource handle (injected)");
   }
@@ -65,6 +81,9 @@ class ModelRuntime final : public Runtime {
   }
   void launch(const Job& job, Op op, bool digest, int, Stream) override {
     if (fault_ == "launch") throw DeviceError("kernel launch: invalid device function (injected)");
+    if (fault_ == "gate" && job.num_tiles > 0)
+      while (*reinterpret_cast<const volatile uint8_t*>(job.pieces[0].src) == 0)
+        std::this_thread::sleep_for(std::chrono::milliseconds(1));
     if (op == Op::kCopy) run<Op::kCopy>(job, digest);
     if (op == Op::kScale) run<Op::kScale>(job, digest);
     if (op == Op::kBf16) run<Op::kBf16>(job, digest);
@@ -76,7 +95,10 @@ class ModelRuntime final : public Runtime {
     if (memory == nullptr) throw DeviceError("out of memory: " + std::to_string(nbytes) + " bytes");
     return memory;
   }
+  static constexpr int kQuestions = 200;
   const std::string fault_;
+  std::mutex mutex_;
+  std::vector<int> questions_;  // by event: how often it must still be asked for
 };
 
 }  // namespace

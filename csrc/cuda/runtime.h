@@ -61,8 +61,9 @@ std::unique_ptr<Runtime> make_cuda_runtime(int device);
 bool built_with_cuda();
 
 // The "device" is this process: everything that is enqueued happens at once, warp by warp, lane by lane.
-// `fault` names what shall fail, for tests: "", "register", "launch", "stuck" (events never complete),
-// "wait" (a stream cannot be made to wait for an event).
+// `fault` names what shall fail, for tests: "", "register", "launch", "late" (an event completes when it
+// has been asked for many times), "gate" (a launch does not return before the first byte that it reads is not
+// zero), "wait" (a stream cannot be made to wait for an event).
 std::unique_ptr<Runtime> make_model_runtime(const std::string& fault);
 
 }  // namespace moetion

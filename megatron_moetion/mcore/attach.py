@@ -265,7 +265,8 @@ def open_trace(config: MoetionConfig, rank: int) -> Trace | None:
     """This rank's trace, if one is asked for."""
     if not config.trace_dir:
         return None
-    return Trace(Path(config.trace_dir) / trace_name(rank, restart_count(os.environ)), rank)
+    attempt = restart_count(os.environ)
+    return Trace(Path(config.trace_dir) / trace_name(rank, attempt), rank, attempt)
 
 
 def _topology() -> str:

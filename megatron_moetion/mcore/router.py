@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, get_capacity
 from megatron.core.transformer.moe.router import TopKRouter
+from torch import distributed as dist
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
@@ -179,7 +180,8 @@ class RouterWatch:
 
     ``state`` is float64[layers, rows, E] on the routers' device; it is captured like the router bias and comes back
     with a recovery. Once an iteration, ``step``; nothing waits for the host, except with padding while capacity is
-    raised. Sums are over all ranks that run the same layers.
+    raised. While it is raised, ranks that run the same layers add up what they saw, in a group of their own: training's
+    groups are training's alone.
     """
 
     def __init__(self, blocks: Sequence[MoeBlock], rules: CapacityRules | None) -> None:
@@ -188,6 +190,7 @@ class RouterWatch:
         self._routers: list[CapacityRouter] = [b.module.router for b in self.blocks]
         self._rules = rules
         self._left = 0
+        self._peers: dist.ProcessGroup | None = None  # never destroyed by us: that may wait for ranks that are gone
         self.state = torch.zeros(0)
         if not self._routers:
             return
@@ -250,9 +253,11 @@ class RouterWatch:
     def recover(self, lost: Mapping[str, int]) -> None:
         """Begin to make up for ``lost`` tokens (expert's unit name to tokens, all ranks'), or go on with it.
 
-        Called on all ranks after ``state`` is restored. Raising goes on where an earlier recovery had begun it; new
-        losses start the clock again.
+        Collective, after ``state`` is restored. Raising goes on where an earlier recovery had begun it; new losses
+        start the clock again.
         """
+        if self._rules is not None and self._peers is None:
+            self._peers = _group_of(self._routers[0].tp_dp_cp_group if self._routers else None)
         if not self._routers:
             return
         self._beyond.zero_()
@@ -269,16 +274,11 @@ class RouterWatch:
         self._set_boosts()
 
     def shares(self) -> dict[str, dict[str, float]]:
-        """Per layer, over all its ranks: tokens routed, processed and dropped an iteration of late, and debt. Waits."""
-        recent = self._reduced(self._recent).sum(dim=-1).tolist() if self._routers else []
+        """Per layer: tokens that this rank routed and processed an iteration of late; debt, of all its ranks. Waits."""
+        recent = self._recent.sum(dim=-1).tolist() if self._routers else []
         debts = self._debt.sum(dim=-1).tolist() if self._routers else []
         return {
-            dense_unit(block): {
-                "routed": routed,
-                "processed": processed,
-                "dropped": routed - processed,
-                "debt": debt,
-            }
+            dense_unit(block): {"routed": routed, "processed": processed, "debt": debt}
             for block, (routed, processed), debt in zip(self.blocks, recent, debts, strict=True)
         }
 
@@ -290,7 +290,7 @@ class RouterWatch:
 
     def _reduced(self, local: torch.Tensor) -> torch.Tensor:
         total = local.clone()
-        torch.distributed.all_reduce(total, group=self._routers[0].tp_dp_cp_group)
+        dist.all_reduce(total, group=self._peers)
         return total
 
     def _set_boosts(self) -> None:
@@ -313,3 +313,17 @@ class RouterWatch:
         dispatcher = block.module.token_dispatcher
         if router.pads and router.factor is not None:
             dispatcher.moe_expert_capacity_factor = router.factor * float(boost)
+
+
+def _group_of(like: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
+    """A new group of the ranks of ``like``, for this rank if it is in one. Collective over all ranks."""
+    everyone = dist.new_group(backend="gloo")
+    sets: list[list[int]] = [[] for _ in range(dist.get_world_size())]
+    dist.all_gather_object(sets, sorted(dist.get_process_group_ranks(like)) if like is not None else [], group=everyone)
+    dist.destroy_process_group(everyone)
+    mine = None
+    for ranks in sorted({tuple(s) for s in sets if s}):
+        group = dist.new_group(list(ranks))
+        if dist.get_rank() in ranks:
+            mine = group
+    return mine

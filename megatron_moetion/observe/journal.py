@@ -10,19 +10,27 @@ import time
 from pathlib import Path
 from typing import Any
 
+from megatron_moetion.observe.output import Output
+
 _logger = logging.getLogger("megatron_moetion")
 
 
 class Journal:
-    """One rank's log lines and, where a path is given, its events (one JSON object a line, appended)."""
+    """One rank's log lines and, where a path is given, its events (one JSON object a line, appended).
+
+    ``ConfigError`` where a job begins and the path cannot be written; later that costs the events alone.
+    """
 
     def __init__(self, rank: int, attempt: int, events: Path | None) -> None:
         self._rank = rank
         self._attempt = attempt
         self._events = events
         self._said: set[str] = set()
+        self._output = Output("--moetion-report", events, rank=rank, attempt=attempt)
         if events is not None:
-            events.parent.mkdir(parents=True, exist_ok=True)
+            with self._output.opening():
+                events.parent.mkdir(parents=True, exist_ok=True)
+                events.open("a").close()
 
     def info(self, iteration: int, text: str) -> None:
         """A rare, expected event."""
@@ -40,11 +48,11 @@ class Journal:
 
     def event(self, name: str, **fields: Any) -> None:
         """Append one event."""
-        if self._events is None:
+        if self._events is None or self._output.lost:
             return
-        line = {"event": name, "time": time.time(), "attempt": self._attempt, "rank": self._rank, **fields}
-        with self._events.open("a") as out:
-            out.write(json.dumps(line) + "\n")
+        line = json.dumps({"event": name, "time": time.time(), "attempt": self._attempt, "rank": self._rank, **fields})
+        with self._output.writing(), self._events.open("a") as out:
+            out.write(line + "\n")
             out.flush()
             os.fsync(out.fileno())
 

@@ -8,7 +8,11 @@ from __future__ import annotations
 
 import json
 import threading
+from contextlib import suppress
 from pathlib import Path
+from typing import IO
+
+from megatron_moetion.observe.output import Output
 
 LANES = (
     "iteration", "compute", "wait", "pipeline", "all-to-all", "gradient sync", "parameter gather", "device to host",
@@ -26,16 +30,22 @@ def trace_name(rank: int, attempt: int) -> str:
 
 
 class Trace:
-    """Appends spans to a file, in batches. Thread-safe; times are seconds of the host's monotonic clock."""
+    """Appends spans to a file, in batches. Thread-safe; times are seconds of the host's monotonic clock.
 
-    def __init__(self, path: Path, rank: int) -> None:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        self._out = path.open("w")
+    ``ConfigError`` where a job begins and the path cannot be written; later that costs the trace alone.
+    """
+
+    def __init__(self, path: Path, rank: int, attempt: int = 0) -> None:
         self._rank = rank
         self._lock = threading.Lock()
         self._waiting: list[str] = []
         self._left = EVENTS_MAX
-        self._out.write("[\n" + ",\n".join(json.dumps(e) for e in self._names()))
+        self._output = Output("--moetion-trace-dir", path, rank=rank, attempt=attempt)
+        self._out: IO[str] | None = None
+        with self._output.opening():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._out = path.open("w")
+        self._write("[\n" + ",\n".join(json.dumps(e) for e in self._names()))
 
     def add(self, lane: str, begin_s: float, end_s: float, value: int) -> None:
         """A span. ``value`` is its bytes; on the lane ``iteration`` the iteration's number."""
@@ -49,7 +59,7 @@ class Trace:
             "args": {"iteration" if lane == "iteration" else "bytes": value},
         }
         with self._lock:
-            if self._left <= 0 or self._out.closed:
+            if self._left <= 0 or self._out is None:
                 return
             self._left -= 1
             self._waiting.append(json.dumps(event))
@@ -59,16 +69,29 @@ class Trace:
     def close(self) -> None:
         """Write what is left and end the file."""
         with self._lock:
-            if not self._out.closed:
-                self._flush()
-                self._out.write("\n]\n")
-                self._out.close()
+            self._flush()
+            self._write("\n]\n")
+            self._let_go()
 
     def _flush(self) -> None:
         if self._waiting:
-            self._out.write(",\n" + ",\n".join(self._waiting))
-            self._out.flush()
+            self._write(",\n" + ",\n".join(self._waiting))
             self._waiting.clear()
+
+    def _write(self, text: str) -> None:
+        if self._out is None:
+            return
+        with self._output.writing():
+            self._out.write(text)
+            self._out.flush()
+        if self._output.lost:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        if self._out is not None:
+            with suppress(OSError):  # it tries once more to write what could not be written
+                self._out.close()
+            self._out = None
 
     def _names(self) -> list[dict[str, object]]:
         rank = {"name": "process_name", "ph": "M", "pid": self._rank, "args": {"name": f"rank {self._rank}"}}

@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says while it trains: Megatron's log lines and TensorBoard scalars, and one JSON line an iteration."""
+"""What a run says while it trains: Megatron's log lines and TensorBoard scalars, and one JSON line an iteration.
+
+A file that cannot be written is a user's mistake where a job begins; later it costs what it would have told, and no
+step of training.
+"""
 
 from __future__ import annotations
 
@@ -9,11 +13,15 @@ import json
 import math
 import time
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from torch import distributed as dist
+
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.observe.output import Output
 from megatron_moetion.pretrain.progress import Progress
 
 
@@ -34,6 +42,25 @@ class StepResult:
         return not all(math.isfinite(loss) for loss in self.losses.values())
 
 
+class Scalars:
+    """A ``SummaryWriter`` whose failures, which it raises at whatever call comes next, stop no step."""
+
+    def __init__(self, writer: Any, output: Output) -> None:
+        self._writer = writer
+        self._output = output
+
+    def add_scalar(self, name: str, value: Any, step: int) -> None:
+        """As of a ``SummaryWriter``; called by Megatron too."""
+        if not self._output.lost:
+            with self._output.writing():
+                self._writer.add_scalar(name, value, step)
+
+    def close(self) -> None:
+        """Write what waits and end the file."""
+        with self._output.writing():
+            self._writer.close()
+
+
 class Reporter:
     """Writes on the one rank that has the loss (``active``); on all others it does nothing."""
 
@@ -42,17 +69,22 @@ class Reporter:
         self._active = active
         self._attempt = attempt
         self._metrics: IO[str] | None = None
-        self.writer: Any = None
-        """TensorBoard's ``SummaryWriter``, or None."""
+        self.writer: Scalars | None = None
+        """TensorBoard's writer, or None."""
         self._pending: list[StepResult] = []
+        rank = dist.get_rank() if dist.is_initialized() else 0
+        self._metrics_output = Output("--metrics-path", args.metrics_path, rank=rank, attempt=attempt)
         if not active:
             return
         if args.metrics_path is not None:
             path = Path(args.metrics_path)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._metrics = path.open("a", encoding="utf-8")
+            with self._metrics_output.opening():
+                path.parent.mkdir(parents=True, exist_ok=True)
+                self._metrics = path.open("a", encoding="utf-8")
         if args.tensorboard_dir is not None:
-            self.writer = _summary_writer(args.tensorboard_dir)
+            output = Output("--tensorboard-dir", args.tensorboard_dir, rank=rank, attempt=attempt)
+            with output.opening():
+                self.writer = Scalars(_summary_writer(args.tensorboard_dir), output)
 
     def step(self, progress: Progress, result: StepResult) -> None:
         """Report one finished training step."""
@@ -68,10 +100,10 @@ class Reporter:
             seconds=result.seconds,
         )
         if self.writer is not None:
-            self._write_scalars(progress, result)
+            self._write_scalars(self.writer, progress, result)
         self._pending.append(result)
         if progress.iteration % self._args.log_interval == 0:
-            print(format_line(self._args, progress, self._pending), flush=True)
+            _print(format_line(self._args, progress, self._pending))
             self._pending = []
 
     def scalars(self, progress: Progress, read: Callable[[], Mapping[str, float]]) -> None:
@@ -91,7 +123,7 @@ class Reporter:
             f"lm loss value: {loss:.6E} | lm loss PPL: {perplexity:.6E} | "
         )
         rule = "-" * (len(line) + 1)
-        print(f"{rule}\n{line}\n{rule}", flush=True)
+        _print(f"{rule}\n{line}\n{rule}")
         if self.writer is not None:
             self.writer.add_scalar("lm loss validation", loss, progress.iteration)
             self.writer.add_scalar("lm loss validation ppl", perplexity, progress.iteration)
@@ -99,17 +131,20 @@ class Reporter:
     def close(self) -> None:
         """Flush and close the files."""
         if self._metrics is not None:
-            self._metrics.close()
+            with self._metrics_output.writing():
+                self._metrics.close()
         if self.writer is not None:
             self.writer.close()
 
     def _write_metrics(self, **values: Any) -> None:
-        if self._metrics is not None:
-            document = values | {"time": time.time(), "attempt": self._attempt}
-            self._metrics.write(json.dumps(document) + "\n")
+        if self._metrics is None or self._metrics_output.lost:
+            return
+        line = json.dumps(values | {"time": time.time(), "attempt": self._attempt})
+        with self._metrics_output.writing():
+            self._metrics.write(line + "\n")
             self._metrics.flush()
 
-    def _write_scalars(self, progress: Progress, result: StepResult) -> None:
+    def _write_scalars(self, writer: Scalars, progress: Progress, result: StepResult) -> None:
         scalars: dict[str, float] = {
             "learning-rate": result.learning_rate,
             "batch-size": self._args.global_batch_size,
@@ -120,8 +155,8 @@ class Reporter:
         if result.grad_norm is not None:
             scalars["grad-norm"] = result.grad_norm
         for name, value in scalars.items():
-            self.writer.add_scalar(name, value, progress.iteration)
-        self.writer.add_scalar("lm loss vs samples", result.losses["lm loss"], progress.consumed_train_samples)
+            writer.add_scalar(name, value, progress.iteration)
+        writer.add_scalar("lm loss vs samples", result.losses["lm loss"], progress.consumed_train_samples)
 
 
 def format_line(args: argparse.Namespace, progress: Progress, results: list[StepResult]) -> str:
@@ -144,6 +179,12 @@ def format_line(args: argparse.Namespace, progress: Progress, results: list[Step
     fields.append(f"number of skipped iterations: {sum(r.skipped for r in results):3d}")
     fields.append(f"number of nan iterations: {sum(r.is_nan for r in results):3d}")
     return " | ".join(fields) + " |"
+
+
+def _print(text: str) -> None:
+    """A log line. Where standard output is a file on a full disk, lines are missing and training goes on."""
+    with suppress(OSError):
+        print(text, flush=True)
 
 
 def _summary_writer(folder: str) -> Any:

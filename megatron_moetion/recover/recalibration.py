@@ -3,9 +3,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
-from megatron_moetion.errors import ChannelError
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.units import StateAdapter
@@ -15,7 +14,10 @@ _LINE = 4000
 
 
 class Recalibration:
-    """Of one rank; every call is collective."""
+    """Raises expert capacity after a recovery and logs the effect.
+
+    Every call is collective, over the fabric alone. Where one raises ``ChannelError``, the fabric is of no more use.
+    """
 
     def __init__(self, adapter: StateAdapter, fabric: Fabric, journal: Journal, iterations: int) -> None:
         self._adapter = adapter
@@ -44,12 +46,7 @@ class Recalibration:
 
     def _look(self, iteration: int, when: str) -> None:
         """Say what each layer's routers route, process and drop an iteration."""
-        try:
-            found = self._fabric.gather(self._adapter.layer_tokens())
-        except ChannelError as error:
-            self._journal.warn_once("layers", iteration, f"the layers' tokens are not known: {error}")
-            return
-        layers = {name: tokens for ranks in found for name, tokens in ranks.items()}
+        layers = over_ranks(self._fabric.gather(self._adapter.layer_tokens()))
         if not layers or self._fabric.rank:
             return
         text = ", ".join(
@@ -60,3 +57,14 @@ class Recalibration:
         at = f"{iteration - self._began} iterations after" if iteration > self._began else "before"
         self._journal.info(iteration, f"tokens an iteration, {at} the fault: {text}"[:_LINE])
         self._journal.event("layer_tokens", when=when, iteration=iteration, layers=layers)
+
+
+def over_ranks(found: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
+    """Each rank's ``layer_tokens``, added up over the ranks that run a layer, and what of it was dropped."""
+    layers: dict[str, dict[str, float]] = {}
+    for name, tokens in (layer for of_rank in found for layer in of_rank.items()):
+        seen = layers.setdefault(name, {"routed": 0.0, "processed": 0.0, "dropped": 0.0, "debt": tokens["debt"]})
+        seen["routed"] += tokens["routed"]
+        seen["processed"] += tokens["processed"]
+        seen["dropped"] = seen["routed"] - seen["processed"]
+    return layers

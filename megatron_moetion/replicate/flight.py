@@ -139,14 +139,14 @@ class Flight:
         """Return once live state may be written; captures that take longer than ``max_stall_s`` are given up.
 
         What a device was given by then it reads first: training's stream waits for it there, and the host does not.
+        Nothing is waited for that was given up, since nobody looks at what it reads.
         """
         if self._pack is None:
             return
-        if not self._live_is_given.wait(max_stall_s):
+        if not self._packer.is_cancelled and not self._live_is_given.wait(max_stall_s):
             with self._lock:
                 if not self._live_is_given.is_set():
                     self._packer.cancel()
-            self._live_is_given.wait()  # bounded: the packer checks between pieces
         self._packer.hold_stream()
 
     def finish(self) -> Packed:
@@ -272,8 +272,9 @@ class Flight:
                 digests = {}
             self._give_live()
             staged = self._pack_units(iteration, contents.staged, slots)
-            if staged is None:  # the flight is being closed
+            if staged is None:  # the device is late, or the flight is being closed
                 self._arena.release(slots.values())
+                self._count("late")
                 return ()
         except DeviceFault as error:
             # A late write of the device into these slots hurts nobody: after a fault it packs nothing any more.

@@ -55,10 +55,10 @@ class Scheduler:
         self._packing = Meter()
         self._origin_s = time.monotonic()
         self._refused_bytes = 0
+        self._late_bytes, self._held_s = 0, 0.0
 
     def cut(self, iteration: int) -> None:
         """An optimizer step has just ended. Call it once an iteration, in the training thread."""
-        self._packing = Meter()
         self._origin_s = time.monotonic()
         timeline = self.recorder.cut(iteration)
         if timeline is not None:
@@ -105,6 +105,8 @@ class Scheduler:
             self._refused_bytes = sum(plan.refused_bytes.values())
         with self._meter.transfer(nbytes):
             yield
+        if self._pacer is not None and nbytes:  # the next plan forgets it, perhaps before anybody has asked
+            self._late_bytes, self._held_s = self._pacer.report()
 
     def urgent(self) -> AbstractContextManager[None]:
         """While it is entered, training waits for snapshots to leave, and none of their bytes are held back."""
@@ -140,14 +142,13 @@ class Scheduler:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Numbers for a dashboard."""
-        late, held = self._pacer.report() if self._pacer is not None else (0, 0.0)
+        """Numbers for a dashboard. What was late or held back is of the last snapshot that has left."""
         return {
             "moetion/network-mb-per-s": self._meter.bytes_per_s / 1e6,
             "moetion/device-to-host-mb-per-s": self._packing.bytes_per_s / 1e6,
             "moetion/unplaced-mb": self._refused_bytes / 1e6,
-            "moetion/late-mb": late / 1e6,
-            "moetion/held-s": held,
+            "moetion/late-mb": self._late_bytes / 1e6,
+            "moetion/held-s": self._held_s,
         }
 
     def _moved(self, begin_s: float, end_s: float, nbytes: int) -> None:

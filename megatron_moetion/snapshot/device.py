@@ -7,6 +7,8 @@ Where it could not, captures land in a bounded pinned buffer first and are copie
 from __future__ import annotations
 
 import ctypes
+import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -23,6 +25,13 @@ from megatron_moetion.units import ALIGNMENT_BYTES, Unit
 
 SLOTS = 2
 """Batches in flight: one is waited for while the next one runs."""
+PATIENCE_S = 60.0
+"""A batch that is not done in this time is late, and so is its snapshot. What ``freeze`` copies comes behind all that
+training's stream was given, so that this must be longer than what an iteration's queue can take."""
+_GLANCE_S = 0.02
+"""How long a wait for the device lasts until it looks whether the snapshot has been given up."""
+_LAST_WAIT_S = 10.0
+"""For work under way when the arena is let go of."""
 _STAGED_RUN_BYTES = 1 << 18
 """Gradients that are copied aside in training's own stream hold it up, so runs of this size and more are left to the
 driver's copies, which may use all of the device's bandwidth, and not to a kernel on a few multiprocessors."""
@@ -35,6 +44,9 @@ class _Flying:
     ticket: int
     targets: Sequence[Target]
     way_home: Int64s
+
+
+_NOTHING: Int64s = np.empty((0, 3), dtype=np.int64)
 
 
 class _Streams:
@@ -91,7 +103,10 @@ def naming_faults() -> Iterator[None]:
 
 
 class DevicePacker:
-    """The device's part of a ``Packer``; for one thread at a time, but for ``hold_stream``.
+    """The device's part of a ``Packer``; for one thread at a time, except ``hold_stream``.
+
+    A snapshot that is late or given up may leave work under way, whose results nobody looks at. It ends before anything
+    new is begun, so what it still writes harms nothing.
 
     ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Call ``plan`` once before all else. Raises
     ``UnsupportedState`` for a region that is not where it says, ``DeviceFault`` where the device fails.
@@ -124,8 +139,11 @@ class DevicePacker:
         self._buffers: tuple[Bytes, ...] = ()
         self._kept: Any = None
         self._kept_address = 0
+        self._in_flight: deque[_Flying] = deque()
+        """Begun and not taken back yet, the oldest first."""
+        self._deciding = threading.Lock()
         self._held_for: int | None = None
-        """Ticket of the last work that reads live state."""
+        """Ticket of the last work that reads live state and counts; decided under the lock."""
         self.note = ""
         """How captures reach the arena, for a person; filled by ``adopt``."""
 
@@ -186,21 +204,35 @@ class DevicePacker:
         return self._registration is not None
 
     def release(self) -> None:
-        """Undo ``adopt``."""
+        """Undo ``adopt``, after what is under way."""
         if self._registration is not None:
+            with suppress(DeviceError):
+                self._forget(Cancel(), _LAST_WAIT_S)
             self._registration.close()
             self._registration = None
 
-    def freeze(self, rows: Int64s) -> None:
+    def freeze(self, rows: Int64s) -> bool:
         """Copy (source, destination, nbytes) at once, after what the current stream was given; wait for it.
 
-        Later calls of ``pack`` read what that stream had written by now.
+        Later calls of ``pack`` read what that stream had written by now. False: the device is late, and nothing that
+        these rows copy may be used.
         """
-        current = self._streams.current()
+        current, never = self._streams.current(), Cancel()
         with naming_faults():
+            if not self._forget(never, PATIENCE_S):
+                return False
             if len(rows):
-                self._pool.finish(self._pool.scatter(rows, stream=current, copy_engine_bytes=_STAGED_RUN_BYTES))
+                ticket = self._pool.scatter(rows, stream=current, copy_engine_bytes=_STAGED_RUN_BYTES)
+                self._in_flight.append(_Flying(ticket=ticket, targets=(), way_home=_NOTHING))
+                if not self._forget(never, PATIENCE_S):
+                    return False
             self._pool.order(self._streams.side, current)
+        return True
+
+    def settle(self, cancel: Cancel) -> bool:
+        """Whether nothing of an earlier snapshot is under way any more; False if cancelled or late."""
+        with naming_faults():
+            return self._forget(cancel, PATIENCE_S)
 
     def pack(
         self,
@@ -210,37 +242,44 @@ class DevicePacker:
         between: Callable[[], None],
         given: Callable[[], None] | None = None,
     ) -> bool:
-        """Fill the targets and their digests; False if cancelled, and then nothing is in flight any more.
+        """Fill the targets and their digests, after ``settle``; False if cancelled or late.
 
         ``given`` is called once the device has been given everything, of which some is still in flight: then
         ``hold_stream`` is for this call's work.
         """
-        in_flight: deque[_Flying] = deque()
-        cancelled = False
         with naming_faults():
             for number, group in enumerate(groups(self._templates, targets, self._batch_bytes)):
-                if len(in_flight) == SLOTS:
-                    self._land(in_flight.popleft(), host)
+                if len(self._in_flight) == SLOTS:
+                    if not self._land(host, cancel):
+                        return False
                     between()
-                if cancelled := cancel.is_set():
-                    break
-                in_flight.append(self._start(group, number % SLOTS))
-            if given is not None and not cancelled:
-                self._held_for = in_flight[-1].ticket if in_flight else None
+                if cancel.is_set():
+                    return False
+                self._in_flight.append(self._start(group, number % SLOTS))
+            if given is not None:
+                with self._deciding:
+                    # Who cancels calls ``hold_stream`` next: that sees our ticket, or we see the cancellation.
+                    if cancel.is_set():
+                        return False
+                    self._held_for = self._in_flight[-1].ticket if self._in_flight else None
                 given()
-            while in_flight:
-                self._land(in_flight.popleft(), host)
+            while self._in_flight:
+                if not self._land(host, cancel):
+                    return False
                 between()
-        return not cancelled
+        return True
 
     def hold_stream(self) -> None:
         """What training's stream is given from now on waits, on the device, for the last ``pack`` with ``given``.
 
-        May be called while that ``pack`` still runs, after ``given``.
+        May be called while that ``pack`` still runs: after ``given``, or after it was cancelled, when there is nothing
+        to wait for, since nobody looks at what it reads.
         """
-        if self._held_for is not None:
+        with self._deciding:
+            held_for = self._held_for
+        if held_for is not None:
             with suppress(DeviceError):  # the pool is broken now: the packing thread meets that, and drops the snapshot
-                self._pool.order_after(self._streams.current(), self._held_for)
+                self._pool.order_after(self._streams.current(), held_for)
 
     def scatter(self, rows: Int64s) -> None:
         """Copy each row (source in host memory, destination on the device, nbytes), and wait."""
@@ -276,11 +315,33 @@ class DevicePacker:
         )
         return _Flying(ticket=ticket, targets=targets, way_home=np.array(way_home, dtype=np.int64).reshape(-1, 3))
 
-    def _land(self, flying: _Flying, host: HostPool) -> None:
+    def _land(self, host: HostPool, cancel: Cancel) -> bool:
+        """Take back the oldest batch; False if cancelled or late, and then it stays under way."""
+        flying = self._in_flight[0]
+        if not self._is_done(flying, cancel, PATIENCE_S):
+            return False
         digests = np.empty(sum(len(t.digests) for t in flying.targets), dtype=np.uint64)
         self._pool.finish(flying.ticket, digests)
+        self._in_flight.popleft()
         host.scatter(flying.way_home)
         share(digests, flying.targets)
+        return True
+
+    def _forget(self, cancel: Cancel, patience_s: float) -> bool:
+        """Wait for all that is under way, whatever comes of it; False if cancelled or late."""
+        while self._in_flight:
+            if not self._is_done(self._in_flight[0], cancel, patience_s):
+                return False
+            self._pool.finish(self._in_flight.popleft().ticket)
+        return True
+
+    def _is_done(self, flying: _Flying, cancel: Cancel, patience_s: float) -> bool:
+        """Wait for one batch; False if cancelled or late."""
+        deadline = time.monotonic() + patience_s
+        while not self._pool.wait(flying.ticket, timeout_s=min(_GLANCE_S, patience_s)):
+            if cancel.is_set() or time.monotonic() >= deadline:
+                return False
+        return True
 
     def _take_buffers(self) -> tuple[Bytes, ...]:
         if not self._buffers:

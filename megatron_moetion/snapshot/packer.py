@@ -39,6 +39,7 @@ class Packer:
         self._chunk_bytes = chunk_bytes
         self._pool = HostPool(num_threads)
         self._cancel = Cancel()
+        self._is_frozen = True
         self._host_units = inventory.of_kind(UnitKind.HOST)
         self._on_device, self._device = _find_device(inventory, chunk_bytes, rank, num_sms)
         logs = [u for u in inventory.of_kind(UnitKind.LOG) if u in self._on_device]
@@ -88,9 +89,12 @@ class Packer:
             self._device.release()
 
     def freeze(self, host_state: bytes) -> None:
-        """Copy what cannot wait. ``host_state`` must fit the host unit's ``reserved_bytes``."""
+        """Copy what cannot wait. ``host_state`` must fit the host unit's ``reserved_bytes``.
+
+        Where the device is too late for that, ``pack`` returns None until the next ``freeze``.
+        """
         if self._device is not None:
-            self._device.freeze(self._frozen_by_device)
+            self._is_frozen = self._device.freeze(self._frozen_by_device)
         if len(self._logs_on_host):
             self._pool.scatter(self._logs_on_host)
         for (number, position), offset in self._staged.items():
@@ -127,12 +131,14 @@ class Packer:
     def pack(
         self, targets: Sequence[Target], between: Callable[[], None], given: Callable[[], None] | None = None
     ) -> list[int] | None:
-        """Copy captures and fill their chunk digests; returns the capture digests, or None if cancelled.
+        """Copy captures and fill their chunk digests; returns the capture digests, or None if cancelled or late.
 
         ``between`` is called after each batch; ``given`` once the host has read all that it reads, and the device was
         given the rest: from then on ``hold_stream`` protects what is still to be read. ``DeviceFault`` where the
         device fails.
         """
+        if not self._is_frozen or not (self._device is None or self._device.settle(self._cancel)):
+            return None
         ours = [t for t in targets if t.unit not in self._on_device]
         for group in groups(self._templates, ours, BATCH_BYTES):
             batch = batch_of(self._templates, group)
@@ -146,20 +152,30 @@ class Packer:
             if not self._device.pack(theirs, self._pool, self._cancel, between, given):
                 return None
         elif given is not None:
+            if self._cancel.is_set():  # after the last byte was read: whoever cancels later may write at once
+                return None
             given()
         return [capture_digest(t.digests) for t in targets]
 
     def hold_stream(self) -> None:
         """Let what training enqueues on its stream from now on wait, on the device, for what ``pack`` still reads.
 
-        Call it in the training thread, after ``given``. The host does not wait.
+        Call it in the training thread, after ``given`` or after ``cancel``. The host does not wait.
         """
         if self._device is not None:
             self._device.hold_stream()
 
     def cancel(self) -> None:
-        """Make a running or coming ``pack`` return None soon."""
+        """Make a running or coming ``pack`` return None soon, unless it has given live state away already.
+
+        The canceller may write live state at once, after ``hold_stream``: nobody looks at what is read from now on.
+        """
         self._cancel.set()
+
+    @property
+    def is_cancelled(self) -> bool:
+        """Between ``cancel`` and ``allow``."""
+        return self._cancel.is_set()
 
     def allow(self) -> None:
         """Undo ``cancel``."""

@@ -399,6 +399,8 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
     before = train(4)
     processed = [routers.state[:, 1].sum().item(), sum(int(t.sum()) for t in state._counters.totals)]
     tokens = state.layer_tokens()
+    everywhere = routers._recent.clone()
+    dist.all_reduce(everywhere, group=routers.blocks[0].module.router.tp_dp_cp_group)
     why = state.recalibrate({name: 3000 for name in experts[1:]})
     first = train(2)
     captures = _capture(state, inventory)
@@ -413,7 +415,7 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
     state.close()
     return {
         "before": before, "why": why, "first": first, "on": on, "again": again, "second": second,
-        "tokens": tokens, "looks": looks, "routed": state.routed_tokens(),
+        "tokens": tokens, "everywhere": everywhere.sum(dim=-1).tolist(), "looks": looks, "routed": state.routed_tokens(),
         "processed": processed,
         "closed": [_as_list(b.module.router.boost) for b in routers.blocks],
     }  # fmt: skip

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import queue
 import threading
@@ -18,14 +19,14 @@ import numpy.typing as npt
 from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.recover.survey import ArenaReport
-from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
 from megatron_moetion.store.manifest import Page, Record
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, TokenCounter, Unit, UnitKind
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StateAdapter, TokenCounter, Unit, UnitKind
 
 CHUNK_BYTES = 4096
 T = TypeVar("T")
@@ -77,6 +78,12 @@ class ToyState:
         self.host = dict(state)
 
     def after_step(self) -> None: ...
+
+    def moved(self) -> str:
+        return ""
+
+    def state_hash(self) -> str:
+        return hashlib.blake2b(self.image(), digest_size=16).hexdigest()
 
     def counts_tokens(self) -> bool:
         return True
@@ -324,6 +331,10 @@ def scheduler(schedule: str = "bubble") -> Scheduler:
     """A scheduler on the host's clock that draws nothing."""
     return Scheduler(schedule, HostClock(), eager_slice_bytes=1 << 20, draw=no_drawing)
 
+
+ADAPTER: type[StateAdapter] = ToyState
+FABRIC: type[Fabric] = ToyFabric
+"""Type checking holds what stands for the real ones to their protocols."""
 
 POOL = HostPool(1)
 """For tests that verify."""

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -102,3 +103,29 @@ def test_megatron_is_known_to_the_seams_only(file: str) -> None:
 def test_the_executors_alone_know_the_compiled_module(file: str) -> None:
     if file not in ("snapshot/packer.py", "snapshot/device.py", "snapshot/engines.py"):
         assert f"{NAME}._C" not in set(imports(file))
+
+
+OWN_GROUPS = r"(self\.)?_?[a-z]+"
+"""How a group of our own is named in a call: a variable or an attribute, not something of training's objects."""
+
+
+def collectives(file: str) -> Iterator[ast.Call]:
+    """Calls of torch.distributed in which other ranks take part."""
+    names = {
+        "all_reduce", "all_gather", "all_gather_object", "all_gather_into_tensor", "all_to_all", "all_to_all_single",
+        "barrier", "broadcast", "broadcast_object_list", "gather_object", "irecv", "isend", "monitored_barrier", "recv",
+        "reduce", "reduce_scatter", "reduce_scatter_tensor", "scatter_object_list", "send",
+    }  # fmt: skip
+    callees = {f"{module}.{name}" for module in ("dist", "torch.distributed") for name in names}
+    for node in ast.walk(ast.parse((PACKAGE / file).read_text())):
+        if isinstance(node, ast.Call) and ast.unparse(node.func) in callees:
+            yield node
+
+
+@pytest.mark.parametrize("file", [f for f in files() if f.split("/")[0] not in ("pretrain", "persist")])
+def test_the_runtime_never_speaks_in_a_group_of_trainings(file: str) -> None:
+    """Where a rank of ours fails alone, training's next collective would be paired with ours."""
+    for call in collectives(file):
+        groups = [ast.unparse(k.value) for k in call.keywords if k.arg == "group"]
+        assert groups, f"{file}:{call.lineno} speaks in the default group, which is training's"
+        assert re.fullmatch(OWN_GROUPS, groups[0]), f"{file}:{call.lineno} speaks in {groups[0]}"

@@ -14,7 +14,14 @@ import torch
 from megatron.core.transformer.moe.router import TopKRouter
 from megatron.core.transformer.transformer_config import TransformerConfig
 
-from megatron_moetion.mcore.router import CapacityRouter, Counts, TokenCounters, keep_mask, use_capacity_router
+from megatron_moetion.mcore.router import (
+    CapacityRouter,
+    Counts,
+    RouterWatch,
+    TokenCounters,
+    keep_mask,
+    use_capacity_router,
+)
 
 EXPERTS, TOKENS = 8, 64
 GROUPS = SimpleNamespace(tp=None, cp=None, tp_cp=None, tp_dp_cp=None)
@@ -117,6 +124,19 @@ def test_raised_capacity_admits_so_many_more_of_the_right_ones(policy: str) -> N
             mine = sorted(mine, key=lambda t: (-free_probs[t, expert].item(), t))
         assert kept[:, expert].nonzero()[:, 0].tolist() == sorted(mine[: int(room[expert])])
     assert torch.equal(probs, free_probs * kept)
+
+
+def test_what_layers_saw_is_told_of_this_rank_alone() -> None:
+    """No process group is there: who asks for it may be the only one that asks."""
+    _, router = routers()
+    block = SimpleNamespace(experts=range(EXPERTS), prefix="layers.0", module=SimpleNamespace(router=router))
+    watch = RouterWatch([block], None)  # type: ignore[list-item]
+    router.routing(logits())
+    watch.step()
+    ((name, tokens),) = watch.shares().items()
+    assert name == "layers.0.dense"
+    assert tokens == {"routed": 2 * TOKENS, "processed": watch.state[0, 1].sum().item(), "debt": 0.0}
+    assert 0 < tokens["processed"] < tokens["routed"]
 
 
 def test_evaluation_is_at_base_capacity() -> None:

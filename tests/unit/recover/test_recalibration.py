@@ -8,10 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from session_job import Job
 from support import ToyState
 
+from megatron_moetion.errors import ChannelError
 from megatron_moetion.observe.journal import Journal
-from megatron_moetion.recover.recalibration import Recalibration
+from megatron_moetion.recover.recalibration import Recalibration, over_ranks
 
 
 class Alone:
@@ -31,7 +33,7 @@ class Layers(ToyState):
         self.why_fixed = why_fixed
 
     def layer_tokens(self) -> dict[str, dict[str, float]]:
-        return {"layers.0.dense": {"routed": 10.0, "processed": 7.0, "dropped": 3.0, "debt": 2.0}}
+        return {"layers.0.dense": {"routed": 10.0, "processed": 7.0, "debt": 2.0}}
 
     def recalibrate(self, lost: Any) -> str:
         super().recalibrate(lost)
@@ -71,3 +73,34 @@ def test_it_says_why_capacity_stays_only_if_tokens_were_lost(tmp_path: Path, cap
 def test_routers_that_do_not_tell_are_not_spoken_of(tmp_path: Path) -> None:
     make(tmp_path, ToyState()).begin(7, {"layers.0.experts.1": 5})
     assert looks(tmp_path) == []
+
+
+def test_layers_are_added_up_over_the_ranks_that_run_them() -> None:
+    first, second = ({"routed": r, "processed": p, "debt": 4.0} for r, p in ((10.0, 7.0), (5.0, 5.0)))
+    other = {"routed": 1.0, "processed": 1.0, "debt": 0.0}
+    assert over_ranks([{"layers.0.dense": first}, {"layers.1.dense": other}, {}, {"layers.0.dense": second}]) == {
+        "layers.0.dense": {"routed": 15.0, "processed": 12.0, "dropped": 3.0, "debt": 4.0},
+        "layers.1.dense": {"routed": 1.0, "processed": 1.0, "dropped": 0.0, "debt": 0.0},
+    }
+
+
+def test_a_fabric_that_fails_in_a_look_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the other rank hears next, on a fabric that has lost step, would be taken for something else."""
+    job = Job(tmp_path, mode="popularity")
+    job.network.timeout_s = 0.5
+    job.start()
+    for session in job.sessions:
+        session._recalibration._due = [(2, "after")]
+    job.train(1)
+    broken = job.sessions[1]._fabric
+    said: list[str] = []
+
+    def fail(document: Any) -> list[Any]:
+        raise ChannelError("only here")
+
+    monkeypatch.setattr(broken, "gather", fail)
+    monkeypatch.setattr(broken, "start_agreement", lambda *masks: said.append("agreement"))
+    monkeypatch.setattr(broken, "start_sum", lambda counts: said.append("sum"))
+    job.train(4)
+    assert said == []
+    job.crash()

@@ -27,6 +27,7 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.flight import Contents, Flight
 from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.snapshot import packer as packer_module
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
@@ -173,6 +174,38 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
     rig.flight.drain()
     assert rig.flight.whole == {1}
     assert sum(rig.flight.counts.dropped.values()) == 0
+    rig.flight.close()
+    rig.packer.close()
+
+
+def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_snapshot_is_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packer_module, "BATCH_BYTES", 1)  # so that two batches are in flight and more are to come
+    rig = Rig(tmp_path, lambda iteration: True, place=on_device, copies=1)
+    rig.packer.adopt(rig.arena.memory)
+    rig.packer.freeze(b"host")
+    device, has_landed = rig.packer._device, threading.Event()
+    assert device is not None
+    device._pool = pool = WatchedPool(device._pool, [])  # type: ignore[assignment]
+    wait = pool.wait
+    monkeypatch.setattr(pool, "wait", lambda *a, **o: has_landed.wait(0.001) and wait(*a, **o), raising=False)
+    for iteration in (1, 2):  # the second one finds the device still busy with the first
+        rig.flight.begin(iteration, Contents(units=rig.everything), {})
+        for _ in range(2):  # optimizers in a chain ask one after the other
+            rig.flight.finish_packing(0.01)  # returns, although nothing has landed
+        rig.state.step(iteration)
+        rig.flight.finish()
+        assert rig.flight.counts.dropped == {"late": iteration}
+    has_landed.set()
+    rig.packer.freeze(b"host")
+    rig.flight.begin(3, Contents(units=rig.everything), {})
+    rig.flight.finish_packing(10)
+    rig.flight.drain()
+    assert rig.flight.whole == {3}
+    assert rig.flight.counts.dropped == {"late": 2}
+    for record in rig.arena.page.records:
+        assert rig.packer.verify(rig.arena.payload(record.slot), rig.arena.digests(record.slot), record.digest)
     rig.flight.close()
     rig.packer.close()
 

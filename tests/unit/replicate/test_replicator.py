@@ -3,17 +3,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support import CHUNK_BYTES, POOL, Network, ToyState, capture, make_arena, no_probe, scheduler, together
 
 from megatron_moetion.errors import ChannelError
+from megatron_moetion.replicate.channel import Message
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.manifest import NO_SLOT, RECORD, Record
 
 
 class Ranks:
@@ -156,3 +160,161 @@ def test_ranks_out_of_step_stop_replicating(tmp_path: Path) -> None:
             lambda: ranks.replicators[0].replicate(1, ()),
             lambda: ranks.replicators[1].replicate(2, ()),
         )
+
+
+# -- what a wire may do ----------------------------------------------------------------------------------------
+
+HEADER, TABLE = 0, 1
+
+
+class Wire:
+    """A channel of one rank on which the peer's messages come from a list. What was received is counted."""
+
+    def __init__(self, messages: Sequence[bytes]) -> None:
+        self._messages = list(messages)
+        self.received: list[int] = []
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        for message in receives:
+            self.received.append(message.data.nbytes)
+            data = self._messages.pop(0)
+            if len(data) != message.data.nbytes:
+                raise ChannelError("the two sides' messages do not match")
+            message.data[:] = np.frombuffer(data, dtype=np.uint8)
+
+
+class Heard:
+    """A round in which rank 0 sends a snapshot, as rank 1 heard it; to be heard again with changes."""
+
+    def __init__(self, folder: Path) -> None:
+        ranks = Ranks(folder, 2)
+        self.truth = ranks.commit(0, 1)
+        self.messages: list[bytes] = []
+        send = ranks.network.send
+
+        def listen(source: int, target: int, data: bytes) -> None:
+            if source == 0:
+                self.messages.append(data)
+            send(source, target, data)
+
+        ranks.network.send = listen  # type: ignore[method-assign]
+        assert ranks.round(1, [self.truth, ()]) == [True, False]
+        del self.messages[2]  # rank 0's answer to rank 1, which in what follows asks nothing
+        del self.messages[-1]
+        self.own, self.held = ranks.own[1], ranks.held[1][0]
+
+    def again(self, messages: Sequence[bytes]) -> Wire:
+        """Rank 1 hears these messages, and keeps what it will; ``ChannelError`` as it comes."""
+        self.held.edit(lambda page: {"records": ()})
+        wire = Wire(messages)
+        Replicator(
+            channel=wire, own=self.own, holders=(), held={0: self.held}, pool=POOL, epoch=0, probe=no_probe,
+            pacing=scheduler(),
+        ).replicate(1, ())  # fmt: skip
+        return wire
+
+    def changed(self, number: int, change: Callable[[bytearray], None], *, digests: bool = False) -> list[bytes]:
+        """All messages, one of them changed; with digests that are right again, as a faulty peer would send them."""
+        found = [bytearray(m) for m in self.messages]
+        change(found[number])
+        header = np.frombuffer(found[HEADER], dtype=np.uint64)
+        if digests:
+            header[4] = capture_digest(np.frombuffer(found[TABLE], dtype=np.uint64))
+            header[6] = capture_digest(header[:-1])
+        return [bytes(m) for m in found]
+
+
+@pytest.fixture
+def heard(tmp_path: Path) -> Heard:
+    return Heard(tmp_path)
+
+
+def test_what_was_heard_again_is_the_snapshot(heard: Heard) -> None:
+    wire = heard.again(heard.messages)
+    assert len(wire.received) == len(heard.messages)
+    assert {(r.unit, r.iteration, r.digest) for r in heard.held.page.records} == {
+        (r.unit, r.iteration, r.digest) for r in heard.truth
+    }
+
+
+def test_any_change_of_a_header_ends_replication_before_memory_is_taken(heard: Heard) -> None:
+    for at in range(len(heard.messages[HEADER])):
+        for flip in range(1, 256):
+            wire = Wire(heard.changed(HEADER, lambda data, at=at, flip=flip: data.__setitem__(at, data[at] ^ flip)))  # type: ignore[misc]
+            replicator = Replicator(
+                channel=wire, own=heard.own, holders=(), held={0: heard.held}, pool=POOL, epoch=0, probe=no_probe,
+                pacing=scheduler(),
+            )  # fmt: skip
+            with pytest.raises(ChannelError, match="the header of rank 0 for iteration 1 was damaged"):
+                replicator.replicate(1, ())
+            assert wire.received == [len(heard.messages[HEADER])]
+
+
+def test_any_change_of_a_table_costs_the_snapshot(heard: Heard) -> None:
+    for at in range(len(heard.messages[TABLE])):
+        for flip in (1, 0x80, 0xFF):
+            wire = heard.again(
+                heard.changed(TABLE, lambda data, at=at, flip=flip: data.__setitem__(at, data[at] ^ flip))  # type: ignore[misc]
+            )
+            assert wire.received == [len(m) for m in heard.messages[:2]], "no payload is asked for"
+            assert heard.held.page.records == ()
+
+
+WORDS = {"captures": 2, "table bytes": 3, "slice": 5}
+IMPOSSIBLE = [
+    *((word, value) for word in ("captures", "table bytes") for value in (0, 1, 5, 8, 2**16)),
+    *((word, value) for word in WORDS for value in (2**32, 2**40, 2**63, 2**64 - 1)),
+    ("slice", 0),
+]
+
+
+@pytest.mark.parametrize(("word", "value"), IMPOSSIBLE)
+def test_a_header_that_verifies_and_cannot_be_is_refused_before_memory_is_taken(
+    word: str, value: int, heard: Heard
+) -> None:
+    def change(data: bytearray) -> None:
+        np.frombuffer(data, dtype=np.uint64)[WORDS[word]] = value
+
+    largest = RECORD.itemsize * len(heard.truth) + 8 * sum(heard.held.digests(r.slot).size for r in heard.truth)
+    wire = Wire(heard.changed(HEADER, change, digests=True))
+    replicator = Replicator(
+        channel=wire, own=heard.own, holders=(), held={0: heard.held}, pool=POOL, epoch=0, probe=no_probe,
+        pacing=scheduler(),
+    )  # fmt: skip
+    with pytest.raises(ChannelError):
+        replicator.replicate(1, ())
+    assert all(nbytes <= largest for nbytes in wire.received)
+
+
+RECORDS: dict[str, tuple[str, int]] = {
+    "a unit that is not there": ("unit", 2**31),
+    "a unit twice": ("unit", 1),
+    "another unit's size": ("nbytes", 64),
+    "a size of nothing": ("nbytes", 0),
+    "a size of everything": ("nbytes", 2**63),
+    "another iteration": ("iteration", 2),
+    "another epoch": ("epoch", 3),
+    "zeros that have a size": ("slot", NO_SLOT),
+}
+
+
+@pytest.mark.parametrize("what", RECORDS)
+def test_a_table_that_verifies_and_cannot_be_ends_replication(what: str, heard: Heard) -> None:
+    field, value = RECORDS[what]
+
+    def change(data: bytearray) -> None:
+        np.frombuffer(data, dtype=np.uint8)[: RECORD.itemsize].view(RECORD)[0][field] = value
+
+    with pytest.raises(ChannelError, match="rank 0 announces"):
+        heard.again(heard.changed(TABLE, change, digests=True))
+    assert heard.held.page.records == ()
+
+
+def test_a_damaged_answer_is_neither_yes_nor_no(tmp_path: Path) -> None:
+    for at in range(8):
+        ranks = Ranks(tmp_path / str(at), 2)
+        ranks.network.damage = lambda source, target, size, at=at: at if (source, size) == (1, 8) else None  # type: ignore[misc]
+        ranks.network.timeout_s = 0.1
+        with pytest.raises(ChannelError, match=r"the answer of rank 1 was damaged|timed out"):
+            ranks.round(1, [ranks.commit(0, 1), ()])
+        assert ranks.replicators[0].bytes_sent == 0

@@ -6,13 +6,17 @@ from __future__ import annotations
 import math
 import threading
 import time
+from pathlib import Path
 
 import pytest
+from support import Network, ToyFabric, ToyState
 
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import HostClock
-from megatron_moetion.schedule.scheduler import Scheduler, ahead, between, typical_duration
+from megatron_moetion.schedule.scheduler import Scheduler, ahead, between, no_drawing, typical_duration
 from megatron_moetion.schedule.timeline import Lane, Span, Timeline
+from megatron_moetion.session import Session
 
 Drawn = list[tuple[str, float, float, int]]
 
@@ -139,3 +143,68 @@ def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None
     one, two = (fast.carries(n) for n in (1, 2))
     assert two[0] == pytest.approx(one[0] / 2)
     assert "a replica, 2 of them" in two[1]
+
+
+def test_what_a_link_has_shown_counts_in_the_next_iteration() -> None:
+    """The order of a run: a vote after each cut, and packing between two of them."""
+    scheduler, _ = make("bubble")
+    iterate(scheduler, 1, 0.1)
+    at_first, _ = scheduler.carries(0)
+    scheduler.packed(1.0, 1.1, 1 << 20)  # about 10 MB/s
+    iterate(scheduler, 2, 0.1)
+    carried, why = scheduler.carries(0)
+    assert carried < at_first / 50
+    assert "at 10 MB/s" in why
+    assert scheduler.scalars()["moetion/device-to-host-mb-per-s"] == pytest.approx(10, rel=0.1)
+
+
+class Ticking(HostClock):
+    """A clock that is moved on by hand."""
+
+    def __init__(self) -> None:
+        self.now_s = 0.0
+
+    def stamp(self) -> float:
+        return self.now_s
+
+
+class FastLink(Scheduler):
+    """A scheduler that sees every snapshot packed at 25 GB/s."""
+
+    def packed(self, begin_s: float, end_s: float, nbytes: int) -> None:
+        super().packed(begin_s, begin_s + nbytes / 25e9, nbytes)
+
+
+def test_a_fast_device_has_no_snapshot_dropped_for_the_budget(tmp_path: Path) -> None:
+    state, clock = ToyState(num_experts=0, elements=100_000), Ticking()
+    nbytes = state.inventory().nbytes
+    session = Session(
+        config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
+        adapter=state,
+        fabric=ToyFabric(Network(1), 0),
+        topology="toy",
+        scheduler=FastLink("bubble", clock, eager_slice_bytes=1 << 20, draw=no_drawing),
+        environment={},
+    )
+    session.start()
+    for iteration in range(1, 31):
+        clock.now_s += nbytes / 5e9
+        session.before_optimizer_step()
+        state.step(iteration)
+        session.on_step_end(iteration)
+        session.drain()
+    scalars = session.scalars()
+    session.close()
+    assert scalars["moetion/snapshots-dropped"] == 0
+    assert scalars["moetion/device-to-host-mb-per-s"] == pytest.approx(25_000, rel=0.01)
+
+
+def test_what_was_late_is_told_until_the_next_snapshot_has_left() -> None:
+    scheduler, _ = make("bubble")
+    for number in range(3):
+        iterate(scheduler, number, 0.02)
+    with scheduler.recorder.span(Lane.GRADIENT, 10, 10), scheduler.transfer(1 << 20):
+        scheduler.gate.admit(1 << 20)  # beside training's own traffic, because the deadline came
+    assert scheduler.scalars()["moetion/late-mb"] == pytest.approx((1 << 20) / 1e6)
+    with scheduler.transfer(1 << 19):
+        assert scheduler.scalars()["moetion/late-mb"] == pytest.approx((1 << 20) / 1e6)
