@@ -64,11 +64,10 @@ class Attached:
         scheduler: Scheduler,
         undo: ExitStack,
     ) -> None:
-        """Takes over ``undo``: what takes back all that ``attach`` did, the session itself aside."""
+        """Takes over what ``undo`` holds: it takes back all that ``attach`` did, the session itself aside."""
         self._session = session
         self._model = model
         self.scheduler = scheduler
-        self._undo = undo
         self.pipeline_arguments: dict[str, Any] = {}
         """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen; may be empty."""
         for optimizer in state.inner_optimizers():
@@ -76,6 +75,7 @@ class Attached:
             undo.callback(handle.remove)
         atexit.register(self._at_exit)
         undo.callback(atexit.unregister, self._at_exit)
+        self._undo = undo.pop_all()
 
     def start(
         self,
@@ -157,18 +157,25 @@ def attach(
     that cannot be captured exactly; then nothing stays hooked.
     """
     _check(model, optimizer, opt_param_scheduler, config, user_state)
-    with ExitStack() as undo:
+    with ExitStack() as undo, ExitStack() as unless_attached:
         _show_log(undo)
-        trace = open_trace(config, torch.distributed.get_rank())
-        if trace is not None:
-            undo.callback(trace.close)
+        traces: list[Trace] = []
+
+        def draw(lane: str, begin_s: float, end_s: float, value: int) -> None:
+            for trace in traces:
+                trace.add(lane, begin_s, end_s, value)
+
         scheduler = Scheduler(
             config.schedule,
             EventClock() if next(model[0].parameters()).is_cuda else HostClock(),
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
-            draw=trace.add if trace is not None else no_drawing,
+            draw=draw if config.trace_dir else no_drawing,
         )
         fabric = GlooFabric(timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes, gate=scheduler.gate)
+        unless_attached.callback(fabric.close)  # else it is the session's to close
+        if config.trace_dir:
+            traces.append(on_all_ranks(fabric, lambda: open_trace(config, fabric.rank)))
+            undo.callback(traces[0].close)
         state = on_all_ranks(fabric, lambda: _state(model, optimizer, opt_param_scheduler, config, user_state))
         undo.callback(state.close)
         fabric.join_experts(state.expert_peers())
@@ -182,7 +189,9 @@ def attach(
             replayer=state if config.mode == "exact" else None,
             witness=witness,
         )
-        return Attached(session, state, model, scheduler, undo.pop_all())
+        attached = Attached(session, state, model, scheduler, undo)
+        unless_attached.pop_all()
+        return attached
 
 
 def _state(
@@ -261,10 +270,8 @@ def _show_log(undo: ExitStack) -> None:
         undo.callback(_logger.removeHandler, handler)
 
 
-def open_trace(config: MoetionConfig, rank: int) -> Trace | None:
-    """This rank's trace, if one is asked for."""
-    if not config.trace_dir:
-        return None
+def open_trace(config: MoetionConfig, rank: int) -> Trace:
+    """This rank's trace in ``config.trace_dir``."""
     attempt = restart_count(os.environ)
     return Trace(Path(config.trace_dir) / trace_name(rank, attempt), rank, attempt)
 
