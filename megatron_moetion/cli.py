@@ -18,7 +18,14 @@ from rich.table import Table
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, MoetionError
-from megatron_moetion.observe.report import beside_traffic, between_iterations, draw, middle_iterations, read_traces
+from megatron_moetion.observe.report import (
+    beside_traffic,
+    between_iterations,
+    draw,
+    middle_iterations,
+    read_traces,
+    traced_ranks,
+)
 from megatron_moetion.select.budget import Limits, experts_per_snapshot
 from megatron_moetion.select.memory import (
     Cost,
@@ -289,8 +296,15 @@ def _report(args: argparse.Namespace) -> int:
     output = args.output or args.folder / "gantt.png"
     draw(chosen, output)
     figures = beside_traffic(chosen)
+    without = sorted(traced_ranks(args.folder) - {f.rank for f in figures})
     if args.json:
-        print(json.dumps({"iterations": [first, last], "chart": str(output), "ranks": [asdict(f) for f in figures]}))
+        document = {
+            "iterations": [first, last],
+            "chart": str(output),
+            "ranks": [asdict(f) for f in figures],
+            "ranks_without": without,
+        }
+        print(json.dumps(document))
         return 0
     table = Table(title=f"iterations {first} to {last}: replication beside training's own sends")
     for column in ("rank", "replicated MB", "replicating s", "of these beside traffic"):
@@ -300,7 +314,10 @@ def _report(args: argparse.Namespace) -> int:
         table.add_row(str(f.rank), f"{f.replicated_bytes / 1e6:.1f}", f"{f.replicating_s:.3f}", f"{share:.1%}")
     console = Console()
     console.print(table)
-    console.print(f"chart: {output}", highlight=False)
+    if without:
+        ranks = ", ".join(map(str, without))
+        console.print(f"not traced in these iterations: rank {ranks}", highlight=False, soft_wrap=True)
+    console.print(f"chart: {output}", highlight=False, soft_wrap=True)
     return 0
 
 

@@ -84,7 +84,6 @@ class Job:
                 "--moetion", "--moetion-mode", self.name, "--moetion-ranks-per-node", str(RANKS_PER_NODE),
                 "--moetion-store", str(self.store), "--moetion-run-id", self.run_id,
                 "--moetion-report", str(self.folder / "report.jsonl"),
-                "--moetion-lost-token-budget", "0",  # to keep one, so short a run would have to capture all experts
             ]  # fmt: skip
         return command
 
@@ -289,7 +288,7 @@ def print_table(console: Console, entries: Sequence[Mapping[str, Any]], out: Pat
         ("validation loss / fault-free",
          lambda e: f"{loss(e['validation_loss'])} / {loss(e['fault_free_validation_loss'])}"),
     ]  # fmt: skip
-    table = Table(title="A lost node, half-way", title_justify="left")
+    table = Table(title="A lost node, half-way; each mode with its default settings", title_justify="left")
     table.add_column("")
     for entry in entries:
         table.add_column(f"mode {entry['mode']}", justify="right")

@@ -55,7 +55,8 @@ def draw(path: Path, reference: Run, runs: Sequence[Run], entries: Sequence[Mapp
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.12)
         grid = figure.add_gridspec(3, len(runs), height_ratios=[4.2, 1.2, 0.55 + 0.5 * len(runs)])
         figure.suptitle(
-            "A node is lost in the middle of training; its state comes back from its peer's memory",
+            "A node is lost in the middle of training; its state comes back from its peer's memory "
+            "(each mode with its default settings)",
             fontsize=14, fontweight="bold", x=0.012, ha="left",
         )  # fmt: skip
         top: Axes | None = None

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import Any
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.observe.trace import LANES
 
+FORMATS = (".pdf", ".png", ".svg")
 TRAFFIC_LANES = ("pipeline", "all-to-all", "gradient sync", "parameter gather")
 COLORS = {
     "compute": "#c9d7e8", "wait": "#ececec", "pipeline": "#2a6fbb", "all-to-all": "#7a4fb5", "gradient sync": "#b5547a",
@@ -43,45 +45,74 @@ class Beside:
 
 
 def read_traces(folder: Path) -> list[Bar]:
-    """All spans below a folder. ``ConfigError`` where there is none; one that was cut short is read up to there."""
+    """All spans below a folder; a trace that was cut short is read up to there. ``ConfigError`` where there is none."""
+    return [bar for path in _traces(folder) for bar in _read(path)]
+
+
+def traced_ranks(folder: Path) -> set[int]:
+    """Ranks with a trace below a folder, also those that were killed before anything was in it."""
+    found = (re.match(r"rank(\d+)\.", path.name) for path in _traces(folder))
+    return {int(match[1]) for match in found if match}
+
+
+def _traces(folder: Path) -> list[Path]:
     paths = sorted(folder.glob("*.trace.json"))
     if not paths:
         raise ConfigError(f"{folder} holds no *.trace.json; train with --moetion-trace-dir {folder}")
-    return [bar for path in paths for bar in _read(path)]
+    return paths
 
 
 def _read(path: Path) -> list[Bar]:
+    try:
+        lines = path.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} cannot be read: {error}; move it away, or make it readable") from error
     found = []
-    for line in path.read_text().splitlines():
+    for line in lines:
         text = line.strip().rstrip(",")
         if text in ("[", "]", ""):
             continue
         try:
-            event: dict[str, Any] = json.loads(text)
+            event: Any = json.loads(text)
         except ValueError:
             break  # the process was killed in the middle of this line
-        if event["ph"] == "X":
-            begin = event["ts"] / 1e6
-            value = next(iter(event["args"].values()))
-            lane = LANES[event["tid"]]
-            bar = Bar(rank=event["pid"], lane=lane, begin_s=begin, end_s=begin + event["dur"] / 1e6, value=int(value))
-            found.append(bar)
+        try:
+            if event["ph"] == "X":
+                found.append(_bar(event))
+        except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+            raise ConfigError(f"{path} is not a trace of this version: {text[:80]}; move it away") from error
     return found
 
 
+def _bar(event: dict[str, Any]) -> Bar:
+    begin = event["ts"] / 1e6
+    return Bar(
+        rank=event["pid"],
+        lane=LANES[event["tid"]],
+        begin_s=begin,
+        end_s=begin + event["dur"] / 1e6,
+        value=int(next(iter(event["args"].values()))),
+    )
+
+
 def between_iterations(bars: Sequence[Bar], first: int, last: int) -> list[Bar]:
-    """The spans that touch iterations ``first`` to ``last`` of a rank. ``ConfigError`` where none was traced."""
+    """The spans that touch iterations ``first`` to ``last``, of the ranks that traced any of these.
+
+    ``ConfigError`` where no rank did.
+    """
     found: list[Bar] = []
     for rank in sorted({b.rank for b in bars}):
         mine = [b for b in bars if b.rank == rank]
         wanted = [b for b in mine if b.lane == "iteration" and first <= b.value <= last]
         if not wanted:
-            known = sorted(b.value for b in mine if b.lane == "iteration")
-            span = f"{known[0]} to {known[-1]}" if known else "none"
-            raise ConfigError(f"rank {rank} has no iteration in {first} to {last}; its trace holds {span}")
+            continue
         begin, end = min(b.begin_s for b in wanted), max(b.end_s for b in wanted)
         found += wanted
         found += [b for b in mine if b.lane != "iteration" and b.begin_s < end and b.end_s > begin]
+    if not found:
+        known = sorted(b.value for b in bars if b.lane == "iteration")
+        span = f"{known[0]} to {known[-1]}" if known else "none"
+        raise ConfigError(f"no rank has an iteration in {first} to {last}; the traces hold {span}")
     return found
 
 
@@ -114,7 +145,9 @@ def beside_traffic(bars: Sequence[Bar]) -> list[Beside]:
 
 
 def draw(bars: Sequence[Bar], path: Path) -> None:
-    """A Gantt chart, one block of lanes a rank; the format follows the file's ending (``.png``, ``.svg``)."""
+    """A Gantt chart, one block of lanes a rank; the format follows the file's ending, one of ``FORMATS``."""
+    if path.suffix.lower() not in FORMATS:
+        raise ConfigError(f"cannot draw {path}; its name must end in {', '.join(FORMATS)}")
     try:
         import matplotlib
 
@@ -146,6 +179,10 @@ def draw(bars: Sequence[Bar], path: Path) -> None:
     axis.set_xlabel("seconds")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=150)
-    pyplot.close(figure)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=150)
+    except OSError as error:
+        raise ConfigError(f"{path} cannot be written: {error.strerror}; name another file with -o") from error
+    finally:
+        pyplot.close(figure)

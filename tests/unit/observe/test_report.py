@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -83,7 +84,11 @@ def test_the_report_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
     ("arguments", "says"),
     [
         ([], r"holds no \*.trace.json; train with --moetion-trace-dir"),
-        (["--iterations", "7:9"], "no iteration in 7 to 9; its trace holds 1 to 4"),
+        (["--iterations", "7:9"], "no rank has an iteration in 7 to 9; the traces hold 1 to 4"),
+        (["-o", "x.bmp"], r"cannot draw x.bmp; its name must end in .pdf, .png, .svg"),
+        (["-o", "gantt"], r"cannot draw gantt; its name must end in"),
+        (["-o", "/dev/null/gantt.png"], "/dev/null/gantt.png cannot be written: .*; name another file with -o"),
+        (["-o", "/proc/gantt.svg"], "/proc/gantt.svg cannot be written"),
         (["--iterations", "3:2"], "the first must not be after the last"),
         (["--iterations", "x"], "must be FIRST:LAST"),
     ],
@@ -91,8 +96,6 @@ def test_the_report_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_wrong_input_is_exit_code_2_and_one_line(
     arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import re
-
     if arguments:
         write(tmp_path, 0)
     assert cli.main(["report", str(tmp_path), *arguments]) == 2
@@ -100,6 +103,50 @@ def test_wrong_input_is_exit_code_2_and_one_line(
     assert shown.out == ""
     assert re.match(f"error: .*{says}", shown.err)
     assert shown.err.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: .*Is a directory"),
+        (b"\xff\xfe binary", "cannot be read: "),
+        (b"[\n[1, 2],\n", r"is not a trace of this version: \[1, 2\]; move it away"),
+        (b'[\n{"ph": "X", "ts": 1, "dur": 2, "pid": 3, "tid": 99, "args": {"bytes": 1}},\n', "is not a trace of this"),
+    ],
+    ids=["folder", "binary", "no event", "unknown lane"],
+)
+def test_a_file_that_is_no_trace_is_named_in_one_line(
+    content: bytes | None, says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    write(tmp_path, 0)
+    stranger = tmp_path / "other.trace.json"
+    if content is None:
+        stranger.mkdir()
+    else:
+        stranger.write_bytes(content)
+    assert cli.main(["report", str(tmp_path)]) == 2
+    error = capsys.readouterr().err
+    assert re.match(f"error: {stranger} {says}", error)
+    assert error.count("\n") == 1
+
+
+def test_ranks_that_were_killed_before_their_trace_was_written_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Rank 2 is killed with all that it traced still in memory, and traces again after the restart."""
+    for rank in range(2):
+        write(tmp_path, rank)
+    (tmp_path / trace_name(2, 0)).touch()
+    (tmp_path / trace_name(3, 0)).touch()
+    again = Trace(tmp_path / trace_name(2, 1), 2)
+    again.add("iteration", 205, 206, 5)
+    again.close()
+    assert cli.main(["report", str(tmp_path), "--iterations", "3:4"]) == 0
+    assert "not traced in these iterations: rank 2, 3\n" in capsys.readouterr().out
+    assert cli.main(["report", str(tmp_path), "--iterations", "3:4", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert [r["rank"] for r in document["ranks"]] == [0, 1]
+    assert document["ranks_without"] == [2, 3]
 
 
 def test_traces_without_a_whole_iteration_are_said_so(tmp_path: Path) -> None:

@@ -205,6 +205,15 @@ def test_the_reference_knows_nothing_of_moetion(tmp_path):
     assert "--moetion" in job.command()
 
 
+@pytest.mark.parametrize("mode", quickstart.MODES)
+def test_every_mode_is_shown_with_its_default_settings(tmp_path, mode):
+    """What table and picture say; other flags only name places."""
+    job = quickstart.Job(name=mode, iterations=24, folder=tmp_path, store=tmp_path / "store")
+    given = {argument for argument in job.command() if argument.startswith("--moetion-")}
+    places = {"--moetion-store", "--moetion-run-id", "--moetion-ranks-per-node", "--moetion-report"}
+    assert given == {"--moetion-mode", *places}
+
+
 def test_a_failed_run_ends_with_its_log_and_exit_code_1(tmp_path):
     broken = (
         "import quickstart; quickstart.MODEL_FLAGS = ['--no-such-flag']; quickstart.RANKS = 1; "

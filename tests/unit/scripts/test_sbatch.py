@@ -17,27 +17,42 @@ ROOT = Path(__file__).resolve().parents[3]
 SCRIPT = ROOT / "scripts" / "slurm" / "pretrain_gpt_moe.sbatch"
 
 FAKE_SRUN = """#!{python}
-import json, os, subprocess, sys
+import json, os, signal, subprocess, sys
 args = sys.argv[1:]
 with open(os.environ["FAKE_CALLS"], "a") as calls:
     calls.write(json.dumps(args) + "\\n")
 if "rm" in args:
     sys.exit(0)
 tasks = [
-    subprocess.Popen(args[args.index("bash"):], env=os.environ | {{"SLURMD_NODENAME": host}})
-    for host in os.environ["FAKE_HOSTS"].split()
+    subprocess.Popen(
+        args[args.index("bash"):],
+        env=os.environ | {{"SLURMD_NODENAME": host, "SLURM_PROCID": str(task)}},
+        start_new_session=True,
+    )
+    for task, host in enumerate(os.environ["FAKE_HOSTS"].split())
 ]
+signal.signal(signal.SIGTERM, lambda *_: [os.killpg(task.pid, signal.SIGTERM) for task in tasks if task.poll() is None])
 sys.exit(max(task.wait() for task in tasks))
 """
 FAKE_SCONTROL = """#!{python}
-import os
+import json, os, sys
+if sys.argv[1] == "requeue":
+    with open(os.environ["FAKE_CALLS"], "a") as calls:
+        calls.write(json.dumps(sys.argv) + "\\n")
+    sys.exit(int(os.environ["FAKE_REQUEUE_CODE"]))
 print("\\n".join(os.environ["FAKE_HOSTS"].split()))
 """
 FAKE_TORCHRUN = """#!{python}
-import json, os, time
-codes = json.loads(os.environ["FAKE_CODES"])
-time.sleep(float(os.environ["FAKE_SECONDS"]))
-raise SystemExit(codes.get(os.environ["SLURMD_NODENAME"], 0))
+import json, os, signal, time
+end = json.loads(os.environ["FAKE_ENDS"]).get(os.environ["SLURMD_NODENAME"], 0)
+if end == "node lost":
+    os.kill(os.getppid(), signal.SIGKILL)
+if end in ("node lost", "agent killed"):
+    os.kill(os.getpid(), signal.SIGKILL)
+deadline = time.monotonic() + 30
+while not os.path.exists(os.environ["FAKE_UNTIL"]) and time.monotonic() < deadline:
+    time.sleep(0.01)
+raise SystemExit(end)
 """
 
 
@@ -63,8 +78,10 @@ class Slurm:
             "PYTHON": str(folder / "bin" / "torchrun"),
             "FAKE_HOSTS": " ".join(f"n{i}" for i in range(nodes)),
             "FAKE_CALLS": str(self.calls_path),
-            "FAKE_CODES": "{}",
-            "FAKE_SECONDS": "0",
+            "FAKE_REQUEUE_CODE": "0",
+            "FAKE_ENDS": "{}",
+            "FAKE_UNTIL": str(folder),
+            "BEAT_S": "0.02",
         }
 
     def start(self, *arguments: str, **settings: str) -> subprocess.Popen[str]:
@@ -85,8 +102,18 @@ class Slurm:
     @property
     def step(self) -> list[str]:
         """The one step that trains."""
-        (step,) = [call for call in self.calls if "rm" not in call]
+        (step,) = [call for call in self.calls if "rm" not in call and "requeue" not in call]
         return step
+
+    @property
+    def requeued(self) -> bool:
+        """Whether the script has queued its job again."""
+        return ["requeue", "4711"] in [call[1:] for call in self.calls]
+
+    @property
+    def agents(self) -> Path:
+        """Where the nodes' scripts leave signs of life."""
+        return self.folder / "checkpoints" / "agents" / "4711-0"
 
     @property
     def cleaned(self) -> list[str]:
@@ -120,7 +147,6 @@ def test_one_node(tmp_path):
     assert value(step, "--moetion-mode") == "popularity"
     assert value(step, "--data-path") == "a path"
     assert value(step, "--save") == str(tmp_path / "checkpoints")
-    assert "--load" not in step
     assert slurm.cleaned == ["n0"]
     assert slurm.calls[0] == step, "memory is kept until training is over"
 
@@ -133,40 +159,124 @@ def test_four_nodes(tmp_path):
     assert sorted(slurm.cleaned) == ["n0", "n1", "n2", "n3"]
 
 
-def test_spares_start_agents_but_do_not_change_the_world_size(tmp_path):
+def test_the_agents_can_take_a_node_in_that_joins_later(tmp_path):
+    """Without the variable a replacement waits for an address that is published only once."""
+    slurm = Slurm(tmp_path, nodes=2)
+    slurm.run()
+    command = slurm.step[slurm.step.index("env") :]
+    assert command.index("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") < command.index("torch.distributed.run")
+
+
+def test_a_spare_that_is_not_needed_starts_no_agent(tmp_path):
     slurm = Slurm(tmp_path, nodes=5)
-    code, output = slurm.run(SPARES="1", FAKE_CODES='{"n3": 1}')
-    assert code == 0, f"a spare that was not needed may end with an error: {output}"
+    code, output = slurm.run(SPARES="1")
+    assert code == 0, output
     assert value(slurm.step, "--nodes") == "5"
     assert value(slurm.step, "--nnodes") == "4"
     assert "4 nodes x 8 ranks, 1 spares" in output
+    assert "n4: standing by" in output
+    assert "n4: not needed" in output
+    assert not (slurm.agents / "beat-n4").exists()
 
 
-def test_a_failed_training_fails_the_job_and_cleans(tmp_path):
+@pytest.mark.parametrize("end", ["node lost", "agent killed"])
+def test_one_spare_takes_a_lost_nodes_place(tmp_path, end):
+    slurm = Slurm(tmp_path, nodes=4)
+    started = slurm.agents / "taken-n1"
+    code, output = slurm.run(SPARES="2", FAKE_ENDS=json.dumps({"n1": end}), FAKE_UNTIL=str(started))
+    assert code == 0, output
+    assert output.count("taking the place of n1") == 1
+    assert output.count("not needed") == 1
+    assert not slurm.requeued
+    assert sorted(slurm.cleaned) == ["n0", "n1", "n2", "n3"]
+
+
+def test_a_node_whose_place_was_taken_ends_its_agent(tmp_path):
+    node = subprocess.Popen(
+        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "sleep", "60"],
+        env=os.environ | {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n0", "BEAT_S": "0.02"},
+    )
+    await_file(tmp_path / "beat-n0")
+    (tmp_path / "taken-n0").mkdir()
+    assert node.wait(30) == 128 + signal.SIGTERM
+    assert not (tmp_path / "code-n0").exists(), "what counts is the spare's"
+
+
+def test_memory_is_kept_when_training_gave_up(tmp_path):
+    """Whoever requeues the job, with the fault mended, goes on from it."""
     slurm = Slurm(tmp_path, nodes=2)
-    code, output = slurm.run(FAKE_CODES='{"n0": 3, "n1": 3}')
+    code, output = slurm.run(FAKE_ENDS='{"n0": 3, "n1": 3}')
     assert code == 3
     assert "0 of 2 agents finished" in output
+    assert "memory of the run is kept. To go on from it: scontrol requeue 4711" in output
+    assert "on each of n0 n1: rm -rf /memory/store/4711" in output
+    assert not slurm.cleaned
+    assert not slurm.requeued
+
+
+@pytest.mark.parametrize("end", ["node lost", "agent killed"])
+def test_a_job_that_lost_a_node_for_good_is_queued_again_with_its_memory(tmp_path, end):
+    slurm = Slurm(tmp_path, nodes=2)
+    lost = json.dumps({"n0": 1, "n1": end})
+    code, output = slurm.run(FAKE_ENDS=lost)
+    assert code == 1
+    assert "1 agents were lost: queueing job 4711 again" in output
+    assert slurm.requeued
+    assert not slurm.cleaned
+
+
+@pytest.mark.parametrize(
+    "settings", [{"SLURM_RESTART_COUNT": "10"}, {"FAKE_REQUEUE_CODE": "1"}], ids=["too often", "refused by SLURM"]
+)
+def test_a_job_that_cannot_be_queued_again_says_how_to_go_on(tmp_path, settings):
+    slurm = Slurm(tmp_path, nodes=2)
+    code, output = slurm.run(FAKE_ENDS='{"n0": 1, "n1": "node lost"}', **settings)
+    assert code != 0
+    assert "To go on from it: scontrol requeue 4711" in output
+    assert not slurm.cleaned
+
+
+def test_a_requeued_job_begins_with_what_its_nodes_remember(tmp_path):
+    slurm = Slurm(tmp_path, nodes=2)
+    code, output = slurm.run(SLURM_RESTART_COUNT="2")
+    assert code == 0, output
+    assert value(slurm.step, "--rdzv-id") == "4711-2"
+    assert value(slurm.step, "--moetion-run-id") == "4711"
+    assert slurm.calls[0] == slurm.step, "memory is kept until training is over"
     assert sorted(slurm.cleaned) == ["n0", "n1"]
 
 
-def test_a_requeued_job_starts_from_its_persistent_checkpoint(tmp_path):
-    slurm = Slurm(tmp_path, nodes=2)
-    code, output = slurm.run(SLURM_RESTART_COUNT="2", LOAD="/elsewhere")
+def test_every_start_falls_back_to_the_jobs_own_checkpoints(tmp_path):
+    slurm = Slurm(tmp_path, nodes=1)
+    slurm.run()
+    assert value(slurm.step, "--load") == value(slurm.step, "--save") == str(tmp_path / "checkpoints")
+
+
+def test_a_checkpoint_to_begin_with_is_the_first_of_the_jobs_own(tmp_path):
+    earlier, own = tmp_path / "earlier", tmp_path / "checkpoints"
+    (earlier / "iter_0000250").mkdir(parents=True)
+    (earlier / "iter_0000250" / "common.pt").write_bytes(b"state")
+    (earlier / "latest_checkpointed_iteration.txt").write_text("250")
+    code, output = Slurm(tmp_path, nodes=1).run(LOAD=str(earlier))
     assert code == 0, output
-    assert value(slurm.step, "--load") == str(tmp_path / "checkpoints")
-    assert value(slurm.step, "--rdzv-id") == "4711-2"
-    assert value(slurm.step, "--moetion-run-id") == "4711"
-    trained_at = slurm.calls.index(slurm.step)
-    assert trained_at == 2, "memory of the lost job is removed before training"
-    assert sorted(slurm.cleaned) == ["n0", "n0", "n1", "n1"]
+    assert (own / "latest_checkpointed_iteration.txt").read_text() == "250"
+    assert (own / "iter_0000250" / "common.pt").read_bytes() == b"state"
+    (own / "latest_checkpointed_iteration.txt").write_text("300")
+    assert Slurm(tmp_path, nodes=1).run(LOAD=str(earlier), SLURM_RESTART_COUNT="1")[0] == 0
+    assert (own / "latest_checkpointed_iteration.txt").read_text() == "300", "newer than where the run began"
+
+
+def test_a_folder_without_checkpoints_to_begin_with_is_refused(tmp_path):
+    code, output = Slurm(tmp_path, nodes=1).run(LOAD=str(tmp_path))
+    assert code == 2
+    assert f"LOAD={tmp_path} has no latest_checkpointed_iteration.txt" in output
 
 
 def test_settings_can_be_overridden(tmp_path):
     slurm = Slurm(tmp_path, nodes=1)
     code, output = slurm.run(
         "--seed", "7", MODE="full", RANKS_PER_NODE="2", MAX_RESTARTS="5", MASTER_PORT="1234", SAVE_INTERVAL="50",
-        LOAD="/earlier", MODEL_ARGS="--num-layers 2 --bf16",
+        MODEL_ARGS="--num-layers 2 --bf16",
     )  # fmt: skip
     assert code == 0, output
     step = slurm.step
@@ -175,7 +285,7 @@ def test_settings_can_be_overridden(tmp_path):
         "2",
         "5",
     ]
-    assert [value(step, flag) for flag in ("--save-interval", "--load")] == ["50", "/earlier"]
+    assert value(step, "--save-interval") == "50"
     assert value(step, "--rdzv-endpoint") == "n0:1234"
     entry = step.index("pretrain_gpt_moe.py")
     assert step[entry + 1 : entry + 6] == ["--num-layers", "2", "--bf16", "--seed", "7"]
@@ -190,13 +300,21 @@ def test_impossible_spares_are_refused(tmp_path, spares):
     assert not slurm.calls_path.exists()
 
 
-def test_a_cancelled_job_ends_its_step_and_cleans(tmp_path):
+@pytest.mark.parametrize(("keep", "cleaned"), [("0", ["n0", "n1"]), ("1", [])])
+def test_a_job_whose_nodes_are_taken_away_ends_its_step_and_leaves_no_memory(tmp_path, keep, cleaned):
     slurm = Slurm(tmp_path, nodes=2)
-    process = slurm.start(FAKE_SECONDS="2")
-    deadline = time.monotonic() + 30
-    while not slurm.calls_path.exists() and time.monotonic() < deadline:
-        time.sleep(0.05)
+    process = slurm.start(FAKE_UNTIL=str(tmp_path / "never"), KEEP_MEMORY=keep)
+    for host in ("n0", "n1"):
+        await_file(slurm.agents / f"beat-{host}")
     process.send_signal(signal.SIGTERM)
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 143, output
-    assert sorted(slurm.cleaned) == ["n0", "n1"]
+    assert sorted(slurm.cleaned) == cleaned
+    assert not slurm.requeued
+
+
+def await_file(path: Path) -> None:
+    deadline = time.monotonic() + 30
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} does not appear"
+        time.sleep(0.02)

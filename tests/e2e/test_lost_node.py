@@ -1,0 +1,180 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The batch script with real torchrun agents: a process dies, then a node with its agent, its ranks and its memory.
+
+SLURM is played by a stand-in for ``srun`` that starts every task on this machine. Each has a store of its own, which
+makes it a node.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
+
+ROOT = Path(__file__).parents[2]
+ITERATIONS = 60
+MODEL = (
+    "--num-layers 1 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 --num-experts 4 "
+    "--expert-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8 --bf16 --use-distributed-optimizer "
+    f"--train-iters {ITERATIONS} --lr 1e-2 --lr-decay-style cosine --log-interval 1 --eval-iters 0 "
+    "--distributed-timeout-minutes 1"
+)
+HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
+FIRST, SECOND, SPARE = HOSTS
+SRUN = """#!{python}
+import os, pathlib, subprocess, sys
+args = sys.argv[1:]
+named = [a.split("=", 1)[1] for a in args if a.startswith("--nodelist=")]
+command = args[args.index("rm" if "rm" in args else "bash"):]
+tasks = []
+for number, host in enumerate(named or {hosts}):
+    # The first one hosts the rendezvous; a heartbeat is missed after 6 seconds and not after 15.
+    torchrun = {{"PET_RDZV_CONF": f"is_host={{int(number == 0)}},keep_alive_interval=2", "PET_LOCAL_ADDR": "127.0.0.1"}}
+    tasks.append(
+        subprocess.Popen(
+            [a.replace("@node", host) for a in command],
+            env=os.environ | torchrun | {{"SLURMD_NODENAME": host, "SLURM_PROCID": str(number)}},
+            start_new_session=True,
+        )
+    )
+    if not named:
+        pathlib.Path({folder!r}, f"{{host}}.pid").write_text(str(tasks[-1].pid))
+sys.exit(max(abs(task.wait()) for task in tasks))
+"""
+SCONTROL = f"#!/bin/sh\nprintf '%s\\n' {' '.join(HOSTS)}\n"
+
+
+class Job:
+    """A job of two nodes and a spare, as the batch script runs it."""
+
+    def __init__(self, folder: Path, memory: Path) -> None:
+        self.folder = folder
+        self.memory = memory
+        self.log = folder / "log.txt"
+        folder.mkdir()
+        for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
+            path = folder / name
+            path.write_text(text.format(python=sys.executable, hosts=HOSTS, folder=str(folder)))
+            path.chmod(0o755)
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            port = free.getsockname()[1]
+        settings = {
+            "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "3",
+            "SLURM_JOB_NODELIST": "these", "SPARES": "1", "RANKS_PER_NODE": "1", "MODE": "full",
+            "STORE": f"{memory}/@node", "CHECKPOINT_DIR": str(folder / "saved"), "MASTER_PORT": str(port),
+            "PYTHON": sys.executable, "BEAT_S": "0.5",
+        }  # fmt: skip
+        files = f"--metrics-path {folder / 'metrics.jsonl'} --moetion-report {folder / 'events.jsonl'}"
+        with self.log.open("wb") as log:
+            self._script = subprocess.Popen(
+                ["bash", "scripts/slurm/pretrain_gpt_moe.sbatch", *MODEL.split(), *files.split()],
+                cwd=ROOT, env=environment() | settings, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def events(self, name: str) -> list[dict[str, Any]]:
+        return [e for e in read(self.folder / "events.jsonl") if e["event"] == name]
+
+    def node(self, host: str) -> list[psutil.Process]:
+        """What runs there, from the node's script to the ranks."""
+        task = psutil.Process(int((self.folder / f"{host}.pid").read_text()))
+        return [task, *task.children(recursive=True)]
+
+    def kill_a_rank(self, host: str) -> None:
+        (pid_file,) = (self.memory / host).glob("*/*/rank*.pid")
+        psutil.Process(json.loads(pid_file.read_text())["pid"]).kill()
+
+    def lose(self, host: str) -> None:
+        """The agent and its ranks die at once, and what the node remembered is gone."""
+        for process in self.node(host):
+            process.kill()
+        shutil.rmtree(self.memory / host)
+
+    def await_it(self, what: str, happened: Callable[[], bool], limit_s: float = 90) -> None:
+        deadline = time.monotonic() + limit_s
+        while not happened():
+            assert time.monotonic() < deadline, f"not {what} within {limit_s} s:\n{self.log.read_text()[-9000:]}"
+            assert self._script.poll() is None, f"over and not {what}:\n{self.log.read_text()[-9000:]}"
+            time.sleep(0.02)
+
+    def wait(self) -> int:
+        return self._script.wait(90)
+
+    def end(self) -> None:
+        """End what a failed test has left."""
+        left = [process for host in HOSTS if (self.folder / f"{host}.pid").exists() for process in self._alive(host)]
+        for process in [*left, *([psutil.Process(self._script.pid)] if self._script.poll() is None else [])]:
+            process.kill()
+        self._script.wait()
+
+    def _alive(self, host: str) -> list[psutil.Process]:
+        try:
+            return self.node(host)
+        except psutil.NoSuchProcess:
+            return []
+
+
+def environment() -> dict[str, str]:
+    ours = {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", "GLOO_SOCKET_IFNAME": "lo"}
+    return os.environ | ours
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def curve(folder: Path) -> dict[int, str]:
+    """Loss, every bit of it, of the last execution of each iteration."""
+    return {step["iteration"]: step["loss_hex"] for step in read(folder / "metrics.jsonl")}
+
+
+@pytest.fixture
+def memory() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"moetion-nodes-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture
+def undisturbed(tmp_path: Path) -> dict[int, str]:
+    """The losses of the same training under one agent, without checkpoints."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node=2 pretrain_gpt_moe.py"
+    command = [sys.executable, *launcher.split(), *MODEL.split(), "--metrics-path", str(tmp_path / "metrics.jsonl")]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=120)
+    return curve(tmp_path)
+
+
+def test_a_spare_changes_nothing_until_it_takes_a_lost_nodes_place(
+    undisturbed: dict[int, str], tmp_path: Path, memory: Path
+) -> None:
+    """After a process died the same nodes go on; after a node died the spare does; every loss is as without a fault."""
+    job = Job(tmp_path / "job", memory)
+    try:
+        job.await_it("training", lambda: len(curve(job.folder)) >= 4)
+        job.kill_a_rank(SECOND)
+        job.await_it("recovered", lambda: len(job.events("recovered")) == 1)
+        again = job.events("recovered")[0]["iteration"]
+        job.await_it("going on", lambda: max(curve(job.folder)) >= again + 6)
+        job.lose(SECOND)
+        assert job.wait() == 0, job.log.read_text()[-9000:]
+    finally:
+        job.end()
+    of_a_process, of_a_node = job.events("recovered")
+    assert of_a_process["fetched_units"] == 0, "the spare must not have taken a living node's place"
+    assert of_a_node["fetched_units"] > 0
+    assert of_a_node["iteration"] > of_a_process["iteration"]
+    assert curve(job.folder) == undisturbed
+    assert f"{SPARE}: taking the place of {SECOND}" in job.log.read_text()
+    assert not list(memory.glob("*/4711")), "memory of a finished run is removed"
