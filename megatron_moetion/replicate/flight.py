@@ -34,7 +34,7 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``gap`` (mode ``exact``: chains are ended, to capture all state anew), ``moved``,
+    """By reason: ``no-slot``, ``late``, ``gap`` (mode ``exact``: chains are ended to capture all state anew), ``moved``,
     ``missed`` (a step), ``freeze`` (host state or device), ``device``, ``budget`` (made rarer to fit the links),
     ``refused`` (a buddy had no room), ``channel``."""
     left_out: Counter[str] = field(default_factory=Counter)
