@@ -328,7 +328,7 @@ class Session:
             return
         contents = self._select(iteration, counts, note)
         if contents is None:
-            flight.skip(iteration, "late", free)
+            flight.skip(iteration, "gap", free)
         elif unusable := unfrozen or self._adapter.moved() or note.problem:
             reason = "freeze" if unfrozen else "missed" if note.problem else "moved"
             self._journal.warn_once(
@@ -760,8 +760,8 @@ class Session:
         if self._config.mode == "full":
             return Contents(units=(*self._sizing.always, *self._inventory.of_kind(UnitKind.EXPERT)))
         chosen = self._book.choose(iteration, counts, self._sizes.now.experts)
-        if why := self._book.past_budget:
-            self._journal.warn_once(why.split()[0], iteration, why)  # "a fault now", "faults so far"
+        if excess := self._book.past_budget:
+            self._journal.warn_once(excess.kind, iteration, excess.text)
         units = (unit for e in chosen if (unit := self._expert_units[e]) is not None)
         return Contents(units=(*self._sizing.always, *units))
 

@@ -159,7 +159,7 @@ def test_whenever_the_fault_comes_plt_is_within_the_budget(
             experts = new()
             recover(experts, state, losses, now)
             newest, before = list(losses.captured), None
-    assert experts.past_budget == ""
+    assert experts.past_budget is None
 
 
 def test_k_grows_while_little_is_processed_and_falls_back_later() -> None:
@@ -181,13 +181,19 @@ def test_what_no_growth_can_keep_is_said() -> None:
     recover(experts, state, experts.losses(state, {"a": 0, "b": 0, "c": 0}, 1, [10, 10, 10]), [10, 10, 10])
     experts.ledger.update([20, 20, 20])
     assert experts.choose(2, [20, 20, 20], 1) == (0, 1, 2)
-    assert experts.past_budget.startswith("faults so far have cost 50.00% of the tokens")
+    spent = experts.past_budget
+    assert spent is not None
+    assert spent.kind == "spent"
+    assert spent.text.startswith("faults so far have cost 50.00% of the tokens")
     tight = book(lost_token_budget=0.05, most=1)
     tight.choose_all(0, [0, 0, 0])
     tight.ledger.update([10, 10, 10])
     assert len(tight.choose(1, [10, 10, 10], 1)) == 1
-    assert "a snapshot takes 1 of 3: raise --moetion-max-experts-per-snapshot" in tight.past_budget
-    assert book().past_budget == ""
+    at_risk = tight.past_budget
+    assert at_risk is not None
+    assert at_risk.kind == "at-risk"
+    assert "a snapshot takes 1 of 3: raise --moetion-max-experts-per-snapshot" in at_risk.text
+    assert book().past_budget is None
 
 
 def test_layers_take_turns_in_a_round() -> None:
