@@ -776,9 +776,8 @@ class Session:
         if self._config.mode == "full":
             return Contents(units=(*self._sizing.always, *self._inventory.of_kind(UnitKind.EXPERT)))
         chosen = self._book.choose(iteration, counts, self._sizes.now.experts)
-        if past := self._book.past_budget:
-            reason, why = past
-            self._journal.warn_once(f"lost-tokens-{reason}", iteration, why)
+        if excess := self._book.past_budget:
+            self._journal.warn_once(excess.kind, iteration, excess.text)
         units = (unit for e in chosen if (unit := self._expert_units[e]) is not None)
         return Contents(units=(*self._sizing.always, *units))
 

@@ -34,8 +34,8 @@ class FlightCounts:
     bytes_committed: int = 0
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
-    """By reason: ``no-slot``, ``late``, ``gap`` (mode ``exact``: chains are ended to capture all state anew), ``moved``,
-    ``missed`` (a step), ``freeze`` (host state or device), ``device``, ``budget`` (made rarer to fit the links),
+    """By reason: ``no-slot``, ``late``, ``moved``, ``missed`` (a step), ``freeze`` (host state or device), ``device``,
+    ``budget`` (made rarer to fit the links), ``gap`` (on purpose: only that ends a chain that has grown too long),
     ``refused`` (a buddy had no room), ``channel``."""
     left_out: Counter[str] = field(default_factory=Counter)
     """Captures that snapshots can do without, by reason: ``no-slot``, ``late``."""

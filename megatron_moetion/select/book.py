@@ -45,6 +45,16 @@ class ExpertState:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Excess:
+    """The budget of lost tokens does not hold although K has grown as far as it can."""
+
+    kind: str
+    """``spent``: faults have cost too much already; ``at-risk``: a fault now would."""
+    text: str
+    """Why, for a person."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Rules:
     """How experts are chosen."""
 
@@ -105,25 +115,24 @@ class ExpertBook:
         return (sum(self._lost_everywhere) + self._open_tokens) / processed if processed else 0.0
 
     @property
-    def past_budget(self) -> tuple[str, str] | None:
-        """Why the budget of lost tokens does not hold although K has grown as far as it can; None while it does.
-
-        Which of its two reasons (``spent``, ``at-risk``), and the reason for a person.
-        """
+    def past_budget(self) -> Excess | None:
+        """Why the budget of lost tokens does not hold; None while it does."""
         budget = self._rules.lost_token_budget
         if not budget or self.projected_share <= budget:
             return None
         processed, lost = sum(self.ledger.totals), sum(self._lost_everywhere)
         if lost > budget * processed:
-            return "spent", (
-                f"faults so far have cost {lost / processed:.2%} of the tokens of this rank's experts, more than "
+            return Excess(
+                kind="spent",
+                text=f"faults so far have cost {lost / processed:.2%} of the tokens of this rank's experts, more than "
                 f"--moetion-lost-token-budget {budget:.2%}: from here on every snapshot takes as many experts as it "
-                f"can, and the share falls again as training goes on"
+                f"can, and the share falls again as training goes on",
             )
-        return "at-risk", (
-            f"a fault now could cost {self.projected_share:.2%} of the tokens of this rank's experts, more than "
+        return Excess(
+            kind="at-risk",
+            text=f"a fault now could cost {self.projected_share:.2%} of the tokens of this rank's experts, more than "
             f"--moetion-lost-token-budget {budget:.2%}, although a snapshot takes {self._rules.most} of "
-            f"{len(self.names)}: raise --moetion-max-experts-per-snapshot"
+            f"{len(self.names)}: raise --moetion-max-experts-per-snapshot",
         )
 
     def experts(self) -> tuple[ExpertState, ...]:

@@ -426,6 +426,9 @@ def _train(
         time.sleep(toy.step_s)
         session.before_optimizer_step()
         state.advance(iteration, marks)
+        if iteration - 1 in toy.slow_pack:  # training goes on at once; the packing thread counts when it comes to it
+            assert session._flight is not None
+            session._flight.finish()
         notes.write("step", iteration=iteration, hashes=state.hashes(), lost=state.lost(), dropped=_dropped(session))
         session.on_step_end(iteration)
         if toy.calm and iteration not in toy.slow_pack:  # waiting there would make up for the delay

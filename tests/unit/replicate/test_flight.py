@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from session_job import Job
 from support import (
     CHUNK_BYTES,
     POOL,
@@ -263,6 +264,17 @@ def test_a_skipped_iteration_takes_its_round(tmp_path: Path) -> None:
     assert rig.flight.rounds == {1: True, 2: False, 3: True}
     assert rig.flight.counts.dropped["moved"] == 1
     rig.flight.close()
+
+
+def test_a_gap_on_purpose_counts_under_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = Job(tmp_path)
+    job.start()
+    for session in job.sessions:
+        monkeypatch.setattr(session, "_select", lambda *_: None)
+    job.train(2)
+    flights = [session._flight for session in job.sessions]
+    assert [flight.counts.dropped for flight in flights if flight is not None] == [{"gap": 2}] * 2
+    job.crash()
 
 
 def test_only_recent_iterations_are_remembered(tmp_path: Path) -> None:

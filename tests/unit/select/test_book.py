@@ -181,16 +181,18 @@ def test_what_no_growth_can_keep_is_said() -> None:
     recover(experts, state, experts.losses(state, {"a": 0, "b": 0, "c": 0}, 1, [10, 10, 10]), [10, 10, 10])
     experts.ledger.update([20, 20, 20])
     assert experts.choose(2, [20, 20, 20], 1) == (0, 1, 2)
-    assert experts.past_budget is not None
-    assert experts.past_budget[0] == "spent"
-    assert experts.past_budget[1].startswith("faults so far have cost 50.00% of the tokens")
+    spent = experts.past_budget
+    assert spent is not None
+    assert spent.kind == "spent"
+    assert spent.text.startswith("faults so far have cost 50.00% of the tokens")
     tight = book(lost_token_budget=0.05, most=1)
     tight.choose_all(0, [0, 0, 0])
     tight.ledger.update([10, 10, 10])
     assert len(tight.choose(1, [10, 10, 10], 1)) == 1
-    assert tight.past_budget is not None
-    assert tight.past_budget[0] == "at-risk"
-    assert "a snapshot takes 1 of 3: raise --moetion-max-experts-per-snapshot" in tight.past_budget[1]
+    at_risk = tight.past_budget
+    assert at_risk is not None
+    assert at_risk.kind == "at-risk"
+    assert "a snapshot takes 1 of 3: raise --moetion-max-experts-per-snapshot" in at_risk.text
     assert book().past_budget is None
 
 
