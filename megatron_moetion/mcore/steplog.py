@@ -22,10 +22,10 @@ from megatron_moetion.errors import CorruptArena, UnsupportedState
 from megatron_moetion.mcore.shards import set_steps, steps
 from megatron_moetion.units import StepNote
 
-BYTES_A_GROUP = 512
+BYTES_A_GROUP = 256
 """Room in the host state for what changes in one parameter group from step to step: rate, decay, count.
 
-After a restart with other settings (betas, say) every step before it differs in those, too.
+After a restart with other settings the steps before it differ in those, too: bounds of the rate, betas, epsilon.
 """
 
 

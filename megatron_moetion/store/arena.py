@@ -405,7 +405,7 @@ def check_identity(found: ArenaSpec, expected: ArenaSpec, path: Path) -> None:
     if sides:
         raise IdentityMismatch(
             f"{path} belongs to something else ({'; '.join(sides)}). Go back to what it was made with, take another "
-            f"--moetion-run-id, or delete the folder"
+            f"--moetion-run-id, or delete it"
         )
 
 
@@ -417,7 +417,7 @@ def _other_shape(found: ArenaSpec, expected: ArenaSpec) -> list[str]:
         return []
     if found.experts != expected.experts:
         return [
-            f"slots: room for {found.experts} experts a snapshot, this run wants {expected.experts}; one of "
+            f"room for {found.experts} experts a snapshot, this run wants {expected.experts}; one of "
             f"--moetion-[max-]experts-per-snapshot, -snapshot-bytes, -lost-token-budget differs"
         ]
     return ["slots: room for other captures than this run makes"]

@@ -101,7 +101,7 @@ def trainers() -> Iterator[Nursery]:
 
 
 @pytest.fixture
-def runs(trainers: Nursery, tmp_path: Path, store: Path) -> Iterator[Any]:
+def runs(trainers: Nursery, tmp_path: Path, store: Path) -> Any:
     """Makes runs; the mode is empty for one without in-memory checkpoints."""
     made: list[Run] = []
 
@@ -111,7 +111,7 @@ def runs(trainers: Nursery, tmp_path: Path, store: Path) -> Iterator[Any]:
         made.append(Run(trainers, tmp_path / name, store / name, f"{moetion} {flags}"))
         return made[-1]
 
-    yield make
+    return make
 
 
 # -- other flags ----------------------------------------------------------------------------------------------------

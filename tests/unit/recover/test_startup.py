@@ -421,7 +421,7 @@ def test_arenas_with_other_room_for_experts_name_it_and_its_flags(
     assert f"room for {sides[0]} experts a snapshot, this run wants {sides[1]}" in said
     for flag in ("--moetion-[max-]experts-per-snapshot", "-lost-token-budget", "-snapshot-bytes"):
         assert flag in said
-    assert len(said.replace(str(tmp_path), "/dev/shm/moetion-1000")) < 330
+    assert len(said.replace(str(tmp_path), "/dev/shm/moetion-1000")) < 300
     again = Job(tmp_path, attempt=1, **ROOM, **then)  # type: ignore[arg-type]
     resumed = again.start()[0]
     assert resumed is not None
