@@ -79,7 +79,7 @@ class Sizing:
                 log=None,
                 always=(*inventory.of_kind(UnitKind.DENSE), *inventory.of_kind(UnitKind.HOST)),
                 limits=limits,
-                spec=_spec(identity, inventory, copies(inventory.units, config.mode, limits.most)),
+                spec=_spec(identity, inventory, copies(inventory.units, config.mode, limits.most), limits.most),
                 note="",
             )
         period, note = (config.period, "") if config.period else rank.period(facts)
@@ -164,5 +164,5 @@ def _exact_spec(identity: ArenaIdentity, log: GradientLog) -> ArenaSpec:
     return _spec(replace(identity, period=len(log.groups)), log.inventory, exact_copies(log))
 
 
-def _spec(identity: ArenaIdentity, inventory: Inventory, slots: Mapping[str, int]) -> ArenaSpec:
-    return ArenaSpec.of(replace(identity, layout=inventory.fingerprint), inventory, slots)
+def _spec(identity: ArenaIdentity, inventory: Inventory, slots: Mapping[str, int], experts: int = 0) -> ArenaSpec:
+    return ArenaSpec.of(replace(identity, layout=inventory.fingerprint), inventory, slots, experts)

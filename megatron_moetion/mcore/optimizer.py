@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from torch import nn
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
 from megatron_moetion.mcore.router import RouterWatch, TokenCounters
+from megatron_moetion.mcore.settings import given, masked, settle
 from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
 from megatron_moetion.mcore.steplog import StepLog, groups_of, load_group, plain
 from megatron_moetion.recover.capacity import CapacityRules
@@ -30,6 +32,7 @@ from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.snapshot.host_state import encode, size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, TokenCounter, Unit, UnitKind
 
+_logger = logging.getLogger("megatron_moetion")
 _CAPTURES_IN_FLIGHT = WINDOW + 1
 _SAMPLED_ELEMENTS = 1024
 _SPARE_HOST_BYTES = 64 << 10
@@ -90,6 +93,7 @@ class MegatronState:
                 create_state(link.optimizer)
             for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
                 module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
+            self._given = given(self._links, scheduler)
             held = [list(shards(link)) for link in self._links]
             self._shards = {id(s.parameter): s for of_link in held for s in of_link}
             if log_steps:
@@ -132,6 +136,7 @@ class MegatronState:
             "rng": _rng_state(),
             "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
             "optimizers": optimizers,
+            "given": self._given,
             "steps": self._steps.state(optimizers) if self._steps is not None else None,
             "user": self._user_state.state_dict(),
         }
@@ -142,9 +147,20 @@ class MegatronState:
         if self._scheduler is not None:
             self._scheduler.num_steps = 0
             self._scheduler.step(increment=state["scheduler"])
-        for link, fields in zip(self._links, state["optimizers"], strict=True):
-            _load_optimizer_fields(link, fields)
+        settled = settle(state["given"], self._given, [fields["groups"] for fields in state["optimizers"]])
+        for link, fields, groups in zip(self._links, state["optimizers"], settled.groups, strict=True):
+            _load_optimizer_fields(link, {**fields, "groups": groups})
+        if settled.acts and self._scheduler is not None:
+            self._scheduler.step(increment=0)  # the groups have the rates of the old schedule
         self._user_state.load_state_dict(state["user"])
+        if torch.distributed.get_rank() == 0:
+            for lines, what in ((settled.acts, "act from here on"), (settled.stays, "were changed by training")):
+                if lines:
+                    _logger.warning(
+                        "[moetion] rank 0: optimizer settings that differ from the last start's and %s: %s",
+                        what,
+                        ", ".join(lines),
+                    )
 
     @property
     def bytes_a_step(self) -> int:
@@ -202,7 +218,8 @@ class MegatronState:
 
     def state_hash(self) -> str:
         """See ``StateAdapter``. Copies all state to the host: for checks, not for every iteration of a large model."""
-        digest = hashlib.blake2b(encode(self.host_state()), digest_size=16)
+        state = {k: v for k, v in self.host_state().items() if k != "given"}  # it tells of the start, not of training
+        digest = hashlib.blake2b(encode(state), digest_size=16)
         for view in self._views:
             digest.update(view.detach().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
@@ -298,7 +315,8 @@ class MegatronState:
         experts = [block.expert_unit(e) for block in self._blocks for e in block.experts]
         each = 8 * len(experts)
         session = {"lost": bytes(each), "recent": bytes(each), "history": bytes(3 * _CAPTURES_IN_FLIGHT * each)}
-        size = size_bound({"adapter": self.host_state(), "session": session})
+        state = self.host_state()
+        size = size_bound({"adapter": {**state, "given": masked(state["given"])}, "session": session})
         return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
 
     def _require_complete(self, layout: ModelLayout) -> None:
@@ -391,9 +409,11 @@ def _load_optimizer_fields(link: MegatronOptimizer, fields: Mapping[str, Any]) -
         load_group(group, values)
     if fields["steps"] is not None:
         set_steps(link, fields["steps"])
-    if fields["grad_scaler"] is not None:
-        scaler = link.grad_scaler
+    scaler = getattr(link, "grad_scaler", None)
+    if fields["grad_scaler"] is not None and scaler is not None:
         now = scaler.state_dict()
+        if now.keys() != fields["grad_scaler"].keys():
+            return  # the scale was constant and adapts now, or the other way round: it begins as it is given
         scaler.load_state_dict(
             {
                 k: torch.full_like(now[k], v) if isinstance(now[k], torch.Tensor) else v

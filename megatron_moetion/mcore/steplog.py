@@ -23,7 +23,10 @@ from megatron_moetion.mcore.shards import set_steps, steps
 from megatron_moetion.units import StepNote
 
 BYTES_A_GROUP = 256
-"""Room in the host state for what changes in one parameter group from step to step: rate, decay, count."""
+"""Room in the host state for what changes in one parameter group from step to step: rate, decay, count.
+
+After a restart with other settings the steps before it differ in those, too: bounds of the rate, betas, epsilon.
+"""
 
 
 class StepLog:
@@ -124,7 +127,7 @@ class StepLog:
                     set_steps(link, fields["steps"])
                 _bring_gradients(link)
                 if is_raw:
-                    _scale_gradients(link, fields["inverse_scale"], fields["norm"])
+                    _scale_gradients(link, fields["inverse_scale"], fields["norm"], fields["clip_grad"])
                 link.optimizer.step()
                 link.optimizer.zero_grad()
         self._times_told = [0] * len(self._links)
@@ -132,8 +135,11 @@ class StepLog:
 
     def _fields(self, number: int) -> dict[str, Any]:
         link = self._links[number]
-        scales = {"inverse_scale": self._inverse_scales[number], "norm": self._norm} if self._is_raw[number] else {}
-        return {"groups": groups_of(link), "steps": steps(link), **scales}
+        fields = {"groups": groups_of(link), "steps": steps(link)}
+        if not self._is_raw[number]:
+            return fields
+        scale = self._inverse_scales[number]
+        return {**fields, "inverse_scale": scale, "norm": self._norm, "clip_grad": float(link.config.clip_grad)}
 
     def _note_told(self, number: int, *_: Any) -> None:
         """One of the optimizers is about to step."""
@@ -224,14 +230,16 @@ def _bring_gradients(link: MegatronOptimizer) -> None:
         link._copy_model_grads_to_main_grads()
 
 
-def _scale_gradients(link: MegatronOptimizer, inverse_scale: float | None, norm: float | None) -> None:
+def _scale_gradients(
+    link: MegatronOptimizer, inverse_scale: float | None, norm: float | None, clip_grad: float
+) -> None:
     """What Megatron does to gradients between the reduction and the optimizer, by the same functions."""
     if inverse_scale is not None:
         gradients = link._collect_main_grad_data_for_unscaling()
         scale = torch.full_like(link.grad_scaler.inv_scale, inverse_scale)
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, torch.zeros_like(link.found_inf), scale)
-    if norm is not None and link.config.clip_grad > 0.0 and (parameters := link.get_parameters()):
-        clip_grad_by_total_norm_fp32(parameters, max_norm=link.config.clip_grad, total_norm=norm)
+    if norm is not None and clip_grad > 0.0 and (parameters := link.get_parameters()):
+        clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
 
 
 def _difference(step: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

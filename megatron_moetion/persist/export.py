@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,16 +21,17 @@ from torch import distributed as dist
 from megatron_moetion.errors import ConfigError, UnsupportedState
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_GROUP_STATE = ("params", "step")
+"""What a parameter group holds beside settings; the scheduler computes rate and decay from both."""
 
 
 class UserState(Protocol):
     """What the training loop itself has to remember."""
 
-    iteration: int
+    @property
+    def iteration(self) -> int: ...
 
     def state_dict(self) -> dict[str, Any]: ...
-
-    def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
 def check_supported(optimizer: MegatronOptimizer) -> None:
@@ -59,6 +61,19 @@ def latest_iteration(root: str) -> int | None:
     if not text.isdigit():
         raise ConfigError(f"{tracker} holds {text!r}; it must hold the number of an iteration")
     return int(text)
+
+
+def last_saved(root: str) -> int:
+    """The iteration of the newest complete checkpoint, -1 without one. All ranks call it, rank 0 looks."""
+    found = [-1]
+    if dist.get_rank() == 0:
+        try:
+            iteration = latest_iteration(root)
+        except ConfigError:
+            iteration = None  # whatever it is, the next save replaces it
+        found = [-1 if iteration is None else iteration]
+    dist.broadcast_object_list(found, src=0)
+    return found[0]
 
 
 def save_checkpoint(
@@ -97,10 +112,13 @@ def load_checkpoint(
     model: list[Any],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    progress: UserState,
+    load_progress: Callable[[dict[str, Any]], None],
     seed: int,
 ) -> int | None:
     """Load the newest checkpoint below ``root``. Returns its iteration, or None if there is none.
+
+    ``load_progress`` takes what the training loop had to remember, before anything else is loaded; it may refuse by
+    raising. Settings of optimizer and scheduler stay as they are given, whatever the checkpoint was trained with.
 
     With the topology it was saved with, training continues bitwise. With another one the random streams
     cannot be carried over: they start anew from ``seed`` and the iteration.
@@ -111,8 +129,10 @@ def load_checkpoint(
     folder = checkpoint_folder(root, iteration)
     if not folder.is_dir():
         raise ConfigError(f"{Path(root) / TRACKER} names iteration {iteration}, but there is no folder {folder}")
-    saved_topology = dist_checkpointing.load_common_state_dict(str(folder))["topology"]
-    same_topology = saved_topology == topology()
+    common = dist_checkpointing.load_common_state_dict(str(folder))
+    load_progress(common["progress"])
+    same_topology = common["topology"] == topology()
+    given = [{k: v for k, v in group.items() if k not in _GROUP_STATE} for group in optimizer.param_groups]
     metadata = _metadata()
     with torch.no_grad():
         state = _sharded_state(model, optimizer, metadata, is_loading=True)
@@ -122,10 +142,11 @@ def load_checkpoint(
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrap_model(chunk).load_state_dict(loaded[key], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])
-    # The scheduler's own method adds the loaded steps to those it has.
+    for group, settings in zip(optimizer.param_groups, given, strict=True):
+        group.update(settings)
+    # The scheduler's own method would put the checkpoint's settings in the place of the given ones.
     scheduler.num_steps = 0
-    scheduler.load_state_dict(loaded["opt_param_scheduler"])
-    progress.load_state_dict(loaded["progress"])
+    scheduler.step(increment=loaded["opt_param_scheduler"]["num_steps"])
     if same_topology:
         load_rng_states(loaded["rng_state"])
     else:

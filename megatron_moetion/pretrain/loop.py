@@ -18,10 +18,11 @@ from torch import distributed as dist
 
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.persist import export
+from megatron_moetion.pretrain import flags
 from megatron_moetion.pretrain.corpus import Split, TokenSource, batches, sample_numbers
 from megatron_moetion.pretrain.launch import Place
 from megatron_moetion.pretrain.model import build_model, build_optimizer
-from megatron_moetion.pretrain.progress import Progress
+from megatron_moetion.pretrain.progress import Progress, RunState
 from megatron_moetion.pretrain.report import Reporter, StepResult
 from megatron_moetion.pretrain.startup import build_source, initialize, say
 
@@ -54,6 +55,8 @@ class Trainer:
         self.source = source
         self.reporter = reporter
         self.progress = Progress()
+        self.state = RunState(self.progress, flags.record(args))
+        self._saved = -1
         self.model = build_model(args, source.vocab_size)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         if args.save is not None or args.load is not None:
@@ -81,19 +84,22 @@ class Trainer:
                 self.load()
             else:
                 stack.enter_context(session)
-                session.start(load_persistent=self.load, newest_persistent=self._newest_on_disk)
+                resumed = session.start(load_persistent=self.load, newest_persistent=self._newest_on_disk)
                 self._pipeline_arguments = session.pipeline_arguments
-            evaluated, saved = self._train(session)
-        if self.args.eval_iters and evaluated != self.progress.iteration:
+                if resumed is not None:
+                    self._go_on()
+                    # A snapshot is older than the checkpoint of its iteration, which may be missing or cut short.
+                    self._save_if_due()
+            self._train(session)
+        if self.args.eval_iters and self.progress.evaluated != self.progress.iteration:
             self.evaluate()
-        if self.args.save is not None and saved != self.progress.iteration:
+        if self.args.save is not None and self._saved != self.progress.iteration:
             self.save()
 
-    def _train(self, session: Any) -> tuple[int, int]:
-        """All steps that are left; the iterations that were last evaluated and saved, -1 for none."""
+    def _train(self, session: Any) -> None:
+        """All steps that are left."""
         args, progress = self.args, self.progress
         say(f"> training from iteration {progress.iteration} to {args.train_iters}")
-        evaluated = saved = -1
         for chunk in self.model:
             chunk.train()
         while progress.iteration < args.train_iters:
@@ -101,17 +107,13 @@ class Trainer:
             self.reporter.step(progress, result)
             if args.eval_iters and progress.iteration % args.eval_interval == 0:
                 self.evaluate()
-                evaluated = progress.iteration
             if session is not None:
                 session.on_step_end(progress.iteration)
                 self.reporter.scalars(progress, session.scalars)
-            if args.save_interval is not None and progress.iteration % args.save_interval == 0:
-                self.save()
-                saved = progress.iteration
+            self._save_if_due()
             if args.exit_interval is not None and progress.iteration % args.exit_interval == 0:
                 say(f"> leaving at iteration {progress.iteration}, a multiple of --exit-interval")
                 break
-        return evaluated, saved
 
     def _attach(self) -> Any:
         """The checkpointing session, not started; None without ``--moetion``."""
@@ -125,31 +127,51 @@ class Trainer:
             optimizer=self.optimizer,
             opt_param_scheduler=self.scheduler,
             config=moetion_config(self.args),
-            user_state=self.progress,
+            user_state=self.state,
         )
 
     def _newest_on_disk(self) -> int | None:
         """The iteration of the newest checkpoint below ``--load``, or None if there is none."""
         return None if self.args.load is None else export.latest_iteration(self.args.load)
 
+    def _go_on(self) -> None:
+        """State of an earlier start is in place: flags that are not as they were then act from here on."""
+        if self.state.flags_changed:
+            say(f"> {self.state.flags_changed}")
+        # The schedule counts samples of this batch size, whatever the batch size was before.
+        steps = (self.progress.iteration - self.progress.skipped_iterations) * self.args.global_batch_size
+        if self.scheduler.num_steps != steps:
+            self.scheduler.num_steps = steps
+            self.scheduler.step(increment=0)
+        if self.args.save is not None:
+            self._saved = export.last_saved(self.args.save)
+
+    def _save_if_due(self) -> None:
+        """Save at multiples of ``--save-interval``, once each."""
+        iteration, interval = self.progress.iteration, self.args.save_interval
+        if interval is not None and iteration and iteration % interval == 0 and self._saved != iteration:
+            self.save()
+
     def load(self) -> int | None:
         """Load the newest checkpoint below ``--load``. Returns its iteration, or None if there is none."""
         if self.args.load is None:
             return None
         iteration = export.load_checkpoint(
-            self.args.load, self.model, self.optimizer, self.scheduler, self.progress, self.args.seed
+            self.args.load, self.model, self.optimizer, self.scheduler, self.state.load_checkpoint, self.args.seed
         )
         if iteration is None:
             say(f"> no checkpoint in {self.args.load}: starting from random weights")
         else:
             say(f"> loaded the checkpoint of iteration {iteration} from {self.args.load}")
+            self._go_on()
         return iteration
 
     def save(self) -> None:
         """Write a torch_dist checkpoint below ``--save``."""
         started = time.perf_counter()
         with self._params_gathered():
-            export.save_checkpoint(self.args.save, self.model, self.optimizer, self.scheduler, self.progress)
+            export.save_checkpoint(self.args.save, self.model, self.optimizer, self.scheduler, self.state)
+        self._saved = self.progress.iteration
         seconds = time.perf_counter() - started
         say(f"> saved the checkpoint of iteration {self.progress.iteration} to {self.args.save} in {seconds:.1f} s")
 
@@ -197,6 +219,7 @@ class Trainer:
         for chunk in self.model:
             chunk.train()
         export.load_rng_states(states)
+        self.progress.evaluated = self.progress.iteration
         self.reporter.validation(self.progress, total / self.args.eval_iters)
 
     def _params_gathered(self) -> ParamsGathered:

@@ -43,6 +43,8 @@ _MAGIC = _NAME + str(FORMAT_VERSION).encode()
 """Every version begins with the name and one digit for the version, whatever follows."""
 _HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
+_SPELLED = {name: f"--moetion-{name.replace('_', '-')}" for name in ("run_id", "mode", "chunk_bytes", "period")}
+"""Fields of the identity that are flags."""
 
 Bytes = npt.NDArray[np.uint8]
 Digests = npt.NDArray[np.uint64]
@@ -72,9 +74,13 @@ class ArenaSpec:
     units: tuple[tuple[str, int, int], ...]
     """Name, kind and capture bytes of each unit, by unit number."""
     slots: tuple[tuple[int, int], ...]
+    experts: int = 0
+    """Of the owner's experts, how many a snapshot may hold: what the number of slots comes from. For messages."""
 
     @classmethod
-    def of(cls, identity: ArenaIdentity, inventory: Inventory, copies: Mapping[str, int]) -> ArenaSpec:
+    def of(
+        cls, identity: ArenaIdentity, inventory: Inventory, copies: Mapping[str, int], experts: int = 0
+    ) -> ArenaSpec:
         """Slots for ``copies[unit name]`` captures of each unit, pooled by size."""
         pools: Counter[int] = Counter()
         for unit in inventory.units:
@@ -83,6 +89,7 @@ class ArenaSpec:
             identity=identity,
             units=tuple((u.name, int(u.kind), u.nbytes) for u in inventory.units),
             slots=tuple(sorted(pools.items())),
+            experts=experts,
         )
 
     @property
@@ -114,6 +121,7 @@ class ArenaSpec:
                 identity=ArenaIdentity(**raw["identity"]),
                 units=tuple((str(n), int(UnitKind(k)), int(b)) for n, k, b in raw["units"]),
                 slots=tuple((int(b), int(c)) for b, c in raw["slots"]),
+                experts=int(raw.get("experts", 0)),
             )
             for field in fields(ArenaIdentity):
                 value = getattr(found.identity, field.name)
@@ -446,14 +454,17 @@ def check_identity(found: ArenaSpec, expected: ArenaSpec, path: Path) -> None:
     Arenas of different owners differ in layout and slots; those are compared only where the owner is the same.
     """
     ours, theirs = asdict(expected.identity), asdict(found.identity)
-    ours["slots"], theirs["slots"] = expected.slots, found.slots
-    personal = () if found.identity.owner == expected.identity.owner else ("layout", "slots")
-    differing = [k for k in ours if k != "owner" and k not in personal and ours[k] != theirs[k]]
-    if differing:
-        sides = "; ".join(f"{k}: the arena has {theirs[k]!r}, this run has {ours[k]!r}" for k in differing)
+    sides = [
+        f"{_SPELLED.get(k, k)}: the arena has {theirs[k]!r}, this run has {ours[k]!r}"
+        for k in ours
+        if k not in ("owner", "layout") and ours[k] != theirs[k]
+    ]
+    if not sides and found.identity.owner == expected.identity.owner:
+        sides = _other_shape(found, expected)  # where settings differ, this follows from them
+    if sides:
         raise IdentityMismatch(
-            f"{path} belongs to something else ({sides}). Use the settings that it was made with, "
-            f"another --moetion-run-id, or delete the folder if its state is no longer wanted"
+            f"{path} belongs to something else ({'; '.join(sides)}). Go back to what it was made with, take another "
+            f"--moetion-run-id, or delete it"
         )
 
 
@@ -464,6 +475,20 @@ def _slots_start(spec: ArenaSpec) -> int:
 def _stride(nbytes: int, chunk_bytes: int) -> int:
     """Bytes of a slot: a capture and its chunk digests."""
     return _round(nbytes + 8 * num_chunks(nbytes, chunk_bytes))
+
+
+def _other_shape(found: ArenaSpec, expected: ArenaSpec) -> list[str]:
+    """How two arenas of one owner differ, by what a user may have changed."""
+    if found.identity.layout != expected.identity.layout:
+        return ["layout: the model, or how it is spread over ranks, is another one"]
+    if found.slots == expected.slots:
+        return []
+    if found.experts != expected.experts:
+        return [
+            f"room for {found.experts} experts a snapshot, this run wants {expected.experts}; one of "
+            f"--moetion-[max-]experts-per-snapshot, -snapshot-bytes, -lost-token-budget differs"
+        ]
+    return ["slots: room for other captures than this run makes"]
 
 
 def _round(nbytes: int) -> int:

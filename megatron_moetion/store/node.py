@@ -19,6 +19,9 @@ from megatron_moetion.store.lock import NodeLock
 
 _MARKER = "node.id"
 
+RUN_ID_BYTES_MAX = 200
+"""File systems take names of up to 255 bytes."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFolder:
@@ -53,6 +56,11 @@ def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
         raise ConfigError(
             "this run has no name that a restart would share: give --moetion-run-id (neither SLURM_JOB_ID nor a "
             "torchrun --rdzv-id is set)"
+        )
+    if len(found.encode()) > RUN_ID_BYTES_MAX:
+        raise ConfigError(
+            f"--moetion-run-id has {len(found.encode())} bytes ({found[:20]}...); it names a folder, so it must not "
+            f"have more than {RUN_ID_BYTES_MAX}: give a shorter one"
         )
     if "/" in found or found.startswith("."):
         raise ConfigError(

@@ -196,7 +196,7 @@ def _start(rank: int, flags: str, store: Path, attempt: int) -> tuple[Trainer, A
         config=MoetionConfig(
             mode="exact", period=PERIOD, store=str(store), run_id=_RUN, ranks_per_node=2, pack_threads=1, timeout_s=30
         ),
-        user_state=trainer.progress,
+        user_state=trainer.state,
     )
     if attempt:
         _scramble(trainer, attached._state)

@@ -155,7 +155,7 @@ def _state(trainer: Trainer, count_tokens: bool = False) -> MegatronState:
         model=trainer.model,
         optimizer=trainer.optimizer,
         scheduler=trainer.scheduler,
-        user_state=trainer.progress,
+        user_state=trainer.state,
         count_tokens=count_tokens,
     )
 
@@ -378,7 +378,7 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
         model=trainer.model,
         optimizer=trainer.optimizer,
         scheduler=trainer.scheduler,
-        user_state=trainer.progress,
+        user_state=trainer.state,
         count_tokens=True,
         capacity=CapacityRules(iterations=RECALIBRATION_ITERATIONS),
     )

@@ -117,6 +117,12 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
 
 
+def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import bundled_trainer
+
+    return bundled_trainer.main(request["argv"], request["die_in_save"], environment)
+
+
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
     kind = sys.argv[1]
@@ -124,6 +130,8 @@ if __name__ == "__main__":
         import toy_trainer  # noqa: F401
     elif kind == "megatron":
         import megatron_trainer  # noqa: F401
+    elif kind == "trainer":
+        import bundled_trainer  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact}[kind])
+    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer}[kind])

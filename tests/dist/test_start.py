@@ -131,9 +131,9 @@ def test_without_replicas_a_lost_node_ends_with_code_3(job: MakeJob) -> None:
 # -- strangers --------------------------------------------------------------------------------------------------
 
 STRANGERS = {
-    "layout": ({"elements": 1800}, "layout: the arena has '[0-9a-f]{64}', this run has '[0-9a-f]{64}'"),
+    "layout": ({"elements": 1800}, "layout: the model, or how it is spread over ranks, is another one"),
     "mode": ({"mode": "popularity"}, "mode: the arena has 'full', this run has 'popularity'"),
-    "chunks": ({"chunk_bytes": 8192}, "chunk_bytes: the arena has 4096, this run has 8192"),
+    "chunks": ({"chunk_bytes": 8192}, "chunk-bytes: the arena has 4096, this run has 8192"),
     "world": ({"world_size": 2, "ranks_per_node": 1}, "world_size: the arena has 4, this run has 2"),
     "topology": ({"topology": "tp2"}, "topology: the arena has 'toy', this run has 'tp2'"),
 }

@@ -47,6 +47,7 @@ PURE = [
     "replicate/agreement.py",
     "recover/plan.py",
     "recover/capacity.py",
+    "pretrain/flags.py",
 ]
 IMPURE_MODULES = {"torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess"}
 MEGATRON_ROOMS = {"pretrain", "mcore", "persist"}

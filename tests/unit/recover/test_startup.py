@@ -252,15 +252,22 @@ def test_a_node_that_was_away_while_the_run_began_anew_brings_nothing_back(tmp_p
 # -- never a stranger -----------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("change", [{"mode": "popularity"}, {"elements": 900}, {"chunk_bytes": 8192}])
-def test_another_models_arenas_are_refused_and_kept(tmp_path: Path, change: dict[str, object]) -> None:
+STRANGERS: list[tuple[dict[str, object], str]] = [
+    ({"mode": "popularity"}, r"\(--moetion-mode: the arena has 'full', this run has 'popularity'\)"),
+    ({"elements": 900}, r"\(layout: the model, or how it is spread over ranks, is another one\)"),
+    ({"chunk_bytes": 8192}, r"\(--moetion-chunk-bytes: the arena has 4096, this run has 8192\)"),
+]
+
+
+@pytest.mark.parametrize(("change", "why"), STRANGERS, ids=[next(iter(change)) for change, _ in STRANGERS])
+def test_another_models_arenas_are_refused_and_kept(tmp_path: Path, change: dict[str, object], why: str) -> None:
     first = Job(tmp_path)
     first.start()
     first.train(2)
     first.crash()
     # Rank 0's own arena is gone, so rank 0 looks at the arena of rank 1 only.
     (tmp_path / "job" / "node0" / "rank00000.arena").unlink()
-    with pytest.raises(IdentityMismatch, match=r"the arena has .* this run has"):
+    with pytest.raises(IdentityMismatch, match=why):
         Job(tmp_path, attempt=1, **change).start()  # type: ignore[arg-type]
     again = Job(tmp_path, attempt=1)
     resumed = again.start()[0]
@@ -315,3 +322,36 @@ def test_a_rank_lost_while_ranks_start_is_a_channel_error(tmp_path: Path) -> Non
     job.network.timeout_s = 0.2
     with pytest.raises(ChannelError):
         job.sessions[0].start()
+
+
+ROOM = {"mode": "popularity", "staleness_cap": 4}
+
+
+@pytest.mark.parametrize(
+    ("then", "now", "sides"),
+    [
+        ({"lost_token_budget": 0.0}, {}, (2, 4)),
+        ({"experts_per_snapshot": 1, "lost_token_budget": 0.0}, {"lost_token_budget": 0.0}, (1, 2)),
+        ({"max_experts_per_snapshot": 3}, {"max_experts_per_snapshot": 2}, (3, 2)),
+    ],
+    ids=["budget", "experts", "most experts"],
+)
+def test_arenas_with_other_room_for_experts_name_it_and_its_flags(
+    tmp_path: Path, then: dict[str, object], now: dict[str, object], sides: tuple[int, int]
+) -> None:
+    first = Job(tmp_path, **ROOM, **then)  # type: ignore[arg-type]
+    first.start()
+    first.train(2)
+    first.crash()
+    with pytest.raises(IdentityMismatch) as refusal:
+        Job(tmp_path, attempt=1, **ROOM, **now).start()  # type: ignore[arg-type]
+    said = str(refusal.value)
+    assert f"room for {sides[0]} experts a snapshot, this run wants {sides[1]}" in said
+    for flag in ("--moetion-[max-]experts-per-snapshot", "-lost-token-budget", "-snapshot-bytes"):
+        assert flag in said
+    assert len(said.replace(str(tmp_path), "/dev/shm/moetion-1000")) < 300
+    again = Job(tmp_path, attempt=1, **ROOM, **then)  # type: ignore[arg-type]
+    resumed = again.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 2
+    again.crash()

@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import tempfile
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -277,15 +278,26 @@ def test_a_creation_that_was_killed_does_not_keep_its_memory(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(
     ("field", "theirs"),
-    [("run_id", "other"), ("world_size", 16), ("topology", "tp1 pp4"), ("layout", "ffff"), ("mode", "popularity"),
-     ("chunk_bytes", 8192), ("format_version", 99)],
+    [("run_id", "other"), ("world_size", 16), ("topology", "tp1 pp4"), ("mode", "popularity"), ("chunk_bytes", 8192),
+     ("format_version", 99)],
 )  # fmt: skip
 def test_a_stranger_is_refused_and_both_sides_are_named(field: str, theirs: object) -> None:
-    found = ArenaSpec(identity=identity(**{field: theirs}), units=SPEC.units, slots=SPEC.slots)
+    # What follows from such a difference, another layout and other slots, is not told.
+    found = ArenaSpec(identity=identity(layout="ffff", **{field: theirs}), units=SPEC.units, slots=((SMALL, 5),))
     ours = getattr(SPEC.identity, field)
     with pytest.raises(IdentityMismatch) as refusal:
         check_identity(found, SPEC, Path("/store/rank00000.arena"))
-    assert f"{field}: the arena has {theirs!r}, this run has {ours!r}" in str(refusal.value)
+    flag = f"--moetion-{field.replace('_', '-')}" if field in ("run_id", "mode", "chunk_bytes") else field
+    assert f"({flag}: the arena has {theirs!r}, this run has {ours!r})" in str(refusal.value)
+    assert len(str(refusal.value)) < 300
+
+
+def test_another_model_is_refused_in_words() -> None:
+    found = ArenaSpec(identity=identity(layout="ffff"), units=SPEC.units, slots=((SMALL, 5),))
+    with pytest.raises(
+        IdentityMismatch, match=r"\(layout: the model, or how it is spread over ranks, is another one\)"
+    ):
+        check_identity(found, SPEC, Path("/store/rank00000.arena"))
 
 
 def test_another_owner_of_this_run_is_no_stranger() -> None:
@@ -294,8 +306,12 @@ def test_another_owner_of_this_run_is_no_stranger() -> None:
 
 
 def test_the_same_owner_with_other_slots_is_refused() -> None:
-    with pytest.raises(IdentityMismatch, match="slots"):
-        check_identity(ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 5),)), SPEC, Path("x"))
+    found = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 5),))
+    with pytest.raises(IdentityMismatch, match=r"\(slots: room for other captures than this run makes\)"):
+        check_identity(found, SPEC, Path("x"))
+    with pytest.raises(IdentityMismatch, match=r"room for 2 experts a snapshot, this run wants 0; .*experts-per"):
+        check_identity(replace(found, experts=2), SPEC, Path("x"))
+    check_identity(ArenaSpec.from_json(replace(SPEC, experts=2).to_json()), SPEC, Path("x"))
 
 
 @pytest.mark.parametrize("size", [0, 10, 31, 300, 4096, 9000, -1])

@@ -44,6 +44,15 @@ def test_a_run_id_cannot_leave_the_store(name: str) -> None:
         run_id_of(MoetionConfig(run_id=name), {})
 
 
+@pytest.mark.parametrize("name", ["x" * 201, "\u00fc" * 101])
+@pytest.mark.parametrize("given", ["flag", "job"])
+def test_a_run_id_that_is_too_long_for_a_folder_is_what_the_message_names(name: str, given: str) -> None:
+    config = MoetionConfig(run_id=name if given == "flag" else "")
+    with pytest.raises(ConfigError, match=r"--moetion-run-id has 20[12] bytes .* more than 200: give a shorter one"):
+        run_id_of(config, {"SLURM_JOB_ID": name})
+    assert run_id_of(MoetionConfig(run_id="x" * 200), {}) == "x" * 200
+
+
 def test_restarts_are_the_most_that_any_supervisor_knows() -> None:
     assert restart_count({}) == 0
     assert restart_count({"TORCHELASTIC_RESTART_COUNT": "2", "SLURM_RESTART_COUNT": "3"}) == 3
