@@ -18,7 +18,8 @@ def test_the_remedy_is_named_in_one_line(setting: dict[str, str], said: str) -> 
     line = replacement_warning(TWO_NODES | setting)
     assert line is not None
     assert said in line
-    assert f"{SHARE_SWITCH}=1 and --rdzv-backend=c10d" in line
+    assert line.startswith("with --rdzv-backend=c10d")
+    assert line.endswith(f"{SHARE_SWITCH}=1 on every node")
     assert "\n" not in line
 
 

@@ -262,6 +262,7 @@ def test_a_checkpoint_to_begin_with_is_the_first_of_the_jobs_own(tmp_path):
     assert (own / "latest_checkpointed_iteration.txt").read_text() == "250"
     assert (own / "iter_0000250" / "common.pt").read_bytes() == b"state"
     (own / "latest_checkpointed_iteration.txt").write_text("300")
+    (earlier / "latest_checkpointed_iteration.txt").unlink()
     assert Slurm(tmp_path, nodes=1).run(LOAD=str(earlier), SLURM_RESTART_COUNT="1")[0] == 0
     assert (own / "latest_checkpointed_iteration.txt").read_text() == "300", "newer than where the run began"
 
@@ -270,6 +271,7 @@ def test_a_folder_without_checkpoints_to_begin_with_is_refused(tmp_path):
     code, output = Slurm(tmp_path, nodes=1).run(LOAD=str(tmp_path))
     assert code == 2
     assert f"LOAD={tmp_path} has no latest_checkpointed_iteration.txt" in output
+    assert not (tmp_path / "calls.jsonl").exists()
 
 
 def test_settings_can_be_overridden(tmp_path):
