@@ -8,6 +8,8 @@ class MoetionError(RuntimeError):
     """Base of every expected operational fault."""
 
     exit_code = 2
+    shared: bool = False
+    """All ranks have gathered it and raise it together; one a node prints it."""
 
 
 class ConfigError(MoetionError, ValueError):
