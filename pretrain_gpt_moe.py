@@ -3,7 +3,7 @@
 
 import sys
 
-from megatron_moetion.pretrain.launch import leave, run
+from megatron_moetion.pretrain.launch import main
 
 if __name__ == "__main__":
-    leave(run(sys.argv[1:]))
+    main(sys.argv[1:])

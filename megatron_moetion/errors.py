@@ -8,8 +8,8 @@ class MoetionError(RuntimeError):
     """Base of every expected operational fault."""
 
     exit_code = 2
-    shared = False
-    """All ranks raise it together, so one a node is enough to print it."""
+    shared: bool = False
+    """All ranks have gathered it and raise it together; one a node prints it."""
 
 
 class ConfigError(MoetionError, ValueError):

@@ -29,6 +29,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_moetion.pretrain.launch import visible_gpus
+
 ROOT = Path(__file__).resolve().parent.parent
 MODES = ("full", "exact", "popularity")
 ITERATIONS, ITERATIONS_QUICK = 60, 24
@@ -75,7 +77,7 @@ class Job:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone",
             "--nproc-per-node", str(RANKS), "--max-restarts", "3", str(ROOT / "pretrain_gpt_moe.py"),
-            *MODEL_FLAGS,
+            *MODEL_FLAGS, "--device", "cpu" if 0 < visible_gpus(os.environ) < RANKS else "auto",
             "--train-iters", str(self.iterations), "--eval-interval", str(self.iterations),
             "--metrics-path", str(self.folder / "metrics.jsonl"),
         ]  # fmt: skip

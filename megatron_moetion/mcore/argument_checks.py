@@ -21,12 +21,12 @@ class Machine:
     world_size: int
     has_gpu: bool
     packages: frozenset[str] = frozenset()
-    """Optional packages that can be imported: ``transformer_engine``, ``grouped_gemm``."""
+    """Optional packages that can be imported: ``transformer_engine``, ``grouped_gemm``, ``apex``."""
 
     @classmethod
     def here(cls, world_size: int, has_gpu: bool) -> Machine:
         """This machine."""
-        optional = ("transformer_engine", "grouped_gemm")
+        optional = ("transformer_engine", "grouped_gemm", "apex")
         found = frozenset(name for name in optional if importlib.util.find_spec(name) is not None)
         return cls(world_size=world_size, has_gpu=has_gpu, packages=found)
 
@@ -41,6 +41,7 @@ def check_arguments(args: argparse.Namespace, machine: Machine) -> None:
     _fill_defaults(args, machine)
     _check_model(args)
     _check_parallelism(args, machine)
+    _check_normalization(args, machine)
     _check_batch(args)
     _check_layers(args)
     if args.num_experts is None:
@@ -135,11 +136,33 @@ def _check_parallelism(args: argparse.Namespace, machine: Machine) -> None:
         bool(args.num_attention_heads % tensor),
         f"--num-attention-heads {args.num_attention_heads} is not divisible by --tensor-model-parallel-size {tensor}",
     )
+    groups = args.num_query_groups if args.group_query_attention else args.num_attention_heads
+    _refuse_if(
+        bool(groups % tensor) and bool(tensor % groups),
+        f"--num-query-groups {groups} is neither a multiple nor a divisor of --tensor-model-parallel-size {tensor}",
+    )
     _refuse_if(
         args.sequence_parallel and tensor == 1,
         "--sequence-parallel splits over the tensor parallel group, but --tensor-model-parallel-size is 1",
     )
     args.data_parallel_size = machine.world_size // (tensor * pipeline)
+
+
+def _check_normalization(args: argparse.Namespace, machine: Machine) -> None:
+    """Without Transformer Engine, Megatron-Core takes Apex's LayerNorm where it is installed, else torch's norms."""
+    if args.transformer_impl == "transformer_engine":
+        return
+    apex = "apex" in machine.packages
+    _refuse_if(
+        apex and args.normalization == "RMSNorm",
+        "--normalization RMSNorm with --transformer-impl local: Apex is installed, and Megatron-Core then takes its "
+        "LayerNorm for the last norm; use LayerNorm, or --transformer-impl transformer_engine",
+    )
+    _refuse_if(
+        args.sequence_parallel and not apex,
+        "--sequence-parallel with --transformer-impl local: torch's normalisation does not support it; "
+        "install Apex, or use --transformer-impl transformer_engine",
+    )
 
 
 def _check_batch(args: argparse.Namespace) -> None:
@@ -215,15 +238,58 @@ def _check_moe(args: argparse.Namespace, machine: Machine) -> None:
         f"--expert-model-parallel-size {parallel} with --transformer-impl local: Megatron-Core cannot train experts "
         "with biases that are not spread over ranks; add --disable-bias-linear",
     )
+    _check_expert_biases(args)
+    _check_grouped_gemm(args, machine)
+    _check_flex(args, machine)
+    _check_routing(args)
+
+
+def _check_expert_biases(args: argparse.Namespace) -> None:
+    if not args.add_bias_linear:
+        return
     _refuse_if(
-        args.moe_grouped_gemm and (not machine.has_gpu or not machine.packages),
-        "--moe-grouped-gemm needs a GPU and the package transformer_engine or grouped_gemm; drop the flag",
+        args.expert_tensor_parallel_size > 1,
+        f"--expert-tensor-parallel-size {args.expert_tensor_parallel_size} (default: --tensor-model-parallel-size): "
+        "Megatron-Core does not split experts with biases; use 1, or add --disable-bias-linear",
     )
     _refuse_if(
-        args.moe_token_dispatcher_type == "flex" and not machine.has_gpu,
+        args.moe_shared_expert_intermediate_size is not None,
+        f"--moe-shared-expert-intermediate-size {args.moe_shared_expert_intermediate_size}: Megatron-Core's shared "
+        "experts have no biases; add --disable-bias-linear",
+    )
+
+
+def _check_grouped_gemm(args: argparse.Namespace, machine: Machine) -> None:
+    if not args.moe_grouped_gemm:
+        return
+    package = "grouped_gemm" if args.transformer_impl == "local" else "transformer_engine"
+    _refuse_if(
+        not machine.has_gpu or package not in machine.packages,
+        f"--moe-grouped-gemm with --transformer-impl {args.transformer_impl} needs a GPU and the package {package} "
+        "(transformer_engine for --transformer-impl transformer_engine); drop the flag",
+    )
+    _refuse_if(
+        args.transformer_impl == "local" and (args.add_bias_linear or not args.bf16),
+        "--moe-grouped-gemm with --transformer-impl local needs --disable-bias-linear and --bf16",
+    )
+
+
+def _check_flex(args: argparse.Namespace, machine: Machine) -> None:
+    if args.moe_token_dispatcher_type != "flex":
+        return
+    _refuse_if(
+        not machine.has_gpu,
         "--moe-token-dispatcher-type flex needs a GPU with DeepEP or HybridEP; use alltoall or allgather",
     )
-    _check_routing(args)
+    _refuse_if(
+        args.expert_model_parallel_size * args.expert_tensor_parallel_size == 1,
+        "--moe-token-dispatcher-type flex needs --expert-model-parallel-size or --expert-tensor-parallel-size above 1; "
+        "use alltoall or allgather",
+    )
+    _refuse_if(
+        args.moe_pad_expert_input_to_capacity,
+        "--moe-token-dispatcher-type flex does not pad: drop --moe-pad-expert-input-to-capacity, or use alltoall",
+    )
 
 
 def _check_routing(args: argparse.Namespace) -> None:
@@ -231,6 +297,11 @@ def _check_routing(args: argparse.Namespace) -> None:
     _refuse_if(
         len(kinds) != len(coefficients) and len(kinds) > 1,
         f"--moe-router-load-balancing-type names {len(kinds)} losses, --moe-aux-loss-coeff {len(coefficients)}",
+    )
+    _refuse_if(
+        kinds == ["sinkhorn"] and coefficients[0] != 0,
+        f"--moe-aux-loss-coeff {coefficients[0]}: --moe-router-load-balancing-type sinkhorn has no auxiliary loss; "
+        "drop the coefficient",
     )
     factor = args.moe_expert_capacity_factor
     if factor is not None:

@@ -28,9 +28,15 @@ def parse_arguments(argv: Sequence[str], machine: Machine) -> argparse.Namespace
 
     Raises ``ConfigError`` for unknown, missing or contradictory flags.
     """
+    args = read_arguments(argv)
+    check_arguments(args, machine)
+    return args
+
+
+def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
+    """Flags as they were given; ``check_arguments`` goes on. Raises ``ConfigError`` for unknown and missing flags."""
     args = build_parser().parse_args(argv)
     _check_moetion_flags(args)
-    check_arguments(args, machine)
     return args
 
 
@@ -132,6 +138,9 @@ def _add_parallelism(group: Any) -> None:
     group.add_argument("--overlap-grad-reduce", action="store_true")
     group.add_argument("--overlap-param-gather", action="store_true")
     group.add_argument("--distributed-timeout-minutes", type=int, default=10)
+    group.add_argument(
+        "--device", choices=("auto", "cpu", "gpu"), default="auto", help="auto: the CPU where a machine has no GPU"
+    )
 
 
 def _add_precision(group: Any) -> None:

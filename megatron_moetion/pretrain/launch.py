@@ -1,24 +1,36 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From a process that a launcher started to a connected rank: device, flags, process groups, exit code.
+"""From a process that a launcher started to a connected rank: flags, device, process groups, last words, exit code.
 
 Nothing of torch is imported before the device is chosen.
 """
 
 from __future__ import annotations
 
+import argparse
 import os
+import re
+import signal
+import socket
 import sys
+import textwrap
+import time
 import warnings
-from collections.abc import MutableMapping, Sequence
+from collections.abc import Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
+from types import TracebackType
 from typing import NoReturn
 
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, MoetionError
-from megatron_moetion.mcore.argument_checks import Machine
-from megatron_moetion.mcore.arguments import parse_arguments
+from megatron_moetion.mcore.argument_checks import Machine, check_arguments
+from megatron_moetion.mcore.arguments import moetion_config, read_arguments
+from megatron_moetion.replicate import placement
 
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
+SPEAKER_LIMIT_S = 5.0
+"""For the one rank of a node that says what all its ranks have found."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,7 +43,7 @@ class Place:
     local_world_size: int
 
     @classmethod
-    def from_environment(cls, environ: MutableMapping[str, str]) -> Place:
+    def from_environment(cls, environ: Mapping[str, str]) -> Place:
         """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``."""
         world_size = int(environ.get("WORLD_SIZE", "1"))
         return cls(
@@ -42,59 +54,164 @@ class Place:
         )
 
 
-def visible_gpus(environ: MutableMapping[str, str], folder: Path = GPU_FOLDER) -> int:
-    """GPUs that the driver shows and ``CUDA_VISIBLE_DEVICES`` leaves."""
+def visible_gpus(environ: Mapping[str, str], folder: Path = GPU_FOLDER) -> int:
+    """GPUs that the driver shows and ``CUDA_VISIBLE_DEVICES`` leaves: those before the first entry that is none."""
     present = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return present
-    return min(present, sum(1 for device in chosen.split(",") if device.strip()))
+    # SLURM writes NoDevFiles, people write -1, to hide them all.
+    named = takewhile(re.compile(r"\s*(\d+|GPU-.*|MIG-.*)").fullmatch, chosen.split(","))
+    return min(present, sum(1 for _ in named))
 
 
-def choose_device(environ: MutableMapping[str, str], place: Place, gpus: int) -> bool:
-    """Whether the ranks of this node use GPUs; without one for each rank, all take the CPU path.
+def takes_gpu(device: str, gpus: int, place: Place) -> bool:
+    """Whether this rank computes on a GPU, by ``--device`` and the number of GPUs that it sees.
 
-    Hides the GPUs from torch on the CPU path, so it must run before torch is imported.
+    ``ConfigError`` where there are some but not one for each rank. A single one may be this rank's own, since some
+    launchers show a rank no other; ranks that share it find that out when they connect.
     """
-    if gpus >= place.local_world_size:
-        return True
-    if place.rank == 0:
-        count = f"{gpus} GPU{'' if gpus == 1 else 's'}" if gpus else "no GPU"
-        ranks = f"{place.local_world_size} rank{'' if place.local_world_size == 1 else 's'}"
-        print(f"> {count} for {ranks}: CPU path", flush=True)
-    environ["CUDA_VISIBLE_DEVICES"] = ""
-    return False
+    if device == "cpu" or (device == "auto" and gpus == 0):
+        return False
+    if 1 < gpus < place.local_world_size:
+        raise ConfigError(
+            f"{gpus} GPUs for the {place.local_world_size} ranks of this machine: mend it or leave it out, start "
+            f"{gpus} ranks on each (torchrun --nproc-per-node {gpus}), or let all train on the CPU with --device cpu"
+        )
+    return True
+
+
+def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -> None:
+    """Raise placement's ``ConfigError`` where the launch has too few nodes for the replicas, before anything is built.
+
+    Ranks that do not divide into nodes are left to the store, which knows the real nodes.
+    """
+    per_node = config.ranks_per_node or local_world_size
+    if world_size % per_node == 0:
+        enough = per_node * (config.replicas + 1)
+        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], config.replicas)
+
+
+def settings(argv: Sequence[str], place: Place, environ: MutableMapping[str, str]) -> tuple[argparse.Namespace, bool]:
+    """The flags, checked against each other and this machine, and whether this rank computes on a GPU.
+
+    Hides the GPUs from torch on the CPU path, so it must run before torch is imported. Raises ``ConfigError``.
+    """
+    args = read_arguments(argv)
+    # Where GPUs are demanded torch alone is asked, later: not every machine shows them where the driver usually does.
+    on_gpu = args.device == "gpu" or takes_gpu(args.device, visible_gpus(environ), place)
+    check_arguments(args, Machine.here(place.world_size, on_gpu))
+    if args.moetion:
+        check_nodes(moetion_config(args), place.world_size, int(environ.get("LOCAL_WORLD_SIZE", "1")))
+    if not on_gpu:
+        why = "GPUs left alone (--device cpu)" if args.device == "cpu" else "no GPU"
+        _announce(place, f"CPU path on {socket.gethostname()}: {place.local_world_size} rank(s), {why}")
+        environ["CUDA_VISIBLE_DEVICES"] = ""
+    return args, on_gpu
+
+
+def require_gpus(place: Place) -> None:
+    """Raise ``ConfigError`` unless torch can use a GPU for this rank, whatever the driver shows."""
+    import torch
+
+    usable = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if not usable:
+        raise ConfigError(
+            f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU of this machine: install "
+            "a build that fits the driver, mend the machine, or let all ranks train on the CPU with --device cpu"
+        )
+    takes_gpu("gpu", usable, place)
+    _announce(
+        place,
+        f"GPU path on {socket.gethostname()}: {place.local_world_size} rank(s), {torch.cuda.get_device_name(0)}",
+    )
 
 
 def run(argv: Sequence[str]) -> int:
     """The whole program on this rank. Returns the exit code; a user's mistake is one line, not a traceback."""
     place = Place.from_environment(os.environ)
     try:
-        has_gpu = choose_device(os.environ, place, visible_gpus(os.environ))
-        args = parse_arguments(argv, Machine.here(place.world_size, has_gpu))
-
-        import torch
-
-        if has_gpu and not torch.cuda.is_available():
-            has_gpu = choose_device(os.environ, place, gpus=0)
-            args = parse_arguments(argv, Machine.here(place.world_size, has_gpu))
-        if not has_gpu:
+        args, on_gpu = settings(argv, place, os.environ)
+        if on_gpu:
+            require_gpus(place)
+    except ConfigError as error:
+        # The ranks of a node read the same flags on the same machine, and read them again at every restart.
+        error.shared = True
+        complain(error, place, os.environ)
+        return error.exit_code
+    try:
+        if not on_gpu:
             from megatron_moetion.mcore import cpu_device
 
             cpu_device.install()
+        from megatron_moetion.mcore.engine_names import bind_engine_names
+
+        bind_engine_names()
         _quiet_deprecations()
         from megatron_moetion.pretrain.loop import pretrain
 
         pretrain(args, place)
-    except ConfigError as error:
-        # Every rank parses the same flags and finds the same mistake.
-        if place.rank == 0:
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        return error.exit_code
     except MoetionError as error:
-        print(f"error: rank {place.rank}: {error}", file=sys.stderr, flush=True)
+        complain(error, place, os.environ)
         return error.exit_code
     return 0
+
+
+def complain(error: MoetionError, place: Place, environ: Mapping[str, str]) -> None:
+    """One line on standard error: once a node for an error that all its ranks have, else from each rank that has it."""
+    if error.shared and place.local_rank:
+        # A launcher that sees this process end ends the others, the one that speaks too. It never waits that long
+        # where the launcher sees the other end.
+        time.sleep(SPEAKER_LIMIT_S)
+        return
+    text = str(error)
+    if isinstance(error, ConfigError) and _said_before(text, environ):
+        text = f"as before: {textwrap.shorten(text, 60)}"
+    _say_last(text, place.rank)
+
+
+def _said_before(text: str, environ: Mapping[str, str]) -> bool:
+    """Whether the attempt before this one ended with the same words.
+
+    ``torchrun`` restarts what cannot work too. It keeps a folder for each attempt, side by side; the words are left
+    beside them.
+    """
+    folder = Path(environ.get("TORCHELASTIC_ERROR_FILE", "")).parent.parent
+    if not folder.name.startswith("attempt_"):
+        return False
+    note = folder.with_name(f"rank{environ['RANK']}-said.txt")
+    try:
+        said = note.is_file() and note.read_text() == text
+        note.write_text(text)
+    except OSError:
+        return False
+    return said
+
+
+def _say_last(text: str, rank: int) -> None:
+    print(f"error: rank {rank} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
+
+
+def _announce(place: Place, text: str) -> None:
+    if place.local_rank == 0:
+        print(f"> {text}", flush=True)
+
+
+def main(argv: Sequence[str]) -> NoReturn:
+    """The whole process, which ends with ``run``'s code, or at once after the traceback of what nobody expected."""
+    sys.excepthook = _leave_after_traceback
+    leave(run(argv))
+
+
+def _leave_after_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Python's own report, and one line that says whose it is.
+
+    Python would then wait for every thread, while peers and the launcher wait for this process.
+    """
+    sys.__excepthook__(kind, error, trace)
+    place = Place.from_environment(os.environ)
+    _say_last(textwrap.shorten(f"{kind.__name__}: {error}", 200) + " (traceback above)", place.rank)
+    leave(128 + signal.SIGINT if issubclass(kind, KeyboardInterrupt) else 1)
 
 
 def leave(code: int) -> NoReturn:

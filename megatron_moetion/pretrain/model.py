@@ -32,7 +32,7 @@ def padded_vocab_size(vocab_size: int, args: argparse.Namespace) -> int:
 
 
 def transformer_config(args: argparse.Namespace) -> TransformerConfig:
-    """Megatron-Core's model configuration. Fused kernels are on only with Transformer Engine."""
+    """Megatron-Core's model configuration. Fused kernels are on only with Transformer Engine, and where they exist."""
     fused = args.transformer_impl == "transformer_engine"
     dtype = params_dtype(args)
     fields: dict[str, Any] = {
@@ -66,8 +66,9 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
         "batch_p2p_comm": args.virtual_pipeline_model_parallel_size is None,
         "variable_seq_lengths": False,
         "gradient_accumulation_fusion": False,
-        "bias_dropout_fusion": fused,
-        "bias_activation_fusion": fused,
+        # Grouped experts add their biases themselves.
+        "bias_dropout_fusion": fused and not (args.moe_grouped_gemm and args.add_bias_linear),
+        "bias_activation_fusion": fused and _has_fused_activation(args),
         "masked_softmax_fusion": fused,
         "persist_layer_norm": fused,
         "apply_rope_fusion": fused,
@@ -76,6 +77,13 @@ def transformer_config(args: argparse.Namespace) -> TransformerConfig:
     if args.swiglu:
         fields["activation_func"] = torch.nn.functional.silu
     return TransformerConfig(**fields, **_moe_fields(args))
+
+
+def _has_fused_activation(args: argparse.Namespace) -> bool:
+    """GELU has a kernel with a bias only; for experts, which weigh tokens, there is one of SwiGLU without a bias."""
+    if args.num_experts is None:
+        return bool(args.swiglu or args.add_bias_linear)
+    return bool(args.swiglu and not args.add_bias_linear)
 
 
 def _moe_fields(args: argparse.Namespace) -> dict[str, Any]:

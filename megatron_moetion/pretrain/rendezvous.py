@@ -3,22 +3,37 @@
 
 from __future__ import annotations
 
+import json
 import os
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from datetime import timedelta
 
 import torch
 from torch import distributed as dist
 
-from megatron_moetion.errors import ChannelError
+from megatron_moetion.errors import ChannelError, ConfigError
 from megatron_moetion.pretrain.launch import Place
 
 POLL_INTERVAL_S = 0.02
+MOST_NAMED = 8
+"""Hosts, or stretches of ranks, that an error names before it counts."""
 
 
-def connect(place: Place, timeout: timedelta, backend: str) -> int:
+@dataclass(frozen=True, kw_only=True)
+class Device:
+    """What one rank computes on."""
+
+    host: str
+    index: int | None
+    """Of its GPU, among those that it sees; None: the CPU."""
+    gpu: str = ""
+    """What no two GPUs have in common."""
+
+
+def connect(place: Place, timeout: timedelta, device: Device) -> int:
     """Initialise the default process group. Returns the attempt number: 0, then 1 after the first restart.
 
     ``torchrun`` keeps its store over restarts, and keys of the dead attempt would mislead the new one
@@ -27,15 +42,81 @@ def connect(place: Place, timeout: timedelta, backend: str) -> int:
     store = open_store(os.environ, place, timeout)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
     token = agree_on_token(store, place.rank, place.world_size, timeout, restarts)
+    fresh = dist.PrefixStore(f"moetion/attempt/{token}", store)
+    compare_devices(fresh, place.rank, place.world_size, timeout, device)
     dist.init_process_group(
-        backend,
-        store=dist.PrefixStore(f"moetion/attempt/{token}", store),
+        "gloo" if device.index is None else "nccl",
+        store=fresh,
         rank=place.rank,
         world_size=place.world_size,
         timeout=timeout,
-        device_id=torch.device("cuda", place.local_rank) if backend == "nccl" else None,
+        device_id=None if device.index is None else torch.device("cuda", device.index),
     )
     return int(token.split("-")[0])
+
+
+def compare_devices(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: Device) -> None:
+    """Raise the same ``ConfigError`` on all ranks where their devices do not go together. All ranks call it.
+
+    Backends that differ would meet in the first collective, and wait there for ``timeout``.
+    """
+    store.set(f"moetion/device/{rank}", json.dumps(asdict(device)))
+    if rank == 0:
+        notes = store.multi_get([f"moetion/device/{peer}" for peer in range(world_size)])
+        store.set("moetion/devices", devices_problem([Device(**json.loads(note)) for note in notes]))
+    problem = store.get("moetion/devices").decode()
+    if not problem:
+        return
+    have_read, deadline = store.add("moetion/devices/read", 1), time.monotonic() + timeout.total_seconds()
+    while rank == 0 and have_read < world_size:  # the store may be this process's own
+        _wait(deadline, f"rank 0 waits for {world_size} ranks to read that {problem}; {have_read} have")
+        have_read = store.add("moetion/devices/read", 0)
+    error = ConfigError(problem)
+    error.shared = True
+    raise error
+
+
+def devices_problem(devices: Sequence[Device]) -> str:
+    """Why ranks cannot train together on these devices, by rank; empty if they can."""
+    on_cpu = [rank for rank, device in enumerate(devices) if device.index is None]
+    on_gpu = [rank for rank, device in enumerate(devices) if device.index is not None]
+    if on_cpu and on_gpu:
+        return (
+            f"some ranks would train on GPUs and some on the CPU. GPU: {_named(on_gpu, devices)}. CPU: "
+            f"{_named(on_cpu, devices)}. Give all of them GPUs (--device gpu says what is missing where), or none "
+            "(--device cpu)"
+        )
+    users: dict[str, list[int]] = {}
+    for rank in on_gpu:
+        users.setdefault(devices[rank].gpu, []).append(rank)
+    shared = next((ranks for ranks in users.values() if len(ranks) > 1), None)
+    if shared is None:
+        return ""
+    return (
+        f"{_named(shared, devices)} see one and the same GPU, {devices[shared[0]].gpu}: start as many ranks as there "
+        "are GPUs, show each rank all GPUs of its machine or one of its own in CUDA_VISIBLE_DEVICES, or let all train "
+        "on the CPU with --device cpu"
+    )
+
+
+def _named(ranks: Sequence[int], devices: Sequence[Device]) -> str:
+    """``ranks 0-7, 16-23 on node0, node2``."""
+    hosts = list(dict.fromkeys(devices[rank].host for rank in ranks))
+    noun = "ranks" if len(ranks) > 1 else "rank"
+    return f"{noun} {_few(list(_stretches(ranks)))} on {_few(hosts)}"
+
+
+def _few(names: Sequence[str]) -> str:
+    rest = len(names) - MOST_NAMED
+    return ", ".join(names[:MOST_NAMED]) + (f" and {rest} more" if rest > 0 else "")
+
+
+def _stretches(ranks: Sequence[int]) -> Iterator[str]:
+    first = 0
+    for end in range(1, len(ranks) + 1):
+        if end == len(ranks) or ranks[end] != ranks[end - 1] + 1:
+            yield f"{ranks[first]}-{ranks[end - 1]}" if end - first > 1 else f"{ranks[first]}"
+            first = end
 
 
 def open_store(environ: Mapping[str, str], place: Place, timeout: timedelta) -> dist.Store:

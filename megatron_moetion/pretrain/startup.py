@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import logging
 import random
+import socket
 import sys
 from datetime import timedelta
 
@@ -19,7 +20,7 @@ from torch import distributed as dist
 from megatron_moetion.pretrain.corpus import MockCorpus, StdlibCorpus, TokenSource
 from megatron_moetion.pretrain.indexed import IndexedCorpus
 from megatron_moetion.pretrain.launch import Place
-from megatron_moetion.pretrain.rendezvous import connect
+from megatron_moetion.pretrain.rendezvous import Device, connect
 
 
 def say(text: str) -> None:
@@ -30,17 +31,25 @@ def say(text: str) -> None:
 
 def initialize(args: argparse.Namespace, place: Place) -> int:
     """Connect the ranks, form Megatron's groups, seed. Returns the attempt number."""
-    on_gpu = torch.cuda.is_available()
-    if on_gpu:
-        torch.cuda.set_device(place.local_rank)
-    timeout = timedelta(minutes=args.distributed_timeout_minutes)
-    attempt = connect(place, timeout, "nccl" if on_gpu else "gloo")
+    device = _device(place)
+    if device.index is not None:
+        torch.cuda.set_device(device.index)
+    attempt = connect(place, timedelta(minutes=args.distributed_timeout_minutes), device)
     # Announces itself as a warning although it is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     _show_runtime_log()
     form_groups(args, place)
     return attempt
+
+
+def _device(place: Place) -> Device:
+    """The GPU of this rank's number, or the only one that it sees; without any the CPU."""
+    host = socket.gethostname()
+    if not torch.cuda.is_available():
+        return Device(host=host, index=None)
+    index = 0 if torch.cuda.device_count() == 1 else place.local_rank
+    return Device(host=host, index=index, gpu=str(torch.cuda.get_device_properties(index).uuid))
 
 
 def _show_runtime_log() -> None:

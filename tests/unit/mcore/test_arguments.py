@@ -107,6 +107,40 @@ def test_refused(flags: str, first: str, second: str) -> None:
     assert caught.value.exit_code == 2
 
 
+ENGINE, APEX = frozenset({"transformer_engine"}), frozenset({"apex"})
+SPLIT = "--tensor-model-parallel-size 2 --sequence-parallel"
+BIASED = MOE.replace(" --disable-bias-linear", "")
+REFUSED_ON_GPUS = [
+    (f"{MOE} {SPLIT} --transformer-impl local", ENGINE, "--sequence-parallel", "Apex"),
+    (f"{MOE} --normalization RMSNorm", APEX, "--normalization RMSNorm", "transformer_engine"),
+    (f"{BIASED} {SPLIT}", ENGINE, "--expert-tensor-parallel-size 2", "--disable-bias-linear"),
+    (f"{BIASED} --moe-shared-expert-intermediate-size 64", ENGINE, "intermediate-size 64", "--disable-bias-linear"),
+    (f"{MOE} --moe-grouped-gemm --bf16 --transformer-impl local", ENGINE, "--transformer-impl local", "grouped_gemm"),
+    (f"{MOE} --moe-grouped-gemm", frozenset({"grouped_gemm"}), "--moe-grouped-gemm", "--bf16"),
+    (f"{MOE} --moe-token-dispatcher-type flex", ENGINE, "flex", "--expert-model-parallel-size"),
+    (
+        f"{MOE} --moe-token-dispatcher-type flex --expert-model-parallel-size 2 --moe-expert-capacity-factor 2 "
+        "--moe-pad-expert-input-to-capacity", ENGINE, "flex", "--moe-pad-expert-input-to-capacity"
+    ),
+    (
+        f"{BASE} --num-attention-heads 12 --hidden-size 96 --group-query-attention --num-query-groups 6 "
+        "--tensor-model-parallel-size 4", ENGINE, "--num-query-groups 6", "--tensor-model-parallel-size 4"
+    ),
+    (
+        f"{MOE} --moe-router-load-balancing-type sinkhorn --moe-aux-loss-coeff 0.1", ENGINE, "sinkhorn",
+        "--moe-aux-loss-coeff 0.1"
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "packages", "first", "second"), REFUSED_ON_GPUS)
+def test_refused_although_there_are_gpus(flags: str, packages: frozenset[str], first: str, second: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse(flags, Machine(world_size=4, has_gpu=True, packages=packages))
+    assert first in str(caught.value)
+    assert second in str(caught.value)
+
+
 def test_missing_flags_are_named() -> None:
     with pytest.raises(ConfigError, match=r"--hidden-size.*--lr"):
         parse("--num-layers 2")
