@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from megatron_moetion.observe.output import Output
+from megatron_moetion.output import Output
 
 _logger = logging.getLogger("megatron_moetion")
 

@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
-from megatron_moetion.observe.output import Output
+from megatron_moetion.output import Output
 
 LANES = (
     "iteration", "compute", "wait", "pipeline", "all-to-all", "gradient sync", "parameter gather", "device to host",

@@ -21,7 +21,7 @@ from typing import IO, Any
 from torch import distributed as dist
 
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.observe.output import Output
+from megatron_moetion.output import Output
 from megatron_moetion.pretrain.progress import Progress
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import random
 import socket
 import sys
@@ -21,6 +22,7 @@ from megatron_moetion.pretrain.corpus import MockCorpus, StdlibCorpus, TokenSour
 from megatron_moetion.pretrain.indexed import IndexedCorpus
 from megatron_moetion.pretrain.launch import Place
 from megatron_moetion.pretrain.rendezvous import Device, connect
+from megatron_moetion.pretrain.supervisor import replacement_warning
 
 
 def say(text: str) -> None:
@@ -35,6 +37,8 @@ def initialize(args: argparse.Namespace, place: Place) -> int:
     if device.index is not None:
         torch.cuda.set_device(device.index)
     attempt = connect(place, timedelta(minutes=args.distributed_timeout_minutes), device)
+    if warning := replacement_warning(os.environ):
+        say(f"> warning: {warning}")
     # Announces itself as a warning although it is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)

@@ -171,6 +171,15 @@ def test_training_is_bitwise_the_same_whenever_snapshots_travel(
     assert sent["all-to-all"] == 0  # inside a node
 
 
+def test_a_run_that_dies_before_its_first_snapshot_is_restarted_from_the_beginning(
+    reference: Run, tmp_path: Path, store: Path
+) -> None:
+    """torchrun's store knows that there was nothing to lose yet; without that a restart would ask for consent."""
+    run = train(tmp_path, moetion(store, "full", "--moetion-inject-fault 0:2:-1:survey"), restarts=2)
+    assert run.recoveries == []
+    assert run.curve == reference.curve
+
+
 def test_without_the_flag_nothing_of_the_runtime_is_imported(tmp_path: Path) -> None:
     script = (
         "import sys\n"

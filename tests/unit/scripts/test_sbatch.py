@@ -165,6 +165,8 @@ def test_the_agents_can_take_a_node_in_that_joins_later(tmp_path):
     slurm.run()
     command = slurm.step[slurm.step.index("env") :]
     assert command.index("TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1") < command.index("torch.distributed.run")
+    (endpoint,) = (word for word in command if word.startswith("--rdzv-endpoint="))
+    assert f"MOETION_RENDEZVOUS={endpoint.removeprefix('--rdzv-endpoint=')}" in command
 
 
 def test_a_spare_that_is_not_needed_starts_no_agent(tmp_path):
