@@ -9,6 +9,7 @@ import os
 import random
 import socket
 import sys
+from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
@@ -26,9 +27,10 @@ from megatron_moetion.pretrain.supervisor import replacement_warning
 
 
 def say(text: str) -> None:
-    """Print once, from rank 0."""
+    """Print once, from rank 0. A log on a full disk stops no training."""
     if dist.get_rank() == 0:
-        print(text, flush=True)
+        with suppress(OSError):
+            print(text, flush=True)
 
 
 def initialize(args: argparse.Namespace, place: Place) -> int:

@@ -8,6 +8,7 @@ import json
 import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import zip_longest
@@ -20,11 +21,14 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Bytes, Channel, Gate, Message
 from megatron_moetion.replicate.worker import Worker
 
+_NO_AGREEMENT = "ranks could not agree"
+
 
 class GlooFabric:
     """``Fabric`` on three gloo groups of its own: control, data, and the ranks that share experts.
 
-    Making it is collective. ``gate`` holds back what the channel sends.
+    Making it is collective. ``gate`` holds back what the channel sends. After a ``ChannelError`` of a collective every
+    later one raises it again at once: this rank is out of step with the others, and must not meet them in a wrong call.
     """
 
     def __init__(self, *, timeout_s: int, in_flight_bytes: int, gate: Gate) -> None:
@@ -38,6 +42,7 @@ class GlooFabric:
         self.channel: Channel = self._moving
         self._groups = [self._control, data]
         self._experts: dist.ProcessGroup | None = None
+        self._failed = ""
         self._mask: _Reduction | None = None
         self._sum: _Reduction | None = None
 
@@ -56,7 +61,7 @@ class GlooFabric:
     def gather(self, document: Any) -> list[Any]:
         """See ``Fabric.gather``: lengths first, then the padded documents."""
         body = json.dumps(document).encode()
-        try:
+        with self._collective("a rank was lost while ranks compared notes"):
             lengths = [torch.zeros(1, dtype=torch.int64, device="cpu") for _ in range(self.world_size)]
             dist.all_gather(lengths, torch.tensor([len(body)], device="cpu"), group=self._control)
             longest = int(max(lengths).item())
@@ -64,27 +69,40 @@ class GlooFabric:
             mine[: len(body)] = torch.frombuffer(bytearray(body), dtype=torch.uint8)
             parts = [torch.empty(longest, dtype=torch.uint8, device="cpu") for _ in range(self.world_size)]
             dist.all_gather(parts, mine, group=self._control)
-        except RuntimeError as error:  # torch raises nothing narrower for a lost peer or a timeout
-            raise ChannelError(f"a rank was lost while ranks compared notes: {_first_line(error)}") from error
         return [json.loads(p.numpy()[: int(n.item())].tobytes()) for p, n in zip(parts, lengths, strict=True)]
 
     def start_agreement(self, *masks: int) -> None:
         """See ``Fabric.start_agreement``."""
-        self._mask = _Reduction(masks, dist.ReduceOp.BAND, self._control)
+        with self._collective(_NO_AGREEMENT):
+            self._mask = _Reduction(masks, dist.ReduceOp.BAND, self._control)
 
     def finish_agreement(self) -> tuple[int, ...] | None:
         """See ``Fabric.finish_agreement``."""
         done, self._mask = self._mask, None
-        return tuple(done.wait()) if done is not None else None
+        with self._collective(_NO_AGREEMENT):
+            return tuple(done.wait()) if done is not None else None
 
     def start_sum(self, counts: Sequence[int]) -> None:
         """See ``Fabric.start_sum``."""
-        self._sum = _Reduction(counts, dist.ReduceOp.SUM, self._experts)
+        with self._collective(_NO_AGREEMENT):
+            self._sum = _Reduction(counts, dist.ReduceOp.SUM, self._experts)
 
     def finish_sum(self) -> list[int] | None:
         """See ``Fabric.finish_sum``."""
         done, self._sum = self._sum, None
-        return done.wait() if done is not None else None
+        with self._collective(_NO_AGREEMENT):
+            return done.wait() if done is not None else None
+
+    @contextmanager
+    def _collective(self, what: str) -> Iterator[None]:
+        """Turn the failure of a collective into a ``ChannelError``, now and ever after."""
+        if self._failed:
+            raise ChannelError(self._failed)
+        try:
+            yield
+        except RuntimeError as error:  # torch raises nothing narrower for a lost peer or a timeout
+            self._failed = f"{what}: {_first_line(error)}"
+            raise ChannelError(self._failed) from error
 
     def abandon(self) -> None:
         """See ``Fabric.abandon``.
@@ -112,11 +130,8 @@ class _Reduction:
         self._work = dist.all_reduce(self._values, op=op, group=group, async_op=True) if group is not None else None
 
     def wait(self) -> list[int]:
-        try:
-            if self._work is not None:
-                self._work.wait()
-        except RuntimeError as error:  # torch raises nothing narrower for a lost peer or a timeout
-            raise ChannelError(f"ranks could not agree: {_first_line(error)}") from error
+        if self._work is not None:
+            self._work.wait()
         return [int(v) for v in self._values.tolist()]
 
 
