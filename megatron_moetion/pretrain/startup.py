@@ -39,7 +39,7 @@ def initialize(args: argparse.Namespace, place: Place) -> int:
     if device.index is not None:
         torch.cuda.set_device(device.index)
     attempt = connect(place, timedelta(minutes=args.distributed_timeout_minutes), device)
-    if warning := replacement_warning(os.environ):
+    if args.moetion and (warning := replacement_warning(os.environ)):
         say(f"> warning: {warning}")
     # Announces itself as a warning although it is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
