@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 
 class MoetionError(RuntimeError):
     """Base of every expected operational fault."""
@@ -10,6 +12,15 @@ class MoetionError(RuntimeError):
     exit_code = 2
     shared: bool = False
     """All ranks have gathered it and raise it together; one a node prints it."""
+
+
+E = TypeVar("E", bound=MoetionError)
+
+
+def shared(error: E) -> E:
+    """An error that all ranks raise, because they raise it over what they have gathered."""
+    error.shared = True
+    return error
 
 
 class ConfigError(MoetionError, ValueError):

@@ -26,11 +26,11 @@ from megatron_moetion.errors import (
     ChannelError,
     ConfigError,
     DeviceFault,
-    MoetionError,
     NothingRecoverable,
     ProtectionLost,
     StoreError,
     UnsupportedState,
+    shared,
 )
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
@@ -115,11 +115,11 @@ class Session:
             run_id = run_id_of(config, environment)
             probe = make_probe(parse_faults(config.inject_fault), self._attempt, rank)
             journal = Journal(rank, self._attempt, Path(config.report) if config.report and rank == 0 else None)
-            node = open_node(config, run_id, environment, fabric.world_size)
-            write_pid(node, rank, self._attempt)
-            return run_id, probe, journal, node
+            return run_id, probe, journal, open_node(config, run_id, environment, fabric.world_size)
 
         run_id, self._probe, self._journal, self._node = on_all_ranks(fabric, claim)
+        self._lock = self._take_lock()
+        on_all_ranks(fabric, lambda: write_pid(self._node, rank, self._attempt))
         assert (replayer is not None) == (config.mode == "exact"), (
             "steps can be replayed in mode 'exact' and only there"
         )
@@ -174,12 +174,12 @@ class Session:
         """Iterations of the last snapshots, the newest first; the same on all ranks."""
         self._degraded = ""
         self._distance = Distance(limit_of(config.max_unprotected_iterations, environment))
-        self._lag_said = _QUIET_LAG * config.interval
+        self._lag_said = self._quiet_lag = _QUIET_LAG * config.interval
+        self._first_stable = -1
         self._store_is_tried_in = 0
         self._recalibration = Recalibration(adapter, fabric, self._journal, config.recalibration_iterations)
         self.node_of: tuple[int, ...] = ()
         """Node of each rank, by rank; known after ``start``."""
-        self._lock: NodeLock | None = None
         self._arenas: OpenArenas | None = None
         self._flight: Flight | None = None
         self._rotation: Rotation | None = None
@@ -212,21 +212,9 @@ class Session:
         disk wins. Without it, disk is asked only when memory holds nothing.
 
         Returns what was recovered from memory, None otherwise. Raises ``NothingRecoverable`` rather than start from
-        zero by accident, other ``MoetionError`` for what does not fit together or does not work: the same on all ranks,
-        but for a ``ChannelError``.
+        zero by accident, other ``MoetionError`` for what does not fit together or does not work: the same on all ranks
+        where its ``shared`` says so.
         """
-        try:
-            return self._start(load_persistent, newest_persistent)
-        except ChannelError:
-            raise
-        except MoetionError as error:
-            error.shared = True
-            raise
-
-    def _start(
-        self, load_persistent: Callable[[], int | None] | None, newest_persistent: Callable[[], int | None] | None
-    ) -> Resumed | None:
-        self._take_lock()
         phases = Phases()
         startup = Startup(
             config=self._config,
@@ -238,39 +226,61 @@ class Session:
             probe=self._probe,
         )
         situation = startup.look(self._attempt)
-        newest = on_all_ranks(self._fabric, newest_persistent) if newest_persistent is not None else None
-        on_disk = self._fabric.gather(newest)
-        disk = min(on_disk) if None not in on_disk else -1  # what all ranks see
         plan = situation.outcome
+        if self._fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
+            self._witness.has_baseline()  # before a fault of this attempt can take what there is
+        disk = self._newest_on_disk(newest_persistent, plan)
         loaded = None
         if load_persistent is not None and (isinstance(plan, NoPlan) or disk > plan.iteration):
             loaded = self._load(load_persistent, plan, disk)
         if isinstance(plan, RecoveryPlan) and (loaded is None or loaded <= plan.iteration):
-            resumed = self._recover(startup, situation, plan, phases)
+            resumed = self._recover(startup, situation, plan, phases, disk)
         else:
             resumed = None
             self._begin(startup, situation, loaded)
         self.node_of = situation.placement.node_of
+        self._first_stable = self._stable
         if self._fabric.rank == 0:
             self._witness.has_baseline()
         self._announce(situation)
         return resumed
 
-    def _take_lock(self) -> None:
-        """Make this run the only one in the folders of its nodes. Collective.
+    def _take_lock(self) -> NodeLock:
+        """Make this run the only one in the folders of its nodes, until ``close``. Collective.
 
         Rank 0 goes first: of two jobs that start under one name at one moment, one gets all locks and the other none.
         """
         wait_s = min(LOCK_WAIT_S, _LOCK_SHARE * self._config.timeout_s)
+        taken: list[NodeLock] = []
 
-        def lock_of(ranks: range) -> NodeLock | None:
-            return self._node.lock(wait_s, partial(self._journal.info, -1)) if self._fabric.rank in ranks else None
+        def lock(ranks: range) -> None:
+            if self._fabric.rank in ranks:
+                taken.append(self._node.lock(wait_s, partial(self._journal.info, -1)))
+                self._undo.callback(taken[0].close)  # also where another rank gets none
 
         for ranks in (range(1), range(1, self._fabric.world_size)):
-            taken = on_all_ranks(self._fabric, partial(lock_of, ranks))
-            if taken is not None:
-                self._lock = taken
-                self._undo.callback(taken.close)
+            on_all_ranks(self._fabric, partial(lock, ranks))
+        return taken[0]
+
+    def _newest_on_disk(self, newest_persistent: Callable[[], int | None] | None, plan: RecoveryPlan | NoPlan) -> int:
+        """The iteration of the newest checkpoint on disk, -1 without one. Collective.
+
+        ``StoreError`` where some ranks see one that is newer than memory and others do not: taking memory's older state
+        would undo work, and loading from disk would fail.
+        """
+        found = on_all_ranks(self._fabric, newest_persistent) if newest_persistent is not None else None
+        seen = [-1 if n is None else n for n in self._fabric.gather(found)]
+        newest = max(seen)
+        if isinstance(plan, RecoveryPlan) and newest > plan.iteration and len(set(seen)) > 1:
+            others = [rank for rank, n in enumerate(seen) if n != newest]
+            raise shared(
+                StoreError(
+                    f"disk has a checkpoint of iteration {newest}, memory one of {plan.iteration}, and "
+                    f"{len(others)} ranks ({others[:8]}) see none or an older one: mount the folder of "
+                    f"--load there, or leave --load out to go on from memory"
+                )
+            )
+        return newest
 
     def _load(self, load_persistent: Callable[[], int | None], plan: RecoveryPlan | NoPlan, disk: int) -> int | None:
         """Load from disk; the iteration, or None if there was nothing or less than memory has."""
@@ -282,7 +292,8 @@ class Session:
             )
         loaded = on_all_ranks(self._fabric, load_persistent)
         if len(everyone := set(self._fabric.gather(loaded))) > 1:
-            raise StoreError(f"ranks loaded different persistent checkpoints: iterations {sorted(everyone, key=str)}")
+            iterations = sorted(everyone, key=str)
+            raise shared(StoreError(f"ranks loaded different persistent checkpoints: iterations {iterations}"))
         if is_newer and is_first and (loaded is None or loaded < disk):
             self._journal.warn_once(
                 "disk",
@@ -435,13 +446,16 @@ class Session:
 
     # -- starting -------------------------------------------------------------------------------------
 
-    def _recover(self, startup: Startup, situation: Situation, plan: RecoveryPlan, phases: Phases) -> Resumed:
+    def _recover(
+        self, startup: Startup, situation: Situation, plan: RecoveryPlan, phases: Phases, disk: int
+    ) -> Resumed:
         state: dict[str, Any] = {}
 
         def load(arena: Arena, records: Sequence[Record], host_state: bytes) -> None:
             state.update(decode(host_state))
             if self._log is None or self._replayer is None:
                 write_back(self._packer, arena, records)
+                self._adapter.load_host_state(state["adapter"])
                 return
             self._replayer.begin_replay(state["adapter"])
             log_of = self._log.log_of
@@ -452,9 +466,9 @@ class Session:
             slice_of = {log: unit for unit, log in log_of.items()}
             logged = Counter(slice_of[r.unit] for r in records if r.unit in slice_of and not r.is_zero)
             self._rotation = Rotation(self._log, plan.iteration, bases, logged)
+            self._adapter.load_host_state(state["adapter"])  # it may refuse, so before anything in memory is changed
 
         self._arenas = startup.recover(situation, plan, self._packer, load)
-        on_all_ranks(self._fabric, lambda: self._adapter.load_host_state(state["adapter"]))
         self._adapter.resync()
         self._stable = plan.iteration
         self._recent = [plan.iteration]
@@ -482,11 +496,12 @@ class Session:
         if self._fabric.rank == 0:
             spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in phases.seconds.items())
             units = sum(len(c) for c in plan.choices)
+            on_disk = f" (disk holds iteration {disk})" if disk >= 0 else ""
             replayed = f"{self._replayed} optimizer steps replayed; " if self._log is not None else ""
             self._journal.info(
                 plan.iteration,
-                f"recovered, epoch {plan.epoch}: {units - len(plan.fetches)} units from their own nodes' memory, "
-                f"{len(plan.fetches)} from others; {replayed}{resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; "
+                f"recovered, epoch {plan.epoch}{on_disk}: {units - len(plan.fetches)} units from their own nodes' "
+                f"memory, {len(plan.fetches)} from others; {replayed}{resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; "
                 f"{spent}",
             )
         self._journal.event(
@@ -511,10 +526,12 @@ class Session:
         unknown = situation.restarted and not situation.reports and not past.is_known
         lost = isinstance(why, NoPlan) and (why.began or past.had_baseline or unknown)
         if isinstance(why, NoPlan) and lost and loaded is None and not self._config.allow_fresh:
-            raise NothingRecoverable(
-                f"nothing can be recovered: {why.reason}. There is no persistent checkpoint to fall back to "
-                f"(--load); more --moetion-replicas survive more lost nodes. --moetion-allow-fresh starts from "
-                f"iteration 0"
+            raise shared(
+                NothingRecoverable(
+                    f"nothing can be recovered: {why.reason}. There is no persistent checkpoint to fall back to "
+                    f"(--load); more --moetion-replicas survive more lost nodes. --moetion-allow-fresh starts from "
+                    f"iteration 0"
+                )
             )
         iteration = loaded or 0
         self._arenas = startup.begin(situation)
@@ -549,7 +566,7 @@ class Session:
 
     def _past(self) -> Past:
         """What the witness knows of earlier starts; the same on all ranks."""
-        seen = self._witness.arrive() if self._fabric.rank == 0 else Past()
+        seen = self._witness.past() if self._fabric.rank == 0 else Past()
         return Past(**self._fabric.gather(asdict(seen))[0])
 
     def _freeze_or_raise(self) -> None:
@@ -627,8 +644,10 @@ class Session:
     def _watch(self, iteration: int) -> None:
         """Say how far the stable iteration is behind, as that grows; end where it will never catch up."""
         behind = iteration - self._stable
-        broken = self._degraded or (self._flight.broken if self._flight is not None else "")
+        broken = self._degraded or (self._flight.ended if self._flight is not None else "")
         if not broken:
+            if behind <= self._quiet_lag:
+                self._lag_said = self._quiet_lag
             if behind > self._lag_said and self._fabric.rank == 0:
                 self._lag_said = 2 * behind
                 self._journal.warn(
@@ -639,7 +658,8 @@ class Session:
             return
         if text := self._distance.worth_saying(behind):
             self._journal.warn(iteration, f"no snapshot is protected since iteration {self._stable}: {text}: {broken}")
-        if self._distance.is_too_far(behind):
+        helps = self._attempt == 0 or self._stable > self._first_stable
+        if self._distance.is_too_far(behind, helps=helps):
             raise ProtectionLost(
                 f"at iteration {iteration} the stable iteration is still {self._stable} and cannot move: {broken}. "
                 f"This process ends so that its supervisor restarts the job from iteration {self._stable} "
@@ -653,7 +673,7 @@ class Session:
         """
         gone = [a for a in arenas.all() if not a.has_file]
         lock = self._lock
-        if lock is None or (not gone and lock.has_file):
+        if not gone and lock.has_file:
             return
         if self._store_is_tried_in:
             self._store_is_tried_in -= 1
@@ -850,7 +870,7 @@ class Session:
 
         By expert, those that lost any. Every rank counts its own tokens, also of experts whose state other ranks hold.
         """
-        self._freeze()
+        on_all_ranks(self._fabric, self._freeze_or_raise)
         now = self._token_counts()
         at = {
             spec.units[choice.unit][0]: choice.iteration

@@ -15,6 +15,7 @@ from typing import Any
 from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MIN_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.select.budget import (
     Limits,
     affordable_experts,
@@ -70,7 +71,13 @@ class Sizing:
         what was asked for cannot be kept on some rank.
         """
         rank = _Rank(config, identity, inventory, num_experts, bytes_a_step)
-        facts = fabric.gather(rank.facts(node, environment))  # one, so that ranks whose settings differ live to be told
+        # One gather, so that ranks whose settings differ live to be told.
+        facts = fabric.gather(on_all_ranks(fabric, lambda: rank.facts(node, environment)))
+        return on_all_ranks(fabric, lambda: cls._of(rank, facts))
+
+    @classmethod
+    def _of(cls, rank: _Rank, facts: Sequence[Mapping[str, Any]]) -> Sizing:
+        config, identity, inventory, num_experts = rank.config, rank.identity, rank.inventory, rank.num_experts
         if config.mode != "exact":
             experts = min((f["experts"] for f in facts if f["experts"] is not None), default=math.inf)
             limits = experts_per_snapshot(config, num_experts, experts)

@@ -173,11 +173,17 @@ def attach(
         )
         fabric = GlooFabric(timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes, gate=scheduler.gate)
         unless_attached.callback(fabric.close)  # else it is the session's to close
-        if config.trace_dir:
-            traces.append(on_all_ranks(fabric, lambda: open_trace(config, fabric.rank)))
+
+        def make_state() -> MegatronState:
+            state = _state(model, optimizer, opt_param_scheduler, config, user_state)
+            undo.callback(state.close)  # also where it fails on another rank
+            return state
+
+        def trace_all() -> None:
+            traces.append(open_trace(config, fabric.rank))
             undo.callback(traces[0].close)
-        state = on_all_ranks(fabric, lambda: _state(model, optimizer, opt_param_scheduler, config, user_state))
-        undo.callback(state.close)
+
+        state = on_all_ranks(fabric, make_state)
         fabric.join_experts(state.expert_peers())
         witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank))
         session = Session(
@@ -189,6 +195,9 @@ def attach(
             replayer=state if config.mode == "exact" else None,
             witness=witness,
         )
+        unless_attached.callback(session.close)
+        if config.trace_dir:  # the folder of the run is ours by now
+            on_all_ranks(fabric, trace_all)
         attached = Attached(session, state, model, scheduler, undo)
         unless_attached.pop_all()
         return attached

@@ -69,7 +69,7 @@ def last_saved(root: str) -> int:
     if dist.get_rank() == 0:
         try:
             iteration = latest_iteration(root)
-        except ConfigError:
+        except (OSError, ValueError):
             iteration = None  # whatever it is, the next save replaces it
         found = [-1 if iteration is None else iteration]
     dist.broadcast_object_list(found, src=0)

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, IdentityMismatch
+from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
 from megatron_moetion.recover.restore import Mover, verified
@@ -24,8 +24,9 @@ from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool, Packer
-from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name, clear
+from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
 from megatron_moetion.store.chains import chain_layout
+from megatron_moetion.store.files import clear
 from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import UnitKind
@@ -100,7 +101,10 @@ class Startup:
         )
         specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
         _require_one_run([n["settings"] for n in notes], specs)
-        placement = place([n["node"] for n in notes], self._config.replicas)
+        try:
+            placement = place([n["node"] for n in notes], self._config.replicas)
+        except ConfigError as error:
+            raise shared(error) from None
         node = placement.node_of[rank]
         neighbours = placement.ranks_on(node)
         mine = sorted(self._node.path.glob("*.arena"))[neighbours.index(rank) :: len(neighbours)]
@@ -111,7 +115,7 @@ class Startup:
         reports = living([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
         strangers = [r.problem for r in reports if r.stranger]
         if strangers:
-            raise IdentityMismatch(strangers[0])
+            raise shared(IdentityMismatch(strangers[0]))
         facts = [
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in spec.units))
             for r, spec in enumerate(specs)
@@ -244,7 +248,9 @@ def _require_one_run(settings: Sequence[Mapping[str, Any]], specs: Sequence[Aren
     for rank, other in enumerate(sides):
         differing = [k for k in first if k not in ("owner", "layout") and first[k] != other[k]]
         if differing:
-            raise ConfigError(
-                f"ranks 0 and {rank} were started differently: {differing[0]} is {first[differing[0]]!r} on one and "
-                f"{other[differing[0]]!r} on the other; give all ranks the same settings"
+            raise shared(
+                ConfigError(
+                    f"ranks 0 and {rank} were started differently: {differing[0]} is {first[differing[0]]!r} on one "
+                    f"and {other[differing[0]]!r} on the other; give all ranks the same settings"
+                )
             )

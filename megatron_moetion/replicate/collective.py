@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import TypeVar
 
 from megatron_moetion import errors
-from megatron_moetion.errors import ChannelError, MoetionError
+from megatron_moetion.errors import ChannelError, MoetionError, shared
 from megatron_moetion.replicate.channel import Fabric
 
 T = TypeVar("T")
@@ -43,4 +43,4 @@ def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
     first = notes[failed[0]]
     others = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
     kind: type[MoetionError] = getattr(errors, first["kind"])
-    raise kind(f"rank {failed[0]} on {first['host']}: {first['text']}{others}") from problem
+    raise shared(kind(f"rank {failed[0]} on {first['host']}: {first['text']}{others}")) from problem

@@ -157,6 +157,11 @@ class Flight:
             self._pack = None
         return self._outcome
 
+    @property
+    def ended(self) -> str:
+        """Why no snapshot of this rank will be whole any more; empty while all is well."""
+        return self.broken or self.details.get("device", "").removeprefix(": ")
+
     def wait_until_freed(self) -> None:
         """Return once ``free`` of the last snapshot has been called, which is the first thing that is done for it."""
         self._is_freed.wait()

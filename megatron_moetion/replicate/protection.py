@@ -34,9 +34,13 @@ class Distance:
         self._limit = limit
         self._next = _FIRST
 
-    def is_too_far(self, behind: int) -> bool:
-        """Whether the process should end, so that it can be started again from the stable iteration."""
-        return 0 < self._limit <= behind
+    def is_too_far(self, behind: int, *, helps: bool) -> bool:
+        """Whether the process should end, so that it can be started again from the stable iteration.
+
+        ``helps``: a restart has a chance. One that would end in the same place again only takes restarts from real
+        faults.
+        """
+        return helps and 0 < self._limit <= behind
 
     def worth_saying(self, behind: int) -> str | None:
         """What to say now, each time the distance has doubled; None in between."""

@@ -24,16 +24,16 @@ class Past:
     """What is known of earlier starts of this run."""
 
     is_known: bool = False
-    """Whether the witness was there from the first start on."""
+    """Whether the witness was there from the first start on, so that it would know of a baseline."""
     had_baseline: bool = False
-    """Whether a first snapshot was ever whole on all ranks."""
+    """Whether this run has had a state to lose."""
 
 
 class Witness(Protocol):
     """Asked and told by rank 0 only."""
 
-    def arrive(self) -> Past:
-        """Note that the run starts, once more perhaps."""
+    def past(self) -> Past:
+        """What is known so far."""
         ...
 
     def has_baseline(self) -> None:
@@ -44,7 +44,7 @@ class Witness(Protocol):
 class NoWitness:
     """Knows nothing."""
 
-    def arrive(self) -> Past:
+    def past(self) -> Past:
         """See ``Witness``."""
         return Past()
 
@@ -56,19 +56,17 @@ NO_WITNESS = NoWitness()
 
 
 class StoreWitness:
-    """Keeps its notes in a rendezvous store. ``is_first``: the store is known to be as old as the run."""
+    """Keeps its note in a rendezvous store. ``is_first``: the store is known to be as old as the run."""
 
     def __init__(self, store: dist.Store, run_id: str, *, is_first: bool) -> None:
         self._store = store
-        self._starts = f"moetion/{run_id}/starts"
         self._baseline = f"moetion/{run_id}/baseline"
         self._is_first = is_first
 
-    def arrive(self) -> Past:
+    def past(self) -> Past:
         """See ``Witness``. A store that does not answer knows nothing."""
         try:
-            earlier = self._store.add(self._starts, 1) - 1
-            return Past(is_known=self._is_first or earlier > 0, had_baseline=self._store.check([self._baseline]))
+            return Past(is_known=self._is_first, had_baseline=self._store.check([self._baseline]))
         except RuntimeError:  # torch raises nothing narrower for a lost store
             return Past()
 

@@ -11,9 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
 import threading
-import time
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
+from megatron_moetion.store.files import open_regular
 from megatron_moetion.store.manifest import (
     NO_SLOT,
     Page,
@@ -225,7 +224,7 @@ class Arena:
         Raises ``CorruptArena`` where it is no readable file of this user, or header or both pages fail to verify;
         ``IdentityMismatch`` where another version of the format wrote it.
         """
-        fd = _open_regular(path, os.O_RDWR)
+        fd = open_regular(path, os.O_RDWR)
         try:
             spec = _read_spec(fd, path)
             status = os.fstat(fd)
@@ -381,7 +380,7 @@ def num_chunks(nbytes: int, chunk_bytes: int) -> int:
 
 def peek(path: Path) -> tuple[ArenaSpec, Page]:
     """Header and manifest of an arena file, also while another process writes to it. Raises as ``Arena.open``."""
-    fd = _open_regular(path, os.O_RDONLY)
+    fd = open_regular(path, os.O_RDONLY)
     try:
         spec = _read_spec(fd, path)
         if os.fstat(fd).st_size != spec.nbytes:
@@ -390,28 +389,6 @@ def peek(path: Path) -> tuple[ArenaSpec, Page]:
         return spec, _newest([os.pread(fd, layout.page_area, start) for start in layout.page_starts], path)[1]
     finally:
         os.close(fd)
-
-
-def clear(path: Path) -> None:
-    """Free a name in the store, whatever stands under it: a file is deleted, anything else is moved aside."""
-    try:
-        path.unlink(missing_ok=True)
-    except OSError:
-        path.rename(path.with_name(f"{path.name}.unusable-{os.getpid()}-{time.time_ns()}"))
-
-
-def _open_regular(path: Path, flags: int) -> int:
-    """Open a regular file of this user's, following no link and waiting for nobody. Raises ``CorruptArena``."""
-    try:
-        fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
-    except OSError as error:
-        raise CorruptArena(f"{path} cannot be opened: {error.strerror}") from error
-    status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
-        return fd
-    os.close(fd)
-    what = f"belongs to user {status.st_uid}" if stat.S_ISREG(status.st_mode) else "is no regular file"
-    raise CorruptArena(f"{path} {what}")
 
 
 def _newest(areas: Sequence[bytes], path: Path) -> tuple[list[Page | None], Page]:

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from megatron_moetion.errors import StoreError
+from megatron_moetion.store.files import open_or_make
 
 LOCK_WAIT_S = 40.0
 """A supervisor ends the processes of a failed attempt within 30 s; their locks go with them."""
@@ -44,7 +45,7 @@ class NodeLock:
         """
         path = folder / LOCK_NAME
         span = (position, 0 if position == num_ranks - 1 else 1)  # a length of 0 means without end
-        fd = _open(path)
+        fd = open_or_make(path)
         began = time.monotonic()
         is_said = False
         try:
@@ -75,7 +76,9 @@ class NodeLock:
 
     def renew(self) -> None:
         """Lock the file of this name again after somebody deleted it. ``StoreError`` if another process has it."""
-        fd = _open(self.path)
+        if self.has_file:  # closing a second descriptor of one file would drop the lock on it
+            return
+        fd = open_or_make(self.path)
         if not _try(fd, *self._span):
             holder = describe(_holder(fd, *self._span))
             os.close(fd)
@@ -97,10 +100,6 @@ def describe(pid: int) -> str:
     except OSError:
         words = ""
     return f"process {pid}" + (f" ({words[:80]})" if words else "")
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
 
 
 def _try(fd: int, start: int, length: int) -> bool:

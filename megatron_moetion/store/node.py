@@ -9,12 +9,14 @@ import shutil
 import stat
 import uuid
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, StoreError
+from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
 from megatron_moetion.store.arena import peek
+from megatron_moetion.store.files import clear, open_regular
 from megatron_moetion.store.lock import NodeLock
 
 _MARKER = "node.id"
@@ -115,7 +117,12 @@ def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
     """Leave this process's id where an operator, or a test, finds it."""
     scratch = node.path / f".rank{rank:05d}.pid.{os.getpid()}"
     scratch.write_text(json.dumps({"pid": os.getpid(), "rank": rank, "attempt": attempt}))
-    scratch.rename(node.path / f"rank{rank:05d}.pid")
+    path = node.path / f"rank{rank:05d}.pid"
+    try:
+        scratch.rename(path)
+    except OSError:
+        clear(path)
+        scratch.rename(path)
 
 
 def period_found(node: NodeFolder) -> int:
@@ -146,9 +153,14 @@ def _key(path: Path) -> str:
     scratch = path / f".node.id.{os.getpid()}"
     scratch.write_text(uuid.uuid4().hex)
     try:
-        os.link(scratch, marker)  # atomic: the first rank of the node wins
-    except FileExistsError:
-        pass
+        for _ in range(2):
+            with suppress(FileExistsError):
+                os.link(scratch, marker)  # atomic: the first rank of the node wins
+            try:
+                with open(open_regular(marker, os.O_RDONLY)) as found:
+                    return found.read()
+            except CorruptArena:  # something else stands under the name
+                clear(marker)
     finally:
         scratch.unlink()
-    return marker.read_text()
+    raise StoreError(f"{marker} is made something else than a file again and again; who does that?")

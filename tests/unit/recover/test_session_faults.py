@@ -6,6 +6,8 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import subprocess
+import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from megatron_moetion import session
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import (
     ConfigError,
+    DeviceFault,
     IdentityMismatch,
     MoetionError,
     NothingRecoverable,
@@ -27,7 +30,9 @@ from megatron_moetion.errors import (
 )
 from megatron_moetion.recover import startup
 from megatron_moetion.replicate.witness import Past
+from megatron_moetion.session import Session
 from megatron_moetion.store.arena import Arena, peek
+from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder
 
 
@@ -81,12 +86,28 @@ def test_memory_that_is_as_new_as_disk_is_taken_and_disk_is_not_read(tmp_path: P
     second.crash()
 
 
-def test_where_not_all_ranks_see_the_newer_checkpoint_memory_is_taken(tmp_path: Path) -> None:
-    trained(tmp_path).crash()
+@pytest.mark.parametrize(("mine", "says"), [(None, "see none"), (20, "an older one")])
+def test_a_newer_checkpoint_that_only_some_ranks_see_is_an_error_of_all(
+    tmp_path: Path, mine: int | None, says: str
+) -> None:
+    job = trained(tmp_path)
+    expected = [s.image() for s in job.states]
+    job.crash()
     second = Job(tmp_path, attempt=1)
-    seen = iter([30, None])
-    assert second.start(lambda: 30, lambda: next(seen))[0] is not None
-    second.crash()
+    for error in all_errors(
+        lambda: second.sessions[0].start(lambda: 30, lambda: 30),
+        lambda: second.sessions[1].start(lambda: 30, lambda: mine),
+    ):
+        assert isinstance(error, StoreError)
+        assert error.shared
+        assert "iteration 30, memory one of 3" in str(error)
+        assert "1 ranks ([1])" in str(error)
+        assert says in str(error)
+    third = Job(tmp_path, attempt=2)  # older ones on disk do not matter, whoever sees them
+    seen = iter([2, None])
+    assert third.start(lambda: 2, lambda: next(seen))[0] is not None
+    assert [s.image() for s in third.states] == expected
+    third.crash()
 
 
 @pytest.mark.parametrize("loaded", [None, 2])
@@ -112,11 +133,9 @@ class Memory:
     """A witness that outlives attempts."""
 
     def __init__(self) -> None:
-        self.starts = 0
         self.baseline = False
 
-    def arrive(self) -> Past:
-        self.starts += 1
+    def past(self) -> Past:
         return Past(is_known=True, had_baseline=self.baseline)
 
     def has_baseline(self) -> None:
@@ -126,6 +145,7 @@ class Memory:
 def test_a_run_that_died_before_its_first_arenas_starts_by_itself(tmp_path: Path) -> None:
     witness = Memory()
     Job(tmp_path, witness=witness)  # its processes die before they start
+    assert not witness.baseline
     second = Job(tmp_path, attempt=1, witness=witness)
     assert second.start() == [None, None]
     second.train(2)
@@ -141,6 +161,16 @@ def test_agents_that_count_no_restarts_do_not_start_from_zero_where_the_witness_
     shutil.rmtree(tmp_path / "job")  # both nodes were replaced, by spares whose agents never failed
     with pytest.raises(NothingRecoverable):
         Job(tmp_path, attempt=0, witness=witness).start()
+
+
+def test_a_recovery_tells_the_witness_before_another_fault_can_take_what_there_is(tmp_path: Path) -> None:
+    trained(tmp_path).crash()
+    witness = Memory()  # of a supervisor that was started anew, by hand
+    second = Job(tmp_path, witness=witness)
+    with pytest.MonkeyPatch.context() as patched:
+        fail_where(patched, startup.Startup, "_open", lambda *_: True, StoreError("a fault"))
+        all_errors(*(s.start for s in second.sessions))
+    assert witness.baseline
 
 
 def test_without_a_witness_a_restart_that_finds_nothing_asks_for_consent(tmp_path: Path) -> None:
@@ -232,7 +262,6 @@ def fail_where(
 
 
 ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
-    "lock": (NodeFolder, "lock", lambda node, *_: node.path.name == "node1"),
     "survey": (startup, "survey_store", lambda paths, node, rank, *_: rank == 1),
     "open": (startup.Startup, "_open", lambda self, *_: self._fabric.rank == 1),
     "verify": (startup, "verified", lambda packer, arena, *_: arena.spec.identity.owner == 1),
@@ -295,6 +324,29 @@ def test_an_error_of_one_rank_while_sessions_are_made_is_raised_by_all_at_once(
         Job(tmp_path)
 
 
+def test_a_lock_that_one_rank_does_not_get_is_an_error_of_all_and_the_others_give_theirs_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[str] = []
+    taken = NodeLock.close
+    monkeypatch.setattr(NodeLock, "close", lambda lock: closed.append(lock.path.parent.name) or taken(lock))
+    made: list[Session] = []
+    original = session.Session._take_lock
+
+    def take(self: Session) -> NodeLock:
+        made.append(self)
+        return original(self)
+
+    monkeypatch.setattr(session.Session, "_take_lock", take)
+    is_second: Callable[..., bool] = lambda node, *_: node.path.name == "node1"
+    fail_where(monkeypatch, NodeFolder, "lock", is_second, StoreError("process 7 has it"))
+    with pytest.raises(StoreError, match=r"rank 1 on .*: process 7 has it"):
+        Job(tmp_path)
+    for each in made:
+        each._undo.close()
+    assert closed == ["node0"]
+
+
 # -- a store that is deleted while training runs ----------------------------------------------------------------
 
 
@@ -322,6 +374,39 @@ def test_a_deleted_store_is_noticed_at_the_next_snapshot_and_made_again(
     assert resumed is not None
     assert resumed.iteration == 6
     assert [s.image() for s in second.states] == images
+    second.crash()
+
+
+def test_a_deleted_arena_that_is_made_again_leaves_the_lock_where_it_is(tmp_path: Path) -> None:
+    job = trained(tmp_path)
+    (tmp_path / "job" / "node0" / "rank00000.arena").unlink()
+    job.train(1)
+    program = (
+        "import sys; from pathlib import Path; from megatron_moetion.store.lock import NodeLock; "
+        "NodeLock.take(Path(sys.argv[1]), 0, 1, 0, print)"
+    )
+    other = subprocess.run(
+        [sys.executable, "-c", program, str(tmp_path / "job" / "node0")], capture_output=True, text=True, timeout=30
+    )
+    assert f"still in use by process {os.getpid()}" in other.stderr
+    job.crash()
+
+
+@pytest.mark.parametrize("name", ["lock", "node.id", "rank00000.pid"])
+@pytest.mark.parametrize("kind", ["folder", "pipe"])
+def test_any_name_in_the_store_may_be_taken_by_something_else(tmp_path: Path, name: str, kind: str) -> None:
+    job = trained(tmp_path)
+    expected = [s.image() for s in job.states]
+    job.crash()
+    path = tmp_path / "job" / "node0" / name
+    path.unlink()
+    if kind == "folder":
+        path.mkdir()
+    else:
+        os.mkfifo(path)
+    second = Job(tmp_path, attempt=1)
+    assert [r.iteration for r in second.start() if r is not None] == [3, 3]
+    assert [s.image() for s in second.states] == expected
     second.crash()
 
 
@@ -365,6 +450,31 @@ def test_a_run_that_lost_its_protection_says_so_again_and_ends_where_it_can_be_r
     second.crash()
 
 
+def test_a_restart_that_ended_unprotected_in_the_same_place_does_not_end_the_process_again(tmp_path: Path) -> None:
+    trained(tmp_path, 4, max_restarts=3).crash()
+    second = Job(tmp_path, attempt=1, max_restarts=3)
+    second.start()
+    second.network.dead |= {0, 1}
+    second.train(60)
+    assert second.iteration == 64
+    second.crash()
+
+
+def test_a_device_that_failed_counts_as_the_end_of_protection(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = trained(tmp_path, 4, max_restarts=3)
+
+    def fail(*_: object) -> NoReturn:
+        raise DeviceFault("an illegal address")
+
+    monkeypatch.setattr(job.sessions[1]._packer, "pack", fail)
+    with pytest.raises(ProtectionLost, match="an illegal address"):
+        job.train(60)
+    assert lines(caplog, "rank 1 iteration 8: no snapshot is protected since iteration")
+    job.crash()
+
+
 @pytest.mark.parametrize(("setting", "max_restarts"), [(-1, 0), (0, 9)])
 def test_without_a_restart_at_hand_training_goes_on_unprotected(
     tmp_path: Path, setting: int, max_restarts: int
@@ -406,7 +516,7 @@ def test_close_after_a_start_that_failed_lets_go_of_everything(tmp_path: Path, m
         s.close()
         s.close()
     assert closed == [0, 1]
-    assert all(s._lock is not None and s._lock._fd < 0 for s in job.sessions)
+    assert all(s._lock._fd < 0 for s in job.sessions)
 
 
 def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) -> None:

@@ -34,35 +34,35 @@ def test_the_distance_is_said_each_time_it_has_doubled() -> None:
     distance = Distance(20)
     said = [n for n in range(1, 40) if distance.worth_saying(n)]
     assert said == [4, 8, 16, 32]
-    assert [n for n in range(40) if distance.is_too_far(n)] == list(range(20, 40))
-    assert not any(Distance(0).is_too_far(n) for n in (0, 1, 10**6))
+    assert [n for n in range(40) if distance.is_too_far(n, helps=True)] == list(range(20, 40))
+    assert not any(distance.is_too_far(n, helps=False) for n in range(40))
+    assert not any(Distance(0).is_too_far(n, helps=True) for n in (0, 1, 10**6))
     jump = Distance(0).worth_saying(1000)
     assert jump is not None
     assert "costs 1000 iterations; restart the job" in jump
 
 
-def test_a_store_that_saw_the_first_start_knows_whether_there_was_a_baseline() -> None:
+@pytest.mark.parametrize("is_first", [True, False])
+def test_a_store_knows_of_a_baseline_and_of_none_only_if_it_is_as_old_as_the_run(is_first: bool) -> None:
     store = dist.HashStore()
-    first = StoreWitness(store, "run", is_first=False)
-    assert first.arrive() == Past(is_known=False, had_baseline=False)
-    second = StoreWitness(store, "run", is_first=False)
-    assert second.arrive() == Past(is_known=True, had_baseline=False)
-    second.has_baseline()
-    assert StoreWitness(store, "run", is_first=False).arrive() == Past(is_known=True, had_baseline=True)
-    assert StoreWitness(store, "other", is_first=True).arrive() == Past(is_known=True, had_baseline=False)
+    witness = StoreWitness(store, "run", is_first=is_first)
+    assert [witness.past() for _ in range(2)] == [Past(is_known=is_first, had_baseline=False)] * 2
+    witness.has_baseline()
+    assert StoreWitness(store, "run", is_first=is_first).past() == Past(is_known=is_first, had_baseline=True)
+    assert not StoreWitness(store, "other", is_first=is_first).past().had_baseline
 
 
 def test_torchruns_store_is_asked_where_it_outlives_an_attempt() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
-    assert witness_of(shared, "a").arrive() == Past(is_known=True)
+    assert witness_of(shared, "a").past() == Past(is_known=True)
     witness_of(shared, "a").has_baseline()
-    assert witness_of(shared, "a").arrive() == Past(is_known=True, had_baseline=True)
-    assert witness_of({**shared, "SLURM_RESTART_COUNT": "1"}, "b").arrive() == Past(is_known=False)
+    assert witness_of(shared, "a").past() == Past(is_known=True, had_baseline=True)
+    assert witness_of({**shared, "SLURM_RESTART_COUNT": "1"}, "b").past() == Past(is_known=False)
     per_round = {**shared, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     assert witness_of(per_round, "a") is NO_WITNESS
     named = {**per_round, "MOETION_RENDEZVOUS": f"127.0.0.1:{server.port}"}
-    assert witness_of(named, "a").arrive() == Past(is_known=True, had_baseline=True)
+    assert witness_of(named, "a").past() == Past(is_known=True, had_baseline=True)
     assert witness_of({}, "a") is NO_WITNESS
 
 

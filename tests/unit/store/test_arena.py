@@ -25,7 +25,8 @@ from support import ToyState, identity, make_arena, spec_of
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
 from megatron_moetion.store import arena as arena_module
-from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity, clear, peek
+from megatron_moetion.store.arena import Arena, ArenaSpec, check_identity, peek
+from megatron_moetion.store.files import clear
 from megatron_moetion.store.manifest import Branch, Page, Record, decode_page, page_bytes
 
 SMALL, LARGE = 64, 8192
