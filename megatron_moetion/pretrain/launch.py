@@ -26,7 +26,6 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.mcore.argument_checks import Machine, check_arguments
 from megatron_moetion.mcore.arguments import moetion_config, read_arguments
-from megatron_moetion.replicate import placement
 
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 SPEAKER_LIMIT_S = 5.0
@@ -86,6 +85,9 @@ def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -
 
     Ranks that do not divide into nodes are left to the store, which knows the real nodes.
     """
+    # Imported here only: a run without --moetion loads nothing of the checkpointing runtime.
+    from megatron_moetion.replicate import placement
+
     per_node = config.ranks_per_node or local_world_size
     if world_size % per_node == 0:
         enough = per_node * (config.replicas + 1)
