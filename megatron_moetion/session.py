@@ -500,8 +500,9 @@ class Session:
             replayed = f"{self._replayed} optimizer steps replayed; " if self._log is not None else ""
             self._journal.info(
                 plan.iteration,
-                f"recovered, epoch {plan.epoch}{on_disk}: {units - len(plan.fetches)} units from their own nodes' "
-                f"memory, {len(plan.fetches)} from others; {replayed}{resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; "
+                f"recovered, epoch {plan.epoch}{on_disk}: "
+                f"{units - len(plan.fetches)} units from their own nodes' memory, {len(plan.fetches)} from others; "
+                f"{replayed}{resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; "
                 f"{spent}",
             )
         self._journal.event(

@@ -108,7 +108,10 @@ def run_sanitizer(options: Options) -> str:
         f"test_case and ({SANITIZED_CASES}) and not floats",
     ]  # fmt: skip
     text = execute(command, options.results / "sanitizer.log", 1800, environment)
-    return next((line for line in reversed(text.splitlines()) if "ERROR SUMMARY" in line), "no summary").strip("= ")
+    summary = next((line for line in reversed(text.splitlines()) if "ERROR SUMMARY" in line), None)
+    if summary is None:
+        raise CheckFailed("the sanitizer gave no summary, so it checked nothing; see sanitizer.log")
+    return summary.strip("= ")
 
 
 def run_training(options: Options) -> str:
@@ -163,7 +166,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def train(options: Options, name: str, flags: Sequence[str]) -> Run:
-    """One rank to the end; with ``--moetion`` among the flags it is killed once and must have recovered."""
+    """One rank to the end, on this check's device; with ``--moetion`` it is killed once and must have recovered."""
     folder = options.results / f"train-{name}"
     shutil.rmtree(folder, ignore_errors=True)
     store = Path(tempfile.mkdtemp(prefix="moetion-check-", dir="/dev/shm"))
@@ -175,15 +178,33 @@ def train(options: Options, name: str, flags: Sequence[str]) -> Run:
         command += ["--moetion-replicas", "0", "--moetion-store", str(store), "--moetion-run-id", f"check-{name}"]
         command += ["--moetion-report", str(folder / "events.jsonl")]
         command += ["--moetion-inject-fault", f"0:0:{FAULT_AT}:mid-pack"]
+    if options.on_gpu:
+        command += ["--device", "gpu"]
     environment = {"OMP_NUM_THREADS": "1"} | ({} if options.on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
     try:
-        execute(command, folder / "log.txt", 600, environment)
+        said = execute(command, folder / "log.txt", 600, environment)
     finally:
         shutil.rmtree(store, ignore_errors=True)
+    if options.on_gpu:
+        require_gpu(name, said, attempts=2 if flags else 1)
     run = read_run(folder)
     if flags and run.resumed_from is None:
         raise CheckFailed(f"{name}: the run ended without a recovery, see {folder.name}/log.txt")
     return run
+
+
+def require_gpu(name: str, said: str, attempts: int) -> None:
+    """Raise ``CheckFailed`` unless all attempts say that they were on a GPU, and that the arena was pinned for it."""
+    lines = said.splitlines()
+    on_gpu = sum(line.startswith("> GPU path on ") for line in lines)
+    if on_gpu < attempts or any("CPU path" in line for line in lines):
+        raise CheckFailed(
+            f"{name}: {on_gpu} of {attempts} attempts say that they were on a GPU, see train-{name}/log.txt"
+        )
+    pinned = sum("arena pinned" in line for line in lines)
+    if attempts > 1 and pinned < attempts:
+        why = next((line for line in lines if "could not be pinned" in line), "no line says so")
+        raise CheckFailed(f"{name}: the arena was pinned in {pinned} of {attempts} attempts: {why[:160]}")
 
 
 def run_benchmark(name: str) -> Callable[[Options], str]:
@@ -201,6 +222,8 @@ def run_benchmark(name: str) -> Callable[[Options], str]:
         execute(command, options.results / f"{name}.log", 1800)
         figures = json.loads(path.read_text())["results"]
         if all(f["value"] is None for f in figures):
+            if options.on_gpu:
+                raise CheckFailed(f"nothing was measured: it found no GPU that it can use; see {name}.log")
             raise NotRun("needs a GPU")
         judged = [f for f in figures if f["met"] is not None]
         missed = [f["name"] for f in judged if not f["met"]]
@@ -240,13 +263,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--without-gpu", action="store_true", help="try the script: train on the CPU, skip the rest")
     args = parser.parse_args(argv)
     options = Options(results=args.results.resolve(), quick=args.quick, on_gpu=not args.without_gpu)
+    try:
+        machine = describe_machine(options.on_gpu)
+    except (OSError, subprocess.CalledProcessError) as error:
+        parser.error(f"no GPU to check: {error}; --without-gpu tries the script itself")
     options.results.mkdir(parents=True, exist_ok=True)
     actions = dict(zip(STEPS, (run_tests, run_sanitizer, run_training, *map(run_benchmark, STEPS[3:])), strict=True))
     console, verdicts = Console(), []
     for step in args.only or STEPS:
         console.print(f"{step} ...", highlight=False)
         verdicts.append(judge(step, actions[step], options))
-    machine = describe_machine(options.on_gpu)
     table = Table(title=f"gpu_check on {machine}")
     for column in ("step", "verdict", "seconds", "finding"):
         table.add_column(column, justify="right" if column == "seconds" else "left")

@@ -29,7 +29,14 @@ class FusedAdam(torch.optim.Optimizer):
         eps: float = 1e-8,
         weight_decay: float = 0.0,
         adam_w_mode: bool = True,
+        capturable: bool = False,
+        master_weights: bool = False,
     ) -> None:
+        if capturable or master_weights:
+            raise ValueError(
+                f"capturable is {capturable} and master_weights {master_weights}: there are neither CUDA graphs nor "
+                "master weights of the optimizer's own on a CPU; leave both off"
+            )
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults)
         self.adam_w_mode = adam_w_mode

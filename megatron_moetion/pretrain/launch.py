@@ -85,7 +85,8 @@ def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -
 
     Ranks that do not divide into nodes are left to the store, which knows the real nodes.
     """
-    from megatron_moetion.replicate import placement  # a run without --moetion loads nothing of the runtime
+    # Imported here only: a run without --moetion loads nothing of the checkpointing runtime.
+    from megatron_moetion.replicate import placement
 
     per_node = config.ranks_per_node or local_world_size
     if world_size % per_node == 0:

@@ -95,3 +95,9 @@ def test_step_hooks_run() -> None:
 def test_closures_are_refused() -> None:
     with pytest.raises(ValueError, match="closure"):
         FusedAdam(parameters()).step(lambda: 0.0)
+
+
+def test_what_newer_megatron_passes_is_taken_where_it_is_off() -> None:
+    FusedAdam(parameters(), capturable=False, master_weights=False)
+    with pytest.raises(ValueError, match="capturable is True"):
+        FusedAdam(parameters(), capturable=True)
