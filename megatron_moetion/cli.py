@@ -26,23 +26,24 @@ from megatron_moetion.observe.report import (
     read_traces,
     traced_ranks,
 )
-from megatron_moetion.select.budget import Limits, experts_per_snapshot
-from megatron_moetion.select.memory import (
+from megatron_moetion.plan.advice import gib, recommend
+from megatron_moetion.plan.costs import (
     Cost,
     RankState,
     Resources,
     cost_of_exact,
     cost_of_full,
     cost_of_popularity,
-    gib,
-    recommend,
     shortage,
 )
+from megatron_moetion.select.budget import Limits, experts_per_snapshot
 
 SHOWN_PERIODS = (2, 4, 8, 16, 32)
 SHARE = 0.5
 """Of what a link could carry in an iteration, for snapshots: training needs the rest."""
 _GRADIENTS = {"fp32": 4, "bf16": 2}
+_IN_JSON = {"pending_bytes": "in_flight_bytes"}
+"""Fields of a cost whose name in the document is another one, as its readers know it."""
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -193,12 +194,16 @@ def _plan(args: argparse.Namespace) -> int:
 def _figures(cost: Cost, full: Cost, resources: Resources) -> dict[str, Any]:
     missing = shortage(cost, resources)
     return {
-        **asdict(cost),
+        **asdict(cost, dict_factory=_document),
         "rank_bytes": cost.rank.total_bytes,
         "share_of_full": cost.snapshot_bytes / full.snapshot_bytes,
         "fits_link": None if resources.link_bytes is None else not missing.link_bytes,
         "fits_memory": None if resources.node_bytes is None else not missing.node_bytes,
     }
+
+
+def _document(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
+    return {_IN_JSON.get(name, name): value for name, value in fields}
 
 
 def _table(state: RankState, costs: Sequence[Cost], resources: Resources, limits: Limits) -> Table:
@@ -234,7 +239,7 @@ def _table(state: RankState, costs: Sequence[Cost], resources: Resources, limits
             gib(cost.rank.total_bytes),
             gib(cost.rank.state_bytes),
             gib(cost.rank.log_bytes),
-            gib(cost.rank.in_flight_bytes),
+            gib(cost.rank.pending_bytes),
             _marked(cost.node_bytes, missing.node_bytes),
             gib(cost.device_bytes),
             str(cost.replayed_steps),

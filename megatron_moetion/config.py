@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
 from megatron_moetion.errors import ConfigError
@@ -17,16 +17,8 @@ SWITCH = ("on", "off")
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential", "full")
 
 
-_CHOICES = {
-    "mode": MODES,
-    "schedule": SCHEDULES,
-    "selection": SELECTIONS,
-    "capacity_recalibration": SWITCH,
-}
-
-
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field whose metadata becomes the flag's help (and ``choices``, ``metavar``)."""
+    """A dataclass field. Its metadata becomes the flag's help (and ``choices``, ``metavar``); ``minimum`` bounds it."""
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -47,21 +39,25 @@ class MoetionConfig:
     )
     run_id: str = setting("", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID")
     store: str = setting("", "folder for the arenas, in memory; default: /dev/shm/moetion-UID", metavar="DIR")
-    replicas: int = setting(1, "copies of each rank's snapshots in other nodes' memory; 0 keeps none")
+    replicas: int = setting(1, "copies of each rank's snapshots in other nodes' memory; 0 keeps none", minimum=0)
     ranks_per_node: int = setting(
-        0, "ranks that form one node; 0: as launched. Smaller numbers emulate several nodes on one machine"
+        0,
+        "ranks that form one node; 0: as launched. Smaller numbers emulate several nodes on one machine",
+        minimum=0,
     )
-    interval: int = setting(1, "iterations between snapshots")
+    interval: int = setting(1, "iterations between snapshots", minimum=1)
     experts_per_snapshot: int = setting(
         0,
         "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from what "
         "the staleness cap needs to twice that",
+        minimum=0,
     )
     period: int = setting(
         0,
         "mode 'exact': each slice of the state is captured anew every so many iterations, and recovery replays at most "
         "twice as many optimizer steps; more make snapshots smaller and take more memory. 0: what fits "
         f"--moetion-snapshot-bytes, else {DEFAULT_PERIOD}, or less where the store has no room for its arenas",
+        minimum=0,
     )
     selection: str = setting(
         "unsaved-tokens",
@@ -73,6 +69,7 @@ class MoetionConfig:
         0,
         "instead of K: bytes of a snapshot of one rank, on average; K is what fits on every rank, and does not grow "
         "for --moetion-lost-token-budget. In mode 'exact' instead of --moetion-period. 0: no such limit",
+        minimum=0,
         metavar="BYTES",
     )
     lost_token_budget: float = setting(
@@ -85,6 +82,7 @@ class MoetionConfig:
         0,
         "how far K may grow for --moetion-lost-token-budget; 0: to all experts, for which the arenas hold three copies "
         "of each. Less saves memory",
+        minimum=0,
     )
     capacity_recalibration: str = setting(
         "off",
@@ -92,72 +90,49 @@ class MoetionConfig:
         "(models with --moe-expert-capacity-factor; up to a quarter more activations of experts): 'on' or 'off'",
         choices=SWITCH,
     )
-    recalibration_iterations: int = setting(50, "how many iterations capacity is raised for after a fault")
+    recalibration_iterations: int = setting(50, "how many iterations capacity is raised for after a fault", minimum=1)
     schedule: str = setting(
         "bubble",
         "when snapshots travel: 'bubble' (in the gaps that training leaves on the network) or 'eager' (at once)",
         choices=SCHEDULES,
     )
     trace_dir: str = setting("", "folder for a Perfetto trace of each rank; see 'moetion report'", metavar="DIR")
-    staleness_cap: int = setting(8, "mode 'popularity': an expert is captured again after at most so many snapshots")
-    chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES")
-    pack_threads: int = setting(0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8")
-    pack_sms: int = setting(8, "on a GPU: most streaming multiprocessors that packing takes from training")
-    max_stall_ms: int = setting(
-        2000, "how long an optimizer step waits for a snapshot in flight before the snapshot is dropped"
+    staleness_cap: int = setting(
+        8, "mode 'popularity': an expert is captured again after at most so many snapshots", minimum=1
     )
-    timeout_s: int = setting(120, "limit for every wait on a peer")
+    chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES")
+    pack_threads: int = setting(
+        0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8", minimum=0
+    )
+    pack_sms: int = setting(8, "on a GPU: most streaming multiprocessors that packing takes from training", minimum=1)
+    max_stall_ms: int = setting(
+        2000,
+        "how long an optimizer step waits for a snapshot in flight before the snapshot is dropped",
+        minimum=1,
+    )
+    timeout_s: int = setting(120, "limit for every wait on a peer", minimum=1)
     max_unprotected_iterations: int = setting(
         -1,
         "after snapshots have stopped for good, how many iterations training goes on before the process ends, so that "
         "its supervisor restarts the job from the stable iteration; 0: for ever. -1: 20 where torchrun has restarts "
         "left, else for ever",
+        minimum=-1,
     )
-    in_flight_bytes: int = setting(64 << 20, "most bytes handed to the network at once by one rank", metavar="BYTES")
+    in_flight_bytes: int = setting(
+        64 << 20, "most bytes handed to the network at once by one rank", minimum=1, metavar="BYTES"
+    )
     state_hash_interval: int = setting(
-        0, "every so many iterations the log and --moetion-report get a hash of the whole training state; 0: never"
+        0,
+        "every so many iterations the log and --moetion-report get a hash of the whole training state; 0: never",
+        minimum=0,
     )
     report: str = setting("", "file to which rank 0 appends events as JSON lines", metavar="PATH")
     allow_fresh: bool = setting(False, "start from iteration 0 although a restart finds nothing to recover")
     inject_fault: str = setting("", "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL")
 
     def __post_init__(self) -> None:
-        positive = (
-            "interval",
-            "staleness_cap",
-            "pack_sms",
-            "max_stall_ms",
-            "timeout_s",
-            "in_flight_bytes",
-            "recalibration_iterations",
-        )
-        for name in positive:
-            if getattr(self, name) < 1:
-                raise ConfigError(f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
-        not_negative = (
-            "replicas",
-            "ranks_per_node",
-            "experts_per_snapshot",
-            "max_experts_per_snapshot",
-            "snapshot_bytes",
-            "pack_threads",
-            "period",
-            "state_hash_interval",
-        )
-        for name in not_negative:
-            if getattr(self, name) < 0:
-                raise ConfigError(
-                    f"--moetion-{name.replace('_', '-')} is {getattr(self, name)}; it must not be negative"
-                )
-        if self.max_unprotected_iterations < -1:
-            raise ConfigError(
-                f"--moetion-max-unprotected-iterations is {self.max_unprotected_iterations}; it must be -1 or more"
-            )
-        for name, choices in _CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise ConfigError(
-                    f"--moetion-{name.replace('_', '-')} is {getattr(self, name)!r}; choose one of {', '.join(choices)}"
-                )
+        for each in fields(self):
+            self._check_bounds(each)
         if not 0 <= self.lost_token_budget < 1:
             raise ConfigError(
                 f"--moetion-lost-token-budget is {self.lost_token_budget}; it is a share, from 0 (no limit) to below 1"
@@ -183,6 +158,15 @@ class MoetionConfig:
             raise ConfigError(
                 f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
             )
+
+    def _check_bounds(self, of: Field[Any]) -> None:
+        flag, value = f"--moetion-{of.name.replace('_', '-')}", getattr(self, of.name)
+        minimum, choices = of.metadata.get("minimum"), of.metadata.get("choices")
+        if minimum is not None and value < minimum:
+            must = f"be at least {minimum}" if minimum else "not be negative"
+            raise ConfigError(f"{flag} is {value}; it must {must}")
+        if choices is not None and value not in choices:
+            raise ConfigError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
 
     def _check_exact(self) -> None:
         if self.mode != "exact":

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -35,7 +36,7 @@ class TokenCounters:
 
     def __init__(self, blocks: Sequence[MoeBlock]) -> None:
         self.totals: list[torch.Tensor] = []
-        self._handles = []
+        self._undo = ExitStack()
         for config in (block.module.config for block in blocks):
             if config.moe_pad_expert_input_to_capacity and config.moe_apply_probs_on_input:
                 raise UnsupportedState(
@@ -48,13 +49,11 @@ class TokenCounters:
             total = torch.zeros(len(block.experts), dtype=torch.int64, device=device)
             self.totals.append(total)
             count = _Count(total, padded=config.moe_pad_expert_input_to_capacity)
-            self._handles.append(block.module.experts.register_forward_pre_hook(count))
+            self._undo.callback(block.module.experts.register_forward_pre_hook(count).remove)
 
     def close(self) -> None:
         """Remove the hooks."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        self._undo.close()
 
 
 class _Count:

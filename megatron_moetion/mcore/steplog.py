@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from functools import partial
 from typing import Any
 
@@ -49,7 +50,7 @@ class StepLog:
         self._times_told = [0] * len(links)
         self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=1)
         self._norm: float | None = None
-        self._undo: list[Callable[[], None]] = []
+        self._undo = ExitStack()
         self._is_raw = [_has_raw_gradients(link) for link in links]
         self._inverse_scales: list[float | None] = [None] * len(links)
         if any(link.config.reuse_grad_buf_for_mxfp8_param_ag for link in links):
@@ -59,7 +60,7 @@ class StepLog:
             )
         for number, link in enumerate(links):
             handle = link.optimizer.register_step_pre_hook(partial(self._note_told, number))
-            self._undo.append(handle.remove)
+            self._undo.callback(handle.remove)
             if self._is_raw[number] and getattr(link, "grad_scaler", None) is not None:
                 self._watch(link.grad_scaler, "update", before=partial(self._note_scale, number))
         if any(self._is_raw):
@@ -68,8 +69,7 @@ class StepLog:
 
     def close(self) -> None:
         """Remove every hook."""
-        while self._undo:
-            self._undo.pop()()
+        self._undo.close()
 
     @property
     def bytes_a_step(self) -> int:
@@ -184,7 +184,7 @@ class StepLog:
                 setattr(owner, name, before_us)
 
         setattr(owner, name, watched)
-        self._undo.append(undo)
+        self._undo.callback(undo)
 
 
 def groups_of(link: MegatronOptimizer) -> list[dict[str, Any]]:

@@ -9,7 +9,7 @@ requests; the token dispatcher's ``token_dispatch`` and ``token_combine``; a buc
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -118,18 +118,15 @@ class TrafficHooks:
     ) -> None:
         self._recorder = recorder
         self._crosses = crosses
-        self._replaced: list[tuple[Any, str, Any]] = []
         self._config = get_model_config(model[0])
-        try:
+        with ExitStack() as self._undo:
             for chunk in model:
                 for layer in chunk.modules():
                     if isinstance(layer, MoELayer):
                         self._watch_experts(layer)
                 for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
                     self._watch_buckets(group)
-        except BaseException:
-            self.close()
-            raise
+            self._undo = self._undo.pop_all()  # all are on: they stay until ``close``
 
     def pipeline_arguments(self) -> dict[str, Any]:
         """Keyword arguments for the schedule, ``p2p_communicator`` and ``pg_collection``; none without a pipeline."""
@@ -148,16 +145,15 @@ class TrafficHooks:
 
     def close(self) -> None:
         """Take all hooks off; of several sets of hooks on one model, the last one put on goes first."""
-        for owner, name, before in reversed(self._replaced):
-            if before is None:
-                delattr(owner, name)  # the class's method shows again
-            else:
-                setattr(owner, name, before)
-        self._replaced.clear()
+        self._undo.close()
 
     def _replace(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        self._replaced.append((owner, name, vars(owner).get(name)))
+        before = vars(owner).get(name)
         setattr(owner, name, wrap(getattr(owner, name)))
+        if before is None:
+            self._undo.callback(delattr, owner, name)  # the class's method shows again
+        else:
+            self._undo.callback(setattr, owner, name, before)
 
     # -- experts ---------------------------------------------------------------------------------------
 

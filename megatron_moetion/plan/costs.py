@@ -1,0 +1,250 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What each mode takes, known before a run: bytes a snapshot, memory, steps to replay. Pure.
+
+State that looks like a rank's is cut and given slots by the same functions that do it in a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.select.budget import Limits, copies, exact_copies
+from megatron_moetion.snapshot.gradlog import gradient_log
+from megatron_moetion.units import ALIGNMENT_BYTES, HOST_UNIT, Inventory, Region, Role, Unit, UnitKind, total_bytes
+
+GRADIENT_DTYPES = {4: "float32", 2: "bfloat16"}
+"""What gradients are reduced in, by bytes an element."""
+_STATE = dict.fromkeys((Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ), ("float32", 4))
+"""What Adam keeps of a parameter: data type and bytes an element."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RankState:
+    """The training state of one rank, with Adam, and where copies of it go. ``ConfigError`` where that cannot be."""
+
+    dense_parameters: int
+    """That are in every snapshot, as this rank's optimizer holds them: with the distributed optimizer its shard."""
+    expert_parameters: int
+    """In all experts together, counted in the same way."""
+    num_experts: int
+    """Experts of this rank, over all its layers; of one size."""
+    gradient_bytes: int = 4
+    """Bytes of one element of a gradient."""
+    host_state_bytes: int = 1 << 20
+    """Random states, cursors, the log of the optimizer's steps."""
+    replicas: int = 1
+    ranks_per_node: int = 8
+
+    def __post_init__(self) -> None:
+        for name in ("dense_parameters", "expert_parameters", "num_experts", "replicas"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"{name.replace('_', ' ')}: {getattr(self, name)}; it must not be negative")
+        for name in ("host_state_bytes", "ranks_per_node"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name.replace('_', ' ')}: {getattr(self, name)}; it must be at least 1")
+        if self.gradient_bytes not in GRADIENT_DTYPES:
+            raise ConfigError(f"gradients of {self.gradient_bytes} bytes an element; there are those of 4 and of 2")
+        if not self.dense_parameters + self.expert_parameters:
+            raise ConfigError("a rank without parameters has nothing to capture")
+        if (self.num_experts > 0) != (self.expert_parameters > 0) or self.num_experts > self.expert_parameters:
+            raise ConfigError(
+                f"{self.num_experts} experts with {self.expert_parameters} parameters in all of them together; "
+                f"give both, or neither for a model without experts"
+            )
+
+    @property
+    def parameters(self) -> int:
+        """All of the rank's parameters."""
+        return self.dense_parameters + self.expert_parameters
+
+
+@dataclass(frozen=True, kw_only=True)
+class HostMemory:
+    """Shared memory of a node that arenas take, by what it is for, in bytes."""
+
+    state_bytes: int
+    """One capture of each unit: the least that the stable iteration needs."""
+    log_bytes: int
+    """Gradients of a period (mode ``exact``)."""
+    pending_bytes: int
+    """All other slots: of snapshots that are on their way, or that wait for agreement."""
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it."""
+        return self.state_bytes + self.log_bytes + self.pending_bytes
+
+    def times(self, number: int) -> HostMemory:
+        """Of so many equal arenas."""
+        return HostMemory(
+            state_bytes=self.state_bytes * number,
+            log_bytes=self.log_bytes * number,
+            pending_bytes=self.pending_bytes * number,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Cost:
+    """What one mode takes."""
+
+    mode: str
+    period: int = 0
+    """Iterations; 0 but in mode ``exact``."""
+    experts: int = 0
+    """K, experts in a snapshot; 0 but in mode ``popularity``."""
+    snapshot_bytes: int
+    """Of one rank: what leaves the device in an iteration."""
+    sent_bytes: int
+    """What one rank sends to others in an iteration: the snapshot, once a replica."""
+    arena: HostMemory
+    """Of one owner's captures."""
+    rank: HostMemory
+    """What one rank opens: its own arena, and those of the ranks that it is a buddy of."""
+    node_bytes: int
+    """Host memory of all ranks of one node."""
+    device_bytes: int = 0
+    """Memory of a GPU in which gradients wait to be packed; without a GPU it is the process's own."""
+    replayed_steps: int = 0
+    """Most optimizer steps that a recovery replays, where every slice had gradients of late."""
+    replayed_steps_idle: int = 0
+    """Most, where a slice had none: its capture may be as old as two periods."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resources:
+    """What there is, in bytes; None: not known, and no limit."""
+
+    link_bytes: int | None = None
+    """What one rank can send in an iteration."""
+    node_bytes: int | None = None
+    """Host memory of a node."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shortage:
+    """By how many bytes something does not fit; 0: it does."""
+
+    link_bytes: int = 0
+    node_bytes: int = 0
+
+    def __bool__(self) -> bool:
+        return bool(self.link_bytes or self.node_bytes)
+
+
+def cost_of_full(state: RankState) -> Cost:
+    """Mode ``full``: all state in every snapshot."""
+    units = _units(state)
+    return _cost(state, "full", units, copies(units, "full", state.num_experts), total_bytes(units))
+
+
+def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
+    """Mode ``popularity``: snapshots of ``limits.usual`` experts, and room for ``limits.most``."""
+    units = _units(state)
+    experts = [u for u in units if u.kind is UnitKind.EXPERT]
+    always = total_bytes(u for u in units if u.kind is not UnitKind.EXPERT)
+    return _cost(
+        state,
+        "popularity",
+        units,
+        copies(units, "popularity", limits.most),
+        always + total_bytes(experts[: limits.usual]),
+        experts=limits.usual,
+    )
+
+
+def cost_of_exact(state: RankState, period: int) -> Cost:
+    """Mode ``exact``: of the state what comes around in ``period`` iterations, and all gradients."""
+    # To a period experts and the rest are alike, so that one unit stands for both.
+    whole = _unit("state", UnitKind.DENSE, state.parameters, state.gradient_bytes)
+    log = gradient_log(Inventory(units=(whole, _host(state))), period)
+    always = total_bytes(log.inventory.units[u] for u in log.always)
+    return _cost(
+        state,
+        "exact",
+        log.inventory.units,
+        exact_copies(log),
+        max(log.group_bytes) + log.log_bytes + always,
+        period=period,
+        device_bytes=log.log_bytes,
+        replayed_steps=period,
+        replayed_steps_idle=2 * period,
+    )
+
+
+def shortage(cost: Cost, resources: Resources) -> Shortage:
+    """What is missing for a mode to fit."""
+    return Shortage(
+        link_bytes=0 if resources.link_bytes is None else max(0, cost.sent_bytes - resources.link_bytes),
+        node_bytes=0 if resources.node_bytes is None else max(0, cost.node_bytes - resources.node_bytes),
+    )
+
+
+def costs_of_exact(state: RankState) -> Iterator[Cost]:
+    """Mode ``exact`` with each period that a run may have, the smallest first."""
+    return (cost_of_exact(state, period) for period in range(MIN_PERIOD, MAX_PERIOD + 1))
+
+
+def smallest_period(state: RankState, resources: Resources) -> Cost | None:
+    """Mode ``exact`` with the smallest period that fits the link and the memory; None where no period does."""
+    return next((c for c in costs_of_exact(state) if not shortage(c, resources)), None)
+
+
+def _units(state: RankState) -> tuple[Unit, ...]:
+    """The rank's state without gradients; where experts are not of one size, they are rounded up to it."""
+    dense = (_unit("dense", UnitKind.DENSE, state.dense_parameters),) if state.dense_parameters else ()
+    each = -(-state.expert_parameters // max(state.num_experts, 1))
+    experts = (_unit(f"experts.{e}", UnitKind.EXPERT, each, expert=e) for e in range(state.num_experts))
+    return (*dense, *experts, _host(state))
+
+
+def _unit(name: str, kind: UnitKind, parameters: int, gradient_bytes: int = 0, expert: int | None = None) -> Unit:
+    kept = dict(_STATE)
+    if gradient_bytes:
+        kept[Role.GRAD] = (GRADIENT_DTYPES[gradient_bytes], gradient_bytes)
+    regions = tuple(
+        Region(
+            unit=name, tensor=name, role=role, dtype=dtype, start=0, nbytes=parameters * size, address=ALIGNMENT_BYTES
+        )
+        for role, (dtype, size) in kept.items()
+    )
+    return Unit(name=name, kind=kind, regions=regions, expert=expert)
+
+
+def _host(state: RankState) -> Unit:
+    return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=state.host_state_bytes)
+
+
+def _cost(
+    state: RankState,
+    mode: str,
+    units: tuple[Unit, ...],
+    slots: Mapping[str, int],
+    snapshot_bytes: int,
+    *,
+    period: int = 0,
+    experts: int = 0,
+    device_bytes: int = 0,
+    replayed_steps: int = 0,
+    replayed_steps_idle: int = 0,
+) -> Cost:
+    once = total_bytes(u for u in units if u.kind is not UnitKind.LOG)
+    logs = period * total_bytes(u for u in units if u.kind is UnitKind.LOG)
+    everything = sum(slots[u.name] * u.nbytes for u in units)
+    arena = HostMemory(state_bytes=once, log_bytes=logs, pending_bytes=everything - once - logs)
+    rank = arena.times(1 + state.replicas)
+    return Cost(
+        mode=mode,
+        period=period,
+        experts=experts,
+        snapshot_bytes=snapshot_bytes,
+        sent_bytes=snapshot_bytes * state.replicas,
+        arena=arena,
+        rank=rank,
+        node_bytes=rank.total_bytes * state.ranks_per_node,
+        device_bytes=device_bytes,
+        replayed_steps=replayed_steps,
+        replayed_steps_idle=replayed_steps_idle,
+    )
