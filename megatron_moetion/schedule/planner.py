@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where in the next iteration a snapshot's bytes travel, and how large a snapshot fits. Pure.
+"""When the network is idle, and how large a snapshot fits. Pure.
 
 From the timelines of the last iterations follow the *rhythm* of training and in it the idle windows of a link: what
-nearly all of these iterations left free after one send and before the next. Chunks are placed in these windows,
-earliest deadline first; what does not fit makes the next snapshots smaller, then rarer.
+nearly all of these iterations left free after one send and before the next. What does not fit these windows makes the
+next snapshots smaller, then rarer.
 
 The idea of cutting a snapshot into chunks that fit profiled idle spans is GEMINI's (SOSP 2023); budgets for two
 links, and what happens when they are too small, are our own.
@@ -39,40 +39,6 @@ class Window:
     def duration_s(self) -> float:
         """How long it is."""
         return self.end_s - self.begin_s
-
-
-@dataclass(frozen=True, kw_only=True)
-class Demand:
-    """Bytes of one snapshot that must cross each of ``links``, in that order, before ``deadline_s``."""
-
-    snapshot: int
-    nbytes: int
-    links: tuple[Link, ...]
-    deadline_s: Mapping[Link, float]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Placed:
-    """A chunk, or the part of one that fits a window, on one link."""
-
-    snapshot: int
-    link: Link
-    begin_s: float
-    end_s: float
-    nbytes: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Plan:
-    """Chunks by link and time; ``refused_bytes`` did not fit before their deadline and are placed nowhere."""
-
-    placed: tuple[Placed, ...]
-    refused_bytes: Mapping[int, int]
-    """By snapshot."""
-
-    def on(self, link: Link) -> tuple[Placed, ...]:
-        """One link's chunks in the order of time."""
-        return tuple(p for p in self.placed if p.link is link)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,77 +107,16 @@ def merge(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
     return found
 
 
-def place(
-    windows: Mapping[Link, Sequence[Window]],
-    bytes_per_s: Mapping[Link, float],
-    demands: Sequence[Demand],
-    chunk_bytes: int,
-) -> Plan:
-    """Put every demand's chunks into windows, earliest deadline first; a chunk crosses its links in their order.
+def unplaced_bytes(
+    windows: Sequence[Window], bytes_per_s: float, nbytes: int, deadline_s: float, chunk_bytes: int
+) -> int:
+    """How many of ``nbytes`` find no room in the windows before the deadline.
 
-    A chunk that reaches a window's end goes on in the next one. A chunk that would miss a deadline on any link is
-    refused on all of them, and so is the rest of its snapshot: a snapshot that is not whole is worth nothing.
+    Only whole chunks are sent. A chunk that reaches a window's end goes on in the next one.
     """
-    free = {link: _Free(spans, bytes_per_s[link]) for link, spans in windows.items()}
-    placed: list[Placed] = []
-    refused: dict[int, int] = {}
-    for demand in sorted(demands, key=lambda d: min(d.deadline_s[link] for link in d.links)):
-        left = demand.nbytes
-        while left:
-            nbytes = min(chunk_bytes, left)
-            parts = _fit(demand, nbytes, free)
-            if parts is None:
-                refused[demand.snapshot] = refused.get(demand.snapshot, 0) + left
-                break
-            placed += parts
-            left -= nbytes
-    return Plan(placed=tuple(sorted(placed, key=lambda p: (p.begin_s, p.link.value))), refused_bytes=refused)
-
-
-class _Free:
-    """What is left of a link's windows: everything from a cursor on."""
-
-    def __init__(self, windows: Sequence[Window], bytes_per_s: float) -> None:
-        self._windows = windows
-        self._bytes_per_s = bytes_per_s
-        self._cursor_s = 0.0
-
-    def take(self, nbytes: int, not_before_s: float) -> list[tuple[float, float, int]] | None:
-        """The parts (begin, end, bytes) of the next ``nbytes``; None if the windows end before. Takes nothing yet."""
-        parts: list[tuple[float, float, int]] = []
-        at = max(self._cursor_s, not_before_s)
-        for window in self._windows:
-            begin = max(at, window.begin_s)
-            fits = min(nbytes, int((window.end_s - begin) * self._bytes_per_s)) if begin < window.end_s else 0
-            if fits <= 0:
-                continue
-            end = begin + fits / self._bytes_per_s
-            parts.append((begin, min(end, window.end_s), fits))
-            nbytes -= fits
-            if not nbytes:
-                return parts
-        return None
-
-    def keep(self, until_s: float) -> None:
-        """Nothing before ``until_s`` is free any more."""
-        self._cursor_s = until_s
-
-
-def _fit(demand: Demand, nbytes: int, free: Mapping[Link, _Free]) -> list[Placed] | None:
-    ready_s = 0.0
-    found: list[Placed] = []
-    for link in demand.links:
-        parts = free[link].take(nbytes, ready_s)
-        if parts is None or parts[-1][1] > demand.deadline_s[link]:
-            return None
-        ready_s = parts[-1][1]
-        found += [
-            Placed(snapshot=demand.snapshot, link=link, begin_s=begin, end_s=end, nbytes=part)
-            for begin, end, part in parts
-        ]
-    for link in demand.links:
-        free[link].keep(max(p.end_s for p in found if p.link is link))
-    return found
+    free = merge([(w.begin_s, min(w.end_s, deadline_s)) for w in windows])
+    room = sum(int((end - begin) * bytes_per_s) for begin, end in free)
+    return 0 if room >= nbytes else nbytes - room // chunk_bytes * chunk_bytes
 
 
 @dataclass(frozen=True, kw_only=True)

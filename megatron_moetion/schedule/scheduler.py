@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank's scheduling: timelines in, pacing and sizes out.
 
-Between the pure planner and the runtime: keeps the last timelines, plans each transfer when it begins, and says which
-size of snapshot the measured windows afford.
+Between the pure planner and the runtime: keeps the last timelines, sets the deadline of each transfer when it begins,
+and says which size of snapshot the measured windows afford.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Pacer
-from megatron_moetion.schedule.planner import Demand, Window
+from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import Clock, Recorder, Silent
 from megatron_moetion.schedule.timeline import Lane, Link, Timeline
 
@@ -28,7 +28,7 @@ LATEST_SHARE = 0.25
 """One that begins late in an iteration gets at least this share of one."""
 
 CHUNKS_MAX = 200
-"""Of one plan: the pacer interpolates inside a chunk, so finer ones would only take time."""
+"""Of a snapshot, where it is counted what of it finds no room."""
 
 Draw = Callable[[str, float, float, int], None]
 """Is told of everything worth drawing: lane, begin and end (monotonic clock, seconds), bytes."""
@@ -54,7 +54,7 @@ class Scheduler:
         self._rhythm = planner.Rhythm()
         self._packing = Meter()
         self._origin_s = time.monotonic()
-        self._refused_bytes = 0
+        self._unplaced_bytes = 0
         self._late_bytes, self._held_s = 0, 0.0
 
     def cut(self, iteration: int) -> None:
@@ -95,14 +95,13 @@ class Scheduler:
             since_s = (time.monotonic() - self._origin_s) % typical_s
             deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
             self._pacer.follow(nbytes, deadline_s)
-            demand = Demand(snapshot=0, nbytes=nbytes, links=(Link.NETWORK,), deadline_s={Link.NETWORK: deadline_s})
-            plan = planner.place(
-                {Link.NETWORK: ahead(self._rhythm.windows, since_s, typical_s)},
-                {Link.NETWORK: self._pacer.bytes_per_s},
-                [demand],
+            self._unplaced_bytes = planner.unplaced_bytes(
+                ahead(self._rhythm.windows, since_s, typical_s),
+                self._pacer.bytes_per_s,
+                nbytes,
+                deadline_s,
                 max(self._pacer.slice_bytes(), nbytes // CHUNKS_MAX),
             )
-            self._refused_bytes = sum(plan.refused_bytes.values())
         with self._meter.transfer(nbytes):
             yield
         if self._pacer is not None and nbytes:  # the next plan forgets it, perhaps before anybody has asked
@@ -146,7 +145,7 @@ class Scheduler:
         return {
             "moetion/network-mb-per-s": self._meter.bytes_per_s / 1e6,
             "moetion/device-to-host-mb-per-s": self._packing.bytes_per_s / 1e6,
-            "moetion/unplaced-mb": self._refused_bytes / 1e6,
+            "moetion/unplaced-mb": self._unplaced_bytes / 1e6,
             "moetion/late-mb": self._late_bytes / 1e6,
             "moetion/held-s": self._held_s,
         }

@@ -123,6 +123,10 @@ def test_a_slow_link_affords_less_and_says_why() -> None:
     assert f"so an iteration carries {carried / 1e6:.1f} MB" in why
     assert make("eager")[0].carries(1) == (math.inf, "")
     assert scheduler.scalars()["moetion/network-mb-per-s"] == pytest.approx(10, rel=0.5)
+    assert scheduler.scalars()["moetion/unplaced-mb"] == 0
+    with scheduler.transfer(1 << 30):
+        pass
+    assert scheduler.scalars()["moetion/unplaced-mb"] > 1000
 
 
 def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None:
