@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -28,11 +27,6 @@ _CHOICES = {
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field whose metadata becomes the flag's help (and ``choices``, ``metavar``)."""
     return field(default=default, metadata={"help": help, **metadata})
-
-
-def default_store() -> str:
-    """Shared memory of this machine, one folder a user."""
-    return f"/dev/shm/moetion-{os.getuid()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -209,8 +203,3 @@ class MoetionConfig:
                 f"--moetion-period {self.period} and --moetion-snapshot-bytes {self.snapshot_bytes} both say how large "
                 f"a snapshot is; give one"
             )
-
-    @property
-    def store_folder(self) -> str:
-        """The store's folder on this machine."""
-        return self.store or default_store()
