@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from dataclasses import Field, dataclass, field, fields
 from typing import Any
 
@@ -20,11 +19,6 @@ SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential", "full")
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field. Its metadata becomes the flag's help (and ``choices``, ``metavar``); ``minimum`` bounds it."""
     return field(default=default, metadata={"help": help, **metadata})
-
-
-def default_store() -> str:
-    """Shared memory of this machine, one folder a user."""
-    return f"/dev/shm/moetion-{os.getuid()}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -193,8 +187,3 @@ class MoetionConfig:
                 f"--moetion-period {self.period} and --moetion-snapshot-bytes {self.snapshot_bytes} both say how large "
                 f"a snapshot is; give one"
             )
-
-    @property
-    def store_folder(self) -> str:
-        """The store's folder on this machine."""
-        return self.store or default_store()

@@ -54,11 +54,12 @@ from megatron_moetion.select.rotation import Rotation, remembered_steps
 from megatron_moetion.sizing import Sizing
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
-from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import ChainLayout, chain_layout
 from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
 from megatron_moetion.store.manifest import Page, Record, retain
 from megatron_moetion.store.node import NodeFolder, open_node, restart_count, run_id_of, write_pid
+from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import StateAdapter, StepNote, StepReplayer, TokenCounter, UnitKind
 
 _LOCK_SHARE = 0.8

@@ -26,8 +26,9 @@ from megatron_moetion.select.budget import (
 )
 from megatron_moetion.select.rotation import remembered_steps
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
-from megatron_moetion.store.arena import ArenaIdentity, ArenaSpec, free_bytes
+from megatron_moetion.store.arena import free_bytes
 from megatron_moetion.store.node import NodeFolder, bytes_here, period_found
+from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import Inventory, UnitKind
 
 _STORE_SHARE = 0.9

@@ -13,7 +13,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
-from megatron_moetion.recover.survey import ArenaReport
+from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.store.chains import base_of
 from megatron_moetion.store.manifest import Branch, Record, in_history

@@ -18,17 +18,19 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
+from megatron_moetion.recover.report import ArenaReport, living
 from megatron_moetion.recover.restore import Mover, verified
-from megatron_moetion.recover.survey import ArenaReport, living, survey_store
+from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool, Packer
-from megatron_moetion.store.arena import Arena, ArenaSpec, arena_name
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import chain_layout
 from megatron_moetion.store.files import clear
 from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.spec import ArenaSpec, arena_name
 from megatron_moetion.units import UnitKind
 
 _OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault",

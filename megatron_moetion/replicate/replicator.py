@@ -23,8 +23,9 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Channel, Gate, Message
 from megatron_moetion.snapshot.packer import HostPool, verify
 from megatron_moetion.snapshot.reference import capture_digest
-from megatron_moetion.store.arena import Arena, num_chunks
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import NO_SLOT, RECORD, Record, record_table, records_of
+from megatron_moetion.store.spec import num_chunks
 
 Bytes = npt.NDArray[np.uint8]
 _HEADER_WORDS = 7  # epoch, iteration, captures, table bytes, table digest, bytes of a payload's slices, their digest

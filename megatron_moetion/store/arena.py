@@ -9,12 +9,10 @@ folder (``store/lock.py``): an arena has one writer because a rank of the node h
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import threading
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -30,139 +28,16 @@ from megatron_moetion.store.manifest import (
     current_page,
     decode_page,
     encode_page,
-    page_bytes,
     successor,
 )
 from megatron_moetion.store.mapping import MappedFile
-from megatron_moetion.units import Inventory, UnitKind, align_up
+from megatron_moetion.store.spec import FORMAT_VERSION, HEADER_PREFIX_BYTES, ArenaSpec, Layout, num_chunks
 
-FORMAT_VERSION = 1
 _NAME = b"MOETION"
 _MAGIC = _NAME + str(FORMAT_VERSION).encode()
 """Every version begins with the name and one digit for the version, whatever follows."""
-_HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
-_BLOCK_BYTES = 4096
-_SPELLED = {name: f"--moetion-{name.replace('_', '-')}" for name in ("run_id", "mode", "chunk_bytes", "period")}
-"""Fields of the identity that are flags."""
-
 Bytes = npt.NDArray[np.uint8]
 Digests = npt.NDArray[np.uint64]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArenaIdentity:
-    """Whose state an arena holds. Arenas of one run differ in ``owner`` and, with it, ``layout``."""
-
-    run_id: str
-    owner: int
-    world_size: int
-    topology: str
-    layout: str
-    mode: str
-    chunk_bytes: int
-    period: int = 0
-    """Of mode ``exact``; 0 in others."""
-    format_version: int = FORMAT_VERSION
-
-
-@dataclass(frozen=True, kw_only=True)
-class ArenaSpec:
-    """All that is needed to make an arena: identity, the owner's units, and slots as (bytes, count)."""
-
-    identity: ArenaIdentity
-    units: tuple[tuple[str, int, int], ...]
-    """Name, kind and capture bytes of each unit, by unit number."""
-    slots: tuple[tuple[int, int], ...]
-    experts: int = 0
-    """Of the owner's experts, how many a snapshot may hold: what the number of slots comes from. For messages."""
-
-    @classmethod
-    def of(
-        cls, identity: ArenaIdentity, inventory: Inventory, copies: Mapping[str, int], experts: int = 0
-    ) -> ArenaSpec:
-        """Slots for ``copies[unit name]`` captures of each unit, pooled by size."""
-        pools: Counter[int] = Counter()
-        for unit in inventory.units:
-            pools[unit.nbytes] += copies[unit.name]
-        return cls(
-            identity=identity,
-            units=tuple((u.name, int(u.kind), u.nbytes) for u in inventory.units),
-            slots=tuple(sorted(pools.items())),
-            experts=experts,
-        )
-
-    @property
-    def num_slots(self) -> int:
-        """Slots in total."""
-        return sum(count for _, count in self.slots)
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes of the file."""
-        chunk_bytes = self.identity.chunk_bytes
-        return _slots_start(self) + sum(count * _stride(size, chunk_bytes) for size, count in self.slots)
-
-    @property
-    def num_records(self) -> int:
-        """The most records a page can need: one a slot; with gradient logs as many again, of captures of zeros."""
-        return self.num_slots * (2 if any(kind == UnitKind.LOG for _, kind, _ in self.units) else 1)
-
-    def to_json(self) -> bytes:
-        """The header's document."""
-        return json.dumps(asdict(self), separators=(",", ":")).encode()
-
-    @classmethod
-    def from_json(cls, data: bytes) -> ArenaSpec:
-        """Inverse of ``to_json``; raises ``CorruptArena`` on a document of another shape."""
-        try:
-            raw: dict[str, Any] = json.loads(data)
-            found = cls(
-                identity=ArenaIdentity(**raw["identity"]),
-                units=tuple((str(n), int(UnitKind(k)), int(b)) for n, k, b in raw["units"]),
-                slots=tuple((int(b), int(c)) for b, c in raw["slots"]),
-                experts=int(raw.get("experts", 0)),
-            )
-            for field in fields(ArenaIdentity):
-                value = getattr(found.identity, field.name)
-                if type(value).__name__ != field.type:
-                    raise ValueError(f"{field.name} is {value!r}")
-            sizes = [b for _, _, b in found.units] + [n for slot in found.slots for n in slot]
-            if min(sizes, default=0) < 0 or found.identity.chunk_bytes < 1:
-                raise ValueError("a size is negative")
-        except (ValueError, KeyError, TypeError) as error:
-            raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
-        return found
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Layout:
-    """Byte offsets inside the file."""
-
-    page_starts: tuple[int, int]
-    page_area: int
-    slot_starts: tuple[int, ...]
-    slot_sizes: tuple[int, ...]
-    nbytes: int
-
-    @classmethod
-    def of(cls, spec: ArenaSpec) -> _Layout:
-        cursor = _slots_start(spec)
-        area = _round(page_bytes(spec.num_records))
-        header = cursor - 2 * area
-        starts, sizes = [], []
-        for size, count in spec.slots:
-            stride = _stride(size, spec.identity.chunk_bytes)
-            for _ in range(count):
-                starts.append(cursor)
-                sizes.append(size)
-                cursor += stride
-        return cls(
-            page_starts=(header, header + area),
-            page_area=area,
-            slot_starts=tuple(starts),
-            slot_sizes=tuple(sizes),
-            nbytes=cursor,
-        )
 
 
 class Arena:
@@ -179,7 +54,7 @@ class Arena:
         self._mapping: MappedFile | None = mapping
         self._inode = inode
         self._view: Bytes = mapping.array()
-        self._layout = _Layout.of(spec)
+        self._layout = Layout.of(spec)
         self._lock = threading.RLock()
         self._page = page
         self._next_page = 1 - pages.index(page)
@@ -210,7 +85,7 @@ class Arena:
             mapping = MappedFile(fd, spec.nbytes)
             view = mapping.array()
             first = encode_page(page, spec.num_records)
-            for start, data in ((0, prefix + document), (_Layout.of(spec).page_starts[0], first)):
+            for start, data in ((0, prefix + document), (Layout.of(spec).page_starts[0], first)):
                 view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
             return mapping
 
@@ -231,7 +106,7 @@ class Arena:
             if status.st_size != spec.nbytes:
                 raise CorruptArena(f"{path} has {status.st_size} bytes; its header says {spec.nbytes}")
             mapping = MappedFile(fd, spec.nbytes)
-            layout, view = _Layout.of(spec), mapping.array()
+            layout, view = Layout.of(spec), mapping.array()
             pages, page = _newest([view[s : s + layout.page_area].tobytes() for s in layout.page_starts], path)
         finally:
             os.close(fd)
@@ -368,16 +243,6 @@ def _slots(page: Page) -> set[int]:
     return {r.slot for r in page.records} - {NO_SLOT}
 
 
-def arena_name(owner: int) -> str:
-    """File name of one rank's arena inside a node's store."""
-    return f"rank{owner:05d}.arena"
-
-
-def num_chunks(nbytes: int, chunk_bytes: int) -> int:
-    """Chunks of a capture."""
-    return -(-nbytes // chunk_bytes)
-
-
 def peek(path: Path) -> tuple[ArenaSpec, Page]:
     """Header and manifest of an arena file, also while another process writes to it. Raises as ``Arena.open``."""
     fd = open_regular(path, os.O_RDONLY)
@@ -385,7 +250,7 @@ def peek(path: Path) -> tuple[ArenaSpec, Page]:
         spec = _read_spec(fd, path)
         if os.fstat(fd).st_size != spec.nbytes:
             raise CorruptArena(f"{path} has {os.fstat(fd).st_size} bytes; its header says {spec.nbytes}")
-        layout = _Layout.of(spec)
+        layout = Layout.of(spec)
         return spec, _newest([os.pread(fd, layout.page_area, start) for start in layout.page_starts], path)[1]
     finally:
         os.close(fd)
@@ -402,13 +267,13 @@ def _newest(areas: Sequence[bytes], path: Path) -> tuple[list[Page | None], Page
 
 def _read_spec(fd: int, path: Path) -> ArenaSpec:
     """The header, its version first: what another version wrote is not damaged, and not ours to judge."""
-    prefix = os.pread(fd, _HEADER_PREFIX_BYTES, 0)
+    prefix = os.pread(fd, HEADER_PREFIX_BYTES, 0)
     if prefix.startswith(_NAME) and prefix[7:8].isdigit() and prefix[:8] != _MAGIC:
         raise _other_version(path, prefix[7:8].decode())
     length = int.from_bytes(prefix[8:16], "little")
-    if len(prefix) < _HEADER_PREFIX_BYTES or prefix[:8] != _MAGIC or length > os.fstat(fd).st_size:
+    if len(prefix) < HEADER_PREFIX_BYTES or prefix[:8] != _MAGIC or length > os.fstat(fd).st_size:
         raise CorruptArena(f"{path} is not an arena, or its header is damaged")
-    document = os.pread(fd, length, _HEADER_PREFIX_BYTES)
+    document = os.pread(fd, length, HEADER_PREFIX_BYTES)
     if _digest(document) != prefix[16:]:
         raise CorruptArena(f"{path}: the header does not verify")
     try:
@@ -423,53 +288,6 @@ def _other_version(path: Path, version: str) -> IdentityMismatch:
         f"{FORMAT_VERSION}. It is left as it is: go on with that version, give another --moetion-run-id, or delete the "
         f"folder if its state is no longer wanted"
     )
-
-
-def check_identity(found: ArenaSpec, expected: ArenaSpec, path: Path) -> None:
-    """Raise ``IdentityMismatch``, naming both sides, unless the two belong together.
-
-    Arenas of different owners differ in layout and slots; those are compared only where the owner is the same.
-    """
-    ours, theirs = asdict(expected.identity), asdict(found.identity)
-    sides = [
-        f"{_SPELLED.get(k, k)}: the arena has {theirs[k]!r}, this run has {ours[k]!r}"
-        for k in ours
-        if k not in ("owner", "layout") and ours[k] != theirs[k]
-    ]
-    if not sides and found.identity.owner == expected.identity.owner:
-        sides = _other_shape(found, expected)  # where settings differ, this follows from them
-    if sides:
-        raise IdentityMismatch(
-            f"{path} belongs to something else ({'; '.join(sides)}). Go back to what it was made with, take another "
-            f"--moetion-run-id, or delete it"
-        )
-
-
-def _slots_start(spec: ArenaSpec) -> int:
-    return _round(_HEADER_PREFIX_BYTES + len(spec.to_json())) + 2 * _round(page_bytes(spec.num_records))
-
-
-def _stride(nbytes: int, chunk_bytes: int) -> int:
-    """Bytes of a slot: a capture and its chunk digests."""
-    return _round(nbytes + 8 * num_chunks(nbytes, chunk_bytes))
-
-
-def _other_shape(found: ArenaSpec, expected: ArenaSpec) -> list[str]:
-    """How two arenas of one owner differ, by what a user may have changed."""
-    if found.identity.layout != expected.identity.layout:
-        return ["layout: the model, or how it is spread over ranks, is another one"]
-    if found.slots == expected.slots:
-        return []
-    if found.experts != expected.experts:
-        return [
-            f"room for {found.experts} experts a snapshot, this run wants {expected.experts}; one of "
-            f"--moetion-[max-]experts-per-snapshot, -snapshot-bytes, -lost-token-budget differs"
-        ]
-    return ["slots: room for other captures than this run makes"]
-
-
-def _round(nbytes: int) -> int:
-    return -(-align_up(nbytes) // _BLOCK_BYTES) * _BLOCK_BYTES
 
 
 def _digest(data: bytes) -> bytes:

@@ -50,6 +50,11 @@ class NodeFolder:
             raise StoreError(f"the store {self.path} cannot be made again: {error.strerror}") from error
 
 
+def store_folder(config: MoetionConfig) -> Path:
+    """The store's folder on this machine: as set, else in shared memory, one folder a user."""
+    return Path(config.store or f"/dev/shm/moetion-{os.getuid()}")
+
+
 def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
     """The run's name: the flag, else the SLURM job, else a real torchrun id; ``ConfigError`` without one."""
     elastic = environment.get("TORCHELASTIC_RUN_ID", "none")
@@ -86,7 +91,7 @@ def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str]
             f"--moetion-ranks-per-node {per_node} does not divide the {world_size} ranks of the run and the "
             f"{local_size} of this machine into whole nodes"
         )
-    path = Path(config.store_folder) / run_id / f"node{local_rank // per_node}"
+    path = store_folder(config) / run_id / f"node{local_rank // per_node}"
     try:
         _make_folder(path)
         probe = path / f".probe{os.getpid()}"
@@ -144,7 +149,7 @@ def bytes_here(node: NodeFolder) -> int:
 
 def remove_run(config: MoetionConfig, run_id: str) -> None:
     """Delete all of a run's state on this machine."""
-    shutil.rmtree(Path(config.store_folder) / run_id, ignore_errors=True)
+    shutil.rmtree(store_folder(config) / run_id, ignore_errors=True)
 
 
 def _key(path: Path) -> str:

@@ -16,8 +16,9 @@ from megatron_moetion import _C
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
-from megatron_moetion.store.arena import Arena, ArenaSpec
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 DEVICE = "cuda:0"

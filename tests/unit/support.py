@@ -18,14 +18,15 @@ import numpy.typing as npt
 
 from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.recover.survey import ArenaReport
+from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostClock
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
-from megatron_moetion.store.arena import Arena, ArenaIdentity, ArenaSpec
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StateAdapter, TokenCounter, Unit, UnitKind
 
 CHUNK_BYTES = 4096

@@ -34,6 +34,7 @@ FLOORS = [
 PURE = [
     "units.py",
     "store/manifest.py",
+    "store/spec.py",
     "store/chains.py",
     "select/rotation.py",
     "snapshot/gradlog.py",
@@ -46,12 +47,18 @@ PURE = [
     "replicate/placement.py",
     "replicate/agreement.py",
     "recover/plan.py",
+    "recover/report.py",
     "recover/capacity.py",
     "pretrain/flags.py",
     "plan/costs.py",
     "plan/advice.py",
 ]
-IMPURE_MODULES = {"torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess"}
+IMPURE_MODULES = {
+    "torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess",
+    "asyncio", "concurrent", "ctypes", "fcntl", "mmap", "multiprocessing", "pathlib", "psutil", "queue", "select",
+    "shutil", "signal", "tempfile",
+}  # fmt: skip
+COMPILED = f"{NAME}._C"
 MEGATRON_ROOMS = {"pretrain", "mcore", "persist"}
 
 
@@ -59,7 +66,7 @@ def files() -> list[str]:
     return sorted(str(p.relative_to(PACKAGE)) for p in PACKAGE.rglob("*.py"))
 
 
-def imports(file: str, top_level_only: bool = False) -> Iterator[str]:
+def imports(file: str) -> Iterator[str]:
     """Dotted names that a file imports; ``TYPE_CHECKING`` blocks do not count."""
     tree = ast.parse((PACKAGE / file).read_text())
     hidden = {
@@ -68,7 +75,7 @@ def imports(file: str, top_level_only: bool = False) -> Iterator[str]:
         if isinstance(block, ast.If) and ast.unparse(block.test) == "TYPE_CHECKING"
         for node in ast.walk(block)
     }
-    for node in tree.body if top_level_only else ast.walk(tree):
+    for node in ast.walk(tree):
         if id(node) in hidden:
             continue
         if isinstance(node, ast.Import):
@@ -76,6 +83,31 @@ def imports(file: str, top_level_only: bool = False) -> Iterator[str]:
         elif isinstance(node, ast.ImportFrom) and node.module:
             yield node.module
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def files_of(name: str) -> Iterator[str]:
+    """The files of the package that run when a dotted name is imported: rooms' ``__init__``, then the module's own.
+
+    The package's ``__init__`` is left out: it loads the runtime on the first use of it, and nothing before.
+    """
+    package, *rest = name.split(".")
+    for depth in range(1, len(rest) + 1 if package == NAME else 0):
+        stem = "/".join(rest[:depth])
+        yield from (f for f in (f"{stem}/__init__.py", f"{stem}.py") if (PACKAGE / f).is_file())
+
+
+def reached(file: str) -> dict[str, str]:
+    """All names that a file and the package's files behind its imports import, and over which files each is reached."""
+    ways, todo, found = {file: file}, [file], dict[str, str]()
+    while todo:
+        here = todo.pop()
+        for name in imports(here):
+            found.setdefault(name, ways[here])
+            for there in files_of(name):
+                if there not in ways:
+                    ways[there] = f"{ways[here]} -> {there}"
+                    todo.append(there)
+    return found
 
 
 def floor(room: str) -> int:
@@ -92,8 +124,17 @@ def test_no_arrow_runs_back_up(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", PURE)
-def test_pure_rooms_import_nothing_with_effects(file: str) -> None:
-    assert not {n.split(".")[0] for n in imports(file)} & IMPURE_MODULES
+def test_pure_rooms_reach_nothing_with_effects(file: str) -> None:
+    ways = reached(file)
+    impure = {n: way for n, way in ways.items() if n.split(".")[0] in IMPURE_MODULES or n == COMPILED}
+    assert not impure, f"{file} is not pure: it reaches {impure}"
+
+
+def test_imports_of_imports_are_followed() -> None:
+    """The survey reads files with the compiled kernels: what it reaches over other files is found."""
+    ways = reached("recover/survey.py")
+    assert {COMPILED, "mmap", "torch"} <= ways.keys()
+    assert ways["mmap"] == "recover/survey.py -> store/arena.py -> store/mapping.py"
 
 
 @pytest.mark.parametrize("file", files())
@@ -105,7 +146,7 @@ def test_megatron_is_known_to_the_seams_only(file: str) -> None:
 @pytest.mark.parametrize("file", files())
 def test_the_executors_alone_know_the_compiled_module(file: str) -> None:
     if file not in ("snapshot/packer.py", "snapshot/device.py", "snapshot/engines.py"):
-        assert f"{NAME}._C" not in set(imports(file))
+        assert COMPILED not in set(imports(file))
 
 
 OWN_GROUPS = r"(self\.)?_?[a-z]+"

@@ -17,9 +17,10 @@ from megatron_moetion.select.budget import longer_period, shortest_period
 from megatron_moetion.select.rotation import remembered_steps
 from megatron_moetion.sizing import Sizing
 from megatron_moetion.snapshot.gradlog import gradient_log
-from megatron_moetion.store.arena import Arena, arena_name
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder, period_found
+from megatron_moetion.store.spec import arena_name
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRAD)

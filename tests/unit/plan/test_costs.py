@@ -16,8 +16,9 @@ from megatron_moetion.plan.costs import RankState, cost_of_exact, cost_of_full, 
 from megatron_moetion.select.budget import Limits, copies, exact_copies, experts_per_snapshot
 from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
-from megatron_moetion.store.arena import Arena, ArenaSpec
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 DENSE = (300_001, 64, 17_000)

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_moetion.recover.survey import ArenaReport, living
+from megatron_moetion.recover.report import ArenaReport, living
 from megatron_moetion.store.manifest import Branch
 
 

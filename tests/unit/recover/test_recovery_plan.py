@@ -9,7 +9,7 @@ from dataclasses import replace
 import pytest
 
 from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, custodian, plan_recovery
-from megatron_moetion.recover.survey import ArenaReport
+from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Record
 from megatron_moetion.units import UnitKind

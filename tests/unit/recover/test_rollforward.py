@@ -28,9 +28,10 @@ from megatron_moetion.select.rotation import Rotation
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
-from megatron_moetion.store.arena import Arena, ArenaSpec
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import base_of
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record
+from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, Unit, UnitKind
 
 PERIOD = 3

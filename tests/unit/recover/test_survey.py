@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from support import CHUNK_BYTES, POOL, ToyState, capture, make_arena, spec_of
 
-from megatron_moetion.recover.survey import ArenaReport, survey_store
+from megatron_moetion.recover.report import ArenaReport
+from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.manifest import Branch
 

@@ -13,9 +13,14 @@ import pytest
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, StoreError
-from megatron_moetion.store.node import open_node, remove_run, restart_count, run_id_of, write_pid
+from megatron_moetion.store.node import open_node, remove_run, restart_count, run_id_of, store_folder, write_pid
 
 FOUR = {"LOCAL_WORLD_SIZE": "4"}
+
+
+def test_without_a_setting_the_store_is_in_shared_memory_one_folder_a_user() -> None:
+    assert store_folder(MoetionConfig()) == Path(f"/dev/shm/moetion-{os.getuid()}")
+    assert store_folder(MoetionConfig(store="/tmp/x")) == Path("/tmp/x")
 
 
 @pytest.mark.parametrize(

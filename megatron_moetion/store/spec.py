@@ -1,0 +1,197 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What an arena file is like before anybody opens it: its identity, its specification and its layout. Pure.
+
+The file itself is in ``store/arena.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import Any
+
+from megatron_moetion.errors import CorruptArena, IdentityMismatch
+from megatron_moetion.store.manifest import page_bytes
+from megatron_moetion.units import Inventory, UnitKind, align_up
+
+FORMAT_VERSION = 1
+HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
+_BLOCK_BYTES = 4096
+_SPELLED = {name: f"--moetion-{name.replace('_', '-')}" for name in ("run_id", "mode", "chunk_bytes", "period")}
+"""Fields of the identity that are flags."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaIdentity:
+    """Whose state an arena holds. Arenas of one run differ in ``owner`` and, with it, ``layout``."""
+
+    run_id: str
+    owner: int
+    world_size: int
+    topology: str
+    layout: str
+    mode: str
+    chunk_bytes: int
+    period: int = 0
+    """Of mode ``exact``; 0 in others."""
+    format_version: int = FORMAT_VERSION
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArenaSpec:
+    """All that is needed to make an arena: identity, the owner's units, and slots as (bytes, count)."""
+
+    identity: ArenaIdentity
+    units: tuple[tuple[str, int, int], ...]
+    """Name, kind and capture bytes of each unit, by unit number."""
+    slots: tuple[tuple[int, int], ...]
+    experts: int = 0
+    """Of the owner's experts, how many a snapshot may hold: what the number of slots comes from. For messages."""
+
+    @classmethod
+    def of(
+        cls, identity: ArenaIdentity, inventory: Inventory, copies: Mapping[str, int], experts: int = 0
+    ) -> ArenaSpec:
+        """Slots for ``copies[unit name]`` captures of each unit, pooled by size."""
+        pools: Counter[int] = Counter()
+        for unit in inventory.units:
+            pools[unit.nbytes] += copies[unit.name]
+        return cls(
+            identity=identity,
+            units=tuple((u.name, int(u.kind), u.nbytes) for u in inventory.units),
+            slots=tuple(sorted(pools.items())),
+            experts=experts,
+        )
+
+    @property
+    def num_slots(self) -> int:
+        """Slots in total."""
+        return sum(count for _, count in self.slots)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the file."""
+        chunk_bytes = self.identity.chunk_bytes
+        return _slots_start(self) + sum(count * _stride(size, chunk_bytes) for size, count in self.slots)
+
+    @property
+    def num_records(self) -> int:
+        """The most records a page can need: one a slot; with gradient logs as many again, of captures of zeros."""
+        return self.num_slots * (2 if any(kind == UnitKind.LOG for _, kind, _ in self.units) else 1)
+
+    def to_json(self) -> bytes:
+        """The header's document."""
+        return json.dumps(asdict(self), separators=(",", ":")).encode()
+
+    @classmethod
+    def from_json(cls, data: bytes) -> ArenaSpec:
+        """Inverse of ``to_json``; raises ``CorruptArena`` on a document of another shape."""
+        try:
+            raw: dict[str, Any] = json.loads(data)
+            found = cls(
+                identity=ArenaIdentity(**raw["identity"]),
+                units=tuple((str(n), int(UnitKind(k)), int(b)) for n, k, b in raw["units"]),
+                slots=tuple((int(b), int(c)) for b, c in raw["slots"]),
+                experts=int(raw.get("experts", 0)),
+            )
+            for field in fields(ArenaIdentity):
+                value = getattr(found.identity, field.name)
+                if type(value).__name__ != field.type:
+                    raise ValueError(f"{field.name} is {value!r}")
+            sizes = [b for _, _, b in found.units] + [n for slot in found.slots for n in slot]
+            if min(sizes, default=0) < 0 or found.identity.chunk_bytes < 1:
+                raise ValueError("a size is negative")
+        except (ValueError, KeyError, TypeError) as error:
+            raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """Byte offsets inside the file, slots by number."""
+
+    page_starts: tuple[int, int]
+    page_area: int
+    slot_starts: tuple[int, ...]
+    slot_sizes: tuple[int, ...]
+    nbytes: int
+
+    @classmethod
+    def of(cls, spec: ArenaSpec) -> Layout:
+        """The layout that follows from a specification."""
+        cursor = _slots_start(spec)
+        area = _round(page_bytes(spec.num_records))
+        header = cursor - 2 * area
+        starts, sizes = [], []
+        for size, count in spec.slots:
+            stride = _stride(size, spec.identity.chunk_bytes)
+            for _ in range(count):
+                starts.append(cursor)
+                sizes.append(size)
+                cursor += stride
+        return cls(
+            page_starts=(header, header + area),
+            page_area=area,
+            slot_starts=tuple(starts),
+            slot_sizes=tuple(sizes),
+            nbytes=cursor,
+        )
+
+
+def arena_name(owner: int) -> str:
+    """File name of one rank's arena inside a node's store."""
+    return f"rank{owner:05d}.arena"
+
+
+def num_chunks(nbytes: int, chunk_bytes: int) -> int:
+    """Chunks of a capture."""
+    return -(-nbytes // chunk_bytes)
+
+
+def check_identity(found: ArenaSpec, expected: ArenaSpec, path: str) -> None:
+    """Raise ``IdentityMismatch``, naming both sides, unless the two belong together.
+
+    Arenas of different owners differ in layout and slots; those are compared only where the owner is the same.
+    """
+    ours, theirs = asdict(expected.identity), asdict(found.identity)
+    sides = [
+        f"{_SPELLED.get(k, k)}: the arena has {theirs[k]!r}, this run has {ours[k]!r}"
+        for k in ours
+        if k not in ("owner", "layout") and ours[k] != theirs[k]
+    ]
+    if not sides and found.identity.owner == expected.identity.owner:
+        sides = _other_shape(found, expected)  # where settings differ, this follows from them
+    if sides:
+        raise IdentityMismatch(
+            f"{path} belongs to something else ({'; '.join(sides)}). Go back to what it was made with, take another "
+            f"--moetion-run-id, or delete it"
+        )
+
+
+def _slots_start(spec: ArenaSpec) -> int:
+    return _round(HEADER_PREFIX_BYTES + len(spec.to_json())) + 2 * _round(page_bytes(spec.num_records))
+
+
+def _stride(nbytes: int, chunk_bytes: int) -> int:
+    """Bytes of a slot: a capture and its chunk digests."""
+    return _round(nbytes + 8 * num_chunks(nbytes, chunk_bytes))
+
+
+def _other_shape(found: ArenaSpec, expected: ArenaSpec) -> list[str]:
+    """How two arenas of one owner differ, by what a user may have changed."""
+    if found.identity.layout != expected.identity.layout:
+        return ["layout: the model, or how it is spread over ranks, is another one"]
+    if found.slots == expected.slots:
+        return []
+    if found.experts != expected.experts:
+        return [
+            f"room for {found.experts} experts a snapshot, this run wants {expected.experts}; one of "
+            f"--moetion-[max-]experts-per-snapshot, -snapshot-bytes, -lost-token-budget differs"
+        ]
+    return ["slots: room for other captures than this run makes"]
+
+
+def _round(nbytes: int) -> int:
+    return -(-align_up(nbytes) // _BLOCK_BYTES) * _BLOCK_BYTES
