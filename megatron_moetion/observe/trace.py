@@ -22,6 +22,8 @@ LANES = (
 EVENTS_MAX = 500_000
 """About 60 MB a rank; what comes later is left out."""
 BUFFERED = 1000
+FLUSH_S = 1.0
+"""Spans wait no longer for the file than this and an iteration: the moments before a fault are looked for most."""
 
 
 def trace_name(rank: int, attempt: int) -> str:
@@ -40,6 +42,7 @@ class Trace:
         self._lock = threading.Lock()
         self._waiting: list[str] = []
         self._left = EVENTS_MAX
+        self._flushed_s = 0.0
         self._output = Output("--moetion-trace-dir", path, rank=rank, attempt=attempt)
         self._out: IO[str] | None = None
         with self._output.opening():
@@ -63,7 +66,9 @@ class Trace:
                 return
             self._left -= 1
             self._waiting.append(json.dumps(event))
-            if len(self._waiting) >= BUFFERED:
+            is_due = lane == "iteration" and end_s - self._flushed_s >= FLUSH_S
+            if is_due or len(self._waiting) >= BUFFERED:
+                self._flushed_s = end_s
                 self._flush()
 
     def close(self) -> None:
