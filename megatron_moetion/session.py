@@ -229,7 +229,7 @@ class Session:
         situation = startup.look(self._attempt)
         plan = situation.outcome
         if self._fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
-            self._witness.has_baseline()  # before a fault of this attempt can take what there is
+            self._witness.note_baseline()  # before a fault of this attempt can take what there is
         disk = self._newest_on_disk(newest_persistent, plan)
         loaded = None
         if load_persistent is not None and (isinstance(plan, NoPlan) or disk > plan.iteration):
@@ -242,7 +242,7 @@ class Session:
         self.node_of = situation.placement.node_of
         self._first_stable = self._stable
         if self._fabric.rank == 0:
-            self._witness.has_baseline()
+            self._witness.note_baseline()
         self._announce(situation)
         return resumed
 
@@ -827,7 +827,7 @@ class Session:
     def _report_drops(self, flight: Flight, iteration: int) -> None:
         for reason, count in flight.counts.dropped.copy().items():  # other threads add to it
             if count:
-                why = reason + flight.details.get(reason, "")
+                why = ": ".join(filter(None, (reason, flight.details.get(reason))))
                 self._journal.warn_once(
                     f"drop-{reason}", iteration, f"a snapshot was dropped ({why}); training goes on, counts follow"
                 )

@@ -231,11 +231,6 @@ class MegatronState:
                 return f"the tensor {key!r} that was at {address:#x} was replaced or moved after attach()"
         return ""
 
-    @property
-    def is_on_gpu(self) -> bool:
-        """Whether the model's state is in a GPU's memory."""
-        return any(r.device.startswith("cuda") for u in self._inventory.units for r in u.regions)
-
     def inner_optimizers(self) -> list[torch.optim.Optimizer]:
         """The torch optimizers whose ``step`` changes state."""
         return [link.optimizer for link in self._links]

@@ -172,8 +172,8 @@ class Startup:
         self._probe("restore", -1)
         on_all_ranks(self._fabric, lambda: self._load(arenas.own, plan, packer, load))
         self._phases.done("restore")
-        living = replace(mover, arenas={rank: arenas.own, **arenas.held})
-        on_all_ranks(self._fabric, living.begin_epoch)
+        in_use = replace(mover, arenas={rank: arenas.own, **arenas.held})
+        on_all_ranks(self._fabric, in_use.begin_epoch)
         for arena in leftovers.values():
             arena.remove()
         self._phases.done("epoch")

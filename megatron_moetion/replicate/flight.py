@@ -160,7 +160,7 @@ class Flight:
     @property
     def ended(self) -> str:
         """Why no snapshot of this rank will be whole any more; empty while all is well."""
-        return self.broken or self.details.get("device", "").removeprefix(": ")
+        return self.broken or self.details.get("device", "")
 
     def wait_until_freed(self) -> None:
         """Return once ``free`` of the last snapshot has been called, which is the first thing that is done for it."""
@@ -285,7 +285,7 @@ class Flight:
         except DeviceFault as error:
             # A late write of the device into these slots hurts nobody: after a fault it packs nothing any more.
             self._arena.release(slots.values())
-            self.details["device"] = f": {error}"
+            self.details["device"] = str(error)
             self._count("device")
             return ()
         self._packed(began, time.monotonic(), sum(self._inventory.units[u].nbytes for u in slots))

@@ -36,7 +36,7 @@ class Witness(Protocol):
         """What is known so far."""
         ...
 
-    def has_baseline(self) -> None:
+    def note_baseline(self) -> None:
         """Note that there is a state to lose from now on."""
         ...
 
@@ -48,7 +48,7 @@ class NoWitness:
         """See ``Witness``."""
         return Past()
 
-    def has_baseline(self) -> None:
+    def note_baseline(self) -> None:
         """See ``Witness``."""
 
 
@@ -70,7 +70,7 @@ class StoreWitness:
         except RuntimeError:  # torch raises nothing narrower for a lost store
             return Past()
 
-    def has_baseline(self) -> None:
+    def note_baseline(self) -> None:
         """See ``Witness``."""
         try:
             self._store.set(self._baseline, "1")

@@ -138,7 +138,7 @@ class Memory:
     def past(self) -> Past:
         return Past(is_known=True, had_baseline=self.baseline)
 
-    def has_baseline(self) -> None:
+    def note_baseline(self) -> None:
         self.baseline = True
 
 

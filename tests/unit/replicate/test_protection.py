@@ -47,7 +47,7 @@ def test_a_store_knows_of_a_baseline_and_of_none_only_if_it_is_as_old_as_the_run
     store = dist.HashStore()
     witness = StoreWitness(store, "run", is_first=is_first)
     assert [witness.past() for _ in range(2)] == [Past(is_known=is_first, had_baseline=False)] * 2
-    witness.has_baseline()
+    witness.note_baseline()
     assert StoreWitness(store, "run", is_first=is_first).past() == Past(is_known=is_first, had_baseline=True)
     assert not StoreWitness(store, "other", is_first=is_first).past().had_baseline
 
@@ -56,7 +56,7 @@ def test_torchruns_store_is_asked_where_it_outlives_an_attempt() -> None:
     server = dist.TCPStore("127.0.0.1", 0, is_master=True, timeout=timedelta(seconds=5), wait_for_workers=False)
     shared = {"TORCHELASTIC_USE_AGENT_STORE": "True", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(server.port)}
     assert witness_of(shared, "a").past() == Past(is_known=True)
-    witness_of(shared, "a").has_baseline()
+    witness_of(shared, "a").note_baseline()
     assert witness_of(shared, "a").past() == Past(is_known=True, had_baseline=True)
     assert witness_of({**shared, "SLURM_RESTART_COUNT": "1"}, "b").past() == Past(is_known=False)
     per_round = {**shared, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
