@@ -144,16 +144,16 @@ def median_interval(
     return float(low), float(high)
 
 
-def watch_rounds(flight: Any, whole: dict[int, float]) -> None:
+def watch_rounds(pipeline: Any, whole: dict[int, float]) -> None:
     """Enter when each snapshot of this rank is whole here and on its buddy."""
-    mark = type(flight)._mark
+    mark = type(pipeline)._mark
 
     def marked(iteration: int, is_whole: bool) -> None:
-        mark(flight, iteration, is_whole)
+        mark(pipeline, iteration, is_whole)
         if is_whole:
             whole[iteration] = time.monotonic()
 
-    flight._mark = marked
+    pipeline._mark = marked
 
 
 def lost_iterations(ranks: Sequence[Sequence[Mapping[str, Any]]], arm: str) -> Counter[int]:

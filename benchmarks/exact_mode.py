@@ -174,7 +174,7 @@ def run_block(trainer: Any, attached: Any, skipped: int, iterations: int) -> dic
     cpu = 0.0
     before: dict[str, float] = {}
     if attached is not None:
-        watch_rounds(attached._session._flight, whole)
+        watch_rounds(attached._session._pipeline, whole)
     for number in range(iterations + skipped):
         if number == skipped:
             cpu, before = time.process_time(), counts_of(attached)
@@ -203,7 +203,7 @@ def counts_of(attached: Any) -> dict[str, float]:
     """What a session has counted so far."""
     if attached is None:
         return {}
-    counts, rotation = attached._session._flight.counts, attached._session._rotation
+    counts, rotation = attached._session._pipeline.counts, attached._session._rotation
     return {
         "bytes": counts.bytes_committed,
         "zero_bytes": counts.zero_bytes,

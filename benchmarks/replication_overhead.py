@@ -236,7 +236,7 @@ def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
     before: dict[str, float] = {}
     cpu = 0.0
     if session is not None:
-        watch_rounds(session._session._flight, whole)
+        watch_rounds(session._session._pipeline, whole)
         session.scheduler.recorder.cut(trainer.progress.iteration)  # what other arms did is no timeline of this one
     for number in range(size.settling_iterations + size.block_iterations):
         is_counted = number >= size.settling_iterations

@@ -32,6 +32,7 @@ from megatron_moetion.errors import (
     UnsupportedState,
     shared,
 )
+from megatron_moetion.framework import StateAdapter, StepNote, StepReplayer, TokenCounter
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
@@ -42,7 +43,7 @@ from megatron_moetion.recover.startup import OpenArenas, Situation, Startup
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
-from megatron_moetion.replicate.flight import Contents, Flight, FlightCounts
+from megatron_moetion.replicate.pipeline import Contents, Pipeline, SnapshotCounts
 from megatron_moetion.replicate.protection import Distance, limit_of
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.witness import NO_WITNESS, Past, Witness
@@ -60,7 +61,7 @@ from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
 from megatron_moetion.store.manifest import Page, Record, retain
 from megatron_moetion.store.node import NodeFolder, open_node, restart_count, run_id_of, write_pid
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
-from megatron_moetion.units import StateAdapter, StepNote, StepReplayer, TokenCounter, UnitKind
+from megatron_moetion.units import UnitKind
 
 _LOCK_SHARE = 0.8
 """Of the time that ranks wait for each other, what a rank waits for the lock on its folder."""
@@ -182,7 +183,7 @@ class Session:
         self.node_of: tuple[int, ...] = ()
         """Node of each rank, by rank; known after ``start``."""
         self._arenas: OpenArenas | None = None
-        self._flight: Flight | None = None
+        self._pipeline: Pipeline | None = None
         self._rotation: Rotation | None = None
         self._replayed = 0
         self._layouts: dict[int, ChainLayout] = {}
@@ -196,9 +197,9 @@ class Session:
 
         It outlives this process: what ranks have only just agreed on does not count before it is written down.
         """
-        if self._flight is None or self._arenas is None:
+        if self._pipeline is None or self._arenas is None:
             return self._stable
-        self._flight.wait_until_freed()
+        self._pipeline.wait_until_freed()
         return self._arenas.own.page.stable
 
     def start(
@@ -308,8 +309,8 @@ class Session:
 
         On a GPU what is still to be read is read first: training's stream waits there, and the host does not.
         """
-        if self._flight is not None:
-            self._flight.finish_packing(self._config.max_stall_ms / 1000)
+        if self._pipeline is not None:
+            self._pipeline.finish_packing(self._config.max_stall_ms / 1000)
 
     def on_step_end(self, iteration: int) -> None:
         """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
@@ -324,14 +325,14 @@ class Session:
         self._watch(iteration)
         if iteration % self._config.interval or self._degraded:
             return
-        flight, arenas = self._running()
-        packed = flight.finish()
-        self._keep_store(iteration, flight, arenas)
+        pipeline, arenas = self._running()
+        packed = pipeline.finish()
+        self._keep_store(iteration, pipeline, arenas)
         if self._rotation is not None:
             self._rotation.packed(is_there=packed.is_there, captured=packed.captured, late=packed.late)
             # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
             with self._scheduler.urgent():
-                flight.catch_up(self._config.max_stall_ms / 1000)
+                pipeline.catch_up(self._config.max_stall_ms / 1000)
         try:
             free = self._learn()
             self._recalibration.on_step_end(iteration)
@@ -340,7 +341,7 @@ class Session:
             counts = self._token_counts()
             self._fabric.start_sum(counts)
             self._recent = [iteration, *self._recent][:WINDOW]
-            self._fabric.start_agreement(*self._masks(flight))
+            self._fabric.start_agreement(*self._masks(pipeline))
             self._hash_state(iteration)
         except ChannelError as error:
             self._degraded = str(error)
@@ -349,26 +350,26 @@ class Session:
         self._probe("before-select", iteration)
         self._open_iterations.add(iteration)
         if self._sizes.skips_next():
-            flight.skip(iteration, "budget", free)
-            self._report_drops(flight, iteration)
+            pipeline.skip(iteration, "budget", free)
+            self._report_drops(pipeline, iteration)
             return
         contents = self._select(iteration, counts, note)
         if contents is None:
-            flight.skip(iteration, "gap", free)
+            pipeline.skip(iteration, "gap", free)
         elif unusable := unfrozen or self._adapter.moved() or note.problem:
             reason = "freeze" if unfrozen else "missed" if note.problem else "moved"
             self._journal.warn_once(
                 reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
             )
-            flight.skip(iteration, reason, free)
+            pipeline.skip(iteration, reason, free)
         else:
-            flight.begin(iteration, contents, self._tokens_of_units(counts), free)
-        self._report_drops(flight, iteration)
+            pipeline.begin(iteration, contents, self._tokens_of_units(counts), free)
+        self._report_drops(pipeline, iteration)
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a dashboard, this rank's."""
-        flight, _ = self._running()
-        counts = flight.counts
+        pipeline, _ = self._running()
+        counts = pipeline.counts
         return {
             "moetion/stable-lag-iterations": float(self._recent[0] - self._stable),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
@@ -390,22 +391,22 @@ class Session:
 
     def drain(self) -> None:
         """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
-        if self._flight is not None:
-            self._flight.drain()
+        if self._pipeline is not None:
+            self._pipeline.drain()
 
     def close(self) -> None:
-        """Finish what is in flight, report, and let go of everything. The arenas stay for the next start.
+        """Finish what is in pipeline, report, and let go of everything. The arenas stay for the next start.
 
         While an exception is being handled nobody is waited for: see ``abandon``.
         """
         if sys.exc_info()[0] is not None:
             self.abandon()
             return
-        flight, self._flight = self._flight, None
+        pipeline, self._pipeline = self._pipeline, None
         try:
-            if flight is not None and self._arenas is not None:
-                flight.drain()
-                self._summarise(flight.counts)
+            if pipeline is not None and self._arenas is not None:
+                pipeline.drain()
+                self._summarise(pipeline.counts)
         except ChannelError as error:
             self._journal.warn_once("summary", self._recent[0], f"the summary is missing: {error}")
         finally:
@@ -419,12 +420,12 @@ class Session:
         still use stays as it is until the process has ended.
         """
         self._undo.pop_all()
-        flight, self._flight, self._arenas = self._flight, None, None
-        is_done = flight.abandon(wait_s) if flight is not None else True
+        pipeline, self._pipeline, self._arenas = self._pipeline, None, None
+        is_done = pipeline.abandon(wait_s) if pipeline is not None else True
         self._fabric.abandon()
         return is_done
 
-    def _summarise(self, counts: FlightCounts) -> None:
+    def _summarise(self, counts: SnapshotCounts) -> None:
         totals = self._fabric.gather(
             {
                 "committed": counts.committed,
@@ -543,20 +544,20 @@ class Session:
             self._journal.warn_once(
                 "fresh", iteration, f"memory holds nothing to recover ({why.reason}); starting here"
             )
-        flight = self._fly(self._arenas, situation, epoch=0)
+        pipeline = self._fly(self._arenas, situation, epoch=0)
         on_all_ranks(self._fabric, self._freeze_or_raise)
         logs = self._inventory.of_kind(UnitKind.LOG)
         everything = tuple(u for u in range(len(self._inventory.units)) if u not in logs)
         counts = self._token_counts()
-        flight.begin(iteration, Contents(units=everything), self._tokens_of_units(counts))
-        flight.drain()
-        self._fabric.start_agreement(mask_of(flight.whole, [iteration]))
+        pipeline.begin(iteration, Contents(units=everything), self._tokens_of_units(counts))
+        pipeline.drain()
+        self._fabric.start_agreement(mask_of(pipeline.whole, [iteration]))
         if newest_common((self._fabric.finish_agreement() or (0,))[0], [iteration]) is None:
             raise StoreError(
                 "the first snapshot could not be made whole on every rank: "
-                f"{flight.broken or dict(flight.counts.dropped)}"
+                f"{pipeline.broken or dict(pipeline.counts.dropped)}"
             )
-        flight.counts = FlightCounts()  # the baseline is no steady-state snapshot
+        pipeline.counts = SnapshotCounts()  # the baseline is no steady-state snapshot
         self._stable = iteration
         self._recent = [iteration]
         self._book.choose_all(iteration, counts)
@@ -575,7 +576,7 @@ class Session:
         if unfrozen := self._freeze():
             raise UnsupportedState(unfrozen)
 
-    def _fly(self, arenas: OpenArenas, situation: Situation, epoch: int) -> Flight:
+    def _fly(self, arenas: OpenArenas, situation: Situation, epoch: int) -> Pipeline:
         rank = self._fabric.rank
         replicator = Replicator(
             channel=self._fabric.channel,
@@ -587,7 +588,7 @@ class Session:
             probe=self._probe,
             pacing=self._scheduler,
         )
-        self._flight = Flight(
+        self._pipeline = Pipeline(
             packer=self._packer,
             inventory=self._inventory,
             arena=arenas.own,
@@ -598,8 +599,8 @@ class Session:
         )
         self._undo.callback(arenas.close)
         self._undo.callback(self._packer.close)
-        self._undo.callback(self._flight.close)
-        return self._flight
+        self._undo.callback(self._pipeline.close)
+        return self._pipeline
 
     def _announce(self, situation: Situation) -> None:
         if not self._packer.is_direct:
@@ -638,15 +639,15 @@ class Session:
 
     # -- the steady state -----------------------------------------------------------------------------
 
-    def _running(self) -> tuple[Flight, OpenArenas]:
-        if self._flight is None or self._arenas is None:
+    def _running(self) -> tuple[Pipeline, OpenArenas]:
+        if self._pipeline is None or self._arenas is None:
             raise ConfigError("call start() before on_step_end(), and neither after close()")
-        return self._flight, self._arenas
+        return self._pipeline, self._arenas
 
     def _watch(self, iteration: int) -> None:
         """Say how far the stable iteration is behind, as that grows; end where it will never catch up."""
         behind = iteration - self._stable
-        broken = self._degraded or (self._flight.ended if self._flight is not None else "")
+        broken = self._degraded or (self._pipeline.ended if self._pipeline is not None else "")
         if not broken:
             if behind <= self._quiet_lag:
                 self._lag_said = self._quiet_lag
@@ -668,7 +669,7 @@ class Session:
                 f"(--moetion-max-unprotected-iterations)"
             )
 
-    def _keep_store(self, iteration: int, flight: Flight, arenas: OpenArenas) -> None:
+    def _keep_store(self, iteration: int, pipeline: Pipeline, arenas: OpenArenas) -> None:
         """Notice that somebody deleted this node's folder or files in it, and put them back. Call it after ``finish``.
 
         Their memory is still mapped here, but a restart would not find it.
@@ -682,7 +683,7 @@ class Session:
             return
         what = f"{len(gone)} of this rank's {len(arenas.all())} arenas" if gone else "the lock"
         said = f"{what} in {self._node.path} were deleted by somebody while training runs"
-        flight.drain()  # bounded; then no thread uses the arenas
+        pipeline.drain()  # bounded; then no thread uses the arenas
         self._packer.close()
         try:
             self._node.make_again(lock)
@@ -742,9 +743,9 @@ class Session:
             records = self._rotation.retain(page.records, self._stable, self._layouts[owner])
         return {"records": records, "stable": self._stable}
 
-    def _masks(self, flight: Flight) -> tuple[int, int, int]:
+    def _masks(self, pipeline: Pipeline) -> tuple[int, int, int]:
         """What this rank has to say: snapshots that can be recovered, its vote, and snapshots that are whole."""
-        rounds = flight.rounds
+        rounds = pipeline.rounds
         whole = [i for i, is_whole in rounds.items() if is_whole]
         reachable = whole if self._rotation is None else self._rotation.reachable(rounds)
         return (
@@ -824,22 +825,22 @@ class Session:
             self._journal.info(iteration, f"state hash {whole}")
         self._journal.event("state_hash", iteration=iteration, hash=whole)
 
-    def _report_drops(self, flight: Flight, iteration: int) -> None:
-        for reason, count in flight.counts.dropped.copy().items():  # other threads add to it
+    def _report_drops(self, pipeline: Pipeline, iteration: int) -> None:
+        for reason, count in pipeline.counts.dropped.copy().items():  # other threads add to it
             if count:
-                why = ": ".join(filter(None, (reason, flight.details.get(reason))))
+                why = ": ".join(filter(None, (reason, pipeline.details.get(reason))))
                 self._journal.warn_once(
                     f"drop-{reason}", iteration, f"a snapshot was dropped ({why}); training goes on, counts follow"
                 )
-        for reason in flight.counts.left_out.copy():
+        for reason in pipeline.counts.left_out.copy():
             self._journal.warn_once(
                 f"left-out-{reason}",
                 iteration,
                 f"captures were left out ({reason}); the snapshot is whole without them",
             )
-        if flight.broken:
+        if pipeline.broken:
             self._journal.warn_once(
-                "channel", iteration, f"replication stopped, iteration {self._stable} stays: {flight.broken}"
+                "channel", iteration, f"replication stopped, iteration {self._stable} stays: {pipeline.broken}"
             )
 
     # -- tokens ---------------------------------------------------------------------------------------

@@ -22,6 +22,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
 from megatron_moetion.mcore.router import RouterWatch, TokenCounters
 from megatron_moetion.mcore.settings import given, masked, settle
@@ -30,7 +31,7 @@ from megatron_moetion.mcore.steplog import StepLog, groups_of, load_group, plain
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.snapshot.host_state import encode, size_bound
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, TokenCounter, Unit, UnitKind
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 _logger = logging.getLogger("megatron_moetion")
 _CAPTURES_IN_FLIGHT = WINDOW + 1

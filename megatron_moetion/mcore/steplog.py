@@ -20,8 +20,8 @@ from megatron.core.optimizer.clip_grads import clip_grad_by_total_norm_fp32
 from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 
 from megatron_moetion.errors import CorruptArena, UnsupportedState
+from megatron_moetion.framework import StepNote
 from megatron_moetion.mcore.shards import set_steps, steps
-from megatron_moetion.units import StepNote
 
 BYTES_A_GROUP = 256
 """Room in the host state for what changes in one parameter group from step to step: rate, decay, count.

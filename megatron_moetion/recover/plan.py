@@ -15,9 +15,9 @@ from dataclasses import asdict, dataclass
 
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.placement import Placement
-from megatron_moetion.store.chains import base_of
+from megatron_moetion.store.chains import base_of, log_units
 from megatron_moetion.store.manifest import Branch, Record, in_history
-from megatron_moetion.units import UnitKind, log_units
+from megatron_moetion.units import UnitKind
 
 
 @dataclass(frozen=True, kw_only=True)

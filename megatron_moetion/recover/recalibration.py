@@ -5,9 +5,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
+from megatron_moetion.framework import StateAdapter
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.channel import Fabric
-from megatron_moetion.units import StateAdapter
 
 _LINE = 4000
 """Longest log line about all layers; the event has them all."""

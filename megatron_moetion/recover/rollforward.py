@@ -11,10 +11,10 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 
+from megatron_moetion.framework import StepReplayer
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Record
-from megatron_moetion.units import StepReplayer
 
 
 def roll_forward(

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.units import LOG_SUFFIX, Inventory, Region, Role, Unit, UnitKind, always_of, log_units
+from megatron_moetion.store.chains import always_of, log_units
+from megatron_moetion.units import LOG_SUFFIX, Inventory, Region, Role, Unit, UnitKind
 
 _CUT_ELEMENTS = 64
 """Cuts are at multiples of so many elements of a parameter, so that slices keep its alignment."""

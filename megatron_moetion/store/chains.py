@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from megatron_moetion.store.manifest import Record
-from megatron_moetion.units import UnitKind, always_of, log_units
+from megatron_moetion.units import LOG_SUFFIX, UnitKind
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +30,22 @@ def chain_layout(units: Sequence[tuple[str, int, int]]) -> ChainLayout:
     kinds = [UnitKind(kind) for _, kind, _ in units]
     logs = log_units([(name, kind) for (name, _, _), kind in zip(units, kinds, strict=True)])
     return ChainLayout(log_of=logs, always=frozenset(always_of(kinds, logs)))
+
+
+def log_units(units: Sequence[tuple[str, UnitKind]]) -> dict[int, int]:
+    """From names and kinds by unit number: for each unit whose gradient is logged, the unit of that log."""
+    numbers = {name: number for number, (name, _) in enumerate(units)}
+    return {
+        numbers[name.removesuffix(LOG_SUFFIX)]: number
+        for number, (name, kind) in enumerate(units)
+        if kind is UnitKind.LOG
+    }
+
+
+def always_of(kinds: Sequence[UnitKind], log_of: Mapping[int, int]) -> tuple[int, ...]:
+    """Units of every snapshot of mode ``exact`` beside gradients: neither part of a chain nor fixed for good."""
+    members = {*log_of, *log_of.values()}
+    return tuple(u for u, kind in enumerate(kinds) if u not in members and kind is not UnitKind.FROZEN)
 
 
 def base_of(captures: Iterable[int], logged: Collection[int], at: int) -> int | None:

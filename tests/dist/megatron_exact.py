@@ -206,9 +206,9 @@ def _start(rank: int, flags: str, store: Path, attempt: int) -> tuple[Trainer, A
 def _end(attached: Attached) -> None:
     """The process is gone; what it held open is let go of, and nothing is finished."""
     session = attached._session
-    session._flight.close()
+    session._pipeline.close()
     session._arenas.close()
     session._fabric.close()
-    session._flight = session._arenas = None
+    session._pipeline = session._arenas = None
     attached.close()
     _tear_down()

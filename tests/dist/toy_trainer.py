@@ -31,7 +31,8 @@ from megatron_moetion.errors import ChannelError, MoetionError
 from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot import packer
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, TokenCounter, Unit, UnitKind
+from megatron_moetion.framework import StepNote, TokenCounter
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 CRASHED = 1
 """Exit code of a rank that lost its peers, as a training loop has it that does not catch torch's errors."""
@@ -427,8 +428,8 @@ def _train(
         session.before_optimizer_step()
         state.advance(iteration, marks)
         if iteration - 1 in toy.slow_pack:  # training goes on at once; the packing thread counts when it comes to it
-            assert session._flight is not None
-            session._flight.finish()
+            assert session._pipeline is not None
+            session._pipeline.finish()
         notes.write("step", iteration=iteration, hashes=state.hashes(), lost=state.lost(), dropped=_dropped(session))
         session.on_step_end(iteration)
         if toy.calm and iteration not in toy.slow_pack:  # waiting there would make up for the delay
@@ -453,15 +454,15 @@ def _orphan(seconds: int) -> int:
 
 
 def _drain(session: Session) -> None:
-    flight = session._flight
-    assert flight is not None
-    flight.drain()
+    pipeline = session._pipeline
+    assert pipeline is not None
+    pipeline.drain()
 
 
 def _dropped(session: Session) -> dict[str, int]:
-    flight = session._flight
-    assert flight is not None
-    return {reason: n for reason, n in flight.counts.dropped.copy().items() if n}
+    pipeline = session._pipeline
+    assert pipeline is not None
+    return {reason: n for reason, n in pipeline.counts.dropped.copy().items() if n}
 
 
 def _gather(mark: int, world_size: int) -> list[int]:
@@ -488,10 +489,10 @@ def _skip_first_fetch(session: Session) -> None:
 
 def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> None:
     """Put the trouble that a test asks for around the packer and the channel of this rank."""
-    flight = session._flight
-    if flight is None or flight._replicator is None:
+    pipeline = session._pipeline
+    if pipeline is None or pipeline._replicator is None:
         return
-    pack, replicate, exchange = session._packer.pack, flight._replicator.replicate, fabric.channel.exchange
+    pack, replicate, exchange = session._packer.pack, pipeline._replicator.replicate, fabric.channel.exchange
     round_ = {"iteration": 0, "exchange": 0}
 
     def slow_pack(targets: Any, between: Any, given: Any = None) -> Any:
@@ -514,7 +515,7 @@ def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> 
             receives[0].data[-1] ^= 1
 
     session._packer.pack = slow_pack  # type: ignore[method-assign]
-    flight._replicator.replicate = troubled_round  # type: ignore[method-assign]
+    pipeline._replicator.replicate = troubled_round  # type: ignore[method-assign]
     fabric.channel.exchange = troubled_exchange  # type: ignore[method-assign]
 
 

@@ -77,9 +77,9 @@ class Job:
                 session.before_optimizer_step()
                 state.step(iteration)
                 session.on_step_end(iteration)
-                flight = session._flight
-                assert flight is not None
-                flight.drain()  # so that what is whole does not depend on the machine's load
+                pipeline = session._pipeline
+                assert pipeline is not None
+                pipeline.drain()  # so that what is whole does not depend on the machine's load
 
             together(*(lambda r=r: step(r) for r in range(len(self.sessions))))  # type: ignore[misc]
         return [s.image() for s in self.states]
@@ -87,9 +87,9 @@ class Job:
     def crash(self) -> None:
         """The processes end; what they wrote stays."""
         for session in self.sessions:
-            assert session._flight is not None
+            assert session._pipeline is not None
             assert session._arenas is not None
-            session._flight.close()
+            session._pipeline.close()
             session._arenas.close()
 
     def drop(self, monkeypatch: pytest.MonkeyPatch, rank: int, iterations: set[int]) -> None:

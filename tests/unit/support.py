@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.errors import ChannelError
+from megatron_moetion.framework import StateAdapter, TokenCounter
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostClock
@@ -27,7 +28,7 @@ from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StateAdapter, TokenCounter, Unit, UnitKind
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 CHUNK_BYTES = 4096
 T = TypeVar("T")

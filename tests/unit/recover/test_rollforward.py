@@ -19,6 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import CHUNK_BYTES, POOL, Network, identity, no_probe, scheduler, together
 
+from megatron_moetion.framework import StepNote
 from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.rollforward import roll_forward
@@ -32,7 +33,7 @@ from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import base_of
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record
 from megatron_moetion.store.spec import ArenaSpec
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, StepNote, Unit, UnitKind
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 PERIOD = 3
 ELEMENTS = 1000

@@ -490,11 +490,11 @@ def test_a_rank_whose_peer_is_cut_off_hears_that_the_stable_iteration_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = trained(tmp_path, 4)
-    flight = job.sessions[1]._flight
-    assert flight is not None
-    flight._replicator = None
-    flight._mark = lambda iteration, whole: None  # type: ignore[method-assign]  # rank 1 is never whole again
-    job.sessions[0]._flight._replicator = None  # type: ignore[union-attr]
+    pipeline = job.sessions[1]._pipeline
+    assert pipeline is not None
+    pipeline._replicator = None
+    pipeline._mark = lambda iteration, whole: None  # type: ignore[method-assign]  # rank 1 is never whole again
+    job.sessions[0]._pipeline._replicator = None  # type: ignore[union-attr]
     job.train(150)
     assert len(lines(caplog, "some rank's snapshots are dropped")) == 2
     job.crash()

@@ -30,9 +30,9 @@ from megatron_moetion.select.budget import exact_copies
 from megatron_moetion.select.rotation import Rotation, Turn
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.chains import ChainLayout, chain_layout
+from megatron_moetion.store.chains import ChainLayout, chain_layout, log_units
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record, successor
-from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind, log_units
+from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 RANKS = 4
 PLACEMENT = place([f"node{r}" for r in range(RANKS)], 1)
@@ -248,7 +248,7 @@ class Cluster:
         return True
 
     def snapshot(self, rank: int, iteration: int, weather: Weather) -> None:
-        """``Session._select`` and ``Flight``."""
+        """``Session._select`` and ``Pipeline``."""
         side, log, arena = self.sides[rank], self.logs[rank], self.arenas[rank, rank]
         turn = side.turns[iteration] = side.rotation.turn(iteration)
         skipped = self.draw.random() < weather.skipped

@@ -72,7 +72,7 @@ def arena_for(inventory: Inventory) -> np.ndarray:
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packer_module, "BATCH_BYTES", 20_000)  # so that several are in flight
+    monkeypatch.setattr(packer_module, "BATCH_BYTES", 20_000)  # so that several are in pipeline
 
 
 @pytest.fixture
@@ -328,7 +328,7 @@ def test_live_state_is_given_away_when_the_last_batch_is_on_its_way_and_the_stre
     assert calls[at + 1] == f"order_after {(0, last)}"
     assert not any(c.startswith("pack_kept") for c in calls[at:]), "all was enqueued before"
     assert calls.count("between") > 2
-    assert f"finish {(last,)}" in calls[at:], "and the last batch was still in flight"
+    assert f"finish {(last,)}" in calls[at:], "and the last batch was still in pipeline"
     calls.clear()
     assert packer.pack(targets[:1], lambda: None) is not None  # from copies: training need not wait for them
     packer.hold_stream()
@@ -340,7 +340,7 @@ def test_a_pack_that_was_cancelled_gives_nothing_away() -> None:
     on_host = [t for t in targets if t.unit in (2, 4)]
     on_device = [t for t in targets if t not in on_host]
     assert packer.pack(on_device, packer.cancel, lambda: calls.append("given")) is None
-    assert "given" not in calls, "the first batch was landed, the second was in flight, the third was never enqueued"
+    assert "given" not in calls, "the first batch was landed, the second was in pipeline, the third was never enqueued"
     enqueued = [c.split()[1] for c in calls if c.startswith("pack_kept")]
     assert [c for c in calls if c.startswith("finish")] == [f"finish ({enqueued[0]},)"]
     packer.allow()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots in flight: packed by one thread, replicated by another, each iteration in its order.
+"""Snapshots on their way: packed by one thread, replicated by another, each iteration in its order.
 
 The main thread only begins a snapshot and, before the optimizer steps, makes sure that live state is read before it
 is written. A snapshot that finds no free slot, is late, or is not accepted by a buddy is dropped and counted;
@@ -27,7 +27,7 @@ from megatron_moetion.units import Inventory
 
 
 @dataclass
-class FlightCounts:
+class SnapshotCounts:
     """What became of this rank's snapshots."""
 
     begun: int = 0
@@ -75,7 +75,7 @@ def _nothing() -> None:
     """Where there is nothing to free."""
 
 
-class Flight:
+class Pipeline:
     """Owns the two threads. ``replicator`` is None where no replicas are kept.
 
     ``packed`` is told when a snapshot's bytes began to be packed and were in the arena (monotonic clock, seconds), and
@@ -110,7 +110,7 @@ class Flight:
         self._is_freed = threading.Event()
         self._is_freed.set()
         self._outcome = Packed()
-        self.counts = FlightCounts()
+        self.counts = SnapshotCounts()
         self.details: dict[str, str] = {}
         """More about a reason for which snapshots are dropped, for a person."""
         self.broken = ""
@@ -278,7 +278,7 @@ class Flight:
                 digests = {}
             self._give_live()
             staged = self._pack_units(iteration, contents.staged, slots)
-            if staged is None:  # the device is late, or the flight is being closed
+            if staged is None:  # the device is late, or the pipeline is being closed
                 self._arena.release(slots.values())
                 self._count("late")
                 return ()

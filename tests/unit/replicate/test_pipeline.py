@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots in flight: a failed one is dropped and counted, and the training thread sees no exception (G3)."""
+"""Snapshots in pipeline: a failed one is dropped and counted, and the training thread sees no exception (G3)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from support import (
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
-from megatron_moetion.replicate.flight import Contents, Flight
+from megatron_moetion.replicate.pipeline import Contents, Pipeline
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.snapshot import packer as packer_module
 from megatron_moetion.snapshot.packer import Packer
@@ -49,7 +49,7 @@ class FakeReplicator:
 
 
 class Rig:
-    """One rank's flight over a small state."""
+    """One rank's pipeline over a small state."""
 
     def __init__(
         self,
@@ -63,7 +63,7 @@ class Rig:
         self.arena: Arena = make_arena(folder, self.state, copies=copies)
         self.packer = Packer(inventory, CHUNK_BYTES, 1)
         self.replicator = FakeReplicator(answer) if answer is not None else None
-        self.flight = Flight(
+        self.pipeline = Pipeline(
             packer=self.packer,
             inventory=inventory,
             arena=self.arena,
@@ -77,7 +77,7 @@ class Rig:
 
     def take(self, iteration: int) -> None:
         self.packer.freeze(b"host")
-        self.flight.begin(iteration, Contents(units=self.everything), {1: 10 * iteration})
+        self.pipeline.begin(iteration, Contents(units=self.everything), {1: 10 * iteration})
 
     def iterations(self) -> set[int]:
         return {r.iteration for r in self.arena.page.records}
@@ -88,33 +88,33 @@ def test_a_snapshot_is_committed_then_whole(tmp_path: Path, answer: Callable[[in
     rig = Rig(tmp_path, answer)
     rig.take(1)
     rig.take(2)
-    rig.flight.drain()
-    assert rig.flight.whole == {1, 2}
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {1, 2}
     assert [n for _, n in rig.packed] == [rig.state.inventory().nbytes] * 2
     assert all(seconds > 0 for seconds, _ in rig.packed)
     assert rig.iterations() == {1, 2}
     assert {r.tokens for r in rig.arena.page.records if r.unit == 1} == {10, 20}
-    counts = rig.flight.counts
+    counts = rig.pipeline.counts
     assert (counts.begun, counts.committed) == (2, 2)
     assert counts.bytes_committed == sum(r.nbytes for r in rig.arena.page.records)
     assert sum(counts.dropped.values()) == 0
-    rig.flight.close()
+    rig.pipeline.close()
 
 
 def test_no_free_slot_drops_the_snapshot_and_keeps_the_order_of_rounds(tmp_path: Path) -> None:
     rig = Rig(tmp_path, lambda iteration: True, copies=1)
     for iteration in (1, 2, 3):
         rig.take(iteration)
-    rig.flight.drain()
+    rig.pipeline.drain()
     assert rig.replicator is not None
     assert rig.replicator.rounds == [(1, 4), (2, 0), (3, 0)]
-    assert rig.flight.whole == {1}
-    assert rig.flight.counts.dropped["no-slot"] == 2
+    assert rig.pipeline.whole == {1}
+    assert rig.pipeline.counts.dropped["no-slot"] == 2
     rig.arena.edit(lambda page: {"records": ()})
     rig.take(4)
-    rig.flight.drain()
-    assert rig.flight.whole == {1, 4}
-    rig.flight.close()
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {1, 4}
+    rig.pipeline.close()
 
 
 def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
@@ -135,18 +135,18 @@ def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
         patch.setattr(rig.packer, "pack", slow)
         rig.take(1)
         began = time.monotonic()
-        rig.flight.finish_packing(0.05)
+        rig.pipeline.finish_packing(0.05)
         assert time.monotonic() - began < 5
     # The state may change from here on; what was begun is never committed.
     rig.state.step(1)
-    rig.flight.drain()
+    rig.pipeline.drain()
     assert rig.iterations() == set()
-    assert rig.flight.counts.dropped["late"] == 1
+    assert rig.pipeline.counts.dropped["late"] == 1
     rig.take(2)
-    rig.flight.finish_packing(5)
-    rig.flight.drain()
-    assert rig.flight.whole == {2}
-    rig.flight.close()
+    rig.pipeline.finish_packing(5)
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {2}
+    rig.pipeline.close()
 
 
 def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
@@ -165,17 +165,17 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
         finish(*arguments)
 
     monkeypatch.setattr(pool, "finish", finish_late)
-    rig.flight.begin(1, Contents(units=rig.everything), {})
-    rig.flight.finish_packing(10)
+    rig.pipeline.begin(1, Contents(units=rig.everything), {})
+    rig.pipeline.finish_packing(10)
     tickets = [c.split()[1] for c in calls if c.startswith("pack_kept")]
     assert calls[-1] == f"order_after (0, {tickets[-1]})", "the optimizer's stream waits for the last batch"
     assert not any(c.startswith("finish") for c in calls), "which is still under way"
     assert rig.iterations() == set()
     has_landed.set()
-    rig.flight.drain()
-    assert rig.flight.whole == {1}
-    assert sum(rig.flight.counts.dropped.values()) == 0
-    rig.flight.close()
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {1}
+    assert sum(rig.pipeline.counts.dropped.values()) == 0
+    rig.pipeline.close()
     rig.packer.close()
 
 
@@ -192,22 +192,22 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
     wait = pool.wait
     monkeypatch.setattr(pool, "wait", lambda *a, **o: has_landed.wait(0.001) and wait(*a, **o), raising=False)
     for iteration in (1, 2):  # the second one finds the device still busy with the first
-        rig.flight.begin(iteration, Contents(units=rig.everything), {})
+        rig.pipeline.begin(iteration, Contents(units=rig.everything), {})
         for _ in range(2):  # optimizers in a chain ask one after the other
-            rig.flight.finish_packing(0.01)  # returns, although nothing has landed
+            rig.pipeline.finish_packing(0.01)  # returns, although nothing has landed
         rig.state.step(iteration)
-        rig.flight.finish()
-        assert rig.flight.counts.dropped == {"late": iteration}
+        rig.pipeline.finish()
+        assert rig.pipeline.counts.dropped == {"late": iteration}
     has_landed.set()
     rig.packer.freeze(b"host")
-    rig.flight.begin(3, Contents(units=rig.everything), {})
-    rig.flight.finish_packing(10)
-    rig.flight.drain()
-    assert rig.flight.whole == {3}
-    assert rig.flight.counts.dropped == {"late": 2}
+    rig.pipeline.begin(3, Contents(units=rig.everything), {})
+    rig.pipeline.finish_packing(10)
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {3}
+    assert rig.pipeline.counts.dropped == {"late": 2}
     for record in rig.arena.page.records:
         assert rig.packer.verify(rig.arena.payload(record.slot), rig.arena.digests(record.slot), record.digest)
-    rig.flight.close()
+    rig.pipeline.close()
     rig.packer.close()
 
 
@@ -215,10 +215,10 @@ def test_a_refusal_is_counted_and_the_next_snapshot_is_whole(tmp_path: Path) -> 
     rig = Rig(tmp_path, lambda iteration: iteration != 1)
     rig.take(1)
     rig.take(2)
-    rig.flight.drain()
-    assert rig.flight.whole == {2}
-    assert rig.flight.counts.dropped["refused"] == 1
-    rig.flight.close()
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {2}
+    assert rig.pipeline.counts.dropped["refused"] == 1
+    rig.pipeline.close()
 
 
 def test_a_channel_that_fails_breaks_replication_and_nothing_else(tmp_path: Path) -> None:
@@ -228,13 +228,13 @@ def test_a_channel_that_fails_breaks_replication_and_nothing_else(tmp_path: Path
     rig = Rig(tmp_path, fail, copies=2)
     for iteration in (1, 2, 3):
         rig.take(iteration)
-        rig.flight.finish_packing(5)
-    rig.flight.drain()
-    assert rig.flight.broken == "rank 3 has gone"
-    assert rig.flight.rounds == {}, "their fate is not known here"
-    assert rig.flight.counts.dropped["channel"] == 2
-    assert rig.flight.counts.dropped["no-slot"] == 1
-    rig.flight.close()
+        rig.pipeline.finish_packing(5)
+    rig.pipeline.drain()
+    assert rig.pipeline.broken == "rank 3 has gone"
+    assert rig.pipeline.rounds == {}, "their fate is not known here"
+    assert rig.pipeline.counts.dropped["channel"] == 2
+    assert rig.pipeline.counts.dropped["no-slot"] == 1
+    rig.pipeline.close()
 
 
 def test_a_bug_in_replication_does_not_pass_in_silence(tmp_path: Path) -> None:
@@ -244,26 +244,26 @@ def test_a_bug_in_replication_does_not_pass_in_silence(tmp_path: Path) -> None:
     rig = Rig(tmp_path, bug)
     rig.take(1)
     with pytest.raises(AssertionError, match="out of step"):
-        rig.flight.drain()
+        rig.pipeline.drain()
     other = Rig(tmp_path / "other", bug)
     other.take(1)
-    other.flight._sending.submit(lambda: None).result(5)  # the failed round is over
+    other.pipeline._sending.submit(lambda: None).result(5)  # the failed round is over
     other.take(2)
     with pytest.raises(AssertionError, match="out of step"):
-        other.flight.finish()
+        other.pipeline.finish()
 
 
 def test_a_skipped_iteration_takes_its_round(tmp_path: Path) -> None:
     rig = Rig(tmp_path, lambda iteration: True)
     rig.take(1)
-    rig.flight.skip(2, "moved")
+    rig.pipeline.skip(2, "moved")
     rig.take(3)
-    rig.flight.drain()
+    rig.pipeline.drain()
     assert rig.replicator is not None
     assert rig.replicator.rounds == [(1, 4), (2, 0), (3, 4)]
-    assert rig.flight.rounds == {1: True, 2: False, 3: True}
-    assert rig.flight.counts.dropped["moved"] == 1
-    rig.flight.close()
+    assert rig.pipeline.rounds == {1: True, 2: False, 3: True}
+    assert rig.pipeline.counts.dropped["moved"] == 1
+    rig.pipeline.close()
 
 
 def test_a_gap_on_purpose_counts_under_a_name_of_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -272,8 +272,8 @@ def test_a_gap_on_purpose_counts_under_a_name_of_its_own(tmp_path: Path, monkeyp
     for session in job.sessions:
         monkeypatch.setattr(session, "_select", lambda *_: None)
     job.train(2)
-    flights = [session._flight for session in job.sessions]
-    assert [flight.counts.dropped for flight in flights if flight is not None] == [{"gap": 2}] * 2
+    pipelines = [session._pipeline for session in job.sessions]
+    assert [pipeline.counts.dropped for pipeline in pipelines if pipeline is not None] == [{"gap": 2}] * 2
     job.crash()
 
 
@@ -281,10 +281,10 @@ def test_only_recent_iterations_are_remembered(tmp_path: Path) -> None:
     rig = Rig(tmp_path, None)
     for iteration in range(1, WINDOW + 20):
         rig.take(iteration)
-        rig.flight.drain()
+        rig.pipeline.drain()
         rig.arena.edit(lambda page: {"records": ()})
-    assert rig.flight.whole == set(range(20, WINDOW + 20))
-    rig.flight.close()
+    assert rig.pipeline.whole == set(range(20, WINDOW + 20))
+    rig.pipeline.close()
 
 
 def test_slow_replication_is_bounded(tmp_path: Path) -> None:
@@ -292,11 +292,11 @@ def test_slow_replication_is_bounded(tmp_path: Path) -> None:
     rig = Rig(tmp_path, lambda iteration: gate.wait(20))
     for iteration in range(1, WINDOW + 5):
         rig.take(iteration)
-        rig.flight.finish_packing(5)
-    assert "wait to be replicated" in rig.flight.broken
+        rig.pipeline.finish_packing(5)
+    assert "wait to be replicated" in rig.pipeline.broken
     gate.set()
-    rig.flight.drain()
-    rig.flight.close()
+    rig.pipeline.drain()
+    rig.pipeline.close()
 
 
 def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> None:
@@ -313,7 +313,7 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
         probe=no_probe,
         pacing=scheduler(),
     )
-    flight = Flight(
+    pipeline = Pipeline(
         packer=rig.packer,
         inventory=rig.state.inventory(),
         arena=rig.arena,
@@ -323,9 +323,9 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
         packed=lambda *_: None,
     )
     rig.packer.freeze(b"host")
-    flight.begin(1, Contents(units=rig.everything), {})
-    flight.drain()
-    assert "timed out" in flight.broken
+    pipeline.begin(1, Contents(units=rig.everything), {})
+    pipeline.drain()
+    assert "timed out" in pipeline.broken
     assert rig.iterations() == {1}
-    assert np.array([r.nbytes for r in rig.arena.page.records]).sum() == flight.counts.bytes_committed
-    flight.close()
+    assert np.array([r.nbytes for r in rig.arena.page.records]).sum() == pipeline.counts.bytes_committed
+    pipeline.close()
