@@ -56,10 +56,10 @@ from megatron_moetion.sizing import Sizing
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.chains import ChainLayout, chain_layout
 from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
-from megatron_moetion.store.manifest import Page, Record, retain
+from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder, open_node, restart_count, run_id_of, write_pid
+from megatron_moetion.store.retention import Retention, Settled, retention_of
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import UnitKind
 
@@ -186,8 +186,8 @@ class Session:
         self._pipeline: Pipeline | None = None
         self._rotation: Rotation | None = None
         self._replayed = 0
-        self._layouts: dict[int, ChainLayout] = {}
-        """By owner of an arena; in mode ``exact`` only."""
+        self._retentions: dict[int, Retention] = {}
+        """By owner of an arena."""
 
     # -- public ---------------------------------------------------------------------------------------
 
@@ -734,14 +734,11 @@ class Session:
 
     def _forget(self, spec: ArenaSpec, settled: Mapping[int, bool], page: Page) -> dict[str, Any]:
         """An arena's page without what recovery no longer needs, now that the fate of these snapshots is known."""
-        if self._rotation is None:
-            records = retain((r for r in page.records if settled.get(r.iteration, True)), self._stable, settled)
-        else:
-            owner = spec.identity.owner
-            if owner not in self._layouts:
-                self._layouts[owner] = chain_layout(spec.units)
-            records = self._rotation.retain(page.records, self._stable, self._layouts[owner])
-        return {"records": records, "stable": self._stable}
+        owner = spec.identity.owner
+        if owner not in self._retentions:
+            self._retentions[owner] = retention_of(spec)
+        fate = self._rotation.settled if self._rotation is not None else Settled(stable=self._stable, whole=settled)
+        return {"records": self._retentions[owner].keep(page.records, fate), "stable": self._stable}
 
     def _masks(self, pipeline: Pipeline) -> tuple[int, int, int]:
         """What this rank has to say: snapshots that can be recovered, its vote, and snapshots that are whole."""
