@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
@@ -36,6 +37,17 @@ Draw = Callable[[str, float, float, int], None]
 
 def no_drawing(lane: str, begin_s: float, end_s: float, value: int) -> None:
     """A ``Draw`` for those who want no trace."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Carried:
+    """Bytes of a snapshot that an iteration carries."""
+
+    nbytes: float
+    why: str
+    """Why so few, for a person."""
+    is_settled: bool
+    """Whether as many timelines are known as are ever looked at."""
 
 
 class Scheduler:
@@ -117,7 +129,7 @@ class Scheduler:
         if nbytes >= MEASURED_MIN_BYTES and end_s > begin_s:
             self._packing.learn(nbytes / (end_s - begin_s))
 
-    def carries(self, replicas: int) -> tuple[float, str]:
+    def carries(self, replicas: int) -> Carried:
         """Bytes of a snapshot that the windows of both links carry in an iteration, and why so few, for a person.
 
         A snapshot leaves the device once and crosses the network ``replicas`` times. Training moves nothing between
@@ -125,7 +137,7 @@ class Scheduler:
         before anything was measured.
         """
         if self._pacer is None or not self._timelines:
-            return math.inf, ""
+            return Carried(nbytes=math.inf, why="", is_settled=False)
         typical_s = typical_duration(self._timelines)
         windows: dict[Link, Sequence[Window]] = {Link.D2H: (Window(begin_s=0.0, end_s=typical_s),)}
         rates = {Link.D2H: self._packing.bytes_per_s}
@@ -134,11 +146,12 @@ class Scheduler:
         capacity, link = planner.capacity_bytes(windows, rates)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
-        return capacity, (
+        why = (
             f"the {name} is idle for {idle_s:.2f} of {typical_s:.2f} s at {rates[link] / 1e6:.0f} MB/s"
             f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
+        return Carried(nbytes=capacity, why=why, is_settled=len(self._timelines) == TIMELINES)
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a dashboard. What was late or held back is of the last snapshot that has left."""

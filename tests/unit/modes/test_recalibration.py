@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any, cast
 
 import pytest
+from megatron_moetion.recover.recalibration import Recalibration, over_ranks
 from session_job import Job
 from support import ToyState
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.observe.journal import Journal
-from megatron_moetion.recover.recalibration import Recalibration, over_ranks
 
 
 class Alone:
