@@ -67,13 +67,15 @@ class Job:
         witness: Witness = NO_WITNESS,
         max_restarts: int = 0,
         host: Mapping[str, Any] | None = None,
+        state: type[ToyState] | None = None,
         **settings: object,
     ) -> None:
         ranks = 2
         self.network = Network(ranks, timeout_s=5)
-        self.states = [Adapter(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
-        for rank, state in enumerate(self.states):
-            state.rank = rank
+        self.states = [(state or Adapter)(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
+        for rank, each in enumerate(self.states):
+            if isinstance(each, Adapter):
+                each.rank = rank
         fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 5,
                   "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
         self.witness = witness
