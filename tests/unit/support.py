@@ -142,7 +142,7 @@ class WatchedPool:
 
         def call(*arguments: Any, **options: Any) -> Any:
             result = found(*arguments, **options)
-            named = {"pack_kept": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
+            named = {"pack_uploaded": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
             self._calls.append(f"{name} {named}")
             return result
 
