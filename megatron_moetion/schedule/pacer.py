@@ -225,7 +225,7 @@ class Pacer(Meter):
             with self._changed:
                 self._active -= 1
                 if lane is Lane.PIPELINE:
-                    self._sync(self._rhythm.taken_s, self._sends - 1)
+                    self._sync(self._rhythm.accepted_s, self._sends - 1)
                     self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
                 if not self._active:
                     self._changed.notify_all()

@@ -50,7 +50,7 @@ class Rhythm:
     """
 
     sends_s: tuple[float, ...] = ()
-    taken_s: tuple[float, ...] = ()
+    accepted_s: tuple[float, ...] = ()
     """When the network has what the n-th send sends: at once, or when the peer asks for it."""
     duration_s: float = 0.0
     windows: tuple[Window, ...] = ()
@@ -83,12 +83,12 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
         at = end
         if n < len(sends[-1]):
             calls = [found[n] for _, found in alike]
-            quiet_since = [c.leaves_s for c in calls]
+            quiet_since = [c.on_wire_s for c in calls]
             begins.append(at)
             at += usually(q - c.begin_s for q, c in zip(quiet_since, calls, strict=True))
             takens.append(at)
             busy_until = max(busy_until, at) + max(c.sent_bytes for c in calls) / bytes_per_s
-    return Rhythm(sends_s=tuple(begins), taken_s=tuple(takens), duration_s=at, windows=tuple(windows))
+    return Rhythm(sends_s=tuple(begins), accepted_s=tuple(takens), duration_s=at, windows=tuple(windows))
 
 
 def _sends(timeline: Timeline) -> list[Span]:

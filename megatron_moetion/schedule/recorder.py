@@ -194,7 +194,7 @@ class Recorder:
                 end_s=at(s.end) if s.end is not None else duration,
                 sent_bytes=s.sent_bytes,
                 received_bytes=s.received_bytes,
-                taken_s=at(s.taken) if s.taken is not None else None,
+                accepted_s=at(s.taken) if s.taken is not None else None,
             )
             for s in what.spans
         )

@@ -75,7 +75,7 @@ class Scheduler:
             begin_s, end_s = span.begin_s, span.end_s
             if span.lane is Lane.PIPELINE and span.sent_bytes:  # the call itself only waits, for its peer or the kernel
                 self._draw(Lane.WAIT.value, at + begin_s, at + end_s, 0)
-                begin_s = max(span.leaves_s, free_s)
+                begin_s = max(span.on_wire_s, free_s)
                 end_s = free_s = begin_s + span.sent_bytes / self._meter.bytes_per_s
             self._draw(span.lane.value, at + begin_s, at + end_s, span.sent_bytes)
         for begin, end in between(timeline):

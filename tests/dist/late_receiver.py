@@ -51,7 +51,7 @@ def main(rank: int, rendezvous: str, batched: bool, late_s: float) -> None:
     timeline = recorder.cut(1)
     assert timeline is not None
     span = next(s for s in timeline.spans if s.sent_bytes)
-    print(json.dumps({"lane": span.lane.value, "begin": span.begin_s, "taken": span.taken_s, "end": span.end_s}))
+    print(json.dumps({"lane": span.lane.value, "begin": span.begin_s, "accepted": span.accepted_s, "end": span.end_s}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -146,7 +146,7 @@ def test_a_send_whose_peer_is_late_holds_slices_back_until_its_bytes_are_gone() 
 def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
     """Expected: a send at 0.3, taken at 0.4, a window from 0.5 on. It is taken at 2.0: the window is from 2.1 on."""
     windows = (Window(begin_s=0.5, end_s=0.7),)
-    pacer = following(Rhythm(sends_s=(0.3,), taken_s=(0.4,), duration_s=0.9, windows=windows), KB100, deadline_s=5.0)
+    pacer = following(Rhythm(sends_s=(0.3,), accepted_s=(0.4,), duration_s=0.9, windows=windows), KB100, deadline_s=5.0)
     pacer.clock.now_s = 1001.0
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.silences.append((1002.0, Lane.PIPELINE, 50_000))
@@ -157,7 +157,7 @@ def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none()
     """Two messages and, between them, gradients, as expected; all of it is late."""
     windows = (Window(begin_s=0.25, end_s=0.4), Window(begin_s=0.9, end_s=1.05))
     pacer = following(
-        Rhythm(sends_s=(0.1, 0.4, 0.6), taken_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
+        Rhythm(sends_s=(0.1, 0.4, 0.6), accepted_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
         2 * KB100,
         deadline_s=30.0,
     )

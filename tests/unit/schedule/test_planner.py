@@ -51,14 +51,14 @@ def test_a_send_that_returns_at_once_is_still_on_the_wire() -> None:
 def test_a_send_that_waits_for_its_peer_is_busy_until_the_network_has_its_bytes_and_for_as_long_as_they_take() -> None:
     """Taken after 0.2 s in most iterations, later in some; then 0.1 s on the wire, and 0.2 s or more until the end."""
 
-    def waits(taken_s: float | None, lane: Lane = Lane.PIPELINE) -> Timeline:
-        span = Span(lane=lane, begin_s=0.3, end_s=0.8, sent_bytes=round(0.1 * RATE), taken_s=taken_s)
+    def waits(accepted_s: float | None, lane: Lane = Lane.PIPELINE) -> Timeline:
+        span = Span(lane=lane, begin_s=0.3, end_s=0.8, sent_bytes=round(0.1 * RATE), accepted_s=accepted_s)
         return Timeline(iteration=1, begin_s=0.0, duration_s=1.0, spans=(span,))
 
     assert windows_of(*[waits(0.5)] * 7, waits(0.7)) == [(0.0, 0.3), (0.6, 1.0)]
     assert windows_of(*[waits(0.5)] * 5, *[waits(0.7)] * 2) == [(0.0, 0.3), (0.6, 0.8)]
     found = rhythm([waits(0.5)], RATE)
-    assert (found.sends_s, found.taken_s) == (pytest.approx((0.3,)), pytest.approx((0.5,)))
+    assert (found.sends_s, found.accepted_s) == (pytest.approx((0.3,)), pytest.approx((0.5,)))
     assert windows_of(waits(None)) == [(0.0, 0.3), (0.9, 1.0)]  # nothing better is known than that the call returned
     assert windows_of(waits(None, Lane.GRADIENT)) == [(0.0, 0.3), (0.4, 1.0)]  # nobody waits before it is on its way
 

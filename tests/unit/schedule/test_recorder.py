@@ -107,7 +107,7 @@ def test_that_the_network_has_taken_what_is_sent_is_told_once_and_noted() -> Non
     assert [what for what, *_ in ear.heard] == ["begins", "ends"] * 2
     found = recorder.cut(1)
     assert found is not None
-    assert [(s.begin_s, s.taken_s, s.end_s) for s in found.spans] == [(1, 2, 4), (5, None, 6)]
+    assert [(s.begin_s, s.accepted_s, s.end_s) for s in found.spans] == [(1, 2, 4), (5, None, 6)]
 
 
 def test_the_number_of_spans_is_bounded() -> None:

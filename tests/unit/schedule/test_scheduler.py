@@ -72,12 +72,15 @@ def test_a_message_is_drawn_from_when_the_network_has_it_and_behind_the_one_befo
     scheduler.cut(1)
     timeline = scheduler.newest_timeline
     first, second = timeline.spans
-    assert first.taken_s is not None
-    assert first.taken_s >= first.begin_s + 0.02
+    assert first.accepted_s is not None
+    assert first.accepted_s >= first.begin_s + 0.02
     sent = [(begin - timeline.begin_s, end - timeline.begin_s) for lane, begin, end, _ in drawn if lane == "pipeline"]
     assert sent == [
-        (pytest.approx(first.taken_s), pytest.approx(first.taken_s + 0.05)),
-        (pytest.approx(first.taken_s + 0.05), pytest.approx(first.taken_s + 0.1)),  # taken before, and waits its turn
+        (pytest.approx(first.accepted_s), pytest.approx(first.accepted_s + 0.05)),
+        (
+            pytest.approx(first.accepted_s + 0.05),
+            pytest.approx(first.accepted_s + 0.1),
+        ),  # taken before, and waits its turn
     ]
     waited = [(begin - timeline.begin_s, end - timeline.begin_s) for lane, begin, end, _ in drawn if lane == "wait"]
     assert waited == [(pytest.approx(s.begin_s), pytest.approx(s.end_s)) for s in (first, second)]

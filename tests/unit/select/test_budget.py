@@ -27,7 +27,6 @@ def test_the_default_is_what_the_cap_needs_up_to_twice_that(total: int, cap: int
     assert limits(total, staleness_cap=cap) == (needed, usual, total)
     assert limits(total, staleness_cap=cap, lost_token_budget=0.0) == (needed, usual, usual)
     assert limits(total, mode="full", staleness_cap=cap) == (total, total, total)
-    assert limits(total, selection="full", staleness_cap=cap) == (total, total, total)
 
 
 def test_the_budget_of_lost_tokens_may_ask_for_more_but_not_for_more_than_there_is_room_for() -> None:
