@@ -23,29 +23,14 @@ class TokenCounter:
 
 
 class StateAdapter(Protocol):
-    """What the runtime needs from a training framework. Implemented in ``mcore/optimizer.py``."""
+    """A rank's training state. Implemented in ``mcore/state.py``."""
 
     def inventory(self) -> Inventory:
         """Every byte of training state on this rank, as units. Addresses stay valid as long as the adapter lives."""
         ...
 
-    def token_counters(self) -> tuple[TokenCounter, ...]:
-        """Tokens processed here since the run began, for each expert of this rank's layers.
-
-        In the same order on all ranks that share the experts, also for experts whose optimizer state is on
-        another of these ranks, so that this rank has no unit of them. Empty where tokens are not counted.
-        """
-        ...
-
-    def moved(self) -> str:
-        """Which tensor is no longer where the inventory says, for a person; empty while all are in place."""
-        ...
-
-    def counts_tokens(self) -> bool:
-        """Whether this rank's token counts belong in sums over all ranks.
-
-        Ranks that hold parts of the same experts by tensor parallelism count the same tokens: one of them says yes.
-        """
+    def moved(self) -> str | None:
+        """Which tensor is no longer where the inventory says, for a person; None while all are in place."""
         ...
 
     def expert_peers(self) -> tuple[int, ...]:
@@ -64,6 +49,33 @@ class StateAdapter(Protocol):
         """Called once an iteration, after the optimizer step and before anything of it is captured."""
         ...
 
+    def state_hash(self) -> str:
+        """Of all training state on this rank, host state included: equal if and only if every bit is."""
+        ...
+
+    def resync(self) -> None:
+        """After a write-back into the regions: make model parameters agree with the optimizer's."""
+        ...
+
+
+class TokenSource(Protocol):
+    """Tokens of a rank's experts and routers, which mode ``popularity`` needs. Implemented in ``mcore/tokens.py``."""
+
+    def token_counters(self) -> tuple[TokenCounter, ...]:
+        """Tokens processed here since the run began, for each expert of this rank's layers.
+
+        In the same order on all ranks that share the experts, also for experts whose optimizer state is on
+        another of these ranks, so that this rank has no unit of them.
+        """
+        ...
+
+    def counts_tokens(self) -> bool:
+        """Whether this rank's token counts belong in sums over all ranks.
+
+        Ranks that hold parts of the same experts by tensor parallelism count the same tokens: one of them says yes.
+        """
+        ...
+
     def routed_tokens(self) -> Mapping[str, int]:
         """Tokens routed on this rank since the run began, dropped ones included, by the name of a layer's dense unit.
 
@@ -79,19 +91,11 @@ class StateAdapter(Protocol):
         """
         ...
 
-    def recalibrate(self, lost: Mapping[str, int]) -> str:
+    def recalibrate(self, lost: Mapping[str, int]) -> str | None:
         """After a recovery: raise the capacity of experts that lost tokens (unit name to tokens, over all ranks).
 
-        Collective. Returns why capacity stays as it is, empty if it can be raised.
+        Collective. Returns why capacity stays as it is, for a person; None if it can be raised.
         """
-        ...
-
-    def state_hash(self) -> str:
-        """Of all training state on this rank, host state included: equal if and only if every bit is."""
-        ...
-
-    def resync(self) -> None:
-        """After a write-back into the regions: make model parameters agree with the optimizer's."""
         ...
 
 
@@ -101,37 +105,38 @@ class StepNote:
 
     skipped: bool = False
     """There was none: gradients overflowed, and state is as it was."""
-    problem: str = ""
-    """Why it cannot be replayed (two steps, gradients gone), for a person; empty if it can."""
+    problem: str | None = None
+    """Why it cannot be replayed (two steps, gradients gone), for a person; None if it can."""
 
 
 class StepReplayer(Protocol):
-    """What mode ``exact`` needs beside ``StateAdapter``. Implemented in ``mcore/optimizer.py``.
+    """Optimizer steps to replay, which mode ``exact`` needs. Implemented in ``mcore/steplog.py``.
 
-    Its ``inventory`` has a region with ``Role.GRAD`` for each span of a parameter: the gradient that the step used,
-    which must still be there right after it. The host unit has no room for steps yet: that depends on the period.
+    The adapter's inventory has a region with ``Role.GRAD`` for each span of a parameter: the gradient that the step
+    used, which must still be there right after it. Its host state holds the inputs of the remembered steps; its host
+    unit has no room for them yet, because their number depends on the period.
     """
 
     @property
     def bytes_a_step(self) -> int:
-        """What the host state may grow by for each step that it tells of."""
+        """What the host state may grow by for each step that is remembered."""
         ...
 
     def remember(self, steps: int) -> None:
-        """From now on the host state tells of the last ``steps`` ones."""
+        """From now on the host state holds the inputs of the last ``steps`` steps."""
         ...
 
     def note_step(self, iteration: int) -> StepNote:
-        """Enter what the optimizer was told in this iteration, at its end, into the host state."""
+        """Enter the inputs of this iteration's optimizer step, at its end."""
         ...
 
     def begin_replay(self, state: Mapping[str, Any]) -> None:
-        """Take what the optimizer was told in recent iterations from a host state."""
+        """Take the inputs of recent steps from the adapter's host state."""
         ...
 
     def replay(self, iteration: int) -> bool:
-        """Take that iteration's step once more, with the gradients that are in the ``GRAD`` regions now.
+        """Repeat that iteration's step, with the gradients that are in the ``GRAD`` regions now.
 
-        False if it was a skipped one, and nothing changed.
+        False if it was a skipped one, and nothing changed. ``CorruptArena`` where its inputs are not known.
         """
         ...

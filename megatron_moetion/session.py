@@ -32,7 +32,7 @@ from megatron_moetion.errors import (
     UnsupportedState,
     shared,
 )
-from megatron_moetion.framework import StateAdapter, StepNote, StepReplayer, TokenCounter
+from megatron_moetion.framework import StateAdapter, StepNote, StepReplayer, TokenCounter, TokenSource
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.journal import Journal, Phases
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
@@ -56,10 +56,10 @@ from megatron_moetion.sizing import Sizing
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.chains import ChainLayout, chain_layout
 from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
-from megatron_moetion.store.manifest import Page, Record, retain
+from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder, open_node, restart_count, run_id_of, write_pid
+from megatron_moetion.store.retention import Retention, Settled, retention_of
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import UnitKind
 
@@ -100,6 +100,7 @@ class Session:
         topology: str,
         scheduler: Scheduler,
         replayer: StepReplayer | None = None,
+        tokens: TokenSource | None = None,
         environment: Mapping[str, str] = os.environ,
         witness: Witness = NO_WITNESS,
     ) -> None:
@@ -126,7 +127,9 @@ class Session:
             "steps can be replayed in mode 'exact' and only there"
         )
         self._replayer = replayer
-        counters = adapter.token_counters()
+        assert (tokens is not None) == (config.mode == "popularity"), "tokens count in mode 'popularity' and only there"
+        self._tokens = tokens
+        counters = tokens.token_counters() if tokens is not None else ()
         self._sizing = Sizing.settle(
             config=config,
             fabric=fabric,
@@ -179,15 +182,17 @@ class Session:
         self._lag_said = self._quiet_lag = _QUIET_LAG * config.interval
         self._first_stable = -1
         self._store_is_tried_in = 0
-        self._recalibration = Recalibration(adapter, fabric, self._journal, config.recalibration_iterations)
+        self._recalibration: Recalibration | None = None
+        if tokens is not None:
+            self._recalibration = Recalibration(tokens, fabric, self._journal, config.recalibration_iterations)
         self.node_of: tuple[int, ...] = ()
         """Node of each rank, by rank; known after ``start``."""
         self._arenas: OpenArenas | None = None
         self._pipeline: Pipeline | None = None
         self._rotation: Rotation | None = None
         self._replayed = 0
-        self._layouts: dict[int, ChainLayout] = {}
-        """By owner of an arena; in mode ``exact`` only."""
+        self._retentions: dict[int, Retention] = {}
+        """By owner of an arena."""
 
     # -- public ---------------------------------------------------------------------------------------
 
@@ -335,7 +340,8 @@ class Session:
                 pipeline.catch_up(self._config.max_stall_ms / 1000)
         try:
             free = self._learn()
-            self._recalibration.on_step_end(iteration)
+            if self._recalibration is not None:
+                self._recalibration.on_step_end(iteration)
             note = self._note_step(iteration)
             unfrozen = self._freeze()
             counts = self._token_counts()
@@ -357,7 +363,7 @@ class Session:
         if contents is None:
             pipeline.skip(iteration, "gap", free)
         elif unusable := unfrozen or self._adapter.moved() or note.problem:
-            reason = "freeze" if unfrozen else "missed" if note.problem else "moved"
+            reason = "freeze" if unfrozen else "missed" if note.problem is not None else "moved"
             self._journal.warn_once(
                 reason, iteration, f"snapshots are dropped, iteration {self._stable} stays: {unusable}"
             )
@@ -480,7 +486,7 @@ class Session:
         by_expert: dict[str, int] = {}
         for name, tokens in (item for m in everyone for item in m["lost"].items()):
             by_expert[name] = by_expert.get(name, 0) + tokens
-        if self._config.mode == "popularity":
+        if self._recalibration is not None:
             self._recalibration.begin(plan.iteration, by_expert)
         phases.done("resync")
         choices = plan.choices[self._fabric.rank]
@@ -734,14 +740,11 @@ class Session:
 
     def _forget(self, spec: ArenaSpec, settled: Mapping[int, bool], page: Page) -> dict[str, Any]:
         """An arena's page without what recovery no longer needs, now that the fate of these snapshots is known."""
-        if self._rotation is None:
-            records = retain((r for r in page.records if settled.get(r.iteration, True)), self._stable, settled)
-        else:
-            owner = spec.identity.owner
-            if owner not in self._layouts:
-                self._layouts[owner] = chain_layout(spec.units)
-            records = self._rotation.retain(page.records, self._stable, self._layouts[owner])
-        return {"records": records, "stable": self._stable}
+        owner = spec.identity.owner
+        if owner not in self._retentions:
+            self._retentions[owner] = retention_of(spec)
+        fate = self._rotation.settled if self._rotation is not None else Settled(stable=self._stable, whole=settled)
+        return {"records": self._retentions[owner].keep(page.records, fate), "stable": self._stable}
 
     def _masks(self, pipeline: Pipeline) -> tuple[int, int, int]:
         """What this rank has to say: snapshots that can be recovered, its vote, and snapshots that are whole."""
@@ -810,7 +813,7 @@ class Session:
             return StepNote()
         note = self._replayer.note_step(iteration)
         before = self._recent[0]
-        if iteration != before + 1 and not note.problem:
+        if iteration != before + 1 and note.problem is None:
             return StepNote(problem=f"after iteration {before} came {iteration}; mode 'exact' needs every one of them")
         return note
 
@@ -883,13 +886,16 @@ class Session:
         losses = self._book.losses(state, at, plan.iteration, now)
         totals, lost, before = (self._sum(counts) for counts in (now, losses.lost, lost_until(state)))
         self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before)
-        counted = zip(self._book.names, losses.lost, strict=True) if self._adapter.counts_tokens() else ()
+        counts = self._tokens is not None and self._tokens.counts_tokens()
+        counted = zip(self._book.names, losses.lost, strict=True) if counts else ()
         return {name: tokens for name, tokens in counted if tokens}
 
     def _layers(self) -> dict[str, tuple[int, int]]:
         """Per MoE layer, tokens lost and routed, for sums over all ranks."""
-        counted = self._adapter.counts_tokens()
-        return self._book.layers(self._token_counts(), self._adapter.routed_tokens(), counted=counted)
+        if self._tokens is None:
+            return {}
+        counted = self._tokens.counts_tokens()
+        return self._book.layers(self._token_counts(), self._tokens.routed_tokens(), counted=counted)
 
     def _sum(self, counts: Sequence[int]) -> list[int]:
         """Added up over the ranks that share this rank's experts. Waits."""

@@ -192,7 +192,8 @@ def attach(
             fabric=fabric,
             topology=_topology(),
             scheduler=scheduler,
-            replayer=state if config.mode == "exact" else None,
+            replayer=state.step_log,
+            tokens=state.tokens,
             witness=witness,
         )
         unless_attached.callback(session.close)

@@ -22,12 +22,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
-from megatron_moetion.mcore.router import RouterWatch, TokenCounters
 from megatron_moetion.mcore.settings import given, masked, settle
 from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, create_state, set_steps, shards, steps
 from megatron_moetion.mcore.steplog import StepLog, groups_of, load_group, plain
+from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.snapshot.host_state import encode, size_bound
@@ -84,12 +83,12 @@ class MegatronState:
             )
         if log_steps and self._blocks and getattr(self._blocks[0].module.config, "qk_clip", False):
             raise UnsupportedState("qk_clip is not supported in mode 'exact': it changes parameters after the step")
-        self._steps: StepLog | None = None
+        self.tokens: MegatronTokens | None = None
+        self.step_log: StepLog | None = None
         with ExitStack() as hooks:
-            self._counters = TokenCounters(self._blocks if count_tokens else ())
-            hooks.callback(self._counters.close)
-            self._routers = RouterWatch(self._blocks if count_tokens else (), capacity)
-            hooks.callback(self._routers.close)
+            if count_tokens:
+                self.tokens = MegatronTokens(self._blocks, capacity)
+                hooks.callback(self.tokens.close)
             for link in self._links:
                 create_state(link.optimizer)
             for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
@@ -98,11 +97,11 @@ class MegatronState:
             held = [list(shards(link)) for link in self._links]
             self._shards = {id(s.parameter): s for of_link in held for s in of_link}
             if log_steps:
-                self._steps = StepLog(optimizer, self._links, [_sample(of_link) for of_link in held])
-                hooks.callback(self._steps.close)
+                self.step_log = StepLog(optimizer, self._links, [_sample(of_link) for of_link in held])
+                hooks.callback(self.step_log.close)
             self._inventory = self._take_inventory(layout)
             self._residents = [*_optimizer_residents(self._links), *_module_residents(model, layout)]
-            if self._steps is not None:
+            if self.step_log is not None:
                 self._residents.extend(_gradient_residents(s.parameter for s in self._shards.values()))
             self._hooks = hooks.pop_all()
 
@@ -111,20 +110,6 @@ class MegatronState:
     def inventory(self) -> Inventory:
         """See ``StateAdapter``."""
         return self._inventory
-
-    def token_counters(self) -> tuple[TokenCounter, ...]:
-        """See ``StateAdapter``. Empty where tokens are not counted (mode ``full``)."""
-        return tuple(
-            TokenCounter(
-                expert=block.expert_unit(expert), unit=dense_unit(block), tensor=_counter_name(block.prefix), position=i
-            )
-            for block, _ in zip(self._blocks, self._counters.totals, strict=False)
-            for i, expert in enumerate(block.experts)
-        )
-
-    def counts_tokens(self) -> bool:
-        """See ``StateAdapter``."""
-        return int(parallel_state.get_expert_tensor_parallel_rank()) == 0
 
     def expert_peers(self) -> tuple[int, ...]:
         """See ``StateAdapter``: the expert-data-parallel group."""
@@ -138,7 +123,7 @@ class MegatronState:
             "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
             "optimizers": optimizers,
             "given": self._given,
-            "steps": self._steps.state(optimizers) if self._steps is not None else None,
+            "steps": self.step_log.state(optimizers) if self.step_log is not None else None,
             "user": self._user_state.state_dict(),
         }
 
@@ -163,50 +148,10 @@ class MegatronState:
                         ", ".join(lines),
                     )
 
-    @property
-    def bytes_a_step(self) -> int:
-        """See ``StepReplayer``."""
-        return self._step_log.bytes_a_step
-
-    def remember(self, steps: int) -> None:
-        """See ``StepReplayer``."""
-        self._step_log.remember(steps)
-
-    def note_step(self, iteration: int) -> StepNote:
-        """See ``StepReplayer``."""
-        return self._step_log.note(iteration)
-
-    def begin_replay(self, state: Mapping[str, Any]) -> None:
-        """See ``StepReplayer``."""
-        self._step_log.load(state["steps"], state["optimizers"])
-
-    def replay(self, iteration: int) -> bool:
-        """See ``StepReplayer``."""
-        return self._step_log.replay(iteration)
-
-    @property
-    def _step_log(self) -> StepLog:
-        assert self._steps is not None, "made without log_steps"
-        return self._steps
-
     def after_step(self) -> None:
         """See ``StateAdapter``."""
-        with torch.no_grad():
-            self._routers.step()
-
-    def routed_tokens(self) -> dict[str, int]:
-        """See ``StateAdapter``."""
-        return self._routers.routed()
-
-    def layer_tokens(self) -> dict[str, dict[str, float]]:
-        """See ``StateAdapter``."""
-        return self._routers.shares()
-
-    def recalibrate(self, lost: Mapping[str, int]) -> str:
-        """See ``StateAdapter``."""
-        with torch.no_grad():
-            self._routers.recover(lost)
-        return self._routers.why_fixed
+        if self.tokens is not None:
+            self.tokens.after_step()
 
     def resync(self) -> None:
         """See ``StateAdapter``. Only between an optimizer step and the next forward."""
@@ -225,12 +170,12 @@ class MegatronState:
             digest.update(view.detach().cpu().view(torch.uint8).numpy().tobytes())
         return digest.hexdigest()
 
-    def moved(self) -> str:
+    def moved(self) -> str | None:
         """See ``StateAdapter``. Looks each tensor up where its owner keeps it; 0.1 us a tensor."""
         for holder, key, address in self._residents:
             if holder[key].data_ptr() != address:
                 return f"the tensor {key!r} that was at {address:#x} was replaced or moved after attach()"
-        return ""
+        return None
 
     def inner_optimizers(self) -> list[torch.optim.Optimizer]:
         """The torch optimizers whose ``step`` changes state."""
@@ -277,7 +222,7 @@ class MegatronState:
                     start, end = max(place.start, shard.start), min(place.end, shard.end)
                     for role, tensor in shard.tensors.items() if start < end else ():
                         add(place, tensor, role, shard.start, start, end)
-                    if self._steps is not None and start < end:
+                    if self.step_log is not None and start < end:
                         gradient = _gradient(parameter)
                         _require_contiguous(gradient, place.tensor)
                         add(place, gradient, Role.GRAD, 0, start, end, at_once=True)
@@ -285,11 +230,7 @@ class MegatronState:
             if buffer.numel():
                 _require_contiguous(buffer, place.tensor)
                 add(place, buffer, Role.BUFFER, 0, 0, buffer.numel(), at_once=True)
-        counted = [
-            *((b, t, _counter_name(b.prefix)) for b, t in zip(self._blocks, self._counters.totals, strict=False)),
-            *((b, t, f"{b.prefix}.moetion.router") for b, t in self._routers.regions()),
-        ]
-        for block, tensor, name in counted:
+        for block, name, tensor in self.tokens.buffers() if self.tokens is not None else ():
             place = Place(
                 unit=dense_unit(block), kind=UnitKind.DENSE, tensor=name, start=0, end=tensor.numel(), layer=block.layer
             )
@@ -323,11 +264,6 @@ class MegatronState:
                 f"the optimizer holds {len(strangers)} parameter(s) that the given model chunks do not contain; "
                 f"pass all chunks to attach()"
             )
-
-    @property
-    def shard_list(self) -> tuple[Shard, ...]:
-        """All shards of this rank, for tests of completeness."""
-        return tuple(self._shards.values())
 
 
 _Resident = tuple[Any, Any, int]
@@ -377,10 +313,6 @@ def _gradient(parameter: nn.Parameter) -> torch.Tensor:
 def _unwrap(chunk: DistributedDataParallel) -> nn.Module:
     module: nn.Module = chunk.module
     return module.module if isinstance(module, Float16Module) else module
-
-
-def _counter_name(prefix: str) -> str:
-    return f"{prefix}.moetion.tokens_processed"
 
 
 def _require_contiguous(tensor: torch.Tensor, name: str) -> None:

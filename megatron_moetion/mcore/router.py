@@ -207,10 +207,10 @@ class RouterWatch:
         self._clock = by_row[8]
 
     @property
-    def why_fixed(self) -> str:
-        """Why capacities stay as they are after a recovery; empty if they can be raised, or were never to be."""
+    def why_fixed(self) -> str | None:
+        """Why capacities stay as they are after a recovery; None if they can be raised, or were never to be."""
         if self._rules is None or not self._all_blocks:
-            return ""
+            return None
         if self._all_blocks[0].module.config.moe_expert_capacity_factor is None:
             return "the model is dropless: its experts have no capacity"
         if not self._routers:
@@ -218,7 +218,7 @@ class RouterWatch:
         dispatcher = self._all_blocks[0].module.token_dispatcher
         if self._routers[0].pads and not hasattr(dispatcher, "moe_expert_capacity_factor"):
             return f"{type(dispatcher).__name__} has buffers of a fixed size for padded inputs"
-        return ""
+        return None
 
     @property
     def is_raised(self) -> bool:
@@ -260,7 +260,7 @@ class RouterWatch:
         if not self._routers:
             return
         self._beyond.zero_()
-        if self._rules is None or self.why_fixed:
+        if self._rules is None or self.why_fixed is not None:
             return
         for block, debt, clock in zip(self.blocks, self._debt, self._clock, strict=True):
             new = [float(lost.get(block.expert_unit(e), 0)) for e in range(len(debt))]

@@ -81,7 +81,7 @@ class StepLog:
         """Keep the last ``steps`` ones."""
         self._log = deque(self._log, maxlen=steps)
 
-    def note(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int) -> StepNote:
         """Enter the step of ``iteration``."""
         times, self._times_told = self._times_told, [0] * len(self._links)
         if not any(times) and any(getattr(link, "grad_scaler", None) is not None for link in self._links):
@@ -103,10 +103,11 @@ class StepLog:
             for iteration, step in self._log
         ]
 
-    def load(self, state: Sequence[Any], now: Sequence[Mapping[str, Any]]) -> None:
-        """Take up what ``state`` returned for the same ``now``."""
+    def begin_replay(self, state: Mapping[str, Any]) -> None:
+        """Take the log from a host state: ``steps`` is what ``state`` returned for ``optimizers``."""
+        now: Sequence[Mapping[str, Any]] = state["optimizers"]
         self._log.clear()
-        for iteration, step in state:
+        for iteration, step in state["steps"]:
             self._log.append(
                 (iteration, None if step is None else [_merged(a, b) for a, b in zip(step, now, strict=True)])
             )

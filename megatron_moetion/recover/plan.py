@@ -10,7 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass
 
 from megatron_moetion.recover.report import ArenaReport
@@ -89,14 +89,17 @@ class NoPlan:
     last_epoch: int
 
 
-_Available = dict[int, dict[int, dict[int, dict[int, Record]]]]
+Available = dict[int, dict[int, dict[int, dict[int, Record]]]]
 """owner -> unit -> iteration -> node -> record"""
 
 
 def plan_recovery(
-    facts: Sequence[RankFacts], reports: Sequence[ArenaReport], placement: Placement, mode: str, nonce: int = 0
+    facts: Sequence[RankFacts], reports: Sequence[ArenaReport], placement: Placement, choose: Choose, nonce: int = 0
 ) -> RecoveryPlan | NoPlan:
-    """The newest iteration that every rank can reach, or why there is none. ``nonce``: see ``Branch``."""
+    """The newest iteration that every rank can reach, or why there is none. Reads nothing but its arguments.
+
+    ``choose`` is the rule of the mode; ``nonce``: see ``Branch``.
+    """
     sound = [r for r in reports if not r.problem]
     if not sound:
         problems = "; ".join(r.problem for r in reports) or "no arena of this run was found on any node"
@@ -105,7 +108,7 @@ def plan_recovery(
     available = _available(sound, newest.branches, newest.epoch)
     missing: list[str] = []
     for iteration in _candidates(facts, available):
-        chosen = _choose(facts, available, iteration, mode)
+        chosen = choose(facts, available, iteration)
         if isinstance(chosen, str):
             missing.append(f"iteration {iteration}: {chosen}")
             continue
@@ -133,8 +136,8 @@ def custodian(owner: int, node: int, placement: Placement) -> int:
     return ranks[owner % len(ranks)]
 
 
-def _available(reports: Sequence[ArenaReport], branches: Sequence[Branch], epoch: int) -> _Available:
-    available: _Available = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
+def _available(reports: Sequence[ArenaReport], branches: Sequence[Branch], epoch: int) -> Available:
+    available: Available = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
     for report in reports:
         for record in report.captures:
             if in_history(record, branches, epoch):
@@ -142,7 +145,7 @@ def _available(reports: Sequence[ArenaReport], branches: Sequence[Branch], epoch
     return available
 
 
-def _candidates(facts: Sequence[RankFacts], available: _Available) -> list[int]:
+def _candidates(facts: Sequence[RankFacts], available: Available) -> list[int]:
     """Iterations of which every rank has its host state, newest first."""
     common: set[int] | None = None
     for rank in facts:
@@ -152,19 +155,30 @@ def _candidates(facts: Sequence[RankFacts], available: _Available) -> list[int]:
     return sorted(common or (), reverse=True)
 
 
-_Chosen = dict[int, list[tuple[int, int]]]
+Chosen = dict[int, list[tuple[int, int]]]
 """For each rank: unit numbers, in order, and the iterations of their captures."""
+Choose = Callable[[Sequence[RankFacts], Available, int], Chosen | str]
+"""The captures that lead to an iteration, or the text of which is missing. Each mode has its own rule."""
 
 
-def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, mode: str) -> _Chosen | str:
-    """What leads to T; or what is missing."""
-    if mode == "exact":
-        return _choose_chains(facts, available, iteration)
+def choose_same_iteration(facts: Sequence[RankFacts], available: Available, iteration: int) -> Chosen | str:
+    """Every unit as it was at T; what never changes may be older (mode ``full``)."""
+    return _choose_units(facts, available, iteration, shared=())
+
+
+def choose_newest_experts(facts: Sequence[RankFacts], available: Available, iteration: int) -> Chosen | str:
+    """Experts as they were at the newest iteration up to T that all their shards have; the rest as at T."""
+    return _choose_units(facts, available, iteration, shared=(UnitKind.EXPERT,))
+
+
+def _choose_units(
+    facts: Sequence[RankFacts], available: Available, iteration: int, shared: Collection[UnitKind]
+) -> Chosen | str:
     shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
     chosen: dict[int, list[int]] = {f.rank: [-1] * len(f.units) for f in facts}
     for rank in facts:
         for number, (name, kind) in enumerate(rank.units):
-            if kind is UnitKind.EXPERT and mode != "full":
+            if kind in shared:
                 shards[name].append((rank.rank, number))
                 continue
             found = available[rank.rank][number]
@@ -182,9 +196,9 @@ def _choose(facts: Sequence[RankFacts], available: _Available, iteration: int, m
     return {rank: list(enumerate(row)) for rank, row in chosen.items()}
 
 
-def _choose_chains(facts: Sequence[RankFacts], available: _Available, iteration: int) -> _Chosen | str:
+def choose_chains(facts: Sequence[RankFacts], available: Available, iteration: int) -> Chosen | str:
     """Of every slice the newest capture from which all gradients to T are there, and these gradients."""
-    chosen: _Chosen = {}
+    chosen: Chosen = {}
     for rank in facts:
         row: list[tuple[int, int]] = []
         found = available[rank.rank]
@@ -213,8 +227,8 @@ def _plan(
     safe: int,
     newest: ArenaReport,
     facts: Sequence[RankFacts],
-    chosen: _Chosen,
-    available: _Available,
+    chosen: Chosen,
+    available: Available,
     placement: Placement,
 ) -> RecoveryPlan:
     choices: list[tuple[Choice, ...]] = []

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 
-from megatron_moetion.framework import StateAdapter
+from megatron_moetion.framework import TokenSource
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.channel import Fabric
 
@@ -19,8 +19,8 @@ class Recalibration:
     Every call is collective, over the fabric alone. Where one raises ``ChannelError``, the fabric is of no more use.
     """
 
-    def __init__(self, adapter: StateAdapter, fabric: Fabric, journal: Journal, iterations: int) -> None:
-        self._adapter = adapter
+    def __init__(self, tokens: TokenSource, fabric: Fabric, journal: Journal, iterations: int) -> None:
+        self._tokens = tokens
         self._fabric = fabric
         self._journal = journal
         self._iterations = iterations
@@ -31,9 +31,9 @@ class Recalibration:
     def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
         """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
         self._began = iteration
-        reasons = self._fabric.gather(self._adapter.recalibrate(lost))
-        why = next((reason for reason in reasons if reason), "")
-        if why and any(lost.values()) and self._fabric.rank == 0:
+        reasons = self._fabric.gather(self._tokens.recalibrate(lost))
+        why = next((reason for reason in reasons if reason is not None), None)
+        if why is not None and any(lost.values()) and self._fabric.rank == 0:
             self._journal.warn_once("capacity", iteration, f"capacity is not recalibrated: {why}")
         self._look(iteration, "before")
         soon = max(1, self._iterations // 5)
@@ -46,7 +46,7 @@ class Recalibration:
 
     def _look(self, iteration: int, when: str) -> None:
         """Say what each layer's routers route, process and drop an iteration."""
-        layers = over_ranks(self._fabric.gather(self._adapter.layer_tokens()))
+        layers = over_ranks(self._fabric.gather(self._tokens.layer_tokens()))
         if not layers or self._fabric.rank:
             return
         text = ", ".join(

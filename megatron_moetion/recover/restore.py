@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -15,8 +15,8 @@ from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.snapshot.packer import HostPool, Packer, verify
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.chains import ChainLayout, retain_chains
-from megatron_moetion.store.manifest import NO_SLOT, Page, Record, in_history, retain
+from megatron_moetion.store.manifest import NO_SLOT, Page, Record, in_history
+from megatron_moetion.store.retention import Retention, Settled
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,9 +28,8 @@ class Mover:
     channel: Channel
     pool: HostPool
     plan: RecoveryPlan
-
-    layouts: Mapping[int, ChainLayout] = field(default_factory=dict)
-    """By owner, in mode ``exact``; else empty."""
+    retentions: Mapping[int, Retention]
+    """By owner."""
 
     def make_room(self, transfers: Sequence[Transfer]) -> None:
         """Before receiving: drop from the receiving arenas what neither T nor the last safe iteration needs.
@@ -46,11 +45,7 @@ class Mover:
             intact = (r for r in arena.page.records if r.key not in coming)
             live = [r for r in intact if in_history(r, self.plan.branches, self.plan.epoch)]
             old = [r for r in live if r.iteration <= self.plan.safe]
-            safe = (
-                retain_chains(old, self.plan.safe, self.layouts[owner])
-                if owner in self.layouts
-                else retain(old, self.plan.safe, {})
-            )
+            safe = self.retentions[owner].keep(old, Settled(stable=self.plan.safe))
             arena.edit(partial(_only, {r.key for r in (*safe, *(r for r in live if r.key in wanted))}))
 
     def move(self, transfers: Sequence[Transfer]) -> int:

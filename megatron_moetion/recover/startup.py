@@ -26,10 +26,10 @@ from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.chains import chain_layout
 from megatron_moetion.store.files import clear
 from megatron_moetion.store.manifest import Page, Record
 from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.retention import retention_of
 from megatron_moetion.store.spec import ArenaSpec, arena_name
 from megatron_moetion.units import UnitKind
 
@@ -162,9 +162,7 @@ class Startup:
             channel=self._fabric.channel,
             pool=self._pool,
             plan=plan,
-            layouts={o: chain_layout(spec.units) for o, spec in enumerate(situation.specs)}
-            if self._config.mode == "exact"
-            else {},
+            retentions={owner: retention_of(spec) for owner, spec in enumerate(situation.specs)},
         )
         for phase, transfers in (("fetch", plan.fetches), ("replicate", plan.copies)):
             on_all_ranks(self._fabric, partial(self._move, mover, transfers))

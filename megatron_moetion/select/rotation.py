@@ -11,12 +11,11 @@ too long for one iteration, the next ones take half of it, a quarter and so on.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from megatron_moetion.snapshot.gradlog import GradientLog
-from megatron_moetion.store.chains import ChainLayout, retain_chains
-from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.retention import Settled
 
 STATE_SLOTS = 2
 """Captures of one slice that there is room for: the base of the stable iteration, and the next one."""
@@ -155,9 +154,10 @@ class Rotation:
         self._unreachable = {i for i in self._unreachable if i > stale}
         self._roots = {i: root for i, root in self._roots.items() if i >= stable}
 
-    def retain(self, records: Iterable[Record], stable: int, layout: ChainLayout) -> tuple[Record, ...]:
-        """The records of an arena that are still needed; see ``retain_chains``."""
-        return retain_chains(records, stable, layout, broken=self._broken, unreachable=self._unreachable)
+    @property
+    def settled(self) -> Settled:
+        """What ``settle`` has been given so far, as what is kept depends on it."""
+        return Settled(stable=self._stable, broken=self._broken, unreachable=frozenset(self._unreachable))
 
     def _break_at(self, iteration: int) -> None:
         """No chain leads over this iteration."""

@@ -163,7 +163,7 @@ def _state(trainer: Trainer, count_tokens: bool = False) -> MegatronState:
 def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     state = _state(trainer, count_tokens)
     inventory = state.inventory()
-    counters = [_span(t) for t in state._counters.totals] + [_span(t) for _, t in state._routers.regions()]
+    counters = [_span(t) for t in _token_buffers(state)]
     for _ in range(2):
         trainer.train_step()
     found = _coverage(inventory, [_span(t) for t in _owned(trainer)], counters)
@@ -175,7 +175,7 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     _write_back(state, inventory, captures)
     restored = _image(trainer, state)
     again = _step(trainer), _gathered_image(trainer, state)
-    link = state._links[0].optimizer
+    link = state.inner_optimizers()[0]
     first = link.state[link.param_groups[0]["params"][0]]
     first["exp_avg"] = first["exp_avg"].clone()
     found |= {
@@ -186,7 +186,7 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
         "step": expected[0],
         "step_again": again[0],
         "differs_after_step": sorted(k for k in before if expected[1][k] != again[1][k]),
-        "counts": sum(int(t.sum()) for t in state._counters.totals),
+        "counts": sum(int(t.sum()) for t in state.tokens.counters.totals) if state.tokens is not None else 0,
         "kinds": {kind.name: len(inventory.of_kind(kind)) for kind in UnitKind},
         "tensors": {
             kind.name: sorted({r.tensor for i in inventory.of_kind(kind) for r in inventory.units[i].regions})
@@ -319,9 +319,13 @@ def _everything(trainer: Trainer, state: MegatronState) -> dict[str, torch.Tenso
     found = {f"owned {i}": t for i, t in enumerate(_owned(trainer))}
     for number, chunk in enumerate(trainer.model):
         found |= {f"{number} {name}": p.detach() for name, p in chunk.named_parameters()}
-    found |= {f"counts {i}": t for i, t in enumerate(state._counters.totals)}
-    found |= {f"router {i}": t for i, (_, t) in enumerate(state._routers.regions())}
+    found |= {f"tokens {i}": t for i, t in enumerate(_token_buffers(state))}
     return {name: t for name, t in found.items() if t.numel()}
+
+
+def _token_buffers(state: MegatronState) -> list[torch.Tensor]:
+    """Counts of tokens, as far as they are counted."""
+    return [tensor for _, _, tensor in state.tokens.buffers()] if state.tokens is not None else []
 
 
 def _image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
@@ -330,7 +334,8 @@ def _image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
         name: hashlib.blake2b(ctypes.string_at(_span(t)[0], _size([_span(t)])), digest_size=8).hexdigest()
         for name, t in _everything(trainer, state).items()
     }
-    return {**found, "host": hashlib.blake2b(encode(state.host_state())).hexdigest()}
+    host = {k: v for k, v in state.host_state().items() if k != "steps"}  # a run without checkpoints remembers none
+    return {**found, "host": hashlib.blake2b(encode(host)).hexdigest()}
 
 
 def _gathered_image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
@@ -382,7 +387,8 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
         count_tokens=True,
         capacity=CapacityRules(iterations=RECALIBRATION_ITERATIONS),
     )
-    inventory, routers = state.inventory(), state._routers
+    assert state.tokens is not None
+    inventory, tokens, routers = state.inventory(), state.tokens, state.tokens.routers
     experts = [block.expert_unit(e) for block in routers.blocks for e in range(trainer.args.num_experts)]
 
     def train(steps: int) -> list[dict[str, Any]]:
@@ -397,25 +403,25 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
         return found
 
     before = train(4)
-    processed = [routers.state[:, 1].sum().item(), sum(int(t.sum()) for t in state._counters.totals)]
-    tokens = state.layer_tokens()
+    processed = [routers.state[:, 1].sum().item(), sum(int(t.sum()) for t in tokens.counters.totals)]
+    by_layer = tokens.layer_tokens()
     everywhere = routers._recent.clone()
     dist.all_reduce(everywhere, group=routers.blocks[0].module.router.tp_dp_cp_group)
-    why = state.recalibrate({name: 3000 for name in experts[1:]})
+    why = tokens.recalibrate({name: 3000 for name in experts[1:]})
     first = train(2)
     captures = _capture(state, inventory)
     on = train(2)
     _scramble(trainer, state)
     _write_back(state, inventory, captures)
-    state.recalibrate({})
+    tokens.recalibrate({})
     again = train(2)
-    state.recalibrate({experts[0]: 5000})
+    tokens.recalibrate({experts[0]: 5000})
     second = train(RECALIBRATION_ITERATIONS + 3)
-    looks = state.layer_tokens()
+    looks = tokens.layer_tokens()
     state.close()
     return {
         "before": before, "why": why, "first": first, "on": on, "again": again, "second": second,
-        "tokens": tokens, "everywhere": everywhere.sum(dim=-1).tolist(), "looks": looks, "routed": state.routed_tokens(),
+        "tokens": by_layer, "everywhere": everywhere.sum(dim=-1).tolist(), "looks": looks, "routed": tokens.routed_tokens(),
         "processed": processed,
         "closed": [_as_list(b.module.router.boost) for b in routers.blocks],
     }  # fmt: skip

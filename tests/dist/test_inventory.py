@@ -52,7 +52,7 @@ def test_every_byte_of_state_is_captured_exactly_once(ranks: list[dict[str, Any]
     for found in ranks:
         assert found["owned"] > 50_000
         assert (found["missed"], found["twice"], found["of_others"]) == (0, 0, 0)
-        assert found["moved"] == ""
+        assert found["moved"] is None
         assert "exp_avg" in found["moved_later"]
 
 
@@ -145,7 +145,7 @@ def test_capacity_is_raised_alike_on_all_ranks_and_falls_back_to_the_base(
         alike = [[(step["boosts"], step["factors"], step["debt"]) for step in found[part]] for found in ranks]
         assert alike[1:] == alike[:1] * 3, part
     found = ranks[0]
-    assert found["why"] == ""
+    assert found["why"] is None
     assert all(set(sum(step["boosts"], [])) == {1.0} and step["beyond"] == 0 for step in found["before"])
     assert found["again"] == found["on"], "a recovery that loses nothing goes on where it was"
     peaks = [max(sum(step["boosts"], [])) for step in (*found["first"], *found["on"])]

@@ -162,8 +162,8 @@ class Trainee(ToyState):
     def expert_peers(self) -> tuple[int, ...]:
         return tuple(range(self.group, self._toy.world_size, 2))
 
-    def moved(self) -> str:
-        return "the tensor 'dense' was replaced" if self.now(self._toy.moved) else ""
+    def moved(self) -> str | None:
+        return "the tensor 'dense' was replaced" if self.now(self._toy.moved) else None
 
     def host_state(self) -> dict[str, Any]:
         return {**self.host, **({"log": bytes(9000)} if self.now(self._toy.grown_host) else {})}
@@ -245,9 +245,6 @@ class Descender(Trainee):
             found.append(dataclasses.replace(unit, regions=(*weights, *extra)))
         return Inventory(units=tuple(found))
 
-    def token_counters(self) -> tuple[TokenCounter, ...]:
-        return ()
-
     def host_state(self) -> dict[str, Any]:
         return {**super().host_state(), "told": self._told[-self._remembered :]}
 
@@ -287,7 +284,7 @@ class Descender(Trainee):
 
     def note_step(self, iteration: int) -> StepNote:
         taken, self._steps_taken = self._steps_taken, 0
-        return StepNote(skipped=self._told[-1][1] is None, problem="" if taken == 1 else f"{taken} steps")
+        return StepNote(skipped=self._told[-1][1] is None, problem=None if taken == 1 else f"{taken} steps")
 
     def begin_replay(self, state: Mapping[str, Any]) -> None:
         self._told = [(i, rate) for i, rate in state["told"]]
@@ -403,6 +400,7 @@ def _train(
         topology=toy.topology,
         scheduler=timing,
         replayer=state if isinstance(state, Descender) else None,
+        tokens=state if settings.mode == "popularity" else None,
         environment=environment,
     )
     if toy.second_fetch and toy.concerns(rank):

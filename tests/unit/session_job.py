@@ -57,6 +57,7 @@ class Job:
                 "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
                 "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
             },
+            tokens=self.states[rank] if self.config.mode == "popularity" else None,
             witness=self.witness,
         )  # fmt: skip
 

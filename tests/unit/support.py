@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.framework import StateAdapter, TokenCounter
+from megatron_moetion.framework import StateAdapter, TokenCounter, TokenSource
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostClock
@@ -35,7 +35,7 @@ T = TypeVar("T")
 
 
 class ToyState:
-    """A ``StateAdapter`` over NumPy arrays: one dense unit, experts, token counts, and a host state."""
+    """``StateAdapter`` and ``TokenSource`` over NumPy arrays: one dense unit, experts, token counts, a host state."""
 
     def __init__(self, num_experts: int = 4, seed: int = 0, elements: int = 1500, frozen: bool = False) -> None:
         rng = np.random.default_rng(seed)
@@ -81,8 +81,8 @@ class ToyState:
 
     def after_step(self) -> None: ...
 
-    def moved(self) -> str:
-        return ""
+    def moved(self) -> str | None:
+        return None
 
     def state_hash(self) -> str:
         return hashlib.blake2b(self.image(), digest_size=16).hexdigest()
@@ -96,9 +96,9 @@ class ToyState:
     def layer_tokens(self) -> dict[str, dict[str, float]]:
         return {}
 
-    def recalibrate(self, lost: Mapping[str, int]) -> str:
+    def recalibrate(self, lost: Mapping[str, int]) -> str | None:
         self.recalibrated = dict(lost)
-        return ""
+        return None
 
     def resync(self) -> None:
         self.resyncs += 1
@@ -335,6 +335,7 @@ def scheduler(schedule: str = "bubble") -> Scheduler:
 
 
 ADAPTER: type[StateAdapter] = ToyState
+TOKENS: type[TokenSource] = ToyState
 FABRIC: type[Fabric] = ToyFabric
 """Type checking holds what stands for the real ones to their protocols."""
 

@@ -36,6 +36,7 @@ PURE = [
     "store/manifest.py",
     "store/spec.py",
     "store/chains.py",
+    "store/retention.py",
     "select/rotation.py",
     "snapshot/gradlog.py",
     "select/book.py",

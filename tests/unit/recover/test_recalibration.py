@@ -28,21 +28,21 @@ class Alone:
 class Layers(ToyState):
     """A state whose routers tell."""
 
-    def __init__(self, why_fixed: str = "") -> None:
+    def __init__(self, why_fixed: str | None = None) -> None:
         super().__init__()
         self.why_fixed = why_fixed
 
     def layer_tokens(self) -> dict[str, dict[str, float]]:
         return {"layers.0.dense": {"routed": 10.0, "processed": 7.0, "debt": 2.0}}
 
-    def recalibrate(self, lost: Any) -> str:
+    def recalibrate(self, lost: Any) -> str | None:
         super().recalibrate(lost)
         return self.why_fixed
 
 
-def make(folder: Path, adapter: ToyState) -> Recalibration:
+def make(folder: Path, tokens: ToyState) -> Recalibration:
     journal = Journal(0, 0, folder / "events.jsonl")
-    return Recalibration(cast(Any, adapter), cast(Any, Alone()), journal, iterations=50)
+    return Recalibration(tokens, cast(Any, Alone()), journal, iterations=50)
 
 
 def looks(folder: Path) -> list[tuple[int, str]]:

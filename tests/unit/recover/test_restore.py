@@ -16,6 +16,7 @@ from megatron_moetion.replicate.placement import place
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Branch
+from megatron_moetion.store.retention import Newest
 from megatron_moetion.units import UnitKind
 
 PLACEMENT = place(["a", "b"], 1)
@@ -68,7 +69,14 @@ class TwoNodes:
 
     def mover(self, rank: int, plan: RecoveryPlan) -> Mover:
         arenas = {owner: a for (node, owner), a in self.arenas.items() if node == rank}
-        return Mover(rank=rank, arenas=arenas, channel=self.network.channel(rank), pool=POOL, plan=plan)
+        return Mover(
+            rank=rank,
+            arenas=arenas,
+            channel=self.network.channel(rank),
+            pool=POOL,
+            plan=plan,
+            retentions=dict.fromkeys(arenas, Newest()),
+        )
 
     def carry_out(self, plan: RecoveryPlan) -> list[int]:
         movers = [self.mover(r, plan) for r in range(2)]

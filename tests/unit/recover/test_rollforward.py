@@ -32,6 +32,7 @@ from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import base_of
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record
+from megatron_moetion.store.retention import retention_of
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -502,7 +503,14 @@ def test_zeros_are_fetched_by_their_record_alone(tmp_path: Path) -> None:
         copies=(),
     )
     movers = [
-        Mover(rank=r, arenas={0: arena}, channel=pair.network.channel(r), pool=POOL, plan=plan)
+        Mover(
+            rank=r,
+            arenas={0: arena},
+            channel=pair.network.channel(r),
+            pool=POOL,
+            plan=plan,
+            retentions={0: retention_of(arena.spec)},
+        )
         for r, arena in enumerate((run.arena, pair.held[1]))
     ]
     assert together(*(lambda m=m: m.move(plan.fetches) for m in movers)) == [0, 0]  # type: ignore[misc]

@@ -32,6 +32,7 @@ from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import ChainLayout, chain_layout, log_units
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record, successor
+from megatron_moetion.store.retention import Chains
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 RANKS = 4
@@ -227,7 +228,7 @@ class Cluster:
         yield
         for (owner, node), arena in self.arenas.items():
             if learned and node == rank:
-                kept = side.rotation.retain(arena.page.records, side.stable, layout_of(owner, self.period))
+                kept = Chains(layout_of(owner, self.period)).keep(arena.page.records, side.rotation.settled)
                 arena.edit(lambda page, kept=kept: {"records": kept, "stable": side.stable})  # type: ignore[misc]
                 yield
         side.open.add(iteration)
@@ -368,8 +369,8 @@ class Cluster:
 
     def mover(self, node: int, plan: RecoveryPlan) -> Mover:
         mine = {owner: cast(Arena, a) for (owner, where), a in self.arenas.items() if where == node}
-        layouts = {owner: layout_of(owner, self.period) for owner in range(RANKS)}
-        return Mover(rank=node, arenas=mine, channel=cast(Channel, None), pool=POOL, plan=plan, layouts=layouts)
+        chains = {owner: Chains(layout_of(owner, self.period)) for owner in range(RANKS)}
+        return Mover(rank=node, arenas=mine, channel=cast(Channel, None), pool=POOL, plan=plan, retentions=chains)
 
     def lose(self, lost: frozenset[int], plan: RecoveryPlan) -> None:
         """These nodes are replaced; their arenas are made anew."""

@@ -2,7 +2,7 @@
 """Safety of the whole bookkeeping: whatever is dropped and however late, the stable iteration can be recovered.
 
 A model of the steady state on paper: ranks commit, drop and replicate, agree one iteration late, and free what
-``retain`` gives up; the real placement, agreement, retention, planning and making of room are what is tested. The
+retention gives up; the real placement, agreement, retention, planning and making of room are what is tested. The
 planner is the oracle: after every event and with any one node gone it must find the stable iteration or a newer one.
 """
 
@@ -25,7 +25,8 @@ from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Channel
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Page, Record, retain, successor
+from megatron_moetion.store.manifest import Page, Record, successor
+from megatron_moetion.store.retention import Newest, Settled
 from megatron_moetion.units import UnitKind
 
 RANKS = 4
@@ -120,8 +121,8 @@ class Cluster:
         stable = self.stable = max(self.stable, newest_common(mask, self.recent) or 0)
 
         def free(arena: Paper) -> None:
-            alive = [r for r in arena.page.records if settled.get(r.iteration, True)]
-            arena.edit(lambda page: {"records": retain(alive, stable, settled), "stable": stable})
+            kept = Newest().keep(arena.page.records, Settled(stable=stable, whole=settled))
+            arena.edit(lambda page: {"records": kept, "stable": stable})
 
         return [lambda arena=arena: free(arena) for arena in self.arenas.values()]  # type: ignore[misc]
 
@@ -227,4 +228,11 @@ def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(seed:
 
 def _mover(cluster: Cluster, node: int, plan: RecoveryPlan) -> Mover:
     mine = {owner: cast(Arena, a) for (owner, where), a in cluster.arenas.items() if where == node}
-    return Mover(rank=node, arenas=mine, channel=cast(Channel, None), pool=POOL, plan=plan)
+    return Mover(
+        rank=node,
+        arenas=mine,
+        channel=cast(Channel, None),
+        pool=POOL,
+        plan=plan,
+        retentions=dict.fromkeys(range(RANKS), Newest()),
+    )

@@ -12,6 +12,7 @@ from megatron_moetion.select.rotation import Rotation, Turn
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.chains import ChainLayout
 from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.retention import Chains
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 NONE: frozenset[int] = frozenset()
@@ -302,12 +303,13 @@ def test_what_arenas_retain_follows_what_was_agreed_on() -> None:
     for iteration, turn in rank.turns.items():
         records += [record(u, iteration) for u in (*turn.captures, *turn.logs, host)]
 
-    def kept(stable: int) -> dict[int, list[int]]:
-        found = rank.rotation.retain(records, stable, layout)
+    def kept() -> dict[int, list[int]]:
+        found = Chains(layout).keep(records, rank.rotation.settled)
         return {u: [r.iteration for r in found if r.unit == u] for u in (a, rank.log.log_of[a], b, host)}
 
-    assert kept(4) == {a: [3, 5, 7], rank.log.log_of[a]: [4, 5, 6, 7], b: [4, 6], host: [4, 5, 6, 7]}
+    rank.rotation.settle(4, {}, {})
+    assert kept() == {a: [3, 5, 7], rank.log.log_of[a]: [4, 5, 6, 7], b: [4, 6], host: [4, 5, 6, 7]}
     rank.rotation.settle(4, {5: False, 6: False}, {5: False, 6: True})
-    assert kept(4) == {a: [3, 7], rank.log.log_of[a]: [4], b: [4, 6], host: [4, 7]}, "6 is whole, and a chain is not"
+    assert kept() == {a: [3, 7], rank.log.log_of[a]: [4], b: [4, 6], host: [4, 7]}, "6 is whole, and a chain is not"
     rank.rotation.settle(7, {7: True}, {7: True})
-    assert kept(7) == {a: [7], rank.log.log_of[a]: [], b: [6], host: [7]}
+    assert kept() == {a: [7], rank.log.log_of[a]: [], b: [6], host: [7]}

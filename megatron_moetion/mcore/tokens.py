@@ -1,0 +1,82 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``TokenSource`` for Megatron-Core: token counts of experts, and their capacities after a recovery."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+
+import torch
+from megatron.core import parallel_state
+
+from megatron_moetion.framework import TokenCounter
+from megatron_moetion.mcore.layout import MoeBlock, dense_unit
+from megatron_moetion.mcore.router import RouterWatch, TokenCounters
+from megatron_moetion.recover.capacity import CapacityRules
+
+
+class MegatronTokens:
+    """The tokens of one rank's MoE layers; ``close`` removes the hooks.
+
+    ``capacity`` says how capacities are raised after a recovery, None: not at all. Raises ``UnsupportedState`` for
+    layers whose tokens cannot be counted.
+    """
+
+    def __init__(self, blocks: Sequence[MoeBlock], capacity: CapacityRules | None = None) -> None:
+        self._blocks = tuple(blocks)
+        with ExitStack() as undo:
+            self.counters = TokenCounters(self._blocks)
+            undo.callback(self.counters.close)
+            self.routers = RouterWatch(self._blocks, capacity)
+            undo.callback(self.routers.close)
+            self._undo = undo.pop_all()
+
+    def buffers(self) -> Iterator[tuple[MoeBlock, str, torch.Tensor]]:
+        """What is captured with a layer's dense unit: the layer, the name of the tensor, and the live tensor."""
+        for block, total in zip(self._blocks, self.counters.totals, strict=True):
+            yield block, _counter_name(block), total
+        for block, state in self.routers.regions():
+            yield block, f"{block.prefix}.moetion.router", state
+
+    def after_step(self) -> None:
+        """Once an iteration, after the optimizer step."""
+        with torch.no_grad():
+            self.routers.step()
+
+    def close(self) -> None:
+        """Remove the hooks on the model; its routers are back at base capacity."""
+        self._undo.close()
+
+    # -- TokenSource ----------------------------------------------------------------------------------
+
+    def token_counters(self) -> tuple[TokenCounter, ...]:
+        """One for each expert of each layer, in order."""
+        return tuple(
+            TokenCounter(
+                expert=block.expert_unit(expert), unit=dense_unit(block), tensor=_counter_name(block), position=i
+            )
+            for block in self._blocks
+            for i, expert in enumerate(block.experts)
+        )
+
+    def counts_tokens(self) -> bool:
+        """Whether this rank is the first of its expert tensor parallel group."""
+        return int(parallel_state.get_expert_tensor_parallel_rank()) == 0
+
+    def routed_tokens(self) -> dict[str, int]:
+        """Of layers whose router is a ``CapacityRouter``."""
+        return self.routers.routed()
+
+    def layer_tokens(self) -> dict[str, dict[str, float]]:
+        """Of layers whose router is a ``CapacityRouter``."""
+        return self.routers.shares()
+
+    def recalibrate(self, lost: Mapping[str, int]) -> str | None:
+        """Collective, after the routers' state is restored."""
+        with torch.no_grad():
+            self.routers.recover(lost)
+        return self.routers.why_fixed
+
+
+def _counter_name(block: MoeBlock) -> str:
+    return f"{block.prefix}.moetion.tokens_processed"

@@ -1,0 +1,74 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``full``: every snapshot holds all state, and a recovery is bitwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+from megatron_moetion.modes.mode import Remark, Site, SnapshotMode, Staged, Vote
+from megatron_moetion.recover.plan import choose_same_iteration
+from megatron_moetion.replicate.agreement import Agreed
+from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.schedule.scheduler import Carried
+from megatron_moetion.schedule.sizes import Sizes
+from megatron_moetion.store.retention import Newest, Retention, Settled
+from megatron_moetion.store.spec import ArenaSpec
+from megatron_moetion.units import UnitKind
+
+_COPIES = 3
+"""Captures of a unit that there is room for: stable, awaiting agreement, in flight."""
+
+
+class FullBlueprint:
+    """All units in every snapshot; the windows may make snapshots rarer."""
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        """Nothing has to be settled."""
+        return {}
+
+    def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> FullMode:
+        """See ``Blueprint``."""
+        return FullMode(site)
+
+
+class FullMode(SnapshotMode):
+    """See the module."""
+
+    name = "full"
+    choose = staticmethod(choose_same_iteration)
+
+    def __init__(self, site: Site) -> None:
+        self.inventory = site.inventory
+        copies = {u.name: 1 if u.kind is UnitKind.FROZEN else _COPIES for u in self.inventory.units}
+        self.spec = ArenaSpec.of(replace(site.identity, layout=self.inventory.fingerprint), self.inventory, copies)
+        frozen = self.inventory.of_kind(UnitKind.FROZEN)
+        self._units = tuple(u for u in range(len(self.inventory.units)) if u not in frozen)
+        self._nbytes = sum(self.inventory.units[u].nbytes for u in self._units)
+        self._sizes = Sizes(0, 0)
+
+    def retention(self, spec: ArenaSpec) -> Retention:
+        """The newest whole capture of each unit, and all later ones."""
+        return Newest()
+
+    def settle(self, agreed: Agreed) -> Settled:
+        """See ``SnapshotMode``; the size of snapshots moves to what all ranks afford."""
+        self._sizes.agree(agreed.votes)
+        return super().settle(agreed)
+
+    def vote(self, carried: Carried) -> Vote:
+        """See ``SnapshotMode``. Snapshots cannot be smaller, only rarer."""
+        mask, smaller = self._sizes.vote(carried.nbytes, self._nbytes, 0)
+        text = f"snapshots are made to fit ({smaller} here): {carried.why}"
+        return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller else None)
+
+    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+        """All units that ever change."""
+        if self._sizes.skips_next():
+            return Skip(reason="budget"), None
+        return Contents(units=self._units), None
+
+    def baseline(self, iteration: int, staged: Staged) -> Contents:
+        """All units."""
+        return Contents(units=tuple(range(len(self.inventory.units))))

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What differs between modes: what a snapshot holds, what of it must stay, and how state comes back.
+
+A ``Blueprint`` is a mode before ranks have settled sizes; it builds the ``SnapshotMode`` of a run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.recover.plan import Choose, RecoveryPlan
+from megatron_moetion.replicate.agreement import Agreed
+from megatron_moetion.replicate.pipeline import Contents, Packed, Skip
+from megatron_moetion.schedule.scheduler import Carried
+from megatron_moetion.select.book import ExpertState
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.retention import Retention, Settled
+from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
+from megatron_moetion.units import Inventory
+
+
+@dataclass(frozen=True, kw_only=True)
+class Remark:
+    """Something that a person is told once for each ``kind``."""
+
+    kind: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Vote:
+    """The size of snapshots that this rank's links afford."""
+
+    mask: int
+    """63 bits. Ranks AND theirs, so a size is taken if all of them vote for it."""
+    remark: Remark | None = None
+    """Why snapshots are smaller than they could be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Losses:
+    """What a recovery costs this rank, in tokens."""
+
+    by_expert: Mapping[str, int] = field(default_factory=dict)
+    """Experts that lost tokens, by unit name."""
+    layers: Mapping[str, tuple[int, int]] = field(default_factory=dict)
+    """By layer: tokens lost to all faults so far, and tokens routed."""
+
+
+class Staged(Protocol):
+    """The copies that the last ``Packer.freeze`` made."""
+
+    def staged(self, unit: int, region: int) -> npt.NDArray[np.uint8]:
+        """Bytes of an ``at_once`` region, uint8[nbytes]; good until the next freeze."""
+        ...
+
+    def zero_logs(self, units: Sequence[int]) -> frozenset[int]:
+        """Those of these ``LOG`` units whose gradients are zero in every byte."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Site:
+    """Where a rank stands before sizes are settled."""
+
+    config: MoetionConfig
+    identity: ArenaIdentity
+    """Complete except for ``layout`` and ``period``, which follow from the sizes."""
+    inventory: Inventory
+    """The adapter's."""
+    node: NodeFolder
+    local_ranks: int
+    """Ranks of this machine."""
+
+
+class Blueprint(Protocol):
+    """A mode before ranks have settled the sizes of snapshots and arenas."""
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        """What this rank affords, as far as it matters for the settings; JSON-able. Talks to no other rank.
+
+        ``ConfigError`` where the settings cannot be kept.
+        """
+        ...
+
+    def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> SnapshotMode:
+        """The mode, from what all ranks said, by rank. Ranks may have different settings: they are refused later.
+
+        ``ConfigError`` where the settings cannot be kept on some rank.
+        """
+        ...
+
+
+class SnapshotMode(Protocol):
+    """One rank's snapshots, from the first to the last. Used by the training thread alone.
+
+    The order of a step is ``Session.on_step_end``'s. No method talks to another rank except ``exchange`` and
+    ``resume``, which are collective. The defaults are those of a mode that captures all state anew each time.
+    """
+
+    name: str
+    inventory: Inventory
+    """What captures are made of."""
+    spec: ArenaSpec
+    """Of this rank's arena."""
+    note: str | None = None
+    """Why sizes are not the usual ones, for a person."""
+    waits_for_replication: bool = False
+    """Whether training waits for the last snapshot to be replicated, for at most ``max_stall_ms``."""
+    choose: Choose
+    """Which captures a recovery loads."""
+
+    def retention(self, spec: ArenaSpec) -> Retention:
+        """Which captures of an arena with this specification must stay."""
+        ...
+
+    # -- a step ---------------------------------------------------------------------------------------
+
+    def packed(self, packed: Packed) -> None:
+        """The last snapshot is packed or dropped on this rank."""
+
+    def settle(self, agreed: Agreed) -> Settled:
+        """Learn what all ranks agreed on; returns what arenas may release now."""
+        return Settled(stable=agreed.stable, whole=agreed.recoverable)
+
+    def exchange(self, iteration: int) -> None:
+        """Whatever else ranks tell each other now and then. Collective; ``ChannelError`` on a lost peer."""
+
+    def note_step(self, iteration: int, before: int) -> str | None:
+        """An optimizer step is over, the first after the snapshot of ``before``; why it cannot be captured, if so."""
+        return None
+
+    def counts(self, staged: Staged) -> list[int]:
+        """Tokens that each expert has processed on this rank, to be summed over the ranks that share the experts."""
+        return []
+
+    def recoverable(self, rounds: Mapping[int, bool]) -> Iterable[int]:
+        """The iterations that this rank can recover; ``rounds``: whether recent snapshots are whole here."""
+        return [i for i, is_whole in rounds.items() if is_whole]
+
+    def vote(self, carried: Carried) -> Vote:
+        """The largest snapshot that this rank's links afford."""
+        ...
+
+    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+        """What the snapshot of this iteration holds; ``Skip`` where there must be none."""
+        ...
+
+    def host_state(self) -> dict[str, Any]:
+        """What of the mode has to survive a fault; travels with the adapter's host state."""
+        return {}
+
+    # -- start and recovery ---------------------------------------------------------------------------
+
+    def baseline(self, iteration: int, staged: Staged) -> Contents:
+        """The first snapshot of a run, which holds all state."""
+        ...
+
+    def write_back(
+        self, packer: Packer, arena: Arena, records: Sequence[Record], adapter_state: Mapping[str, Any], to: int
+    ) -> int:
+        """Bring live state to iteration ``to`` from verified captures; returns the optimizer steps replayed.
+
+        ``adapter_state`` is the adapter's part of the host state of that iteration.
+        """
+        for record in records:
+            packer.scatter(record.unit, arena.payload(record.slot))
+        return 0
+
+    def recovered(
+        self,
+        plan: RecoveryPlan,
+        specs: Sequence[ArenaSpec],
+        state: Mapping[str, Any],
+        staged: Staged,
+        add_up: Callable[[Sequence[int]], list[int]],
+    ) -> Losses:
+        """Live state is at ``plan.iteration`` on all ranks; returns this rank's losses.
+
+        ``specs`` are all ranks' arenas, ``state`` is what ``host_state`` returned at that iteration, and ``add_up``
+        adds counts over the ranks that share experts: every rank calls it equally often.
+        """
+        return Losses()
+
+    def resume(self, iteration: int, lost: Mapping[str, int]) -> None:
+        """All ranks have recovered and lost these tokens together, by expert. Collective."""
+
+    # -- observers ------------------------------------------------------------------------------------
+
+    def scalars(self) -> dict[str, float]:
+        """Numbers for a dashboard."""
+        return {}
+
+    def experts(self) -> tuple[ExpertState, ...]:
+        """What each expert of this rank's layers has at risk and has lost, where experts are chosen."""
+        return ()
+
+    def layers(self, staged: Staged) -> dict[str, tuple[int, int]]:
+        """By layer: tokens lost to all faults so far, and tokens routed, on this rank; where tokens are counted."""
+        return {}
+
+    def describe(self) -> str:
+        """What a snapshot holds, for the line at the start; begins with a comma, or is empty."""
+        return ""

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``popularity``: every snapshot holds the dense units and the experts whose loss would hurt most."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.framework import TokenSource
+from megatron_moetion.modes.mode import Losses, Remark, Site, SnapshotMode, Staged, Vote
+from megatron_moetion.modes.recalibration import Recalibration
+from megatron_moetion.recover.plan import RecoveryPlan, choose_newest_experts
+from megatron_moetion.replicate.agreement import WINDOW, Agreed
+from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.schedule.scheduler import Carried
+from megatron_moetion.schedule.sizes import Sizes
+from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until
+from megatron_moetion.select.budget import Limits, affordable_experts, copies, experts_per_snapshot
+from megatron_moetion.snapshot.host_state import size_bound
+from megatron_moetion.store.retention import Newest, Retention, Settled
+from megatron_moetion.store.spec import ArenaSpec
+from megatron_moetion.units import Inventory, UnitKind
+
+_CAPTURES_REMEMBERED = WINDOW + 1
+"""Captures of one expert that the host state tells of: those that are not agreed on yet, and the one before."""
+
+
+class PopularityBlueprint:
+    """Dense units and selected experts. ``recalibration``: None where capacity stays as it is after a recovery."""
+
+    def __init__(self, tokens: TokenSource, recalibration: Recalibration | None) -> None:
+        self._tokens = tokens
+        self._recalibration = recalibration
+
+    def facts(self, site: Site) -> dict[str, Any]:
+        """The experts of this rank that fit ``snapshot_bytes``, where that is set."""
+        counters = self._tokens.token_counters()
+        if not site.config.snapshot_bytes or not counters:
+            return {}
+        inventory = _with_book(site.inventory, len(counters))
+        fits = affordable_experts(inventory.units, len(counters), site.config.snapshot_bytes)
+        return {} if fits == math.inf else {"experts": fits}
+
+    def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> PopularityMode:
+        """See ``Blueprint``."""
+        num_experts = len(self._tokens.token_counters())
+        experts = min((f["experts"] for f in facts if "experts" in f), default=math.inf)
+        limits = experts_per_snapshot(site.config, num_experts, experts)
+        inventory = _with_book(site.inventory, num_experts)
+        spec = ArenaSpec.of(
+            replace(site.identity, layout=inventory.fingerprint),
+            inventory,
+            copies(inventory.units, limits.most),
+            limits.most,
+        )
+        return PopularityMode(site.config, inventory, spec, limits, self._tokens, self._recalibration)
+
+
+def _with_book(inventory: Inventory, num_experts: int) -> Inventory:
+    """The inventory, its host unit with room for ``ExpertBook.state`` too."""
+    each = bytes(8 * num_experts)
+    book = {"lost": each, "recent": each, "history": 3 * _CAPTURES_REMEMBERED * each}
+    return inventory.with_host_bytes(size_bound({"session": book}))
+
+
+class PopularityMode(SnapshotMode):
+    """See the module."""
+
+    name = "popularity"
+    choose = staticmethod(choose_newest_experts)
+
+    def __init__(
+        self,
+        config: MoetionConfig,
+        inventory: Inventory,
+        spec: ArenaSpec,
+        limits: Limits,
+        tokens: TokenSource,
+        recalibration: Recalibration | None,
+    ) -> None:
+        counters = tokens.token_counters()
+        self.inventory = inventory
+        self.spec = spec
+        self._config = config
+        self._limits = limits
+        self._tokens = tokens
+        self._recalibration = recalibration
+        self._positions = [_position(inventory, c.unit, c.tensor, c.position) for c in counters]
+        self._units = [inventory.index.get(c.expert) for c in counters]
+        """The unit of each expert; None where its optimizer state is another rank's."""
+        self._always = (*inventory.of_kind(UnitKind.DENSE), *inventory.of_kind(UnitKind.HOST))
+        self._always_bytes = sum(inventory.units[u].nbytes for u in self._always)
+        sizes = [inventory.units[u].nbytes for u in self._units if u is not None]
+        self._expert_bytes = sum(sizes) / max(len(self._units), 1)
+        self._sizes = Sizes(limits.fewest, limits.usual)
+        self._counts = [0] * len(counters)
+        """Tokens by expert as of the last freeze."""
+        self._book = ExpertBook(
+            names=[c.expert for c in counters],
+            layers=[c.unit for c in counters],
+            rules=Rules(
+                policy=config.selection,
+                reserved=limits.fewest,
+                most=limits.most,
+                staleness_cap=config.staleness_cap,
+                interval=config.interval,
+                lost_token_budget=config.lost_token_budget,
+            ),
+        )
+
+    def retention(self, spec: ArenaSpec) -> Retention:
+        """The newest whole capture of each unit, and all later ones."""
+        return Newest()
+
+    def settle(self, agreed: Agreed) -> Settled:
+        """See ``SnapshotMode``; the book learns what other ranks have counted and what has become whole."""
+        self._book.ledger.update(agreed.totals)
+        self._sizes.agree(agreed.votes)
+        for iteration, is_whole in sorted(agreed.recoverable.items()):
+            self._book.ledger.settle(iteration, is_whole)
+        return super().settle(agreed)
+
+    def exchange(self, iteration: int) -> None:
+        """See ``Recalibration.on_step_end``."""
+        if self._recalibration is not None:
+            self._recalibration.on_step_end(iteration)
+
+    def counts(self, staged: Staged) -> list[int]:
+        """See ``SnapshotMode``; they are kept for ``contents``."""
+        self._counts = self._counted(staged)
+        return self._counts
+
+    def vote(self, carried: Carried) -> Vote:
+        """See ``SnapshotMode``: first fewer experts, then rarer snapshots."""
+        mask, smaller = self._sizes.vote(carried.nbytes, self._always_bytes, self._expert_bytes)
+        text = f"snapshots are made to fit ({smaller} here): {carried.why}"
+        return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller else None)
+
+    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+        """The dense units and the chosen experts: the same ones on all ranks that share them, each its shards."""
+        if self._sizes.skips_next():
+            return Skip(reason="budget"), None
+        chosen = self._book.choose(iteration, self._counts, self._sizes.now.experts)
+        excess = self._book.past_budget
+        units = (unit for e in chosen if (unit := self._units[e]) is not None)
+        contents = Contents(units=(*self._always, *units), tokens=self._by_unit(self._counts))
+        return contents, Remark(kind=excess.kind, text=excess.text) if excess is not None else None
+
+    def host_state(self) -> dict[str, Any]:
+        """See ``ExpertBook.state``."""
+        return self._book.state()
+
+    def baseline(self, iteration: int, staged: Staged) -> Contents:
+        """All units."""
+        counts = self._counted(staged)
+        self._book.choose_all(iteration, counts)
+        return Contents(units=tuple(range(len(self.inventory.units))), tokens=self._by_unit(counts))
+
+    def recovered(
+        self,
+        plan: RecoveryPlan,
+        specs: Sequence[ArenaSpec],
+        state: Mapping[str, Any],
+        staged: Staged,
+        add_up: Callable[[Sequence[int]], list[int]],
+    ) -> Losses:
+        """See ``SnapshotMode``. Lost are the tokens that an expert was trained on after the capture it comes from.
+
+        Every rank counts its own tokens, also of experts whose state other ranks hold.
+        """
+        now = self._counted(staged)
+        captured_at = {
+            spec.units[choice.unit][0]: choice.iteration
+            for spec, choices in zip(specs, plan.choices, strict=True)
+            for choice in choices
+        }
+        losses = self._book.losses(state, captured_at, plan.iteration, now)
+        totals, lost, before = (add_up(counts) for counts in (now, losses.lost, lost_until(state)))
+        self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before)
+        counted = zip(self._book.names, losses.lost, strict=True) if self._tokens.counts_tokens() else ()
+        return Losses(by_expert={name: n for name, n in counted if n}, layers=self.layers(staged))
+
+    def resume(self, iteration: int, lost: Mapping[str, int]) -> None:
+        """See ``Recalibration.begin``."""
+        if self._recalibration is not None:
+            self._recalibration.begin(iteration, lost)
+
+    def scalars(self) -> dict[str, float]:
+        """See ``SnapshotMode``."""
+        unsaved = self._book.ledger.unsaved
+        return {
+            "moetion/unsaved-tokens-max": float(max(unsaved, default=0)),
+            "moetion/unsaved-tokens": float(sum(unsaved)),
+            "moetion/projected-plt": self._book.projected_share,
+            "moetion/experts-per-snapshot": float(self._book.num_chosen),
+        }
+
+    def experts(self) -> tuple[ExpertState, ...]:
+        """See ``ExpertBook.experts``."""
+        return self._book.experts()
+
+    def layers(self, staged: Staged) -> dict[str, tuple[int, int]]:
+        """See ``ExpertBook.layers``."""
+        counted = self._tokens.counts_tokens()
+        return self._book.layers(self._counted(staged), self._tokens.routed_tokens(), counted=counted)
+
+    def describe(self) -> str:
+        """See ``SnapshotMode``."""
+        most = self._limits.most
+        more = f" (as many as {most} to keep the budget of lost tokens)" if most > self._limits.usual else ""
+        return f", {self._sizes.experts_text} of {len(self._units)} experts each{more}, {self._config.selection}"
+
+    def _counted(self, staged: Staged) -> list[int]:
+        """Tokens processed by each expert of this rank's layers as of the last freeze."""
+        regions = {(unit, region) for unit, region, _ in self._positions}
+        tables = {key: staged.staged(*key).view(np.int64).tolist() for key in regions}
+        return [tables[unit, region][position] for unit, region, position in self._positions]
+
+    def _by_unit(self, counts: Sequence[int]) -> dict[int, int]:
+        return {u: tokens for u, tokens in zip(self._units, counts, strict=True) if u is not None}
+
+
+def _position(inventory: Inventory, unit: str, tensor: str, position: int) -> tuple[int, int, int]:
+    """Unit, region and element of a token count."""
+    number = inventory.index[unit]
+    region = next(i for i, r in enumerate(inventory.units[number].regions) if r.tensor == tensor)
+    return number, region, position
