@@ -760,7 +760,8 @@ class Session:
     def _vote(self) -> int:
         """For the largest snapshot that this rank's links afford; says so once where that is not the largest of all."""
         always = sum(self._inventory.units[u].nbytes for u in self._sizing.always)
-        carried, why = self._scheduler.carries(self._config.replicas)
+        carries = self._scheduler.carries(self._config.replicas)
+        carried, why = carries.nbytes, carries.why
         if self._log is not None:
             nbytes = always + self._log.log_bytes + max(self._log.group_bytes)
             if nbytes > carried and len(self._recent) > TIMELINES:  # the first ones show little

@@ -7,6 +7,7 @@ import atexit
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +19,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
@@ -27,7 +29,7 @@ from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
-from megatron_moetion.schedule.recorder import EventClock, HostClock
+from megatron_moetion.schedule.recorder import EventStopwatch, HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
 from megatron_moetion.session import Resumed, Session
@@ -165,9 +167,12 @@ def attach(
             for trace in traces:
                 trace.add(lane, begin_s, end_s, value)
 
+        clock = SystemClock()
         scheduler = Scheduler(
             config.schedule,
-            EventClock() if next(model[0].parameters()).is_cuda else HostClock(),
+            EventStopwatch(torch.cuda.Event) if next(model[0].parameters()).is_cuda else HostStopwatch(clock),
+            clock=clock,
+            condition=threading.Condition(),
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
             draw=draw if config.trace_dir else no_drawing,
         )

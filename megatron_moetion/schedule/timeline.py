@@ -5,8 +5,12 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import cached_property
 
-from megatron_moetion.observe.lanes import TRAFFIC as TRAFFIC
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion.observe.lanes import TRAFFIC
 from megatron_moetion.observe.lanes import Lane as Lane
 
 
@@ -44,6 +48,15 @@ class Span:
         return self.end_s if self.lane is Lane.PIPELINE else self.begin_s
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sends:
+    """What training sent over the network in one iteration, by when the calls began."""
+
+    begin_s: npt.NDArray[np.float64]
+    on_wire_s: npt.NDArray[np.float64]
+    nbytes: npt.NDArray[np.int64]
+
+
 @dataclass(frozen=True, kw_only=True)
 class Timeline:
     """One iteration of one rank, from the end of one optimizer step to the end of the next."""
@@ -53,3 +66,14 @@ class Timeline:
     """On the host's monotonic clock, for lining up ranks of one machine."""
     duration_s: float
     spans: tuple[Span, ...] = ()
+
+    @cached_property
+    def sends(self) -> Sends:
+        """The spans of training's traffic that sent bytes. Kept: each iteration is looked at several times."""
+        found = [s for s in self.spans if s.sent_bytes and s.lane in TRAFFIC]
+        found.sort(key=lambda s: s.begin_s)
+        return Sends(
+            begin_s=np.array([s.begin_s for s in found], dtype=np.float64),
+            on_wire_s=np.array([s.on_wire_s for s in found], dtype=np.float64),
+            nbytes=np.array([s.sent_bytes for s in found], dtype=np.int64),
+        )

@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 from support import Network, ToyFabric, ToyState
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.observe import trace as trace_module
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.observe.trace import Trace
-from megatron_moetion.schedule.recorder import HostClock
+from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
 
@@ -41,7 +43,7 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
     monkeypatch.setattr(trace_module, "BUFFERED", 5)
     path = full(tmp_path / "told")
     trace = Trace(path, 0) if what == "trace" else None
-    state = ToyState()
+    state, clock = ToyState(), SystemClock()
     session = Session(
         config=MoetionConfig(
             mode="full", run_id="r", store=str(tmp_path / "store"), replicas=0, pack_threads=1,
@@ -50,7 +52,14 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
         adapter=state,
         fabric=ToyFabric(Network(1), 0),
         topology="toy",
-        scheduler=Scheduler("bubble", HostClock(), eager_slice_bytes=1 << 20, draw=trace.add if trace else no_drawing),
+        scheduler=Scheduler(
+            "bubble",
+            HostStopwatch(clock),
+            clock=clock,
+            condition=threading.Condition(),
+            eager_slice_bytes=1 << 20,
+            draw=trace.add if trace else no_drawing,
+        ),
         environment={},
     )  # fmt: skip
     session.start()
