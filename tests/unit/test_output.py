@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import io
 import logging
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,15 +15,15 @@ from support import Network, ToyFabric, ToyState
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.observe import trace as trace_module
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.observe.trace import Trace
-from megatron_moetion.schedule.recorder import HostClock
-from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
-from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.starter import Starter
+from megatron_moetion.schedule.recorder import HostStopwatch
+from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
 
 
@@ -46,7 +47,7 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
     monkeypatch.setattr(trace_module, "BUFFERED", 5)
     path = full(tmp_path / "told")
     trace = Trace(path, 0) if what == "trace" else None
-    state = ToyState()
+    state, clock = ToyState(), SystemClock()
     if trace is not None:
         trace.open()
     prepared = prepare(
@@ -58,7 +59,10 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
         blueprint=FullBlueprint(),
         fabric=ToyFabric(Network(1), 0),
         topology="toy",
-        scheduler=Scheduler("bubble", HostClock(), eager_slice_bytes=1 << 20, draw=trace.add if trace else no_drawing),
+        scheduler=Scheduler(
+            "bubble", HostStopwatch(clock), clock=clock, condition=threading.Condition(), eager_slice_bytes=1 << 20,
+            draw=trace.add if trace else no_drawing,
+        ),
         host=Host(environment={}),
     )  # fmt: skip
     session = Session(Starter(prepared).start()[0])

@@ -61,7 +61,7 @@ def test_an_open_trace_shows_what_was_flushed_and_stops_at_its_limit(
 def test_what_travelled_beside_traffic(tmp_path: Path) -> None:
     write(tmp_path, 0)
     chosen = report.between_iterations(report.read_traces(tmp_path), 2, 3)
-    (found,) = report.beside_traffic(chosen)
+    (found,) = report.overlap_with_traffic(chosen)
     assert (found.rank, found.replicated_bytes) == (0, 10_000)
     assert found.replicating_s == pytest.approx(0.4)
     assert found.beside_traffic_s == pytest.approx(0.2)

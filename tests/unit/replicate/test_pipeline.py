@@ -190,7 +190,7 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
     monkeypatch.setattr(pool, "finish", finish_late)
     rig.pipeline.submit(1, Contents(units=rig.everything))
     rig.pipeline.finish_packing(10)
-    tickets = [c.split()[1] for c in calls if c.startswith("pack_kept")]
+    tickets = [c.split()[1] for c in calls if c.startswith("pack_uploaded")]
     assert calls[-1] == f"order_after (0, {tickets[-1]})", "the optimizer's stream waits for the last batch"
     assert not any(c.startswith("finish") for c in calls), "which is still under way"
     assert rig.iterations() == set()
