@@ -99,8 +99,8 @@ def test_the_newest_iteration_that_all_ranks_have() -> None:
 def test_in_mode_full_experts_are_at_t_too() -> None:
     reports = [report(0, 0, [8, 9], [8, 9]), report(1, 1, [8, 9], [8])]
     assert planned(reports, choose_same_iteration).iteration == 8
-    assert planned(reports, "popularity").iteration == 9
-    assert iterations(planned(reports, "popularity")) == [[9, 8, 0, 9]] * 2
+    assert planned(reports, choose_newest_experts).iteration == 9
+    assert iterations(planned(reports, choose_newest_experts)) == [[9, 8, 0, 9]] * 2
 
 
 def test_an_expert_is_never_assembled_from_two_iterations() -> None:

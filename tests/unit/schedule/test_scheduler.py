@@ -12,6 +12,10 @@ from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.modes.full import FullBlueprint
+from megatron_moetion.run.host import Host
+from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.starter import Starter
 from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import (
@@ -196,9 +200,10 @@ class FastLink(Scheduler):
 def test_a_fast_device_has_no_snapshot_dropped_for_the_budget(tmp_path: Path) -> None:
     state, clock = ToyState(num_experts=0, elements=100_000), ManualClock()
     nbytes = state.inventory().nbytes
-    session = Session(
+    prepared = prepare(
         config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
         adapter=state,
+        blueprint=FullBlueprint(),
         fabric=ToyFabric(Network(1), 0),
         topology="toy",
         scheduler=FastLink(
@@ -209,9 +214,9 @@ def test_a_fast_device_has_no_snapshot_dropped_for_the_budget(tmp_path: Path) ->
             eager_slice_bytes=1 << 20,
             draw=no_drawing,
         ),
-        environment={},
+        host=Host(environment={}),
     )
-    session.start()
+    session = Session(Starter(prepared).start()[0])
     for iteration in range(1, 31):
         clock.now_s += nbytes / 5e9
         session.before_optimizer_step()

@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The order of events at the end of a step is a contract: ``Session.on_step_end`` and ``docs/architecture.md`` name it.
+
+A real run of one rank, of which every part writes down what it is asked to do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import Network, ToyFabric, ToyState, blueprint, scheduler
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ChannelError, UnsupportedState
+from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.run.host import Host
+from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.running import Running
+from megatron_moetion.run.starter import Starter
+from megatron_moetion.session import Session
+
+STEP = [
+    "scheduler.cut",  # before anything of this step is measured, and after all of the last one was
+    "adapter.after_step",  # before state is captured: averages and counters move here for the last time
+    "protection.watch",  # also where no snapshot is due, or ever will be
+    "pipeline.finish",  # before anything uses what the packing thread uses
+    "upkeep.check",  # while no thread packs, and before an arena is used again
+    "mode.packed",  # before the mode says what this rank can recover
+    "agreement.finish",  # before the next agreement starts, and before anything depends on the stable iteration
+    "mode.settle",  # before the vote, the contents and the release that follow from it
+    "mode.exchange",  # between two agreements: ranks speak one language at a time
+    "mode.note_step",  # before the freeze: the step is part of the host state
+    "adapter.host_state",
+    "mode.host_state",
+    "packer.freeze",  # before counts and gradients are read, and before training goes on
+    "mode.counts",  # as of the freeze
+    "mode.recoverable",  # after ``packed``
+    "scheduler.carries",  # after ``cut``: over the windows that this step's packing will have
+    "mode.vote",
+    "agreement.start",  # as early as possible: it hides behind the next iteration
+    "summary.state_hash",
+    "mode.contents",  # after ``settle``, ``counts`` and ``freeze``
+    "adapter.moved",  # last, right before addresses are read
+    "pipeline.submit",  # after the freeze; releases what ``settle`` allowed first
+    "summary.drops",
+]
+
+
+class Written:
+    """Stands before an object and writes down the named calls of it."""
+
+    def __init__(self, name: str, behind: Any, log: list[str], replaced: dict[str, Callable[..., Any]]) -> None:
+        self._name, self._behind, self._log, self._replaced = name, behind, log, replaced
+
+    def __getattr__(self, name: str) -> Any:
+        found = getattr(self._behind, name)
+        if not callable(found):
+            return found
+
+        def call(*arguments: Any, **named: Any) -> Any:
+            event = f"{self._name}.{name}"
+            self._log.append(event)
+            return self._replaced.get(event, found)(*arguments, **named)
+
+        return call
+
+
+WATCHED = ("scheduler", "adapter", "protection", "pipeline", "upkeep", "mode", "agreement", "packer", "summary")
+SILENT = {"packer.staged", "packer.zero_logs", "pipeline.rounds"}
+"""Asked by parts, at any time."""
+
+
+@contextmanager
+def run(folder: Path, mode: str = "popularity", **settings: Any) -> Iterator[tuple[Running, ToyState]]:
+    """One rank that has begun."""
+    state = ToyState()
+    prepared = prepare(
+        config=MoetionConfig(mode=mode, run_id="r", store=str(folder), replicas=0, pack_threads=1, **settings),
+        adapter=state,
+        blueprint=blueprint(mode, state),
+        fabric=ToyFabric(Network(1), 0),
+        topology="toy",
+        scheduler=scheduler(),
+        host=Host(environment={}),
+    )
+    running, _ = Starter(prepared).start()
+    try:
+        yield running, state
+    finally:
+        prepared.undo.close()
+
+
+def events(
+    running: Running, iteration: int = 1, waits: bool = False, **replaced: Callable[..., Any]
+) -> list[tuple[str, ...]]:
+    """What one ``on_step_end`` does, in order; ``replaced`` calls by event, ``__`` for the dot."""
+    log: list[str] = []
+    instead = {name.replace("__", "."): call for name, call in replaced.items()}
+    parts = {name: Written(name, getattr(running, name), log, instead) for name in WATCHED}
+    if waits:
+        parts["mode"].waits_for_replication = True  # type: ignore[attr-defined]
+    Session(replace(running, **parts)).on_step_end(iteration)
+    return [e for e in log if e not in SILENT]  # type: ignore[misc]
+
+
+@pytest.mark.parametrize("mode", ["full", "popularity"])
+def test_a_step_has_one_order(tmp_path: Path, mode: str) -> None:
+    with run(tmp_path, mode) as (running, _):
+        assert events(running) == [e for e in STEP if e != "mode.settle"], "nothing was agreed on before"
+        for iteration in (2, 3, 4):
+            assert events(running, iteration) == STEP
+
+
+def test_a_mode_that_waits_does_so_when_the_last_snapshot_is_packed_and_before_anything_is_agreed_on(
+    tmp_path: Path,
+) -> None:
+    with run(tmp_path) as (running, _):
+        found = events(running, waits=True)
+        after = found.index("mode.packed")
+        assert found[after : after + 4] == [
+            "mode.packed", "scheduler.urgent", "pipeline.catch_up", "agreement.finish",
+        ]  # fmt: skip
+
+
+def test_where_no_snapshot_is_due_only_the_distance_is_watched(tmp_path: Path) -> None:
+    with run(tmp_path, interval=3) as (running, _):
+        assert events(running, 1) == STEP[:3]
+        assert events(running, 3) == [e for e in STEP if e != "mode.settle"]
+
+
+def test_where_ranks_no_longer_agree_only_the_distance_is_watched(tmp_path: Path) -> None:
+    def lost(*_: Any) -> None:
+        raise ChannelError("a peer has gone")
+
+    with run(tmp_path) as (running, _):
+        last = STEP.index("agreement.finish")
+        assert events(running, 1, agreement__finish=lost) == [*STEP[: last + 1], "agreement.fail"]
+        assert running.agreement.failed == "a peer has gone"
+        assert events(running, 2) == STEP[:3]
+
+
+def test_a_step_without_a_snapshot_still_agrees_and_takes_its_round(tmp_path: Path) -> None:
+    def no_state(*_: Any) -> None:
+        raise UnsupportedState("a set")
+
+    submitted: list[tuple[int, Contents | Skip]] = []
+    with run(tmp_path) as (running, _):
+
+        def submit(iteration: int, contents: Contents | Skip, release: Any = None) -> None:
+            submitted.append((iteration, contents))
+            running.pipeline.submit(iteration, contents, release)
+
+        events(running, 1, pipeline__submit=submit)
+        without_moved = [e for e in STEP if e != "adapter.moved"]
+        assert events(running, 2, pipeline__submit=submit, packer__freeze=no_state) == without_moved
+        assert events(running, 3, pipeline__submit=submit, mode__note_step=lambda *_: "two steps") == without_moved
+        assert events(running, 4, pipeline__submit=submit, adapter__moved=lambda: "a tensor") == STEP
+        skip = (Skip(reason="gap"), None)
+        assert events(running, 5, pipeline__submit=submit, mode__contents=lambda *_: skip) == without_moved
+    assert isinstance(submitted[0][1], Contents)
+    assert [(i, c.reason) for i, c in submitted[1:] if isinstance(c, Skip)] == [
+        (2, "freeze"), (3, "missed"), (4, "moved"), (5, "gap"),
+    ]  # fmt: skip
+
+
+def test_the_docstring_names_the_events_in_this_order() -> None:
+    text = Session.on_step_end.__doc__ or ""
+    steps = text[text.index("1. ``") :]
+    named = [e for e in STEP if f"``{e}``" in steps]
+    assert len(named) >= 15
+    places = [steps.index(f"``{e}``") for e in named]
+    assert places == sorted(places)
