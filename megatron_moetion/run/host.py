@@ -26,7 +26,7 @@ def _make_probe(config: MoetionConfig, attempt: int, rank: int) -> Probe:
 
 
 def _make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
-    return Packer(inventory, config.chunk_bytes, 1, rank=rank, num_sms=config.pack_sms)
+    return Packer(inventory, config.chunk_bytes, pool.num_threads, rank=rank, num_sms=config.pack_sms)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,8 @@ class Host:
     open_node: Callable[[MoetionConfig, str, Mapping[str, str], int], NodeFolder] = open_node
     """From settings, run id, environment and world size: this node's shared memory."""
     make_packer: Callable[[Inventory, MoetionConfig, HostPool, int], Packer] = _make_packer
-    """For the units that captures are made of, and this rank: the device and the threads that pack."""
+    """For the units that captures are made of, and this rank: the device, and as many threads as the pool's, that
+    pack."""
     make_probe: Callable[[MoetionConfig, int, int], Probe] = _make_probe
     """From settings, attempt and rank."""
     nonce: Callable[[], int] = lambda: secrets.randbits(32)
