@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jobs import Nursery, logs, notes_in
 
-from megatron_moetion.recover.recalibration import over_ranks
+from megatron_moetion.modes.recalibration import over_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -160,9 +160,7 @@ def test_capacity_is_raised_alike_on_all_ranks_and_falls_back_to_the_base(
         assert [max(s["factors"]) for s in found["second"]] == [max(sum(s["boosts"], [])) for s in found["second"]]
     assert found["closed"] == [[1.0], [1.0]]
     layers = over_ranks(f["tokens"] for f in ranks).values()
-    assert [[layer["routed"], layer["processed"]] for layer in layers] == [
-        pytest.approx(t) for t in found["everywhere"]
-    ]
+    assert [[layer["routed"], layer["processed"]] for layer in layers] == [pytest.approx(t) for t in found["everywhere"]]
     assert all(0 < layer["dropped"] == pytest.approx(layer["routed"] - layer["processed"]) for layer in layers)
     # The hook on the experts and the router count the same tokens, one on the ranks that compute, one where they are from.
     assert sum(f["processed"][0] for f in ranks) == sum(f["processed"][1] for f in ranks) > 0
