@@ -67,11 +67,11 @@ class Work:
         self.chunks[:, 2] = np.arange(num_chunks) * per_chunk
         rows = max(len(self.pieces), num_chunks)
         self.pool = _C.DevicePool(DEVICE, rank=0, max_pieces=rows, max_chunks=rows, num_sms=num_sms)
-        self.pool.keep(self.pieces)
+        self.pool.upload_pieces(self.pieces)
 
     def pack(self, stream: int, engine: int | None = None) -> int:
         """Enqueue; returns the ticket."""
-        return self.pool.pack_kept(self.chunks, stream=stream, copy_engine_bytes=engine)
+        return self.pool.pack_uploaded(self.chunks, stream=stream, copy_engine_bytes=engine)
 
 
 def device_seconds(
@@ -199,7 +199,7 @@ def contenders_in_torch(sources: Sequence[torch.Tensor], pinned: torch.Tensor) -
     chunks = np.stack([starts, sizes, numbers, np.ones_like(numbers), starts], axis=1)
     rows = len(sources)
     pool = _C.DevicePool(DEVICE, rank=0, max_pieces=rows, max_chunks=rows, num_sms=DEFAULT_SMS)
-    pool.keep(pieces)
+    pool.upload_pieces(pieces)
     stream, digests = torch.cuda.Stream(), np.empty(rows, dtype=np.uint64)
 
     def loop() -> None:
@@ -210,7 +210,7 @@ def contenders_in_torch(sources: Sequence[torch.Tensor], pinned: torch.Tensor) -
         pinned.copy_(torch.cat(list(sources)), non_blocking=True)
 
     return {
-        "ours": lambda: pool.finish(pool.pack_kept(chunks, stream=stream.cuda_stream), digests),
+        "ours": lambda: pool.finish(pool.pack_uploaded(chunks, stream=stream.cuda_stream), digests),
         "loop of copy_": loop,
         "_foreach_copy_": lambda: torch._foreach_copy_(slices, list(sources), non_blocking=True),
         "cat and copy": cat_and_copy,
@@ -235,7 +235,7 @@ def slowdown_of_matmul(total: int, blocks: int) -> list[Result]:
             torch.mm(a, b, out=out)
         end.record()
         while not end.query():
-            if tickets and work.pool.is_done(tickets[0]):
+            if tickets and work.pool.wait(tickets[0], timeout_s=0):
                 work.pool.finish(tickets.pop(0))
                 tickets.append(work.pack(side.cuda_stream))
             time.sleep(1e-4)

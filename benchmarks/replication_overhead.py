@@ -213,11 +213,16 @@ def state_shares(trainer: Any) -> dict[str, float]:
 
 def seconds_per_span() -> float:
     """What recording one span of a send costs the training thread."""
+    import threading
+
+    from megatron_moetion.clock import SystemClock
     from megatron_moetion.schedule.pacer import Pacer
-    from megatron_moetion.schedule.recorder import HostClock, Recorder
+    from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
     from megatron_moetion.schedule.timeline import Lane
 
-    recorder = Recorder(HostClock(), Pacer(lambda begin, end, nbytes: None))
+    clock = SystemClock()
+    pacer = Pacer(lambda begin, end, nbytes: None, clock, threading.Condition())
+    recorder = Recorder(HostStopwatch(clock), clock, pacer)
     count = 10_000
     started = time.perf_counter()
     for _ in range(count):

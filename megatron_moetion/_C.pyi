@@ -30,17 +30,12 @@ class HostPool:
         """``num_threads`` counts the calling thread. ``isa``: ``auto`` or one of ``available_isas()``."""
     @property
     def isa(self) -> str: ...
-    @property
-    def num_threads(self) -> int: ...
     def pack(
         self,
         pieces: npt.NDArray[np.int64],
         chunks: npt.NDArray[np.int64],
         digests: npt.NDArray[np.uint64],
         cancel: Cancel | None = None,
-        *,
-        op: str = "copy",
-        scale: float = 1.0,
     ) -> bool:
         """Gather pieces into chunks and digest each chunk, as written, in the same pass.
 
@@ -49,19 +44,13 @@ class HostPool:
         disjoint. Bytes of a chunk that no piece covers become zero. ``digests``: one value a chunk, written.
         A destination may be aligned in any way; multiples of 64 are fastest. False: cancelled (noticed every
         256 KiB a thread), and then chunks and digests are garbage.
-
-        ``op``: ``copy``; ``scale``, fp32 elements times ``scale``; ``bf16``, fp32 elements times ``scale``, cast to
-        bf16 (nearest, ties to even; NaNs become 0x7FFF). ``nbytes`` counts what is written, so a ``bf16`` piece
-        reads twice that. A piece must begin and end at a multiple of its chunk's element size.
         """
     def digest(self, chunks: npt.NDArray[np.int64], digests: npt.NDArray[np.uint64]) -> None:
         """Digest of each row (address, nbytes) of ``chunks``, written to ``digests``."""
     def scatter(self, pieces: npt.NDArray[np.int64]) -> None:
         """Copy each row (src_address, dst_address, nbytes); destinations must not overlap."""
     def copy(self, pieces: npt.NDArray[np.int64], chunks: npt.NDArray[np.int64], *, streaming: bool = False) -> None:
-        """The bytes that ``pack`` moves, by memcpy or streaming stores alone: a baseline for benchmarks."""
-    def prefault(self, address: int, nbytes: int) -> None:
-        """Make all pages of a span present and writable. Contents stay."""
+        """Copy what ``pack`` copies, without digests: what ``benchmarks/host_pack.py`` compares ``pack`` with."""
 
 def built_with_cuda() -> bool:
     """Whether this build has the CUDA kernels. A GPU may still be missing."""
@@ -99,48 +88,40 @@ class DevicePool:
         ``fault``, for the model, makes something fail: see ``csrc/cuda/runtime.h``.
         """
     @property
-    def device(self) -> str: ...
-    @property
     def copy_engine(self) -> str:
         """The call that moves large runs: ``cudaMemcpyBatchAsync``, ``cudaMemcpyAsync`` or ``memcpy``."""
     @property
     def num_sms(self) -> int: ...
-    @property
-    def num_slots(self) -> int: ...
-    @property
-    def bytes_by_copy_engine(self) -> int:
-        """Enqueued on a copy engine since the pool was made."""
     def pack(
         self,
         pieces: npt.NDArray[np.int64],
         chunks: npt.NDArray[np.int64],
         *,
         stream: int = 0,
-        op: str = "copy",
-        scale: float = 1.0,
         copy_engine_bytes: int | None = None,
     ) -> int:
         """As ``HostPool.pack``, in one launch. Addresses are device memory or pinned host memory, in any mixture.
 
         ``stream`` is a ``cudaStream_t``. With ``copy_engine_bytes``, runs of whole chunks that are contiguous at
-        both ends and at least that long are moved by a copy engine while the kernel only digests their source;
-        needs ``op="copy"``. The tables may be reused at once; the memory must stay until ``finish``.
+        both ends and at least that long are moved by a copy engine while the kernel only digests their source.
+        The tables may be reused at once; the memory must stay until ``finish``.
         """
-    def keep(self, pieces: npt.NDArray[np.int64]) -> None:
-        """Keep rows (src_address, at, nbytes) on the device for ``pack_kept``.
+    def upload_pieces(self, pieces: npt.NDArray[np.int64]) -> None:
+        """Keep rows (src_address, at, nbytes) on the device for ``pack_uploaded``.
 
-        ``at`` is a place in a plan of the caller's, positive. Replaces what was kept before. No ticket may be open.
+        ``at`` is a place in a plan of the caller's, positive. Replaces the pieces uploaded before. No ticket may be
+        open.
         """
-    def pack_kept(self, chunks: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None) -> int:
-        """As ``pack``, of pieces that are on the device already, so that only the chunks travel.
+    def pack_uploaded(
+        self, chunks: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None
+    ) -> int:
+        """As ``pack``, of the uploaded pieces, so that only the chunks travel.
 
         ``chunks``: rows (dst_address, nbytes, first_piece, num_pieces, at), where the chunk begins at ``at`` as its
         pieces count.
         """
     def scatter(self, pieces: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None) -> int:
         """As ``HostPool.scatter``."""
-    def digest(self, chunks: npt.NDArray[np.int64], *, stream: int = 0) -> int:
-        """As ``HostPool.digest``."""
     def wait(self, ticket: int, *, timeout_s: float) -> bool:
         """Whether a ticket's work is done, within this time. It stays to be finished."""
     def finish(self, ticket: int, digests: npt.NDArray[np.uint64] | None = None, *, timeout_s: float = 60.0) -> None:

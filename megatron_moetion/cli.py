@@ -19,10 +19,10 @@ from rich.table import Table
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.observe.report import (
-    beside_traffic,
     between_iterations,
     draw,
     middle_iterations,
+    overlap_with_traffic,
     read_traces,
     traced_ranks,
 )
@@ -42,8 +42,6 @@ SHOWN_PERIODS = (2, 4, 8, 16, 32)
 SHARE = 0.5
 """Of what a link could carry in an iteration, for snapshots: training needs the rest."""
 _GRADIENTS = {"fp32": 4, "bf16": 2}
-_IN_JSON = {"pending_bytes": "in_flight_bytes"}
-"""Fields of a cost whose name in the document is another one, as its readers know it."""
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -194,16 +192,12 @@ def _plan(args: argparse.Namespace) -> int:
 def _figures(cost: Cost, full: Cost, resources: Resources) -> dict[str, Any]:
     missing = shortage(cost, resources)
     return {
-        **asdict(cost, dict_factory=_document),
+        **asdict(cost),
         "rank_bytes": cost.rank.total_bytes,
         "share_of_full": cost.snapshot_bytes / full.snapshot_bytes,
         "fits_link": None if resources.link_bytes is None else not missing.link_bytes,
         "fits_memory": None if resources.node_bytes is None else not missing.node_bytes,
     }
-
-
-def _document(fields: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    return {_IN_JSON.get(name, name): value for name, value in fields}
 
 
 def _table(state: RankState, costs: Sequence[Cost], resources: Resources, limits: Limits) -> Table:
@@ -252,7 +246,7 @@ def _marked(nbytes: int, missing_bytes: int) -> str:
 
 
 def _caption(state: RankState, resources: Resources, limits: Limits) -> str:
-    lines = ["exact: at most so many steps; twice as many where an expert had no gradients"]
+    lines = ["replay: worst case; twice that for experts without recent gradients"]
     if state.num_experts:
         more = f", up to {limits.most} for the budget of lost tokens" if limits.most > limits.usual else ""
         lines.insert(0, f"popularity: {limits.usual} of {state.num_experts} experts a snapshot{more}")
@@ -300,14 +294,14 @@ def _report(args: argparse.Namespace) -> int:
     chosen = between_iterations(bars, first, last)
     output = args.output or args.folder / "gantt.png"
     draw(chosen, output)
-    figures = beside_traffic(chosen)
-    without = sorted(traced_ranks(args.folder) - {f.rank for f in figures})
+    figures = overlap_with_traffic(chosen)
+    untraced = sorted(traced_ranks(args.folder) - {f.rank for f in figures})
     if args.json:
         document = {
             "iterations": [first, last],
             "chart": str(output),
             "ranks": [asdict(f) for f in figures],
-            "ranks_without": without,
+            "ranks_without": untraced,
         }
         print(json.dumps(document))
         return 0
@@ -319,8 +313,8 @@ def _report(args: argparse.Namespace) -> int:
         table.add_row(str(f.rank), f"{f.replicated_bytes / 1e6:.1f}", f"{f.replicating_s:.3f}", f"{share:.1%}")
     console = Console()
     console.print(table)
-    if without:
-        ranks = ", ".join(map(str, without))
+    if untraced:
+        ranks = ", ".join(map(str, untraced))
         console.print(f"not traced in these iterations: rank {ranks}", highlight=False, soft_wrap=True)
     console.print(f"chart: {output}", highlight=False, soft_wrap=True)
     return 0

@@ -13,11 +13,14 @@ MIN_PERIOD, MAX_PERIOD = 2, 64
 DEFAULT_PERIOD = 8
 SCHEDULES = ("bubble", "eager")
 SWITCH = ("on", "off")
-SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential", "full")
+SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
-    """A dataclass field. Its metadata becomes the flag's help (and ``choices``, ``metavar``); ``minimum`` bounds it."""
+    """A dataclass field. Its metadata becomes the flag's help (and ``choices``, ``metavar``); ``minimum`` bounds it.
+
+    With ``expert=True`` the flag is accepted, and ``--help`` does not show it: no run needs another value.
+    """
     return field(default=default, metadata={"help": help, **metadata})
 
 
@@ -49,14 +52,14 @@ class MoetionConfig:
     period: int = setting(
         0,
         "mode 'exact': each slice of the state is captured anew every so many iterations, and recovery replays at most "
-        "twice as many optimizer steps; more make snapshots smaller and take more memory. 0: what fits "
+        "twice as many optimizer steps; a longer period makes snapshots smaller and needs more memory. 0: what fits "
         f"--moetion-snapshot-bytes, else {DEFAULT_PERIOD}, or less where the store has no room for its arenas",
         minimum=0,
     )
     selection: str = setting(
         "unsaved-tokens",
         "which experts go first in mode 'popularity': 'unsaved-tokens' (most tokens since their last capture), "
-        "'popularity-ema' (most tokens of late), 'sequential' (in turn) or 'full' (all of them)",
+        "'popularity-ema' (most tokens of late) or 'sequential' (in turn)",
         choices=SELECTIONS,
     )
     snapshot_bytes: int = setting(
@@ -94,11 +97,13 @@ class MoetionConfig:
     staleness_cap: int = setting(
         8, "mode 'popularity': an expert is captured again after at most so many snapshots", minimum=1
     )
-    chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES")
+    chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES", expert=True)
     pack_threads: int = setting(
         0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8", minimum=0
     )
-    pack_sms: int = setting(8, "on a GPU: most streaming multiprocessors that packing takes from training", minimum=1)
+    pack_sms: int = setting(
+        8, "on a GPU: most streaming multiprocessors that packing takes from training", minimum=1, expert=True
+    )
     max_stall_ms: int = setting(
         2000,
         "how long an optimizer step waits for a snapshot in flight before the snapshot is dropped",
@@ -113,7 +118,7 @@ class MoetionConfig:
         minimum=-1,
     )
     in_flight_bytes: int = setting(
-        64 << 20, "most bytes handed to the network at once by one rank", minimum=1, metavar="BYTES"
+        64 << 20, "most bytes handed to the network at once by one rank", minimum=1, metavar="BYTES", expert=True
     )
     state_hash_interval: int = setting(
         0,
@@ -143,10 +148,10 @@ class MoetionConfig:
             )
         self._check_exact()
         sized = [n for n in ("experts_per_snapshot", "snapshot_bytes") if getattr(self, n)]
-        if sized and self.mode != "exact" and "full" in (self.mode, self.selection):
+        if sized and self.mode == "full":
             raise ConfigError(
-                f"--moetion-{sized[0].replace('_', '-')} has no meaning in mode 'full' and with --moetion-selection "
-                f"full, which capture all experts; drop it, or use another mode and selection"
+                f"--moetion-{sized[0].replace('_', '-')} has no meaning in mode 'full', which captures all "
+                f"experts; drop it, or use another mode"
             )
         if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
             raise ConfigError(

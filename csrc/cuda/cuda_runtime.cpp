@@ -131,9 +131,9 @@ class CudaRuntime final : public Runtime {
             "cudaMemcpyAsync");
   }
 
-  void launch(const Job& job, Op op, bool digest, int num_sms, Stream stream) override {
+  void launch(const Job& job, bool digest, int num_sms, Stream stream) override {
     use();
-    check(launch_pack(job, op, digest, num_sms, as_stream(stream)), "kernel launch");
+    check(launch_pack(job, digest, num_sms, as_stream(stream)), "kernel launch");
   }
 
  private:

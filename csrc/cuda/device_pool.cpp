@@ -70,14 +70,13 @@ DevicePool::~DevicePool() {
     runtime_->free(slot.device);
     runtime_->free_pinned(slot.host);
   }
-  runtime_->free(kept_on_device_);
-  runtime_->free_pinned(kept_);
+  runtime_->free(uploaded_on_device_);
+  runtime_->free_pinned(uploaded_);
   runtime_->destroy_event(order_event_);
 }
 
-int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOptions& options,
-                         Stream stream) {
-  require([&] { check_pack(pieces, chunks, options.op); });
+int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, int64_t copy_engine_bytes, Stream stream) {
+  require([&] { check_pack(pieces, chunks); });
   std::lock_guard<std::mutex> lock(mutex_);
   Slot& slot = take_slot("pack", pieces.num_rows, chunks.num_rows);
   Work* const work = work_of(slot.host);
@@ -86,23 +85,24 @@ int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOpt
     work[c] = {chunk.dst, chunk.nbytes, chunk.first_piece, chunk.num_pieces, chunk.dst, 0, 1};
   }
   std::copy_n(pieces.rows, pieces.num_rows, pieces_of(slot, slot.host));
-  return submit(slot, options, true, stream);
+  return submit(slot, copy_engine_bytes, true, stream);
 }
 
-void DevicePool::keep(Table<Piece> pieces) {
+void DevicePool::upload_pieces(Table<Piece> pieces) {
   std::lock_guard<std::mutex> lock(mutex_);
   require_usable();
   for (const Slot& slot : slots_)
-    if (slot.ticket >= 0) throw std::invalid_argument("finish all tickets before other pieces are kept");
+    if (slot.ticket >= 0) throw std::invalid_argument("finish all tickets before other pieces are uploaded");
   const auto nbytes = static_cast<size_t>(pieces.num_rows) * sizeof(Piece);
-  runtime_->free(std::exchange(kept_on_device_, nullptr));
-  runtime_->free_pinned(std::exchange(kept_, nullptr));
-  num_kept_ = 0;
+  runtime_->free(std::exchange(uploaded_on_device_, nullptr));
+  runtime_->free_pinned(std::exchange(uploaded_, nullptr));
+  num_uploaded_ = 0;
   if (nbytes == 0) return;
-  kept_ = static_cast<Piece*>(runtime_->allocate_pinned(nbytes));
-  kept_on_device_ = static_cast<Piece*>(runtime_->allocate(nbytes));
-  std::copy_n(pieces.rows, pieces.num_rows, kept_);
-  const CopyRow upload = {address_of(kept_on_device_), address_of(kept_), static_cast<int64_t>(nbytes)};
+  uploaded_ = static_cast<Piece*>(runtime_->allocate_pinned(nbytes));
+  uploaded_on_device_ = static_cast<Piece*>(runtime_->allocate(nbytes));
+  std::copy_n(pieces.rows, pieces.num_rows, uploaded_);
+  const CopyRow upload = {address_of(uploaded_on_device_), address_of(uploaded_),
+                          static_cast<int64_t>(nbytes)};
   const std::string what = "upload of " + std::to_string(pieces.num_rows) + " pieces";
   try {
     runtime_->copy(&upload, 1, 0);
@@ -111,29 +111,29 @@ void DevicePool::keep(Table<Piece> pieces) {
   } catch (const DeviceError& error) {
     fail(what, error.what());
   }
-  num_kept_ = pieces.num_rows;
+  num_uploaded_ = pieces.num_rows;
 }
 
-int64_t DevicePool::pack_kept(Table<KeptChunk> chunks, const PackOptions& options, Stream stream) {
+int64_t DevicePool::pack_uploaded(Table<UploadedChunk> chunks, int64_t copy_engine_bytes, Stream stream) {
   std::lock_guard<std::mutex> lock(mutex_);
   planned_.clear();
   targets_.clear();
   for (int64_t c = 0; c < chunks.num_rows; ++c) {
-    const KeptChunk& chunk = chunks.rows[c];
+    const UploadedChunk& chunk = chunks.rows[c];
     planned_.push_back({chunk.at, chunk.nbytes, chunk.first_piece, chunk.num_pieces});
     targets_.push_back({chunk.dst, chunk.nbytes});
   }
   require([&] {
-    check_pack({kept_, num_kept_}, {planned_.data(), chunks.num_rows}, options.op);
+    check_pack({uploaded_, num_uploaded_}, {planned_.data(), chunks.num_rows});
     check_disjoint_spans({targets_.data(), chunks.num_rows});
   });
   Slot& slot = take_slot("pack", 0, chunks.num_rows);
   Work* const work = work_of(slot.host);
   for (int64_t c = 0; c < chunks.num_rows; ++c) {
-    const KeptChunk& chunk = chunks.rows[c];
+    const UploadedChunk& chunk = chunks.rows[c];
     work[c] = {chunk.dst, chunk.nbytes, chunk.first_piece, chunk.num_pieces, chunk.at, 0, 1};
   }
-  return submit(slot, kept_, kept_on_device_, options, true, stream);
+  return submit(slot, uploaded_, uploaded_on_device_, copy_engine_bytes, true, stream);
 }
 
 int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream) {
@@ -144,24 +144,7 @@ int64_t DevicePool::scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stre
   for (int64_t p = 0; p < pieces.num_rows; ++p)
     work[p] = {pieces.rows[p].dst, pieces.rows[p].nbytes, p, 1, pieces.rows[p].dst, 0, 1};
   std::copy_n(pieces.rows, pieces.num_rows, pieces_of(slot, slot.host));
-  PackOptions options;
-  options.copy_engine_bytes = copy_engine_bytes;
-  return submit(slot, options, false, stream);
-}
-
-int64_t DevicePool::digest(Table<Span> spans, Stream stream) {
-  require([&] { check_spans(spans); });
-  std::lock_guard<std::mutex> lock(mutex_);
-  Slot& slot = take_slot("digest", spans.num_rows, spans.num_rows);
-  Work* const work = work_of(slot.host);
-  Piece* const pieces = pieces_of(slot, slot.host);
-  for (int64_t s = 0; s < spans.num_rows; ++s) {
-    const Span& span = spans.rows[s];
-    work[s] = {span.address, span.nbytes, s, 1,
-               span.address, 0,           0};  // the destination only counts: nothing is stored
-    pieces[s] = {span.address, span.address, span.nbytes};
-  }
-  return submit(slot, PackOptions(), true, stream);
+  return submit(slot, copy_engine_bytes, false, stream);
 }
 
 int64_t DevicePool::num_rows(int64_t ticket) {
@@ -278,11 +261,11 @@ DevicePool::Slot& DevicePool::slot_of(int64_t ticket) {
 }
 
 // The slot holds work rows, and pieces if they are its own; this fills in the rest and enqueues everything.
-int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_device,
-                           const PackOptions& options, bool digest, Stream stream) {
+int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_device, int64_t copy_engine_bytes,
+                           bool digest, Stream stream) {
   Work* const work = work_of(slot.host);
   copies_.clear();
-  if (options.op == Op::kCopy) mark_copies(slot, pieces, options.copy_engine_bytes);
+  mark_copies(slot, pieces, copy_engine_bytes);
   int64_t num_tiles = 0, num_pieces = 0;
   int64_t src_begin = INT64_MAX, src_end = 0, dst_begin = INT64_MAX, dst_end = 0;
   for (int64_t r = 0; r < slot.num_rows; ++r) {
@@ -302,8 +285,7 @@ int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_devi
        << ", " << src_end << ") to [" << dst_begin << ", " << dst_end << ")";
   slot.what = what.str();
   std::fill_n(sums_of(slot, slot.host), slot.num_rows, 0);
-  const Job job = {on_device, work_of(slot.device), sums_of(slot, slot.device), slot.num_rows,
-                   num_tiles, options.scale};
+  const Job job = {on_device, work_of(slot.device), sums_of(slot, slot.device), slot.num_rows, num_tiles};
   const CopyRow table = {address_of(slot.device), address_of(slot.host),
                          table_bytes(slot.num_rows, slot.num_pieces)};
   const CopyRow sums = {address_of(sums_of(slot, slot.host)), address_of(job.sums),
@@ -311,7 +293,7 @@ int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_devi
   try {
     if (num_tiles > 0) {
       runtime_->copy(&table, 1, stream);
-      runtime_->launch(job, options.op, digest, num_sms_, stream);
+      runtime_->launch(job, digest, num_sms_, stream);
     }
     runtime_->copy(copies_.data(), copies_.size(), stream);
     if (num_tiles > 0 && digest) runtime_->copy(&sums, 1, stream);
@@ -326,7 +308,7 @@ int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_devi
 // Finds runs of chunks that a copy engine moves: each filled by one piece, contiguous at source and
 // destination.
 void DevicePool::mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes) {
-  if (min_bytes == PackOptions::kNever) return;
+  if (min_bytes == kNoCopyEngine) return;
   Work* const work = work_of(slot.host);
   const auto is_plain = [&](const Work& row) {
     return row.num_pieces == 1 && row.nbytes > 0 && pieces[row.first_piece].nbytes == row.nbytes;
@@ -342,7 +324,6 @@ void DevicePool::mark_copies(const Slot& slot, const Piece* pieces, int64_t min_
     }
     if (run.nbytes < min_bytes) continue;
     copies_.push_back(run);
-    bytes_by_copy_engine_ += run.nbytes;
     for (int64_t r = begin; r < end; ++r) work[r].stores = 0;
   }
 }

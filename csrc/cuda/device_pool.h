@@ -1,9 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
-// Gather, scatter and digest by a GPU: the device's twin of HostPool. Calls enqueue work on a given stream
+// Gather and scatter by a GPU: the device's twin of HostPool. Calls enqueue work on a given stream
 // and return a ticket; `wait` and `finish` wait for it. No device or pinned memory is taken per call.
 #pragma once
 
-#include <atomic>
 #include <memory>
 #include <mutex>
 #include <string>
@@ -14,19 +13,13 @@
 
 namespace moetion {
 
-// A chunk of the plan that the pool keeps; its pieces' destinations count from where `at` does.
-struct KeptChunk {
+// A chunk of the uploaded pieces; their destinations count from where `at` does.
+struct UploadedChunk {
   int64_t dst, nbytes, first_piece, num_pieces, at;
 };
 
-struct PackOptions {
-  Op op = Op::kCopy;
-  float scale = 1.0f;
-  // Runs of whole chunks, contiguous at both ends, of at least so many bytes are moved by a copy engine, and
-  // the kernel only digests them. kNever: the kernel moves everything.
-  int64_t copy_engine_bytes = kNever;
-  static constexpr int64_t kNever = INT64_MAX;
-};
+// For `copy_engine_bytes`: the kernel moves everything.
+constexpr int64_t kNoCopyEngine = INT64_MAX;
 
 // Thread-safe. After the runtime has refused or failed something the pool is not used again: every later call
 // repeats the error, because memory that enqueued work still reads may not be written. Work that is late is
@@ -41,19 +34,17 @@ class DevicePool {
 
   const std::shared_ptr<Runtime>& runtime() const { return runtime_; }
   int num_sms() const { return num_sms_; }
-  int64_t bytes_by_copy_engine() const { return bytes_by_copy_engine_; }  // enqueued since the pool was made
-  int num_slots() const { return static_cast<int>(slots_.size()); }
 
   // Tables are as HostPool's and may be reused as soon as the call returns; the memory that they point to
   // must stay until `finish`. Each throws std::invalid_argument for a bad table, or where all slots are
-  // taken.
-  int64_t pack(Table<Piece> pieces, Table<Chunk> chunks, const PackOptions& options, Stream stream);
-  // Keeps pieces on the device, so that a call need not bring them: what is packed again and again changes
-  // only where it goes. Replaces what was kept before; waits for the upload.
-  void keep(Table<Piece> pieces);
-  int64_t pack_kept(Table<KeptChunk> chunks, const PackOptions& options, Stream stream);
+  // taken. Runs of whole chunks, contiguous at both ends, of at least `copy_engine_bytes` are moved by a copy
+  // engine, and the kernel only digests them.
+  int64_t pack(Table<Piece> pieces, Table<Chunk> chunks, int64_t copy_engine_bytes, Stream stream);
+  // Keeps pieces on the device, so that `pack_uploaded` need not bring them: what is packed again and again
+  // changes only where it goes. Replaces the pieces uploaded before; waits for the upload.
+  void upload_pieces(Table<Piece> pieces);
+  int64_t pack_uploaded(Table<UploadedChunk> chunks, int64_t copy_engine_bytes, Stream stream);
   int64_t scatter(Table<Piece> pieces, int64_t copy_engine_bytes, Stream stream);
-  int64_t digest(Table<Span> spans, Stream stream);
 
   // Waits at most `timeout_s`; whether the work is done. Throws DeviceError where it failed.
   bool wait(int64_t ticket, double timeout_s);
@@ -83,12 +74,13 @@ class DevicePool {
 
   Slot& take_slot(const char* what, int64_t num_pieces, int64_t num_rows);
   Slot& slot_of(int64_t ticket);
-  // `pieces` is what the rows refer to: the slot's own, or those kept; once on the host and once on the
-  // device.
-  int64_t submit(Slot& slot, const Piece* pieces, const Piece* on_device, const PackOptions& options,
+  // `pieces` is what the rows refer to: the slot's own, or the uploaded ones; once on the host and once on
+  // the device.
+  int64_t submit(Slot& slot, const Piece* pieces, const Piece* on_device, int64_t copy_engine_bytes,
                  bool digest, Stream stream);
-  int64_t submit(Slot& slot, const PackOptions& options, bool digest, Stream stream) {
-    return submit(slot, pieces_of(slot, slot.host), pieces_of(slot, slot.device), options, digest, stream);
+  int64_t submit(Slot& slot, int64_t copy_engine_bytes, bool digest, Stream stream) {
+    return submit(slot, pieces_of(slot, slot.host), pieces_of(slot, slot.device), copy_engine_bytes, digest,
+                  stream);
   }
   void mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes);
   bool is_done_within(Event event, double timeout_s);
@@ -116,11 +108,10 @@ class DevicePool {
   std::vector<CopyRow> copies_;
   std::vector<Chunk> planned_;
   std::vector<Span> targets_;
-  Piece* kept_ = nullptr;
-  Piece* kept_on_device_ = nullptr;
-  int64_t num_kept_ = 0;
+  Piece* uploaded_ = nullptr;
+  Piece* uploaded_on_device_ = nullptr;
+  int64_t num_uploaded_ = 0;
   Event order_event_ = 0;
-  std::atomic<int64_t> bytes_by_copy_engine_{0};
   int64_t next_ticket_ = 0;
   std::string broken_;
 };

@@ -15,13 +15,13 @@ struct DeviceLanes {
   static __device__ int first() { return static_cast<int>(threadIdx.x) % kWarpLanes; }
 };
 
-template <Op kOp, bool kDigest>
+template <bool kDigest>
 __global__ void __launch_bounds__(kThreads, kBlocksPerSm) pack_kernel(const Job job) {
   const int64_t num_warps = int64_t{gridDim.x} * (kThreads / kWarpLanes);
   const int64_t warp = int64_t{blockIdx.x} * (kThreads / kWarpLanes) + threadIdx.x / kWarpLanes;
   for (int64_t tile = warp; tile < job.num_tiles; tile += num_warps) {
     DigestSum sum;
-    const int64_t row = pack_tile<DeviceLanes, kOp, kDigest>(job, tile, sum);
+    const int64_t row = pack_tile<DeviceLanes, kDigest>(job, tile, sum);
     if (!kDigest) continue;
     unsigned long long value = sum.value();
     for (int distance = kWarpLanes / 2; distance > 0; distance /= 2)
@@ -31,32 +31,17 @@ __global__ void __launch_bounds__(kThreads, kBlocksPerSm) pack_kernel(const Job 
   }
 }
 
-template <Op kOp>
-void launch(const Job& job, bool digest, unsigned num_blocks, cudaStream_t stream) {
-  if (digest)
-    pack_kernel<kOp, true><<<num_blocks, kThreads, 0, stream>>>(job);
-  else
-    pack_kernel<kOp, false><<<num_blocks, kThreads, 0, stream>>>(job);
-}
-
 }  // namespace
 
-cudaError_t launch_pack(const Job& job, Op op, bool digest, int num_sms, cudaStream_t stream) {
+cudaError_t launch_pack(const Job& job, bool digest, int num_sms, cudaStream_t stream) {
   constexpr int64_t kTilesPerBlock = kThreads / kWarpLanes;
   const int64_t wanted = (job.num_tiles + kTilesPerBlock - 1) / kTilesPerBlock;
   const auto num_blocks = static_cast<unsigned>(std::min<int64_t>(wanted, int64_t{num_sms} * kBlocksPerSm));
   if (num_blocks == 0) return cudaSuccess;
-  switch (op) {
-    case Op::kCopy:
-      launch<Op::kCopy>(job, digest, num_blocks, stream);
-      break;
-    case Op::kScale:
-      launch<Op::kScale>(job, digest, num_blocks, stream);
-      break;
-    case Op::kBf16:
-      launch<Op::kBf16>(job, digest, num_blocks, stream);
-      break;
-  }
+  if (digest)
+    pack_kernel<true><<<num_blocks, kThreads, 0, stream>>>(job);
+  else
+    pack_kernel<false><<<num_blocks, kThreads, 0, stream>>>(job);
   return cudaGetLastError();
 }
 

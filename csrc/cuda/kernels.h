@@ -8,6 +8,6 @@
 namespace moetion {
 
 // Enqueues one launch over all rows of the job. The grid stays on at most `num_sms` SMs' worth of blocks.
-cudaError_t launch_pack(const Job& job, Op op, bool digest, int num_sms, cudaStream_t stream);
+cudaError_t launch_pack(const Job& job, bool digest, int num_sms, cudaStream_t stream);
 
 }  // namespace moetion

@@ -16,21 +16,13 @@ struct HostLanes {
   static constexpr int first() { return 0; }
 };
 
-template <Op kOp, bool kDigest>
+template <bool kDigest>
 void run_tiles(const Job& job) {
   for (int64_t tile = job.num_tiles - 1; tile >= 0; --tile) {  // backwards: no order may be relied on
     DigestSum sum;
-    const int64_t row = pack_tile<HostLanes, kOp, kDigest>(job, tile, sum);
+    const int64_t row = pack_tile<HostLanes, kDigest>(job, tile, sum);
     if (kDigest) job.sums[row] += sum.value();
   }
-}
-
-template <Op kOp>
-void run(const Job& job, bool digest) {
-  if (digest)
-    run_tiles<kOp, true>(job);
-  else
-    run_tiles<kOp, false>(job);
 }
 
 class ModelRuntime final : public Runtime {
@@ -79,14 +71,15 @@ class ModelRuntime final : public Runtime {
       std::memcpy(reinterpret_cast<void*>(rows[i].dst), reinterpret_cast<const void*>(rows[i].src),
                   static_cast<size_t>(rows[i].nbytes));
   }
-  void launch(const Job& job, Op op, bool digest, int, Stream) override {
+  void launch(const Job& job, bool digest, int, Stream) override {
     if (fault_ == "launch") throw DeviceError("kernel launch: invalid device function (injected)");
     if (fault_ == "gate" && job.num_tiles > 0)
       while (*reinterpret_cast<const volatile uint8_t*>(job.pieces[0].src) == 0)
         std::this_thread::sleep_for(std::chrono::milliseconds(1));
-    if (op == Op::kCopy) run<Op::kCopy>(job, digest);
-    if (op == Op::kScale) run<Op::kScale>(job, digest);
-    if (op == Op::kBf16) run<Op::kBf16>(job, digest);
+    if (digest)
+      run_tiles<true>(job);
+    else
+      run_tiles<false>(job);
   }
 
  private:

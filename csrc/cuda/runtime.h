@@ -53,7 +53,7 @@ class Runtime {
   virtual void wait(Stream stream, Event event) = 0;
 
   virtual void copy(const CopyRow* rows, size_t num_rows, Stream stream) = 0;
-  virtual void launch(const Job& job, Op op, bool digest, int num_sms, Stream stream) = 0;
+  virtual void launch(const Job& job, bool digest, int num_sms, Stream stream) = 0;
 };
 
 // Throws DeviceError where this build has no CUDA or the machine no such device.
@@ -65,5 +65,8 @@ bool built_with_cuda();
 // has been asked for many times), "gate" (a launch does not return before the first byte that it reads is not
 // zero), "wait" (a stream cannot be made to wait for an event).
 std::unique_ptr<Runtime> make_model_runtime(const std::string& fault);
+
+// For "cuda:N" or "model:N"; `fault` is the model's. Throws std::invalid_argument for another device.
+std::shared_ptr<Runtime> make_runtime(const std::string& device, const std::string& fault);
 
 }  // namespace moetion

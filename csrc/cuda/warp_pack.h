@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
-// How one warp fills one tile. The kernel (kernels.cu) and its model on the host (model.cpp) run this same
-// code; all that differs is who the lanes are: on the device 32 threads, on the host one loop over 32.
+// How one warp fills one tile. The kernel (kernels.cu) and its model on the host (model_runtime.cpp) run this
+// same code; all that differs is who the lanes are: on the device 32 threads, on the host one loop over 32.
 //
 // Work is split by destination bytes: a chunk is cut into tiles of kTileBytes, tile t of all chunks belongs
 // to warp t modulo the number of warps, and a warp finds its chunk and its first piece by binary search. So
 // one huge segment and ten thousand tiny ones give every warp the same number of bytes.
 #pragma once
 
+#include <cstring>
+
 #include "../segment.h"
-#include "../transform.h"
 
 namespace moetion {
 
@@ -32,7 +33,6 @@ struct Job {
   const Work* work;
   uint64_t* sums;
   int64_t num_rows, num_tiles;
-  float scale;
 };
 
 MOETION_HD int64_t tiles_of(int64_t nbytes) {
@@ -120,56 +120,23 @@ MOETION_HD void store_vector(uint8_t* dst, const Vector& vector) {
   return store_by<uint8_t>(dst, vector);
 }
 
-MOETION_HD Vector scaled(Vector vector, float scale) {
-  for (uint64_t& word : vector.words) {
-    const uint32_t low = float_bits(bits_float(static_cast<uint32_t>(word)) * scale);
-    const uint32_t high = float_bits(bits_float(static_cast<uint32_t>(word >> 32)) * scale);
-    word = low | static_cast<uint64_t>(high) << 32;
-  }
-  return vector;
-}
-
-// Four fp32 values, already scaled, as one word of four bf16 values.
-MOETION_HD uint64_t cast_to_bf16(const Vector& four) {
-  uint64_t word = 0;
-  for (int i = 0; i < 4; ++i) {
-    const float x = bits_float(static_cast<uint32_t>(four.words[i / 2] >> (32 * (i % 2))));
-    word |= static_cast<uint64_t>(bf16_bits(x)) << (16 * i);
-  }
-  return word;
-}
-
-// 16 destination bytes from a source that has them all.
-template <Op kOp>
-MOETION_HD Vector vector_from(const uint8_t* src, float scale) {
-  if (kOp == Op::kCopy) return load_vector(src);
-  if (kOp == Op::kScale) return scaled(load_vector(src), scale);
-  const Vector first = scaled(load_vector(src), scale);
-  const Vector second = scaled(load_vector(src + kVectorBytes), scale);
-  return {{cast_to_bf16(first), cast_to_bf16(second)}};
-}
-
-template <Op kOp>
 MOETION_HD const uint8_t* source_of(const Piece& piece, int64_t at) {
-  const int64_t elements = (at - piece.dst) / Element<kOp>::kDstBytes;
-  return reinterpret_cast<const uint8_t*>(piece.src + elements * Element<kOp>::kSrcBytes);
+  return reinterpret_cast<const uint8_t*>(piece.src + (at - piece.dst));
 }
 
 // Up to 16 destination bytes from any number of pieces; zeros where none is.
-template <Op kOp>
-MOETION_HD Vector vector_from_pieces(const Piece* piece, const Piece* last, int64_t begin, int64_t nbytes,
-                                     float scale) {
+MOETION_HD Vector vector_from_pieces(const Piece* piece, const Piece* last, int64_t begin, int64_t nbytes) {
   uint64_t low = 0, high = 0;
   for (; piece != last && piece->dst < begin + nbytes; ++piece) {
     const int64_t piece_end = piece->dst + piece->nbytes, vector_end = begin + nbytes;
     const int64_t end = piece_end < vector_end ? piece_end : vector_end;
-    for (int64_t at = piece->dst > begin ? piece->dst : begin; at < end; at += Element<kOp>::kDstBytes) {
-      const uint64_t element = transform_element<kOp>(source_of<kOp>(*piece, at), scale);
+    for (int64_t at = piece->dst > begin ? piece->dst : begin; at < end; ++at) {
+      const uint64_t byte = *source_of(*piece, at);
       const unsigned shift = 8 * static_cast<unsigned>(at - begin);
       if (shift < 64)
-        low |= element << shift;
+        low |= byte << shift;
       else
-        high |= element << (shift - 64);
+        high |= byte << (shift - 64);
     }
   }
   return {{low, high}};
@@ -220,36 +187,36 @@ MOETION_HD void finish_vector(const Work& work, int64_t offset, const Vector& ve
 }
 
 // kRows rows that one piece fills: all loads first, so that they are in flight together.
-template <typename Lanes, Op kOp, bool kDigest, int64_t kRows>
-MOETION_HD void pack_rows(const Work& work, const Piece& piece, int64_t offset, float scale, DigestSum& sum) {
+template <typename Lanes, bool kDigest, int64_t kRows>
+MOETION_HD void pack_rows(const Work& work, const Piece& piece, int64_t offset, DigestSum& sum) {
   for (int lane = Lanes::first(); lane < kWarpLanes; lane += Lanes::kStep) {
     const int64_t begin = offset + lane * kVectorBytes;
     Vector vectors[kRows];
     for (int64_t row = 0; row < kRows; ++row)
-      vectors[row] = vector_from<kOp>(source_of<kOp>(piece, work.at + begin + row * kRowBytes), scale);
+      vectors[row] = load_vector(source_of(piece, work.at + begin + row * kRowBytes));
     for (int64_t row = 0; row < kRows; ++row)
       finish_vector<kDigest>(work, begin + row * kRowBytes, vectors[row], kVectorBytes, sum);
   }
 }
 
 // One row, or the chunk's last few bytes, where pieces meet. The pieces of the row lie in [piece, last).
-template <typename Lanes, Op kOp, bool kDigest>
+template <typename Lanes, bool kDigest>
 MOETION_HD void pack_mixed_row(const Work& work, const Piece* piece, const Piece* last, int64_t offset,
-                               float scale, DigestSum& sum) {
+                               DigestSum& sum) {
   for (int lane = Lanes::first(); lane < kWarpLanes; lane += Lanes::kStep) {
     const int64_t begin = offset + lane * kVectorBytes, at = work.at + begin;
     const int64_t nbytes = work.nbytes - begin < kVectorBytes ? work.nbytes - begin : kVectorBytes;
     if (nbytes <= 0) continue;
     const Piece* const own = piece_ending_after(piece, last, at);
     const bool is_whole = own != last && own->dst <= at && own->dst + own->nbytes >= at + kVectorBytes;
-    const Vector vector = is_whole ? vector_from<kOp>(source_of<kOp>(*own, at), scale)
-                                   : vector_from_pieces<kOp>(own, last, at, nbytes, scale);
+    const Vector vector =
+        is_whole ? load_vector(source_of(*own, at)) : vector_from_pieces(own, last, at, nbytes);
     finish_vector<kDigest>(work, begin, vector, nbytes, sum);
   }
 }
 
 // Fills one tile, adds its words to `sum` and returns the row that they belong to.
-template <typename Lanes, Op kOp, bool kDigest>
+template <typename Lanes, bool kDigest>
 MOETION_HD int64_t pack_tile(const Job& job, int64_t tile, DigestSum& sum) {
   const int64_t row = row_of_tile(job, tile);
   const Work work = job.work[row];
@@ -260,7 +227,6 @@ MOETION_HD int64_t pack_tile(const Job& job, int64_t tile, DigestSum& sum) {
   // The piece in which the tile's last byte falls, if any, is its last one.
   const Piece* last = piece_ending_after(piece, all + work.num_pieces, work.at + end - 1);
   if (last != all + work.num_pieces) ++last;
-  constexpr int64_t kRows = kRowsAtOnce * Element<kOp>::kDstBytes / Element<kOp>::kSrcBytes;
   while (offset < end) {
     while (piece != last && piece->dst + piece->nbytes <= work.at + offset) ++piece;
     int64_t covered = 0;
@@ -268,14 +234,14 @@ MOETION_HD int64_t pack_tile(const Job& job, int64_t tile, DigestSum& sum) {
       const int64_t piece_end = piece->dst + piece->nbytes - work.at;
       covered = (piece_end < end ? piece_end : end) - offset;
     }
-    if (covered >= kRows * kRowBytes) {
-      pack_rows<Lanes, kOp, kDigest, kRows>(work, *piece, offset, job.scale, sum);
-      offset += kRows * kRowBytes;
+    if (covered >= kRowsAtOnce * kRowBytes) {
+      pack_rows<Lanes, kDigest, kRowsAtOnce>(work, *piece, offset, sum);
+      offset += kRowsAtOnce * kRowBytes;
     } else if (covered >= kRowBytes) {
-      pack_rows<Lanes, kOp, kDigest, 1>(work, *piece, offset, job.scale, sum);
+      pack_rows<Lanes, kDigest, 1>(work, *piece, offset, sum);
       offset += kRowBytes;
     } else {
-      pack_mixed_row<Lanes, kOp, kDigest>(work, piece, last, offset, job.scale, sum);
+      pack_mixed_row<Lanes, kDigest>(work, piece, last, offset, sum);
       offset += kRowBytes;
     }
   }

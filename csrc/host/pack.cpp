@@ -1,9 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 #include "pack.h"
 
-#include <sys/mman.h>
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstring>
 #include <vector>
@@ -115,44 +112,6 @@ DigestSum digest_slice(const uint8_t* bytes, int64_t nbytes, uint64_t first_word
   return sum;
 }
 
-// `nbytes` destination bytes from `address` on, by pieces and zeros, element by element.
-template <Op kOp>
-void transform_bytes(const Piece* piece, const Piece* last, int64_t address, int64_t nbytes, float scale,
-                     uint8_t* out) {
-  constexpr int64_t kSrc = Element<kOp>::kSrcBytes, kDst = Element<kOp>::kDstBytes;
-  std::memset(out, 0, static_cast<size_t>(nbytes));
-  for (; piece != last && piece->dst < address + nbytes; ++piece) {
-    const int64_t begin = std::max(address, piece->dst);
-    const int64_t count = (std::min(address + nbytes, piece->dst + piece->nbytes) - begin) / kDst;
-    const uint8_t* const src = pointer(piece->src) + (begin - piece->dst) / kDst * kSrc;
-    uint8_t* const dst = out + (begin - address);
-    for (int64_t i = 0; i < count; ++i) {
-      float element;
-      std::memcpy(&element, src + i * kSrc, sizeof(element));
-      element *= scale;
-      const uint16_t half = bf16_bits(element);
-      std::memcpy(dst + i * kDst, kOp == Op::kBf16 ? static_cast<const void*>(&half) : &element, kDst);
-    }
-  }
-}
-
-// As pack_slice, for elements that change on the way: through a buffer that stays in the first-level cache.
-template <Op kOp>
-DigestSum transform_slice(const Chunk& chunk, const Piece* pieces, int64_t at, int64_t end, float scale,
-                          const Kernels& kernels) {
-  const Piece* const last = pieces + chunk.first_piece + chunk.num_pieces;
-  alignas(kLineBytes) uint8_t buffer[sizeof(kZeros)];
-  DigestSum sum;
-  for (int64_t nbytes; at < end; at += nbytes) {
-    nbytes = std::min<int64_t>(end - at, sizeof(buffer));
-    transform_bytes<kOp>(first_piece_after(pieces + chunk.first_piece, last, at), last, at, nbytes, scale,
-                         buffer);
-    sum.merge(digest_slice(buffer, nbytes, static_cast<uint64_t>(at - chunk.dst) / kWordBytes, kernels));
-    std::memcpy(pointer(at), buffer, static_cast<size_t>(nbytes));
-  }
-  return sum;
-}
-
 void copy_bytes(uint8_t* dst, const uint8_t* src, int64_t nbytes, const uint8_t* next, LineKernel stream) {
   if (stream) {
     const int64_t misalignment = static_cast<int64_t>(reinterpret_cast<uintptr_t>(dst) % kLineBytes);
@@ -176,8 +135,8 @@ void finish(Table<Row> table, uint64_t* digests) {
 }  // namespace
 
 bool HostPool::pack(Table<Piece> pieces, Table<Chunk> chunks, uint64_t* digests,
-                    const std::atomic<bool>* cancel, Op op, float scale) {
-  check_pack(pieces, chunks, op);
+                    const std::atomic<bool>* cancel) {
+  check_pack(pieces, chunks);
   const Slices slices(chunks);
   const bool streaming = slices.num_bytes() >= kStreamMinBytes;
   std::atomic<bool> cancelled{false};
@@ -192,10 +151,7 @@ bool HostPool::pack(Table<Piece> pieces, Table<Chunk> chunks, uint64_t* digests,
         const auto [row, offset] = slices.locate(slice);
         const Chunk& chunk = chunks.rows[row];
         const int64_t at = chunk.dst + offset, end = chunk.dst + std::min(offset + kSliceBytes, chunk.nbytes);
-        const DigestSum sum = op == Op::kCopy ? pack_slice(chunk, pieces.rows, at, end, kernels_, streaming)
-                              : op == Op::kScale
-                                  ? transform_slice<Op::kScale>(chunk, pieces.rows, at, end, scale, kernels_)
-                                  : transform_slice<Op::kBf16>(chunk, pieces.rows, at, end, scale, kernels_);
+        const DigestSum sum = pack_slice(chunk, pieces.rows, at, end, kernels_, streaming);
         __atomic_fetch_add(&digests[row], sum.value(), __ATOMIC_RELAXED);
       },
       store_fence);
@@ -236,7 +192,7 @@ void HostPool::scatter(Table<Piece> pieces) {
 }
 
 void HostPool::copy(Table<Piece> pieces, Table<Chunk> chunks, bool streaming) {
-  check_pack(pieces, chunks, Op::kCopy);
+  check_pack(pieces, chunks);
   const Slices slices(chunks);
   const LineKernel stream = streaming ? kernels_.copy_stream : nullptr;
   threads_.run(
@@ -255,26 +211,6 @@ void HostPool::copy(Table<Piece> pieces, Table<Chunk> chunks, bool streaming) {
         }
       },
       store_fence);
-}
-
-void HostPool::prefault(Span span) {
-  check_spans({&span, 1});
-  const Slices slices(Table<Span>{&span, 1});
-  const int64_t page = sysconf(_SC_PAGESIZE);
-  threads_.run(
-      slices.count(),
-      [&](int64_t slice) {
-        const int64_t begin = span.address + slice * kSliceBytes;
-        const int64_t end = std::min(begin + kSliceBytes, span.address + span.nbytes);
-#if defined(MADV_POPULATE_WRITE)
-        const int64_t first = begin - begin % page;
-        if (madvise(pointer(first), static_cast<size_t>(end - first), MADV_POPULATE_WRITE) == 0) return;
-#endif
-        // Kernels before 5.14: an atomic "or" with 0 writes without changing anything.
-        for (int64_t at = begin; at < end; at += page - at % page)
-          __atomic_fetch_or(pointer(at), uint8_t{0}, __ATOMIC_RELAXED);
-      },
-      no_op);
 }
 
 }  // namespace moetion

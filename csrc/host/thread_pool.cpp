@@ -59,7 +59,7 @@ struct ThreadPool::State {
   }
 };
 
-ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads), owner_(getpid()), state_(new State) {
+ThreadPool::ThreadPool(int num_threads) : owner_(getpid()), state_(new State) {
   if (num_threads < 1 || num_threads > 1024)
     throw std::invalid_argument("num_threads is " + std::to_string(num_threads) + "; it must be in 1..1024");
   State* state = state_.get();

@@ -19,8 +19,6 @@ class ThreadPool {
   ThreadPool(const ThreadPool&) = delete;
   ThreadPool& operator=(const ThreadPool&) = delete;
 
-  int num_threads() const { return num_threads_; }
-
   // Calls task(0), ..., task(num_tasks - 1), each once, on whichever thread is free, then `at_end` once on
   // each thread that ran a task; returns when all have. Neither may throw. Concurrent callers take turns.
   // Throws std::runtime_error in a forked child.
@@ -28,7 +26,6 @@ class ThreadPool {
 
  private:
   struct State;
-  const int num_threads_;
   const pid_t owner_;
   std::unique_ptr<State> state_;
 };

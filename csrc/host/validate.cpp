@@ -47,9 +47,7 @@ void check_piece(const Piece& piece, int64_t row) {
 
 }  // namespace
 
-void check_pack(Table<Piece> pieces, Table<Chunk> chunks, Op op) {
-  const int64_t src_bytes = op == Op::kCopy ? 1 : 4;
-  const int64_t dst_bytes = op == Op::kCopy ? 1 : (op == Op::kScale ? 4 : 2);
+void check_pack(Table<Piece> pieces, Table<Chunk> chunks) {
   for (int64_t c = 0; c < chunks.num_rows; ++c) {
     const Chunk& chunk = chunks.rows[c];
     check_range("chunk", c, "dst", chunk.dst, chunk.nbytes);
@@ -61,11 +59,6 @@ void check_pack(Table<Piece> pieces, Table<Chunk> chunks, Op op) {
     for (int64_t p = chunk.first_piece; p < chunk.first_piece + chunk.num_pieces; ++p) {
       const Piece& piece = pieces.rows[p];
       check_piece(piece, p);
-      if (piece.nbytes % dst_bytes || (piece.dst - chunk.dst) % dst_bytes ||
-          piece.nbytes > std::numeric_limits<int64_t>::max() / src_bytes)
-        refuse("piece ", p, ": dst=", std::hex, piece.dst, std::dec, ", nbytes=", piece.nbytes,
-               "; it must begin and end at a multiple of ", dst_bytes, " bytes of chunk ", c,
-               ", the size of an element");
       if (piece.dst < filled || piece.nbytes > chunk.dst + chunk.nbytes - piece.dst)
         refuse("piece ", p, ": dst=", std::hex, piece.dst, std::dec, ", nbytes=", piece.nbytes,
                "; it must begin at or after ", std::hex, filled,

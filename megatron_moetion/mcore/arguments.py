@@ -107,7 +107,7 @@ def _add_model(group: Any) -> None:
 
 def _add_moe(group: Any) -> None:
     group.add_argument("--num-experts", type=int, help="experts of each MoE layer; without it the model is dense")
-    group.add_argument("--moe-layer-freq", type=int, default=1, help="every how-manieth layer has experts")
+    group.add_argument("--moe-layer-freq", type=int, default=1, help="one MoE layer every N layers")
     group.add_argument("--moe-ffn-hidden-size", type=int, help="of one expert; default: --ffn-hidden-size")
     group.add_argument("--moe-shared-expert-intermediate-size", type=int)
     group.add_argument("--moe-router-topk", type=int, default=2)
@@ -215,7 +215,8 @@ def _add_output(group: Any) -> None:
 def _add_moetion(group: Any) -> None:
     group.add_argument("--moetion", action="store_true", help="keep checkpoints in the cluster's memory")
     for field in dataclasses.fields(MoetionConfig):
-        keywords: dict[str, Any] = {"help": field.metadata["help"].replace("%", "%%"), "default": argparse.SUPPRESS}
+        text = argparse.SUPPRESS if field.metadata.get("expert") else field.metadata["help"].replace("%", "%%")
+        keywords: dict[str, Any] = {"help": text, "default": argparse.SUPPRESS}
         if isinstance(field.default, bool):
             keywords["action"] = "store_true"
         else:

@@ -33,10 +33,11 @@ from megatron_moetion.recover.disk import Disk
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
+from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.run.starter import Resumed, Starter
-from megatron_moetion.schedule.recorder import EventClock, HostClock
+from megatron_moetion.schedule.recorder import EventStopwatch, HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
 from megatron_moetion.session import Session
@@ -189,10 +190,13 @@ def attach(
     _check(model, optimizer, opt_param_scheduler, config, user_state)
     with ExitStack() as undo, ExitStack() as unless_attached:
         _show_log(undo)
+        host = Host()
         trace = _trace(config) if config.trace_dir else None
         scheduler = Scheduler(
             config.schedule,
-            EventClock() if next(model[0].parameters()).is_cuda else HostClock(),
+            EventStopwatch(torch.cuda.Event) if next(model[0].parameters()).is_cuda else HostStopwatch(host.clock),
+            clock=host.clock,
+            condition=host.threads.condition(),
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
             draw=trace.add if trace is not None else no_drawing,
         )
@@ -216,6 +220,7 @@ def attach(
             topology=_topology(),
             scheduler=scheduler,
             witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank)),
+            host=host,
         )
         unless_attached.callback(prepared.undo.close)
         if trace is not None:  # the folder of the run is ours by now

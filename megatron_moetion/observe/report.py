@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``moetion report`` makes of traces: a Gantt chart, and what travelled beside training's traffic."""
+"""What ``moetion report`` makes of traces: a Gantt chart, and how much replication overlapped training's traffic."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.observe.lanes import TRAFFIC, Lane
 from megatron_moetion.observe.trace import LANES
 
 FORMATS = (".pdf", ".png", ".svg")
-TRAFFIC_LANES = ("pipeline", "all-to-all", "gradient sync", "parameter gather")
-COLORS = {
-    "compute": "#c9d7e8", "wait": "#ececec", "pipeline": "#2a6fbb", "all-to-all": "#7a4fb5", "gradient sync": "#b5547a",
-    "parameter gather": "#8a8f2a", "device to host": "#d98324", "replication": "#d1342f",
+_TRAFFIC_LANES = frozenset(lane.value for lane in TRAFFIC)
+_COLORS = {
+    Lane.COMPUTE: "#c9d7e8", Lane.WAIT: "#ececec", Lane.PIPELINE: "#2a6fbb", Lane.ALL_TO_ALL: "#7a4fb5",
+    Lane.GRADIENT: "#b5547a", Lane.PARAMETER: "#8a8f2a", Lane.D2H: "#d98324", Lane.REPLICATION: "#d1342f",
 }  # fmt: skip
 
 
@@ -34,8 +35,8 @@ class Bar:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Beside:
-    """One rank's replication in the iterations looked at."""
+class Overlap:
+    """One rank's replication in some iterations, and its overlap with training's traffic."""
 
     rank: int
     replicated_bytes: int
@@ -125,16 +126,16 @@ def middle_iterations(bars: Sequence[Bar]) -> tuple[int, int]:
     return middle, min(middle + 1, numbers[-1])
 
 
-def beside_traffic(bars: Sequence[Bar]) -> list[Beside]:
+def overlap_with_traffic(bars: Sequence[Bar]) -> list[Overlap]:
     """For each rank, how long its replication and training's sends were under way together."""
     found = []
     for rank in sorted({b.rank for b in bars}):
         mine = [b for b in bars if b.rank == rank]
         slices = [b for b in mine if b.lane == "replication"]
-        traffic = [b for b in mine if b.lane in TRAFFIC_LANES and b.value]
+        traffic = [b for b in mine if b.lane in _TRAFFIC_LANES and b.value]
         together = sum(max(0.0, min(a.end_s, b.end_s) - max(a.begin_s, b.begin_s)) for a in slices for b in traffic)
         found.append(
-            Beside(
+            Overlap(
                 rank=rank,
                 replicated_bytes=sum(b.value for b in slices),
                 beside_traffic_s=together,
@@ -165,7 +166,7 @@ def draw(bars: Sequence[Bar], path: Path) -> None:
         for row, lane in enumerate(lanes):
             y = -(block * (len(lanes) + 1) + row)
             spans = [(b.begin_s - origin, b.end_s - b.begin_s) for b in bars if (b.rank, b.lane) == (rank, lane)]
-            axis.broken_barh(spans, (y - 0.42, 0.84), color=COLORS[lane], linewidth=0)
+            axis.broken_barh(spans, (y - 0.42, 0.84), color=_COLORS[Lane(lane)], linewidth=0)
             labels.append(f"rank {rank}  {lane}" if row == 0 else lane)
             places.append(y)
         for bar in (b for b in bars if b.rank == rank and b.lane == "iteration"):

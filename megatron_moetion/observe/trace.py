@@ -12,18 +12,16 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO
 
+from megatron_moetion.observe.lanes import Lane
 from megatron_moetion.output import Output
 
-LANES = (
-    "iteration", "compute", "wait", "pipeline", "all-to-all", "gradient sync", "parameter gather", "device to host",
-    "replication",
-)  # fmt: skip
+LANES = tuple(lane.value for lane in Lane)
 """From top to bottom."""
 EVENTS_MAX = 500_000
-"""About 60 MB a rank; what comes later is left out."""
+"""About 60 MB a rank; later spans are left out."""
 BUFFERED = 1000
 FLUSH_S = 1.0
-"""Spans wait no longer for the file than this and an iteration: the moments before a fault are looked for most."""
+"""Spans are written after this and one iteration at the latest: the moments before a fault matter most."""
 
 
 def trace_name(rank: int, attempt: int) -> str:
@@ -81,7 +79,7 @@ class Trace:
         with self._lock:
             self._flush()
             self._write("\n]\n")
-            self._let_go()
+            self._discard()
 
     def _flush(self) -> None:
         if self._waiting:
@@ -95,9 +93,9 @@ class Trace:
             self._out.write(text)
             self._out.flush()
         if self._output.lost:
-            self._let_go()
+            self._discard()
 
-    def _let_go(self) -> None:
+    def _discard(self) -> None:
         if self._out is not None:
             with suppress(OSError):  # it tries once more to write what could not be written
                 self._out.close()

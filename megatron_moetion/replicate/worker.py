@@ -66,6 +66,10 @@ class Threads(Protocol):
         """One that has not come about."""
         ...
 
+    def condition(self) -> threading.Condition:
+        """One that nobody waits on."""
+        ...
+
     def wait(self, futures: Collection[Future[None]], timeout_s: float) -> bool:
         """Return once all are done, or after the timeout; whether all are."""
         ...
@@ -81,6 +85,10 @@ class SystemThreads:
     def event(self) -> Event:
         """See ``Threads``."""
         return threading.Event()
+
+    def condition(self) -> threading.Condition:
+        """See ``Threads``."""
+        return threading.Condition()
 
     def wait(self, futures: Collection[Future[None]], timeout_s: float) -> bool:
         """See ``Threads``."""

@@ -1,19 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Holds snapshot bytes back until their window, lets them go, and gets out of training's way at once.
+"""Holds snapshot bytes back until their window, and yields to training at once.
 
-One pacer a rank. The threads that pack and send ask it before every slice; the hooks on training's traffic tell it
-when training wants the network. It never holds a byte for longer than the deadline, so a wrong plan costs time and not
-snapshots.
+One pacer a rank. The sending thread asks it before every slice; the hooks on training's traffic tell it when training
+wants the network. No byte is held beyond the deadline, so a wrong plan costs time and no snapshot.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.schedule.planner import Rhythm
 from megatron_moetion.schedule.timeline import Lane
 
@@ -36,14 +35,14 @@ REMEMBERED = 16
 all a busy processor, only makes it look slower, and an estimate that followed would pace the next one down."""
 
 Moved = Callable[[float, float, int], None]
-"""Is told when a slice was posted and when the network had taken it (monotonic clock, seconds), and its bytes."""
+"""Called with when a slice was posted, when it had left (monotonic clock, seconds), and its bytes."""
 
 
 class Meter:
     """Bandwidth, from how long whole transfers took."""
 
-    def __init__(self, now: Callable[[], float] = time.monotonic) -> None:
-        self._now = now
+    def __init__(self, clock: Clock) -> None:
+        self._now = clock.monotonic
         self._held_s = 0.0
         self._seen: deque[float] = deque(maxlen=REMEMBERED)
         self.bytes_per_s = UNKNOWN_BYTES_PER_S
@@ -56,7 +55,7 @@ class Meter:
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
-        """Wrap the transfer of a snapshot of ``nbytes``, acknowledgement included; what was held back counts not."""
+        """Wrap the transfer of a snapshot of ``nbytes``, acknowledgement included; time on hold is excluded."""
         began, held = self._now(), self._held_s
         yield
         took = self._now() - began - (self._held_s - held)
@@ -67,47 +66,45 @@ class Meter:
 class Eager(Meter):
     """The baseline, a ``Gate`` that is always open: everything goes at once, in large slices."""
 
-    def __init__(self, slice_bytes: int, moved: Moved) -> None:
-        super().__init__()
+    def __init__(self, slice_bytes: int, moved: Moved, clock: Clock) -> None:
+        super().__init__(clock)
         self._slice_bytes = slice_bytes
         self._moved = moved
 
     def slice_bytes(self) -> int:
-        """See ``Gate``."""
         return self._slice_bytes
 
     def in_flight_bytes(self) -> int:
-        """See ``Gate``: as much as the channel allows."""
+        """As much as the channel allows."""
         return 1 << 62
 
     def admit(self, nbytes: int) -> None:
-        """See ``Gate``."""
+        pass
 
     def left(self, nbytes: int, posted_s: float) -> None:
-        """See ``Gate``."""
         self._moved(posted_s, self._now(), nbytes)
 
 
 class Pacer(Meter):
-    """A ``Gate`` that follows a plan and a ``Listener`` that yields to training. ``now`` is a monotonic clock."""
+    """A ``Gate`` that follows a plan and a ``Listener`` that yields to training. All its waits are on ``condition``."""
 
-    def __init__(self, moved: Moved, now: Callable[[], float] = time.monotonic) -> None:
-        super().__init__(now)
+    def __init__(self, moved: Moved, clock: Clock, condition: threading.Condition) -> None:
+        super().__init__(clock)
         self._moved = moved
-        self._changed = threading.Condition()
+        self._changed = condition
         self._rhythm = Rhythm()
         self._sends = 0  # of training, in this iteration
-        self._synced_s, self._synced_at = now(), 0.0  # when training was last known to be where in the rhythm
-        self._origin_s = now()
+        self._synced_s, self._synced_at = self._now(), 0.0  # when training was last known to be where in the rhythm
+        self._origin_s = self._now()
         self._deadline_s = 0.0  # without bytes to move nothing is held back
-        self._total_bytes = self._gone_bytes = self._late_bytes = 0
+        self._total_bytes = self._admitted_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
         self._is_urgent = False
         self._transfers = 0
         self._pace = PROBE_FACTOR
         self._active = 0
-        self._wire_free_s = 0.0  # until then, training's last message is on the wire
-        self._own_free_s = 0.0  # until then, our last slice is
+        self._wire_free_s = 0.0  # training's last message is on the wire until then
+        self._own_free_s = 0.0  # our last slice is, until then
 
     # -- the plan --------------------------------------------------------------------------------------
 
@@ -126,7 +123,7 @@ class Pacer(Meter):
         with self._changed:
             self._origin_s = self._now()
             self._deadline_s = deadline_s
-            self._total_bytes, self._gone_bytes, self._late_bytes = total_bytes, 0, 0
+            self._total_bytes, self._admitted_bytes, self._late_bytes = total_bytes, 0, 0
             self._held_before_s = self._held_s
             self._pace = PROBE_FACTOR if self._transfers % PROBE_EVERY == 0 else CALM_FACTOR
             self._transfers += 1
@@ -145,24 +142,23 @@ class Pacer(Meter):
                 self._is_urgent = False
 
     def report(self) -> tuple[int, float]:
-        """Bytes of this plan that went outside a window or beside training, and seconds for which bytes were held."""
+        """Bytes of this plan that went outside a window or beside training's traffic, and seconds on hold."""
         with self._changed:
             return self._late_bytes, self._held_s - self._held_before_s
 
     # -- Gate ------------------------------------------------------------------------------------------
 
     def slice_bytes(self) -> int:
-        """See ``Gate``."""
         return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
 
     def in_flight_bytes(self) -> int:
-        """See ``Gate``: one slice. Its successor is not due before it has left, and when that was is known at once."""
+        """One slice: the next one is not due before it has left."""
         return self.slice_bytes()
 
     def admit(self, nbytes: int) -> None:
-        """See ``Gate``: returns when training is quiet, our last slice has left and the plan allows these bytes.
+        """Return when training is quiet, our last slice has left and a window has room for these bytes.
 
-        Near the deadline the plan counts no more; at the deadline nothing does.
+        Near the deadline the windows are ignored; at the deadline everything is sent.
         """
         with self._changed:
             while True:
@@ -172,14 +168,14 @@ class Pacer(Meter):
                     break
                 self._changed.wait(pause_s)
                 self._held_s += (self._now() - now) * is_held
-            is_beside = self._active > 0 or self._wire_free_s > now
-            if self._deadline_s and (is_beside or self._opens_in_s(now, nbytes) > TICK_S):
+            is_overlapping = self._active > 0 or self._wire_free_s > now
+            if self._deadline_s and (is_overlapping or self._opens_in_s(now, nbytes) > TICK_S):
                 self._late_bytes += nbytes
-            self._gone_bytes += nbytes
+            self._admitted_bytes += nbytes
             self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * self._pace)
 
     def left(self, nbytes: int, posted_s: float) -> None:
-        """See ``Gate``. The network takes bytes into its buffers at once; they are on the wire for longer."""
+        """The network takes bytes into its buffers at once; they are on the wire for longer."""
         self._moved(posted_s, max(self._now(), posted_s + nbytes / self.bytes_per_s), nbytes)
 
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
@@ -193,7 +189,7 @@ class Pacer(Meter):
             return min(self._wire_free_s - now, left_s), True
         if self._own_free_s > now:
             return min(self._own_free_s - now, left_s), False
-        slack_s = left_s - (self._total_bytes - self._gone_bytes) / (self.bytes_per_s * min(self._pace, 1.0))
+        slack_s = left_s - (self._total_bytes - self._admitted_bytes) / (self.bytes_per_s * min(self._pace, 1.0))
         return min(self._opens_in_s(now, nbytes), slack_s), True  # without slack every moment that is left is needed
 
     def _opens_in_s(self, now: float, nbytes: int) -> float:
@@ -211,7 +207,7 @@ class Pacer(Meter):
     # -- Listener --------------------------------------------------------------------------------------
 
     def traffic_begins(self, lane: Lane, sent_bytes: int) -> None:
-        """See ``Listener``. A call that only waits for a peer leaves the way out free and does not count."""
+        """A call that only waits for a peer leaves the outgoing link free and does not count."""
         if sent_bytes:
             with self._changed:
                 self._active += 1
@@ -220,12 +216,12 @@ class Pacer(Meter):
                 self._changed.notify_all()
 
     def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
-        """See ``Listener``. What a pipeline call sends is on the wire from now on; a collective is over."""
+        """What a pipeline call sends is on the wire from now on; a collective is over."""
         if sent_bytes:
             with self._changed:
                 self._active -= 1
                 if lane is Lane.PIPELINE:
-                    self._sync(self._rhythm.taken_s, self._sends - 1)
+                    self._sync(self._rhythm.accepted_s, self._sends - 1)
                     self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
                 if not self._active:
                     self._changed.notify_all()

@@ -8,17 +8,18 @@ and says which size of snapshot the measured windows afford.
 from __future__ import annotations
 
 import math
-import time
+import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Pacer
 from megatron_moetion.schedule.planner import Window
-from megatron_moetion.schedule.recorder import Clock, Recorder, Silent
+from megatron_moetion.schedule.recorder import Recorder, Silent, Stopwatch
 from megatron_moetion.schedule.timeline import Lane, Link, Timeline
 
 TIMELINES = 8
@@ -29,86 +30,100 @@ LATEST_SHARE = 0.25
 """One that begins late in an iteration gets at least this share of one."""
 
 CHUNKS_MAX = 200
-"""Of a snapshot, where it is counted what of it finds no room."""
+"""Most chunks of a snapshot when the bytes without room are counted."""
 
 Draw = Callable[[str, float, float, int], None]
-"""Is told of everything worth drawing: lane, begin and end (monotonic clock, seconds), bytes."""
+"""Called with everything worth drawing: lane, begin and end (monotonic clock, seconds), bytes."""
 
 
 def no_drawing(lane: str, begin_s: float, end_s: float, value: int) -> None:
-    """A ``Draw`` for those who want no trace."""
+    """The ``Draw`` of a run without a trace."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Carried:
-    """Bytes of a snapshot that an iteration carries."""
+    """What an iteration's idle windows carry."""
 
     nbytes: float
+    """Of one snapshot; infinite where nothing limits it."""
     why: str
-    """Why so few, for a person."""
+    """Why so few, for a person; empty where nothing limits it."""
     is_settled: bool
-    """Whether as many timelines are known as are ever looked at."""
+    """Whether as many iterations were measured as windows are derived from."""
 
 
 class Scheduler:
     """Owns the gate that the channel asks and the recorder that the hooks fill.
 
-    ``schedule`` is ``bubble`` (in the gaps) or ``eager`` (at once). ``draw`` gets what a trace shows.
+    ``schedule`` is ``bubble`` (in the gaps) or ``eager`` (at once). ``stopwatch`` times training on its device, and
+    ``clock`` everything else; the sending thread waits on ``condition``. ``draw`` gets what a trace shows.
     """
 
-    def __init__(self, schedule: str, clock: Clock, *, eager_slice_bytes: int, draw: Draw) -> None:
+    def __init__(
+        self,
+        schedule: str,
+        stopwatch: Stopwatch,
+        *,
+        clock: Clock,
+        condition: threading.Condition,
+        eager_slice_bytes: int,
+        draw: Draw,
+    ) -> None:
+        self._clock = clock
         self._draw = draw
-        self._pacer = Pacer(self._moved) if schedule == "bubble" else None
-        self._meter = self._pacer or Eager(eager_slice_bytes, self._moved)
+        self._pacer = Pacer(self._moved, clock, condition) if schedule == "bubble" else None
+        self._meter = self._pacer or Eager(eager_slice_bytes, self._moved, clock)
         self.gate: Gate = self._meter
-        self.recorder = Recorder(clock, self._pacer or Silent())
+        self.recorder = Recorder(stopwatch, clock, self._pacer or Silent())
         self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
         self._rhythm = planner.Rhythm()
-        self._packing = Meter()
-        self._origin_s = time.monotonic()
+        self._packing = Meter(clock)
+        self._origin_s = clock.monotonic()
         self._unplaced_bytes = 0
         self._late_bytes, self._held_s = 0, 0.0
 
     def cut(self, iteration: int) -> None:
         """An optimizer step has just ended. Call it once an iteration, in the training thread."""
-        self._origin_s = time.monotonic()
+        self._origin_s = self._clock.monotonic()
         timeline = self.recorder.cut(iteration)
         if timeline is not None:
             self._timelines.append(timeline)
         if self._pacer is not None:
             self._rhythm = planner.rhythm(tuple(self._timelines), self._pacer.bytes_per_s)
             self._pacer.begin_iteration(self._rhythm)
-        if timeline is None:
-            return
+        if timeline is not None and self._draw is not no_drawing:
+            self._draw_iteration(timeline)
+
+    def _draw_iteration(self, timeline: Timeline) -> None:
         at = timeline.begin_s
-        self._draw("iteration", at, at + timeline.duration_s, timeline.iteration)
-        free_s = 0.0  # when the way out is
+        self._draw(Lane.ITERATION.value, at, at + timeline.duration_s, timeline.iteration)
+        free_s = 0.0  # when the outgoing link is
         for span in timeline.spans:
             begin_s, end_s = span.begin_s, span.end_s
-            if span.lane is Lane.PIPELINE and span.sent_bytes:  # the call itself only waits, for its peer or the kernel
+            if span.lane is Lane.PIPELINE and span.sent_bytes:  # the call itself only waits
                 self._draw(Lane.WAIT.value, at + begin_s, at + end_s, 0)
-                begin_s = max(span.leaves_s, free_s)
+                begin_s = max(span.on_wire_s, free_s)
                 end_s = free_s = begin_s + span.sent_bytes / self._meter.bytes_per_s
             self._draw(span.lane.value, at + begin_s, at + end_s, span.sent_bytes)
-        for begin, end in between(timeline):
-            self._draw("compute", at + begin, at + end, 0)
+        for begin, end in computing(timeline):
+            self._draw(Lane.COMPUTE.value, at + begin, at + end, 0)
 
     @property
     def newest_timeline(self) -> Timeline:
-        """The last iteration that is known; an empty one before."""
+        """The last iteration that is known; an empty one before the first."""
         return self._timelines[-1] if self._timelines else Timeline(iteration=0, begin_s=0.0, duration_s=0.0)
 
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
-        """See ``Pacing``: what has room before the deadline is known here, when the bytes are about to go."""
+        """Wrap the transfer of a snapshot of ``nbytes``. Its deadline counts from now on."""
         timelines = tuple(self._timelines)
         if self._pacer is not None and timelines and nbytes:
             typical_s = typical_duration(timelines)
-            since_s = (time.monotonic() - self._origin_s) % typical_s
+            since_s = (self._clock.monotonic() - self._origin_s) % typical_s
             deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
             self._pacer.follow(nbytes, deadline_s)
             self._unplaced_bytes = planner.unplaced_bytes(
-                ahead(self._rhythm.windows, since_s, typical_s),
+                windows_after(since_s, self._rhythm.windows, typical_s),
                 self._pacer.bytes_per_s,
                 nbytes,
                 deadline_s,
@@ -116,11 +131,11 @@ class Scheduler:
             )
         with self._meter.transfer(nbytes):
             yield
-        if self._pacer is not None and nbytes:  # the next plan forgets it, perhaps before anybody has asked
+        if self._pacer is not None and nbytes:  # kept, because the next plan resets it
             self._late_bytes, self._held_s = self._pacer.report()
 
     def urgent(self) -> AbstractContextManager[None]:
-        """While it is entered, training waits for snapshots to leave, and none of their bytes are held back."""
+        """While it is entered, training waits for snapshots to leave, and the pacer holds none of their bytes."""
         return self._pacer.urgent() if self._pacer is not None else nullcontext()
 
     def packed(self, begin_s: float, end_s: float, nbytes: int) -> None:
@@ -130,14 +145,15 @@ class Scheduler:
             self._packing.learn(nbytes / (end_s - begin_s))
 
     def carries(self, replicas: int) -> Carried:
-        """Bytes of a snapshot that the windows of both links carry in an iteration, and why so few, for a person.
+        """Bytes of a snapshot that the windows of both links carry in an iteration.
 
         A snapshot leaves the device once and crosses the network ``replicas`` times. Training moves nothing between
-        device and host, so that link's window is the iteration. Infinite without a plan to keep (``eager``), and
-        before anything was measured.
+        device and host, so that link's window is the iteration. Infinite in schedule ``eager``, and before
+        anything was measured.
         """
+        is_settled = len(self._timelines) == TIMELINES
         if self._pacer is None or not self._timelines:
-            return Carried(nbytes=math.inf, why="", is_settled=False)
+            return Carried(nbytes=math.inf, why="", is_settled=is_settled)
         typical_s = typical_duration(self._timelines)
         windows: dict[Link, Sequence[Window]] = {Link.D2H: (Window(begin_s=0.0, end_s=typical_s),)}
         rates = {Link.D2H: self._packing.bytes_per_s}
@@ -151,7 +167,7 @@ class Scheduler:
             f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
-        return Carried(nbytes=capacity, why=why, is_settled=len(self._timelines) == TIMELINES)
+        return Carried(nbytes=capacity, why=why, is_settled=is_settled)
 
     def scalars(self) -> dict[str, float]:
         """Numbers for a dashboard. What was late or held back is of the last snapshot that has left."""
@@ -164,7 +180,7 @@ class Scheduler:
         }
 
     def _moved(self, begin_s: float, end_s: float, nbytes: int) -> None:
-        self._draw("replication", begin_s, end_s, nbytes)
+        self._draw(Lane.REPLICATION.value, begin_s, end_s, nbytes)
 
 
 def typical_duration(timelines: Sequence[Timeline]) -> float:
@@ -173,15 +189,15 @@ def typical_duration(timelines: Sequence[Timeline]) -> float:
     return durations[len(durations) // 2]
 
 
-def between(timeline: Timeline) -> list[tuple[float, float]]:
-    """Where training neither communicates nor waits: what is left is its computing, as the training thread sees it."""
-    taken = planner.merge([(s.begin_s, s.end_s) for s in timeline.spans])
-    edges = [0.0, *(edge for span in taken for edge in span), timeline.duration_s]
+def computing(timeline: Timeline) -> list[tuple[float, float]]:
+    """Where training computes, as the training thread sees it: it neither communicates nor waits."""
+    busy = planner.merge([(s.begin_s, s.end_s) for s in timeline.spans])
+    edges = [0.0, *(edge for span in busy for edge in span), timeline.duration_s]
     return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e > b]
 
 
-def ahead(windows: Sequence[Window], since_s: float, typical_s: float) -> list[Window]:
-    """The windows of this iteration and the next, counted from ``since_s`` after its beginning."""
+def windows_after(since_s: float, windows: Sequence[Window], typical_s: float) -> list[Window]:
+    """The windows of this iteration and the next, in seconds since ``since_s`` after this one's beginning."""
     twice = [Window(begin_s=w.begin_s + k * typical_s, end_s=w.end_s + k * typical_s) for k in (0, 1) for w in windows]
     shifted = [Window(begin_s=max(w.begin_s - since_s, 0.0), end_s=w.end_s - since_s) for w in twice]
     return [w for w in shifted if w.end_s > w.begin_s]

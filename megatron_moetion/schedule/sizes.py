@@ -1,9 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The size of this rank's next snapshot. Every rank moves alike, because each moves to what all have agreed on."""
+"""The size of this rank's next snapshot. Pure.
+
+Snapshots that do not fit the idle windows become smaller, then rarer. All ranks move alike, because each moves to the
+size that all have agreed on.
+"""
 
 from __future__ import annotations
 
-from megatron_moetion.schedule.planner import Rung, affordable, ladder, level_of, next_level, vote
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+RARER = (8, 4, 2)
+LEVELS = 16
+"""Sizes that a snapshot can take, on every rank alike: ``RARER`` ones, then from the fewest to the most experts."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rung:
+    """One size that snapshots can have: ``experts`` of a rank in every ``every``-th snapshot."""
+
+    experts: int
+    every: int
+
+    def bytes_per_snapshot(self, dense_bytes: int, expert_bytes: float) -> float:
+        """What one iteration must carry on average."""
+        return (dense_bytes + self.experts * expert_bytes) / self.every
+
+
+def ladder(experts_min: int, experts_max: int) -> tuple[Rung, ...]:
+    """``LEVELS`` sizes, smallest first: rarer snapshots at the bottom, then more and more experts in each one.
+
+    Ranks that share experts have the same ladder; all ranks have the same ``every`` at each level.
+    """
+    steps = LEVELS - len(RARER) - 1
+    counts = [experts_min + round(i * (experts_max - experts_min) / steps) for i in range(steps + 1)]
+    rarer = [Rung(experts=experts_min, every=every) for every in RARER]
+    return (*rarer, *(Rung(experts=k, every=1) for k in counts))
+
+
+def affordable(rungs: Sequence[Rung], capacity_bytes: float, dense_bytes: int, expert_bytes: float) -> int:
+    """The highest level whose bytes fit the capacity of an iteration; the lowest one if none does."""
+    fits = [i for i, r in enumerate(rungs) if r.bytes_per_snapshot(dense_bytes, expert_bytes) <= capacity_bytes]
+    return max(fits, default=0)
+
+
+def next_level(now: int, wanted: int) -> int:
+    """A quarter of the way to what is wanted, at least one level: sizes move smoothly when measurements jump."""
+    step = max(1, abs(wanted - now) // 4)
+    return now + min(step, wanted - now) if wanted > now else now - min(step, now - wanted)
+
+
+def vote(level: int) -> int:
+    """A level as a bitmask; the AND of all ranks' votes is the vote for the lowest level among them."""
+    return (1 << (level + 1)) - 1
+
+
+def level_of(votes: int) -> int:
+    """The level that a mask of votes stands for."""
+    return votes.bit_length() - 1
 
 
 class Sizes:
@@ -35,11 +89,6 @@ class Sizes:
             return vote(level), ""
         rung = self._rungs[level]
         return vote(level), f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
-
-    @property
-    def largest(self) -> int:
-        """The vote of a rank whose snapshots cannot be smaller or rarer."""
-        return vote(len(self._rungs) - 1)
 
     def agree(self, votes: int) -> None:
         """Move towards the size that all ranks can afford; ``votes`` is the AND of all votes."""

@@ -1,10 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The words of scheduling: links, lanes, spans, timelines. Pure."""
+"""The words of scheduling: links, spans, timelines; lanes are those of pictures. Pure."""
 
 from __future__ import annotations
 
 import enum
 from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion.observe.lanes import TRAFFIC
+from megatron_moetion.observe.lanes import Lane as Lane
 
 
 class Link(enum.Enum):
@@ -14,30 +21,13 @@ class Link(enum.Enum):
     NETWORK = "network"
 
 
-class Lane(enum.Enum):
-    """What a span of a timeline is about. The value is its name in pictures."""
-
-    COMPUTE = "compute"
-    WAIT = "wait"
-    PIPELINE = "pipeline"
-    ALL_TO_ALL = "all-to-all"
-    GRADIENT = "gradient sync"
-    PARAMETER = "parameter gather"
-    D2H = "device to host"
-    REPLICATION = "replication"
-
-
-TRAFFIC = (Lane.PIPELINE, Lane.ALL_TO_ALL, Lane.GRADIENT, Lane.PARAMETER)
-"""Training's own communication."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Span:
     """A stretch of one iteration, in seconds since the end of the optimizer step before it.
 
     ``sent_bytes`` and ``received_bytes`` are what crossed the network between nodes; both are 0 for what stayed on
-    the node. A span of traffic that moved nothing over the network does not keep that link busy. ``taken_s`` is when
-    the network had taken all that the span sends, where that was seen: the peer may let a sender wait for it.
+    the node. A span of traffic that moved nothing over the network does not keep that link busy. ``accepted_s`` is
+    when the network had accepted all that the span sends, where that was seen: a peer may let a sender wait for it.
     """
 
     lane: Lane
@@ -45,17 +35,26 @@ class Span:
     end_s: float
     sent_bytes: int = 0
     received_bytes: int = 0
-    taken_s: float | None = None
+    accepted_s: float | None = None
 
     @property
-    def leaves_s(self) -> float:
-        """From when on its bytes are on the wire: when the network has taken them.
+    def on_wire_s(self) -> float:
+        """When its bytes begin to be on the wire: when the network has accepted them.
 
-        Of a pipeline call of which that was not seen, when it returned; of a collective, from its beginning.
+        Where that was not seen: for a pipeline call, when it returned; for a collective, when it began.
         """
-        if self.taken_s is not None:
-            return self.taken_s
+        if self.accepted_s is not None:
+            return self.accepted_s
         return self.end_s if self.lane is Lane.PIPELINE else self.begin_s
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sends:
+    """What training sent over the network in one iteration, by when the calls began."""
+
+    begin_s: npt.NDArray[np.float64]
+    on_wire_s: npt.NDArray[np.float64]
+    nbytes: npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,3 +66,14 @@ class Timeline:
     """On the host's monotonic clock, for lining up ranks of one machine."""
     duration_s: float
     spans: tuple[Span, ...] = ()
+
+    @cached_property
+    def sends(self) -> Sends:
+        """The spans of training's traffic that sent bytes. Kept: each iteration is looked at several times."""
+        found = [s for s in self.spans if s.sent_bytes and s.lane in TRAFFIC]
+        found.sort(key=lambda s: s.begin_s)
+        return Sends(
+            begin_s=np.array([s.begin_s for s in found], dtype=np.float64),
+            on_wire_s=np.array([s.on_wire_s for s in found], dtype=np.float64),
+            nbytes=np.array([s.sent_bytes for s in found], dtype=np.int64),
+        )

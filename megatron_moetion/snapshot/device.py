@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Units in device memory: packed by the GPU, straight into the arena where that could be pinned.
 
-Where it could not, captures land in a bounded pinned buffer first and are copied on by the host.
+Where it could not, captures go to a bounded pinned buffer first and are copied on by the host.
 """
 
 from __future__ import annotations
@@ -25,25 +25,26 @@ from megatron_moetion.units import ALIGNMENT_BYTES, Unit
 
 SLOTS = 2
 """Batches in flight: one is waited for while the next one runs."""
-PATIENCE_S = 60.0
-"""A batch that is not done in this time is late, and so is its snapshot. What ``freeze`` copies comes behind all that
-training's stream was given, so that this must be longer than what an iteration's queue can take."""
-_GLANCE_S = 0.02
-"""How long a wait for the device lasts until it looks whether the snapshot has been given up."""
-_LAST_WAIT_S = 10.0
-"""For work under way when the arena is let go of."""
+TIMEOUT_S = 60.0
+"""A batch that is not done in this time is late, and so is its snapshot. The copies of ``freeze`` run after all that is
+enqueued on training's stream, so this must be longer than an iteration's queue."""
+_POLL_S = 0.02
+"""How often a wait for the device checks for cancellation."""
+_RELEASE_TIMEOUT_S = 10.0
+"""How long ``release`` waits for work under way."""
 _STAGED_RUN_BYTES = 1 << 18
 """Gradients that are copied aside in training's own stream hold it up, so runs of this size and more are left to the
 driver's copies, which may use all of the device's bandwidth, and not to a kernel on a few multiprocessors."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Flying:
-    """Captures that the device works on, and how they get home from a buffer, if that is where they land."""
+class _Enqueued:
+    """A batch of captures under way, and the host copies still to do if they were written to a bounce buffer."""
 
     ticket: int
     targets: Sequence[Target]
-    way_home: Int64s
+    copies_to_arena: Int64s
+    """int64[n, 3]: source, destination, nbytes."""
 
 
 _NOTHING: Int64s = np.empty((0, 3), dtype=np.int64)
@@ -71,8 +72,8 @@ class _Streams:
 
         return int(torch.cuda.current_stream(self._device).cuda_stream)
 
-    def keep(self, nbytes: int) -> tuple[Any, int]:
-        """Zeroed memory of the device, to be kept as long as its address is used."""
+    def allocate(self, nbytes: int) -> tuple[Any, int]:
+        """Zeroed memory of the device and its address, which is valid as long as the memory is referenced."""
         if not self.on_gpu:
             model = np.zeros(nbytes, dtype=np.uint8)
             return model, model.ctypes.data
@@ -84,7 +85,7 @@ class _Streams:
     @contextmanager
     def scratch(self, nbytes: int) -> Iterator[int]:
         """The address of device memory that may be read until the block ends."""
-        memory, address = self.keep(nbytes)
+        memory, address = self.allocate(nbytes)
         if self.on_gpu:
             import torch
 
@@ -105,11 +106,11 @@ def naming_faults() -> Iterator[None]:
 class DevicePacker:
     """The device's part of a ``Packer``; for one thread at a time, except ``hold_stream``.
 
-    A snapshot that is late or given up may leave work under way, whose results nobody looks at. It ends before anything
-    new is begun, so what it still writes harms nothing.
+    A snapshot that is late or cancelled may leave work under way, whose results are not used. ``settle`` waits for that
+    work before the next snapshot begins, so its late writes are harmless.
 
     ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Call ``plan`` once before all else. Raises
-    ``UnsupportedState`` for a region that is not where it says, ``DeviceFault`` where the device fails.
+    ``UnsupportedState`` for a region that is not on its stated device, ``DeviceFault`` where the device fails.
     """
 
     def __init__(
@@ -117,7 +118,7 @@ class DevicePacker:
     ) -> None:
         self._batch_bytes = batch_bytes
         self._largest_bytes = max(batch_bytes, *(u.nbytes for u in units))
-        # A batch's chunks; and the rows that ``freeze`` and ``scatter`` bring.
+        # Enough for a batch's chunks, and for the rows of ``freeze`` and of ``scatter``.
         num_rows = max(
             sum(sum(r.at_once for r in u.regions) for u in units),
             max(len(u.regions) for u in units),
@@ -137,13 +138,13 @@ class DevicePacker:
         self._copy_engine_bytes: int | None = None
         self._registration: Registration | None = None
         self._buffers: tuple[Bytes, ...] = ()
-        self._kept: Any = None
-        self._kept_address = 0
-        self._in_flight: deque[_Flying] = deque()
-        """Begun and not taken back yet, the oldest first."""
+        self._staging: Any = None
+        self._staging_address = 0
+        self._in_flight: deque[_Enqueued] = deque()
+        """Batches whose tickets are not finished, the oldest first."""
         self._deciding = threading.Lock()
         self._held_for: int | None = None
-        """Ticket of the last work that reads live state and counts; decided under the lock."""
+        """Ticket of the last work that reads live state and may still be committed; guarded by the lock."""
         self.note = ""
         """How captures reach the arena, for a person; filled by ``adopt``."""
 
@@ -153,23 +154,23 @@ class DevicePacker:
             return self._pool.pinned(nbytes)
 
     def keep_staging(self, nbytes: int) -> int:
-        """Take memory of the device for gradients that wait to be packed; its address."""
-        self._kept, self._kept_address = self._streams.keep(nbytes)
-        return self._kept_address
+        """Allocate device memory for gradients that wait to be packed; its address."""
+        self._staging, self._staging_address = self._streams.allocate(nbytes)
+        return self._staging_address
 
     def are_zero(self, spans: Sequence[tuple[int, int]]) -> list[bool]:
-        """Whether each (address, nbytes) of the staging memory is all zero, after what the current stream was given."""
-        parts = [self._kept[a - self._kept_address :][:n] for a, n in spans]
+        """Whether each (address, nbytes) of the staging memory is all zero. Waits for the current stream."""
+        parts = [self._staging[a - self._staging_address :][:n] for a, n in spans]
         if not self._streams.on_gpu or not parts:
             return [not part.any() for part in parts]
         import torch
 
-        return [not found for found in torch.stack([part.any() for part in parts]).tolist()]
+        return [not any_set for any_set in torch.stack([part.any() for part in parts]).tolist()]
 
     def plan(self, templates: Sequence[Template]) -> None:
-        """Keep all units' pieces on the device: a snapshot brings only where its chunks go.
+        """Upload all units' pieces to the device once: a snapshot sends only the places of its chunks.
 
-        In the kept plan the captures of all units, by unit number, lie one behind the other.
+        In the uploaded plan the captures of all units, by unit number, are contiguous.
         """
         self._templates = templates
         pieces, at, count = [], ALIGNMENT_BYTES, 0  # places are positive, as addresses are
@@ -180,10 +181,10 @@ class DevicePacker:
             at += unit.nbytes
             count += len(unit.pieces)
         with naming_faults():
-            self._pool.keep(np.concatenate(pieces))
+            self._pool.upload_pieces(np.concatenate(pieces))
 
     def adopt(self, memory: Bytes) -> None:
-        """Pin an arena, so that captures land in it; where the driver refuses, take a buffer instead and say so."""
+        """Pin an arena, so that captures are written into it; where the driver refuses, use a bounce buffer."""
         self.release()
         try:
             self._registration = self._pool.register(memory.ctypes.data, memory.nbytes)
@@ -200,39 +201,39 @@ class DevicePacker:
 
     @property
     def is_direct(self) -> bool:
-        """Whether captures land in the arena without a second copy."""
+        """Whether captures are written into the arena without a second copy."""
         return self._registration is not None
 
     def release(self) -> None:
         """Undo ``adopt``, after what is under way."""
         if self._registration is not None:
             with suppress(DeviceError):
-                self._forget(Cancel(), _LAST_WAIT_S)
+                self._drain(Cancel(), _RELEASE_TIMEOUT_S)
             self._registration.close()
             self._registration = None
 
     def freeze(self, rows: Int64s) -> bool:
-        """Copy (source, destination, nbytes) at once, after what the current stream was given; wait for it.
+        """Copy (source, destination, nbytes) at once, after all that is enqueued on the current stream; wait for it.
 
-        Later calls of ``pack`` read what that stream had written by now. False: the device is late, and nothing that
-        these rows copy may be used.
+        ``rows``: int64[n, 3]. Later calls of ``pack`` read what that stream had written by now. False: the device is
+        late, and the copies may not be used.
         """
         current, never = self._streams.current(), Cancel()
         with naming_faults():
-            if not self._forget(never, PATIENCE_S):
+            if not self._drain(never, TIMEOUT_S):
                 return False
             if len(rows):
                 ticket = self._pool.scatter(rows, stream=current, copy_engine_bytes=_STAGED_RUN_BYTES)
-                self._in_flight.append(_Flying(ticket=ticket, targets=(), way_home=_NOTHING))
-                if not self._forget(never, PATIENCE_S):
+                self._in_flight.append(_Enqueued(ticket=ticket, targets=(), copies_to_arena=_NOTHING))
+                if not self._drain(never, TIMEOUT_S):
                     return False
             self._pool.order(self._streams.side, current)
         return True
 
     def settle(self, cancel: Cancel) -> bool:
-        """Whether nothing of an earlier snapshot is under way any more; False if cancelled or late."""
+        """Wait until nothing of an earlier snapshot is under way; False if cancelled or late."""
         with naming_faults():
-            return self._forget(cancel, PATIENCE_S)
+            return self._drain(cancel, TIMEOUT_S)
 
     def pack(
         self,
@@ -240,40 +241,40 @@ class DevicePacker:
         host: HostPool,
         cancel: Cancel,
         between: Callable[[], None],
-        given: Callable[[], None] | None = None,
+        on_enqueued: Callable[[], None] | None = None,
     ) -> bool:
         """Fill the targets and their digests, after ``settle``; False if cancelled or late.
 
-        ``given`` is called once the device has been given everything, of which some is still in flight: then
-        ``hold_stream`` is for this call's work.
+        ``on_enqueued`` is called when all copies are enqueued, some of them not done: from then on ``hold_stream``
+        holds training's stream for this call's work.
         """
         with naming_faults():
             for number, group in enumerate(groups(self._templates, targets, self._batch_bytes)):
                 if len(self._in_flight) == SLOTS:
-                    if not self._land(host, cancel):
+                    if not self._finish_oldest(host, cancel):
                         return False
                     between()
                 if cancel.is_set():
                     return False
                 self._in_flight.append(self._start(group, number % SLOTS))
-            if given is not None:
+            if on_enqueued is not None:
                 with self._deciding:
-                    # Who cancels calls ``hold_stream`` next: that sees our ticket, or we see the cancellation.
+                    # A canceller calls ``hold_stream`` next: either it sees our ticket, or we see the cancellation.
                     if cancel.is_set():
                         return False
                     self._held_for = self._in_flight[-1].ticket if self._in_flight else None
-                given()
+                on_enqueued()
             while self._in_flight:
-                if not self._land(host, cancel):
+                if not self._finish_oldest(host, cancel):
                     return False
                 between()
         return True
 
     def hold_stream(self) -> None:
-        """What training's stream is given from now on waits, on the device, for the last ``pack`` with ``given``.
+        """Make all later work of training's stream wait, on the device, for the last ``pack`` with ``on_enqueued``.
 
-        May be called while that ``pack`` still runs: after ``given``, or after it was cancelled, when there is nothing
-        to wait for, since nobody looks at what it reads.
+        May be called while that ``pack`` still runs: after ``on_enqueued``, or after a cancellation. A cancelled
+        ``pack`` is not waited for, since its results are not used.
         """
         with self._deciding:
             held_for = self._held_for
@@ -298,47 +299,49 @@ class DevicePacker:
         stream = self._streams.current()
         self._pool.finish(self._pool.scatter(rows, stream=stream, copy_engine_bytes=self._copy_engine_bytes))
 
-    def _start(self, targets: Sequence[Target], slot: int) -> _Flying:
+    def _start(self, targets: Sequence[Target], slot: int) -> _Enqueued:
         sizes = [self._templates[t.unit].nbytes for t in targets]
         places = [t.address for t in targets]
-        way_home: list[tuple[int, int, int]] = []
+        copies: list[tuple[int, int, int]] = []
         if not self.is_direct:
             first = self._take_buffers()[slot].ctypes.data
             places = [first + sum(sizes[:number]) for number in range(len(sizes))]
-            way_home = [(p, t.address, n) for p, t, n in zip(places, targets, sizes, strict=True)]
+            copies = [(p, t.address, n) for p, t, n in zip(places, targets, sizes, strict=True)]
         chunks = [
             self._chunks[t.unit] + np.array([p, 0, 0, 0, 0], dtype=np.int64)
             for t, p in zip(targets, places, strict=True)
         ]
-        ticket = self._pool.pack_kept(
+        ticket = self._pool.pack_uploaded(
             np.concatenate(chunks), stream=self._streams.side, copy_engine_bytes=self._copy_engine_bytes
         )
-        return _Flying(ticket=ticket, targets=targets, way_home=np.array(way_home, dtype=np.int64).reshape(-1, 3))
+        return _Enqueued(
+            ticket=ticket, targets=targets, copies_to_arena=np.array(copies, dtype=np.int64).reshape(-1, 3)
+        )
 
-    def _land(self, host: HostPool, cancel: Cancel) -> bool:
-        """Take back the oldest batch; False if cancelled or late, and then it stays under way."""
-        flying = self._in_flight[0]
-        if not self._is_done(flying, cancel, PATIENCE_S):
+    def _finish_oldest(self, host: HostPool, cancel: Cancel) -> bool:
+        """Wait for the oldest batch and complete its captures; False if cancelled or late: then it stays under way."""
+        batch = self._in_flight[0]
+        if not self._is_done(batch, cancel, TIMEOUT_S):
             return False
-        digests = np.empty(sum(len(t.digests) for t in flying.targets), dtype=np.uint64)
-        self._pool.finish(flying.ticket, digests)
+        digests = np.empty(sum(len(t.digests) for t in batch.targets), dtype=np.uint64)
+        self._pool.finish(batch.ticket, digests)
         self._in_flight.popleft()
-        host.scatter(flying.way_home)
-        share(digests, flying.targets)
+        host.scatter(batch.copies_to_arena)
+        share(digests, batch.targets)
         return True
 
-    def _forget(self, cancel: Cancel, patience_s: float) -> bool:
-        """Wait for all that is under way, whatever comes of it; False if cancelled or late."""
+    def _drain(self, cancel: Cancel, timeout_s: float) -> bool:
+        """Wait for all batches under way and discard their results; False if cancelled or late."""
         while self._in_flight:
-            if not self._is_done(self._in_flight[0], cancel, patience_s):
+            if not self._is_done(self._in_flight[0], cancel, timeout_s):
                 return False
             self._pool.finish(self._in_flight.popleft().ticket)
         return True
 
-    def _is_done(self, flying: _Flying, cancel: Cancel, patience_s: float) -> bool:
+    def _is_done(self, batch: _Enqueued, cancel: Cancel, timeout_s: float) -> bool:
         """Wait for one batch; False if cancelled or late."""
-        deadline = time.monotonic() + patience_s
-        while not self._pool.wait(flying.ticket, timeout_s=min(_GLANCE_S, patience_s)):
+        deadline = time.monotonic() + timeout_s
+        while not self._pool.wait(batch.ticket, timeout_s=min(_POLL_S, timeout_s)):
             if cancel.is_set() or time.monotonic() >= deadline:
                 return False
         return True

@@ -72,23 +72,6 @@ def capture_digest(chunk_digests: Words) -> int:
     return digest_chunk(np.ascontiguousarray(chunk_digests, dtype="<u8").tobytes())
 
 
-def transform(data: npt.NDArray[np.uint8], op: str, scale: float) -> npt.NDArray[np.uint8]:
-    """A piece's bytes as they are written: ``copy`` as they are, ``scale`` fp32 times ``scale``, ``bf16`` that, cast.
-
-    The cast rounds to nearest, ties to even; every NaN becomes 0x7FFF.
-    """
-    if op == "copy":
-        return data
-    with np.errstate(all="ignore"):
-        scaled = data.view("<f4") * np.float32(scale)
-    if op == "scale":
-        return np.frombuffer(scaled.tobytes(), dtype=np.uint8)
-    bits = scaled.view(np.uint32)
-    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
-    cast = np.where(np.isnan(scaled), 0x7FFF, rounded).astype("<u2")
-    return np.frombuffer(cast.tobytes(), dtype=np.uint8)
-
-
 def _stir(x: Words) -> Words:
     low, high = x & _HALF_MASK, x >> _HALF_BITS
     stirred: Words = ((low << _HALF_BITS) | high) + low * high

@@ -22,8 +22,9 @@ cpu_device.install()
 # isort: split
 from megatron.core.pipeline_parallel import p2p_communication
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.mcore.traffic import TimedCommunicator
-from megatron_moetion.schedule.recorder import HostClock, Recorder
+from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
 
 SHAPE = (64, 1, 256)
 
@@ -35,7 +36,8 @@ def main(rank: int, rendezvous: str, batched: bool, late_s: float) -> None:
         batch_p2p_comm=batched, batch_p2p_sync=False, timers=None, virtual_pipeline_model_parallel_size=None,
     )  # fmt: skip
     posting = p2p_communication._batched_p2p_ops, p2p_communication._p2p_ops
-    recorder = Recorder(HostClock())
+    clock = SystemClock()
+    recorder = Recorder(HostStopwatch(clock), clock)
     stage = TimedCommunicator(dist.group.WORLD, config, recorder, True)
     tensor = torch.full(SHAPE, float(rank))
     dist.barrier()
@@ -51,7 +53,7 @@ def main(rank: int, rendezvous: str, batched: bool, late_s: float) -> None:
     timeline = recorder.cut(1)
     assert timeline is not None
     span = next(s for s in timeline.spans if s.sent_bytes)
-    print(json.dumps({"lane": span.lane.value, "begin": span.begin_s, "taken": span.taken_s, "end": span.end_s}))
+    print(json.dumps({"lane": span.lane.value, "begin": span.begin_s, "accepted": span.accepted_s, "end": span.end_s}))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -38,6 +38,6 @@ def test_a_message_is_taken_when_its_receiver_asks_for_it(tmp_path: Path, postin
     assert [rank.returncode for rank in ranks] == [0, 0]
     first, second = (json.loads(text.splitlines()[-1]) for text in said)
     assert first["lane"] == second["lane"] == "pipeline"
-    assert first["taken"] - first["begin"] > 0.6 * LATE_S
-    assert second["taken"] - second["begin"] < 0.4 * LATE_S
-    assert second["end"] - second["taken"] > 0.6 * LATE_S
+    assert first["accepted"] - first["begin"] > 0.6 * LATE_S
+    assert second["accepted"] - second["begin"] < 0.4 * LATE_S
+    assert second["end"] - second["accepted"] > 0.6 * LATE_S

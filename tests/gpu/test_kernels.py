@@ -9,7 +9,7 @@ import kernel_cases
 import numpy as np
 import pytest
 import torch
-from kernel_cases import POISON, Bytes, DeviceBackend, KeptBackend, Memory
+from kernel_cases import POISON, Bytes, DeviceBackend, Memory, UploadedBackend
 
 DEVICE = "cuda:0"
 
@@ -71,7 +71,7 @@ class GpuBackend(_OnGpu, DeviceBackend):
         self.stream = self._stream.cuda_stream
 
 
-class GpuKeptBackend(_OnGpu, KeptBackend):
+class GpuUploadedBackend(_OnGpu, UploadedBackend):
     """Pieces stay on the device."""
 
     def __init__(self) -> None:
@@ -87,7 +87,7 @@ BACKENDS: dict[str, Callable[[], DeviceBackend]] = {
     "device-all-sms": lambda: GpuBackend(to_host=False, num_sms=10_000),
     "pinned": lambda: GpuBackend(to_host=True),
     "pinned-copy-engine": lambda: GpuBackend(to_host=True, copy_engine_bytes=1),
-    "pinned-kept": lambda: GpuKeptBackend(),
+    "pinned-uploaded": lambda: GpuUploadedBackend(),
 }
 
 
@@ -101,18 +101,6 @@ def test_case(backend: DeviceBackend, case: Callable[[DeviceBackend], None]) -> 
     case(backend)
 
 
-@pytest.mark.parametrize("backend", ["device", "pinned"], indirect=True)
-@pytest.mark.parametrize("op", ["scale", "bf16"])
-@pytest.mark.parametrize("case", kernel_cases.FOR_FLOATS, ids=lambda case: case.__name__)
-def test_case_on_floats(backend: DeviceBackend, case: Callable[[DeviceBackend, str], None], op: str) -> None:
-    case(backend, op)
-
-
 @pytest.mark.parametrize("name", ["device", "pinned", "pinned-copy-engine"])
 def test_one_gibibyte(name: str) -> None:
     kernel_cases.one_gibibyte(BACKENDS[name]())
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.37])
-def test_floats_become_what_torch_makes_of_them_on_the_same_gpu(scale: float) -> None:
-    kernel_cases.floats_become_what_torch_makes_of_them(GpuBackend(to_host=False), scale, DEVICE)

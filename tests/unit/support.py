@@ -17,6 +17,7 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moetion._C import DevicePool, HostPool
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.framework import StateAdapter, TokenCounter, TokenSource
 from megatron_moetion.modes.full import FullBlueprint
@@ -24,7 +25,7 @@ from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
-from megatron_moetion.schedule.recorder import HostClock
+from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
@@ -148,7 +149,7 @@ class WatchedPool:
 
         def call(*arguments: Any, **options: Any) -> Any:
             result = found(*arguments, **options)
-            named = {"pack_kept": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
+            named = {"pack_uploaded": result, "finish": arguments[:1], "order_after": arguments}.get(name, ())
             self._calls.append(f"{name} {named}")
             return result
 
@@ -337,7 +338,51 @@ def together(*calls: Callable[[], T]) -> list[T]:
 
 def scheduler(schedule: str = "bubble") -> Scheduler:
     """A scheduler on the host's clock that draws nothing."""
-    return Scheduler(schedule, HostClock(), eager_slice_bytes=1 << 20, draw=no_drawing)
+    clock = SystemClock()
+    return Scheduler(
+        schedule,
+        HostStopwatch(clock),
+        clock=clock,
+        condition=threading.Condition(),
+        eager_slice_bytes=1 << 20,
+        draw=no_drawing,
+    )
+
+
+class ManualClock:
+    """A ``Clock`` that moves only when somebody sleeps."""
+
+    def __init__(self, now_s: float = 1000.0) -> None:
+        self.now_s = now_s
+
+    def monotonic(self) -> float:
+        return self.now_s
+
+    def unix_ns(self) -> int:
+        return int(self.now_s * 1e9)
+
+    def sleep(self, seconds: float) -> None:
+        self.now_s += seconds
+
+
+class ManualCondition(threading.Condition):
+    """Nobody else runs: a wait ends with its timeout, which passes at once on ``clock``."""
+
+    def __init__(self, clock: ManualClock) -> None:
+        super().__init__()
+        self.clock = clock
+
+    def wait(self, timeout: float | None = None) -> bool:
+        assert timeout is not None
+        assert timeout > 0
+        self.clock.sleep(timeout)
+        return False
+
+
+def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
+    """A mode's, for a state without gradients."""
+    found: dict[str, Blueprint] = {"full": FullBlueprint(), "popularity": PopularityBlueprint(tokens)}
+    return found[mode]
 
 
 def blueprint(mode: str, tokens: TokenSource) -> Blueprint:

@@ -78,7 +78,7 @@ def test_json_is_one_document_in_bytes(capsys: pytest.CaptureFixture[str]) -> No
             "mode", "period", "experts", "snapshot_bytes", "sent_bytes", "arena", "rank", "rank_bytes", "node_bytes",
             "device_bytes", "replayed_steps", "replayed_steps_idle", "share_of_full", "fits_link", "fits_memory",
         }  # fmt: skip
-        assert set(mode["arena"]) == set(mode["rank"]) == {"state_bytes", "log_bytes", "in_flight_bytes"}
+        assert set(mode["arena"]) == set(mode["rank"]) == {"state_bytes", "log_bytes", "pending_bytes"}
         assert mode["rank_bytes"] == sum(mode["rank"].values()) == 3 * sum(mode["arena"].values())
         assert mode["node_bytes"] == 4 * mode["rank_bytes"]
         assert mode["sent_bytes"] == 2 * mode["snapshot_bytes"]

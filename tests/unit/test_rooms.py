@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_moetion"
 NAME = PACKAGE.name
 
 FLOORS = [
-    {"units", "framework", "config", "errors", "output", "_C"},
+    {"units", "framework", "config", "errors", "output", "clock", "_C"},
     {"observe"},
     {"store"},
     {"snapshot"},
@@ -22,7 +22,9 @@ FLOORS = [
     {"replicate"},
     {"schedule"},
     {"recover"},
-    {"session", "sizing"},
+    {"modes"},
+    {"run"},
+    {"session"},
     {"persist"},
     {"mcore"},
     {"pretrain"},
@@ -44,7 +46,10 @@ PURE = [
     "select/policies.py",
     "select/popularity.py",
     "snapshot/plan.py",
+    "observe/lanes.py",
     "schedule/planner.py",
+    "schedule/sizes.py",
+    "schedule/timeline.py",
     "replicate/placement.py",
     "replicate/agreement.py",
     "recover/plan.py",

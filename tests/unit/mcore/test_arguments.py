@@ -186,3 +186,16 @@ def test_bad_settings_are_refused_before_anything_starts() -> None:
 def test_load_of_a_folder_that_save_will_make(tmp_path: Path) -> None:
     folder = tmp_path / "later"
     assert parse(f"{MOE} --save {folder} --load {folder}").load == str(folder)
+
+
+def test_settings_for_experts_are_accepted_and_not_shown() -> None:
+    shown = build_parser().format_help()
+    for flag, value in (
+        ("--moetion-chunk-bytes", 8192),
+        ("--moetion-in-flight-bytes", 4096),
+        ("--moetion-pack-sms", 2),
+    ):
+        config = moetion_config(parse(f"{MOE} --moetion {flag} {value}", GPU))
+        assert getattr(config, flag.removeprefix("--moetion-").replace("-", "_")) == value
+        assert flag not in shown
+    assert "--moetion-interval" in shown

@@ -4,10 +4,11 @@
 from __future__ import annotations
 
 import threading
-import time
 
 import pytest
+from support import ManualClock, ManualCondition
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.schedule.pacer import (
     CALM_FACTOR,
     PROBE_EVERY,
@@ -25,54 +26,51 @@ RATE = 1e6
 KB100 = 100_000
 
 
-class Clock:
-    """Moves only when somebody waits."""
-
-    def __init__(self) -> None:
-        self.now_s = 1000.0
-
-    def __call__(self) -> float:
-        return self.now_s
-
-
 class Simulated(Pacer):
-    """A pacer whose waits advance the clock. At each moment of ``silences`` the network has taken what training sent in
-    a lane, of ``sends`` training sends so many bytes that are taken at once, of ``beginnings`` an iteration begins.
+    """A pacer whose waits advance the clock.
+
+    At each moment of ``silences`` the network has accepted what training sent in a lane, of ``sends`` training sends so
+    many bytes that are accepted at once, of ``beginnings`` an iteration begins.
     """
 
     def __init__(self) -> None:
-        self.clock = Clock()
+        self.clock = ManualClock()
+        self.condition = Simulation(self)
         self.slices: list[tuple[float, float, int]] = []
-        super().__init__(lambda begin, end, nbytes: self.slices.append((begin, end, nbytes)), self.clock)
         self.silences: list[tuple[float, Lane, int]] = []
         self.sends: list[tuple[float, int]] = []
         self.beginnings: list[tuple[float, Rhythm]] = []
-        self._changed.wait = self._sleep  # type: ignore[method-assign]
-
-    def _sleep(self, timeout: float | None = None) -> bool:
-        assert timeout is not None
-        assert timeout > 0
-        until = self.clock.now_s + timeout
-        if self.silences and self.silences[0][0] <= until:
-            self.clock.now_s, lane, nbytes = self.silences.pop(0)
-            self.traffic_ends(lane, nbytes)
-            return True
-        if self.sends and self.sends[0][0] <= until:
-            self.clock.now_s, nbytes = self.sends.pop(0)
-            self.traffic_begins(Lane.PIPELINE, nbytes)
-            self.traffic_ends(Lane.PIPELINE, nbytes)
-            return True
-        if self.beginnings and self.beginnings[0][0] <= until:
-            self.clock.now_s, rhythm = self.beginnings.pop(0)
-            self.begin_iteration(rhythm)
-            return True
-        self.clock.now_s = until
-        return False
+        super().__init__(lambda *moved: self.slices.append(moved), self.clock, self.condition)
 
     def go(self, nbytes: int) -> float:
         """Admit, and say when it went, since the plan began."""
         self.admit(nbytes)
         return round(self.clock.now_s - 1000.0, 6)
+
+
+class Simulation(ManualCondition):
+    """What happens on the network while the sender waits."""
+
+    def __init__(self, pacer: Simulated) -> None:
+        super().__init__(pacer.clock)
+        self.pacer = pacer
+
+    def wait(self, timeout: float | None = None) -> bool:
+        pacer, until = self.pacer, self.clock.now_s + (timeout or 0)
+        if pacer.silences and pacer.silences[0][0] <= until:
+            self.clock.now_s, lane, nbytes = pacer.silences.pop(0)
+            pacer.traffic_ends(lane, nbytes)
+            return True
+        if pacer.sends and pacer.sends[0][0] <= until:
+            self.clock.now_s, nbytes = pacer.sends.pop(0)
+            pacer.traffic_begins(Lane.PIPELINE, nbytes)
+            pacer.traffic_ends(Lane.PIPELINE, nbytes)
+            return True
+        if pacer.beginnings and pacer.beginnings[0][0] <= until:
+            self.clock.now_s, rhythm = pacer.beginnings.pop(0)
+            pacer.begin_iteration(rhythm)
+            return True
+        return super().wait(timeout)
 
 
 def expect(*windows: tuple[float, float], sends: tuple[float, ...] = (), duration: float = 9.0) -> Rhythm:
@@ -136,7 +134,7 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
 
 
 def test_a_send_whose_peer_is_late_holds_slices_back_until_its_bytes_are_gone() -> None:
-    """Taken by the network 0.7 s after the call; the bytes take 50 ms more."""
+    """Accepted by the network 0.7 s after the call; the bytes take 50 ms more."""
     pacer = following(expect((0.0, 9.0)), KB100, deadline_s=5.0)
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.silences.append((1000.7, Lane.PIPELINE, 50_000))
@@ -144,9 +142,9 @@ def test_a_send_whose_peer_is_late_holds_slices_back_until_its_bytes_are_gone() 
 
 
 def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
-    """Expected: a send at 0.3, taken at 0.4, a window from 0.5 on. It is taken at 2.0: the window is from 2.1 on."""
+    """Expected: a send at 0.3, accepted at 0.4, a window from 0.5 on. Accepted at 2.0, so the window is from 2.1 on."""
     windows = (Window(begin_s=0.5, end_s=0.7),)
-    pacer = following(Rhythm(sends_s=(0.3,), taken_s=(0.4,), duration_s=0.9, windows=windows), KB100, deadline_s=5.0)
+    pacer = following(Rhythm(sends_s=(0.3,), accepted_s=(0.4,), duration_s=0.9, windows=windows), KB100, deadline_s=5.0)
     pacer.clock.now_s = 1001.0
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.silences.append((1002.0, Lane.PIPELINE, 50_000))
@@ -157,17 +155,18 @@ def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none()
     """Two messages and, between them, gradients, as expected; all of it is late."""
     windows = (Window(begin_s=0.25, end_s=0.4), Window(begin_s=0.9, end_s=1.05))
     pacer = following(
-        Rhythm(sends_s=(0.1, 0.4, 0.6), taken_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
+        Rhythm(sends_s=(0.1, 0.4, 0.6), accepted_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
         2 * KB100,
         deadline_s=30.0,
     )
     late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, None), (6, 8, Lane.PIPELINE, 8.1))
-    for began, taken, lane, expected in late:
+    for began, accepted, lane, expected in late:
         pacer.clock.now_s = 1000.0 + began
         pacer.traffic_begins(lane, 50_000)
-        pacer.silences.append((1000.0 + taken, lane, 50_000))
+        pacer.silences.append((1000.0 + accepted, lane, 50_000))
         if expected is None:
-            pacer._sleep(5.0)
+            with pacer.condition:
+                pacer.condition.wait(5.0)
         else:
             assert pacer.go(KB100) == pytest.approx(expected)
 
@@ -229,15 +228,14 @@ def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held()
 
 
 def test_slices_take_a_few_milliseconds_of_the_link() -> None:
-    pacer = Simulated()
     for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 2_000_000), (1e12, SLICE_MAX_BYTES)):
-        pacer._seen.clear()
+        pacer = Simulated()
         pacer.learn(rate)
         assert pacer.slice_bytes() == expected
 
 
 def test_a_waiting_thread_is_woken_when_training_falls_silent() -> None:
-    pacer = Pacer(lambda begin, end, nbytes: None)
+    pacer = Pacer(lambda *_: None, SystemClock(), threading.Condition())
     pacer.begin_iteration(expect((0.0, 9.0)))
     pacer.follow(KB100, deadline_s=20.0)
     pacer.traffic_begins(Lane.ALL_TO_ALL, 1)
@@ -251,7 +249,7 @@ def test_a_waiting_thread_is_woken_when_training_falls_silent() -> None:
 
 
 def test_when_training_waits_nothing_is_held_back() -> None:
-    pacer = Pacer(lambda *_: None)
+    pacer = Pacer(lambda *_: None, SystemClock(), threading.Condition())
     pacer.learn(RATE)
     pacer.begin_iteration(Rhythm(duration_s=30.0, windows=(), sends_s=()))
     pacer.follow(KB100, deadline_s=30.0)
@@ -266,10 +264,11 @@ def test_when_training_waits_nothing_is_held_back() -> None:
 
 def test_eager_never_waits_and_tells_what_moved() -> None:
     seen: list[int] = []
-    eager = Eager(1 << 20, lambda begin, end, nbytes: seen.append(nbytes))
-    began = time.monotonic()
+    clock = ManualClock()
+    eager = Eager(1 << 20, lambda begin, end, nbytes: seen.append(nbytes), clock)
+    began = clock.monotonic()
     eager.admit(1 << 30)
     eager.left(5, began)
-    assert time.monotonic() - began < 1.0
+    assert clock.monotonic() == began
     assert eager.slice_bytes() == 1 << 20
     assert seen == [5]

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Windows are what training leaves free, what finds no room in them is counted, and sizes follow."""
+"""Windows are what training leaves free, what finds no room in them is counted."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.schedule import planner
-from megatron_moetion.schedule.planner import Rung, Window, affordable, ladder, next_level, rhythm, unplaced_bytes
+from megatron_moetion.schedule.planner import Window, rhythm, unplaced_bytes
 from megatron_moetion.schedule.timeline import Lane, Link, Span, Timeline
 
 RATE = 1e6
@@ -51,14 +51,14 @@ def test_a_send_that_returns_at_once_is_still_on_the_wire() -> None:
 def test_a_send_that_waits_for_its_peer_is_busy_until_the_network_has_its_bytes_and_for_as_long_as_they_take() -> None:
     """Taken after 0.2 s in most iterations, later in some; then 0.1 s on the wire, and 0.2 s or more until the end."""
 
-    def waits(taken_s: float | None, lane: Lane = Lane.PIPELINE) -> Timeline:
-        span = Span(lane=lane, begin_s=0.3, end_s=0.8, sent_bytes=round(0.1 * RATE), taken_s=taken_s)
+    def waits(accepted_s: float | None, lane: Lane = Lane.PIPELINE) -> Timeline:
+        span = Span(lane=lane, begin_s=0.3, end_s=0.8, sent_bytes=round(0.1 * RATE), accepted_s=accepted_s)
         return Timeline(iteration=1, begin_s=0.0, duration_s=1.0, spans=(span,))
 
     assert windows_of(*[waits(0.5)] * 7, waits(0.7)) == [(0.0, 0.3), (0.6, 1.0)]
     assert windows_of(*[waits(0.5)] * 5, *[waits(0.7)] * 2) == [(0.0, 0.3), (0.6, 0.8)]
     found = rhythm([waits(0.5)], RATE)
-    assert (found.sends_s, found.taken_s) == (pytest.approx((0.3,)), pytest.approx((0.5,)))
+    assert (found.sends_s, found.accepted_s) == (pytest.approx((0.3,)), pytest.approx((0.5,)))
     assert windows_of(waits(None)) == [(0.0, 0.3), (0.9, 1.0)]  # nothing better is known than that the call returned
     assert windows_of(waits(None, Lane.GRADIENT)) == [(0.0, 0.3), (0.4, 1.0)]  # nobody waits before it is on its way
 
@@ -153,52 +153,6 @@ def test_room_in_two_windows_at_once_is_counted_once() -> None:
     """A rhythm that is longer than the typical iteration runs into the next one."""
     windows = [Window(begin_s=0.0, end_s=0.5), Window(begin_s=0.25, end_s=0.75)]
     assert unplaced_bytes(windows, RATE, 1_000_000, 9.0, 50_000) == 250_000
-
-
-def test_ladders_go_from_rare_to_large() -> None:
-    rungs = ladder(2, 14)
-    assert rungs[:4] == tuple(Rung(experts=2, every=e) for e in (8, 4, 2, 1))
-    assert [r.experts for r in rungs[3:]] == list(range(2, 15))
-    assert {r.every for r in rungs[3:]} == {1}
-    assert [r.every for r in ladder(0, 0)] == [r.every for r in rungs]
-
-
-@given(st.integers(0, 300), st.integers(0, 300))
-def test_ladders_reach_both_ends_and_never_fall(low: int, more: int) -> None:
-    rungs = ladder(low, low + more)
-    assert len(rungs) == planner.LEVELS
-    assert rungs[3] == Rung(experts=low, every=1)
-    assert rungs[-1] == Rung(experts=low + more, every=1)
-    costs = [r.bytes_per_snapshot(1000, 10.0) for r in rungs]
-    assert costs == sorted(costs)
-
-
-def test_what_does_not_fit_gets_smaller_first_then_rarer() -> None:
-    rungs = ladder(2, 6)
-    wanted = [affordable(rungs, capacity, 100, 10.0) for capacity in (1000, 160, 145, 120, 119, 60, 15, 0)]
-    assert [(rungs[i].experts, rungs[i].every) for i in wanted] == [
-        (6, 1), (6, 1), (4, 1), (2, 1), (2, 2), (2, 2), (2, 8), (2, 8),
-    ]  # fmt: skip
-
-
-def test_sizes_move_smoothly_and_arrive() -> None:
-    assert [next_level(3, wanted) for wanted in (0, 2, 3, 4, 9, 15)] == [2, 2, 3, 4, 4, 6]
-    for start in range(planner.LEVELS):
-        for wanted in range(planner.LEVELS):
-            level, steps = start, 0
-            while level != wanted:
-                following = next_level(level, wanted)
-                assert 0 < abs(following - level) <= 3
-                level, steps = following, steps + 1
-            assert steps <= 10
-
-
-@given(st.lists(st.integers(0, planner.LEVELS - 1), min_size=1, max_size=9))
-def test_the_and_of_votes_is_the_lowest_level(levels: list[int]) -> None:
-    votes = planner.vote(levels[0])
-    for level in levels[1:]:
-        votes &= planner.vote(level)
-    assert planner.level_of(votes) == min(levels)
 
 
 def test_capacity_is_the_tightest_links() -> None:

@@ -4,14 +4,16 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import ClassVar
 
 import pytest
+from support import ManualClock
 
-from megatron_moetion.schedule.recorder import HostClock, Recorder
+from megatron_moetion.schedule.recorder import EventStopwatch, Listener, Recorder, Stopwatch
 from megatron_moetion.schedule.timeline import Lane
 
 
-class LateClock:
+class LateStopwatch:
     """Stamps are numbers that can be read only once ``readable`` has passed them, as with events on a device."""
 
     def __init__(self) -> None:
@@ -45,8 +47,12 @@ class Ear:
         self.heard.append(("ends", lane, sent_bytes))
 
 
+def recording(stopwatch: Stopwatch, listener: Listener | None = None, num_spans_max: int = 100) -> Recorder:
+    return Recorder(stopwatch, ManualClock(), listener, num_spans_max)
+
+
 def test_spans_count_from_the_end_of_the_step_before() -> None:
-    recorder = Recorder(LateClock())  # stamp 1
+    recorder = recording(LateStopwatch())  # stamp 1
     with recorder.span(Lane.PIPELINE, 5, 6):  # 2, 3
         pass
     first = recorder.cut(7)  # 4
@@ -60,21 +66,21 @@ def test_spans_count_from_the_end_of_the_step_before() -> None:
 
 
 def test_a_device_that_is_behind_is_never_waited_for() -> None:
-    clock = LateClock()
-    recorder = Recorder(clock)
-    clock.readable = 1
+    stopwatch = LateStopwatch()
+    recorder = recording(stopwatch)
+    stopwatch.readable = 1
     with recorder.span(Lane.GRADIENT) as span:
         recorder.taken(span)
     assert recorder.cut(1) is None
-    clock.readable = clock.now
+    stopwatch.readable = stopwatch.now
     found = recorder.cut(2)
     assert found is not None
     assert found.iteration == 1
-    assert clock.recycled == [2, 3, 4]
+    assert stopwatch.recycled == [1, 2, 3, 4]
 
 
 def test_a_span_that_is_still_open_lasts_to_the_end() -> None:
-    recorder = Recorder(LateClock())
+    recorder = recording(LateStopwatch())
     opened = recorder.begin(Lane.PARAMETER)
     found = recorder.cut(1)
     assert found is not None
@@ -83,9 +89,77 @@ def test_a_span_that_is_still_open_lasts_to_the_end() -> None:
     assert recorder.cut(2) is not None
 
 
+def test_what_a_span_does_after_the_cut_is_not_waited_for() -> None:
+    """Parameters are gathered across the cut; the device has not come to their end when it has come to the cut."""
+    stopwatch = LateStopwatch()
+    recorder = recording(stopwatch)
+    opened = recorder.begin(Lane.PARAMETER, 9, 9)
+    stopwatch.readable = 1
+    assert recorder.cut(1) is None
+    stopwatch.readable = stopwatch.now
+    recorder.taken(opened)
+    recorder.end(opened)
+    found = recorder.cut(2)
+    assert found is not None
+    assert found.iteration == 1
+    assert [(s.accepted_s, s.end_s) for s in found.spans] == [(None, found.duration_s)]
+
+
+class Event:
+    """What ``EventStopwatch`` needs of ``torch.cuda.Event``, on a device that may be behind the host."""
+
+    made = 0
+    is_behind = False
+    enqueued: ClassVar[list[Event]] = []
+    now_ms = 0.0
+
+    def __init__(self, enable_timing: bool) -> None:
+        assert enable_timing
+        Event.made += 1
+        self.at_ms: float | None = None
+
+    def record(self) -> None:
+        self.at_ms = None
+        self.enqueued.append(self)
+        if not self.is_behind:
+            self.catch_up()
+
+    def query(self) -> bool:
+        return self.at_ms is not None
+
+    def elapsed_time(self, until: Event) -> float:
+        assert self.at_ms is not None
+        assert until.at_ms is not None
+        return until.at_ms - self.at_ms
+
+    @classmethod
+    def catch_up(cls) -> None:
+        for event in cls.enqueued:
+            cls.now_ms += 1000.0
+            event.at_ms = cls.now_ms
+        cls.enqueued.clear()
+
+
+def test_no_iteration_is_returned_twice_although_the_device_is_behind_now_and_then() -> None:
+    recorder = recording(EventStopwatch(Event))
+    found = []
+    for iteration, is_behind in enumerate([False, True, False, True, True, False] * 5):
+        Event.is_behind = is_behind
+        with recorder.span(Lane.GRADIENT, 1, 1):
+            pass
+        timeline = recorder.cut(iteration)
+        found.append(None if timeline is None else timeline.iteration)
+        assert timeline is None or timeline.duration_s == 3.0
+        Event.catch_up()  # before the next iteration ends
+    assert found[:6] == [0, None, 2, None, 3, 5]
+    returned = [n for n in found if n is not None]
+    assert returned == sorted(set(returned))
+    assert Event.made <= 3 * 3, "events are used again"
+
+
 def test_who_listens_hears_of_network_traffic_alone() -> None:
     ear = Ear()
-    recorder = Recorder(HostClock(), ear)
+    recorder = recording(LateStopwatch(), ear)
     with recorder.span(Lane.ALL_TO_ALL) as inside_the_node:
         recorder.taken(inside_the_node)
     with recorder.span(Lane.PIPELINE, 9, 0):
@@ -94,24 +168,24 @@ def test_who_listens_hears_of_network_traffic_alone() -> None:
 
 
 def test_that_the_network_has_taken_what_is_sent_is_told_once_and_noted() -> None:
-    ear = Ear()
-    recorder = Recorder(LateClock(), ear)  # stamp 1
+    ear, stopwatch = Ear(), LateStopwatch()
+    recorder = recording(stopwatch, ear)  # stamp 1
     with recorder.span(Lane.PIPELINE, 9, 0) as span:  # 2, 5
         recorder.taken(span)  # 3
         assert ear.heard[-1] == ("ends", Lane.PIPELINE, 9)
         recorder.taken(span)
-        recorder._clock.stamp()  # 4
+        stopwatch.stamp()  # 4
     with recorder.span(Lane.PIPELINE, 9, 0) as late:  # 6, 7
         pass
     recorder.taken(late)
     assert [what for what, *_ in ear.heard] == ["begins", "ends"] * 2
     found = recorder.cut(1)
     assert found is not None
-    assert [(s.begin_s, s.taken_s, s.end_s) for s in found.spans] == [(1, 2, 4), (5, None, 6)]
+    assert [(s.begin_s, s.accepted_s, s.end_s) for s in found.spans] == [(1, 2, 4), (5, None, 6)]
 
 
 def test_the_number_of_spans_is_bounded() -> None:
-    recorder = Recorder(HostClock(), num_spans_max=10)
+    recorder = recording(LateStopwatch(), num_spans_max=10)
     for _ in range(50):
         with recorder.span(Lane.PIPELINE, 1):
             pass
@@ -122,7 +196,7 @@ def test_the_number_of_spans_is_bounded() -> None:
 
 def test_a_fault_inside_a_span_still_ends_it() -> None:
     ear = Ear()
-    recorder = Recorder(HostClock(), ear)
+    recorder = recording(LateStopwatch(), ear)
     with pytest.raises(RuntimeError), recorder.span(Lane.PIPELINE, 3):
         raise RuntimeError
     assert ear.heard[-1] == ("ends", Lane.PIPELINE, 3)

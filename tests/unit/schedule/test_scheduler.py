@@ -5,56 +5,73 @@ from __future__ import annotations
 
 import math
 import threading
-import time
 from pathlib import Path
 
 import pytest
-from support import Network, ToyFabric, ToyState
+from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.schedule.planner import Window
-from megatron_moetion.schedule.recorder import HostClock
-from megatron_moetion.schedule.scheduler import Scheduler, ahead, between, no_drawing, typical_duration
+from megatron_moetion.schedule.recorder import HostStopwatch
+from megatron_moetion.schedule.scheduler import (
+    DEADLINE_SHARE,
+    TIMELINES,
+    Carried,
+    Scheduler,
+    computing,
+    no_drawing,
+    typical_duration,
+    windows_after,
+)
 from megatron_moetion.schedule.timeline import Lane, Span, Timeline
 from megatron_moetion.session import Session
 
 Drawn = list[tuple[str, float, float, int]]
 
 
-def make(schedule: str) -> tuple[Scheduler, Drawn]:
+def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
     drawn: Drawn = []
-    scheduler = Scheduler(schedule, HostClock(), eager_slice_bytes=1 << 20, draw=lambda *what: drawn.append(what))
-    return scheduler, drawn
+    clock = ManualClock()
+    scheduler = Scheduler(
+        schedule,
+        HostStopwatch(clock),
+        clock=clock,
+        condition=ManualCondition(clock),
+        eager_slice_bytes=1 << 20,
+        draw=lambda *what: drawn.append(what),
+    )
+    return scheduler, clock, drawn
 
 
-def iterate(scheduler: Scheduler, number: int, seconds: float = 0.05) -> None:
+def iterate(scheduler: Scheduler, clock: ManualClock, number: int, seconds: float = 0.05) -> None:
     """One iteration that sends a little over the network in its middle."""
-    time.sleep(seconds / 2)
+    clock.sleep(seconds / 2)
     with scheduler.recorder.span(Lane.PIPELINE, 1000, 0):
         pass
-    time.sleep(seconds / 2)
+    clock.sleep(seconds / 2)
     scheduler.cut(number)
 
 
 def test_windows_ahead_count_from_now_and_go_on_into_the_next_iteration() -> None:
     windows = [Window(begin_s=0.0, end_s=0.4), Window(begin_s=0.6, end_s=1.0)]
-    found = [(round(w.begin_s, 6), round(w.end_s, 6)) for w in ahead(windows, 0.7, 1.0)]
+    found = [(round(w.begin_s, 6), round(w.end_s, 6)) for w in windows_after(0.7, windows, 1.0)]
     assert found == [(0.0, 0.3), (0.3, 0.7), (0.9, 1.3)]
 
 
 def test_computing_is_what_is_left() -> None:
     spans = tuple(Span(lane=Lane.WAIT, begin_s=b, end_s=e) for b, e in ((0.2, 0.4), (0.3, 0.5), (0.9, 1.0)))
-    assert between(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=spans)) == [(0.0, 0.2), (0.5, 0.9)]
+    assert computing(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=spans)) == [(0.0, 0.2), (0.5, 0.9)]
     assert typical_duration([Timeline(iteration=i, begin_s=0, duration_s=d) for i, d in enumerate((9, 1, 2))]) == 2
 
 
 @pytest.mark.parametrize("schedule", ["bubble", "eager"])
 def test_all_that_happens_is_drawn(schedule: str) -> None:
-    scheduler, drawn = make(schedule)
-    iterate(scheduler, 1)
+    scheduler, clock, drawn = make(schedule)
+    iterate(scheduler, clock, 1)
     with scheduler.transfer(1 << 20):
         scheduler.gate.admit(1 << 20)
-        scheduler.gate.left(1 << 20, time.monotonic())
+        scheduler.gate.left(1 << 20, clock.monotonic())
     lanes = [lane for lane, *_ in drawn]
     assert set(lanes) >= {"iteration", "pipeline", "compute", "replication"}
     assert ("iteration", 1) in [(lane, value) for lane, _, _, value in drawn]
@@ -62,66 +79,72 @@ def test_all_that_happens_is_drawn(schedule: str) -> None:
 
 
 def test_a_message_is_drawn_from_when_the_network_has_it_and_behind_the_one_before() -> None:
-    scheduler, drawn = make("eager")
-    scheduler._meter.learn(1e6)
+    scheduler, clock, drawn = make("eager")
+    with scheduler.transfer(1 << 20):
+        clock.sleep((1 << 20) / 1e6)  # 1 MB/s
+    scheduler.cut(0)
     recorder = scheduler.recorder
     for _ in range(2):
         with recorder.span(Lane.PIPELINE, 50_000, 0) as span:
-            time.sleep(0.02)
+            clock.sleep(0.02)
             recorder.taken(span)
     scheduler.cut(1)
     timeline = scheduler.newest_timeline
     first, second = timeline.spans
-    assert first.taken_s is not None
-    assert first.taken_s >= first.begin_s + 0.02
+    assert first.accepted_s is not None
+    assert first.accepted_s == pytest.approx(first.begin_s + 0.02)
     sent = [(begin - timeline.begin_s, end - timeline.begin_s) for lane, begin, end, _ in drawn if lane == "pipeline"]
     assert sent == [
-        (pytest.approx(first.taken_s), pytest.approx(first.taken_s + 0.05)),
-        (pytest.approx(first.taken_s + 0.05), pytest.approx(first.taken_s + 0.1)),  # taken before, and waits its turn
+        (pytest.approx(first.accepted_s), pytest.approx(first.accepted_s + 0.05)),
+        (
+            pytest.approx(first.accepted_s + 0.05),
+            pytest.approx(first.accepted_s + 0.1),
+        ),  # taken before, and waits its turn
     ]
     waited = [(begin - timeline.begin_s, end - timeline.begin_s) for lane, begin, end, _ in drawn if lane == "wait"]
     assert waited == [(pytest.approx(s.begin_s), pytest.approx(s.end_s)) for s in (first, second)]
 
 
 def test_before_anything_is_known_nothing_is_held_back_and_all_is_afforded() -> None:
-    scheduler, _ = make("bubble")
-    began = time.monotonic()
+    scheduler, clock, _ = make("bubble")
+    began = clock.monotonic()
     with scheduler.transfer(1 << 30):
         scheduler.gate.admit(1 << 30)
-    assert time.monotonic() - began < 1.0
-    assert scheduler.carries(1) == (math.inf, "")
+    assert clock.monotonic() == began
+    assert scheduler.carries(1) == Carried(nbytes=math.inf, why="", is_settled=False)
+
+
+def test_what_windows_carry_is_settled_when_all_iterations_that_count_are_known() -> None:
+    scheduler, clock, _ = make("bubble")
+    for number in range(TIMELINES + 1):
+        assert scheduler.carries(1).is_settled == (number >= TIMELINES)
+        iterate(scheduler, clock, number)
 
 
 def test_a_transfer_ends_by_the_end_of_the_iteration_whatever_training_does() -> None:
-    scheduler, _ = make("bubble")
+    scheduler, clock, _ = make("bubble")
     for number in range(3):
-        iterate(scheduler, number, 0.2)
+        iterate(scheduler, clock, number, 0.2)
     blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)  # a collective that hangs
-    began = time.monotonic()
-    done = threading.Event()
-
-    def send() -> None:
-        with scheduler.transfer(1 << 20):
-            scheduler.gate.admit(1 << 20)
-        done.set()
-
-    threading.Thread(target=send).start()
-    assert done.wait(5.0)
-    assert time.monotonic() - began < 1.0
+    began = clock.monotonic()
+    with scheduler.transfer(1 << 20):
+        scheduler.gate.admit(1 << 20)
+    assert clock.monotonic() - began == pytest.approx(DEADLINE_SHARE * 0.2)
     scheduler.recorder.end(blocked)
 
 
 def test_a_slow_link_affords_less_and_says_why() -> None:
-    scheduler, _ = make("bubble")
+    scheduler, clock, _ = make("bubble")
     for number in range(3):
-        iterate(scheduler, number, 0.1)
+        iterate(scheduler, clock, number, 0.1)
     with scheduler.transfer(1 << 20):  # 1 MiB in 0.1 s: about 10 MB/s, so about 0.8 MB fit an iteration
-        time.sleep(0.1)
-    carried, why = scheduler.carries(1)
+        clock.sleep(0.1)
+    carries = scheduler.carries(1)
+    carried, why = carries.nbytes, carries.why
     assert 400_000 < carried < 1_000_000
     assert "the network is idle for 0.1" in why
     assert f"so an iteration carries {carried / 1e6:.1f} MB" in why
-    assert make("eager")[0].carries(1) == (math.inf, "")
+    assert make("eager")[0].carries(1).nbytes == math.inf
     assert scheduler.scalars()["moetion/network-mb-per-s"] == pytest.approx(10, rel=0.5)
     assert scheduler.scalars()["moetion/unplaced-mb"] == 0
     with scheduler.transfer(1 << 30):
@@ -130,46 +153,37 @@ def test_a_slow_link_affords_less_and_says_why() -> None:
 
 
 def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None:
-    scheduler, drawn = make("bubble")
+    scheduler, clock, drawn = make("bubble")
     for number in range(3):
-        iterate(scheduler, number, 0.1)
+        iterate(scheduler, clock, number, 0.1)
     scheduler.packed(1.0, 1.1, 1 << 20)  # about 10 MB/s
-    carried, why = scheduler.carries(0)
+    carries = scheduler.carries(0)
+    carried, why = carries.nbytes, carries.why
     assert 400_000 < carried < 1_500_000
     assert "the link from device to host is idle for 0.1" in why
     assert ("device to host", 1.0, 1.1, 1 << 20) in drawn
-    fast, _ = make("bubble")
+    fast, clock, _ = make("bubble")
     for number in range(3):
-        iterate(fast, number, 0.1)
+        iterate(fast, clock, number, 0.1)
     fast.packed(1.0, 1.001, 1 << 20)
     with fast.transfer(1 << 20):
-        time.sleep(0.05)
+        clock.sleep(0.05)
     one, two = (fast.carries(n) for n in (1, 2))
-    assert two[0] == pytest.approx(one[0] / 2)
-    assert "a replica, 2 of them" in two[1]
+    assert two.nbytes == pytest.approx(one.nbytes / 2)
+    assert "a replica, 2 of them" in two.why
 
 
 def test_what_a_link_has_shown_counts_in_the_next_iteration() -> None:
     """The order of a run: a vote after each cut, and packing between two of them."""
-    scheduler, _ = make("bubble")
-    iterate(scheduler, 1, 0.1)
-    at_first, _ = scheduler.carries(0)
+    scheduler, clock, _ = make("bubble")
+    iterate(scheduler, clock, 1, 0.1)
+    at_first = scheduler.carries(0).nbytes
     scheduler.packed(1.0, 1.1, 1 << 20)  # about 10 MB/s
-    iterate(scheduler, 2, 0.1)
-    carried, why = scheduler.carries(0)
-    assert carried < at_first / 50
-    assert "at 10 MB/s" in why
+    iterate(scheduler, clock, 2, 0.1)
+    carries = scheduler.carries(0)
+    assert carries.nbytes < at_first / 50
+    assert "at 10 MB/s" in carries.why
     assert scheduler.scalars()["moetion/device-to-host-mb-per-s"] == pytest.approx(10, rel=0.1)
-
-
-class Ticking(HostClock):
-    """A clock that is moved on by hand."""
-
-    def __init__(self) -> None:
-        self.now_s = 0.0
-
-    def stamp(self) -> float:
-        return self.now_s
 
 
 class FastLink(Scheduler):
@@ -180,14 +194,21 @@ class FastLink(Scheduler):
 
 
 def test_a_fast_device_has_no_snapshot_dropped_for_the_budget(tmp_path: Path) -> None:
-    state, clock = ToyState(num_experts=0, elements=100_000), Ticking()
+    state, clock = ToyState(num_experts=0, elements=100_000), ManualClock()
     nbytes = state.inventory().nbytes
     session = Session(
         config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
         adapter=state,
         fabric=ToyFabric(Network(1), 0),
         topology="toy",
-        scheduler=FastLink("bubble", clock, eager_slice_bytes=1 << 20, draw=no_drawing),
+        scheduler=FastLink(
+            "bubble",
+            HostStopwatch(clock),
+            clock=SystemClock(),
+            condition=threading.Condition(),
+            eager_slice_bytes=1 << 20,
+            draw=no_drawing,
+        ),
         environment={},
     )
     session.start()
@@ -204,9 +225,9 @@ def test_a_fast_device_has_no_snapshot_dropped_for_the_budget(tmp_path: Path) ->
 
 
 def test_what_was_late_is_told_until_the_next_snapshot_has_left() -> None:
-    scheduler, _ = make("bubble")
+    scheduler, clock, _ = make("bubble")
     for number in range(3):
-        iterate(scheduler, number, 0.02)
+        iterate(scheduler, clock, number, 0.02)
     with scheduler.recorder.span(Lane.GRADIENT, 10, 10), scheduler.transfer(1 << 20):
         scheduler.gate.admit(1 << 20)  # beside training's own traffic, because the deadline came
     assert scheduler.scalars()["moetion/late-mb"] == pytest.approx((1 << 20) / 1e6)

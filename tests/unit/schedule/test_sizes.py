@@ -6,8 +6,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from megatron_moetion.schedule.planner import LEVELS, Rung, vote
-from megatron_moetion.schedule.sizes import Sizes
+from hypothesis import given
+from hypothesis import strategies as st
+
+from megatron_moetion.schedule.sizes import LEVELS, Rung, Sizes, affordable, ladder, level_of, next_level, vote
 
 DENSE_BYTES, EXPERT_BYTES = 1000, 100.0
 
@@ -46,8 +48,53 @@ def test_rarer_snapshots_are_left_out_on_all_ranks_at_once() -> None:
 def test_a_vote_for_less_says_how_much_less_and_one_for_the_most_says_nothing() -> None:
     sizes = Sizes(2, 14)
     assert sizes.vote(math.inf, DENSE_BYTES, EXPERT_BYTES) == (vote(LEVELS - 1), "")
-    assert sizes.largest == vote(LEVELS - 1)
     assert sizes.vote(room_for(4.5), DENSE_BYTES, EXPERT_BYTES) == (vote(5), "4 experts")
     assert sizes.vote(0.0, DENSE_BYTES, EXPERT_BYTES)[1] == "one in 8 snapshots"
     assert sizes.experts_text == "2 to 14"
     assert Sizes(3, 3).experts_text == "3"
+
+
+def test_ladders_go_from_rare_to_large() -> None:
+    rungs = ladder(2, 14)
+    assert rungs[:4] == tuple(Rung(experts=2, every=e) for e in (8, 4, 2, 1))
+    assert [r.experts for r in rungs[3:]] == list(range(2, 15))
+    assert {r.every for r in rungs[3:]} == {1}
+    assert [r.every for r in ladder(0, 0)] == [r.every for r in rungs]
+
+
+@given(st.integers(0, 300), st.integers(0, 300))
+def test_ladders_reach_both_ends_and_never_fall(low: int, more: int) -> None:
+    rungs = ladder(low, low + more)
+    assert len(rungs) == LEVELS
+    assert rungs[3] == Rung(experts=low, every=1)
+    assert rungs[-1] == Rung(experts=low + more, every=1)
+    costs = [r.bytes_per_snapshot(1000, 10.0) for r in rungs]
+    assert costs == sorted(costs)
+
+
+def test_what_does_not_fit_gets_smaller_first_then_rarer() -> None:
+    rungs = ladder(2, 6)
+    wanted = [affordable(rungs, capacity, 100, 10.0) for capacity in (1000, 160, 145, 120, 119, 60, 15, 0)]
+    assert [(rungs[i].experts, rungs[i].every) for i in wanted] == [
+        (6, 1), (6, 1), (4, 1), (2, 1), (2, 2), (2, 2), (2, 8), (2, 8),
+    ]  # fmt: skip
+
+
+def test_sizes_move_smoothly_and_arrive() -> None:
+    assert [next_level(3, wanted) for wanted in (0, 2, 3, 4, 9, 15)] == [2, 2, 3, 4, 4, 6]
+    for start in range(LEVELS):
+        for wanted in range(LEVELS):
+            level, steps = start, 0
+            while level != wanted:
+                following = next_level(level, wanted)
+                assert 0 < abs(following - level) <= 3
+                level, steps = following, steps + 1
+            assert steps <= 10
+
+
+@given(st.lists(st.integers(0, LEVELS - 1), min_size=1, max_size=9))
+def test_the_and_of_votes_is_the_lowest_level(levels: list[int]) -> None:
+    votes = vote(levels[0])
+    for level in levels[1:]:
+        votes &= vote(level)
+    assert level_of(votes) == min(levels)

@@ -218,20 +218,20 @@ def test_what_does_not_fit_the_tables_is_refused_with_the_numbers() -> None:
         pool.pack(np.concatenate([pieces, pieces]), chunks)
 
 
-def test_kept_pieces_are_checked_like_those_that_are_brought() -> None:
+def test_uploaded_pieces_are_checked_like_those_that_are_brought() -> None:
     pool = Pool("model:0", rank=8, max_pieces=4, max_chunks=4)
     source, target = np.arange(64, dtype=np.uint8), np.zeros(192, dtype=np.uint8)
     address = target.ctypes.data
     with pytest.raises(ValueError, match=r"rank 8: chunk 0: first_piece=0, num_pieces=1; there are 0 pieces"):
-        pool.pack_kept(np.array([(address, 64, 0, 1, 64)], np.int64))
-    pool.keep(np.array([(source.ctypes.data, 1000, 64)], np.int64))
+        pool.pack_uploaded(np.array([(address, 64, 0, 1, 64)], np.int64))
+    pool.upload_pieces(np.array([(source.ctypes.data, 1000, 64)], np.int64))
     with pytest.raises(ValueError, match=r"piece 0: dst=0x3e8"):
-        pool.pack_kept(np.array([(address, 64, 0, 1, 999)], np.int64))
+        pool.pack_uploaded(np.array([(address, 64, 0, 1, 999)], np.int64))
     with pytest.raises(ValueError, match=r"chunks 0 and 1 overlap"):
-        pool.pack_kept(np.array([(address, 64, 0, 1, 1000), (address + 63, 64, 0, 0, 2000)], np.int64))
-    ticket = pool.pack_kept(np.array([(address + 64, 64, 0, 1, 1000)], np.int64))
-    with pytest.raises(ValueError, match="finish all tickets before other pieces are kept"):
-        pool.keep(np.zeros((0, 3), np.int64))
+        pool.pack_uploaded(np.array([(address, 64, 0, 1, 1000), (address + 63, 64, 0, 0, 2000)], np.int64))
+    ticket = pool.pack_uploaded(np.array([(address + 64, 64, 0, 1, 1000)], np.int64))
+    with pytest.raises(ValueError, match="finish all tickets before other pieces are uploaded"):
+        pool.upload_pieces(np.zeros((0, 3), np.int64))
     pool.finish(ticket)
     assert target.tolist() == [0] * 64 + source.tolist() + [0] * 64
 
@@ -255,7 +255,14 @@ def test_only_runs_contiguous_at_both_ends_and_long_enough_go_to_the_copy_engine
     for s, d, n in rows:
         expected[d : d + n] = source[s : s + n]
     assert (target == expected).all()
-    assert pool.bytes_by_copy_engine == sum(n for n in (100, 300, 100, 100, 200) if n >= limit)
+    runs = [pieces[:1], pieces[1:4], pieces[4:5], pieces[5:6], pieces[6:]]
+    for run in runs:  # a scatter without a launch: the copy engine moved all of it
+        unable = Pool("model:0", rank=0, max_pieces=8, max_chunks=8, fault="launch")
+        if run[:, 2].sum() >= limit:
+            unable.finish(unable.scatter(run, copy_engine_bytes=limit))
+        else:
+            with pytest.raises(_C.DeviceError, match="kernel launch"):
+                unable.scatter(run, copy_engine_bytes=limit)
 
 
 def test_work_that_is_late_is_named_and_breaks_nothing() -> None:
@@ -324,9 +331,9 @@ def test_live_state_is_given_away_when_the_last_batch_is_on_its_way_and_the_stre
 
     assert packer.pack(targets, lambda: calls.append("between"), given) is not None
     at = calls.index("given")
-    last = max(int(c.split()[1]) for c in calls if c.startswith("pack_kept"))
+    last = max(int(c.split()[1]) for c in calls if c.startswith("pack_uploaded"))
     assert calls[at + 1] == f"order_after {(0, last)}"
-    assert not any(c.startswith("pack_kept") for c in calls[at:]), "all was enqueued before"
+    assert not any(c.startswith("pack_uploaded") for c in calls[at:]), "all was enqueued before"
     assert calls.count("between") > 2
     assert f"finish {(last,)}" in calls[at:], "and the last batch was still in pipeline"
     calls.clear()
@@ -341,7 +348,7 @@ def test_a_pack_that_was_cancelled_gives_nothing_away() -> None:
     on_device = [t for t in targets if t not in on_host]
     assert packer.pack(on_device, packer.cancel, lambda: calls.append("given")) is None
     assert "given" not in calls, "the first batch was landed, the second was in pipeline, the third was never enqueued"
-    enqueued = [c.split()[1] for c in calls if c.startswith("pack_kept")]
+    enqueued = [c.split()[1] for c in calls if c.startswith("pack_uploaded")]
     assert [c for c in calls if c.startswith("finish")] == [f"finish ({enqueued[0]},)"]
     packer.allow()
     packer.freeze(encode({}))
@@ -360,7 +367,7 @@ def test_whoever_cancels_at_the_last_moment_gets_what_was_read_discarded_or_the_
     packer, calls, targets = watched(State("model:0"))
     assert packer._device is not None
     pool = packer._device._pool
-    enqueue, number = pool.pack_kept, 0
+    enqueue, number = pool.pack_uploaded, 0
 
     def cancelled_in_the_last(*arguments: Any, **options: Any) -> int:
         nonlocal number
@@ -372,10 +379,10 @@ def test_whoever_cancels_at_the_last_moment_gets_what_was_read_discarded_or_the_
         return int(ticket)
 
     assert packer.pack(targets, lambda: None, lambda: None) is not None
-    last = len([c for c in calls if c.startswith("pack_kept")])
+    last = len([c for c in calls if c.startswith("pack_uploaded")])
     calls.clear()
     with monkeypatch.context() as patch:
-        patch.setattr(pool, "pack_kept", cancelled_in_the_last, raising=False)
+        patch.setattr(pool, "pack_uploaded", cancelled_in_the_last, raising=False)
         assert packer.pack(targets, lambda: None, lambda: calls.append("given")) is None
     assert number == last
     assert "given" not in calls
@@ -388,7 +395,7 @@ def test_whoever_cancels_at_the_last_moment_gets_what_was_read_discarded_or_the_
 
     assert packer.pack(targets, lambda: None, given) is not None
     held = [c for c in calls if c.startswith("order_after")][-1]
-    assert held == f"order_after (0, {max(int(c.split()[1]) for c in calls if c.startswith('pack_kept'))})"
+    assert held == f"order_after (0, {max(int(c.split()[1]) for c in calls if c.startswith('pack_uploaded'))})"
 
 
 def test_a_freeze_that_is_late_drops_its_snapshot_and_not_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -399,7 +406,7 @@ def test_a_freeze_that_is_late_drops_its_snapshot_and_not_the_next(monkeypatch: 
     targets = targets_in(arena, state.inventory)
     packer.adopt(arena)
     with monkeypatch.context() as patch:
-        patch.setattr(device_module, "PATIENCE_S", 0)
+        patch.setattr(device_module, "TIMEOUT_S", 0)
         packer.freeze(encode({"iteration": 1}))
     assert packer.pack(targets, lambda: None) is None
     assert (arena == 0xA5).all()
@@ -428,7 +435,7 @@ def test_calls_that_take_turns_leave_the_interpreter_to_others() -> None:
         call = {
             "order": lambda: pool.order(0, 0),
             "order_after": lambda: pool.order_after(0, 7),
-            "keep": lambda: pool.keep(np.zeros((0, 3), np.int64)),
+            "keep": lambda: pool.upload_pieces(np.zeros((0, 3), np.int64)),
             "finish": lambda: pool.finish(7, np.zeros(1, np.uint64)),
         }[sys.argv[1]]
         enqueuing = threading.Thread(target=lambda: pool.pack(pieces, chunks))
