@@ -39,7 +39,7 @@ from megatron_moetion.run.running import Running
 from megatron_moetion.run.starter import Starter
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot import packer
-from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 CRASHED = 1
@@ -171,7 +171,7 @@ class Trainee(ToyState):
         return "the tensor 'dense' was replaced" if self.now(self._toy.moved) else None
 
     def host_state(self) -> dict[str, Any]:
-        return {**self.host, **({"log": bytes(9000)} if self.now(self._toy.grown_host) else {})}
+        return {**self.host, **({"log": bytes(90_000)} if self.now(self._toy.grown_host) else {})}
 
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         super().load_host_state(state)
@@ -484,8 +484,8 @@ class Trouble:
 
         return probe
 
-    def make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
-        return TroubledPacker(inventory, config.chunk_bytes, pool.num_threads, self, rank=rank)
+    def make_packer(self, inventory: Inventory, config: MoetionConfig, num_threads: int, rank: int) -> Packer:
+        return TroubledPacker(inventory, config.chunk_bytes, num_threads, self, rank=rank)
 
     def pack(self) -> None:
         """Units are about to be packed."""

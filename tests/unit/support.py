@@ -385,11 +385,6 @@ def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
     return found[mode]
 
 
-def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
-    """A mode's, for a state without gradients."""
-    return {"full": FullBlueprint(), "popularity": PopularityBlueprint(tokens)}[mode]
-
-
 ADAPTER: type[StateAdapter] = ToyState
 TOKENS: type[TokenSource] = ToyState
 FABRIC: type[Fabric] = ToyFabric

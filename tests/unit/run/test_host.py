@@ -9,7 +9,6 @@ from support import ToyState
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.run.host import Host
-from megatron_moetion.snapshot.packer import HostPool
 
 
 def num_threads() -> int:
@@ -17,8 +16,7 @@ def num_threads() -> int:
 
 
 def test_packing_has_as_many_threads_as_were_settled_for_the_rank() -> None:
-    pool = HostPool(3)
     before = num_threads()
-    packer = Host().make_packer(ToyState().inventory(), MoetionConfig(run_id="r"), pool, 0)
+    packer = Host().make_packer(ToyState().inventory(), MoetionConfig(run_id="r"), 3, 0)
     assert num_threads() - before == 2, "the calling thread is the third"
     packer.close()
