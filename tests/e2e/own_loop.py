@@ -93,7 +93,6 @@ def leave_nothing_behind(trainer: Any, store: str) -> None:
         except ConfigError:
             assert hooks(trainer) == before, mode
         session = megatron_moetion.attach(**loop, config=MoetionConfig(**settings, run_id=mode))
-        assert hooks(trainer) != before
         try:
             session.start(load_persistent=lambda: int("no number"))
         except (ValueError, MoetionError):
@@ -101,6 +100,7 @@ def leave_nothing_behind(trainer: Any, store: str) -> None:
         assert hooks(trainer) == before, mode
         session = megatron_moetion.attach(**loop, config=MoetionConfig(**settings, run_id=mode))
         session.start()
+        assert hooks(trainer) != before
         session.session.running = replace(session.session.running, summary=NoSummary())
         try:
             session.close()
