@@ -11,7 +11,6 @@ import os
 import platform
 import shlex
 import sys
-import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -144,23 +143,20 @@ def median_interval(
     return float(low), float(high)
 
 
-def watch_rounds(pipeline: Any, whole: dict[int, float]) -> None:
-    """Enter when each snapshot of this rank is whole here and on its buddy."""
-    mark = type(pipeline)._mark
+def whole_since(attached: Any, began_s: float) -> dict[int, float]:
+    """Iterations whose snapshots became whole on this rank and its buddies after ``began_s``, and when; drain first.
 
-    def marked(iteration: int, is_whole: bool) -> None:
-        mark(pipeline, iteration, is_whole)
-        if is_whole:
-            whole[iteration] = time.monotonic()
-
-    pipeline._mark = marked
+    Moments are seconds of the monotonic clock.
+    """
+    found = attached.session.running.pipeline.whole_since
+    return {iteration: moment_s for iteration, moment_s in found.items() if moment_s >= began_s}
 
 
 def lost_iterations(ranks: Sequence[Sequence[Mapping[str, Any]]], arm: str) -> Counter[int]:
     """Iterations that a fault would have cost, at moments spread evenly over the counted iterations of an arm.
 
     ``ranks``: each rank's blocks, with ``arm``, ``steps`` (iteration, when it was over) and ``whole`` (see
-    ``watch_rounds``; JSON has made its keys text). A fault goes back to the newest snapshot that is whole on all ranks.
+    ``whole_since``; JSON has made its keys text). A fault goes back to the newest snapshot that is whole on all ranks.
     """
     found: Counter[int] = Counter()
     for blocks in zip(*ranks, strict=True):

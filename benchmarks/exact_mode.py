@@ -15,6 +15,7 @@ Three models: 8 and 64 experts with fp32 gradients, 64 experts with bf16 gradien
 from __future__ import annotations
 
 import argparse
+import ctypes
 import json
 import math
 import os
@@ -167,14 +168,12 @@ def start(trainer: Any, store: Path, arm: str) -> tuple[Any, Any]:
 
 def run_block(trainer: Any, attached: Any, skipped: int, iterations: int) -> dict[str, Any]:
     """Counted iterations: seconds of each, CPU seconds and bytes of one, and when each was over and whole."""
-    from benchmarks._common import watch_rounds
+    from benchmarks._common import whole_since
 
     seconds, steps = [], []
-    whole: dict[int, float] = {}
     cpu = 0.0
     before: dict[str, float] = {}
-    if attached is not None:
-        watch_rounds(attached._session._pipeline, whole)
+    began = time.monotonic()
     for number in range(iterations + skipped):
         if number == skipped:
             cpu, before = time.process_time(), counts_of(attached)
@@ -194,7 +193,7 @@ def run_block(trainer: Any, attached: Any, skipped: int, iterations: int) -> dic
         "seconds": seconds,
         "cpu_seconds": cpu,
         "steps": steps,
-        "whole": whole,
+        "whole": whole_since(attached, began) if attached is not None else {},
         **{name: (after[name] - before[name]) / iterations for name in after},
     }
 
@@ -203,7 +202,7 @@ def counts_of(attached: Any) -> dict[str, float]:
     """What a session has counted so far."""
     if attached is None:
         return {}
-    counts, rotation = attached._session._pipeline.counts, attached._session._rotation
+    counts = attached.session.running.pipeline.counts
     return {
         "bytes": counts.bytes_committed,
         "zero_bytes": counts.zero_bytes,
@@ -211,7 +210,7 @@ def counts_of(attached: Any) -> dict[str, float]:
         "dropped": sum(counts.dropped.values()),
         "left_out": sum(counts.left_out.values()),
         "waited_s": counts.waited_s,
-        "spared_bytes": rotation.spared_bytes if rotation is not None else 0,
+        "spared_bytes": attached.scalars().get("moetion/spared-bytes", 0.0),
     }
 
 
@@ -219,16 +218,39 @@ def facts_of(attached: Any) -> dict[str, Any]:
     """Sizes that do not change."""
     from megatron_moetion.units import Role
 
-    session = attached._session
-    regions = [r for u in attached._state.inventory().units for r in u.regions]
+    running = attached.session.running
+    units = running.adapter.inventory().units
+    regions = [r for u in units for r in u.regions]
     parameters = sum(r.nbytes // 4 for r in regions if r.role is Role.MASTER)
-    always = sum(session._inventory.units[u].nbytes for u in session._sizing.always) if session._log is not None else 0
     return {
         "parameters": parameters,
-        "always": always,
+        "always": sum(u.nbytes for u in always_in(running.mode.inventory)),
         "gradient_bytes": sum(r.nbytes for r in regions if r.role is Role.GRAD) / parameters,
-        "arenas": sum(a.nbytes for a in session._arenas.all()),
+        "arenas": sum(a.nbytes for a in running.arenas.all()),
     }
+
+
+def always_in(inventory: Any) -> list[Any]:
+    """What every snapshot of mode ``exact`` holds beside gradients; nothing in other modes."""
+    from megatron_moetion.store.chains import always_of, log_units
+
+    log_of = log_units([(u.name, u.kind) for u in inventory.units])
+    always = always_of([u.kind for u in inventory.units], log_of)
+    return [inventory.units[u] for u in always] if log_of else []
+
+
+def live_state(inventory: Any) -> list[Any]:
+    """Tensors over every byte of state that is captured from host memory, gradients aside."""
+    import torch
+
+    from megatron_moetion.units import Role
+
+    return [
+        torch.frombuffer((ctypes.c_uint8 * r.nbytes).from_address(r.address), dtype=getattr(torch, r.dtype))
+        for u in inventory.units
+        for r in u.regions
+        if r.role is not Role.GRAD
+    ]
 
 
 def recover(trainer: Any, store: Path, arm: str, attached: Any) -> dict[str, Any]:
@@ -240,17 +262,17 @@ def recover(trainer: Any, store: Path, arm: str, attached: Any) -> dict[str, Any
         trainer.train_step()
         attached.on_step_end(trainer.progress.iteration)
     attached.drain()
-    state = attached._state
-    before = [view.clone() for view in state._views]
+    state = live_state(attached.session.running.adapter.inventory())
+    before = [tensor.clone() for tensor in state]
     progress = trainer.progress.iteration
     attached.close()
-    for view in state._views:
-        view.copy_(torch.rand(view.shape).to(view.dtype) if view.is_floating_point() else view)
+    for tensor in state:
+        tensor.copy_(torch.rand(tensor.shape).to(tensor.dtype) if tensor.is_floating_point() else tensor)
     dist.barrier()
     again, resumed = start(trainer, store, arm)
     wrong = sum(
         not torch.equal(a.view(torch.uint8), b.view(torch.uint8))
-        for a, b in zip(before, again._state._views, strict=True)
+        for a, b in zip(before, live_state(again.session.running.adapter.inventory()), strict=True)
     )
     found = {
         "recovery_s": dict(resumed.seconds),

@@ -233,15 +233,14 @@ def seconds_per_span() -> float:
 
 def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
     """Seconds of each counted iteration, CPU seconds, and what became of the snapshots."""
-    from benchmarks._common import watch_rounds
+    from benchmarks._common import whole_since
 
-    trainer._pipeline_arguments = {} if session is None else session.pipeline_arguments
+    trainer.pipeline_arguments = {} if session is None else session.pipeline_arguments
     seconds, steps, unsaved, experts = [], [], [], []
-    whole: dict[int, float] = {}
     before: dict[str, float] = {}
     cpu = 0.0
+    began = time.monotonic()
     if session is not None:
-        watch_rounds(session._session._pipeline, whole)
         session.scheduler.recorder.cut(trainer.progress.iteration)  # what other arms did is no timeline of this one
     for number in range(size.settling_iterations + size.block_iterations):
         is_counted = number >= size.settling_iterations
@@ -258,8 +257,8 @@ def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
             seconds.append(time.perf_counter() - started)
         if is_counted and session is not None:
             now = session.scalars()
-            unsaved.append(now["moetion/unsaved-tokens"])
-            experts.append(now["moetion/experts-per-snapshot"])
+            unsaved.append(now.get("moetion/unsaved-tokens", 0.0))  # of mode popularity
+            experts.append(now.get("moetion/experts-per-snapshot", 0.0))
     cpu = (time.process_time() - cpu) / size.block_iterations
     found: dict[str, Any] = {"seconds": seconds, "cpu_seconds": cpu}
     if session is not None:
@@ -268,7 +267,7 @@ def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
         dropped = now["moetion/snapshots-dropped"] - before["moetion/snapshots-dropped"]
         found |= {
             "steps": steps,
-            "whole": whole,
+            "whole": whole_since(session, began),
             "unsaved": statistics.mean(unsaved),
             "experts": statistics.mean(experts),
             "bytes": now["moetion/snapshot-bytes"],

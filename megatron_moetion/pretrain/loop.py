@@ -62,7 +62,8 @@ class Trainer:
         if args.save is not None or args.load is not None:
             export.check_supported(self.optimizer)
         self._forward_backward = get_forward_backward_func()
-        self._pipeline_arguments: dict[str, Any] = {}
+        self.pipeline_arguments: dict[str, Any] = {}
+        """What Megatron's schedule is given beside the step: see ``Attached``."""
         device = torch.cuda.current_device()
         self._positions = torch.arange(args.seq_length, device=device).expand(args.micro_batch_size, -1)
         self._mask: torch.Tensor | None = None
@@ -85,7 +86,7 @@ class Trainer:
             else:
                 stack.enter_context(session)
                 resumed = session.start(load_persistent=self.load, newest_persistent=self._newest_on_disk)
-                self._pipeline_arguments = session.pipeline_arguments
+                self.pipeline_arguments = session.pipeline_arguments
                 if resumed is not None:
                     self._go_on()
                     # A snapshot is older than the checkpoint of its iteration, which may be missing or cut short.
@@ -169,7 +170,7 @@ class Trainer:
     def save(self) -> None:
         """Write a torch_dist checkpoint below ``--save``."""
         started = time.perf_counter()
-        with self._params_gathered():
+        with self.params_gathered():
             export.save_checkpoint(self.args.save, self.model, self.optimizer, self.scheduler, self.state)
         self._saved = self.progress.iteration
         seconds = time.perf_counter() - started
@@ -210,7 +211,7 @@ class Trainer:
         total = 0.0
         for chunk in self.model:
             chunk.eval()
-        with self._params_gathered(), torch.no_grad():
+        with self.params_gathered(), torch.no_grad():
             for _ in range(self.args.eval_iters):
                 consumed = self.progress.consumed_valid_samples
                 losses = self._run_schedule(Split.VALIDATION, consumed, forward_only=True)
@@ -222,7 +223,7 @@ class Trainer:
         self.progress.evaluated = self.progress.iteration
         self.reporter.validation(self.progress, total / self.args.eval_iters)
 
-    def _params_gathered(self) -> ParamsGathered:
+    def params_gathered(self) -> ParamsGathered:
         return ParamsGathered(self.model, needed=self.args.overlap_param_gather)
 
     def _run_schedule(self, split: Split, consumed: int, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
@@ -235,7 +236,7 @@ class Trainer:
             seq_length=self.args.seq_length,
             micro_batch_size=self.args.micro_batch_size,
             forward_only=forward_only,
-            **self._pipeline_arguments,
+            **self.pipeline_arguments,
         )
         return losses
 

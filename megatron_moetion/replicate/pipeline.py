@@ -119,7 +119,8 @@ class Pipeline:
         self._pack: Future[None] | None = None
         self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._rounds: dict[int, bool] = {}
+        self._rounds: dict[int, float | None] = {}
+        """When the snapshots of recent iterations became whole; None: they never will."""
         self._live_is_read = threads.event()
         self._is_released = threads.event()
         self._is_released.set()
@@ -203,7 +204,13 @@ class Pipeline:
     def rounds(self) -> dict[int, bool]:
         """Recent iterations whose fate is known here: whether they are whole here and on all replicas."""
         with self._lock:
-            return dict(self._rounds)
+            return {i: moment_s is not None for i, moment_s in self._rounds.items()}
+
+    @property
+    def whole_since(self) -> dict[int, float]:
+        """Recent iterations that are whole here and on all replicas, and since when (monotonic clock, seconds)."""
+        with self._lock:
+            return {i: moment_s for i, moment_s in self._rounds.items() if moment_s is not None}
 
     def close(self) -> None:
         """Stop both threads after what they are doing."""
@@ -366,6 +373,6 @@ class Pipeline:
 
     def _mark(self, iteration: int, whole: bool) -> None:
         with self._lock:
-            self._rounds[iteration] = whole
+            self._rounds[iteration] = self._clock.monotonic() if whole else None
             while len(self._rounds) > WINDOW:
                 del self._rounds[min(self._rounds)]

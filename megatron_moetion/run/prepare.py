@@ -84,8 +84,8 @@ def prepare(
         # One gather for all modes, so that ranks with different modes still meet in it and are refused later.
         facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
         mode = on_all_ranks(fabric, lambda: blueprint.build(site, facts))
-        pool = HostPool(_pack_threads(config, host.environment))
-        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
+        num_threads = _pack_threads(config, host.environment)
+        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, num_threads, rank))
         undo.callback(packer.close)
         return Prepared(
             config=config,
@@ -100,7 +100,7 @@ def prepare(
             lock=lock,
             attempt=attempt,
             mode=mode,
-            pool=pool,
+            pool=HostPool(num_threads),
             packer=packer,
             undo=undo.pop_all(),
         )

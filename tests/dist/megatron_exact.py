@@ -117,14 +117,15 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
     while iteration < ITERATIONS:
         trainer, attached = _start(rank, flags, store, attempt)
         resumed = attached.start()
-        state = attached._state
+        running = attached.session.running
+        state = running.adapter
         iteration = trainer.progress.iteration
         if attempt:
             assert resumed is not None
             lost.append(fault - iteration)
             replayed.append(resumed.replayed_steps)
         wrong += _differences(expected[iteration], trainer, state, f"{iteration}, recovered")
-        trainer._pipeline_arguments = attached.pipeline_arguments
+        trainer.pipeline_arguments = attached.pipeline_arguments
         while iteration < ITERATIONS and not (faults and faults[0][0] <= iteration):
             step = _step(trainer)
             iteration += 1
@@ -133,8 +134,7 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
             attached.on_step_end(iteration)
             attached.drain()
             hashes.setdefault(iteration, set()).add(state.state_hash())
-        arena = attached._session._arenas.own
-        zeros = max(zeros, sum(r.is_zero for r in arena.page.records))
+        zeros = max(zeros, sum(r.is_zero for r in running.arenas.own.page.records))
         wrong += _differences(expected[iteration], trainer, state, f"{iteration}, trained")
         careless = _careless(trainer, state) if iteration == ITERATIONS else []
         fault, node = faults.pop(0) if faults else (0, None)
@@ -198,16 +198,12 @@ def _start(rank: int, flags: str, store: Path, attempt: int) -> tuple[Trainer, A
         user_state=trainer.state,
     )
     if attempt:
-        _scramble(trainer, attached._state)
+        _scramble(trainer)
     return trainer, attached
 
 
 def _end(attached: Attached) -> None:
     """The process is gone; what it held open is let go of, and nothing is finished."""
-    session = attached._session
-    session._pipeline.close()
-    session._arenas.close()
-    session._fabric.close()
-    session._pipeline = session._arenas = None
-    attached.close()
+    attached.session.running.undo.close()
+    attached.abandon()
     _tear_down()

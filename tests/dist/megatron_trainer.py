@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import itertools
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
@@ -35,6 +36,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
 from megatron_moetion.mcore.optimizer import MegatronState
+from megatron_moetion.mcore.router import RECENT_ITERATIONS, Counts
 from megatron_moetion.pretrain import model as model_module
 from megatron_moetion.pretrain.corpus import MockCorpus
 from megatron_moetion.pretrain.launch import Place
@@ -170,7 +172,7 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     captures = _capture(state, inventory)
     before, moved = _gathered_image(trainer, state), state.moved()
     expected = _step(trainer), _gathered_image(trainer, state)
-    _scramble(trainer, state)
+    _scramble(trainer, _token_buffers(state))
     scrambled = _image(trainer, state)
     _write_back(state, inventory, captures)
     restored = _image(trainer, state)
@@ -314,12 +316,12 @@ def _write_back(state: MegatronState, inventory: Inventory, captures: Sequence[n
     state.resync()
 
 
-def _everything(trainer: Trainer, state: MegatronState) -> dict[str, torch.Tensor]:
+def _everything(trainer: Trainer, counters: Sequence[torch.Tensor]) -> dict[str, torch.Tensor]:
     """What is owned, what follows from it, and the counters."""
     found = {f"owned {i}": t for i, t in enumerate(_owned(trainer))}
     for number, chunk in enumerate(trainer.model):
         found |= {f"{number} {name}": p.detach() for name, p in chunk.named_parameters()}
-    found |= {f"tokens {i}": t for i, t in enumerate(_token_buffers(state))}
+    found |= {f"tokens {i}": t for i, t in enumerate(counters)}
     return {name: t for name, t in found.items() if t.numel()}
 
 
@@ -332,7 +334,7 @@ def _image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
     """A hash of each tensor, and of the host state."""
     found = {
         name: hashlib.blake2b(ctypes.string_at(_span(t)[0], _size([_span(t)])), digest_size=8).hexdigest()
-        for name, t in _everything(trainer, state).items()
+        for name, t in _everything(trainer, _token_buffers(state)).items()
     }
     host = {k: v for k, v in state.host_state().items() if k != "steps"}  # a run without checkpoints remembers none
     return {**found, "host": hashlib.blake2b(encode(host)).hexdigest()}
@@ -340,13 +342,13 @@ def _image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
 
 def _gathered_image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
     """The same once every rank has all parameters, which with overlapped gathering is so only in the next forward."""
-    with trainer._params_gathered():
+    with trainer.params_gathered():
         return _image(trainer, state)
 
 
-def _scramble(trainer: Trainer, state: MegatronState) -> None:
+def _scramble(trainer: Trainer, counters: Sequence[torch.Tensor] = ()) -> None:
     noise = random.Random(7)
-    for tensor in _everything(trainer, state).values():
+    for tensor in _everything(trainer, counters).values():
         start, end = _span(tensor)
         ctypes.memmove(start, noise.randbytes(end - start), end - start)
     for optimizer in _inner(trainer):
@@ -391,27 +393,35 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
     inventory, tokens, routers = state.inventory(), state.tokens, state.tokens.routers
     experts = [block.expert_unit(e) for block in routers.blocks for e in range(trainer.args.num_experts)]
 
+    totals = [torch.zeros(len(routers.blocks), 2, dtype=torch.float64)]
+
     def train(steps: int) -> list[dict[str, Any]]:
         found = []
         for _ in range(steps):
             boosts = [_as_list(b.module.router.boost) for b in routers.blocks]
             factors = [getattr(b.module.token_dispatcher, "moe_expert_capacity_factor", None) for b in routers.blocks]
             trainer.train_step()
-            beyond = routers._beyond.sum().item()
+            counts = [Counts(layer) for layer in routers.state]
+            beyond = sum(c.beyond.sum().item() for c in counts)
+            totals.append(torch.tensor([[c.routed.sum(), c.processed.sum()] for c in counts], dtype=torch.float64))
             state.after_step()
-            found.append({"boosts": boosts, "factors": factors, "beyond": beyond, "debt": routers._debt.sum().item()})
+            debt = sum(layer["debt"] for layer in tokens.layer_tokens().values())
+            found.append({"boosts": boosts, "factors": factors, "beyond": beyond, "debt": debt})
         return found
 
     before = train(4)
     processed = [routers.state[:, 1].sum().item(), sum(int(t.sum()) for t in tokens.counters.totals)]
     by_layer = tokens.layer_tokens()
-    everywhere = routers._recent.clone()
+    each = [after - before for before, after in itertools.pairwise(totals)]
+    everywhere = each[0].clone()
+    for step in each[1:]:
+        everywhere += (step - everywhere) / RECENT_ITERATIONS
     dist.all_reduce(everywhere, group=routers.blocks[0].module.router.tp_dp_cp_group)
-    why = tokens.recalibrate({name: 3000 for name in experts[1:]})
+    tokens.recalibrate({name: 3000 for name in experts[1:]})
     first = train(2)
     captures = _capture(state, inventory)
     on = train(2)
-    _scramble(trainer, state)
+    _scramble(trainer, _token_buffers(state))
     _write_back(state, inventory, captures)
     tokens.recalibrate({})
     again = train(2)
@@ -420,8 +430,8 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
     looks = tokens.layer_tokens()
     state.close()
     return {
-        "before": before, "why": why, "first": first, "on": on, "again": again, "second": second,
-        "tokens": by_layer, "everywhere": everywhere.sum(dim=-1).tolist(), "looks": looks, "routed": tokens.routed_tokens(),
+        "before": before, "why": tokens.capacity_problem(), "first": first, "on": on, "again": again, "second": second,
+        "tokens": by_layer, "everywhere": everywhere.tolist(), "looks": looks, "routed": tokens.routed_tokens(),
         "processed": processed,
         "closed": [_as_list(b.module.router.boost) for b in routers.blocks],
     }  # fmt: skip

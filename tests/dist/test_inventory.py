@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from jobs import Nursery, logs, notes_in
 
-from megatron_moetion.recover.recalibration import over_ranks
+from megatron_moetion.modes.recalibration import over_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 

@@ -23,22 +23,27 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from support import ToyState, _region, scheduler
+from support import ToyState, _region, blueprint, scheduler
 from torch import distributed as dist
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, MoetionError
+from megatron_moetion.framework import StepNote, TokenCounter
+from megatron_moetion.modes.exact import ExactBlueprint
+from megatron_moetion.observe.fault import make_probe, parse_faults
+from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.run.host import Host, Probe
+from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.running import Running
+from megatron_moetion.run.starter import Starter
 from megatron_moetion.session import Session
 from megatron_moetion.snapshot import packer
-from megatron_moetion.framework import StepNote, TokenCounter
+from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 CRASHED = 1
 """Exit code of a rank that lost its peers, as a training loop has it that does not catch torch's errors."""
-
-_PAYLOAD = 4
-"""Which of a round's five exchanges carries the captures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -166,7 +171,7 @@ class Trainee(ToyState):
         return "the tensor 'dense' was replaced" if self.now(self._toy.moved) else None
 
     def host_state(self) -> dict[str, Any]:
-        return {**self.host, **({"log": bytes(9000)} if self.now(self._toy.grown_host) else {})}
+        return {**self.host, **({"log": bytes(90_000)} if self.now(self._toy.grown_host) else {})}
 
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         super().load_host_state(state)
@@ -306,8 +311,6 @@ class Descender(Trainee):
         return 0
 
 
-
-
 def trainee(toy: Toy, rank: int, attempt: int = 0) -> Trainee:
     return (Descender if toy.exact else Trainee)(toy, rank, attempt)
 
@@ -386,28 +389,24 @@ def _train(
         resource.setrlimit(resource.RLIMIT_FSIZE, (toy.file_limit_bytes, toy.file_limit_bytes))
     settings = MoetionConfig(**config)
     state = trainee(toy, rank, attempt)
+    trouble = Trouble(toy if toy.concerns(rank) else Toy(), state)
     timing = scheduler(settings.schedule)
-    fabric = GlooFabric(
-        timeout_s=settings.timeout_s,
-        in_flight_bytes=settings.in_flight_bytes,
-        gate=timing.gate,
+    fabric = GlooFabric.connect(
+        timeout_s=settings.timeout_s, in_flight_bytes=settings.in_flight_bytes, gate=timing.gate
     )
     fabric.join_experts(state.expert_peers())
-    session = Session(
+    fabric.channel = TroubledChannel(fabric.channel, trouble)
+    prepared = prepare(
         config=settings,
         adapter=state,
+        blueprint=ExactBlueprint(state) if isinstance(state, Descender) else blueprint(settings.mode, state),
         fabric=fabric,
         topology=toy.topology,
         scheduler=timing,
-        replayer=state if isinstance(state, Descender) else None,
-        tokens=state if settings.mode == "popularity" else None,
-        environment=environment,
+        host=Host(environment=environment, make_probe=trouble.make_probe, make_packer=trouble.make_packer),
     )
-    if toy.second_fetch and toy.concerns(rank):
-        _skip_first_fetch(session)
-    resumed = session.start()
-    if toy.concerns(rank):
-        _disturb(session, fabric, state, toy)
+    running, resumed = Starter(prepared).start()
+    session = Session(running)
     if toy.orphan_s and toy.concerns(rank):
         notes.write("orphan", pid=_orphan(toy.orphan_s))
     iteration = resumed.iteration if resumed is not None else 0
@@ -426,15 +425,14 @@ def _train(
         session.before_optimizer_step()
         state.advance(iteration, marks)
         if iteration - 1 in toy.slow_pack:  # training goes on at once; the packing thread counts when it comes to it
-            assert session._pipeline is not None
-            session._pipeline.finish()
-        notes.write("step", iteration=iteration, hashes=state.hashes(), lost=state.lost(), dropped=_dropped(session))
+            running.pipeline.finish()
+        notes.write("step", iteration=iteration, hashes=state.hashes(), lost=state.lost(), dropped=_dropped(running))
         session.on_step_end(iteration)
         if toy.calm and iteration not in toy.slow_pack:  # waiting there would make up for the delay
-            _drain(session)
-        notes.write("saved", iteration=iteration, stable=session.stable_iteration, dropped=_dropped(session))
-    _drain(session)
-    dropped = _dropped(session)
+            session.drain()
+        notes.write("saved", iteration=iteration, stable=session.stable_iteration, dropped=_dropped(running))
+    session.drain()
+    dropped = _dropped(running)
     stable = session.stable_iteration
     session.close()
     notes.write("end", iteration=iteration, stable=stable, dropped=dropped, lost=state.lost())
@@ -451,16 +449,8 @@ def _orphan(seconds: int) -> int:
     return pid
 
 
-def _drain(session: Session) -> None:
-    pipeline = session._pipeline
-    assert pipeline is not None
-    pipeline.drain()
-
-
-def _dropped(session: Session) -> dict[str, int]:
-    pipeline = session._pipeline
-    assert pipeline is not None
-    return {reason: n for reason, n in pipeline.counts.dropped.copy().items() if n}
+def _dropped(running: Running) -> dict[str, int]:
+    return {reason: n for reason, n in running.pipeline.counts.dropped.copy().items() if n}
 
 
 def _gather(mark: int, world_size: int) -> list[int]:
@@ -470,51 +460,77 @@ def _gather(mark: int, world_size: int) -> list[int]:
     return [int(p) for p in parts]
 
 
-def _skip_first_fetch(session: Session) -> None:
-    probe = session._probe
-    passed: list[str] = []
+class Trouble:
+    """What goes wrong on this rank. Its probe, its packer and its channel ask here."""
 
-    def patient(point: str, iteration: int) -> None:
-        passed.append(point)
-        if point == "fetch":
-            if passed.count(point) == 1:
-                return
-            time.sleep(0.1)
-        probe(point, iteration)
+    def __init__(self, toy: Toy, state: Trainee) -> None:
+        self._toy = toy
+        self._state = state
+        self._fetches = 0
+        self._damages_next = False
 
-    session._probe = patient
+    def make_probe(self, config: MoetionConfig, attempt: int, rank: int) -> Probe:
+        kill = make_probe(parse_faults(config.inject_fault), attempt, rank)
 
+        def probe(point: str, iteration: int) -> None:
+            if point == "fetch" and self._toy.second_fetch:
+                self._fetches += 1
+                if self._fetches == 1:
+                    return
+                time.sleep(0.1)
+            kill(point, iteration)
+            if point == "mid-replication":
+                self._replicate(iteration)
 
-def _disturb(session: Session, fabric: GlooFabric, state: Trainee, toy: Toy) -> None:
-    """Put the trouble that a test asks for around the packer and the channel of this rank."""
-    pipeline = session._pipeline
-    if pipeline is None or pipeline._replicator is None:
-        return
-    pack, replicate, exchange = session._packer.pack, pipeline._replicator.replicate, fabric.channel.exchange
-    round_ = {"iteration": 0, "exchange": 0}
+        return probe
 
-    def slow_pack(targets: Any, between: Any, given: Any = None) -> Any:
-        if state.now(toy.slow_pack):
+    def make_packer(self, inventory: Inventory, config: MoetionConfig, num_threads: int, rank: int) -> Packer:
+        return TroubledPacker(inventory, config.chunk_bytes, num_threads, self, rank=rank)
+
+    def pack(self) -> None:
+        """Units are about to be packed."""
+        if self._state.now(self._toy.slow_pack):
             time.sleep(0.2)
-        return pack(targets, between, given)
 
-    def troubled_round(iteration: int, records: Any) -> bool:
-        round_.update(iteration=iteration, exchange=0)
-        if toy.broken_send_after and iteration >= toy.broken_send_after:
-            raise ChannelError("the network is gone")
-        if iteration in toy.slow_send:
-            time.sleep(0.1)
-        return replicate(iteration, records)
-
-    def troubled_exchange(sends: Any, receives: Any) -> None:
-        exchange(sends, receives)
-        round_["exchange"] += 1
-        if round_["exchange"] == _PAYLOAD and round_["iteration"] in toy.damaged_payload and receives:
+    def exchanged(self, receives: Sequence[Message]) -> None:
+        """These bytes have arrived."""
+        if self._damages_next and receives:
             receives[0].data[-1] ^= 1
+        self._damages_next = False
 
-    session._packer.pack = slow_pack  # type: ignore[method-assign]
-    pipeline._replicator.replicate = troubled_round  # type: ignore[method-assign]
-    fabric.channel.exchange = troubled_exchange  # type: ignore[method-assign]
+    def _replicate(self, iteration: int) -> None:
+        """The captures of that iteration are what is exchanged next."""
+        if self._toy.broken_send_after and iteration >= self._toy.broken_send_after:
+            raise ChannelError("the network is gone")
+        if iteration in self._toy.slow_send:
+            time.sleep(0.1)
+        self._damages_next = iteration in self._toy.damaged_payload
+
+
+class TroubledPacker(Packer):
+    """A packer that may be slow."""
+
+    def __init__(
+        self, inventory: Inventory, chunk_bytes: int, num_threads: int, trouble: Trouble, *, rank: int
+    ) -> None:
+        super().__init__(inventory, chunk_bytes, num_threads, rank=rank)
+        self._trouble = trouble
+
+    def pack(self, targets: Any, between: Any, given: Any = None) -> list[int] | None:
+        self._trouble.pack()
+        return super().pack(targets, between, given)
+
+
+class TroubledChannel:
+    """A channel that may damage what arrives."""
+
+    def __init__(self, channel: Channel, trouble: Trouble) -> None:
+        self._channel = channel
+        self._trouble = trouble
+
+    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
+        self._channel.exchange(sends, receives)
+        self._trouble.exchanged(receives)
 
 
 def misbehave(store: Path) -> None:

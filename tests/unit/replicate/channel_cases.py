@@ -178,9 +178,9 @@ def _as_gloo_rank(rank: int, store: Path, results: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    fabric = GlooFabric(timeout_s=20, in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
+    fabric = GlooFabric.connect(timeout_s=20, in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
     fabric.join_experts((0, 1))
-    impatient = GlooFabric(timeout_s=int(SILENT_S), in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
+    impatient = GlooFabric.connect(timeout_s=int(SILENT_S), in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
     found: dict[str, str] = {}
 
     def attempt(name: str, case: Callable[[], None]) -> None:
