@@ -32,7 +32,7 @@ def trace_name(rank: int, attempt: int) -> str:
 class Trace:
     """Appends spans to a file, in batches. Thread-safe; times are seconds of the host's monotonic clock.
 
-    ``ConfigError`` where a job begins and the path cannot be written; later that costs the trace alone.
+    ``ConfigError`` if the path cannot be written when a job begins; a later failure costs the trace only.
     """
 
     def __init__(self, path: Path, rank: int, attempt: int = 0) -> None:

@@ -65,9 +65,7 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     if not timelines:
         return Rhythm()
     alike = [t for t in timelines if len(t.sends.nbytes) == len(timelines[-1].sends.nbytes)]
-    begins = np.stack(
-        [np.append(t.sends.begin_s, t.duration_s) for t in alike]
-    )
+    begins = np.stack([np.append(t.sends.begin_s, t.duration_s) for t in alike])
     quiet_since = np.stack([np.append(0.0, t.sends.on_wire_s) for t in alike])
     on_wire_s = np.max([t.sends.nbytes for t in alike], axis=0) / bytes_per_s
 
