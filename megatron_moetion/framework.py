@@ -91,10 +91,14 @@ class TokenSource(Protocol):
         """
         ...
 
-    def recalibrate(self, lost: Mapping[str, int]) -> str | None:
+    def capacity_problem(self) -> str | None:
+        """Why the capacity of experts cannot be raised, for a person; None if it can."""
+        ...
+
+    def recalibrate(self, lost: Mapping[str, int]) -> None:
         """After a recovery: raise the capacity of experts that lost tokens (unit name to tokens, over all ranks).
 
-        Collective. Returns why capacity stays as it is, for a person; None if it can be raised.
+        Collective. Where there is a ``capacity_problem`` nothing is raised.
         """
         ...
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 import enum
 import hashlib
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 ALIGNMENT_BYTES = 64
@@ -141,6 +141,15 @@ class Inventory:
     def of_kind(self, kind: UnitKind) -> tuple[int, ...]:
         """Numbers of all units of one kind, in order."""
         return tuple(i for i, u in enumerate(self.units) if u.kind is kind)
+
+    def with_host_bytes(self, nbytes: int) -> Inventory:
+        """The same units, with room for so many bytes more in the host state."""
+        return Inventory(
+            units=tuple(
+                replace(u, reserved_bytes=u.reserved_bytes + nbytes) if u.kind is UnitKind.HOST else u
+                for u in self.units
+            )
+        )
 
     @cached_property
     def fingerprint(self) -> str:

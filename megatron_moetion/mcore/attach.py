@@ -7,9 +7,9 @@ import atexit
 import logging
 import os
 import sys
-import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +19,28 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.optimizer import MegatronState, UserState
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
+from megatron_moetion.modes.exact import ExactBlueprint
+from megatron_moetion.modes.full import FullBlueprint
+from megatron_moetion.modes.mode import Blueprint
+from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
+from megatron_moetion.recover.disk import Disk
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.gloo import GlooFabric
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
+from megatron_moetion.run.host import Host
+from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.running import Prepared
+from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.schedule.recorder import EventStopwatch, HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
-from megatron_moetion.session import Resumed, Session
+from megatron_moetion.session import Session
 from megatron_moetion.store.node import restart_count, run_id_of
 
 EXIT_WAIT_S = 5.0
@@ -52,7 +60,7 @@ class NoState:
 
 
 class Attached:
-    """A session tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``.
+    """A run tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``.
 
     As a context manager it closes itself, after an exception without waiting for other ranks. A process that ends
     without ``close`` does what it can in a few seconds, and says so.
@@ -60,21 +68,19 @@ class Attached:
 
     def __init__(
         self,
-        session: Session,
+        prepared: Prepared,
         state: MegatronState,
         model: Sequence[DistributedDataParallel],
-        scheduler: Scheduler,
         undo: ExitStack,
     ) -> None:
-        """Takes over what ``undo`` holds: it takes back all that ``attach`` did, the session itself aside."""
-        self._session = session
+        """Takes over what ``undo`` holds: it undoes all that ``attach`` did, the run itself aside."""
+        self._prepared = prepared
+        self._state = state
         self._model = model
-        self.scheduler = scheduler
+        self._session: Session | None = None
+        self.scheduler = prepared.scheduler
         self.pipeline_arguments: dict[str, Any] = {}
         """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen; may be empty."""
-        for optimizer in state.inner_optimizers():
-            handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
-            undo.callback(handle.remove)
         atexit.register(self._at_exit)
         undo.callback(atexit.unregister, self._at_exit)
         self._undo = undo.pop_all()
@@ -84,44 +90,67 @@ class Attached:
         load_persistent: Callable[[], int | None] | None = None,
         newest_persistent: Callable[[], int | None] | None = None,
     ) -> Resumed | None:
-        """See ``Session.start``. From here on training's traffic is watched."""
-        resumed = self._session.start(load_persistent, newest_persistent)
-        crosses = node_crossing(self._session.node_of)
-        traffic = TrafficHooks(self._model, self.scheduler.recorder, crosses)
+        """Recover the newest state from memory or disk, or begin; then a baseline is stable. Collective.
+
+        ``load_persistent`` loads the newest checkpoint on disk and returns its iteration, or None if there is none.
+        ``newest_persistent`` returns that iteration without loading anything: where it is newer than what memory holds,
+        disk wins. Without it, disk is asked only when memory holds nothing. Returns what was recovered from memory,
+        None otherwise. For errors see ``Starter.start``. From here on training's traffic is watched.
+        """
+        running, resumed = Starter(self._prepared).start(Disk(load=load_persistent, newest=newest_persistent))
+        session = self._session = Session(running)
+        for optimizer in self._state.inner_optimizers():
+            handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
+            self._undo.callback(handle.remove)
+        traffic = TrafficHooks(self._model, self.scheduler.recorder, node_crossing(running.node_of))
         self._undo.callback(traffic.close)
         self.pipeline_arguments = traffic.pipeline_arguments()
         return resumed
 
+    @property
+    def session(self) -> Session:
+        """What runs since ``start``; ``ConfigError`` before."""
+        if self._session is None:
+            raise ConfigError("call start() before on_step_end()")
+        return self._session
+
     def on_step_end(self, iteration: int) -> None:
         """See ``Session.on_step_end``."""
-        self._session.on_step_end(iteration)
+        self.session.on_step_end(iteration)
 
     def experts(self) -> tuple[ExpertState, ...]:
         """See ``Session.experts``."""
-        return self._session.experts()
+        return self.session.experts()
 
     def drain(self) -> None:
         """See ``Session.drain``."""
-        self._session.drain()
+        self.session.drain()
 
     def scalars(self) -> dict[str, float]:
         """See ``Session.scalars``."""
-        return self._session.scalars()
+        return self.session.scalars()
 
     @property
     def stable_iteration(self) -> int:
-        """See ``Session.stable_iteration``."""
-        return self._session.stable_iteration
+        """See ``Session.stable_iteration``; -1 before ``start``."""
+        return self._session.stable_iteration if self._session is not None else -1
 
     def close(self) -> None:
-        """Finish what is in flight and undo everything that ``attach`` did; see ``Session.close``."""
+        """Finish the snapshots under way and undo everything that ``attach`` did; see ``Session.close``."""
         with self._undo:
-            self._session.close()
+            if self._session is not None:
+                self._session.close()
+            else:
+                self._prepared.undo.close()
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """See ``Session.abandon``; everything that ``attach`` did is undone."""
         with self._undo:
-            return self._session.abandon(wait_s)
+            if self._session is not None:
+                return self._session.abandon(wait_s)
+            self._prepared.undo.pop_all()
+            self._prepared.fabric.abandon()
+            return True
 
     def __enter__(self) -> Attached:
         return self
@@ -161,50 +190,43 @@ def attach(
     _check(model, optimizer, opt_param_scheduler, config, user_state)
     with ExitStack() as undo, ExitStack() as unless_attached:
         _show_log(undo)
-        traces: list[Trace] = []
-
-        def draw(lane: str, begin_s: float, end_s: float, value: int) -> None:
-            for trace in traces:
-                trace.add(lane, begin_s, end_s, value)
-
-        clock = SystemClock()
+        host = Host()
+        trace = _trace(config) if config.trace_dir else None
         scheduler = Scheduler(
             config.schedule,
-            EventStopwatch(torch.cuda.Event) if next(model[0].parameters()).is_cuda else HostStopwatch(clock),
-            clock=clock,
-            condition=threading.Condition(),
+            EventStopwatch(torch.cuda.Event) if next(model[0].parameters()).is_cuda else HostStopwatch(host.clock),
+            clock=host.clock,
+            condition=host.threads.condition(),
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
-            draw=draw if config.trace_dir else no_drawing,
+            draw=trace.add if trace is not None else no_drawing,
         )
-        fabric = GlooFabric(timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes, gate=scheduler.gate)
-        unless_attached.callback(fabric.close)  # else it is the session's to close
+        fabric = GlooFabric.connect(
+            timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes, gate=scheduler.gate
+        )
+        unless_attached.callback(fabric.close)  # else it is the run's to close
 
-        def make_state() -> MegatronState:
-            state = _state(model, optimizer, opt_param_scheduler, config, user_state)
+        def make_state() -> tuple[MegatronState, Blueprint]:
+            state, blueprint = _state(model, optimizer, opt_param_scheduler, config, user_state)
             undo.callback(state.close)  # also where it fails on another rank
-            return state
+            return state, blueprint
 
-        def trace_all() -> None:
-            traces.append(open_trace(config, fabric.rank))
-            undo.callback(traces[0].close)
-
-        state = on_all_ranks(fabric, make_state)
+        state, blueprint = on_all_ranks(fabric, make_state)
         fabric.join_experts(state.expert_peers())
-        witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank))
-        session = Session(
+        prepared = prepare(
             config=config,
             adapter=state,
+            blueprint=blueprint,
             fabric=fabric,
             topology=_topology(),
             scheduler=scheduler,
-            replayer=state.step_log,
-            tokens=state.tokens,
-            witness=witness,
+            witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank)),
+            host=host,
         )
-        unless_attached.callback(session.close)
-        if config.trace_dir:  # the folder of the run is ours by now
-            on_all_ranks(fabric, trace_all)
-        attached = Attached(session, state, model, scheduler, undo)
+        unless_attached.callback(prepared.undo.close)
+        if trace is not None:  # the folder of the run is ours by now
+            undo.callback(trace.close)
+            on_all_ranks(fabric, trace.open)
+        attached = Attached(prepared, state, model, undo)
         unless_attached.pop_all()
         return attached
 
@@ -215,17 +237,30 @@ def _state(
     opt_param_scheduler: OptimizerParamScheduler | None,
     config: MoetionConfig,
     user_state: UserState | None,
-) -> MegatronState:
-    recalibrates = config.capacity_recalibration == "on"
-    return MegatronState(
+) -> tuple[MegatronState, Blueprint]:
+    """The state that the mode needs to be told of, and the mode's blueprint."""
+    make = partial(
+        MegatronState,
         model=model,
         optimizer=optimizer,
         scheduler=opt_param_scheduler,
         user_state=user_state if user_state is not None else NoState(),
-        count_tokens=config.mode == "popularity",
-        log_steps=config.mode == "exact",
-        capacity=CapacityRules(iterations=config.recalibration_iterations) if recalibrates else None,
     )
+    match config.mode:
+        case "full":
+            return make(), FullBlueprint()
+        case "popularity":
+            recalibrates = config.capacity_recalibration == "on"
+            capacity = CapacityRules(iterations=config.recalibration_iterations) if recalibrates else None
+            state = make(count_tokens=True, capacity=capacity)
+            assert state.tokens is not None, "made with count_tokens"
+            return state, PopularityBlueprint(state.tokens)
+        case "exact":
+            state = make(log_steps=True)
+            assert state.step_log is not None, "made with log_steps"
+            return state, ExactBlueprint(state.step_log)
+        case mode:
+            raise AssertionError(f"mode {mode!r} has no blueprint")
 
 
 def _witness(config: MoetionConfig, rank: int) -> Witness:
@@ -285,9 +320,9 @@ def _show_log(undo: ExitStack) -> None:
         undo.callback(_logger.removeHandler, handler)
 
 
-def open_trace(config: MoetionConfig, rank: int) -> Trace:
+def _trace(config: MoetionConfig) -> Trace:
     """This rank's trace in ``config.trace_dir``."""
-    attempt = restart_count(os.environ)
+    rank, attempt = torch.distributed.get_rank(), restart_count(os.environ)
     return Trace(Path(config.trace_dir) / trace_name(rank, attempt), rank, attempt)
 
 

@@ -67,7 +67,7 @@ class MegatronState:
         optimizer: MegatronOptimizer,
         scheduler: OptimizerParamScheduler | None,
         user_state: UserState,
-        count_tokens: bool,
+        count_tokens: bool = False,
         capacity: CapacityRules | None = None,
         log_steps: bool = False,
     ) -> None:

@@ -71,11 +71,14 @@ class MegatronTokens:
         """Of layers whose router is a ``CapacityRouter``."""
         return self.routers.shares()
 
-    def recalibrate(self, lost: Mapping[str, int]) -> str | None:
+    def capacity_problem(self) -> str | None:
+        """See ``RouterWatch.why_fixed``."""
+        return self.routers.why_fixed
+
+    def recalibrate(self, lost: Mapping[str, int]) -> None:
         """Collective, after the routers' state is restored."""
         with torch.no_grad():
             self.routers.recover(lost)
-        return self.routers.why_fixed
 
 
 def _counter_name(block: MoeBlock) -> str:

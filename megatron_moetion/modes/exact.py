@@ -7,7 +7,7 @@ A recovery loads captures of several ages and repeats the optimizer's steps on t
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -149,8 +149,7 @@ class ExactMode(SnapshotMode):
         """See ``SnapshotMode``; a snapshot that is not whole on some rank breaks the chains of all."""
         if agreed.is_news:
             self._rotation.settle(agreed.stable, agreed.recoverable, agreed.whole)
-        rotation = self._rotation
-        return replace(super().settle(agreed), broken=rotation.broken, unreachable=rotation.unreachable)
+        return self._rotation.settled
 
     def note_step(self, iteration: int, before: int) -> str | None:
         """Enter the optimizer's step into the log."""

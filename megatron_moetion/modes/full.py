@@ -13,12 +13,10 @@ from megatron_moetion.replicate.agreement import Agreed
 from megatron_moetion.replicate.pipeline import Contents, Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
+from megatron_moetion.select.budget import full_copies
 from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import UnitKind
-
-_COPIES = 3
-"""Captures of a unit that there is room for: stable, awaiting agreement, in flight."""
 
 
 class FullBlueprint:
@@ -41,7 +39,7 @@ class FullMode(SnapshotMode):
 
     def __init__(self, site: Site) -> None:
         self.inventory = site.inventory
-        copies = {u.name: 1 if u.kind is UnitKind.FROZEN else _COPIES for u in self.inventory.units}
+        copies = full_copies(self.inventory.units)
         self.spec = ArenaSpec.of(replace(site.identity, layout=self.inventory.fingerprint), self.inventory, copies)
         frozen = self.inventory.of_kind(UnitKind.FROZEN)
         self._units = tuple(u for u in range(len(self.inventory.units)) if u not in frozen)

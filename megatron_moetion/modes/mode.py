@@ -14,8 +14,10 @@ import numpy as np
 import numpy.typing as npt
 
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.plan import Choose, RecoveryPlan
 from megatron_moetion.replicate.agreement import Agreed
+from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.pipeline import Contents, Packed, Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.select.book import ExpertState
@@ -80,6 +82,9 @@ class Site:
     node: NodeFolder
     local_ranks: int
     """Ranks of this machine."""
+    fabric: Fabric
+    """For modes that talk to other ranks in ``exchange`` and ``resume``."""
+    journal: Journal
 
 
 class Blueprint(Protocol):
@@ -127,6 +132,7 @@ class SnapshotMode(Protocol):
 
     def packed(self, packed: Packed) -> None:
         """The last snapshot is packed or dropped on this rank."""
+        return
 
     def settle(self, agreed: Agreed) -> Settled:
         """Learn what all ranks agreed on; returns what arenas may release now."""
@@ -134,6 +140,7 @@ class SnapshotMode(Protocol):
 
     def exchange(self, iteration: int) -> None:
         """Whatever else ranks tell each other now and then. Collective; ``ChannelError`` on a lost peer."""
+        return
 
     def note_step(self, iteration: int, before: int) -> str | None:
         """An optimizer step is over, the first after the snapshot of ``before``; why it cannot be captured, if so."""
@@ -193,6 +200,7 @@ class SnapshotMode(Protocol):
 
     def resume(self, iteration: int, lost: Mapping[str, int]) -> None:
         """All ranks have recovered and lost these tokens together, by expert. Collective."""
+        return
 
     # -- observers ------------------------------------------------------------------------------------
 

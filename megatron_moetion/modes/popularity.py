@@ -20,7 +20,7 @@ from megatron_moetion.replicate.pipeline import Contents, Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until
-from megatron_moetion.select.budget import Limits, affordable_experts, copies, experts_per_snapshot
+from megatron_moetion.select.budget import Limits, affordable_experts, experts_per_snapshot, popularity_copies
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
@@ -31,20 +31,22 @@ _CAPTURES_REMEMBERED = WINDOW + 1
 
 
 class PopularityBlueprint:
-    """Dense units and selected experts. ``recalibration``: None where capacity stays as it is after a recovery."""
+    """Dense units and selected experts, whose tokens are counted."""
 
-    def __init__(self, tokens: TokenSource, recalibration: Recalibration | None) -> None:
+    def __init__(self, tokens: TokenSource) -> None:
         self._tokens = tokens
-        self._recalibration = recalibration
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """The experts of this rank that fit ``snapshot_bytes``, where that is set."""
+        """The experts of this rank that fit ``snapshot_bytes``, where that is set, and why capacity stays."""
+        facts: dict[str, Any] = {}
+        if _recalibrates(site.config) and (problem := self._tokens.capacity_problem()):
+            facts["capacity"] = problem
         counters = self._tokens.token_counters()
-        if not site.config.snapshot_bytes or not counters:
-            return {}
-        inventory = _with_book(site.inventory, len(counters))
-        fits = affordable_experts(inventory.units, len(counters), site.config.snapshot_bytes)
-        return {} if fits == math.inf else {"experts": fits}
+        if site.config.snapshot_bytes and counters:
+            inventory = _with_book(site.inventory, len(counters))
+            fits = affordable_experts(inventory.units, len(counters), site.config.snapshot_bytes)
+            facts |= {} if fits == math.inf else {"experts": fits}
+        return facts
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> PopularityMode:
         """See ``Blueprint``."""
@@ -55,10 +57,26 @@ class PopularityBlueprint:
         spec = ArenaSpec.of(
             replace(site.identity, layout=inventory.fingerprint),
             inventory,
-            copies(inventory.units, limits.most),
+            popularity_copies(inventory.units, limits.most),
             limits.most,
         )
-        return PopularityMode(site.config, inventory, spec, limits, self._tokens, self._recalibration)
+        problem = next((f["capacity"] for f in facts if "capacity" in f), None)
+        raises = _recalibrates(site.config) and problem is None
+        return PopularityMode(
+            config=site.config,
+            inventory=inventory,
+            spec=spec,
+            limits=limits,
+            tokens=self._tokens,
+            recalibration=Recalibration(self._tokens, site.fabric, site.journal, site.config.recalibration_iterations)
+            if raises
+            else None,
+            note=f"--moetion-capacity-recalibration on does nothing here: {problem}" if problem is not None else None,
+        )
+
+
+def _recalibrates(config: MoetionConfig) -> bool:
+    return config.capacity_recalibration == "on"
 
 
 def _with_book(inventory: Inventory, num_experts: int) -> Inventory:
@@ -76,16 +94,19 @@ class PopularityMode(SnapshotMode):
 
     def __init__(
         self,
+        *,
         config: MoetionConfig,
         inventory: Inventory,
         spec: ArenaSpec,
         limits: Limits,
         tokens: TokenSource,
         recalibration: Recalibration | None,
+        note: str | None,
     ) -> None:
         counters = tokens.token_counters()
         self.inventory = inventory
         self.spec = spec
+        self.note = note
         self._config = config
         self._limits = limits
         self._tokens = tokens

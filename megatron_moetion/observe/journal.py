@@ -6,10 +6,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-import time
 from pathlib import Path
 from typing import Any
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.output import Output
 
 _logger = logging.getLogger("megatron_moetion")
@@ -21,7 +21,8 @@ class Journal:
     ``ConfigError`` if the path cannot be written when a job begins; a later failure costs the events only.
     """
 
-    def __init__(self, rank: int, attempt: int, events: Path | None) -> None:
+    def __init__(self, rank: int, attempt: int, events: Path | None, clock: Clock) -> None:
+        self._clock = clock
         self._rank = rank
         self._attempt = attempt
         self._events = events
@@ -50,7 +51,9 @@ class Journal:
         """Append one event."""
         if self._events is None or self._output.lost:
             return
-        line = json.dumps({"event": name, "time": time.time(), "attempt": self._attempt, "rank": self._rank, **fields})
+        line = json.dumps(
+            {"event": name, "time": self._clock.unix_ns() / 1e9, "attempt": self._attempt, "rank": self._rank, **fields}
+        )
         with self._output.writing(), self._events.open("a") as out:
             out.write(line + "\n")
             out.flush()
@@ -60,12 +63,13 @@ class Journal:
 class Phases:
     """Wall-clock seconds of the phases of a recovery, in order."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Clock) -> None:
         self.seconds: dict[str, float] = {}
-        self._since = time.perf_counter()
+        self._clock = clock
+        self._since = clock.monotonic()
 
     def done(self, name: str) -> None:
         """A phase ends, which began when the one before ended."""
-        now = time.perf_counter()
+        now = self._clock.monotonic()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now

@@ -30,12 +30,13 @@ def trace_name(rank: int, attempt: int) -> str:
 
 
 class Trace:
-    """Appends spans to a file, in batches. Thread-safe; times are seconds of the host's monotonic clock.
+    """Appends spans to a file, in batches, between ``open`` and ``close``; others are dropped. Thread-safe.
 
-    ``ConfigError`` if the path cannot be written when a job begins; a later failure costs the trace only.
+    Times are seconds of the host's monotonic clock.
     """
 
     def __init__(self, path: Path, rank: int, attempt: int = 0) -> None:
+        self._path = path
         self._rank = rank
         self._lock = threading.Lock()
         self._waiting: list[str] = []
@@ -43,10 +44,14 @@ class Trace:
         self._flushed_s = 0.0
         self._output = Output("--moetion-trace-dir", path, rank=rank, attempt=attempt)
         self._out: IO[str] | None = None
-        with self._output.opening():
-            path.parent.mkdir(parents=True, exist_ok=True)
-            self._out = path.open("w")
-        self._write("[\n" + ",\n".join(json.dumps(e) for e in self._names()))
+
+    def open(self) -> None:
+        """Begin the file. ``ConfigError`` where a job begins and it cannot be written; later that costs the trace."""
+        with self._lock:
+            with self._output.opening():
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._out = self._path.open("w")
+            self._write("[\n" + ",\n".join(json.dumps(e) for e in self._names()))
 
     def add(self, lane: str, begin_s: float, end_s: float, value: int) -> None:
         """A span. ``value`` is its bytes; on the lane ``iteration`` the iteration's number."""

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.select.budget import Limits, copies, exact_copies
+from megatron_moetion.select.budget import Limits, exact_copies, full_copies, popularity_copies
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.units import ALIGNMENT_BYTES, HOST_UNIT, Inventory, Region, Role, Unit, UnitKind, total_bytes
 
@@ -137,7 +137,7 @@ class Shortage:
 def cost_of_full(state: RankState) -> Cost:
     """Mode ``full``: all state in every snapshot."""
     units = _units(state)
-    return _cost(state, "full", units, copies(units, "full", state.num_experts), total_bytes(units))
+    return _cost(state, "full", units, full_copies(units), total_bytes(units))
 
 
 def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
@@ -149,7 +149,7 @@ def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
         state,
         "popularity",
         units,
-        copies(units, "popularity", limits.most),
+        popularity_copies(units, limits.most),
         always + total_bytes(experts[: limits.usual]),
         experts=limits.usual,
     )

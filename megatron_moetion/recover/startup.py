@@ -1,35 +1,35 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From processes that know nothing to open arenas: look at what is there, then recover or begin anew.
+"""From processes that know nothing to open arenas: survey every node, then recover or begin anew.
 
 All methods are collective. The plan itself is made in ``plan.py``; here it is carried out.
 """
 
 from __future__ import annotations
 
-import secrets
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
+from megatron_moetion.recover.plan import Choose, NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
 from megatron_moetion.recover.report import ArenaReport, living
-from megatron_moetion.recover.restore import Mover, verified
+from megatron_moetion.recover.restore import Mover
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
-from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.files import clear
-from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
-from megatron_moetion.store.retention import retention_of
+from megatron_moetion.store.open import OpenArenas
+from megatron_moetion.store.retention import Retention
 from megatron_moetion.store.spec import ArenaSpec, arena_name
 from megatron_moetion.units import UnitKind
 
@@ -38,26 +38,8 @@ _OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "
 """Settings that may differ between ranks."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class OpenArenas:
-    """The arenas that this rank writes while it trains."""
-
-    own: Arena
-    held: Mapping[int, Arena]
-    """By owner: those that this rank is a buddy of."""
-
-    def all(self) -> list[Arena]:
-        """Own first."""
-        return [self.own, *self.held.values()]
-
-    def close(self) -> None:
-        """Let go of all files; they stay."""
-        for arena in self.all():
-            arena.close()
-
-
 @dataclass(frozen=True, kw_only=True)
-class Situation:
+class Findings:
     """What all ranks found together; equal on all of them."""
 
     specs: tuple[ArenaSpec, ...]
@@ -66,9 +48,24 @@ class Situation:
     outcome: RecoveryPlan | NoPlan
     restarted: bool
 
+    @property
+    def lost(self) -> str | None:
+        """Why state of this run that once was there cannot be recovered; None where it can, or nothing began."""
+        return self.outcome.reason if isinstance(self.outcome, NoPlan) and self.outcome.began else None
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Fetched:
+    """Arenas that hold all that a plan names for this rank, before anything of it is loaded."""
+
+    arenas: OpenArenas
+    leftovers: Mapping[int, Arena]
+    """By owner: arenas on this node that are of no use once the recovery is complete."""
+    mover: Mover
+
 
 class Startup:
-    """One rank's part in starting a run."""
+    """One rank's part in starting a run. ``choose`` and ``retention`` are the mode's."""
 
     def __init__(
         self,
@@ -78,19 +75,31 @@ class Startup:
         node: NodeFolder,
         spec: ArenaSpec,
         pool: HostPool,
+        choose: Choose,
+        retention: Callable[[ArenaSpec], Retention],
         phases: Phases,
         probe: Callable[[str, int], None],
+        clock: Clock,
+        nonce: int,
     ) -> None:
         self._config = config
         self._fabric = fabric
         self._node = node
         self._spec = spec
         self._pool = pool
+        self._choose = choose
+        self._retention = retention
         self._phases = phases
         self._probe = probe
+        self._clock = clock
+        self._nonce = nonce
 
-    def look(self, attempt: int) -> Situation:
-        """Survey every node and plan. ``ConfigError`` or ``IdentityMismatch`` where ranks do not fit together."""
+    def survey(self, attempt: int) -> Findings:
+        """Survey every node and plan. Raises what ``on_all_ranks`` does.
+
+        ``ConfigError`` or ``IdentityMismatch`` where ranks or arenas do not fit together, ``StoreError`` where the
+        store cannot be read, ``ChannelError`` on a lost peer.
+        """
         rank = self._fabric.rank
         notes = self._fabric.gather(
             {
@@ -98,7 +107,7 @@ class Startup:
                 "attempt": attempt,
                 "spec": self._spec.to_json().decode(),
                 "settings": {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK},
-                "nonce": secrets.randbits(32),
+                "nonce": self._nonce,
             }
         )
         specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
@@ -122,9 +131,9 @@ class Startup:
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in spec.units))
             for r, spec in enumerate(specs)
         ]
-        outcome = plan_recovery(facts, reports, placement, self._config.mode, notes[0]["nonce"])
+        outcome = plan_recovery(facts, reports, placement, self._choose, notes[0]["nonce"])
         self._phases.done("survey")
-        return Situation(
+        return Findings(
             specs=specs,
             placement=placement,
             reports=reports,
@@ -132,19 +141,11 @@ class Startup:
             restarted=max(n["attempt"] for n in notes) > 0,
         )
 
-    def recover(
-        self,
-        situation: Situation,
-        plan: RecoveryPlan,
-        packer: Packer,
-        load: Callable[[Arena, Sequence[Record], bytes], None],
-    ) -> OpenArenas:
-        """Carry out the plan; returns the arenas, ready for step T + 1.
+    def fetch(self, findings: Findings, plan: RecoveryPlan) -> Fetched:
+        """Open the arenas and move into them what the plan names. Raises what ``on_all_ranks`` does.
 
-        ``load`` puts verified captures into live state; it also gets the host state's bytes.
-
-        Nothing that T needs is freed before it is complete everywhere again, and the new epoch is written on
-        every rank before any rank returns: a failure at any moment leaves T recoverable.
+        Nothing that T needs is dropped before it is complete everywhere again: a failure at any moment leaves T
+        recoverable. ``ChannelError`` where a capture arrives damaged.
         """
         if len(set(self._fabric.gather(plan.digest))) != 1:
             raise AssertionError("ranks made different recovery plans from the same reports")
@@ -152,58 +153,44 @@ class Startup:
         page = Page(
             epoch=plan.history_epoch,
             stable=plan.safe,
-            lineage=max(r.lineage for r in situation.reports),
+            lineage=max(r.lineage for r in findings.reports),
             branches=plan.branches[:-1],
         )
-        arenas, leftovers = on_all_ranks(self._fabric, lambda: self._open(situation, page))
+        arenas, leftovers = on_all_ranks(self._fabric, lambda: self._open(findings, page))
         mover = Mover(
             rank=rank,
             arenas={rank: arenas.own, **arenas.held, **leftovers},
             channel=self._fabric.channel,
             pool=self._pool,
             plan=plan,
-            retentions={owner: retention_of(spec) for owner, spec in enumerate(situation.specs)},
+            retentions={owner: self._retention(spec) for owner, spec in enumerate(findings.specs)},
         )
         for phase, transfers in (("fetch", plan.fetches), ("replicate", plan.copies)):
             on_all_ranks(self._fabric, partial(self._move, mover, transfers))
             self._phases.done(phase)
-        self._probe("restore", -1)
-        on_all_ranks(self._fabric, lambda: self._load(arenas.own, plan, packer, load))
-        self._phases.done("restore")
-        in_use = replace(mover, arenas={rank: arenas.own, **arenas.held})
+        return Fetched(arenas=arenas, leftovers=leftovers, mover=mover)
+
+    def commit(self, fetched: Fetched) -> None:
+        """T is loaded on every rank: write the new epoch everywhere before any rank trains on."""
+        arenas = fetched.arenas
+        in_use = replace(fetched.mover, arenas={self._fabric.rank: arenas.own, **arenas.held})
         on_all_ranks(self._fabric, in_use.begin_epoch)
-        for arena in leftovers.values():
+        for arena in fetched.leftovers.values():
             arena.remove()
         self._phases.done("epoch")
-        self._probe("restored", -1)
-        return arenas
 
     def _move(self, mover: Mover, transfers: Sequence[Transfer]) -> None:
         mover.make_room(transfers)
         self._probe("fetch", -1)
         mover.move(transfers)
 
-    def _load(
-        self,
-        arena: Arena,
-        plan: RecoveryPlan,
-        packer: Packer,
-        load: Callable[[Arena, Sequence[Record], bytes], None],
-    ) -> None:
-        host_unit = next(i for i, (_, kind, _) in enumerate(self._spec.units) if kind == UnitKind.HOST)
-        packer.adopt(arena.memory)
-        records = verified(packer, arena, plan.choices[self._fabric.rank])
-        host = next(r for r in records if r.unit == host_unit)
-        self._phases.done("verify")
-        load(arena, records, bytes(arena.payload(host.slot)))
-
-    def begin(self, situation: Situation) -> OpenArenas:
+    def begin(self, findings: Findings) -> OpenArenas:
         """New, empty arenas, of a new lineage, for state that was initialised or loaded from disk."""
-        on_all_ranks(self._fabric, lambda: self._clear_node(situation.placement))
-        newest = max((r.lineage for r in situation.reports), default=0)  # a clock may have been ahead then
-        lineage = max(*self._fabric.gather(time.time_ns()), newest + 1)
+        on_all_ranks(self._fabric, lambda: self._clear_node(findings.placement))
+        newest = max((r.lineage for r in findings.reports), default=0)  # a clock may have been ahead then
+        lineage = max(*self._fabric.gather(self._clock.unix_ns()), newest + 1)
         page = Page(lineage=lineage)
-        arenas, _ = on_all_ranks(self._fabric, lambda: self._open(replace(situation, reports=()), page))
+        arenas, _ = on_all_ranks(self._fabric, lambda: self._open(replace(findings, reports=()), page))
         return arenas
 
     def _clear_node(self, placement: Placement) -> None:
@@ -212,24 +199,25 @@ class Startup:
             for path in self._node.path.glob("*.arena"):
                 clear(path)
 
-    def _open(self, situation: Situation, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
+    def _open(self, findings: Findings, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
         """Open what the survey found sound and make what is missing; leftovers are only read from."""
-        rank, placement = self._fabric.rank, situation.placement
+        rank, placement = self._fabric.rank, findings.placement
         node = placement.node_of[rank]
-        sound = {r.owner for r in situation.reports if r.node == node and not r.problem}
+        sound = {r.owner for r in findings.reports if r.node == node and not r.problem}
 
         def take(owner: int) -> Arena:
             path = self._node.path / arena_name(owner)
             if owner in sound:
                 return Arena.open(path)
             clear(path)
-            return Arena.create(path, situation.specs[owner], page)
+            return Arena.create(path, findings.specs[owner], page)
 
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
-        arenas = OpenArenas(own=take(rank), held=held)
+        retentions = {owner: self._retention(findings.specs[owner]) for owner in (rank, *held)}
+        arenas = OpenArenas(own=take(rank), held=held, retentions=retentions)
         wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
         leftovers = {owner: Arena.open(self._node.path / arena_name(owner)) for owner in wanted}
-        self._remove_damaged(situation.reports, placement, node)
+        self._remove_damaged(findings.reports, placement, node)
         return arenas, leftovers
 
     def _remove_damaged(self, reports: Sequence[ArenaReport], placement: Placement, node: int) -> None:

@@ -78,7 +78,13 @@ class Agreement:
         )
 
     def start(
-        self, iteration: int, *, rounds: Mapping[int, bool], recoverable: Iterable[int], vote: int, counts: Sequence[int]
+        self,
+        iteration: int,
+        *,
+        rounds: Mapping[int, bool],
+        recoverable: Iterable[int],
+        vote: int,
+        counts: Sequence[int],
     ) -> None:
         """Begin to agree, at the snapshot of ``iteration``. ``ChannelError`` on a lost peer.
 

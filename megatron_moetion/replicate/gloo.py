@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Bytes, Channel, Gate, Message
-from megatron_moetion.replicate.worker import Worker
+from megatron_moetion.replicate.worker import ThreadWorker
 
 _NO_AGREEMENT = "ranks could not agree"
 
@@ -27,20 +27,30 @@ _NO_AGREEMENT = "ranks could not agree"
 class GlooFabric:
     """``Fabric`` on three gloo groups of its own: control, data, and the ranks that share experts.
 
-    Making it is collective. ``gate`` holds back what the channel sends. After a ``ChannelError`` of a collective every
+    Made by ``connect``. After a ``ChannelError`` of a collective every
     later one raises it again at once: this rank is out of step with the others, and must not meet them in a wrong call.
     """
 
-    def __init__(self, *, timeout_s: int, in_flight_bytes: int, gate: Gate) -> None:
-        self._timeout = timedelta(seconds=timeout_s)
+    @classmethod
+    def connect(cls, *, timeout_s: int, in_flight_bytes: int, gate: Gate) -> GlooFabric:
+        """Make groups of all ranks. Collective. ``gate`` holds back what the channel sends."""
+        timeout = timedelta(seconds=timeout_s)
+        control = dist.new_group(backend="gloo", timeout=timeout)
+        data = dist.new_group(backend="gloo", timeout=timeout)
+        assert control is not None, "this rank is in a group of all ranks"
+        assert data is not None, "this rank is in a group of all ranks"
+        return cls(control, data, timeout, GlooChannel(data, in_flight_bytes, gate))
+
+    def __init__(
+        self, control: dist.ProcessGroup, data: dist.ProcessGroup, timeout: timedelta, channel: GlooChannel
+    ) -> None:
+        self._timeout = timeout
         self.rank = dist.get_rank()
         self.world_size = dist.get_world_size()
-        self._control = dist.new_group(backend="gloo", timeout=self._timeout)
-        data = dist.new_group(backend="gloo", timeout=self._timeout)
-        assert data is not None
-        self._moving = GlooChannel(data, in_flight_bytes, gate)
-        self.channel: Channel = self._moving
-        self._groups = [self._control, data]
+        self._control = control
+        self._moving = channel
+        self.channel: Channel = channel
+        self._groups = [control, data]
         self._experts: dist.ProcessGroup | None = None
         self._failed = ""
         self._mask: _Reduction | None = None
@@ -156,7 +166,7 @@ class GlooChannel:
         self._gate = gate
         self._in_flight_bytes = in_flight_bytes // 2  # each way
         self._urgent_bytes = max(1 << 16, in_flight_bytes // 8)
-        self._receiving = Worker("moetion-receive")
+        self._receiving = ThreadWorker("moetion-receive")
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See ``Channel.exchange``. Bytes travel in rounds: the n-th slice to, or from, every peer.

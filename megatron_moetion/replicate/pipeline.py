@@ -9,20 +9,21 @@ its replication round still takes place, empty, so that all ranks stay in step.
 from __future__ import annotations
 
 import threading
-import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import Future, wait
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError, DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
-from megatron_moetion.replicate.worker import Worker
+from megatron_moetion.replicate.worker import Threads
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import NO_SLOT, Record
+from megatron_moetion.store.open import OpenArenas
+from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
 
 
@@ -57,6 +58,18 @@ class Contents:
     """Captured from live state, all of them or none: where there is no room or no time, the snapshot does without."""
     zero: tuple[int, ...] = ()
     """Known to be zeros, so that no byte of them is captured."""
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """By expert unit: tokens processed by then, which travel with its capture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Skip:
+    """There is no snapshot of an iteration on this rank; its round takes place, empty."""
+
+    reason: str
+    """One of those of ``SnapshotCounts.dropped``."""
+    details: str | None = None
+    """More about it, for a person."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,15 +84,11 @@ class Packed:
     """Without them, because they took too long."""
 
 
-def _nothing() -> None:
-    """Where there is nothing to free."""
-
-
 class Pipeline:
     """Owns the two threads. ``replicator`` is None where no replicas are kept.
 
-    ``packed`` is told when a snapshot's bytes began to be packed and were in the arena (monotonic clock, seconds), and
-    how many there were.
+    ``packed`` is called when a snapshot is in the arena: with the moments at which packing began and ended (monotonic
+    clock, seconds) and its bytes.
     """
 
     def __init__(
@@ -87,66 +96,68 @@ class Pipeline:
         *,
         packer: Packer,
         inventory: Inventory,
-        arena: Arena,
+        arenas: OpenArenas,
         replicator: Replicator | None,
         epoch: int,
         probe: Callable[[str, int], None],
         packed: Callable[[float, float, int], None],
+        clock: Clock,
+        threads: Threads,
     ) -> None:
         self._packer = packer
         self._packed = packed
         self._inventory = inventory
-        self._arena = arena
+        self._arenas = arenas
+        self._arena = arenas.own
         self._replicator = replicator
         self._epoch = epoch
         self._probe = probe
-        self._packing = Worker("moetion-pack")
-        self._sending = Worker("moetion-send")
+        self._clock = clock
+        self._threads = threads
+        self._packing = threads.worker("moetion-pack")
+        self._sending = threads.worker("moetion-send")
         self._pack: Future[None] | None = None
         self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
         self._rounds: dict[int, bool] = {}
-        self._live_is_given = threading.Event()
-        self._is_freed = threading.Event()
-        self._is_freed.set()
+        self._live_is_read = threads.event()
+        self._is_released = threads.event()
+        self._is_released.set()
         self._outcome = Packed()
         self.counts = SnapshotCounts()
         self.details: dict[str, str] = {}
         """More about a reason for which snapshots are dropped, for a person."""
-        self.broken = ""
-        """Why nothing is replicated any more; empty while all is well."""
+        self.broken: str | None = None
+        """Why nothing is replicated any more; None while all is well."""
 
-    def begin(
-        self, iteration: int, contents: Contents, tokens: Mapping[int, int], free: Callable[[], None] = _nothing
-    ) -> None:
-        """Start to capture units as they are now; live state is read before what follows
-        ``finish_packing`` writes it.
+    def submit(self, iteration: int, contents: Contents | Skip, release: Settled | None = None) -> None:
+        """Begin to capture units as they are now; live state is read before ``finish_packing`` returns.
 
-        ``tokens[u]`` is what expert unit u has processed; it travels with the capture. ``free`` drops from arenas what
-        is no longer needed; it is called first, in the packing thread.
+        ``release``: what arenas may drop, which is done first, in the packing thread. None: nothing.
         """
         self.finish()
         self.counts.begun += 1
-        self._submit(iteration, contents, dict(tokens), free)
-
-    def skip(self, iteration: int, reason: str, free: Callable[[], None] = _nothing) -> None:
-        """Drop this iteration's snapshot on this rank; its round takes place, empty."""
-        self.finish()
-        self.counts.begun += 1
-        self._count(reason)
-        self._submit(iteration, Contents(), {}, free)
+        if isinstance(contents, Skip):
+            if contents.details is not None:
+                self.details[contents.reason] = contents.details
+            self._count(contents.reason)
+            contents = Contents()
+        self._live_is_read.clear()
+        self._is_released.clear()
+        self._outcome = Packed()
+        self._pack = self._packing.submit(self._capture, iteration, contents, release)
 
     def finish_packing(self, max_stall_s: float) -> None:
-        """Return once live state may be written; captures that take longer than ``max_stall_s`` are given up.
+        """Return once live state may be written; captures that take longer than ``max_stall_s`` are cancelled.
 
-        What a device was given by then it reads first: training's stream waits for it there, and the host does not.
-        Nothing is waited for that was given up, since nobody looks at what it reads.
+        Copies already enqueued on a device finish first: the training stream waits for them there, and the host does
+        not. Cancelled captures are not waited for, since nobody looks at what they read.
         """
         if self._pack is None:
             return
-        if not self._packer.is_cancelled and not self._live_is_given.wait(max_stall_s):
+        if not self._packer.is_cancelled and not self._live_is_read.wait(max_stall_s):
             with self._lock:
-                if not self._live_is_given.is_set():
+                if not self._live_is_read.is_set():
                     self._packer.cancel()
         self._packer.hold_stream()
 
@@ -158,22 +169,23 @@ class Pipeline:
         return self._outcome
 
     @property
-    def ended(self) -> str:
-        """Why no snapshot of this rank will be whole any more; empty while all is well."""
-        return self.broken or self.details.get("device", "")
+    def ended(self) -> str | None:
+        """Why no snapshot of this rank will be whole any more; None while all is well."""
+        return self.broken or self.details.get("device")
 
-    def wait_until_freed(self) -> None:
-        """Return once ``free`` of the last snapshot has been called, which is the first thing that is done for it."""
-        self._is_freed.wait()
+    def wait_until_released(self) -> None:
+        """Return once arenas have released what the last ``submit`` named, which is done first."""
+        self._is_released.wait()
 
     def catch_up(self, max_stall_s: float) -> None:
-        """Wait until all snapshots are replicated, but not longer than this; for those that had better not be dropped.
+        """Wait until all snapshots are replicated, but not longer than this.
 
-        Call it after ``finish``. What it waited is in ``counts``.
+        For mode ``exact``, where a dropped snapshot breaks every chain. Call it after ``finish``. The time is added to
+        ``counts``.
         """
-        began = time.monotonic()
-        wait(self._sends, max_stall_s)
-        self.counts.waited_s += time.monotonic() - began
+        began = self._clock.monotonic()
+        self._threads.wait(self._sends, max_stall_s)
+        self.counts.waited_s += self._clock.monotonic() - began
 
     def drain(self) -> None:
         """Wait until everything begun is packed and replicated or dropped. Bounded by the channel's time limits."""
@@ -204,10 +216,10 @@ class Pipeline:
 
         Afterwards nothing may be expected of the packer, the arenas or the channel.
         """
-        until = time.monotonic() + wait_s
+        until = self._clock.monotonic() + wait_s
         pack = [self._pack] if self._pack is not None else []
-        left = wait(pack, wait_s).not_done  # a snapshot's replication is submitted when it is packed
-        is_done = not left and not wait(self._sends, max(0.0, until - time.monotonic())).not_done
+        is_packed = self._threads.wait(pack, wait_s)  # a snapshot's replication is submitted when it is packed
+        is_done = is_packed and self._threads.wait(self._sends, max(0.0, until - self._clock.monotonic()))
         self._packer.cancel()
         self._packing.abandon()
         self._sending.abandon()
@@ -224,20 +236,15 @@ class Pipeline:
             slots[unit] = slot
         return slots
 
-    def _submit(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
-        self._live_is_given.clear()
-        self._is_freed.clear()
-        self._outcome = Packed()
-        self._pack = self._packing.submit(self._capture, iteration, contents, tokens, free)
-
-    def _capture(self, iteration: int, contents: Contents, tokens: dict[int, int], free: Callable[[], None]) -> None:
+    def _capture(self, iteration: int, contents: Contents, release: Settled | None) -> None:
         try:
-            free()
-            self._is_freed.set()
-            records = self._fill(iteration, contents, tokens)
+            if release is not None:
+                self._arenas.release(release)
+            self._is_released.set()
+            records = self._fill(iteration, contents)
         finally:
-            self._is_freed.set()
-            self._give_live()
+            self._is_released.set()
+            self._release_live()
         for send in self._sends:
             if send.done():
                 send.result()  # a fault is handled where it happens; what is raised here is a bug, and must show
@@ -246,12 +253,12 @@ class Pipeline:
             self.broken = f"{len(self._sends)} snapshots wait to be replicated"
         self._sends.append(self._sending.submit(self._replicate, iteration, records))
 
-    def _give_live(self) -> None:
+    def _release_live(self) -> None:
         with self._lock:  # a cancellation is meant for what reads live state, and for nothing after it
-            self._live_is_given.set()
+            self._live_is_read.set()
             self._packer.allow()
 
-    def _fill(self, iteration: int, contents: Contents, tokens: dict[int, int]) -> tuple[Record, ...]:
+    def _fill(self, iteration: int, contents: Contents) -> tuple[Record, ...]:
         if contents == Contents():
             return ()
         count = len(contents.units + contents.staged + contents.optional + contents.zero)
@@ -263,10 +270,10 @@ class Pipeline:
         if optional is None:
             self.counts.left_out["no-slot"] += 1
         slots |= optional or {}
-        began = time.monotonic()
+        began = self._clock.monotonic()
         live = [*contents.units, *(u for u in contents.optional if u in slots)]
         try:
-            digests = self._pack_units(iteration, live, slots, self._give_live)
+            digests = self._pack_units(iteration, live, slots, self._release_live)
             if digests is None and not contents.staged:
                 self._arena.release(slots.values())
                 self._count("late")
@@ -276,19 +283,19 @@ class Pipeline:
                 self._arena.release([slots.pop(u) for u in live])
                 self.counts.left_out["late"] += 1
                 digests = {}
-            self._give_live()
+            self._release_live()
             staged = self._pack_units(iteration, contents.staged, slots)
             if staged is None:  # the device is late, or the pipeline is being closed
                 self._arena.release(slots.values())
                 self._count("late")
                 return ()
         except DeviceFault as error:
-            # A late write of the device into these slots hurts nobody: after a fault it packs nothing any more.
+            # Safe although the device may still write: after a fault it packs nothing, so nothing here is committed.
             self._arena.release(slots.values())
             self.details["device"] = str(error)
             self._count("device")
             return ()
-        self._packed(began, time.monotonic(), sum(self._inventory.units[u].nbytes for u in slots))
+        self._packed(began, self._clock.monotonic(), sum(self._inventory.units[u].nbytes for u in slots))
         records = tuple(
             Record(
                 unit=u,
@@ -297,7 +304,7 @@ class Pipeline:
                 slot=slots[u],
                 nbytes=self._inventory.units[u].nbytes,
                 digest=digest,
-                tokens=tokens.get(u, 0),
+                tokens=contents.tokens.get(u, 0),
             )
             for u, digest in (digests | staged).items()
         )

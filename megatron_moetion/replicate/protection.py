@@ -1,17 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What becomes of a run whose snapshots have stopped for good: it is said again as the damage grows, then it ends.
-
-Pure.
+"""How far the stable iteration is behind: it is said again as the distance grows, and a run that will never be
+protected again ends.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
+from megatron_moetion.errors import ProtectionLost
+from megatron_moetion.observe.journal import Journal
+
 USUAL_LIMIT = 20
 """Iterations. Replication does not repair itself, so waiting longer only makes the restart lose more."""
 _FIRST = 4
 """Iterations behind at which it is said for the second time; then each time the distance has doubled."""
+_QUIET_LAG = 64
+"""Snapshots that the stable iteration may be behind before rank 0 says so, whatever the reason."""
 
 
 def restarts_left(environment: Mapping[str, str]) -> int:
@@ -54,3 +58,47 @@ class Distance:
             else "restart the job to be protected again"
         )
         return f"a fault now costs {behind} iterations; {after}"
+
+
+class Protection:
+    """Watches the distance on one rank. ``started``: the stable iteration that this attempt began with."""
+
+    def __init__(
+        self, *, journal: Journal, rank: int, attempt: int, started: int, interval: int, distance: Distance
+    ) -> None:
+        self._journal = journal
+        self._rank = rank
+        self._attempt = attempt
+        self._started = started
+        self._distance = distance
+        self._said = self._quiet = _QUIET_LAG * interval
+
+    def watch(self, iteration: int, stable: int, broken: str | None) -> None:
+        """Say how far ``stable`` is behind. ``broken``: why it will never move again, None while it can.
+
+        ``ProtectionLost`` where it is broken, ``max_unprotected_iterations`` have passed and a restart would help.
+        """
+        behind = iteration - stable
+        if broken is None:
+            self._watch_lag(iteration, stable, behind)
+            return
+        if text := self._distance.worth_saying(behind):
+            self._journal.warn(iteration, f"no snapshot is protected since iteration {stable}: {text}: {broken}")
+        helps = self._attempt == 0 or stable > self._started
+        if self._distance.is_too_far(behind, helps=helps):
+            raise ProtectionLost(
+                f"at iteration {iteration} the stable iteration is still {stable} and cannot move: {broken}. "
+                f"This process ends so that its supervisor restarts the job from iteration {stable} "
+                f"(--moetion-max-unprotected-iterations)"
+            )
+
+    def _watch_lag(self, iteration: int, stable: int, behind: int) -> None:
+        if behind <= self._quiet:
+            self._said = self._quiet
+        if behind > self._said and self._rank == 0:
+            self._said = 2 * behind
+            self._journal.warn(
+                iteration,
+                f"iteration {stable} stays, {behind} iterations back: some rank's snapshots are dropped or "
+                f"do not reach their replicas; its lines say why",
+            )

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A thread that runs calls in order and never keeps a process alive.
+"""Threads that run calls in order and never keep a process alive.
 
 The interpreter joins the threads of a ``ThreadPoolExecutor`` before it ends, so a transfer that waits for a dead peer
 would hold back an exception, and with it the restart, for as long as the transfer may take.
@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import queue
 import threading
-from collections.abc import Callable
-from concurrent.futures import Future
-from typing import Any, ParamSpec, TypeVar
+from collections.abc import Callable, Collection
+from concurrent.futures import Future, wait
+from typing import Any, ParamSpec, Protocol, TypeVar
 
 T = TypeVar("T")
 P = ParamSpec("P")
@@ -19,7 +19,83 @@ _MOMENT_S = 0.3
 _Call = tuple["Future[Any]", Callable[[], Any]]
 
 
-class Worker:
+class Event(Protocol):
+    """Something that one thread waits for and another one brings about."""
+
+    def is_set(self) -> bool:
+        """Whether it has come about."""
+        ...
+
+    def set(self) -> None:
+        """It has."""
+        ...
+
+    def clear(self) -> None:
+        """It has yet to."""
+        ...
+
+    def wait(self, timeout: float | None = None) -> bool:
+        """Return once it has come about, or after the timeout (seconds); whether it has."""
+        ...
+
+
+class Worker(Protocol):
+    """Runs calls one after the other, in the background."""
+
+    def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
+        """Have it called after all that was submitted before. After ``close`` the call is cancelled at once."""
+        ...
+
+    def close(self) -> None:
+        """Cancel what has not begun; return when what has begun is done."""
+        ...
+
+    def abandon(self) -> None:
+        """Cancel what has not begun, and do not wait for what has."""
+        ...
+
+
+class Threads(Protocol):
+    """Where background work runs and is waited for: an argument, so that a simulation can schedule it."""
+
+    def worker(self, name: str) -> Worker:
+        """A new one."""
+        ...
+
+    def event(self) -> Event:
+        """One that has not come about."""
+        ...
+
+    def condition(self) -> threading.Condition:
+        """One that nobody waits on."""
+        ...
+
+    def wait(self, futures: Collection[Future[None]], timeout_s: float) -> bool:
+        """Return once all are done, or after the timeout; whether all are."""
+        ...
+
+
+class SystemThreads:
+    """Threads of this process."""
+
+    def worker(self, name: str) -> Worker:
+        """See ``Threads``."""
+        return ThreadWorker(name)
+
+    def event(self) -> Event:
+        """See ``Threads``."""
+        return threading.Event()
+
+    def condition(self) -> threading.Condition:
+        """See ``Threads``."""
+        return threading.Condition()
+
+    def wait(self, futures: Collection[Future[None]], timeout_s: float) -> bool:
+        """See ``Threads``."""
+        return not wait(futures, timeout_s).not_done
+
+
+class ThreadWorker:
     """One daemon thread. ``close`` it when it is no longer needed."""
 
     def __init__(self, name: str) -> None:
@@ -29,7 +105,7 @@ class Worker:
         self._thread.start()
 
     def submit(self, call: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> Future[T]:
-        """Have it called after all that was submitted before. After ``close`` the call is cancelled at once."""
+        """See ``Worker``."""
         future: Future[T] = Future()
         if self._is_closed:
             future.cancel()
@@ -38,7 +114,7 @@ class Worker:
         return future
 
     def abandon(self) -> None:
-        """Cancel what has not begun, and do not wait for what has.
+        """See ``Worker``.
 
         A thread that is idle, or just done, gets the moment that it needs to end: the interpreter aborts where it ends
         while a thread of its own is on the way back from compiled code.
@@ -47,7 +123,7 @@ class Worker:
         self._thread.join(_MOMENT_S)
 
     def close(self) -> None:
-        """Cancel what has not begun; return when what has begun is done."""
+        """See ``Worker``."""
         self._stop()
         self._thread.join()
 

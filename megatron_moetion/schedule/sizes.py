@@ -90,11 +90,6 @@ class Sizes:
         rung = self._rungs[level]
         return vote(level), f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
 
-    @property
-    def largest(self) -> int:
-        """The vote of a rank whose snapshots cannot be smaller or rarer."""
-        return vote(len(self._rungs) - 1)
-
     def agree(self, votes: int) -> None:
         """Move towards the size that all ranks can afford; ``votes`` is the AND of all votes."""
         self._level = next_level(self._level, level_of(votes))

@@ -13,6 +13,9 @@ from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
 from megatron_moetion.snapshot.gradlog import GradientLog
 from megatron_moetion.units import Unit, UnitKind
 
+_IN_EVERY_SNAPSHOT = 3
+"""Captures that there is room for, of a unit that each snapshot holds."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
@@ -32,8 +35,6 @@ def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = 
     the user gave neither, K moves between what the staleness cap needs and twice that, of which half follows
     popularity. ``ConfigError`` where the cap cannot be kept.
     """
-    if config.mode != "popularity" or config.selection == "full":
-        return Limits(fewest=total, usual=total, most=total)
     needed = -(-total // config.staleness_cap)
     given = f"--moetion-experts-per-snapshot {config.experts_per_snapshot}"
     chosen = config.experts_per_snapshot
@@ -63,24 +64,24 @@ def affordable_experts(units: Sequence[Unit], num_experts: int, snapshot_bytes: 
     return math.inf if not experts else (snapshot_bytes - always) / (experts / num_experts)
 
 
-def copies(units: Sequence[Unit], mode: str, num_experts: int) -> dict[str, int]:
-    """Slots per unit name: three (stable, awaiting agreement, in flight) for what every snapshot takes.
+def full_copies(units: Sequence[Unit]) -> dict[str, int]:
+    """Slots per unit name in mode ``full``: stable, awaiting agreement, in flight. What never changes has one."""
+    return {u.name: 1 if u.kind is UnitKind.FROZEN else _IN_EVERY_SNAPSHOT for u in units}
 
-    In ``popularity`` an expert has one, and two selections' worth are shared among experts of one size. What
-    never changes has one. For ``exact``: ``exact_copies``.
+
+def popularity_copies(units: Sequence[Unit], num_experts: int) -> dict[str, int]:
+    """Slots per unit name in mode ``popularity``; ``num_experts`` are the most that a snapshot takes.
+
+    Each expert has one, and two selections' worth are shared among experts of one size. Other units as in mode
+    ``full``.
     """
-    found = {}
+    found = full_copies(units)
     shared: dict[int, int] = {}
-    for unit in units:
-        if unit.kind is UnitKind.FROZEN:
-            found[unit.name] = 1
-        elif unit.kind is UnitKind.EXPERT and mode != "full":
-            given = shared.get(unit.nbytes, 0)
-            extra = min(2, 2 * num_experts - given)
-            shared[unit.nbytes] = given + extra
-            found[unit.name] = 1 + extra
-        else:
-            found[unit.name] = 3
+    for unit in (u for u in units if u.kind is UnitKind.EXPERT):
+        taken = shared.get(unit.nbytes, 0)
+        extra = min(2, 2 * num_experts - taken)
+        shared[unit.nbytes] = taken + extra
+        found[unit.name] = 1 + extra
     return found
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
-from megatron_moetion.store.arena import peek
+from megatron_moetion.store.arena import free_bytes, peek
 from megatron_moetion.store.files import clear, open_regular
 from megatron_moetion.store.lock import NodeLock
 
@@ -39,6 +39,18 @@ class NodeFolder:
     def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
         """See ``NodeLock.take``."""
         return NodeLock.take(self.path, self.position, self.num_ranks, wait_s, say)
+
+    def period_found(self) -> int:
+        """See ``period_found``."""
+        return period_found(self)
+
+    def bytes_here(self) -> int:
+        """See ``bytes_here``."""
+        return bytes_here(self)
+
+    def free_bytes(self) -> int:
+        """Room that is left."""
+        return free_bytes(self.path)
 
     def make_again(self, lock: NodeLock) -> None:
         """Put back what makes the folder this node's, after somebody deleted it. ``StoreError`` where that fails."""

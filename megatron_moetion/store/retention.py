@@ -10,9 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-from megatron_moetion.store.chains import ChainLayout, chain_layout, retain_chains
+from megatron_moetion.store.chains import ChainLayout, retain_chains
 from megatron_moetion.store.manifest import Record, retain
-from megatron_moetion.store.spec import ArenaSpec
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +59,3 @@ class Chains:
         return retain_chains(
             records, settled.stable, self.layout, broken=settled.broken, unreachable=settled.unreachable
         )
-
-
-def retention_of(spec: ArenaSpec) -> Retention:
-    """The rule for arenas like this one: where an arena has a period, its captures form chains."""
-    return Chains(chain_layout(spec.units)) if spec.identity.period else Newest()

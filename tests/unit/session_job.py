@@ -3,21 +3,57 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-import pytest
-from support import Network, ToyFabric, ToyState, scheduler, together
+from support import Network, ToyFabric, ToyState, blueprint, scheduler, together
 
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.recover.disk import Disk
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
-from megatron_moetion.session import Resumed, Session
+from megatron_moetion.run.host import Host
+from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.running import Prepared, Running
+from megatron_moetion.run.starter import Resumed, Starter
+from megatron_moetion.session import Session
+from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.units import Inventory
 
 
 class Adapter(ToyState):
     """A toy state that knows whose it is."""
 
     rank = 0
+
+
+@dataclass
+class Disturbance:
+    """What goes wrong on one rank; read by its packer and its channel as they are used."""
+
+    pack: Callable[[], bool] | None = None
+    """Before units are packed: False cancels, an error is the device's."""
+    freeze: Callable[[], object] | None = None
+    """Before state is frozen."""
+    is_cut_off: Callable[[], bool] | None = None
+    """Whether replication does nothing and claims nothing."""
+
+
+class TroubledPacker(Packer):
+    """A packer that is disturbed."""
+
+    disturbance = Disturbance()
+
+    def freeze(self, host_state: bytes) -> None:
+        if self.disturbance.freeze is not None:
+            self.disturbance.freeze()
+        super().freeze(host_state)
+
+    def pack(self, targets: Any, between: Any, *rest: Any) -> list[int] | None:
+        if self.disturbance.pack is not None and not self.disturbance.pack():
+            return None
+        return super().pack(targets, between, *rest)
 
 
 class Job:
@@ -30,43 +66,62 @@ class Job:
         elements: int = 1500,
         witness: Witness = NO_WITNESS,
         max_restarts: int = 0,
+        host: Mapping[str, Any] | None = None,
+        state: type[ToyState] | None = None,
         **settings: object,
     ) -> None:
         ranks = 2
         self.network = Network(ranks, timeout_s=5)
-        self.states = [Adapter(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
-        for rank, state in enumerate(self.states):
-            state.rank = rank
+        self.states = [(state or Adapter)(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
+        for rank, each in enumerate(self.states):
+            if isinstance(each, Adapter):
+                each.rank = rank
         fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 5,
                   "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
         self.witness = witness
         self.max_restarts = max_restarts
         self.config = MoetionConfig(**fields)  # type: ignore[arg-type]
-        self.sessions: list[Session] = together(*(lambda r=r: self._session(r, attempt) for r in range(ranks)))  # type: ignore[misc]
+        self.disturbances = [Disturbance() for _ in range(ranks)]
+        self.fabrics = [ToyFabric(self.network, r, tuple(range(ranks))) for r in range(ranks)]
+        self._host = host or {}
+        self.prepared: list[Prepared] = together(*(lambda r=r: self._prepare(r, attempt) for r in range(ranks)))  # type: ignore[misc]
+        self.sessions: list[Session] = []
         self.iteration = 0
 
-    def _session(self, rank: int, attempt: int) -> Session:
+    def _prepare(self, rank: int, attempt: int) -> Prepared:
         ranks = len(self.states)
-        return Session(
+        environment = {
+            "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+        }  # fmt: skip
+        return prepare(
             config=self.config,
             adapter=self.states[rank],
-            fabric=ToyFabric(self.network, rank, tuple(range(ranks))),
+            blueprint=blueprint(self.config.mode, self.states[rank]),
+            fabric=self.fabrics[rank],
             topology="toy",
             scheduler=scheduler(),
-            environment={
-                "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
-                "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
-            },
-            tokens=self.states[rank] if self.config.mode == "popularity" else None,
             witness=self.witness,
-        )  # fmt: skip
+            host=Host(environment=environment, make_packer=self._make_packer, **self._host),
+        )
+
+    def _make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
+        packer = TroubledPacker(inventory, config.chunk_bytes, 1, rank=rank)
+        packer.disturbance = self.disturbances[rank]
+        return packer
+
+    def start_rank(self, rank: int, disk: Disk | None = None) -> tuple[Running, Resumed | None]:
+        """One rank's part in a start."""
+        return Starter(self.prepared[rank]).start(disk)
 
     def start(
         self, load: Callable[[], int | None] | None = None, newest: Callable[[], int | None] | None = None
     ) -> list[Resumed | None]:
-        found = together(*(lambda s=s: s.start(load, newest) for s in self.sessions))  # type: ignore[misc]
+        disk = Disk(load=load, newest=newest)
+        found = together(*(lambda r=r: self.start_rank(r, disk) for r in range(len(self.prepared))))  # type: ignore[misc]
+        self.sessions = [Session(running) for running, _ in found]
         self.iteration = self.sessions[0].stable_iteration
-        return found
+        return [resumed for _, resumed in found]
 
     def train(self, steps: int) -> list[bytes]:
         """The ranks' state after the last step."""
@@ -78,9 +133,7 @@ class Job:
                 session.before_optimizer_step()
                 state.step(iteration)
                 session.on_step_end(iteration)
-                pipeline = session._pipeline
-                assert pipeline is not None
-                pipeline.drain()  # so that what is whole does not depend on the machine's load
+                session.drain()  # so that what is whole does not depend on the machine's load
 
             together(*(lambda r=r: step(r) for r in range(len(self.sessions))))  # type: ignore[misc]
         return [s.image() for s in self.states]
@@ -88,13 +141,9 @@ class Job:
     def crash(self) -> None:
         """The processes end; what they wrote stays."""
         for session in self.sessions:
-            assert session._pipeline is not None
-            assert session._arenas is not None
-            session._pipeline.close()
-            session._arenas.close()
+            session.running.pipeline.close()
+            session.running.arenas.close()
 
-    def drop(self, monkeypatch: pytest.MonkeyPatch, rank: int, iterations: set[int]) -> None:
+    def drop(self, rank: int, iterations: set[int]) -> None:
         """That rank's packs are late at these iterations."""
-        packer = self.sessions[rank]._packer
-        pack = packer.pack
-        monkeypatch.setattr(packer, "pack", lambda *a: None if self.iteration in iterations else pack(*a))
+        self.disturbances[rank].pack = lambda: self.iteration not in iterations

@@ -20,6 +20,9 @@ from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.framework import StateAdapter, TokenCounter, TokenSource
+from megatron_moetion.modes.full import FullBlueprint
+from megatron_moetion.modes.mode import Blueprint
+from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostStopwatch
@@ -49,6 +52,7 @@ class ToyState:
         self.num_experts = num_experts
         self.host: dict[str, Any] = {"iteration": 0, "rng": rng.bytes(100)}
         self.resyncs = 0
+        self.recalibrated: dict[str, int] = {}
 
     def inventory(self) -> Inventory:
         dense = "layers.0.dense"
@@ -97,9 +101,11 @@ class ToyState:
     def layer_tokens(self) -> dict[str, dict[str, float]]:
         return {}
 
-    def recalibrate(self, lost: Mapping[str, int]) -> str | None:
-        self.recalibrated = dict(lost)
+    def capacity_problem(self) -> str | None:
         return None
+
+    def recalibrate(self, lost: Mapping[str, int]) -> None:
+        self.recalibrated = dict(lost)
 
     def resync(self) -> None:
         self.resyncs += 1
@@ -371,6 +377,12 @@ class ManualCondition(threading.Condition):
         assert timeout > 0
         self.clock.sleep(timeout)
         return False
+
+
+def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
+    """A mode's, for a state without gradients."""
+    found: dict[str, Blueprint] = {"full": FullBlueprint(), "popularity": PopularityBlueprint(tokens)}
+    return found[mode]
 
 
 ADAPTER: type[StateAdapter] = ToyState

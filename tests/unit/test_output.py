@@ -15,9 +15,13 @@ from support import Network, ToyFabric, ToyState
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.observe import trace as trace_module
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.observe.trace import Trace
+from megatron_moetion.run.host import Host
+from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.starter import Starter
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
@@ -44,25 +48,24 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
     path = full(tmp_path / "told")
     trace = Trace(path, 0) if what == "trace" else None
     state, clock = ToyState(), SystemClock()
-    session = Session(
+    if trace is not None:
+        trace.open()
+    prepared = prepare(
         config=MoetionConfig(
             mode="full", run_id="r", store=str(tmp_path / "store"), replicas=0, pack_threads=1,
             report=str(path) if what == "report" else "", state_hash_interval=2,
         ),
         adapter=state,
+        blueprint=FullBlueprint(),
         fabric=ToyFabric(Network(1), 0),
         topology="toy",
         scheduler=Scheduler(
-            "bubble",
-            HostStopwatch(clock),
-            clock=clock,
-            condition=threading.Condition(),
-            eager_slice_bytes=1 << 20,
+            "bubble", HostStopwatch(clock), clock=clock, condition=threading.Condition(), eager_slice_bytes=1 << 20,
             draw=trace.add if trace else no_drawing,
         ),
-        environment={},
+        host=Host(environment={}),
     )  # fmt: skip
-    session.start()
+    session = Session(Starter(prepared).start()[0])
     for iteration in range(1, 21):
         session.before_optimizer_step()
         state.step(iteration)
@@ -77,9 +80,14 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
     assert f"nothing more is written to {path}" in said[0]
 
 
+def opened(trace: Trace) -> Trace:
+    trace.open()
+    return trace
+
+
 MAKERS: list[Callable[[Path, int], object]] = [
-    lambda folder, attempt: Journal(3, attempt, folder / "new" / "events.jsonl"),
-    lambda folder, attempt: Trace(folder / "new" / "a.trace.json", 3, attempt),
+    lambda folder, attempt: Journal(3, attempt, folder / "new" / "events.jsonl", SystemClock()),
+    lambda folder, attempt: opened(Trace(folder / "new" / "a.trace.json", 3, attempt)),
 ]
 
 
@@ -120,7 +128,7 @@ def test_a_log_on_a_full_disk_raises_nothing(monkeypatch: pytest.MonkeyPatch) ->
     handler = logging.StreamHandler(Full())
     logger.addHandler(handler)
     try:
-        Journal(0, 0, None).warn_once("late", 1, "late")
-        Trace(Path("/dev/full"), 0).close()
+        Journal(0, 0, None, SystemClock()).warn_once("late", 1, "late")
+        opened(Trace(Path("/dev/full"), 0)).close()
     finally:
         logger.removeHandler(handler)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.observe.journal import Journal, Phases
 
 
@@ -20,12 +21,12 @@ def lines(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_lines_carry_rank_and_iteration(lines: pytest.LogCaptureFixture) -> None:
-    Journal(3, 0, None).info(17, "something")
+    Journal(3, 0, None, SystemClock()).info(17, "something")
     assert lines.messages == ["[moetion] rank 3 iteration 17: something"]
 
 
 def test_trouble_of_one_kind_is_said_once(lines: pytest.LogCaptureFixture) -> None:
-    journal = Journal(0, 0, None)
+    journal = Journal(0, 0, None, SystemClock())
     for iteration in range(5):
         journal.warn_once("late", iteration, "late")
         journal.warn_once("refused", iteration, "refused")
@@ -34,8 +35,8 @@ def test_trouble_of_one_kind_is_said_once(lines: pytest.LogCaptureFixture) -> No
 
 def test_events_are_appended_as_json_lines(tmp_path: Path) -> None:
     path = tmp_path / "new" / "events.jsonl"
-    Journal(0, 0, path).event("summary", snapshots=3)
-    Journal(0, 1, path).event("recovered", iteration=9, phases_s={"fetch": 0.5})
+    Journal(0, 0, path, SystemClock()).event("summary", snapshots=3)
+    Journal(0, 1, path, SystemClock()).event("recovered", iteration=9, phases_s={"fetch": 0.5})
     first, second = (json.loads(line) for line in path.read_text().splitlines())
     assert (first["event"], first["attempt"], first["rank"], first["snapshots"]) == ("summary", 0, 0, 3)
     assert (second["event"], second["attempt"], second["phases_s"]) == ("recovered", 1, {"fetch": 0.5})
@@ -44,12 +45,12 @@ def test_events_are_appended_as_json_lines(tmp_path: Path) -> None:
 
 def test_no_path_no_events(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    Journal(0, 0, None).event("summary")
+    Journal(0, 0, None, SystemClock()).event("summary")
     assert list(tmp_path.iterdir()) == []
 
 
 def test_phases_add_up() -> None:
-    phases = Phases()
+    phases = Phases(SystemClock())
     for name in ("survey", "fetch", "survey"):
         phases.done(name)
     assert list(phases.seconds) == ["survey", "fetch"]

@@ -19,6 +19,7 @@ def write(folder: Path, rank: int, iterations: int = 4, close: bool = True) -> P
     """Iterations of one second; 0.25 s of pipeline in each, and a slice of replication that half overlaps it."""
     path = folder / trace_name(rank, 0)
     trace = Trace(path, rank)
+    trace.open()
     for number in range(1, iterations + 1):
         at = 100.0 + number
         trace.add("iteration", at, at + 1, number)
@@ -139,6 +140,7 @@ def test_ranks_that_were_killed_before_their_trace_was_written_are_said(
     (tmp_path / trace_name(2, 0)).touch()
     (tmp_path / trace_name(3, 0)).touch()
     again = Trace(tmp_path / trace_name(2, 1), 2)
+    again.open()
     again.add("iteration", 205, 206, 5)
     again.close()
     assert cli.main(["report", str(tmp_path), "--iterations", "3:4"]) == 0
@@ -151,6 +153,7 @@ def test_ranks_that_were_killed_before_their_trace_was_written_are_said(
 
 def test_traces_without_a_whole_iteration_are_said_so(tmp_path: Path) -> None:
     trace = Trace(tmp_path / trace_name(0, 0), 0)
+    trace.open()
     trace.add("replication", 1.0, 2.0, 3)
     trace.close()
     with pytest.raises(ConfigError, match="no whole iteration yet"):

@@ -15,6 +15,7 @@ def iterations(folder: Path) -> list[int]:
 
 def test_what_was_before_a_fault_is_in_the_file_but_for_the_last_second(tmp_path: Path) -> None:
     trace = Trace(tmp_path / "rank00000.attempt0.trace.json", 0)
+    trace.open()
     for number in range(1, 41):  # ten iterations a second; then the process is killed
         begin_s = 100 + number * FLUSH_S / 10
         trace.add("compute", begin_s, begin_s + 0.01, 0)

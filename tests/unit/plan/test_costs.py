@@ -13,7 +13,7 @@ from support import identity
 from megatron_moetion.config import MAX_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.plan.costs import RankState, cost_of_exact, cost_of_full, cost_of_popularity
-from megatron_moetion.select.budget import Limits, copies, exact_copies, experts_per_snapshot
+from megatron_moetion.select.budget import Limits, exact_copies, experts_per_snapshot, full_copies, popularity_copies
 from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.arena import Arena
@@ -104,11 +104,11 @@ def test_exact_is_what_a_real_inventory_takes(gradient_bytes: int, period: int) 
 def test_full_and_popularity_are_what_a_real_inventory_takes() -> None:
     units = inventory().units
     full = cost_of_full(like_it())
-    assert full.arena.total_bytes == close(slots_bytes(inventory(), copies(units, "full", len(units))))
+    assert full.arena.total_bytes == close(slots_bytes(inventory(), full_copies(units)))
     assert full.snapshot_bytes == full.arena.state_bytes == close(inventory().nbytes)
     for chosen in (limits(), limits(lost_token_budget=0.0), limits(max_experts_per_snapshot=3)):
         cost = cost_of_popularity(like_it(), chosen)
-        assert cost.arena.total_bytes == close(slots_bytes(inventory(), copies(units, "popularity", chosen.most)))
+        assert cost.arena.total_bytes == close(slots_bytes(inventory(), popularity_copies(units, chosen.most)))
         taken = [u for u in units if u.kind is not UnitKind.EXPERT]
         taken += [u for u in units if u.kind is UnitKind.EXPERT][: chosen.usual]
         assert cost.snapshot_bytes == close(sum(u.nbytes for u in taken))
@@ -122,7 +122,11 @@ def test_digests_and_pages_of_a_real_file_add_less_than_one_percent(mode: str, t
         spec = ArenaSpec.of(identity(chunk_bytes=1 << 20), log.inventory, exact_copies(log))
         cost = cost_of_exact(like_it(gradient_bytes=2), 4)
     else:
-        spec = ArenaSpec.of(identity(chunk_bytes=1 << 20), inventory(), copies(inventory().units, mode, 2))
+        spec = ArenaSpec.of(
+            identity(chunk_bytes=1 << 20),
+            inventory(),
+            full_copies(inventory().units) if mode == "full" else popularity_copies(inventory().units, 2),
+        )
         chosen = replace(limits(), usual=2, most=2)
         cost = cost_of_full(like_it()) if mode == "full" else cost_of_popularity(like_it(), chosen)
     arena = Arena.create(tmp_path / "rank00000.arena", spec, Page())

@@ -8,7 +8,16 @@ from dataclasses import replace
 
 import pytest
 
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, custodian, plan_recovery
+from megatron_moetion.recover.plan import (
+    Choose,
+    NoPlan,
+    RankFacts,
+    RecoveryPlan,
+    choose_newest_experts,
+    choose_same_iteration,
+    custodian,
+    plan_recovery,
+)
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Record
@@ -59,14 +68,16 @@ def everywhere(dense: Iterable[int], expert: Iterable[int] = (0,)) -> list[Arena
     return [report(n, o, list(dense), list(expert)) for n in range(2) for o in range(2)]
 
 
-def planned(reports: Iterable[ArenaReport], mode: str = "popularity", placement: Placement = TWO) -> RecoveryPlan:
-    plan = plan_recovery(FACTS, list(reports), placement, mode)
+def planned(
+    reports: Iterable[ArenaReport], choose: Choose = choose_newest_experts, placement: Placement = TWO
+) -> RecoveryPlan:
+    plan = plan_recovery(FACTS, list(reports), placement, choose)
     assert isinstance(plan, RecoveryPlan), plan
     return plan
 
 
-def refused(reports: Iterable[ArenaReport], mode: str = "popularity") -> NoPlan:
-    plan = plan_recovery(FACTS, list(reports), TWO, mode)
+def refused(reports: Iterable[ArenaReport], choose: Choose = choose_newest_experts) -> NoPlan:
+    plan = plan_recovery(FACTS, list(reports), TWO, choose)
     assert isinstance(plan, NoPlan), plan
     return plan
 
@@ -87,7 +98,7 @@ def test_the_newest_iteration_that_all_ranks_have() -> None:
 
 def test_in_mode_full_experts_are_at_t_too() -> None:
     reports = [report(0, 0, [8, 9], [8, 9]), report(1, 1, [8, 9], [8])]
-    assert planned(reports, "full").iteration == 8
+    assert planned(reports, choose_same_iteration).iteration == 8
     assert planned(reports, "popularity").iteration == 9
     assert iterations(planned(reports, "popularity")) == [[9, 8, 0, 9]] * 2
 
@@ -103,7 +114,7 @@ def test_an_experts_capture_beyond_t_is_not_used() -> None:
 
 
 def test_a_frozen_unit_comes_from_the_baseline() -> None:
-    full = planned(everywhere([7], [7]), "full")
+    full = planned(everywhere([7], [7]), choose_same_iteration)
     assert [row[FROZEN].iteration for row in full.choices] == [0, 0]
 
 
@@ -161,7 +172,7 @@ def test_ranks_that_land_on_other_nodes_find_their_state(swapped: bool) -> None:
             for node in range(2)
             if replicas or (node == owner // 2) != swapped
         ]
-        plan = plan_recovery(facts, reports, placement, "full")
+        plan = plan_recovery(facts, reports, placement, choose_same_iteration)
         assert isinstance(plan, RecoveryPlan)
         return plan
 
@@ -182,7 +193,7 @@ def test_a_node_that_should_not_have_it_is_a_source_too() -> None:
         )
         for owner, node in where.items()
     ]  # fmt: skip
-    plan = plan_recovery(facts, reports, placement, "full")
+    plan = plan_recovery(facts, reports, placement, choose_same_iteration)
     assert isinstance(plan, RecoveryPlan)
     assert {(t.owner, t.source, t.target) for t in plan.fetches} == {(0, 2, 0), (1, 0, 1), (2, 1, 2)}
     for owner, node in where.items():
@@ -277,7 +288,7 @@ def test_ranks_without_a_copy_are_named() -> None:
 
 def test_many_ranks_without_a_copy_are_counted() -> None:
     facts = [RankFacts(rank=r, units=UNITS) for r in range(12)]
-    found = plan_recovery(facts, [report(0, 0, [5])], place([str(r) for r in range(12)], 1), "full")
+    found = plan_recovery(facts, [report(0, 0, [5])], place([str(r) for r in range(12)], 1), choose_same_iteration)
     assert isinstance(found, NoPlan)
     assert found.reason == "no copy of rank(s) 1, 2, 3, 4, 5, 6, 7, 8 and 3 more is left on any node"
 

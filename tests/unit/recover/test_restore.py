@@ -9,7 +9,7 @@ import pytest
 from support import CHUNK_BYTES, POOL, Network, ToyState, capture, make_arena, spec_of, together
 
 from megatron_moetion.errors import ChannelError, CorruptArena
-from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, plan_recovery
+from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
 from megatron_moetion.recover.restore import Mover, verified, write_back
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.placement import place
@@ -63,7 +63,7 @@ class TwoNodes:
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in s.units))
             for r, s in enumerate(self.specs)
         ]
-        plan = plan_recovery(facts, [r for r in reports if r.captures], PLACEMENT, "full")
+        plan = plan_recovery(facts, [r for r in reports if r.captures], PLACEMENT, choose_same_iteration)
         assert isinstance(plan, RecoveryPlan), plan
         return plan
 

@@ -30,9 +30,9 @@ from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.chains import base_of
+from megatron_moetion.store.chains import base_of, chain_layout
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record
-from megatron_moetion.store.retention import retention_of
+from megatron_moetion.store.retention import Chains
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -509,7 +509,7 @@ def test_zeros_are_fetched_by_their_record_alone(tmp_path: Path) -> None:
             channel=pair.network.channel(r),
             pool=POOL,
             plan=plan,
-            retentions={0: retention_of(arena.spec)},
+            retentions={0: Chains(chain_layout(arena.spec.units))},
         )
         for r, arena in enumerate((run.arena, pair.held[1]))
     ]

@@ -16,7 +16,6 @@ from typing import NoReturn
 import pytest
 from session_job import Adapter, Job
 
-from megatron_moetion import session
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import (
     ConfigError,
@@ -29,8 +28,10 @@ from megatron_moetion.errors import (
     UnsupportedState,
 )
 from megatron_moetion.recover import startup
+from megatron_moetion.recover.disk import Disk
 from megatron_moetion.replicate.witness import Past
-from megatron_moetion.session import Session
+from megatron_moetion.run import prepare, starter
+from megatron_moetion.run.upkeep import TRY_AGAIN
 from megatron_moetion.store.arena import Arena, peek
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder
@@ -95,8 +96,8 @@ def test_a_newer_checkpoint_that_only_some_ranks_see_is_an_error_of_all(
     job.crash()
     second = Job(tmp_path, attempt=1)
     for error in all_errors(
-        lambda: second.sessions[0].start(lambda: 30, lambda: 30),
-        lambda: second.sessions[1].start(lambda: 30, lambda: mine),
+        lambda: second.start_rank(0, Disk(load=lambda: 30, newest=lambda: 30)),
+        lambda: second.start_rank(1, Disk(load=lambda: 30, newest=lambda: mine)),
     ):
         assert isinstance(error, StoreError)
         assert error.shared
@@ -168,8 +169,8 @@ def test_a_recovery_tells_the_witness_before_another_fault_can_take_what_there_i
     witness = Memory()  # of a supervisor that was started anew, by hand
     second = Job(tmp_path, witness=witness)
     with pytest.MonkeyPatch.context() as patched:
-        fail_where(patched, startup.Startup, "_open", lambda *_: True, StoreError("a fault"))
-        all_errors(*(s.start for s in second.sessions))
+        fail_where(patched, startup, "Mover", lambda **_: True, StoreError("a fault"))
+        all_errors(*starts(second))
     assert witness.baseline
 
 
@@ -254,17 +255,22 @@ def fail_where(
     original = getattr(target, name)
 
     def call(*args: object, **named: object) -> object:
-        if is_it(*args):
+        if is_it(*args, **named):
             raise error
         return original(*args, **named)
 
     monkeypatch.setattr(target, name, call)
 
 
+def starts(job: Job, disk: Disk | None = None) -> list[Callable[[], object]]:
+    """Each rank's start."""
+    return [lambda r=r: job.start_rank(r, disk) for r in range(len(job.prepared))]  # type: ignore[misc]
+
+
 ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
     "survey": (startup, "survey_store", lambda paths, node, rank, *_: rank == 1),
-    "open": (startup.Startup, "_open", lambda self, *_: self._fabric.rank == 1),
-    "verify": (startup, "verified", lambda packer, arena, *_: arena.spec.identity.owner == 1),
+    "open": (startup, "OpenArenas", lambda own, **_: own.path.parent.name == "node1"),
+    "verify": (starter, "verified", lambda packer, arena, *_: arena.spec.identity.owner == 1),
     "host state": (Adapter, "load_host_state", lambda self, *_: self.rank == 1),
     "epoch": (startup.Mover, "begin_epoch", lambda self: self.rank == 1),
 }
@@ -281,14 +287,14 @@ def test_an_error_of_one_rank_while_a_run_recovers_is_raised_by_all_at_once(
     second = Job(tmp_path, attempt=1)
     with monkeypatch.context() as patched:
         fail_where(patched, *ON_RANK_1[phase], error)
-        first, other = all_errors(*(s.start for s in second.sessions))
+        first, other = all_errors(*starts(second))
     assert isinstance(first, MoetionError)
     assert first.shared
     assert "rank 1 on " in str(first)
     assert "not today" in str(first)
     assert str(other) == str(first) if isinstance(error, StoreError) else other is error
-    for each in second.sessions:
-        each.close()
+    for each in second.prepared:
+        each.undo.close()
     third = Job(tmp_path, attempt=2)
     resumed = third.start()[0]
     assert resumed is not None
@@ -310,16 +316,16 @@ def test_an_error_of_one_rank_while_a_run_begins_is_raised_by_all_at_once(
 
     calls = iter([False, True])
     if point == "begin":
-        is_it: Callable[..., bool] = lambda self, *_: self._fabric.rank == 1
-        fail_where(monkeypatch, startup.Startup, "_open", is_it, StoreError("no such checkpoint here"))
-    found = all_errors(*(lambda s=s: s.start(load) for s in job.sessions))  # type: ignore[misc]
+        is_it: Callable[..., bool] = lambda path, *_: path.parent.name == "node1"
+        fail_where(monkeypatch, Arena, "create", is_it, StoreError("no such checkpoint here"))
+    found = all_errors(*starts(job, Disk(load=load)))
     assert all("no such checkpoint here" in str(error) for error in found)
 
 
 def test_an_error_of_one_rank_while_sessions_are_made_is_raised_by_all_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    fail_where(monkeypatch, session, "write_pid", lambda node, rank, attempt: rank == 1, OSError(28, "No space left"))
+    fail_where(monkeypatch, prepare, "write_pid", lambda node, rank, attempt: rank == 1, OSError(28, "No space left"))
     with pytest.raises((MoetionError, OSError), match="No space left"):
         Job(tmp_path)
 
@@ -330,20 +336,10 @@ def test_a_lock_that_one_rank_does_not_get_is_an_error_of_all_and_the_others_giv
     closed: list[str] = []
     taken = NodeLock.close
     monkeypatch.setattr(NodeLock, "close", lambda lock: closed.append(lock.path.parent.name) or taken(lock))
-    made: list[Session] = []
-    original = session.Session._take_lock
-
-    def take(self: Session) -> NodeLock:
-        made.append(self)
-        return original(self)
-
-    monkeypatch.setattr(session.Session, "_take_lock", take)
     is_second: Callable[..., bool] = lambda node, *_: node.path.name == "node1"
     fail_where(monkeypatch, NodeFolder, "lock", is_second, StoreError("process 7 has it"))
     with pytest.raises(StoreError, match=r"rank 1 on .*: process 7 has it"):
         Job(tmp_path)
-    for each in made:
-        each._undo.close()
     assert closed == ["node0"]
 
 
@@ -421,7 +417,7 @@ def test_a_deleted_store_that_cannot_be_made_again_is_said_and_tried_again(
     said = lines(caplog, "cannot be made again: no room")
     assert len(said) == 1
     assert "node0" in said[0]
-    job.train(session._TRY_AGAIN)
+    job.train(TRY_AGAIN)
     assert len(lines(caplog, "they were made again")) == 1
     job.crash()
 
@@ -460,15 +456,13 @@ def test_a_restart_that_ended_unprotected_in_the_same_place_does_not_end_the_pro
     second.crash()
 
 
-def test_a_device_that_failed_counts_as_the_end_of_protection(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_device_that_failed_counts_as_the_end_of_protection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     job = trained(tmp_path, 4, max_restarts=3)
 
-    def fail(*_: object) -> NoReturn:
+    def fail() -> NoReturn:
         raise DeviceFault("an illegal address")
 
-    monkeypatch.setattr(job.sessions[1]._packer, "pack", fail)
+    job.disturbances[1].pack = fail
     with pytest.raises(ProtectionLost, match="an illegal address"):
         job.train(60)
     assert lines(caplog, "rank 1 iteration 8: no snapshot is protected since iteration")
@@ -490,11 +484,7 @@ def test_a_rank_whose_peer_is_cut_off_hears_that_the_stable_iteration_stays(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = trained(tmp_path, 4)
-    pipeline = job.sessions[1]._pipeline
-    assert pipeline is not None
-    pipeline._replicator = None
-    pipeline._mark = lambda iteration, whole: None  # type: ignore[method-assign]  # rank 1 is never whole again
-    job.sessions[0]._pipeline._replicator = None  # type: ignore[union-attr]
+    job.disturbances[1].pack = lambda: False  # rank 1 is never whole again
     job.train(150)
     assert len(lines(caplog, "some rank's snapshots are dropped")) == 2
     job.crash()
@@ -506,17 +496,18 @@ def test_a_rank_whose_peer_is_cut_off_hears_that_the_stable_iteration_stays(
 def test_close_after_a_start_that_failed_lets_go_of_everything(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job = Job(tmp_path)
     closed: list[int] = []
-    for s in job.sessions:
-        monkeypatch.setattr(s._fabric, "close", lambda rank=s._fabric.rank: closed.append(rank))
-        s._undo.callback(s._fabric.close)
+    for prepared in job.prepared:
+        prepared.undo.callback(closed.append, prepared.fabric.rank)
     with monkeypatch.context() as patched:
         fail_where(patched, startup, "survey_store", lambda *_: True, StoreError("not today"))
-        all_errors(*(s.start for s in job.sessions))
-    for s in job.sessions:
-        s.close()
-        s.close()
+        all_errors(*starts(job))
+    for prepared in job.prepared:
+        prepared.undo.close()
+        prepared.undo.close()
     assert closed == [0, 1]
-    assert all(s._lock._fd < 0 for s in job.sessions)
+    again = Job(tmp_path)  # the locks are free
+    assert again.start() == [None, None]
+    again.crash()
 
 
 def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) -> None:
@@ -544,14 +535,13 @@ def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) ->
     job.sessions[1].abandon()
 
 
-def test_state_that_cannot_be_frozen_at_the_start_is_an_error_of_all_ranks(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_state_that_cannot_be_frozen_at_the_start_is_an_error_of_all_ranks(tmp_path: Path) -> None:
+    def fail() -> NoReturn:
+        raise UnsupportedState("too much host state")
+
     job = Job(tmp_path)
-    theirs = job.sessions[1]._packer
-    error = UnsupportedState("too much host state")
-    fail_where(monkeypatch, type(theirs), "freeze", lambda packer, _: packer is theirs, error)
-    for error in all_errors(*(s.start for s in job.sessions)):
+    job.disturbances[1].freeze = fail
+    for error in all_errors(*starts(job)):
         assert isinstance(error, UnsupportedState)
         assert "rank 1 on" in str(error)
 

@@ -9,9 +9,16 @@ from pathlib import Path
 
 import pytest
 from session_job import Job
-from support import ToyState, together
+from support import together
 
 from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, NothingRecoverable
+
+
+def trained(folder: Path, steps: int) -> Job:
+    job = Job(folder)
+    job.start()
+    job.train(steps)
+    return job
 
 
 def reference(folder: Path, steps: int) -> list[bytes]:
@@ -73,13 +80,11 @@ def test_a_crash_loop_loses_nothing(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["full", "popularity"])
 @pytest.mark.parametrize("late", [{(0, 3), (0, 4)}, {(0, 3), (1, 4)}, {(0, 3), (0, 4), (0, 5), (1, 6), (1, 7)}])
-def test_snapshots_become_stable_again_after_drops(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mode: str, late: set[tuple[int, int]]
-) -> None:
+def test_snapshots_become_stable_again_after_drops(tmp_path: Path, mode: str, late: set[tuple[int, int]]) -> None:
     job = Job(tmp_path, mode=mode)
     job.start()
     for rank in range(2):
-        job.drop(monkeypatch, rank, {i for r, i in late if r == rank})
+        job.drop(rank, {i for r, i in late if r == rank})
     job.train(20)
     assert [s.stable_iteration for s in job.sessions] == [18, 18]
     dropped = [s.scalars()["moetion/snapshots-dropped"] for s in job.sessions]
@@ -111,23 +116,26 @@ def test_snapshots_become_stable_however_far_apart_the_calls_are(tmp_path: Path,
     job.crash()
 
 
-def test_mode_popularity_keeps_the_cap_and_counts_what_is_lost(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recalibrates", ["on", "off"])
+def test_mode_popularity_keeps_the_cap_and_counts_what_is_lost(tmp_path: Path, recalibrates: str) -> None:
     first = Job(tmp_path, mode="popularity", staleness_cap=4, experts_per_snapshot=1, lost_token_budget=0.0)
     first.start()
     first.train(9)
     first.crash()
     shutil.rmtree(tmp_path / "job" / "node1")
-    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=4, experts_per_snapshot=1, lost_token_budget=0.0)
+    fields = {"mode": "popularity", "staleness_cap": 4, "experts_per_snapshot": 1, "lost_token_budget": 0.0}
+    second = Job(tmp_path, attempt=1, capacity_recalibration=recalibrates, **fields)  # type: ignore[arg-type]
     resumed = second.start()[0]
     assert resumed is not None
     assert resumed.iteration == 9
     assert resumed.lost_tokens > 0
     assert 0 < resumed.plt < 1
     assert [s.host["iteration"] for s in second.states] == [9, 9]
-    assert sum(second.states[0].recalibrated.values()) == resumed.lost_tokens
-    assert second.states[0].recalibrated == second.states[1].recalibrated, "every rank knows what all have lost"
+    lost = {a.name: a.lost for a in second.sessions[0].experts() if a.lost}
+    assert sum(lost.values()) == resumed.lost_tokens
+    told = lost if recalibrates == "on" else {}
+    assert [state.recalibrated for state in second.states] == [told, told], "every rank knows what all have lost"
     accounts = second.sessions[0].experts()
-    assert {a.name: a.lost for a in accounts if a.lost} == second.states[0].recalibrated
     assert {a.lost_before for a in accounts} == {0}
     second.train(3)
     assert sum(a.at_risk for a in second.sessions[0].experts()) > 0
@@ -147,7 +155,7 @@ def test_within_the_budget_of_lost_tokens_k_grows_and_the_loss_stays_small(tmp_p
 
 
 def test_k_from_a_budget_of_bytes_is_what_the_tightest_rank_affords(tmp_path: Path) -> None:
-    units = ToyState(num_experts=4, seed=0).inventory()
+    units = Job(tmp_path / "any", mode="popularity").prepared[0].mode.inventory  # its host state has the book too
     always = sum(u.nbytes for u in units.units if u.expert is None)
     expert = next(u.nbytes for u in units.units if u.expert is not None)
     job = Job(tmp_path, mode="popularity", snapshot_bytes=always + 2 * expert + 100, lost_token_budget=0.0)
@@ -278,7 +286,8 @@ def test_another_models_arenas_are_refused_and_kept(tmp_path: Path, change: dict
 
 def test_ranks_that_were_started_differently_are_refused(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.sessions[1]._sizing = Job(tmp_path, chunk_bytes=8192).sessions[1]._sizing
+    other = Job(tmp_path, chunk_bytes=8192).prepared[1]
+    job.prepared[1] = replace(job.prepared[1], mode=other.mode)
     with pytest.raises(ConfigError, match="ranks 0 and 1 were started differently: chunk_bytes is 4096"):
         job.start()
 
@@ -286,21 +295,27 @@ def test_ranks_that_were_started_differently_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("change", [{"interval": 2}, {"replicas": 0}, {"in_flight_bytes": 1 << 20}])
 def test_ranks_whose_settings_differ_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     job = Job(tmp_path)
-    job.sessions[1]._config = replace(job.config, **change)  # type: ignore[arg-type]
+    config = replace(job.config, **change)  # type: ignore[arg-type]
+    job.prepared[1] = replace(job.prepared[1], config=config)
     with pytest.raises(ConfigError, match=f"ranks 0 and 1 were started differently: {next(iter(change))} is"):
         job.start()
 
 
 def test_settings_of_one_rank_may_differ(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    job.sessions[1]._config = replace(job.config, pack_threads=2, max_stall_ms=7, report="elsewhere")
+    config = replace(job.config, pack_threads=2, max_stall_ms=7, report="elsewhere")
+    job.prepared[1] = replace(job.prepared[1], config=config)
     assert job.start() == [None, None]
     job.crash()
 
 
-def test_on_step_end_before_start_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"call start\(\)"):
-        Job(tmp_path).sessions[0].on_step_end(1)
+def test_on_step_end_after_close_is_refused(tmp_path: Path) -> None:
+    job = trained(tmp_path, 2)
+    together(*(s.close for s in job.sessions))
+    with pytest.raises(ConfigError, match=r"closed; on_step_end\(\) cannot follow"):
+        job.sessions[0].on_step_end(3)
+    job.sessions[0].before_optimizer_step()
+    assert job.sessions[0].stable_iteration >= 0
 
 
 def test_close_reports_and_leaves_the_arenas(tmp_path: Path) -> None:
@@ -321,7 +336,7 @@ def test_a_rank_lost_while_ranks_start_is_a_channel_error(tmp_path: Path) -> Non
     job = Job(tmp_path)
     job.network.timeout_s = 0.2
     with pytest.raises(ChannelError):
-        job.sessions[0].start()
+        job.start_rank(0)
 
 
 ROOM = {"mode": "popularity", "staleness_cap": 4}

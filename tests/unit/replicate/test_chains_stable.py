@@ -21,7 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import POOL, reports_of
 
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, plan_recovery
+from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, choose_chains, plan_recovery
 from megatron_moetion.recover.restore import Mover
 from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Channel
@@ -326,7 +326,7 @@ class Cluster:
     # -- what would be recovered -------------------------------------------------------------------------
 
     def plan(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan | NoPlan:
-        return plan_recovery(facts(self.period), reports_of(self.arenas, lost_nodes), PLACEMENT, "exact")
+        return plan_recovery(facts(self.period), reports_of(self.arenas, lost_nodes), PLACEMENT, choose_chains)
 
     def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan:
         plan = self.plan(lost_nodes)

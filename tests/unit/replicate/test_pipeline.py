@@ -24,15 +24,19 @@ from support import (
     scheduler,
 )
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
-from megatron_moetion.replicate.pipeline import Contents, Pipeline
+from megatron_moetion.replicate.pipeline import Contents, Pipeline, Skip
 from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.replicate.worker import SystemThreads, Threads, Worker
 from megatron_moetion.snapshot import packer as packer_module
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.open import OpenArenas
+from megatron_moetion.store.retention import Newest, Settled
 from megatron_moetion.units import Inventory
 
 
@@ -48,6 +52,22 @@ class FakeReplicator:
         return bool(records) and self._answer(iteration)
 
 
+class Watched(SystemThreads):
+    """Threads that a test can get hold of."""
+
+    def __init__(self) -> None:
+        self.workers: dict[str, Worker] = {}
+
+    def worker(self, name: str) -> Worker:
+        self.workers[name] = super().worker(name)
+        return self.workers[name]
+
+
+def alone(arena: Arena) -> OpenArenas:
+    """The arenas of a rank that holds nobody's replica."""
+    return OpenArenas(own=arena, held={}, retentions={0: Newest()})
+
+
 class Rig:
     """One rank's pipeline over a small state."""
 
@@ -57,6 +77,7 @@ class Rig:
         answer: Callable[[int], bool] | None,
         copies: int = 3,
         place: Callable[[Inventory], Inventory] = lambda inventory: inventory,
+        threads: Threads | None = None,
     ) -> None:
         self.state = ToyState(num_experts=2)
         inventory = place(self.state.inventory())
@@ -66,18 +87,20 @@ class Rig:
         self.pipeline = Pipeline(
             packer=self.packer,
             inventory=inventory,
-            arena=self.arena,
+            arenas=alone(self.arena),
             replicator=self.replicator,  # type: ignore[arg-type]
             epoch=0,
             probe=no_probe,
             packed=lambda begin_s, end_s, nbytes: self.packed.append((end_s - begin_s, nbytes)),
+            clock=SystemClock(),
+            threads=threads or SystemThreads(),
         )
         self.packed: list[tuple[float, int]] = []
         self.everything = tuple(range(len(inventory.units)))
 
     def take(self, iteration: int) -> None:
         self.packer.freeze(b"host")
-        self.pipeline.begin(iteration, Contents(units=self.everything), {1: 10 * iteration})
+        self.pipeline.submit(iteration, Contents(units=self.everything, tokens={1: 10 * iteration}))
 
     def iterations(self) -> set[int]:
         return {r.iteration for r in self.arena.page.records}
@@ -165,7 +188,7 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
         finish(*arguments)
 
     monkeypatch.setattr(pool, "finish", finish_late)
-    rig.pipeline.begin(1, Contents(units=rig.everything), {})
+    rig.pipeline.submit(1, Contents(units=rig.everything))
     rig.pipeline.finish_packing(10)
     tickets = [c.split()[1] for c in calls if c.startswith("pack_uploaded")]
     assert calls[-1] == f"order_after (0, {tickets[-1]})", "the optimizer's stream waits for the last batch"
@@ -192,7 +215,7 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
     wait = pool.wait
     monkeypatch.setattr(pool, "wait", lambda *a, **o: has_landed.wait(0.001) and wait(*a, **o), raising=False)
     for iteration in (1, 2):  # the second one finds the device still busy with the first
-        rig.pipeline.begin(iteration, Contents(units=rig.everything), {})
+        rig.pipeline.submit(iteration, Contents(units=rig.everything))
         for _ in range(2):  # optimizers in a chain ask one after the other
             rig.pipeline.finish_packing(0.01)  # returns, although nothing has landed
         rig.state.step(iteration)
@@ -200,7 +223,7 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
         assert rig.pipeline.counts.dropped == {"late": iteration}
     has_landed.set()
     rig.packer.freeze(b"host")
-    rig.pipeline.begin(3, Contents(units=rig.everything), {})
+    rig.pipeline.submit(3, Contents(units=rig.everything))
     rig.pipeline.finish_packing(10)
     rig.pipeline.drain()
     assert rig.pipeline.whole == {3}
@@ -245,9 +268,11 @@ def test_a_bug_in_replication_does_not_pass_in_silence(tmp_path: Path) -> None:
     rig.take(1)
     with pytest.raises(AssertionError, match="out of step"):
         rig.pipeline.drain()
-    other = Rig(tmp_path / "other", bug)
+    threads = Watched()
+    other = Rig(tmp_path / "other", bug, threads=threads)
     other.take(1)
-    other.pipeline._sending.submit(lambda: None).result(5)  # the failed round is over
+    other.pipeline.finish()
+    threads.workers["moetion-send"].submit(lambda: None).result(5)  # the failed round is over
     other.take(2)
     with pytest.raises(AssertionError, match="out of step"):
         other.pipeline.finish()
@@ -256,7 +281,7 @@ def test_a_bug_in_replication_does_not_pass_in_silence(tmp_path: Path) -> None:
 def test_a_skipped_iteration_takes_its_round(tmp_path: Path) -> None:
     rig = Rig(tmp_path, lambda iteration: True)
     rig.take(1)
-    rig.pipeline.skip(2, "moved")
+    rig.pipeline.submit(2, Skip(reason="moved"))
     rig.take(3)
     rig.pipeline.drain()
     assert rig.replicator is not None
@@ -270,11 +295,23 @@ def test_a_gap_on_purpose_counts_under_a_name_of_its_own(tmp_path: Path, monkeyp
     job = Job(tmp_path)
     job.start()
     for session in job.sessions:
-        monkeypatch.setattr(session, "_select", lambda *_: None)
+        monkeypatch.setattr(session.running.mode, "contents", lambda *_: (Skip(reason="gap"), None))
     job.train(2)
-    pipelines = [session._pipeline for session in job.sessions]
-    assert [pipeline.counts.dropped for pipeline in pipelines if pipeline is not None] == [{"gap": 2}] * 2
+    assert [session.running.pipeline.counts.dropped for session in job.sessions] == [{"gap": 2}] * 2
     job.crash()
+
+
+def test_what_is_settled_is_released_before_a_snapshot_looks_for_room(tmp_path: Path) -> None:
+    rig = Rig(tmp_path, lambda iteration: True, copies=1)
+    rig.take(1)
+    rig.packer.freeze(b"host")
+    settled = Settled(stable=0, whole={1: False})  # iteration 1 was not whole elsewhere
+    rig.pipeline.submit(2, Contents(units=rig.everything), settled)
+    rig.pipeline.drain()
+    assert rig.iterations() == {2}
+    assert rig.arena.page.stable == 0
+    assert not rig.pipeline.counts.dropped
+    rig.pipeline.close()
 
 
 def test_only_recent_iterations_are_remembered(tmp_path: Path) -> None:
@@ -293,7 +330,7 @@ def test_slow_replication_is_bounded(tmp_path: Path) -> None:
     for iteration in range(1, WINDOW + 5):
         rig.take(iteration)
         rig.pipeline.finish_packing(5)
-    assert "wait to be replicated" in rig.pipeline.broken
+    assert "wait to be replicated" in (rig.pipeline.broken or "")
     gate.set()
     rig.pipeline.drain()
     rig.pipeline.close()
@@ -316,16 +353,18 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
     pipeline = Pipeline(
         packer=rig.packer,
         inventory=rig.state.inventory(),
-        arena=rig.arena,
+        arenas=alone(rig.arena),
         replicator=replicator,
         epoch=0,
         probe=no_probe,
         packed=lambda *_: None,
+        clock=SystemClock(),
+        threads=SystemThreads(),
     )
     rig.packer.freeze(b"host")
-    pipeline.begin(1, Contents(units=rig.everything), {})
+    pipeline.submit(1, Contents(units=rig.everything))
     pipeline.drain()
-    assert "timed out" in pipeline.broken
+    assert "timed out" in (pipeline.broken or "")
     assert rig.iterations() == {1}
     assert np.array([r.nbytes for r in rig.arena.page.records]).sum() == pipeline.counts.bytes_committed
     pipeline.close()

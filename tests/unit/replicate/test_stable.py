@@ -19,7 +19,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support import POOL, reports_of
 
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, plan_recovery
+from megatron_moetion.recover.plan import (
+    NoPlan,
+    RankFacts,
+    RecoveryPlan,
+    choose_newest_experts,
+    choose_same_iteration,
+    plan_recovery,
+)
 from megatron_moetion.recover.restore import Mover
 from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
 from megatron_moetion.replicate.channel import Channel
@@ -65,6 +72,9 @@ class Paper:
 
     def add(self, records: tuple[Record, ...]) -> None:
         self.edit(lambda page: {"records": (*page.records, *records)})
+
+
+CHOOSE = {"full": choose_same_iteration, "popularity": choose_newest_experts}
 
 
 class Cluster:
@@ -127,7 +137,7 @@ class Cluster:
         return [lambda arena=arena: free(arena) for arena in self.arenas.values()]  # type: ignore[misc]
 
     def plan(self, lost_nodes: set[int]) -> RecoveryPlan | NoPlan:
-        return plan_recovery(FACTS, reports_of(self.arenas, lost_nodes), PLACEMENT, self.mode)
+        return plan_recovery(FACTS, reports_of(self.arenas, lost_nodes), PLACEMENT, CHOOSE[self.mode])
 
     def check(self) -> None:
         for lost in (set[int](), *({n} for n in range(RANKS))):

@@ -10,11 +10,11 @@ from concurrent.futures import CancelledError
 
 import pytest
 
-from megatron_moetion.replicate.worker import Worker
+from megatron_moetion.replicate.worker import ThreadWorker
 
 
 def test_calls_run_in_order_and_their_results_come_back() -> None:
-    worker = Worker("test")
+    worker = ThreadWorker("test")
     seen: list[int] = []
 
     def note(number: int, *, twice: bool = False) -> int:
@@ -28,7 +28,7 @@ def test_calls_run_in_order_and_their_results_come_back() -> None:
 
 
 def test_an_error_is_raised_to_who_asks_and_the_next_call_runs() -> None:
-    worker = Worker("test")
+    worker = ThreadWorker("test")
 
     def fail() -> None:
         raise ValueError("no")
@@ -41,7 +41,7 @@ def test_an_error_is_raised_to_who_asks_and_the_next_call_runs() -> None:
 
 
 def test_close_waits_for_what_has_begun_and_cancels_the_rest() -> None:
-    worker = Worker("test")
+    worker = ThreadWorker("test")
     begun, go = threading.Event(), threading.Event()
 
     def wait() -> int:
@@ -61,7 +61,7 @@ def test_close_waits_for_what_has_begun_and_cancels_the_rest() -> None:
 
 
 def test_abandon_waits_for_nothing() -> None:
-    worker = Worker("test")
+    worker = ThreadWorker("test")
     begun, go = threading.Event(), threading.Event()
 
     def wait() -> None:
@@ -80,8 +80,8 @@ def test_abandon_waits_for_nothing() -> None:
 
 def test_a_call_that_never_returns_does_not_keep_the_process_alive() -> None:
     program = (
-        "import threading; from megatron_moetion.replicate.worker import Worker; "
-        "Worker('stuck').submit(threading.Event().wait); print('left')"
+        "import threading; from megatron_moetion.replicate.worker import ThreadWorker; "
+        "ThreadWorker('stuck').submit(threading.Event().wait); print('left')"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=20, check=True)
     assert done.stdout == "left\n"

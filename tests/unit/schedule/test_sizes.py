@@ -48,7 +48,6 @@ def test_rarer_snapshots_are_left_out_on_all_ranks_at_once() -> None:
 def test_a_vote_for_less_says_how_much_less_and_one_for_the_most_says_nothing() -> None:
     sizes = Sizes(2, 14)
     assert sizes.vote(math.inf, DENSE_BYTES, EXPERT_BYTES) == (vote(LEVELS - 1), "")
-    assert sizes.largest == vote(LEVELS - 1)
     assert sizes.vote(room_for(4.5), DENSE_BYTES, EXPERT_BYTES) == (vote(5), "4 experts")
     assert sizes.vote(0.0, DENSE_BYTES, EXPERT_BYTES)[1] == "one in 8 snapshots"
     assert sizes.experts_text == "2 to 14"

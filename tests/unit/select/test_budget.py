@@ -11,7 +11,13 @@ from support import ToyState
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.select.budget import Limits, affordable_experts, copies, experts_per_snapshot
+from megatron_moetion.select.budget import (
+    Limits,
+    affordable_experts,
+    experts_per_snapshot,
+    full_copies,
+    popularity_copies,
+)
 
 
 def limits(total: int, affordable: float = math.inf, **settings: Any) -> tuple[int, int, int]:
@@ -26,7 +32,6 @@ def test_the_default_is_what_the_cap_needs_up_to_twice_that(total: int, cap: int
     needed = -(-total // cap)
     assert limits(total, staleness_cap=cap) == (needed, usual, total)
     assert limits(total, staleness_cap=cap, lost_token_budget=0.0) == (needed, usual, usual)
-    assert limits(total, mode="full", staleness_cap=cap) == (total, total, total)
 
 
 def test_the_budget_of_lost_tokens_may_ask_for_more_but_not_for_more_than_there_is_room_for() -> None:
@@ -62,9 +67,9 @@ def test_experts_that_fit_beside_what_every_snapshot_has() -> None:
 
 def test_slots_for_what_is_stable_awaiting_and_in_flight() -> None:
     units = ToyState(num_experts=6, frozen=True).inventory().units
-    full = copies(units, "full", 6)
+    full = full_copies(units)
     assert {name: n for name, n in full.items() if n != 3} == {"frozen": 1}
-    some = copies(units, "popularity", 2)
+    some = popularity_copies(units, 2)
     experts = [n for name, n in some.items() if "experts" in name]
     assert sum(experts) == 6 + 2 * 2
     assert min(experts) == 1

@@ -11,9 +11,10 @@ import pytest
 from session_job import Job
 from support import ToyState
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
+from megatron_moetion.modes.recalibration import Recalibration, over_ranks
 from megatron_moetion.observe.journal import Journal
-from megatron_moetion.recover.recalibration import Recalibration, over_ranks
 
 
 class Alone:
@@ -28,20 +29,12 @@ class Alone:
 class Layers(ToyState):
     """A state whose routers tell."""
 
-    def __init__(self, why_fixed: str | None = None) -> None:
-        super().__init__()
-        self.why_fixed = why_fixed
-
     def layer_tokens(self) -> dict[str, dict[str, float]]:
         return {"layers.0.dense": {"routed": 10.0, "processed": 7.0, "debt": 2.0}}
 
-    def recalibrate(self, lost: Any) -> str | None:
-        super().recalibrate(lost)
-        return self.why_fixed
-
 
 def make(folder: Path, tokens: ToyState) -> Recalibration:
-    journal = Journal(0, 0, folder / "events.jsonl")
+    journal = Journal(0, 0, folder / "events.jsonl", SystemClock())
     return Recalibration(tokens, cast(Any, Alone()), journal, iterations=50)
 
 
@@ -63,11 +56,30 @@ def test_it_looks_three_times_however_rarely_it_is_called(tmp_path: Path, every:
     assert looks(tmp_path) == [(100, "before"), (after, "after"), (repaid, "repaid")]
 
 
-def test_it_says_why_capacity_stays_only_if_tokens_were_lost(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    for lost, said in (({}, 0), ({"layers.0.experts.1": 5}, 1)):
-        caplog.clear()
-        make(tmp_path, Layers("the model is dropless")).begin(7, lost)
-        assert sum("capacity is not recalibrated: the model is dropless" in r.message for r in caplog.records) == said
+class Dropless(ToyState):
+    """A state whose experts have no capacity."""
+
+    def capacity_problem(self) -> str | None:
+        return "the model is dropless"
+
+
+@pytest.mark.parametrize("switch", ["on", "off"])
+def test_a_model_that_makes_it_do_nothing_is_said_at_the_start_and_only_where_it_is_on(
+    tmp_path: Path, switch: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", "megatron_moetion")
+    job = Job(tmp_path, mode="popularity", state=Dropless, staleness_cap=4, capacity_recalibration=switch)
+    job.start()
+    text = "--moetion-capacity-recalibration on does nothing here: the model is dropless"
+    assert sum(text in r.message for r in caplog.records) == (switch == "on")
+    job.train(6)
+    job.crash()
+    second = Job(tmp_path, 1, mode="popularity", state=Dropless, staleness_cap=4, capacity_recalibration=switch)
+    (resumed, _) = second.start()
+    assert resumed is not None
+    assert resumed.lost_tokens > 0
+    assert [state.recalibrated for state in second.states] == [{}, {}]
+    second.crash()
 
 
 def test_routers_that_do_not_tell_are_not_spoken_of(tmp_path: Path) -> None:
@@ -86,13 +98,14 @@ def test_layers_are_added_up_over_the_ranks_that_run_them() -> None:
 
 def test_a_fabric_that_fails_in_a_look_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the other rank hears next, on a fabric that has lost step, would be taken for something else."""
-    job = Job(tmp_path, mode="popularity")
+    first = Job(tmp_path, mode="popularity")
+    first.start()
+    first.train(2)
+    first.crash()
+    job = Job(tmp_path, 1, mode="popularity", capacity_recalibration="on", recalibration_iterations=5)
+    job.start()  # looks again one iteration after the recovery
     job.network.timeout_s = 0.5
-    job.start()
-    for session in job.sessions:
-        session._recalibration._due = [(2, "after")]
-    job.train(1)
-    broken = job.sessions[1]._fabric
+    broken = job.fabrics[1]
     said: list[str] = []
 
     def fail(document: Any) -> list[Any]:

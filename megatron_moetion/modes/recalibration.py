@@ -14,7 +14,7 @@ _LINE = 4000
 
 
 class Recalibration:
-    """Raises expert capacity after a recovery and logs the effect.
+    """Raises expert capacity after a recovery and logs the effect. Exists only where that is switched on.
 
     Every call is collective, over the fabric alone. Where one raises ``ChannelError``, the fabric is of no more use.
     """
@@ -31,10 +31,7 @@ class Recalibration:
     def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
         """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
         self._began = iteration
-        reasons = self._fabric.gather(self._tokens.recalibrate(lost))
-        why = next((reason for reason in reasons if reason is not None), None)
-        if why is not None and any(lost.values()) and self._fabric.rank == 0:
-            self._journal.warn_once("capacity", iteration, f"capacity is not recalibrated: {why}")
+        self._tokens.recalibrate(lost)
         self._look(iteration, "before")
         soon = max(1, self._iterations // 5)
         self._due = [(iteration + soon, "after"), (iteration + self._iterations + soon, "repaid")]

@@ -1,0 +1,47 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a run needs of its machine."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from megatron_moetion.clock import Clock, SystemClock
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.observe.fault import make_probe, parse_faults
+from megatron_moetion.observe.process import process_start
+from megatron_moetion.replicate.worker import SystemThreads, Threads
+from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.store.node import NodeFolder, open_node
+from megatron_moetion.units import Inventory
+
+Probe = Callable[[str, int], None]
+"""Called with the name of each point where a fault can be injected, and the iteration (-1: none)."""
+
+
+def _make_probe(config: MoetionConfig, attempt: int, rank: int) -> Probe:
+    return make_probe(parse_faults(config.inject_fault), attempt, rank)
+
+
+def _make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
+    return Packer(inventory, config.chunk_bytes, 1, rank=rank, num_sms=config.pack_sms)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Host:
+    """What a run needs of its machine: one real implementation of each, so that others can stand in for them."""
+
+    environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    clock: Clock = field(default_factory=SystemClock)
+    threads: Threads = field(default_factory=SystemThreads)
+    open_node: Callable[[MoetionConfig, str, Mapping[str, str], int], NodeFolder] = open_node
+    """From settings, run id, environment and world size: this node's shared memory."""
+    make_packer: Callable[[Inventory, MoetionConfig, HostPool, int], Packer] = _make_packer
+    """For the units that captures are made of, and this rank: the device and the threads that pack."""
+    make_probe: Callable[[MoetionConfig, int, int], Probe] = _make_probe
+    """From settings, attempt and rank."""
+    nonce: Callable[[], int] = lambda: secrets.randbits(32)
+    process_start: Callable[[], float] = process_start
+    """Unix time, seconds."""

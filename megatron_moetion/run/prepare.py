@@ -1,0 +1,132 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The first steps of a run: claim the node, settle sizes with all ranks."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.framework import StateAdapter
+from megatron_moetion.modes.mode import Blueprint, Site
+from megatron_moetion.observe.journal import Journal
+from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.collective import on_all_ranks
+from megatron_moetion.replicate.witness import NO_WITNESS, Witness
+from megatron_moetion.run.host import Host, Probe
+from megatron_moetion.run.running import Prepared
+from megatron_moetion.schedule.scheduler import Scheduler
+from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
+from megatron_moetion.store.node import NodeFolder, restart_count, run_id_of, write_pid
+from megatron_moetion.store.spec import ArenaIdentity
+
+_LOCK_SHARE = 0.8
+"""Of the time that ranks wait for each other, what a rank waits for the lock on its folder."""
+
+
+def prepare(
+    *,
+    config: MoetionConfig,
+    adapter: StateAdapter,
+    blueprint: Blueprint,
+    fabric: Fabric,
+    topology: str,
+    scheduler: Scheduler,
+    witness: Witness = NO_WITNESS,
+    host: Host | None = None,
+) -> Prepared:
+    """Claim this rank's node for the run and settle sizes with all ranks. Collective; takes over ``fabric``.
+
+    Raises ``ConfigError`` for settings that cannot be kept, ``StoreError`` where the store cannot be written or another
+    process uses it, ``UnsupportedState`` and ``DeviceFault`` for state that cannot be packed, ``ChannelError`` on a
+    lost peer: the same on all ranks where its ``shared`` says so. Then nothing stays open.
+    """
+    host = host if host is not None else Host()
+    rank = fabric.rank
+    attempt = restart_count(host.environment)
+    with ExitStack() as undo:
+        undo.callback(fabric.close)
+
+        def claim() -> tuple[str, Probe, Journal, NodeFolder]:
+            run_id = run_id_of(config, host.environment)
+            report = Path(config.report) if config.report and rank == 0 else None
+            return (
+                run_id,
+                host.make_probe(config, attempt, rank),
+                Journal(rank, attempt, report, host.clock),
+                host.open_node(config, run_id, host.environment, fabric.world_size),
+            )
+
+        run_id, probe, journal, node = on_all_ranks(fabric, claim)
+        lock = _take_lock(fabric, node, config, journal, undo)
+        on_all_ranks(fabric, lambda: write_pid(node, rank, attempt))
+        site = Site(
+            config=config,
+            identity=ArenaIdentity(
+                run_id=run_id,
+                owner=rank,
+                world_size=fabric.world_size,
+                topology=topology,
+                layout="",
+                mode=config.mode,
+                chunk_bytes=config.chunk_bytes,
+            ),
+            inventory=adapter.inventory(),
+            node=node,
+            local_ranks=int(host.environment.get("LOCAL_WORLD_SIZE", "1")),
+            fabric=fabric,
+            journal=journal,
+        )
+        # One gather for all modes, so that ranks with different modes still meet in it and are refused later.
+        facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
+        mode = on_all_ranks(fabric, lambda: blueprint.build(site, facts))
+        pool = HostPool(_pack_threads(config, host.environment))
+        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
+        undo.callback(packer.close)
+        return Prepared(
+            config=config,
+            adapter=adapter,
+            fabric=fabric,
+            scheduler=scheduler,
+            witness=witness,
+            host=host,
+            journal=journal,
+            probe=probe,
+            node=node,
+            lock=lock,
+            attempt=attempt,
+            mode=mode,
+            pool=pool,
+            packer=packer,
+            undo=undo.pop_all(),
+        )
+
+
+def _take_lock(fabric: Fabric, node: NodeFolder, config: MoetionConfig, journal: Journal, undo: ExitStack) -> NodeLock:
+    """Make this run the only one in the folders of its nodes, until ``undo``. Collective.
+
+    Rank 0 goes first: of two jobs that start under one name at one moment, one gets all locks and the other none.
+    """
+    wait_s = min(LOCK_WAIT_S, _LOCK_SHARE * config.timeout_s)
+    taken: list[NodeLock] = []
+
+    def lock(ranks: range) -> None:
+        if fabric.rank in ranks:
+            taken.append(node.lock(wait_s, partial(journal.info, -1)))
+            undo.callback(taken[0].close)  # also where another rank gets none
+
+    for ranks in (range(1), range(1, fabric.world_size)):
+        on_all_ranks(fabric, partial(lock, ranks))
+    return taken[0]
+
+
+def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:
+    """Threads that pack: as set, else half of this rank's share of the cores, 1 to 8."""
+    if config.pack_threads:
+        return config.pack_threads
+    share = len(os.sched_getaffinity(0)) / int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    return max(1, min(8, int(share / 2)))

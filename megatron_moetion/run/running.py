@@ -1,0 +1,156 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run as a value: all that a session works with."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.framework import StateAdapter
+from megatron_moetion.modes.mode import SnapshotMode
+from megatron_moetion.observe.journal import Journal
+from megatron_moetion.replicate.agreement import Agreement
+from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.pipeline import Pipeline
+from megatron_moetion.replicate.placement import Placement
+from megatron_moetion.replicate.protection import Distance, Protection, limit_of
+from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.replicate.witness import Witness
+from megatron_moetion.run.host import Host, Probe
+from megatron_moetion.run.summary import Summary
+from megatron_moetion.run.upkeep import Upkeep
+from megatron_moetion.schedule.scheduler import Scheduler
+from megatron_moetion.snapshot.host_state import encode
+from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.store.lock import NodeLock
+from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.open import OpenArenas
+from megatron_moetion.units import UnitKind
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Running:
+    """All that a session runs on, from its baseline or recovery on. ``undo`` closes it, in the right order."""
+
+    mode: SnapshotMode
+    adapter: StateAdapter
+    fabric: Fabric
+    scheduler: Scheduler
+    packer: Packer
+    arenas: OpenArenas
+    pipeline: Pipeline
+    agreement: Agreement
+    protection: Protection
+    upkeep: Upkeep
+    summary: Summary
+    journal: Journal
+    probe: Probe
+    node_of: tuple[int, ...]
+    """Node of each rank, by rank."""
+    interval: int
+    """Iterations between snapshots."""
+    replicas: int
+    max_stall_s: float
+    undo: ExitStack
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Prepared:
+    """One rank of a run whose sizes are settled. Made by ``prepare``; ``undo`` closes all of it."""
+
+    config: MoetionConfig
+    adapter: StateAdapter
+    fabric: Fabric
+    scheduler: Scheduler
+    witness: Witness
+    host: Host
+    journal: Journal
+    probe: Probe
+    node: NodeFolder
+    lock: NodeLock
+    attempt: int
+    mode: SnapshotMode
+    pool: HostPool
+    packer: Packer
+    undo: ExitStack
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of a full snapshot of this rank."""
+        return sum(u.nbytes for u in self.mode.inventory.units if u.kind is not UnitKind.LOG)
+
+    def freeze(self) -> None:
+        """Copy what changes before the next optimizer step. Raises ``UnsupportedState`` or ``DeviceFault``."""
+        self.packer.freeze(encode({"adapter": self.adapter.host_state(), "session": self.mode.host_state()}))
+
+    def begin(self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int) -> Running:
+        """Start the threads of a run whose stable iteration is ``iteration``; takes over ``arenas``."""
+        config, rank = self.config, self.fabric.rank
+        replicator = Replicator(
+            channel=self.fabric.channel,
+            own=arenas.own,
+            holders=placement.holders[rank],
+            held=arenas.held,
+            pool=self.pool,
+            epoch=epoch,
+            probe=self.probe,
+            pacing=self.scheduler,
+        )
+        pipeline = Pipeline(
+            packer=self.packer,
+            inventory=self.mode.inventory,
+            arenas=arenas,
+            replicator=replicator if config.replicas else None,
+            epoch=epoch,
+            probe=self.probe,
+            packed=self.scheduler.packed,
+            clock=self.host.clock,
+            threads=self.host.threads,
+        )
+        for close in (arenas.close, self.packer.close, pipeline.close):
+            self.undo.callback(close)
+        protection = Protection(
+            journal=self.journal,
+            rank=rank,
+            attempt=self.attempt,
+            started=iteration,
+            interval=config.interval,
+            distance=Distance(limit_of(config.max_unprotected_iterations, self.host.environment)),
+        )
+        upkeep = Upkeep(
+            node=self.node,
+            lock=self.lock,
+            arenas=arenas,
+            packer=self.packer,
+            pipeline=pipeline,
+            journal=self.journal,
+            rank=rank,
+            attempt=self.attempt,
+        )
+        summary = Summary(
+            fabric=self.fabric,
+            journal=self.journal,
+            state_bytes=self.state_bytes,
+            hash_interval=config.state_hash_interval,
+        )
+        return Running(
+            mode=self.mode,
+            adapter=self.adapter,
+            fabric=self.fabric,
+            scheduler=self.scheduler,
+            packer=self.packer,
+            arenas=arenas,
+            pipeline=pipeline,
+            agreement=Agreement(self.fabric, iteration),
+            protection=protection,
+            upkeep=upkeep,
+            summary=summary,
+            journal=self.journal,
+            probe=self.probe,
+            node_of=placement.node_of,
+            interval=config.interval,
+            replicas=config.replicas,
+            max_stall_s=config.max_stall_ms / 1000,
+            undo=self.undo,
+        )

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Puts back the files of a store that somebody deleted while training runs."""
+
+from __future__ import annotations
+
+from megatron_moetion.errors import DeviceFault, StoreError
+from megatron_moetion.observe.journal import Journal
+from megatron_moetion.replicate.pipeline import Pipeline
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.lock import NodeLock
+from megatron_moetion.store.node import NodeFolder, write_pid
+from megatron_moetion.store.open import OpenArenas
+
+TRY_AGAIN = 16
+"""Snapshots until a store that could not be made again is tried once more."""
+
+
+class Upkeep:
+    """Watches one rank's files. The memory of a deleted file is still mapped, but a restart would not find it."""
+
+    def __init__(
+        self,
+        *,
+        node: NodeFolder,
+        lock: NodeLock,
+        arenas: OpenArenas,
+        packer: Packer,
+        pipeline: Pipeline,
+        journal: Journal,
+        rank: int,
+        attempt: int,
+    ) -> None:
+        self._node = node
+        self._lock = lock
+        self._arenas = arenas
+        self._packer = packer
+        self._pipeline = pipeline
+        self._journal = journal
+        self._rank = rank
+        self._attempt = attempt
+        self._tried_in = 0
+
+    def check(self, iteration: int) -> None:
+        """Once a snapshot, when the last one is packed. Failing is said, and tried again later."""
+        gone = [a for a in self._arenas.all() if not a.has_file]
+        if not gone and self._lock.has_file:
+            return
+        if self._tried_in:
+            self._tried_in -= 1
+            return
+        what = f"{len(gone)} of this rank's {len(self._arenas.all())} arenas" if gone else "the lock"
+        said = f"{what} in {self._node.path} were deleted by somebody while training runs"
+        self._pipeline.drain()  # bounded; then no thread uses the arenas
+        self._packer.close()
+        try:
+            self._node.make_again(self._lock)
+            write_pid(self._node, self._rank, self._attempt)
+            for arena in gone:
+                arena.make_file_again()
+        except (StoreError, OSError) as error:
+            self._tried_in = TRY_AGAIN
+            self._journal.warn(
+                iteration,
+                f"{said} and cannot be made again: {error}. A restart finds nothing in this node's memory",
+            )
+        else:
+            self._journal.warn(iteration, f"{said}; they were made again, and protect as before")
+        try:
+            self._packer.adopt(self._arenas.own.memory)
+        except DeviceFault as error:
+            self._journal.warn(iteration, f"the arena was made again and could not be pinned: {error}")
