@@ -71,16 +71,15 @@ def find_cuda() -> Cuda | None:
         raise SystemExit(f"MOETION_CUDA is {wanted!r}; it must be auto, 0 or 1")
     if wanted == "0":
         return None
-    in_home = f"{os.environ.get('CUDA_HOME', '/usr/local/cuda')}/bin"
-    nvcc = (shutil.which("nvcc", path=in_home) if "CUDA_HOME" in os.environ else None) or shutil.which("nvcc")
-    nvcc = nvcc or shutil.which("nvcc", path=in_home)
-    if nvcc is None:
-        why = "nvcc is neither on PATH nor in CUDA_HOME"
-        if wanted == "1":
-            raise SystemExit(f"MOETION_CUDA=1, but {why}; MOETION_CUDA=0 or auto builds for the host")
-        print(f"[moetion] {why}: building the host kernels only", flush=True)
-        return None
-    return Cuda(Path(nvcc))
+    path, home = os.environ.get("PATH", os.defpath), os.environ.get("CUDA_HOME")
+    nvcc = shutil.which("nvcc", path=f"{home}/bin:{path}" if home else f"{path}:/usr/local/cuda/bin")
+    if nvcc is not None:
+        return Cuda(Path(nvcc))
+    why = "nvcc is neither on PATH nor in CUDA_HOME"
+    if wanted == "1":
+        raise SystemExit(f"MOETION_CUDA=1, but {why}; MOETION_CUDA=0 or auto builds for the host")
+    print(f"[moetion] {why}: building the host kernels only", flush=True)
+    return None
 
 
 def escaped(path: Path) -> str:
@@ -100,14 +99,15 @@ class NinjaBuild(build_ext):
         systems = [pybind11.get_include(), sysconfig.get_path("include")]
         flags = f"{FLAGS} {os.environ.get('CXXFLAGS', '')}"
         variables = [f"cxx = {os.environ.get('CXX', 'g++')}"]
+        rules = {".cpp": "compile"}
         if cuda is not None:
             systems.append(str(cuda.home / "include"))
             flags += " -DMOETION_WITH_CUDA"
             variables += [f"nvcc = '{cuda.nvcc}'", f"nvcc_flags = {NVCC_FLAGS} {cuda.targets()}"]
             variables += [f"libraries = {cuda.libraries()}"]
+            rules[".cu"] = "compile_cuda"
             print(f"[moetion] building the CUDA kernels with {cuda.nvcc}: {cuda.targets()}", flush=True)
         variables += [f"flags = {flags}", "includes = " + " ".join(f"-isystem '{path}'" for path in systems)]
-        rules = {".cpp": "compile"} if cuda is None else {".cpp": "compile", ".cu": "compile_cuda"}
         objects = {s.replace("/", "_") + ".o": Path(s).resolve() for s in ext.sources if Path(s).suffix in rules}
         lines = [*variables, RULES]
         lines += [f"build {name}: {rules[path.suffix]} {escaped(path)}" for name, path in objects.items()]
@@ -116,7 +116,5 @@ class NinjaBuild(build_ext):
         subprocess.run([sys.executable, "-m", "ninja", "-C", str(folder)], check=True)
 
 
-sources = sorted(
-    path for pattern in ("*.cpp", "host/*.cpp", "cuda/*.cpp", "cuda/*.cu") for path in glob(f"csrc/{pattern}")
-)
+sources = sorted(glob("csrc/**/*.c*", recursive=True))
 setup(ext_modules=[Extension("megatron_moetion._C", sources)], cmdclass={"build_ext": NinjaBuild})

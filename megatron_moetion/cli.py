@@ -40,7 +40,7 @@ from megatron_moetion.select.budget import Limits, experts_per_snapshot
 
 SHOWN_PERIODS = (2, 4, 8, 16, 32)
 SHARE = 0.5
-"""Of what a link could carry in an iteration, for snapshots: training needs the rest."""
+"""Share of a link's bandwidth for snapshots: training needs the rest."""
 _GRADIENTS = {"fp32": 4, "bf16": 2}
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
@@ -161,9 +161,9 @@ def _plan(args: argparse.Namespace) -> int:
         ranks_per_node=args.ranks_per_node,
     )
     MoetionConfig(mode="exact", period=args.period)  # refuses a period that a run would refuse
-    given = {} if args.lost_token_budget is None else {"lost_token_budget": args.lost_token_budget}
+    budget = {} if args.lost_token_budget is None else {"lost_token_budget": args.lost_token_budget}
     limits = experts_per_snapshot(
-        MoetionConfig(mode="popularity", experts_per_snapshot=args.experts_per_snapshot, **given), args.experts
+        MoetionConfig(mode="popularity", experts_per_snapshot=args.experts_per_snapshot, **budget), args.experts
     )
     memory = args.node_memory_gib
     resources = Resources(
@@ -256,7 +256,7 @@ def _caption(state: RankState, resources: Resources, limits: Limits) -> str:
 
 
 def _link_bytes(args: argparse.Namespace) -> int | None:
-    """What one rank may send in an iteration; None where that was not asked about."""
+    """Bytes that one rank may send in an iteration; None if no flag speaks of the link."""
     if args.iteration_s is None and args.gb_per_s is None:
         if args.share is not None:
             raise ConfigError(f"--share {args.share} is of --iteration-s x --gb-per-s; give these too")

@@ -17,7 +17,7 @@ LOAD_BALANCING_TYPES = ("aux_loss", "seq_aux_loss", "global_aux_loss", "sinkhorn
 
 
 class _Parser(argparse.ArgumentParser):
-    """Raises ``ConfigError`` instead of printing usage and leaving, so that one rank can report it."""
+    """Raises ``ConfigError`` instead of printing usage and exiting, so that one rank can report it."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(message)
@@ -61,18 +61,18 @@ def build_parser() -> argparse.ArgumentParser:
 
 def moetion_config(args: argparse.Namespace) -> MoetionConfig:
     """The settings that were given; every other field keeps its default. Raises ``ConfigError``."""
-    given = vars(args)
+    flags = vars(args)
     names = [f.name for f in dataclasses.fields(MoetionConfig)]
-    return MoetionConfig(**{n: given[MOETION_PREFIX + n] for n in names if MOETION_PREFIX + n in given})
+    return MoetionConfig(**{n: flags[MOETION_PREFIX + n] for n in names if MOETION_PREFIX + n in flags})
 
 
 def _check_moetion_flags(args: argparse.Namespace) -> None:
     if args.moetion:
         moetion_config(args)
         return
-    given = [_flag(name) for name in vars(args) if name.startswith(MOETION_PREFIX)]
-    if given:
-        raise ConfigError(f"{', '.join(given)} given without --moetion; add --moetion, or drop the flag")
+    flags = [_flag(name) for name in vars(args) if name.startswith(MOETION_PREFIX)]
+    if flags:
+        raise ConfigError(f"{', '.join(flags)} given without --moetion; add --moetion, or drop the flag")
 
 
 def _flag(dest: str) -> str:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a person reads: rare log lines that start with ``[moetion]``, and a JSON-lines file of events."""
+"""For people: rare log lines that start with ``[moetion]``, and a JSON-lines file of events."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ _logger = logging.getLogger("megatron_moetion")
 class Journal:
     """One rank's log lines and, where a path is given, its events (one JSON object a line, appended).
 
-    ``ConfigError`` where a job begins and the path cannot be written; later that costs the events alone.
+    ``ConfigError`` if the path cannot be written when a job begins; a later failure costs the events only.
     """
 
     def __init__(self, rank: int, attempt: int, events: Path | None, clock: Clock) -> None:
@@ -26,7 +26,7 @@ class Journal:
         self._rank = rank
         self._attempt = attempt
         self._events = events
-        self._said: set[str] = set()
+        self._warned: set[str] = set()
         self._output = Output("--moetion-report", events, rank=rank, attempt=attempt)
         if events is not None:
             with self._output.opening():
@@ -38,13 +38,13 @@ class Journal:
         _logger.info("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
 
     def warn(self, iteration: int, text: str) -> None:
-        """Trouble that is worth saying each time."""
+        """Trouble that is reported each time."""
         _logger.warning("[moetion] rank %d iteration %d: %s", self._rank, iteration, text)
 
     def warn_once(self, kind: str, iteration: int, text: str) -> None:
-        """The first trouble of its kind; the counts tell the rest."""
-        if kind not in self._said:
-            self._said.add(kind)
+        """Trouble that is reported once for each ``kind``; counters show the rest."""
+        if kind not in self._warned:
+            self._warned.add(kind)
             self.warn(iteration, text)
 
     def event(self, name: str, **fields: Any) -> None:
@@ -69,7 +69,7 @@ class Phases:
         self._since = clock.monotonic()
 
     def done(self, name: str) -> None:
-        """The phase that began when the last one ended is over."""
+        """A phase ends, which began when the one before ended."""
         now = self._clock.monotonic()
         self.seconds[name] = self.seconds.get(name, 0.0) + now - self._since
         self._since = now

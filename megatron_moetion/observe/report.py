@@ -46,7 +46,7 @@ class Overlap:
 
 
 def read_traces(folder: Path) -> list[Bar]:
-    """All spans below a folder; a trace that was cut short is read up to there. ``ConfigError`` where there is none."""
+    """All spans below a folder; a truncated trace is read as far as it goes. ``ConfigError`` if there is none."""
     return [bar for path in _traces(folder) for bar in _read(path)]
 
 
@@ -97,9 +97,9 @@ def _bar(event: dict[str, Any]) -> Bar:
 
 
 def between_iterations(bars: Sequence[Bar], first: int, last: int) -> list[Bar]:
-    """The spans that touch iterations ``first`` to ``last``, of the ranks that traced any of these.
+    """The spans that overlap iterations ``first`` to ``last``, of the ranks that traced any of these.
 
-    ``ConfigError`` where no rank did.
+    ``ConfigError`` if no rank did.
     """
     found: list[Bar] = []
     for rank in sorted({b.rank for b in bars}):
@@ -118,7 +118,7 @@ def between_iterations(bars: Sequence[Bar], first: int, last: int) -> list[Bar]:
 
 
 def middle_iterations(bars: Sequence[Bar]) -> tuple[int, int]:
-    """Two iterations from the middle of what was traced: the first ones are not typical."""
+    """Two iterations from the middle of a trace: the first ones are not typical."""
     numbers = sorted({b.value for b in bars if b.lane == "iteration"})
     if not numbers:
         raise ConfigError("the traces hold no whole iteration yet")

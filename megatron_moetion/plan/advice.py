@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which mode and period to take, or what is missing and what would help, in a sentence for a person. Pure."""
+"""A sentence that recommends a mode and a period, or says what is missing and what would help. Pure."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ class Advice:
 
     mode: str = ""
     period: int = 0
-    """Iterations; 0 but in mode ``exact``."""
+    """Iterations; 0 except in mode ``exact``."""
     shortage: Shortage = field(default_factory=Shortage)
-    """What the period that was asked for, or else the best one, lacks."""
+    """What is missing for the requested period, or for the best one if none was requested."""
     sentence: str
     """For a person."""
 
@@ -39,8 +39,9 @@ class Advice:
 def recommend(state: RankState, resources: Resources, limits: Limits, period: int = 0) -> Advice:
     """The mode and period to take, or what is missing and what would help.
 
-    ``full`` where it fits, since it replays nothing; else ``exact`` with the smallest period that fits. ``period``: the
-    only one to look at, 0: any. ``limits``: experts in a snapshot of mode ``popularity``, named where ``exact`` fails.
+    ``full`` if it fits, since it replays nothing; else ``exact`` with the smallest period that fits. ``period``: the
+    only period to consider; 0: any. ``limits``: experts in a snapshot of mode ``popularity``, which is suggested if
+    ``exact`` does not fit.
     """
     if resources.link_bytes is None:
         return _by_memory(state, resources, period)
@@ -72,7 +73,7 @@ def gib(nbytes: float) -> str:
 
 
 def _nothing_fits(state: RankState, resources: Resources) -> tuple[str, Shortage, list[str]]:
-    """Where neither ``full`` nor any period fits: why, what is missing, and how much more of what would be enough."""
+    """Neither ``full`` nor any period fits: why, what is missing, and how much more memory or bandwidth is enough."""
     full, costs = cost_of_full(state), list(costs_of_exact(state))
     carried = [c for c in (full, *costs) if not shortage(c, resources).link_bytes]
     held = [c for c in (full, *costs) if not shortage(c, resources).node_bytes]
@@ -100,7 +101,7 @@ def _nothing_fits(state: RankState, resources: Resources) -> tuple[str, Shortage
 
 
 def _by_memory(state: RankState, resources: Resources, period: int) -> Advice:
-    """As much as can be said without knowing the link."""
+    """Advice without knowledge of the link."""
     ask = "--iteration-s and --gb-per-s"
     if resources.node_bytes is None:
         return Advice(sentence=f"To learn which mode and period fit, give {ask}, and --node-memory-gib.")
@@ -146,7 +147,7 @@ def _lack(cost: Cost, missing: Shortage) -> str:
 
 
 def _smaller_states(state: RankState, resources: Resources) -> list[str]:
-    """Changes to the run with which some period of mode ``exact`` fits; two at once where none alone is enough."""
+    """Changes to the run with which a period of mode ``exact`` fits; two together if neither alone is enough."""
     fewest = min(GRADIENT_DTYPES)
     half = [("bf16 gradients", replace(state, gradient_bytes=fewest))] if state.gradient_bytes > fewest else []
     fewer = [
@@ -158,7 +159,7 @@ def _smaller_states(state: RankState, resources: Resources) -> list[str]:
 
 
 def _first_that_fits(changes: Sequence[tuple[str, RankState]], resources: Resources) -> list[str]:
-    """The name of one change and the period that fits then; empty where none does."""
+    """The first change with which a period fits, with that period; empty if there is none."""
     for name, changed in changes:
         if fits := smallest_period(changed, resources):
             return [name if resources.link_bytes is None else f"{name} (with period {fits.period})"]

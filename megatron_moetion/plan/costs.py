@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What each mode takes, known before a run: bytes a snapshot, memory, steps to replay. Pure.
 
-State that looks like a rank's is cut and given slots by the same functions that do it in a run.
+A made-up rank's state is sliced and given slots by the functions that a run uses.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class RankState:
     """The training state of one rank, with Adam, and where copies of it go. ``ConfigError`` where that cannot be."""
 
     dense_parameters: int
-    """That are in every snapshot, as this rank's optimizer holds them: with the distributed optimizer its shard."""
+    """Parameters in every snapshot, as this rank's optimizer holds them: with the distributed optimizer its shard."""
     expert_parameters: int
-    """In all experts together, counted in the same way."""
+    """Parameters of all experts together, counted in the same way."""
     num_experts: int
     """Experts of this rank, over all its layers; of one size."""
     gradient_bytes: int = 4
@@ -70,15 +70,15 @@ class HostMemory:
     log_bytes: int
     """Gradients of a period (mode ``exact``)."""
     pending_bytes: int
-    """All other slots: of snapshots that are on their way, or that wait for agreement."""
+    """All other slots: for snapshots in flight, or waiting for agreement."""
 
     @property
     def total_bytes(self) -> int:
-        """All of it."""
+        """The sum of the three, in bytes."""
         return self.state_bytes + self.log_bytes + self.pending_bytes
 
     def times(self, number: int) -> HostMemory:
-        """Of so many equal arenas."""
+        """The memory of ``number`` equal arenas."""
         return HostMemory(
             state_bytes=self.state_bytes * number,
             log_bytes=self.log_bytes * number,
@@ -92,30 +92,30 @@ class Cost:
 
     mode: str
     period: int = 0
-    """Iterations; 0 but in mode ``exact``."""
+    """Iterations; 0 except in mode ``exact``."""
     experts: int = 0
-    """K, experts in a snapshot; 0 but in mode ``popularity``."""
+    """K, experts in a snapshot; 0 except in mode ``popularity``."""
     snapshot_bytes: int
-    """Of one rank: what leaves the device in an iteration."""
+    """Bytes that leave one rank's device in an iteration."""
     sent_bytes: int
-    """What one rank sends to others in an iteration: the snapshot, once a replica."""
+    """Bytes that one rank sends to others in an iteration: the snapshot, once a replica."""
     arena: HostMemory
-    """Of one owner's captures."""
+    """The arena of one owner's captures."""
     rank: HostMemory
-    """What one rank opens: its own arena, and those of the ranks that it is a buddy of."""
+    """The arenas that one rank opens: its own, and those of the ranks that it is a buddy of."""
     node_bytes: int
     """Host memory of all ranks of one node."""
     device_bytes: int = 0
-    """Memory of a GPU in which gradients wait to be packed; without a GPU it is the process's own."""
+    """GPU memory where gradients wait to be packed; without a GPU, memory of the process."""
     replayed_steps: int = 0
-    """Most optimizer steps that a recovery replays, where every slice had gradients of late."""
+    """Optimizer steps that a recovery replays, at most, if every slice had gradients recently."""
     replayed_steps_idle: int = 0
-    """Most, where a slice had none: its capture may be as old as two periods."""
+    """The same if a slice had none: its capture may be as old as two periods."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Resources:
-    """What there is, in bytes; None: not known, and no limit."""
+    """What a link carries and a node holds, in bytes; None: not known, and no limit."""
 
     link_bytes: int | None = None
     """What one rank can send in an iteration."""
@@ -125,7 +125,7 @@ class Resources:
 
 @dataclass(frozen=True, kw_only=True)
 class Shortage:
-    """By how many bytes something does not fit; 0: it does."""
+    """How many bytes are missing; 0: it fits."""
 
     link_bytes: int = 0
     node_bytes: int = 0
@@ -156,8 +156,8 @@ def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
 
 
 def cost_of_exact(state: RankState, period: int) -> Cost:
-    """Mode ``exact``: of the state what comes around in ``period`` iterations, and all gradients."""
-    # To a period experts and the rest are alike, so that one unit stands for both.
+    """Mode ``exact``: one of ``period`` slices of the state, and all gradients."""
+    # Slices do not tell experts from the rest, so one unit stands for both.
     whole = _unit("state", UnitKind.DENSE, state.parameters, state.gradient_bytes)
     log = gradient_log(Inventory(units=(whole, _host(state))), period)
     always = total_bytes(log.inventory.units[u] for u in log.always)
@@ -193,7 +193,7 @@ def smallest_period(state: RankState, resources: Resources) -> Cost | None:
 
 
 def _units(state: RankState) -> tuple[Unit, ...]:
-    """The rank's state without gradients; where experts are not of one size, they are rounded up to it."""
+    """The rank's state without gradients; experts of unequal size are rounded up to one size."""
     dense = (_unit("dense", UnitKind.DENSE, state.dense_parameters),) if state.dense_parameters else ()
     each = -(-state.expert_parameters // max(state.num_experts, 1))
     experts = (_unit(f"experts.{e}", UnitKind.EXPERT, each, expert=e) for e in range(state.num_experts))
@@ -201,14 +201,14 @@ def _units(state: RankState) -> tuple[Unit, ...]:
 
 
 def _unit(name: str, kind: UnitKind, parameters: int, gradient_bytes: int = 0, expert: int | None = None) -> Unit:
-    kept = dict(_STATE)
+    roles = dict(_STATE)
     if gradient_bytes:
-        kept[Role.GRAD] = (GRADIENT_DTYPES[gradient_bytes], gradient_bytes)
+        roles[Role.GRAD] = (GRADIENT_DTYPES[gradient_bytes], gradient_bytes)
     regions = tuple(
         Region(
             unit=name, tensor=name, role=role, dtype=dtype, start=0, nbytes=parameters * size, address=ALIGNMENT_BYTES
         )
-        for role, (dtype, size) in kept.items()
+        for role, (dtype, size) in roles.items()
     )
     return Unit(name=name, kind=kind, regions=regions, expert=expert)
 
