@@ -117,7 +117,7 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
     while iteration < ITERATIONS:
         trainer, attached = _start(rank, flags, store, attempt)
         resumed = attached.start()
-        state = attached._state
+        state = attached._session._adapter
         iteration = trainer.progress.iteration
         if attempt:
             assert resumed is not None
@@ -198,7 +198,7 @@ def _start(rank: int, flags: str, store: Path, attempt: int) -> tuple[Trainer, A
         user_state=trainer.state,
     )
     if attempt:
-        _scramble(trainer, attached._state)
+        _scramble(trainer, attached._session._adapter)
     return trainer, attached
 
 
