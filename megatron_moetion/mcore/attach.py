@@ -20,7 +20,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.mcore.optimizer import MegatronState, UserState
+from megatron_moetion.mcore.state import MegatronState, UserState
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules

@@ -24,7 +24,7 @@ from megatron.core import optimizer as megatron_optimizer
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.mcore.attach import Attached, attach
-from megatron_moetion.mcore.optimizer import MegatronState
+from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 
 PERIOD = 3

@@ -34,7 +34,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
-from megatron_moetion.mcore.optimizer import MegatronState
+from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 from megatron_moetion.pretrain.corpus import MockCorpus
 from megatron_moetion.pretrain.launch import Place
