@@ -21,6 +21,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.state import MegatronState, UserState
+from megatron_moetion.mcore.topology import topology
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
@@ -190,7 +191,7 @@ def attach(
             config=config,
             adapter=state,
             fabric=fabric,
-            topology=_topology(),
+            topology=topology(),
             scheduler=scheduler,
             replayer=state.step_log,
             tokens=state.tokens,
@@ -284,15 +285,3 @@ def open_trace(config: MoetionConfig, rank: int) -> Trace:
     """This rank's trace in ``config.trace_dir``."""
     attempt = restart_count(os.environ)
     return Trace(Path(config.trace_dir) / trace_name(rank, attempt), rank, attempt)
-
-
-def _topology() -> str:
-    sizes: dict[str, Any] = {
-        "tp": parallel_state.get_tensor_model_parallel_world_size(),
-        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
-        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "cp": parallel_state.get_context_parallel_world_size(),
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
-        "dp": parallel_state.get_data_parallel_world_size(),
-    }
-    return " ".join(f"{name}{size}" for name, size in sizes.items())
