@@ -60,12 +60,12 @@ def start_trainer(flags: str) -> tuple[Any, Any]:
 
     from megatron_moetion.mcore.argument_checks import Machine
     from megatron_moetion.mcore.arguments import parse_arguments
-    from megatron_moetion.pretrain.launch import Place
     from megatron_moetion.pretrain.loop import Trainer
+    from megatron_moetion.pretrain.process import Process
     from megatron_moetion.pretrain.report import Reporter
     from megatron_moetion.pretrain.startup import build_source, initialize
 
-    place = Place.from_environment(os.environ)
+    place = Process.from_environment(os.environ)
     args = parse_arguments(flags.split(), Machine.here(place.world_size, False))
     initialize(args, place)
     return place, Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))

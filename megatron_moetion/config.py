@@ -16,6 +16,11 @@ SWITCH = ("on", "off")
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
 
 
+def flag_of(name: str) -> str:
+    """The flag of a parsed argument: ``--moetion-run-id`` of ``moetion_run_id``."""
+    return "--" + name.replace("_", "-")
+
+
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field. Its metadata becomes the flag's help (and ``choices``, ``metavar``); ``minimum`` bounds it.
 
@@ -150,7 +155,7 @@ class MoetionConfig:
         sized = [n for n in ("experts_per_snapshot", "snapshot_bytes") if getattr(self, n)]
         if sized and self.mode == "full":
             raise ConfigError(
-                f"--moetion-{sized[0].replace('_', '-')} has no meaning in mode 'full', which captures all "
+                f"{flag_of('moetion_' + sized[0])} has no meaning in mode 'full', which captures all "
                 f"experts; drop it, or use another mode"
             )
         if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
@@ -159,7 +164,7 @@ class MoetionConfig:
             )
 
     def _check_bounds(self, of: Field[Any]) -> None:
-        flag, value = f"--moetion-{of.name.replace('_', '-')}", getattr(self, of.name)
+        flag, value = flag_of(f"moetion_{of.name}"), getattr(self, of.name)
         minimum, choices = of.metadata.get("minimum"), of.metadata.get("choices")
         if minimum is not None and value < minimum:
             must = f"be at least {minimum}" if minimum else "not be negative"

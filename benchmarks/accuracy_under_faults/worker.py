@@ -36,8 +36,8 @@ from megatron_moetion.mcore.arguments import moetion_config, parse_arguments
 from megatron_moetion.mcore.attach import attach
 from megatron_moetion.mcore.router import CapacityRouter, Counts
 from megatron_moetion.pretrain.corpus import Split
-from megatron_moetion.pretrain.launch import Place
 from megatron_moetion.pretrain.loop import Trainer
+from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.report import Reporter
 from megatron_moetion.pretrain.startup import build_source, initialize
 
@@ -63,7 +63,7 @@ def main(model: Model, seed: int, folder: Path, only: Sequence[str], iterations:
 def start(model: Model, seed: int) -> None:
     """Once a process, before anything is trained; models of one batch size may follow each other."""
     torch.set_num_threads(1)
-    initialize(_arguments(model, seed, ""), Place(rank=0, world_size=1, local_rank=0, local_world_size=1))
+    initialize(_arguments(model, seed, ""), Process(rank=0, world_size=1, local_rank=0, local_world_size=1))
 
 
 def loads_of(model: Model, iterations: int) -> Loads:

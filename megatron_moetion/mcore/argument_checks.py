@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moetion.config import flag_of
 from megatron_moetion.errors import ConfigError
 
 CAPACITY_LOAD_BALANCING = ("aux_loss", "seq_aux_loss", "global_aux_loss", "none")
@@ -72,11 +73,11 @@ def _check_ranges(args: argparse.Namespace) -> None:
     ).split()
     values = vars(args)
     for name in [*positive, *(n for n in optional if values[n] is not None)]:
-        _refuse_if(values[name] < 1, f"{_flag(name)} is {values[name]}; it must be at least 1")
+        _refuse_if(values[name] < 1, f"{flag_of(name)} is {values[name]}; it must be at least 1")
     for name in "train_iters eval_iters lr_warmup_iters lr min_lr weight_decay clip_grad".split():
-        _refuse_if(values[name] < 0, f"{_flag(name)} is {values[name]}; it must not be negative")
+        _refuse_if(values[name] < 0, f"{flag_of(name)} is {values[name]}; it must not be negative")
     for name in ("attention_dropout", "hidden_dropout"):
-        _refuse_if(not 0 <= values[name] < 1, f"{_flag(name)} is {values[name]}; it must be in [0, 1)")
+        _refuse_if(not 0 <= values[name] < 1, f"{flag_of(name)} is {values[name]}; it must be in [0, 1)")
 
 
 def _fill_defaults(args: argparse.Namespace, machine: Machine) -> None:
@@ -387,7 +388,3 @@ def _check_data_and_output(args: argparse.Namespace) -> None:
         args.load is not None and not Path(args.load).is_dir() and args.load != args.save,
         f"--load {args.load}: no such folder",
     )
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")

@@ -8,7 +8,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import MoetionConfig, flag_of
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.argument_checks import Machine, check_arguments
 
@@ -70,13 +70,9 @@ def _check_moetion_flags(args: argparse.Namespace) -> None:
     if args.moetion:
         moetion_config(args)
         return
-    flags = [_flag(name) for name in vars(args) if name.startswith(MOETION_PREFIX)]
+    flags = [flag_of(name) for name in vars(args) if name.startswith(MOETION_PREFIX)]
     if flags:
         raise ConfigError(f"{', '.join(flags)} given without --moetion; add --moetion, or drop the flag")
-
-
-def _flag(dest: str) -> str:
-    return "--" + dest.replace("_", "-")
 
 
 def _add_model(group: Any) -> None:
@@ -222,4 +218,4 @@ def _add_moetion(group: Any) -> None:
         else:
             keywords["type"] = type(field.default)
             keywords |= {k: v for k, v in field.metadata.items() if k in ("choices", "metavar")}
-        group.add_argument(_flag(MOETION_PREFIX + field.name), dest=MOETION_PREFIX + field.name, **keywords)
+        group.add_argument(flag_of(MOETION_PREFIX + field.name), dest=MOETION_PREFIX + field.name, **keywords)

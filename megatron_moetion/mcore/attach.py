@@ -21,7 +21,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.mcore.optimizer import MegatronState, UserState
+from megatron_moetion.mcore.state import MegatronState, UserState
+from megatron_moetion.mcore.topology import topology
 from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.full import FullBlueprint
@@ -217,7 +218,7 @@ def attach(
             adapter=state,
             blueprint=blueprint,
             fabric=fabric,
-            topology=_topology(),
+            topology=topology(),
             scheduler=scheduler,
             witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank)),
             host=host,
@@ -324,15 +325,3 @@ def _trace(config: MoetionConfig) -> Trace:
     """This rank's trace in ``config.trace_dir``."""
     rank, attempt = torch.distributed.get_rank(), restart_count(os.environ)
     return Trace(Path(config.trace_dir) / trace_name(rank, attempt), rank, attempt)
-
-
-def _topology() -> str:
-    sizes: dict[str, Any] = {
-        "tp": parallel_state.get_tensor_model_parallel_world_size(),
-        "pp": parallel_state.get_pipeline_model_parallel_world_size(),
-        "vpp": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "cp": parallel_state.get_context_parallel_world_size(),
-        "ep": parallel_state.get_expert_model_parallel_world_size(),
-        "dp": parallel_state.get_data_parallel_world_size(),
-    }
-    return " ".join(f"{name}{size}" for name, size in sizes.items())

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Which fields of an optimizer are settings and which are state: what a restart with other settings goes on with.
 
-A field that training has left as it was given is a setting: as it is given now, it acts. One that training has moved
-since (a step count, a rate under a schedule, whatever a loop changes on its way) is state: what was captured goes on.
+A field that training has left at its initial value is a setting: the value of this start acts. A field that training
+has changed since (a step count, a rate under a schedule, whatever a loop changes) is state: the captured value goes on.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_moetion.mcore.steplog import groups_of
+from megatron_moetion.mcore.optimizer_state import groups_of
 
 _SCHEDULED = ("lr", "weight_decay")
 """What Megatron's scheduler computes anew in each step."""
 _TEXT_ROOM = " " * 24
-"""In place of any text where room is reckoned: longer than each that Megatron knows."""
+"""Stands for any text where room is reserved: longer than each that Megatron knows."""
 
 
-def given(links: Sequence[MegatronOptimizer], scheduler: OptimizerParamScheduler | None) -> dict[str, Any]:
-    """All settings as this start gives them, as plain values. To be called before training moves any."""
+def initial_settings(links: Sequence[MegatronOptimizer], scheduler: OptimizerParamScheduler | None) -> dict[str, Any]:
+    """All settings of this start, as plain values. To be called before training changes any."""
     return {
         "groups": [groups_of(link) for link in links],
         "clip_grad": [float(link.config.clip_grad) for link in links],
@@ -48,7 +48,10 @@ class Settled:
 
 
 def settle(then: Mapping[str, Any], now: Mapping[str, Any], captured: Sequence[Sequence[Mapping[str, Any]]]) -> Settled:
-    """``then``, ``now``: what ``given`` returned before and returns now; ``captured``: groups as training had them."""
+    """The fields to go on with: ``captured`` holds each optimizer's groups as training had them.
+
+    ``then`` is what ``initial_settings`` returned in the start that the capture is from, ``now`` what it returns now.
+    """
     settled = Settled(groups=[])
     scheduled = _SCHEDULED if now["scheduler"] is not None else ()
     for before, today, found in zip(then["groups"], now["groups"], captured, strict=True):
@@ -59,8 +62,8 @@ def settle(then: Mapping[str, Any], now: Mapping[str, Any], captured: Sequence[S
                 if not moved:
                     group[name] = new[name]
                 if name not in scheduled:
-                    told = f"{name} {old[name]} -> {new[name]}"
-                    _add(settled.stays, f"{told} (stays {group[name]})") if moved else _add(settled.acts, told)
+                    change = f"{name} {old[name]} -> {new[name]}"
+                    _add(settled.stays, f"{change} (stays {group[name]})") if moved else _add(settled.acts, change)
         settled.groups.append(groups)
     others = [({"clip_grad": a}, {"clip_grad": b}) for a, b in zip(then["clip_grad"], now["clip_grad"], strict=True)]
     for old, new in [(then["scheduler"] or {}, now["scheduler"] or {}), *others]:

@@ -65,31 +65,6 @@ def chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     return real
 
 
-def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fresh Adam the state that its first step would create, so that it can be captured and written to.
-
-    Apex, Transformer Engine and our CPU ``FusedAdam`` count steps in the parameter group; torch's own counts
-    per parameter. SGD with momentum starts from a zero buffer, which its first step treats the same.
-    """
-    per_parameter = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            state = optimizer.state[parameter]
-            if state:
-                continue
-            if "betas" in group:
-                if per_parameter:
-                    on_device = group.get("capturable") or group.get("fused")
-                    device = parameter.device if on_device else torch.device("cpu")
-                    state["step"] = torch.zeros((), dtype=torch.float32, device=device)
-                state["exp_avg"] = torch.zeros_like(parameter.detach())
-                state["exp_avg_sq"] = torch.zeros_like(parameter.detach())
-            elif group.get("momentum"):
-                state["momentum_buffer"] = torch.zeros_like(parameter.detach())
-        if "betas" in group and not per_parameter:
-            group.setdefault("step", 0)
-
-
 def shards(link: MegatronOptimizer) -> Iterator[Shard]:
     """Every shard of one optimizer, in the order of its parameter groups."""
     if isinstance(link, DistributedOptimizer):
@@ -108,23 +83,6 @@ def shards(link: MegatronOptimizer) -> Iterator[Shard]:
         for group in link.optimizer.param_groups:
             for parameter in group["params"]:
                 yield _shard(link, parameter, parameter, 0, parameter.numel())
-
-
-def steps(link: MegatronOptimizer) -> float | None:
-    """The one step count of a torch optimizer that keeps it per parameter; None where groups hold it."""
-    found = {float(s["step"]) for s in link.optimizer.state.values() if "step" in s}
-    if len(found) > 1:
-        raise UnsupportedState(
-            f"parameters of one optimizer have taken different numbers of steps: {sorted(found)[:4]}"
-        )
-    return found.pop() if found else None
-
-
-def set_steps(link: MegatronOptimizer, value: float) -> None:
-    """Write the step count of every parameter."""
-    for state in link.optimizer.state.values():
-        if "step" in state:
-            state["step"].fill_(value)
 
 
 def copy_main_to_model(link: MegatronOptimizer) -> None:

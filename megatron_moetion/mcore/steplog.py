@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the optimizer was told in each step, so that it can be told once more (mode ``exact``).
+"""The inputs of each optimizer step, recorded so that the step can be replayed (mode ``exact``).
 
 Gradients are logged by ``snapshot``; here is the rest of a step's input: the fields of the parameter groups, step
 counts, and, where gradients are reduced in less than fp32, what they were multiplied by on the way to the optimizer
@@ -21,7 +21,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 
 from megatron_moetion.errors import CorruptArena, UnsupportedState
 from megatron_moetion.framework import StepNote
-from megatron_moetion.mcore.shards import set_steps, steps
+from megatron_moetion.mcore.optimizer_state import groups_of, load_group, set_steps, steps
 
 BYTES_A_GROUP = 256
 """Room in the host state for what changes in one parameter group from step to step: rate, decay, count.
@@ -46,8 +46,8 @@ class StepLog:
         self._links = tuple(links)
         self._samples = tuple(samples)
         self._seen = [torch.zeros_like(sample) for sample in samples]
-        self._told: list[dict[str, Any]] = [{} for _ in links]
-        self._times_told = [0] * len(links)
+        self._inputs: list[dict[str, Any]] = [{} for _ in links]
+        self._num_steps = [0] * len(links)
         self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=1)
         self._norm: float | None = None
         self._undo = ExitStack()
@@ -59,7 +59,7 @@ class StepLog:
                 "before they are logged"
             )
         for number, link in enumerate(links):
-            handle = link.optimizer.register_step_pre_hook(partial(self._note_told, number))
+            handle = link.optimizer.register_step_pre_hook(partial(self._note_inputs, number))
             self._undo.callback(handle.remove)
             if self._is_raw[number] and getattr(link, "grad_scaler", None) is not None:
                 self._watch(link.grad_scaler, "update", before=partial(self._note_scale, number))
@@ -83,14 +83,14 @@ class StepLog:
 
     def note_step(self, iteration: int) -> StepNote:
         """Enter the step of ``iteration``."""
-        times, self._times_told = self._times_told, [0] * len(self._links)
+        times, self._num_steps = self._num_steps, [0] * len(self._links)
         if not any(times) and any(getattr(link, "grad_scaler", None) is not None for link in self._links):
             self._log.append((iteration, None))
             return StepNote(skipped=True)
         if any(n != 1 for n in times):
             steps_taken = " and ".join(map(str, times))
             return StepNote(problem=f"{steps_taken} optimizer steps were taken: on_step_end must follow each one")
-        self._log.append((iteration, list(self._told)))
+        self._log.append((iteration, list(self._inputs)))
         bits = ((a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(self._samples, self._seen, strict=True))
         if not all(torch.equal(a, b) for a, b in bits):
             return StepNote(problem="gradients changed before on_step_end: zero them where a step begins")
@@ -131,7 +131,7 @@ class StepLog:
                     _scale_gradients(link, fields["inverse_scale"], fields["norm"], fields["clip_grad"])
                 link.optimizer.step()
                 link.optimizer.zero_grad()
-        self._times_told = [0] * len(self._links)
+        self._num_steps = [0] * len(self._links)
         return True
 
     def _fields(self, number: int) -> dict[str, Any]:
@@ -142,11 +142,11 @@ class StepLog:
         scale = self._inverse_scales[number]
         return {**fields, "inverse_scale": scale, "norm": self._norm, "clip_grad": float(link.config.clip_grad)}
 
-    def _note_told(self, number: int, *_: Any) -> None:
+    def _note_inputs(self, number: int, *_: Any) -> None:
         """One of the optimizers is about to step."""
-        self._told[number] = self._fields(number)
+        self._inputs[number] = self._fields(number)
         self._seen[number].copy_(self._samples[number])
-        self._times_told[number] += 1
+        self._num_steps[number] += 1
 
     def _note_scale(self, number: int) -> None:
         """Gradients have just been divided by the loss scale, which is about to change."""
@@ -186,25 +186,6 @@ class StepLog:
 
         setattr(owner, name, watched)
         self._undo.callback(undo)
-
-
-def groups_of(link: MegatronOptimizer) -> list[dict[str, Any]]:
-    """The fields of each parameter group as plain values."""
-    return [{k: plain(v) for k, v in group.items() if k != "params"} for group in link.optimizer.param_groups]
-
-
-def load_group(group: dict[str, Any], values: Mapping[str, Any]) -> None:
-    """Put a group's fields back, in place where they are tensors."""
-    for key, value in values.items():
-        if isinstance(group.get(key), torch.Tensor):
-            group[key].fill_(value)
-        else:
-            group[key] = value
-
-
-def plain(value: Any) -> Any:
-    """A number instead of a tensor of one."""
-    return value.item() if isinstance(value, torch.Tensor) else value
 
 
 def _has_raw_gradients(link: MegatronOptimizer) -> bool:

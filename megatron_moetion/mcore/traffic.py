@@ -1,21 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the recorder when Megatron-Core communicates. Every hook is put on an object and taken off by ``close``.
+"""Tells the recorder when Megatron-Core communicates (megatron-core 0.16).
 
-Seams: a ``P2PCommunicator`` that the loop passes to the schedule, and during its calls the functions that post
-requests; the token dispatcher's ``token_dispatch`` and ``token_combine``; a bucket group's ``start_`` and ``finish_``
-``grad_sync`` and ``param_sync`` (megatron-core 0.16).
+Pipeline traffic is seen by a ``P2PCommunicator`` that the loop passes to the schedule. For the rest Megatron has no
+hooks: from ``TrafficHooks(...)`` to ``close`` these methods of single objects, and no attribute of a class or module,
+are replaced by functions that call them:
+
+- ``token_dispatch`` and ``token_combine`` of each MoE layer's ``token_dispatcher``, with more than one expert rank;
+- ``start_grad_sync``, ``finish_grad_sync``, ``start_param_sync`` and ``finish_param_sync`` of each bucket group of the
+  DDP wrappers, with more than one rank to reduce over.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+import copy
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import torch
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
-from megatron.core.pipeline_parallel import p2p_communication
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
@@ -27,84 +31,44 @@ from megatron_moetion.schedule.timeline import Lane
 
 
 class TimedCommunicator(P2PCommunicator):
-    """A ``P2PCommunicator`` that records what it sends and how long it waits."""
+    """A ``P2PCommunicator`` that records what it sends and how long it waits.
 
-    def __init__(self, pp_group: dist.ProcessGroup, config: Any, recorder: Recorder, crosses: bool) -> None:
+    ``crosses`` says whether the pipeline's ranks lie on several nodes; ``on_device`` whether its tensors are on a GPU.
+    """
+
+    def __init__(
+        self, pp_group: dist.ProcessGroup, config: Any, recorder: Recorder, *, crosses: bool, on_device: bool
+    ) -> None:
+        if not on_device:
+            # Requests are given back where they are posted one by one. On the host, batching them changes nothing else.
+            config = copy.copy(config)
+            config.batch_p2p_comm = False
         super().__init__(pp_group, config)
         self._recorder = recorder
         self._crosses = crosses
+        self._on_device = on_device
 
-    def _communicate(self, **call: Any) -> Any:
+    def _communicate(self, *, wait_on_reqs: bool = True, **call: Any) -> Any:
         sent = sum(_nbytes(call[side]) for side in ("tensor_send_next", "tensor_send_prev"))
         element = torch.empty(0, dtype=self.config.pipeline_dtype).element_size()
         expected = int(torch.Size(call["tensor_shape"] or ()).numel()) * element
         received = expected * (bool(call["recv_prev"]) + bool(call["recv_next"]))
         lane = Lane.PIPELINE if sent else Lane.WAIT
         with self._recorder.span(lane, sent * self._crosses, received * self._crosses) as span:
-            if not sent:
-                return super()._communicate(**call)
-            with telling_of_sends(lambda: self._recorder.taken(span)):
-                return super()._communicate(**call)
-
-
-@contextmanager
-def telling_of_sends(taken: Callable[[], None]) -> Iterator[None]:
-    """``taken`` is called once the network has taken what Megatron's pipeline call inside sends.
-
-    That is before the call returns. Gloo keeps a message until its receiver asks for it, which may be late; the
-    training thread waits for that. A device's requests are waited for by its stream, out of the host's sight: there,
-    and where Megatron posts requests in another way than this knows, a message counts as taken when it is posted.
-    """
-    posting = {name: post for name in _POSTING if (post := vars(p2p_communication).get(name)) is not None}
-    for name, post in posting.items():
-        setattr(p2p_communication, name, _telling(post, taken))
-    try:
-        yield
-    finally:
-        for name, post in posting.items():
-            setattr(p2p_communication, name, post)
-
-
-_POSTING = ("_batched_p2p_ops", "_p2p_ops")
-"""The functions that post the requests of a call: a list in the order of ``_REQUESTS``, or a dict."""
-_REQUESTS = ("send_prev", "recv_prev", "send_next", "recv_next")
-
-
-def _telling(post: Callable[..., Any], taken: Callable[[], None]) -> Callable[..., Any]:
-    def call(*positional: Any, **arguments: Any) -> Any:
-        requests = post(*positional, **arguments)
-        asked = [n for n in _REQUESTS if arguments.get(f"tensor_{n}") is not None]
-        sends = [n for n in asked if n.startswith("send")]
-        named: dict[str, Any] = {}
-        if isinstance(requests, dict) and requests.keys() == set(asked):
-            named = requests
-        elif isinstance(requests, list) and len(requests) == len(asked):
-            named = dict(zip(asked, requests, strict=True))
-        if not named or not sends or arguments[f"tensor_{sends[0]}"].is_cuda:
-            taken()
-            return requests
-        # All are posted and Megatron waits for all of them; with the sends first, no late answer hides when they went.
-        named = {n: named[n] for n in (*sends, *asked)}
-        named[sends[-1]] = _Waited(named[sends[-1]], taken)
-        return named if isinstance(requests, dict) else list(named.values())
-
-    return call
-
-
-class _Waited:
-    """A request, and what to call after it was waited for."""
-
-    def __init__(self, work: dist.Work, then: Callable[[], None]) -> None:
-        self._work = work
-        self._then = then
-
-    def wait(self, *limits: Any) -> bool:
-        done = self._work.wait(*limits)
-        self._then()
-        return done
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._work, name)
+            if sent and self._on_device:
+                self._recorder.accepted(span)  # a stream waits for its requests, unseen by the host: as good as sent
+            if not sent or self._on_device or not wait_on_reqs:
+                return super()._communicate(**call, wait_on_reqs=wait_on_reqs)
+            previous, following, requests = super()._communicate(**call, wait_on_reqs=False)
+            # All are posted, and all are waited for. Gloo keeps a message until its receiver asks for it; with the
+            # sends first, no late answer hides when that was.
+            sends = [name for name in requests if name.startswith("send")]
+            for name in sends:
+                requests.pop(name).wait()
+            self._recorder.accepted(span)
+            for request in requests.values():
+                request.wait()
+            return previous, following, None
 
 
 class TrafficHooks:
@@ -119,6 +83,7 @@ class TrafficHooks:
         self._recorder = recorder
         self._crosses = crosses
         self._config = get_model_config(model[0])
+        self._on_device = next(model[0].parameters()).is_cuda
         with ExitStack() as self._undo:
             for chunk in model:
                 for layer in chunk.modules():
@@ -140,7 +105,9 @@ class TrafficHooks:
         groups.embd = parallel_state.get_embedding_group(check_initialized=False)
         groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
-        communicator = TimedCommunicator(group, self._config, self._recorder, self._crosses(_ranks(group)))
+        communicator = TimedCommunicator(
+            group, self._config, self._recorder, crosses=self._crosses(_ranks(group)), on_device=self._on_device
+        )
         return {"p2p_communicator": communicator, "pg_collection": groups}
 
     def close(self) -> None:

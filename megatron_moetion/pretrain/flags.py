@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
+from megatron_moetion.config import flag_of
 from megatron_moetion.errors import ConfigError
 
 RECORD_BYTES = 8192
@@ -81,11 +82,11 @@ def compare(before: bytes, now: bytes, *, same_run: bool) -> str:
     fatal = (Effect.MODEL, Effect.RUN) if same_run else (Effect.MODEL,)
     refused = [name for name in changed if EFFECTS[name] in fatal]
     if refused:
-        raise ConfigError(_refusal(", ".join(_told(n, then, today) for n in refused), same_run=same_run))
+        raise ConfigError(_refusal(", ".join(_changed(n, then, today) for n in refused), same_run=same_run))
     if not changed:
         return ""
     since = "the last start" if same_run else "the checkpoint was saved"
-    line = f"flags changed since {since}: {', '.join(_told(name, then, today) for name in changed)}"
+    line = f"flags changed since {since}: {', '.join(_changed(name, then, today) for name in changed)}"
     if today.get("data_path") and any(name in changed for name in _REORDER):
         line += " (samples of --data-path may come in another order)"
     return line
@@ -103,10 +104,10 @@ def _refusal(flags: str, *, same_run: bool) -> str:
     )
 
 
-def _told(name: str, then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
+def _changed(name: str, then: Mapping[str, Any], today: Mapping[str, Any]) -> str:
     if name == "add_bias_linear":  # the one flag that takes away
         return f"--disable-bias-linear {_shown(not then[name])} -> {_shown(not today[name])}"
-    return f"--{name.replace('_', '-')} {_shown(then[name])} -> {_shown(today[name])}"
+    return f"{flag_of(name)} {_shown(then[name])} -> {_shown(today[name])}"
 
 
 def _shown(value: Any) -> str:

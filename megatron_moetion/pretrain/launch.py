@@ -16,7 +16,6 @@ import textwrap
 import time
 import warnings
 from collections.abc import Mapping, MutableMapping, Sequence
-from dataclasses import dataclass
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -26,31 +25,11 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.mcore.argument_checks import Machine, check_arguments
 from megatron_moetion.mcore.arguments import moetion_config, read_arguments
+from megatron_moetion.pretrain.process import Process
 
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 SPEAKER_LIMIT_S = 5.0
 """For the one rank of a node that says what all its ranks have found."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Place:
-    """Where this process stands, from the launcher's environment; a single process without one."""
-
-    rank: int
-    world_size: int
-    local_rank: int
-    local_world_size: int
-
-    @classmethod
-    def from_environment(cls, environ: Mapping[str, str]) -> Place:
-        """Read ``RANK``, ``WORLD_SIZE``, ``LOCAL_RANK`` and ``LOCAL_WORLD_SIZE``."""
-        world_size = int(environ.get("WORLD_SIZE", "1"))
-        return cls(
-            rank=int(environ.get("RANK", "0")),
-            world_size=world_size,
-            local_rank=int(environ.get("LOCAL_RANK", "0")),
-            local_world_size=int(environ.get("LOCAL_WORLD_SIZE", str(world_size))),
-        )
 
 
 def visible_gpus(environ: Mapping[str, str], folder: Path = GPU_FOLDER) -> int:
@@ -64,7 +43,7 @@ def visible_gpus(environ: Mapping[str, str], folder: Path = GPU_FOLDER) -> int:
     return min(present, sum(1 for _ in named))
 
 
-def takes_gpu(device: str, gpus: int, place: Place) -> bool:
+def takes_gpu(device: str, gpus: int, process: Process) -> bool:
     """Whether this rank computes on a GPU, by ``--device`` and the number of GPUs that it sees.
 
     ``ConfigError`` where there are some but not one for each rank. A single one may be this rank's own, since some
@@ -72,9 +51,9 @@ def takes_gpu(device: str, gpus: int, place: Place) -> bool:
     """
     if device == "cpu" or (device == "auto" and gpus == 0):
         return False
-    if 1 < gpus < place.local_world_size:
+    if 1 < gpus < process.local_world_size:
         raise ConfigError(
-            f"{gpus} GPUs for the {place.local_world_size} ranks of this machine: mend it or leave it out, start "
+            f"{gpus} GPUs for the {process.local_world_size} ranks of this machine: mend it or leave it out, start "
             f"{gpus} ranks on each (torchrun --nproc-per-node {gpus}), or let all train on the CPU with --device cpu"
         )
     return True
@@ -94,25 +73,27 @@ def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -
         placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], config.replicas)
 
 
-def settings(argv: Sequence[str], place: Place, environ: MutableMapping[str, str]) -> tuple[argparse.Namespace, bool]:
+def settings(
+    argv: Sequence[str], process: Process, environ: MutableMapping[str, str]
+) -> tuple[argparse.Namespace, bool]:
     """The flags, checked against each other and this machine, and whether this rank computes on a GPU.
 
     Hides the GPUs from torch on the CPU path, so it must run before torch is imported. Raises ``ConfigError``.
     """
     args = read_arguments(argv)
     # Where GPUs are demanded torch alone is asked, later: not every machine shows them where the driver usually does.
-    on_gpu = args.device == "gpu" or takes_gpu(args.device, visible_gpus(environ), place)
-    check_arguments(args, Machine.here(place.world_size, on_gpu))
+    on_gpu = args.device == "gpu" or takes_gpu(args.device, visible_gpus(environ), process)
+    check_arguments(args, Machine.here(process.world_size, on_gpu))
     if args.moetion:
-        check_nodes(moetion_config(args), place.world_size, int(environ.get("LOCAL_WORLD_SIZE", "1")))
+        check_nodes(moetion_config(args), process.world_size, int(environ.get("LOCAL_WORLD_SIZE", "1")))
     if not on_gpu:
         why = "GPUs left alone (--device cpu)" if args.device == "cpu" else "no GPU"
-        _announce(place, f"CPU path on {socket.gethostname()}: {place.local_world_size} rank(s), {why}")
+        _announce(process, f"CPU path on {socket.gethostname()}: {process.local_world_size} rank(s), {why}")
         environ["CUDA_VISIBLE_DEVICES"] = ""
     return args, on_gpu
 
 
-def require_gpus(place: Place) -> None:
+def require_gpus(process: Process) -> None:
     """Raise ``ConfigError`` unless torch can use a GPU for this rank, whatever the driver shows."""
     import torch
 
@@ -122,24 +103,24 @@ def require_gpus(place: Place) -> None:
             f"torch {torch.__version__}, built for CUDA {torch.version.cuda}, can use no GPU of this machine: install "
             "a build that fits the driver, mend the machine, or let all ranks train on the CPU with --device cpu"
         )
-    takes_gpu("gpu", usable, place)
+    takes_gpu("gpu", usable, process)
     _announce(
-        place,
-        f"GPU path on {socket.gethostname()}: {place.local_world_size} rank(s), {torch.cuda.get_device_name(0)}",
+        process,
+        f"GPU path on {socket.gethostname()}: {process.local_world_size} rank(s), {torch.cuda.get_device_name(0)}",
     )
 
 
 def run(argv: Sequence[str]) -> int:
     """The whole program on this rank. Returns the exit code; a user's mistake is one line, not a traceback."""
-    place = Place.from_environment(os.environ)
+    process = Process.from_environment(os.environ)
     try:
-        args, on_gpu = settings(argv, place, os.environ)
+        args, on_gpu = settings(argv, process, os.environ)
         if on_gpu:
-            require_gpus(place)
+            require_gpus(process)
     except ConfigError as error:
         # The ranks of a node read the same flags on the same machine, and read them again at every restart.
         error.shared = True
-        complain(error, place, os.environ)
+        complain(error, process, os.environ)
         return error.exit_code
     try:
         if not on_gpu:
@@ -152,16 +133,16 @@ def run(argv: Sequence[str]) -> int:
         _quiet_deprecations()
         from megatron_moetion.pretrain.loop import pretrain
 
-        pretrain(args, place)
+        pretrain(args, process)
     except MoetionError as error:
-        complain(error, place, os.environ)
+        complain(error, process, os.environ)
         return error.exit_code
     return 0
 
 
-def complain(error: MoetionError, place: Place, environ: Mapping[str, str]) -> None:
+def complain(error: MoetionError, process: Process, environ: Mapping[str, str]) -> None:
     """One line on standard error: once a node for an error that all its ranks have, else from each rank that has it."""
-    if error.shared and place.local_rank:
+    if error.shared and process.local_rank:
         # A launcher that sees this process end ends the others, the one that speaks too. It never waits that long
         # where the launcher sees the other end.
         time.sleep(SPEAKER_LIMIT_S)
@@ -169,7 +150,7 @@ def complain(error: MoetionError, place: Place, environ: Mapping[str, str]) -> N
     text = str(error)
     if isinstance(error, ConfigError) and _said_before(text, environ):
         text = f"as before: {textwrap.shorten(text, 60)}"
-    _say_last(text, place.rank)
+    _say_last(text, process.rank)
 
 
 def _said_before(text: str, environ: Mapping[str, str]) -> bool:
@@ -194,8 +175,8 @@ def _say_last(text: str, rank: int) -> None:
     print(f"error: rank {rank} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
 
 
-def _announce(place: Place, text: str) -> None:
-    if place.local_rank == 0:
+def _announce(process: Process, text: str) -> None:
+    if process.local_rank == 0:
         print(f"> {text}", flush=True)
 
 
@@ -211,8 +192,8 @@ def _leave_after_traceback(kind: type[BaseException], error: BaseException, trac
     Python would then wait for every thread, while peers and the launcher wait for this process.
     """
     sys.__excepthook__(kind, error, trace)
-    place = Place.from_environment(os.environ)
-    _say_last(textwrap.shorten(f"{kind.__name__}: {error}", 200) + " (traceback above)", place.rank)
+    process = Process.from_environment(os.environ)
+    _say_last(textwrap.shorten(f"{kind.__name__}: {error}", 200) + " (traceback above)", process.rank)
     leave(128 + signal.SIGINT if issubclass(kind, KeyboardInterrupt) else 1)
 
 

@@ -17,14 +17,14 @@ from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, tr
 from torch import distributed as dist
 
 from megatron_moetion.mcore.arguments import moetion_config
-from megatron_moetion.persist import export
-from megatron_moetion.pretrain import flags
+from megatron_moetion.mcore.rng import load_rng_states, rng_states
+from megatron_moetion.pretrain import checkpoint, flags
 from megatron_moetion.pretrain.corpus import Split, TokenSource, batches, sample_numbers
-from megatron_moetion.pretrain.launch import Place
 from megatron_moetion.pretrain.model import build_model, build_optimizer
+from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.progress import Progress, RunState
-from megatron_moetion.pretrain.report import Reporter, StepResult
-from megatron_moetion.pretrain.startup import build_source, initialize, say
+from megatron_moetion.pretrain.report import Reporter, StepResult, say
+from megatron_moetion.pretrain.startup import build_source, initialize
 
 AUX_LOSS_NAMES = {
     "aux_loss": "load_balancing_loss",
@@ -33,12 +33,12 @@ AUX_LOSS_NAMES = {
 }
 
 
-def pretrain(args: argparse.Namespace, place: Place) -> None:
+def pretrain(args: argparse.Namespace, process: Process) -> None:
     """Train to ``--train-iters`` on this rank, from wherever the run stands."""
-    attempt = initialize(args, place)
+    attempt = initialize(args, process)
     source = build_source(args)
     # The last rank is on the last pipeline stage, which has the loss.
-    reporter = Reporter(args, active=place.rank == place.world_size - 1, attempt=attempt)
+    reporter = Reporter(args, active=process.rank == process.world_size - 1, attempt=attempt)
     with closing(reporter):
         trainer = Trainer(args, source, reporter)
         say(f"> data: {source.description}")
@@ -60,7 +60,7 @@ class Trainer:
         self.model = build_model(args, source.vocab_size)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         if args.save is not None or args.load is not None:
-            export.check_supported(self.optimizer)
+            checkpoint.check_supported(self.optimizer)
         self._forward_backward = get_forward_backward_func()
         self.pipeline_arguments: dict[str, Any] = {}
         """What Megatron's schedule is given beside the step: see ``Attached``."""
@@ -133,7 +133,7 @@ class Trainer:
 
     def _newest_on_disk(self) -> int | None:
         """The iteration of the newest checkpoint below ``--load``, or None if there is none."""
-        return None if self.args.load is None else export.latest_iteration(self.args.load)
+        return None if self.args.load is None else checkpoint.latest_iteration(self.args.load)
 
     def _go_on(self) -> None:
         """State of an earlier start is in place: flags that are not as they were then act from here on."""
@@ -145,7 +145,7 @@ class Trainer:
             self.scheduler.num_steps = steps
             self.scheduler.step(increment=0)
         if self.args.save is not None:
-            self._saved = export.last_saved(self.args.save)
+            self._saved = checkpoint.last_saved(self.args.save)
 
     def _save_if_due(self) -> None:
         """Save at multiples of ``--save-interval``, once each."""
@@ -157,7 +157,7 @@ class Trainer:
         """Load the newest checkpoint below ``--load``. Returns its iteration, or None if there is none."""
         if self.args.load is None:
             return None
-        iteration = export.load_checkpoint(
+        iteration = checkpoint.load_checkpoint(
             self.args.load, self.model, self.optimizer, self.scheduler, self.state.load_checkpoint, self.args.seed
         )
         if iteration is None:
@@ -171,7 +171,7 @@ class Trainer:
         """Write a torch_dist checkpoint below ``--save``."""
         started = time.perf_counter()
         with self.params_gathered():
-            export.save_checkpoint(self.args.save, self.model, self.optimizer, self.scheduler, self.state)
+            checkpoint.save_checkpoint(self.args.save, self.model, self.optimizer, self.scheduler, self.state)
         self._saved = self.progress.iteration
         seconds = time.perf_counter() - started
         say(f"> saved the checkpoint of iteration {self.progress.iteration} to {self.args.save} in {seconds:.1f} s")
@@ -207,7 +207,7 @@ class Trainer:
 
         Training is not disturbed: RNG states are put back, and validation has a data cursor of its own.
         """
-        states = export.rng_states()
+        states = rng_states()
         total = 0.0
         for chunk in self.model:
             chunk.eval()
@@ -219,7 +219,7 @@ class Trainer:
                 self.progress.consumed_valid_samples += self.args.global_batch_size
         for chunk in self.model:
             chunk.train()
-        export.load_rng_states(states)
+        load_rng_states(states)
         self.progress.evaluated = self.progress.iteration
         self.reporter.validation(self.progress, total / self.args.eval_iters)
 

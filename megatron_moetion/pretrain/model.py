@@ -17,6 +17,8 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moetion.mcore.optimizer_state import create_state
+
 
 def params_dtype(args: argparse.Namespace) -> torch.dtype:
     """The dtype of model parameters and of activations between pipeline stages."""
@@ -202,7 +204,10 @@ def build_optimizer(
         ),
         model,
     )
-    _create_state(optimizer)
+    # With fp16 many steps may be skipped before the first one would create the state; a checkpoint needs it.
+    for link in optimizer.chained_optimizers:
+        if not link.is_stub_optimizer:
+            create_state(link.optimizer)
     model[0].config.grad_scale_func = optimizer.scale_loss
     samples = args.global_batch_size
     scheduler = OptimizerParamScheduler(
@@ -219,13 +224,3 @@ def build_optimizer(
         wd_incr_style="constant",
     )
     return optimizer, scheduler
-
-
-def _create_state(optimizer: MegatronOptimizer) -> None:
-    """Zero moments from the start: with fp16 many steps may be skipped before the first one makes them.
-
-    Torch's own AdamW is left alone: state that it did not make lacks a ``step``.
-    """
-    for inner in optimizer.chained_optimizers:
-        if not inner.is_stub_optimizer and not isinstance(inner.optimizer, torch.optim.Adam):
-            inner.init_state_fn(inner.optimizer, inner.config)

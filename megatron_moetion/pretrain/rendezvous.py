@@ -15,7 +15,7 @@ import torch
 from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError, ConfigError
-from megatron_moetion.pretrain.launch import Place
+from megatron_moetion.pretrain.process import Process
 
 POLL_INTERVAL_S = 0.02
 MOST_NAMED = 8
@@ -33,22 +33,22 @@ class Device:
     """What no two GPUs have in common."""
 
 
-def connect(place: Place, timeout: timedelta, device: Device) -> int:
+def connect(process: Process, timeout: timedelta, device: Device) -> int:
     """Initialise the default process group. Returns the attempt number: 0, then 1 after the first restart.
 
     ``torchrun`` keeps its store over restarts, and keys of the dead attempt would mislead the new one
     (pytorch issues 135712 and 167288). So the processes that are alive agree on a fresh prefix first.
     """
-    store = open_store(os.environ, place, timeout)
+    store = open_store(os.environ, process, timeout)
     restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    token = agree_on_token(store, place.rank, place.world_size, timeout, restarts)
+    token = agree_on_token(store, process.rank, process.world_size, timeout, restarts)
     fresh = dist.PrefixStore(f"moetion/attempt/{token}", store)
-    compare_devices(fresh, place.rank, place.world_size, timeout, device)
+    compare_devices(fresh, process.rank, process.world_size, timeout, device)
     dist.init_process_group(
         "gloo" if device.index is None else "nccl",
         store=fresh,
-        rank=place.rank,
-        world_size=place.world_size,
+        rank=process.rank,
+        world_size=process.world_size,
         timeout=timeout,
         device_id=None if device.index is None else torch.device("cuda", device.index),
     )
@@ -119,17 +119,17 @@ def _stretches(ranks: Sequence[int]) -> Iterator[str]:
             first = end
 
 
-def open_store(environ: Mapping[str, str], place: Place, timeout: timedelta) -> dist.Store:
+def open_store(environ: Mapping[str, str], process: Process, timeout: timedelta) -> dist.Store:
     """The launcher's store, or one that rank 0 hosts at ``MASTER_ADDR:MASTER_PORT``; alone, a local one."""
     if "MASTER_ADDR" not in environ:
-        if place.world_size > 1:
-            raise ChannelError(f"WORLD_SIZE is {place.world_size}, but MASTER_ADDR is not set; start with torchrun")
+        if process.world_size > 1:
+            raise ChannelError(f"WORLD_SIZE is {process.world_size}, but MASTER_ADDR is not set; start with torchrun")
         return dist.HashStore()
     launcher_hosts_it = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     return dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
-        is_master=place.rank == 0 and not launcher_hosts_it,
+        is_master=process.rank == 0 and not launcher_hosts_it,
         timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,

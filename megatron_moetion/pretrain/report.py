@@ -181,6 +181,12 @@ def format_line(args: argparse.Namespace, progress: Progress, results: list[Step
     return " | ".join(fields) + " |"
 
 
+def say(text: str) -> None:
+    """Print a log line once, from rank 0."""
+    if dist.get_rank() == 0:
+        _print(text)
+
+
 def _print(text: str) -> None:
     """A log line. Where standard output is a file on a full disk, lines are missing and training goes on."""
     with suppress(OSError):

@@ -9,7 +9,6 @@ import os
 import random
 import socket
 import sys
-from contextlib import suppress
 from datetime import timedelta
 
 import numpy as np
@@ -17,44 +16,37 @@ import torch
 from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
-from torch import distributed as dist
 
 from megatron_moetion.pretrain.corpus import MockCorpus, StdlibCorpus, TokenSource
 from megatron_moetion.pretrain.indexed import IndexedCorpus
-from megatron_moetion.pretrain.launch import Place
+from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.rendezvous import Device, connect
+from megatron_moetion.pretrain.report import say
 from megatron_moetion.pretrain.supervisor import replacement_warning
 
 
-def say(text: str) -> None:
-    """Print once, from rank 0. A log on a full disk stops no training."""
-    if dist.get_rank() == 0:
-        with suppress(OSError):
-            print(text, flush=True)
-
-
-def initialize(args: argparse.Namespace, place: Place) -> int:
+def initialize(args: argparse.Namespace, process: Process) -> int:
     """Connect the ranks, form Megatron's groups, seed. Returns the attempt number."""
-    device = _device(place)
+    device = _device(process)
     if device.index is not None:
         torch.cuda.set_device(device.index)
-    attempt = connect(place, timedelta(minutes=args.distributed_timeout_minutes), device)
+    attempt = connect(process, timedelta(minutes=args.distributed_timeout_minutes), device)
     if args.moetion and (warning := replacement_warning(os.environ)):
         say(f"> warning: {warning}")
     # Announces itself as a warning although it is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
     _show_runtime_log()
-    form_groups(args, place)
+    form_groups(args, process)
     return attempt
 
 
-def _device(place: Place) -> Device:
+def _device(process: Process) -> Device:
     """The GPU of this rank's number, or the only one that it sees; without any the CPU."""
     host = socket.gethostname()
     if not torch.cuda.is_available():
         return Device(host=host, index=None)
-    index = 0 if torch.cuda.device_count() == 1 else place.local_rank
+    index = 0 if torch.cuda.device_count() == 1 else process.local_rank
     return Device(host=host, index=index, gpu=str(torch.cuda.get_device_properties(index).uuid))
 
 
@@ -68,7 +60,7 @@ def _show_runtime_log() -> None:
     logger.handlers = [handler]
 
 
-def form_groups(args: argparse.Namespace, place: Place) -> None:
+def form_groups(args: argparse.Namespace, process: Process) -> None:
     """Megatron's process groups and random seeds for one set of flags, over ranks that are connected."""
     parallel_state.initialize_model_parallel(
         args.tensor_model_parallel_size,
@@ -79,7 +71,7 @@ def form_groups(args: argparse.Namespace, place: Place) -> None:
         distributed_timeout_minutes=args.distributed_timeout_minutes,
     )
     init_num_microbatches_calculator(
-        place.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
+        process.rank, None, args.global_batch_size, args.micro_batch_size, args.data_parallel_size
     )
     # As Megatron-LM: pipeline stages differ, data parallel replicas agree; the tracker adds the expert ranks.
     seed = args.seed + 100 * parallel_state.get_pipeline_model_parallel_rank()

@@ -167,7 +167,7 @@ class Recorder:
                 self._now.spans.append(span)
         return span
 
-    def taken(self, span: OpenSpan) -> None:
+    def accepted(self, span: OpenSpan) -> None:
         """The network has accepted all that the span sends.
 
         Without effect once the span is over. Megatron waits, between virtual stages, for a request in a later call than

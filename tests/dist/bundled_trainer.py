@@ -16,8 +16,7 @@ cpu_device.install()
 
 # isort: split
 from megatron_moetion.mcore import attach  # noqa: F401
-from megatron_moetion.persist import export
-from megatron_moetion.pretrain import loop  # noqa: F401
+from megatron_moetion.pretrain import checkpoint, loop  # noqa: F401
 from megatron_moetion.pretrain.launch import run
 
 
@@ -25,7 +24,7 @@ def main(argv: Sequence[str], die_in_save: int | None, environment: Mapping[str,
     """``die_in_save``: rank 0 is killed when all of the checkpoint of this iteration is written but the tracker."""
     os.environ.update(environment)
     if die_in_save is not None:
-        export._write_tracker = _killing_at(die_in_save, export._write_tracker)
+        checkpoint._write_tracker = _killing_at(die_in_save, checkpoint._write_tracker)
     return run(argv)
 
 

@@ -24,7 +24,7 @@ from megatron.core import optimizer as megatron_optimizer
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.mcore.attach import Attached, attach
-from megatron_moetion.mcore.optimizer import MegatronState
+from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 
 PERIOD = 3
@@ -91,17 +91,16 @@ class _optimizer:
         self._sgd = name.startswith("sgd")
 
     def __enter__(self) -> None:
-        self._before = megatron_optimizer.Adam, model_module.OptimizerConfig, model_module._create_state
+        self._before = megatron_optimizer.Adam, model_module.OptimizerConfig
         if self._inner is not None:
             inner = self._inner
             megatron_optimizer.Adam = lambda params, adam_w_mode, **how: inner(params, **how)
         if self._sgd:
             original = model_module.OptimizerConfig
             model_module.OptimizerConfig = lambda **how: original(**how | {"optimizer": "sgd", "sgd_momentum": 0.9})
-            model_module._create_state = lambda optimizer: None
 
     def __exit__(self, *exc: object) -> None:
-        megatron_optimizer.Adam, model_module.OptimizerConfig, model_module._create_state = self._before
+        megatron_optimizer.Adam, model_module.OptimizerConfig = self._before
 
 
 def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:

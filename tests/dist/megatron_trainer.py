@@ -35,11 +35,11 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
-from megatron_moetion.mcore.optimizer import MegatronState
 from megatron_moetion.mcore.router import RECENT_ITERATIONS, Counts
+from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 from megatron_moetion.pretrain.corpus import MockCorpus
-from megatron_moetion.pretrain.launch import Place
+from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.loop import Trainer
 from megatron_moetion.pretrain.report import Reporter
 from megatron_moetion.pretrain.startup import form_groups
@@ -132,7 +132,7 @@ def _tear_down() -> None:
 
 def _build(rank: int, name: str, flags: str) -> Trainer:
     args = parse_arguments(f"{MODEL} {flags}".split(), Machine.here(WORLD_SIZE, has_gpu=False))
-    form_groups(args, Place(rank=rank, world_size=WORLD_SIZE, local_rank=rank, local_world_size=WORLD_SIZE))
+    form_groups(args, Process(rank=rank, world_size=WORLD_SIZE, local_rank=rank, local_world_size=WORLD_SIZE))
     build_chunk = model_module._build_chunk
 
     def build_frozen(*how: Any) -> torch.nn.Module:

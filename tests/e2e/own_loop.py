@@ -14,7 +14,7 @@ from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.mcore import cpu_device
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
-from megatron_moetion.pretrain.launch import Place
+from megatron_moetion.pretrain.process import Process
 
 FLAGS = (
     "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --num-experts 2 --moe-ffn-hidden-size 16 "
@@ -33,7 +33,7 @@ class NoSummary:
 
 def main(ending: str, store: str, timeout_s: int) -> None:
     cpu_device.install()
-    place = Place.from_environment(os.environ)
+    place = Process.from_environment(os.environ)
     args = parse_arguments(FLAGS.split(), Machine.here(place.world_size, has_gpu=False))
 
     from torch import distributed as dist

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import pytest
-
 from benchmarks.host_cost import MODES, PERIOD, Measured, measure, results_of
 
 

@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from megatron.core.pipeline_parallel import p2p_communication
+import torch
+from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
-from megatron_moetion.mcore.traffic import telling_of_sends
+from megatron_moetion.mcore.traffic import TimedCommunicator
+from megatron_moetion.schedule.recorder import HostClock, Recorder
 
-NAMES = ("send_prev", "recv_prev", "send_next", "recv_next")
-ODD_RANK = ("recv_prev", "send_next", "recv_next", "send_prev")
-"""The order in which every second stage posts requests one by one."""
+TENSOR = torch.zeros(4)
 
 
-class Work:
+class Request:
     def __init__(self, name: str, log: list[str]) -> None:
         self.name, self._log = name, log
 
@@ -26,74 +25,76 @@ class Work:
         return True
 
 
-def call(monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], kind: str = "list", *, is_cuda: bool = False) -> Any:
-    """What happens, in order, when a call posts these requests and waits for all of them."""
+class Listening(Recorder):
+    """A recorder whose log says when the network has taken a message."""
+
+    def __init__(self, log: list[str]) -> None:
+        super().__init__(HostClock())
+        self._log = log
+
+    def taken(self, span: Any) -> None:
+        self._log.append("taken")
+        super().taken(span)
+
+
+def call(
+    monkeypatch: pytest.MonkeyPatch, posted: tuple[str, ...], *, on_device: bool = False, waits: bool = True
+) -> tuple[list[str], Any]:
+    """What happens in a call that posts these requests, in order, and what it gives back."""
     log: list[str] = []
-    tensors = {f"tensor_{n}": SimpleNamespace(is_cuda=is_cuda) if n in asked else None for n in NAMES}
 
-    def post(**arguments: Any) -> Any:
-        works = {n: Work(n, log) for n in asked}
-        return works if kind == "dict" else list(works.values())[: 1 if kind == "coalesced" else None]
+    def base(self: P2PCommunicator, *, wait_on_reqs: bool, **tensors: Any) -> Any:
+        requests = {name: Request(name, log) for name in posted}
+        log.append("posted one by one" if not self.config.batch_p2p_comm else "posted")
+        if not wait_on_reqs:
+            return "previous", "following", requests
+        for request in requests.values():
+            request.wait()
+        return "previous", "following", None
 
-    name = "_p2p_ops" if kind == "dict" else "_batched_p2p_ops"
-    monkeypatch.setattr(p2p_communication, name, post)
-    with telling_of_sends(lambda: log.append("taken")):
-        posted = getattr(p2p_communication, name)(**tensors)
-    assert getattr(p2p_communication, name) is post
-    works = posted if isinstance(posted, list) else list(posted.values())
-    assert isinstance(posted, dict if kind == "dict" else list)
-    if isinstance(posted, dict):
-        assert {n: w.name for n, w in posted.items()} == {n: n for n in asked}  # a request stays what it was
-    assert all(w.wait() for w in works)
-    return log
+    monkeypatch.setattr(P2PCommunicator, "__init__", lambda self, group, config: setattr(self, "config", config))
+    monkeypatch.setattr(P2PCommunicator, "_communicate", base)
+    config = SimpleNamespace(pipeline_dtype=torch.float32, batch_p2p_comm=True)
+    stage = TimedCommunicator(None, config, Listening(log), crosses=True, on_device=on_device)
+    found = stage._communicate(
+        tensor_send_next=TENSOR if "send_next" in posted else None,
+        tensor_send_prev=TENSOR if "send_prev" in posted else None,
+        recv_prev="recv_prev" in posted,
+        recv_next="recv_next" in posted,
+        tensor_shape=(4,),
+        wait_on_reqs=waits,
+    )
+    assert config.batch_p2p_comm, "training's own settings stay as they are"
+    return log, found
 
 
 @pytest.mark.parametrize(
-    ("asked", "kind", "expected"),
+    ("posted", "expected"),
     [
-        (("send_next", "recv_next"), "list", "send_next taken recv_next"),
-        (("recv_prev", "send_next"), "list", "send_next taken recv_prev"),
-        (NAMES, "list", "send_prev send_next taken recv_prev recv_next"),
-        (("recv_prev", "send_prev"), "dict", "send_prev taken recv_prev"),
-        (ODD_RANK, "dict", "send_prev send_next taken recv_prev recv_next"),
+        (("send_next", "recv_next"), "send_next taken recv_next"),
+        (("recv_prev", "send_next"), "send_next taken recv_prev"),
+        (("recv_prev", "send_next", "recv_next", "send_prev"), "send_next send_prev taken recv_prev recv_next"),
     ],
 )
 def test_sends_are_waited_for_first_and_then_the_network_has_them(
-    monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], kind: str, expected: str
+    monkeypatch: pytest.MonkeyPatch, posted: tuple[str, ...], expected: str
 ) -> None:
-    assert call(monkeypatch, asked, kind) == expected.split()
+    log, found = call(monkeypatch, posted)
+    assert log == ["posted one by one", *expected.split()]
+    assert found == ("previous", "following", None)
 
 
-def test_where_the_host_cannot_see_it_a_message_counts_as_taken_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert call(monkeypatch, ("send_next", "recv_next"), is_cuda=True) == ["taken", "send_next", "recv_next"]
-    assert call(monkeypatch, ("send_next", "recv_next"), "coalesced") == ["taken", "send_next"]
+def test_a_call_that_sends_nothing_is_megatrons_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert call(monkeypatch, ("recv_prev",))[0] == ["posted one by one", "recv_prev"]
 
 
-@pytest.fixture
-def log() -> Iterator[list[str]]:
-    posting = dict(vars(p2p_communication))
-    yield []
-    assert dict(vars(p2p_communication)) == posting
+def test_where_a_stream_waits_a_message_counts_as_taken_when_it_is_posted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """And requests are posted as training asks for."""
+    log, _ = call(monkeypatch, ("recv_next", "send_next"), on_device=True)
+    assert log == ["taken", "posted", "recv_next", "send_next"]
 
 
-@pytest.mark.parametrize("answer", [None, ("a", "b"), {"other": 1}, [1, 2, 3]])
-def test_what_a_later_megatron_may_answer_is_left_alone(
-    monkeypatch: pytest.MonkeyPatch, log: list[str], answer: Any
-) -> None:
-    with monkeypatch.context() as later:
-        later.setattr(p2p_communication, "_p2p_ops", lambda *tensors, **named: answer)
-        with telling_of_sends(lambda: log.append("taken")):
-            assert p2p_communication._p2p_ops("x", tensor_send_next=SimpleNamespace(is_cuda=False)) is answer
-    assert log == ["taken"]
-
-
-def test_a_fault_while_posting_leaves_megatron_as_it_was(monkeypatch: pytest.MonkeyPatch, log: list[str]) -> None:
-    def post(**tensors: Any) -> Any:
-        raise RuntimeError("lost")
-
-    with monkeypatch.context() as faulty:
-        faulty.setattr(p2p_communication, "_p2p_ops", post)
-        with pytest.raises(RuntimeError, match="lost"), telling_of_sends(lambda: log.append("taken")):
-            p2p_communication._p2p_ops()
-        assert p2p_communication._p2p_ops is post
-    assert log == []
+def test_requests_that_training_waits_for_itself_are_given_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    log, (*_, requests) = call(monkeypatch, ("recv_next", "send_next"), waits=False)
+    assert log == ["posted one by one"]
+    assert list(requests) == ["recv_next", "send_next"]

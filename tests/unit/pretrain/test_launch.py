@@ -15,7 +15,8 @@ import pytest
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, StoreError
 from megatron_moetion.pretrain import launch
-from megatron_moetion.pretrain.launch import Place, check_nodes, complain, settings, takes_gpu, visible_gpus
+from megatron_moetion.pretrain.launch import check_nodes, complain, settings, takes_gpu, visible_gpus
+from megatron_moetion.pretrain.process import Process
 
 ROOT = Path(__file__).parents[3]
 HOST = socket.gethostname()
@@ -25,9 +26,9 @@ FLAGS = (
 )
 
 
-def place(rank: int = 8, local_rank: int = 0, ranks: int = 8) -> Place:
+def process(rank: int = 8, local_rank: int = 0, ranks: int = 8) -> Process:
     """On the second of two nodes."""
-    return Place(rank=rank, world_size=2 * ranks, local_rank=local_rank, local_world_size=ranks)
+    return Process(rank=rank, world_size=2 * ranks, local_rank=local_rank, local_world_size=ranks)
 
 
 @pytest.mark.parametrize(
@@ -54,11 +55,11 @@ def test_gpus_are_counted_as_cuda_does(tmp_path: Path, chosen: str | None, expec
 def test_a_node_with_a_gpu_missing_is_refused_with_the_counts() -> None:
     for device in ("auto", "gpu"):
         with pytest.raises(ConfigError, match=r"7 GPUs for the 8 ranks .* --nproc-per-node 7.* --device cpu"):
-            takes_gpu(device, 7, place())
-        assert takes_gpu(device, 8, place())
-        assert takes_gpu(device, 1, place()), "its own, where the launcher shows each rank no other"
-    assert not takes_gpu("cpu", 7, place())
-    assert not takes_gpu("auto", 0, place())
+            takes_gpu(device, 7, process())
+        assert takes_gpu(device, 8, process())
+        assert takes_gpu(device, 1, process()), "its own, where the launcher shows each rank no other"
+    assert not takes_gpu("cpu", 7, process())
+    assert not takes_gpu("auto", 0, process())
 
 
 @pytest.mark.parametrize(("local_rank", "says"), [(0, f"> CPU path on {HOST}: 8 rank(s), no GPU\n"), (3, "")])
@@ -67,7 +68,7 @@ def test_the_cpu_path_is_said_once_a_node(
 ) -> None:
     monkeypatch.setattr(launch, "visible_gpus", lambda environ: 0)
     environ: dict[str, str] = {}
-    _, on_gpu = settings(FLAGS.split(), place(local_rank=local_rank), environ)
+    _, on_gpu = settings(FLAGS.split(), process(local_rank=local_rank), environ)
     assert not on_gpu
     assert environ == {"CUDA_VISIBLE_DEVICES": ""}
     assert capsys.readouterr().out == says
@@ -76,10 +77,10 @@ def test_the_cpu_path_is_said_once_a_node(
 def test_the_cpu_may_be_asked_for(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch, "visible_gpus", lambda environ: 7)
     environ: dict[str, str] = {}
-    assert not settings([*FLAGS.split(), "--device", "cpu"], place(), environ)[1]
+    assert not settings([*FLAGS.split(), "--device", "cpu"], process(), environ)[1]
     assert "GPUs left alone (--device cpu)" in capsys.readouterr().out
     with pytest.raises(ConfigError, match="7 GPUs for the 8 ranks"):
-        settings(FLAGS.split(), place(), environ)
+        settings(FLAGS.split(), process(), environ)
 
 
 def test_too_few_nodes_for_the_replicas_are_found_among_the_flags(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -87,8 +88,8 @@ def test_too_few_nodes_for_the_replicas_are_found_among_the_flags(monkeypatch: p
     monkeypatch.setattr(launch, "visible_gpus", lambda environ: 0)
     flags = [*FLAGS.split(), "--moetion", "--moetion-replicas", "2"]
     with pytest.raises(ConfigError, match=r"2 replica\(s\) need 3 nodes and this run has 2 \(16 ranks, 8 a node\)"):
-        settings(flags, place(), {"LOCAL_WORLD_SIZE": "8"})
-    settings([*flags, "--moetion-ranks-per-node", "4"], place(), {"LOCAL_WORLD_SIZE": "8"})
+        settings(flags, process(), {"LOCAL_WORLD_SIZE": "8"})
+    settings([*flags, "--moetion-ranks-per-node", "4"], process(), {"LOCAL_WORLD_SIZE": "8"})
     check_nodes(MoetionConfig(replicas=2), 24, 8)
     check_nodes(MoetionConfig(replicas=1), 20, 8)  # nodes of different sizes: for the store to say
     with pytest.raises(ConfigError, match=r"need 2 nodes and this run has 1 \(1 ranks, 1 a node\)"):
@@ -102,7 +103,7 @@ def test_a_shared_error_is_said_once_a_node_and_any_other_by_the_rank_that_has_i
     monkeypatch.setattr(launch, "SPEAKER_LIMIT_S", 0.0)
     error = StoreError("too small")
     error.shared = shared
-    complain(error, place(rank=11, local_rank=local_rank), {})
+    complain(error, process(rank=11, local_rank=local_rank), {})
     assert capsys.readouterr().err == (f"error: rank 11 on {HOST}: too small\n" if speaks else "")
 
 
@@ -114,7 +115,7 @@ def test_a_mistake_that_comes_again_at_a_restart_is_said_in_short(
     def attempt(number: int, text: str) -> str:
         file = tmp_path / "none_x" / f"attempt_{number}" / "0" / "error.json"
         file.parent.mkdir(parents=True)
-        complain(ConfigError(text), place(rank=0), {"TORCHELASTIC_ERROR_FILE": str(file), "RANK": "0"})
+        complain(ConfigError(text), process(rank=0), {"TORCHELASTIC_ERROR_FILE": str(file), "RANK": "0"})
         return capsys.readouterr().err.removeprefix(f"error: rank 0 on {HOST}: ").strip()
 
     long = "--num-layers 6 is not divisible by --pipeline-model-parallel-size 4, and so on and on"

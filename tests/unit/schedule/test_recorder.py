@@ -70,7 +70,7 @@ def test_a_device_that_is_behind_is_never_waited_for() -> None:
     recorder = recording(stopwatch)
     stopwatch.readable = 1
     with recorder.span(Lane.GRADIENT) as span:
-        recorder.taken(span)
+        recorder.accepted(span)
     assert recorder.cut(1) is None
     stopwatch.readable = stopwatch.now
     found = recorder.cut(2)
@@ -97,7 +97,7 @@ def test_what_a_span_does_after_the_cut_is_not_waited_for() -> None:
     stopwatch.readable = 1
     assert recorder.cut(1) is None
     stopwatch.readable = stopwatch.now
-    recorder.taken(opened)
+    recorder.accepted(opened)
     recorder.end(opened)
     found = recorder.cut(2)
     assert found is not None
@@ -161,7 +161,7 @@ def test_who_listens_hears_of_network_traffic_alone() -> None:
     ear = Ear()
     recorder = recording(LateStopwatch(), ear)
     with recorder.span(Lane.ALL_TO_ALL) as inside_the_node:
-        recorder.taken(inside_the_node)
+        recorder.accepted(inside_the_node)
     with recorder.span(Lane.PIPELINE, 9, 0):
         pass
     assert ear.heard == [("begins", Lane.PIPELINE, 9), ("ends", Lane.PIPELINE, 9)]
@@ -171,13 +171,13 @@ def test_that_the_network_has_taken_what_is_sent_is_told_once_and_noted() -> Non
     ear, stopwatch = Ear(), LateStopwatch()
     recorder = recording(stopwatch, ear)  # stamp 1
     with recorder.span(Lane.PIPELINE, 9, 0) as span:  # 2, 5
-        recorder.taken(span)  # 3
+        recorder.accepted(span)  # 3
         assert ear.heard[-1] == ("ends", Lane.PIPELINE, 9)
-        recorder.taken(span)
+        recorder.accepted(span)
         stopwatch.stamp()  # 4
     with recorder.span(Lane.PIPELINE, 9, 0) as late:  # 6, 7
         pass
-    recorder.taken(late)
+    recorder.accepted(late)
     assert [what for what, *_ in ear.heard] == ["begins", "ends"] * 2
     found = recorder.cut(1)
     assert found is not None

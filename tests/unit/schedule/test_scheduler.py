@@ -91,7 +91,7 @@ def test_a_message_is_drawn_from_when_the_network_has_it_and_behind_the_one_befo
     for _ in range(2):
         with recorder.span(Lane.PIPELINE, 50_000, 0) as span:
             clock.sleep(0.02)
-            recorder.taken(span)
+            recorder.accepted(span)
     scheduler.cut(1)
     timeline = scheduler.newest_timeline
     first, second = timeline.spans

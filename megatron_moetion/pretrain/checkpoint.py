@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""To and from Megatron's ``torch_dist`` checkpoints, in folders named and tracked as Megatron-LM does."""
+"""Reads and writes Megatron's ``torch_dist`` checkpoints, in folders named and tracked as Megatron-LM does."""
 
 from __future__ import annotations
 
 import os
-import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-import numpy as np
 import torch
 from megatron.core import dist_checkpointing, parallel_state, tensor_parallel
 from megatron.core.dist_checkpointing.mapping import ShardedObject
@@ -19,19 +17,13 @@ from megatron.core.utils import unwrap_model
 from torch import distributed as dist
 
 from megatron_moetion.errors import ConfigError, UnsupportedState
+from megatron_moetion.mcore.rng import load_rng_states, rng_states
+from megatron_moetion.mcore.topology import is_same, parallel_sizes
+from megatron_moetion.pretrain.progress import RunState
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _GROUP_STATE = ("params", "step")
 """What a parameter group holds beside settings; the scheduler computes rate and decay from both."""
-
-
-class UserState(Protocol):
-    """What the training loop itself has to remember."""
-
-    @property
-    def iteration(self) -> int: ...
-
-    def state_dict(self) -> dict[str, Any]: ...
 
 
 def check_supported(optimizer: MegatronOptimizer) -> None:
@@ -81,7 +73,7 @@ def save_checkpoint(
     model: list[Any],
     optimizer: MegatronOptimizer,
     scheduler: OptimizerParamScheduler,
-    progress: UserState,
+    progress: RunState,
 ) -> Path:
     """Write the whole training state; the tracker moves only when everything is on disk. All ranks call it."""
     folder = checkpoint_folder(root, progress.iteration)
@@ -96,7 +88,7 @@ def save_checkpoint(
         "checkpoint_version": 3.0,
         "opt_param_scheduler": scheduler.state_dict(),
         "progress": progress.state_dict(),
-        "topology": topology(),
+        "topology": parallel_sizes(),
     }
     common_metadata = {k: v for k, v in metadata.items() if k != "dp_cp_group"}
     dist_checkpointing.save(state, str(folder), content_metadata=common_metadata)
@@ -117,8 +109,8 @@ def load_checkpoint(
 ) -> int | None:
     """Load the newest checkpoint below ``root``. Returns its iteration, or None if there is none.
 
-    ``load_progress`` takes what the training loop had to remember, before anything else is loaded; it may refuse by
-    raising. Settings of optimizer and scheduler stay as they are given, whatever the checkpoint was trained with.
+    ``load_progress`` takes the training loop's own state, before anything else is loaded; it may refuse by raising.
+    Settings of optimizer and scheduler stay as they are, whatever the checkpoint was trained with.
 
     With the topology it was saved with, training continues bitwise. With another one the random streams
     cannot be carried over: they start anew from ``seed`` and the iteration.
@@ -131,8 +123,8 @@ def load_checkpoint(
         raise ConfigError(f"{Path(root) / TRACKER} names iteration {iteration}, but there is no folder {folder}")
     common = dist_checkpointing.load_common_state_dict(str(folder))
     load_progress(common["progress"])
-    same_topology = common["topology"] == topology()
-    given = [{k: v for k, v in group.items() if k not in _GROUP_STATE} for group in optimizer.param_groups]
+    same_topology = is_same(common["topology"], parallel_sizes())
+    settings_of_groups = [{k: v for k, v in group.items() if k not in _GROUP_STATE} for group in optimizer.param_groups]
     metadata = _metadata()
     with torch.no_grad():
         state = _sharded_state(model, optimizer, metadata, is_loading=True)
@@ -142,9 +134,9 @@ def load_checkpoint(
         for key, chunk in zip(_model_keys(model), model, strict=True):
             unwrap_model(chunk).load_state_dict(loaded[key], strict=True)
         optimizer.load_state_dict(loaded["optimizer"])
-    for group, settings in zip(optimizer.param_groups, given, strict=True):
+    for group, settings in zip(optimizer.param_groups, settings_of_groups, strict=True):
         group.update(settings)
-    # The scheduler's own method would put the checkpoint's settings in the place of the given ones.
+    # The scheduler's own method would replace this run's settings by the checkpoint's.
     scheduler.num_steps = 0
     scheduler.step(increment=loaded["opt_param_scheduler"]["num_steps"])
     if same_topology:
@@ -153,40 +145,6 @@ def load_checkpoint(
         offset = 100 * parallel_state.get_pipeline_model_parallel_rank() + iteration
         tensor_parallel.model_parallel_cuda_manual_seed(seed + offset, force_reset_rng=True)
     return iteration
-
-
-def topology() -> dict[str, int]:
-    """The sizes that give a rank number its meaning."""
-    return {
-        "world": dist.get_world_size(),
-        "tensor": parallel_state.get_tensor_model_parallel_world_size(),
-        "pipeline": parallel_state.get_pipeline_model_parallel_world_size(),
-        "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
-        "expert": parallel_state.get_expert_model_parallel_world_size(),
-    }
-
-
-def rng_states() -> dict[str, Any]:
-    """The states of all random generators that training may draw from, as copies."""
-    tracker = tensor_parallel.get_cuda_rng_tracker().get_states()
-    return {
-        "random_rng_state": random.getstate(),
-        "np_rng_state": np.random.get_state(),
-        "torch_rng_state": torch.get_rng_state().clone(),
-        "cuda_rng_state": torch.cuda.get_rng_state().clone(),
-        "rng_tracker_states": {name: state.clone() for name, state in tracker.items()},
-    }
-
-
-def load_rng_states(states: dict[str, Any]) -> None:
-    """Put back what ``rng_states`` returned."""
-    random.setstate(states["random_rng_state"])
-    np.random.set_state(states["np_rng_state"])
-    # Without a GPU the last two are one generator, with one state.
-    torch.set_rng_state(states["torch_rng_state"])
-    torch.cuda.set_rng_state(states["cuda_rng_state"])
-    tracker = {name: state.clone() for name, state in states["rng_tracker_states"].items()}
-    tensor_parallel.get_cuda_rng_tracker().set_states(tracker)
 
 
 def _metadata() -> dict[str, Any]:

@@ -1,0 +1,212 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``StateAdapter`` for Megatron-Core: one rank's training state as units, its host state, and the way back."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from typing import Any, Protocol
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.transformer.module import Float16Module
+from megatron.core.transformer.moe.router import TopKRouter
+from torch import nn
+
+from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.inventory import gradient_of, take_inventory
+from megatron_moetion.mcore.layout import ModelLayout, MoeBlock
+from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
+from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
+from megatron_moetion.mcore.settings import initial_settings, masked, settle
+from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, shards
+from megatron_moetion.mcore.steplog import StepLog
+from megatron_moetion.mcore.tokens import MegatronTokens
+from megatron_moetion.recover.capacity import CapacityRules
+from megatron_moetion.replicate.agreement import WINDOW
+from megatron_moetion.snapshot.host_state import encode, size_bound
+from megatron_moetion.units import HOST_UNIT, Inventory, Unit, UnitKind
+
+_logger = logging.getLogger("megatron_moetion")
+_CAPTURES_IN_FLIGHT = WINDOW + 1
+_SAMPLED_ELEMENTS = 1024
+_SPARE_HOST_BYTES = 64 << 10
+"""Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
+
+
+class UserState(Protocol):
+    """The training loop's own state: iteration, consumed samples, whatever a resume needs."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """Numbers, text, bytes, lists, tuples and dicts of them."""
+        ...
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Put back what ``state_dict`` returned."""
+        ...
+
+
+class MegatronState:
+    """Inventory, host state and write-back of one rank; ``close`` removes the hooks.
+
+    ``model`` is the list of DDP-wrapped chunks. ``count_tokens`` and ``log_steps`` say whether there are ``tokens``
+    (mode ``popularity``) and a ``step_log`` (mode ``exact``); without a log the inventory has no gradients.
+    ``capacity`` says how capacities are raised after a recovery, None: not at all. The inventory is taken once, here,
+    so optimizer state is created if it does not exist yet; its tensors are kept alive. Raises ``UnsupportedState``
+    for what cannot be captured exactly, and leaves no hook then.
+    """
+
+    tokens: MegatronTokens | None = None
+    """Token counts and routers of this rank's experts; None where tokens are not counted."""
+    step_log: StepLog | None = None
+    """The inputs of recent optimizer steps; None where steps are not replayed."""
+
+    def __init__(
+        self,
+        *,
+        model: Sequence[DistributedDataParallel],
+        optimizer: MegatronOptimizer,
+        scheduler: OptimizerParamScheduler | None,
+        user_state: UserState,
+        count_tokens: bool = False,
+        capacity: CapacityRules | None = None,
+        log_steps: bool = False,
+    ) -> None:
+        self._model = tuple(model)
+        self._links = chain(optimizer)
+        self._scheduler = scheduler
+        self._user_state = user_state
+        layout = ModelLayout([_unwrap(chunk) for chunk in model])
+        _refuse_unsupported(layout.blocks, log_steps=log_steps)
+        with ExitStack() as hooks:
+            if count_tokens:
+                self.tokens = MegatronTokens(layout.blocks, capacity)
+                hooks.callback(self.tokens.close)
+            for link in self._links:
+                create_state(link.optimizer)
+            for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
+                module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
+            self._initial_settings = initial_settings(self._links, scheduler)
+            by_link = [list(shards(link)) for link in self._links]
+            if log_steps:
+                self.step_log = StepLog(optimizer, self._links, [_sample(of_link) for of_link in by_link])
+                hooks.callback(self.step_log.close)
+            self._tensors = take_inventory(
+                model=model,
+                layout=layout,
+                links=self._links,
+                shards=[shard for of_link in by_link for shard in of_link],
+                tokens=self.tokens,
+                with_gradients=log_steps,
+            )
+            self._inventory = Inventory(units=(*self._tensors.units, self._host_unit(layout.blocks)))
+            self._hooks = hooks.pop_all()
+
+    def inventory(self) -> Inventory:
+        """As it was taken when this was made."""
+        return self._inventory
+
+    def moved(self) -> str | None:
+        """Looks each tensor up where its owner keeps it; 0.1 us a tensor."""
+        return self._tensors.moved()
+
+    def expert_peers(self) -> tuple[int, ...]:
+        """The expert data parallel group."""
+        return tuple(torch.distributed.get_process_group_ranks(parallel_state.get_expert_data_parallel_group()))
+
+    def host_state(self) -> dict[str, Any]:
+        """RNG states, schedule, optimizer fields and settings, remembered steps, and the loop's own state."""
+        optimizers = [fields_of(link) for link in self._links]
+        return {
+            "rng": encoded(rng_states()),
+            "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
+            "optimizers": optimizers,
+            "given": self._initial_settings,
+            "steps": self.step_log.state(optimizers) if self.step_log is not None else None,
+            "user": self._user_state.state_dict(),
+        }
+
+    def load_host_state(self, state: Mapping[str, Any]) -> None:
+        """Settings that training has left alone stay as this start has them; rank 0 logs those that differ."""
+        load_rng_states(decoded(state["rng"]))
+        if self._scheduler is not None:
+            self._scheduler.num_steps = 0
+            self._scheduler.step(increment=state["scheduler"])
+        settled = settle(state["given"], self._initial_settings, [f["groups"] for f in state["optimizers"]])
+        for link, fields, groups in zip(self._links, state["optimizers"], settled.groups, strict=True):
+            load_fields(link, {**fields, "groups": groups})
+        if settled.acts and self._scheduler is not None:
+            self._scheduler.step(increment=0)  # the groups have the rates of the old schedule
+        self._user_state.load_state_dict(state["user"])
+        if torch.distributed.get_rank() == 0:
+            for lines, what in ((settled.acts, "act from here on"), (settled.stays, "were changed by training")):
+                if lines:
+                    _logger.warning(
+                        "[moetion] rank 0: optimizer settings that differ from the last start's and %s: %s",
+                        what,
+                        ", ".join(lines),
+                    )
+
+    def after_step(self) -> None:
+        """Brings the routers' averages up to date, and their capacities while they are raised."""
+        if self.tokens is not None:
+            self.tokens.after_step()
+
+    def resync(self) -> None:
+        """Only between an optimizer step and the next forward. The second half is collective in training's groups."""
+        with torch.no_grad():
+            for link in self._links:
+                copy_main_to_model(link)
+            for chunk in self._model:
+                if chunk.ddp_config.use_distributed_optimizer:
+                    chunk.start_param_sync(force_sync=True)
+
+    def state_hash(self) -> str:
+        """Copies all state to the host: for checks, not for every iteration of a large model."""
+        state = {k: v for k, v in self.host_state().items() if k != "given"}  # it tells of the start, not of training
+        digest = hashlib.blake2b(encode(state), digest_size=16)
+        for view in self._tensors.views:
+            digest.update(view.detach().cpu().view(torch.uint8).numpy().tobytes())
+        return digest.hexdigest()
+
+    def inner_optimizers(self) -> list[torch.optim.Optimizer]:
+        """The torch optimizers whose ``step`` changes state."""
+        return [link.optimizer for link in self._links]
+
+    def close(self) -> None:
+        """Remove the hooks on model and optimizer."""
+        self._hooks.close()
+
+    def _host_unit(self, blocks: Sequence[MoeBlock]) -> Unit:
+        experts = [block.expert_unit(e) for block in blocks for e in block.experts]
+        each = 8 * len(experts)
+        session = {"lost": bytes(each), "recent": bytes(each), "history": bytes(3 * _CAPTURES_IN_FLIGHT * each)}
+        state = self.host_state()
+        size = size_bound({"adapter": {**state, "given": masked(state["given"])}, "session": session})
+        return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
+
+
+def _refuse_unsupported(blocks: Sequence[MoeBlock], *, log_steps: bool) -> None:
+    config = blocks[0].module.config if blocks else None
+    if config is not None and config.fp8:
+        raise UnsupportedState("--fp8-format is not supported: quantised parameters carry scales beside their bytes")
+    if log_steps and getattr(config, "qk_clip", False):
+        raise UnsupportedState("qk_clip is not supported in mode 'exact': it changes parameters after the step")
+
+
+def _sample(held: Sequence[Shard]) -> torch.Tensor:
+    """A few elements of the gradient of a small parameter, in place."""
+    if not held:
+        return torch.zeros(0)
+    small = min(held, key=lambda s: s.end - s.start)
+    return gradient_of(small.parameter).view(-1)[small.start : min(small.end, small.start + _SAMPLED_ELEMENTS)]
+
+
+def _unwrap(chunk: DistributedDataParallel) -> nn.Module:
+    module: nn.Module = chunk.module
+    return module.module if isinstance(module, Float16Module) else module
