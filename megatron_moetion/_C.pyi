@@ -131,9 +131,9 @@ class DevicePool:
         second case the ticket stays open.
         """
     def order(self, later: int, earlier: int) -> None:
-        """What is enqueued on stream ``later`` from now on waits for all that ``earlier`` was given so far."""
+        """What is enqueued on stream ``later`` from now on waits for all that is enqueued on ``earlier``."""
     def order_after(self, later: int, ticket: int) -> None:
-        """The same for the work behind a ticket; nothing is enqueued where it was finished, since it is done."""
+        """The same for the work behind a ticket. A ticket that was finished is not waited for."""
     def check_spans_are_here(self, spans: npt.NDArray[np.int64]) -> None:
         """``ValueError``, with the row, for a row (address, nbytes) that is not memory of this device, nor pinned."""
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:

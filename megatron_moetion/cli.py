@@ -64,7 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser(
         "report",
         help="draw the traces of --moetion-trace-dir as a Gantt chart",
-        description="Draw traces as a Gantt chart and say how much replication met training's own traffic.",
+        description="Draw traces as a Gantt chart and print how much replication overlapped training's own traffic.",
     )
     report.add_argument("folder", type=Path, metavar="TRACE_DIR", help="the run's --moetion-trace-dir")
     report.add_argument(

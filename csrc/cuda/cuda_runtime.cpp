@@ -23,7 +23,7 @@ constexpr int kBatchCopyDriver = 0;
 
 void check(cudaError_t error, const std::string& what) {
   if (error == cudaSuccess) return;
-  (void)cudaGetLastError();  // what is not sticky must not show in somebody else's next call
+  (void)cudaGetLastError();  // clears an error that is not sticky, which else another call would return
   throw DeviceError(what + ": " + cudaGetErrorString(error));
 }
 

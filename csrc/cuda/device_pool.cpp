@@ -13,7 +13,7 @@
 namespace moetion {
 namespace {
 
-constexpr double kLastWaitSeconds = 10;  // in the destructor, for work that nobody finished
+constexpr double kLastWaitSeconds = 10;  // of the destructor, for tickets that are still open
 
 int64_t table_bytes(int64_t num_rows, int64_t num_pieces) {
   return num_rows * static_cast<int64_t>(sizeof(Work) + sizeof(uint64_t)) +
@@ -64,7 +64,7 @@ DevicePool::~DevicePool() {
   for (Slot& slot : slots_) {
     try {
       if (slot.ticket >= 0) finish(slot.ticket, nullptr, kLastWaitSeconds);
-    } catch (const std::exception&) {  // a broken device: there is nobody left to tell
+    } catch (const std::exception&) {  // a broken device was reported before
     }
     runtime_->destroy_event(slot.event);
     runtime_->free(slot.device);
@@ -173,7 +173,7 @@ bool DevicePool::wait(int64_t ticket, double timeout_s) {
 void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
   const bool is_done = wait(ticket, timeout_s);
   std::lock_guard<std::mutex> lock(mutex_);
-  require_usable();  // nobody may trust what was read while another stream could not be made to wait
+  require_usable();  // without the wait of another stream, what was read may have changed
   Slot& slot = slot_of(ticket);
   if (!is_done) {
     std::ostringstream text;

@@ -54,10 +54,10 @@ class DevicePool {
   // Rows of the call behind a ticket: how many digests `finish` writes.
   int64_t num_rows(int64_t ticket);
 
-  // What is enqueued on `later` from now on waits for all that `earlier` was given so far.
+  // What is enqueued on `later` from now on waits for all that is enqueued on `earlier`.
   void order(Stream later, Stream earlier);
-  // The same for the work behind a ticket and all that its stream was given before. Nothing is enqueued where
-  // the ticket was finished, since that work is done.
+  // The same for the work behind a ticket and all that was enqueued on its stream before. A ticket that was
+  // finished is not waited for.
   void order_after(Stream later, int64_t ticket);
   // Throws std::invalid_argument, with the row, for a span that is not memory of this device.
   void check_spans_are_here(Table<Span> spans);
@@ -85,7 +85,7 @@ class DevicePool {
   void mark_copies(const Slot& slot, const Piece* pieces, int64_t min_bytes);
   bool is_done_within(Event event, double timeout_s);
   void require_usable() const;
-  // Runs a check of tables; what it refuses is told with the rank.
+  // Runs a check of tables; its errors name the rank.
   template <typename Check>
   void require(const Check& check) const;
   [[noreturn]] void fail(const std::string& what, const std::string& why);

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Host memory that the device reads and writes, and who gives it back.
+// Owners of host memory that the device reads and writes.
 #pragma once
 
 #include <memory>

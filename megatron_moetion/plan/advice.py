@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sentence that recommends a mode and a period, or says what is missing and what would help. Pure."""
+"""A sentence that recommends a mode and a period, or names what is missing and what would help. Pure."""
 
 from __future__ import annotations
 

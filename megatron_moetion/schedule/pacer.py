@@ -21,7 +21,7 @@ SLICE_S = 20e-3
 slice wakes threads at both ends, so that smaller ones cost time of the processors that train."""
 SLICE_MIN_BYTES, SLICE_MAX_BYTES = 64 << 10, 8 << 20
 MEASURED_MIN_BYTES = 128 << 10
-"""A transfer of fewer bytes says more about latency than about bandwidth."""
+"""A smaller transfer measures latency, and not bandwidth."""
 CALM_FACTOR = 0.8
 """We send at this share of the bandwidth: no queue builds up on the link for training's messages to wait behind."""
 PROBE_FACTOR, PROBE_EVERY = 1.05, 8

@@ -135,7 +135,7 @@ class _Iteration:
 
 @dataclass(frozen=True)
 class _Ended:
-    """An iteration that nobody has seen the timeline of."""
+    """An iteration whose timeline was not returned yet."""
 
     number: int
     content: _Iteration

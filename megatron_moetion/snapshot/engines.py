@@ -12,7 +12,7 @@ import numpy as np
 from megatron_moetion._C import DevicePool
 
 SIZES_BYTES = tuple(1 << shift for shift in range(16, 23))
-"""64 KiB to 4 MiB. Below, a copy engine is bound by its per-copy cost; above, the larger sizes tell."""
+"""64 KiB to 4 MiB. Below, a copy engine is bound by its per-copy cost; above, nothing changes any more."""
 SAMPLE_BYTES = 32 << 20
 """Moved for each sample: a third of a millisecond's worth of a fast link would drown in launch costs."""
 REPEATS = 3
@@ -52,13 +52,13 @@ def measure(device: str, *, source: int, stream: int, num_sms: int) -> tuple[Sam
         targets = starts + destination.ctypes.data
         pieces = np.stack([starts + source, targets, sizes], axis=1)
         chunks = np.stack([targets, sizes, numbers, np.ones_like(numbers)], axis=1)
-        taken = {}
+        best_s = {}
         for engine in (None, 1):
             seconds = []
             for _ in range(1 + REPEATS):  # the first one warms up
                 started = time.perf_counter()
                 pool.finish(pool.pack(pieces, chunks, stream=stream, copy_engine_bytes=engine))
                 seconds.append(time.perf_counter() - started)
-            taken[engine] = min(seconds[1:])
-        samples.append(Sample(segment_bytes=size, kernel_s=taken[None], copy_engine_s=taken[1]))
+            best_s[engine] = min(seconds[1:])
+        samples.append(Sample(segment_bytes=size, kernel_s=best_s[None], copy_engine_s=best_s[1]))
     return tuple(samples)
