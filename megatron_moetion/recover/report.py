@@ -28,9 +28,8 @@ class ArenaReport:
     """Captures whose bytes verify."""
     damaged: int = 0
     """Captures that are listed and do not verify."""
-    verified_bytes: int = 0
     problem: str = ""
-    stranger: bool = False
+    foreign: bool = False
     """The arena is sound and belongs to another run, topology or model."""
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +45,7 @@ class ArenaReport:
         return cls(**values)
 
 
-def living(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
+def current_history(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
     """The reports, those of other histories marked as of no use.
 
     A node may come back with memory from before the run began anew, or from a recovery that was cut short on it and

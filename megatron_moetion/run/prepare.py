@@ -58,7 +58,7 @@ def prepare(
                 run_id,
                 host.make_probe(config, attempt, rank),
                 Journal(rank, attempt, report, host.clock),
-                host.open_node(config, run_id, host.environment, fabric.world_size),
+                host.open_node(config, run_id, host.environment, fabric.world_size, host.clock),
             )
 
         run_id, probe, journal, node = on_all_ranks(fabric, claim)
@@ -84,8 +84,8 @@ def prepare(
         # One gather for all modes, so that ranks with different modes still meet in it and are refused later.
         facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
         mode = on_all_ranks(fabric, lambda: blueprint.build(site, facts))
-        num_threads = _pack_threads(config, host.environment)
-        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, num_threads, rank))
+        pool = HostPool(_pack_threads(config, host.environment))
+        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
         undo.callback(packer.close)
         return Prepared(
             config=config,
@@ -100,7 +100,7 @@ def prepare(
             lock=lock,
             attempt=attempt,
             mode=mode,
-            pool=HostPool(num_threads),
+            pool=pool,
             packer=packer,
             undo=undo.pop_all(),
         )

@@ -45,10 +45,12 @@ from megatron_moetion.pretrain.report import Reporter
 from megatron_moetion.pretrain.startup import form_groups
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.snapshot.host_state import decode, encode
-from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.snapshot.digest import is_intact
+from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.units import Inventory, Role, UnitKind
 
+CHUNK_BYTES = 4096
 WORLD_SIZE = 4
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --num-experts 4 --moe-router-topk 2 "
@@ -287,17 +289,20 @@ def _elements(trainer: Trainer) -> list[int]:
 
 
 def _capture(state: MegatronState, inventory: Inventory) -> list[np.ndarray]:
-    packer = Packer(inventory, 4096, 1)
+    pool = HostPool(1)
+    packer = Packer(inventory, CHUNK_BYTES, pool, None)
     packer.freeze(encode({"adapter": state.host_state(), "session": {}}))
     captures = [_aligned(unit.nbytes) for unit in inventory.units]
-    targets = [
-        Target(unit=i, address=c.ctypes.data, digests=np.zeros(-(-c.nbytes // 4096), dtype=np.uint64))
-        for i, c in enumerate(captures)
-    ]
+    chunks = [np.zeros(-(-c.nbytes // CHUNK_BYTES), dtype=np.uint64) for c in captures]
+    targets = Targets(
+        units=np.arange(len(captures)),
+        addresses=np.array([c.ctypes.data for c in captures]),
+        digests=np.array([c.ctypes.data for c in chunks]),
+    )
     digests = packer.pack(targets, lambda: None)
     assert digests is not None
-    for capture, target, digest in zip(captures, targets, digests, strict=True):
-        assert packer.verify(capture, target.digests, digest)
+    for capture, own, digest in zip(captures, chunks, digests.tolist(), strict=True):
+        assert is_intact(pool, CHUNK_BYTES, capture, own, digest)
     return captures
 
 
@@ -308,7 +313,7 @@ def _aligned(nbytes: int) -> np.ndarray:
 
 
 def _write_back(state: MegatronState, inventory: Inventory, captures: Sequence[np.ndarray]) -> None:
-    packer = Packer(inventory, 4096, 1)
+    packer = Packer(inventory, CHUNK_BYTES, HostPool(1), None)
     for number, capture in enumerate(captures):
         packer.scatter(number, capture)
     (host,) = inventory.of_kind(UnitKind.HOST)
