@@ -15,7 +15,7 @@ import numpy as np
 from megatron_moetion._C import HostPool
 from megatron_moetion.arrays import Bytes, Digests, Flags, Int64s, counted
 
-_CALL_BYTES = 4 << 20
+CALL_BYTES = 4 << 20
 """Verified by one call into a pool, about: the training thread may wait for it."""
 
 
@@ -62,16 +62,24 @@ def scatter_digests(pool: HostPool, digests: Digests, addresses: Int64s, counts:
 
 
 def verify(
-    pool: HostPool, chunk_bytes: int, addresses: Int64s, sizes: Int64s, digests: Digests, expected: Digests
+    pool: HostPool,
+    chunk_bytes: int,
+    addresses: Int64s,
+    sizes: Int64s,
+    digests: Digests,
+    expected: Digests,
+    *,
+    call_bytes: int = CALL_BYTES,
 ) -> Flags:
     """Whether each capture is, byte for byte, what was captured (see the digest's odds in the format); bool[n].
 
-    ``digests`` are the chunk digests of all captures, ``expected`` the digests of the captures.
+    ``digests`` are the chunk digests of all captures, ``expected`` the digests of the captures. A call into the pool
+    takes about ``call_bytes``.
     """
     counts = num_chunks_of(sizes, chunk_bytes)
     spans = chunk_spans(addresses, sizes, chunk_bytes)
     found = np.empty(len(spans), dtype=np.uint64)
-    for part in _parts(spans[:, 1]):
+    for part in _parts(spans[:, 1], call_bytes):
         pool.digest(spans[part], found[part])
     owners = np.repeat(np.arange(len(sizes)), counts)
     damaged = np.bincount(owners[found != digests], minlength=len(sizes)) > 0
@@ -90,9 +98,9 @@ def _places(digests: Digests, counts: Int64s) -> Int64s:
     return digests.ctypes.data + 8 * (np.cumsum(counts) - counts)
 
 
-def _parts(nbytes: Int64s) -> Iterator[slice]:
-    """Cut rows of so many bytes into parts of about ``_CALL_BYTES``."""
+def _parts(nbytes: Int64s, call_bytes: int) -> Iterator[slice]:
+    """Cut rows of so many bytes into parts of about ``call_bytes``."""
     ends = np.cumsum(nbytes)
-    number = (ends - nbytes) // _CALL_BYTES
+    number = (ends - nbytes) // call_bytes
     cuts = [0, *(np.flatnonzero(np.diff(number)) + 1).tolist(), len(nbytes)]
     return (slice(a, b) for a, b in pairwise(cuts) if b > a)
