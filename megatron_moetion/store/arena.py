@@ -165,10 +165,6 @@ class Arena:
         """The capture bytes of each slot."""
         return self._layout.slot_sizes[slots]
 
-    def find(self, unit: int, iteration: int) -> Record | None:
-        """The whole capture of one unit at one iteration."""
-        return next((r for r in self.page.records if r.key == (unit, iteration)), None)
-
     # -- writing --------------------------------------------------------------------------------------
 
     def acquire(self, nbytes: int) -> int | None:

@@ -14,7 +14,7 @@ import numpy as np
 
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import CorruptArena, StoreError
-from megatron_moetion.store.arena import Arena, Memory, first_bytes, read_arena
+from megatron_moetion.store.arena import Arena, first_bytes, read_arena
 from megatron_moetion.store.files import open_regular
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.mapping import MappedFile
@@ -95,9 +95,6 @@ class SharedFile:
     def close(self) -> None:
         """See ``Memory``."""
         self._mapping = None
-
-
-MEMORY: type[Memory] = SharedFile
 
 
 def create_arena(path: Path, spec: ArenaSpec, page: Page) -> Arena:

@@ -287,7 +287,7 @@ def damage_captures(path: Path, iterations: Iterable[int], unit: int = 0, part: 
     """Flip one bit in the captures of one unit."""
     arena = open_arena(path)
     for iteration in iterations:
-        record = arena.find(unit, iteration)
+        record = next((r for r in arena.page.records if r.key == (unit, iteration)), None)
         assert record is not None, f"{path} holds {[r.key for r in arena.page.records]}"
         if part == "payload":
             arena.payload(record.slot)[record.nbytes // 3] ^= 16

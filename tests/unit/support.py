@@ -31,10 +31,10 @@ from megatron_moetion.snapshot.device import TIMEOUT_S, DevicePacker, device_poo
 from megatron_moetion.snapshot.digest import is_intact
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import BATCH_BYTES, Targets
-from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.arena import Arena, Memory
 from megatron_moetion.store.manifest import Page, Record, Records
 from megatron_moetion.store.node import NodeFolder
-from megatron_moetion.store.sharedfile import create_arena
+from megatron_moetion.store.sharedfile import SharedFile, create_arena
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -237,6 +237,11 @@ def capture(
     return records
 
 
+def find(arena: Arena, unit: int, iteration: int) -> Record | None:
+    """The capture of one unit at one iteration, if the arena lists it."""
+    return next((r for r in arena.page.records if r.key == (unit, iteration)), None)
+
+
 def is_whole(arena: Arena, record: Record) -> bool:
     """Whether a capture's bytes are what was captured."""
     payload, digests = arena.payload(record.slot), arena.digests(record.slot)
@@ -429,6 +434,7 @@ def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
 ADAPTER: type[StateAdapter] = ToyState
 TOKENS: type[TokenSource] = ToyState
 FABRIC: type[Fabric] = ToyFabric
+MEMORY: type[Memory] = SharedFile
 """Type checking holds what stands for the real ones to their protocols."""
 
 POOL = HostPool(1)

@@ -6,7 +6,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import POOL, Network, ToyState, capture, make_arena, make_packer, node_folder, spec_of, together
+from support import POOL, Network, ToyState, capture, find, make_arena, make_packer, node_folder, spec_of, together
 
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
@@ -158,7 +158,7 @@ def test_nothing_is_written_back_unless_everything_verifies(tmp_path: Path) -> N
     nodes = TwoNodes(tmp_path)
     plan = nodes.plan()
     state, arena = nodes.states[0], nodes.arenas[0, 0]
-    last = arena.find(HOST_UNIT, 2)
+    last = find(arena, HOST_UNIT, 2)
     assert last is not None
     arena.payload(last.slot)[3] ^= 1
     before = image(state)

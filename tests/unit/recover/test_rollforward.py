@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import POOL, Network, capture, identity, make_packer, no_probe, node_folder, scheduler, together
+from support import POOL, Network, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
 
 from megatron_moetion.framework import StepNote
 from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
@@ -513,4 +513,4 @@ def test_zeros_are_fetched_by_their_record_alone(tmp_path: Path) -> None:
         for r, arena in enumerate((run.arena, pair.held[1]))
     ]
     assert together(*(lambda m=m: m.move(plan.fetches) for m in movers)) == [0, 0]  # type: ignore[misc]
-    assert run.arena.find(log, 1) == replace(zero_record(log, 1), epoch=2)
+    assert find(run.arena, log, 1) == replace(zero_record(log, 1), epoch=2)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support import POOL, Network, ToyState, capture, make_arena, make_packer, no_probe, scheduler, together
+from support import POOL, Network, ToyState, capture, find, make_arena, make_packer, no_probe, scheduler, together
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Message
@@ -63,7 +63,7 @@ class Ranks:
         ours = [r for r in self.own[owner].page.records if r.iteration == iteration]
         assert len(ours) == len(self.own[owner].spec.units)
         for record in ours:
-            copy = self.held[holder][owner].find(record.unit, iteration)
+            copy = find(self.held[holder][owner], record.unit, iteration)
             assert copy is not None
             assert (copy.digest, copy.tokens, copy.epoch) == (record.digest, record.tokens, record.epoch)
             theirs = self.held[holder][owner]

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import numpy as np
 import numpy.typing as npt
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support import POOL
@@ -95,6 +96,7 @@ def test_digests_are_gathered_from_where_they_are_kept_and_put_there() -> None:
     assert gather_digests(POOL, addresses[:0], counts[:0]).tolist() == []
 
 
-def test_one_digest_is_that_of_one_chunk() -> None:
-    data = np.arange(200, dtype=np.uint8)
+@pytest.mark.parametrize("nbytes", [0, 7, 8, 200, 400_000])
+def test_one_digest_is_that_of_one_chunk(nbytes: int) -> None:
+    data = np.arange(nbytes).astype(np.uint8)
     assert digest_of(POOL, data) == digest_chunk(data)

@@ -21,7 +21,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ToyState, identity, make_arena, spec_of
+from support import ToyState, find, identity, make_arena, spec_of
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
 from megatron_moetion.store.arena import Arena, first_bytes
@@ -78,8 +78,8 @@ def test_captures_survive_the_process(tmp_path: Path) -> None:
     assert again.spec == SPEC
     assert (again.page.epoch, again.page.stable, again.page.branches) == (3, 2, (Branch(epoch=3, iteration=2),))
     assert list(again.page.records) == records
-    assert again.find(1, 5) == records[1]
-    assert again.find(1, 6) is None
+    assert find(again, 1, 5) == records[1]
+    assert find(again, 1, 6) is None
     assert (again.payload(records[1].slot) == 5).all()
     assert again.digests(records[1].slot).tolist() == [7, 8]
     assert again.nbytes == (tmp_path / "rank00000.arena").stat().st_size
