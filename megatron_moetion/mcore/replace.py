@@ -11,7 +11,7 @@ from contextlib import ExitStack
 from typing import Any
 
 Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
-"""Makes a function, which calls the method that it is given."""
+"""Takes a method and returns a function that calls it."""
 
 
 def replace_method(owner: Any, name: str, wrap: Wrap, undo: ExitStack) -> None:

@@ -187,7 +187,7 @@ class StepLog:
 
 
 def _has_raw_gradients(link: MegatronOptimizer) -> bool:
-    """Whether what the optimizer is given is a converted copy of the reduced gradients, which themselves stay."""
+    """Whether the optimizer steps with a converted copy of the reduced gradients, which themselves stay."""
     parameters = [p for group in link.optimizer.param_groups for p in group["params"]]
     models = getattr(link, "model_param_group_index_map", None)
     buffers = list(models) if models is not None else [*parameters, *_models_of(link)]
