@@ -15,7 +15,7 @@ from megatron_moetion.store.manifest import Branch, Record
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaReport:
-    """One arena as found. ``problem`` is set where it cannot be used at all, or is not ours to use."""
+    """One arena as found."""
 
     path: str
     node: int
@@ -28,7 +28,8 @@ class ArenaReport:
     """Captures whose bytes verify."""
     damaged: int = 0
     """Captures that are listed and do not verify."""
-    problem: str = ""
+    problem: str | None = None
+    """Why it cannot be used at all, or is not ours to use; then it has no captures."""
     foreign: bool = False
     """The arena is sound and belongs to another run, topology or model."""
 

@@ -122,7 +122,7 @@ class Startup:
             self._fabric, lambda: [r.to_json() for r in survey_store(self._node, mine, node, rank, specs, self._pool)]
         )
         reports = current_history([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
-        foreign = [r.problem for r in reports if r.foreign]
+        foreign = [r.problem for r in reports if r.foreign and r.problem]
         if foreign:
             raise shared(IdentityMismatch(foreign[0]))
         facts = [

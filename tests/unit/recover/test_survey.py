@@ -95,7 +95,7 @@ def test_what_never_held_anything_and_is_of_other_settings_is_passed_over(tmp_pa
     assert survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL) == []
     ours = make_arena(tmp_path, state)
     ours.close()
-    assert [r.problem for r in survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL)] == [""]
+    assert [r.problem for r in survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
 
 
 def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) -> None:
