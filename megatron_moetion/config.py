@@ -24,7 +24,8 @@ def flag_of(name: str) -> str:
 def setting(default: Any, help: str, **metadata: Any) -> Any:
     """A dataclass field. Its metadata becomes the flag's help (and ``choices``, ``metavar``); ``minimum`` bounds it.
 
-    With ``expert=True`` the flag is accepted, and ``--help`` does not show it: no run needs another value.
+    ``modes`` are those in which it may differ from its default, ``hint`` says what to do in others. With
+    ``expert=True`` the flag is accepted, and ``--help`` does not show it: no run needs another value.
     """
     return field(default=default, metadata={"help": help, **metadata})
 
@@ -47,12 +48,20 @@ class MoetionConfig:
         "ranks that form one node; 0: as launched. Smaller numbers emulate several nodes on one machine",
         minimum=0,
     )
-    interval: int = setting(1, "iterations between snapshots", minimum=1)
+    interval: int = setting(
+        1,
+        "iterations between snapshots",
+        minimum=1,
+        modes=("full", "popularity"),
+        hint="mode 'exact' needs the gradients of every iteration; --moetion-period says how often state is captured",
+    )
     experts_per_snapshot: int = setting(
         0,
         "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from what "
         "the staleness cap needs to twice that",
         minimum=0,
+        modes=("popularity",),
+        hint="--moetion-period says how much of the state a snapshot of mode 'exact' holds",
     )
     period: int = setting(
         0,
@@ -60,6 +69,7 @@ class MoetionConfig:
         "twice as many optimizer steps; a longer period makes snapshots smaller and needs more memory. 0: what fits "
         f"--moetion-snapshot-bytes, else {DEFAULT_PERIOD}, or less where the store has no room for its arenas",
         minimum=0,
+        modes=("exact",),
     )
     selection: str = setting(
         "unsaved-tokens",
@@ -72,6 +82,7 @@ class MoetionConfig:
         "instead of K: bytes of a snapshot of one rank, on average; K is what fits on every rank, and does not grow "
         "for --moetion-lost-token-budget. In mode 'exact' instead of --moetion-period. 0: no such limit",
         minimum=0,
+        modes=("popularity", "exact"),
         metavar="BYTES",
     )
     lost_token_budget: float = setting(
@@ -141,22 +152,21 @@ class MoetionConfig:
             raise ConfigError(
                 f"--moetion-lost-token-budget is {self.lost_token_budget}; it is a share, from 0 (no limit) to below 1"
             )
-        if self.experts_per_snapshot and self.snapshot_bytes:
-            raise ConfigError(
-                f"--moetion-experts-per-snapshot {self.experts_per_snapshot} and --moetion-snapshot-bytes "
-                f"{self.snapshot_bytes} both say how large a snapshot is; give one"
-            )
+        for one in ("experts_per_snapshot", "period"):
+            if getattr(self, one) and self.snapshot_bytes:
+                raise ConfigError(
+                    f"{flag_of('moetion_' + one)} {getattr(self, one)} and --moetion-snapshot-bytes "
+                    f"{self.snapshot_bytes} both say how large a snapshot is; give one"
+                )
         if 0 < self.max_experts_per_snapshot < self.experts_per_snapshot:
             raise ConfigError(
                 f"--moetion-max-experts-per-snapshot {self.max_experts_per_snapshot} is less than "
                 f"--moetion-experts-per-snapshot {self.experts_per_snapshot}"
             )
-        self._check_exact()
-        sized = [n for n in ("experts_per_snapshot", "snapshot_bytes") if getattr(self, n)]
-        if sized and self.mode == "full":
+        if self.period and not MIN_PERIOD <= self.period <= MAX_PERIOD:
             raise ConfigError(
-                f"{flag_of('moetion_' + sized[0])} has no meaning in mode 'full', which captures all "
-                f"experts; drop it, or use another mode"
+                f"--moetion-period is {self.period}; it must be from {MIN_PERIOD} to {MAX_PERIOD} "
+                f"(all of the state in every snapshot is mode 'full')"
             )
         if self.chunk_bytes < 4096 or self.chunk_bytes % 64:
             raise ConfigError(
@@ -171,29 +181,9 @@ class MoetionConfig:
             raise ConfigError(f"{flag} is {value}; it must {must}")
         if choices is not None and value not in choices:
             raise ConfigError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
-
-    def _check_exact(self) -> None:
-        if self.mode != "exact":
-            if self.period:
-                raise ConfigError(f"--moetion-period {self.period} is for mode 'exact'; the mode is {self.mode!r}")
-            return
-        if self.period and not MIN_PERIOD <= self.period <= MAX_PERIOD:
+        modes = of.metadata.get("modes", MODES)
+        if value != of.default and self.mode not in modes:
+            hint = f"; {of.metadata['hint']}" if "hint" in of.metadata else ""
             raise ConfigError(
-                f"--moetion-period is {self.period}; it must be from {MIN_PERIOD} to {MAX_PERIOD} "
-                f"(all of the state in every snapshot is mode 'full')"
-            )
-        if self.interval != 1:
-            raise ConfigError(
-                f"--moetion-interval {self.interval} does not go with mode 'exact', which needs the gradients of every "
-                f"iteration; --moetion-period says how often state is captured"
-            )
-        if self.experts_per_snapshot:
-            raise ConfigError(
-                f"--moetion-experts-per-snapshot {self.experts_per_snapshot} has no meaning in mode 'exact'; "
-                f"--moetion-period says how much of the state a snapshot holds"
-            )
-        if self.period and self.snapshot_bytes:
-            raise ConfigError(
-                f"--moetion-period {self.period} and --moetion-snapshot-bytes {self.snapshot_bytes} both say how large "
-                f"a snapshot is; give one"
+                f"{flag} {value} has no meaning in mode {self.mode!r}, only in {' and '.join(map(repr, modes))}{hint}"
             )

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an optimizer holds beside its tensors: fields of parameter groups, step counts, the loss scaler.
+"""The part of an optimizer that is no state tensor: fields of parameter groups, step counts, the loss scaler.
 
-And the tensors that it would make in its first step.
+``create_state`` makes the tensors that a first step would make.
 """
 
 from __future__ import annotations

@@ -59,7 +59,7 @@ def encoded(states: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def decoded(state: Mapping[str, Any]) -> dict[str, Any]:
-    """The ``rng_states`` that ``encoded`` was given."""
+    """The inverse of ``encoded``."""
     version, words, gauss = state["python"]
     name, keys, position, has_gauss, cached = state["numpy"]
     return {

@@ -126,7 +126,7 @@ class MegatronState:
             "rng": encoded(rng_states()),
             "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
             "optimizers": optimizers,
-            "given": self._initial_settings,
+            "given": self._initial_settings,  # arenas have it under this name
             "steps": self.step_log.state(optimizers) if self.step_log is not None else None,
             "user": self._user_state.state_dict(),
         }
@@ -168,7 +168,7 @@ class MegatronState:
 
     def state_hash(self) -> str:
         """Copies all state to the host: for checks, not for every iteration of a large model."""
-        state = {k: v for k, v in self.host_state().items() if k != "given"}  # it tells of the start, not of training
+        state = {k: v for k, v in self.host_state().items() if k != "given"}  # of the start, not of training
         digest = hashlib.blake2b(encode(state), digest_size=16)
         for view in self._tensors.views:
             digest.update(view.detach().cpu().view(torch.uint8).numpy().tobytes())

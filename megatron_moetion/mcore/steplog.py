@@ -4,6 +4,11 @@
 Gradients are logged by ``snapshot``; here is the rest of a step's input: the fields of the parameter groups, step
 counts, and, where gradients are reduced in less than fp32, what they were multiplied by on the way to the optimizer
 (there, the product that was applied exists in fp32 only and is twice as large as what it is made from).
+
+Inputs are read in a pre-hook of each inner optimizer's ``step``. For gradients that are reduced in less than fp32
+megatron-core 0.16 has no hook. There, from ``StepLog(...)`` to ``close``, methods of these objects, and no attribute of
+a class or module, are replaced by functions that call them: ``update`` of each loss scaler, and ``get_grad_norm`` of a
+``ChainedOptimizer`` or ``clip_grad_norm`` of a single optimizer.
 """
 
 from __future__ import annotations
@@ -22,6 +27,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, FP32Optimizer
 from megatron_moetion.errors import CorruptArena, UnsupportedState
 from megatron_moetion.framework import StepNote
 from megatron_moetion.mcore.optimizer_state import groups_of, load_group, set_steps, steps
+from megatron_moetion.mcore.replace import replace_method
 
 BYTES_A_GROUP = 256
 """Room in the host state for what changes in one parameter group from step to step: rate, decay, count.
@@ -164,32 +170,24 @@ class StepLog:
         before: Callable[[], None] | None = None,
         after: Callable[[Any], None] | None = None,
     ) -> None:
-        """Be told of each call of this one object's method, until ``close``."""
-        original = getattr(owner, name)
-        before_us = vars(owner).get(name)
+        """Call ``before`` and ``after`` around each call of this object's method, until ``close``."""
 
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            if before is not None:
-                before()
-            result = original(*args, **kwargs)
-            if after is not None:
-                after(result)
-            return result
+        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+            def watched(*args: Any, **kwargs: Any) -> Any:
+                if before is not None:
+                    before()
+                result = original(*args, **kwargs)
+                if after is not None:
+                    after(result)
+                return result
 
-        def undo() -> None:
-            if vars(owner).get(name) is not watched:
-                return  # someone has wrapped this in turn: it goes on to tell a log that nobody asks any more
-            if before_us is None:
-                delattr(owner, name)
-            else:
-                setattr(owner, name, before_us)
+            return watched
 
-        setattr(owner, name, watched)
-        self._undo.callback(undo)
+        replace_method(owner, name, wrap, self._undo)
 
 
 def _has_raw_gradients(link: MegatronOptimizer) -> bool:
-    """Whether what the optimizer is given is a converted copy of the reduced gradients, which themselves stay."""
+    """Whether the optimizer steps with a converted copy of the reduced gradients, which themselves stay."""
     parameters = [p for group in link.optimizer.param_groups for p in group["params"]]
     models = getattr(link, "model_param_group_index_map", None)
     buffers = list(models) if models is not None else [*parameters, *_models_of(link)]

@@ -26,6 +26,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_model_config
 from torch import distributed as dist
 
+from megatron_moetion.mcore.replace import Wrap, replace_method
 from megatron_moetion.schedule.recorder import Recorder
 from megatron_moetion.schedule.timeline import Lane
 
@@ -111,16 +112,8 @@ class TrafficHooks:
         return {"p2p_communicator": communicator, "pg_collection": groups}
 
     def close(self) -> None:
-        """Take all hooks off; of several sets of hooks on one model, the last one put on goes first."""
+        """Put all methods back."""
         self._undo.close()
-
-    def _replace(self, owner: Any, name: str, wrap: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
-        before = vars(owner).get(name)
-        setattr(owner, name, wrap(getattr(owner, name)))
-        if before is None:
-            self._undo.callback(delattr, owner, name)  # the class's method shows again
-        else:
-            self._undo.callback(setattr, owner, name, before)
 
     # -- experts ---------------------------------------------------------------------------------------
 
@@ -144,7 +137,7 @@ class TrafficHooks:
             return call
 
         for name in ("token_dispatch", "token_combine"):
-            self._replace(layer.token_dispatcher, name, wrap)
+            replace_method(layer.token_dispatcher, name, wrap, self._undo)
 
     # -- buckets ---------------------------------------------------------------------------------------
 
@@ -158,11 +151,8 @@ class TrafficHooks:
             parts = [getattr(bucket, data) for bucket in group.buckets]
             moved = int(sum(_nbytes(part) for part in parts) * remote)
             start, finish = _from_start_to_finish(self._recorder, lane, moved, lambda: bool(_handle(group)))
-            self._replace(group, f"start_{kind}_sync", start)
-            self._replace(group, f"finish_{kind}_sync", finish)
-
-
-Wrap = Callable[[Callable[..., Any]], Callable[..., Any]]
+            replace_method(group, f"start_{kind}_sync", start, self._undo)
+            replace_method(group, f"finish_{kind}_sync", finish, self._undo)
 
 
 def _from_start_to_finish(

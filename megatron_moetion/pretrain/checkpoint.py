@@ -23,7 +23,7 @@ from megatron_moetion.pretrain.progress import RunState
 
 TRACKER = "latest_checkpointed_iteration.txt"
 _GROUP_STATE = ("params", "step")
-"""What a parameter group holds beside settings; the scheduler computes rate and decay from both."""
+"""The fields of a parameter group that are no settings; the scheduler computes rate and decay."""
 
 
 def check_supported(optimizer: MegatronOptimizer) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Token sources and the sampler.
+"""Sources of samples and the sampler.
 
 A source maps (split, sample number) to one sequence; the sampler maps (consumed samples, data parallel rank)
 to sample numbers. Both are pure, so the whole data cursor of a run is its number of consumed samples.
@@ -35,7 +35,7 @@ class Split(enum.Enum):
     VALIDATION = "validation"
 
 
-class TokenSource(Protocol):
+class SampleSource(Protocol):
     """Sequences by number. ``sample`` must be a pure function of its arguments."""
 
     vocab_size: int
@@ -136,7 +136,7 @@ def sample_numbers(
         yield list(range(first, first + micro_batch_size))
 
 
-def batches(source: TokenSource, split: Split, numbers: Iterable[list[int]]) -> Iterator[torch.Tensor]:
+def batches(source: SampleSource, split: Split, numbers: Iterable[list[int]]) -> Iterator[torch.Tensor]:
     """Micro batches of tokens: int64 ``[micro_batch_size, seq_length + 1]``."""
     for group in numbers:
         yield torch.stack([source.sample(split, number) for number in group])

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
 from megatron_moetion.pretrain import checkpoint, flags
-from megatron_moetion.pretrain.corpus import Split, TokenSource, batches, sample_numbers
+from megatron_moetion.pretrain.corpus import SampleSource, Split, batches, sample_numbers
 from megatron_moetion.pretrain.model import build_model, build_optimizer
 from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.progress import Progress, RunState
@@ -50,7 +50,7 @@ def pretrain(args: argparse.Namespace, process: Process) -> None:
 class Trainer:
     """One rank's part of a run."""
 
-    def __init__(self, args: argparse.Namespace, source: TokenSource, reporter: Reporter) -> None:
+    def __init__(self, args: argparse.Namespace, source: SampleSource, reporter: Reporter) -> None:
         self.args = args
         self.source = source
         self.reporter = reporter

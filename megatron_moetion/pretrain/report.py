@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run says while it trains: Megatron's log lines and TensorBoard scalars, and one JSON line an iteration.
 
-A file that cannot be written is a user's mistake where a job begins; later it costs what it would have told, and no
-step of training.
+A file that cannot be written is a user's mistake where a job begins; later what it would hold is lost, and training
+goes on.
 """
 
 from __future__ import annotations

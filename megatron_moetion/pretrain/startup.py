@@ -17,7 +17,7 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import init_num_microbatches_calculator
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
 
-from megatron_moetion.pretrain.corpus import MockCorpus, StdlibCorpus, TokenSource
+from megatron_moetion.pretrain.corpus import MockCorpus, SampleSource, StdlibCorpus
 from megatron_moetion.pretrain.indexed import IndexedCorpus
 from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.rendezvous import Device, connect
@@ -81,7 +81,7 @@ def form_groups(args: argparse.Namespace, process: Process) -> None:
     tensor_parallel.model_parallel_cuda_manual_seed(seed)
 
 
-def build_source(args: argparse.Namespace) -> TokenSource:
+def build_source(args: argparse.Namespace) -> SampleSource:
     """The data that the flags ask for. All ranks call it together."""
     if args.mock_data:
         return MockCorpus(seq_length=args.seq_length, seed=args.seed)

@@ -102,7 +102,7 @@ def plan_recovery(
     """
     sound = [r for r in reports if not r.problem]
     if not sound:
-        problems = "; ".join(r.problem for r in reports) or "no arena of this run was found on any node"
+        problems = "; ".join(r.problem for r in reports if r.problem) or "no arena of this run was found on any node"
         return NoPlan(reason=problems, began=bool(reports), last_epoch=0)
     newest = max(sound, key=lambda r: (r.epoch, len(r.branches)))
     available = _available(sound, newest.branches, newest.epoch)

@@ -15,7 +15,7 @@ from megatron_moetion.store.manifest import Branch, Record
 
 @dataclass(frozen=True, kw_only=True)
 class ArenaReport:
-    """One arena as found. ``problem`` is set where it cannot be used at all, or is not ours to use."""
+    """One arena as found."""
 
     path: str
     node: int
@@ -28,9 +28,9 @@ class ArenaReport:
     """Captures whose bytes verify."""
     damaged: int = 0
     """Captures that are listed and do not verify."""
-    verified_bytes: int = 0
-    problem: str = ""
-    stranger: bool = False
+    problem: str | None = None
+    """Why it cannot be used at all, or is not ours to use; then it has no captures."""
+    foreign: bool = False
     """The arena is sound and belongs to another run, topology or model."""
 
     def to_json(self) -> dict[str, Any]:
@@ -46,7 +46,7 @@ class ArenaReport:
         return cls(**values)
 
 
-def living(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
+def current_history(reports: Sequence[ArenaReport]) -> tuple[ArenaReport, ...]:
     """The reports, those of other histories marked as of no use.
 
     A node may come back with memory from before the run began anew, or from a recovery that was cut short on it and

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -12,10 +12,12 @@ import numpy as np
 
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
+from megatron_moetion.recover.survey import intact
 from megatron_moetion.replicate.channel import Channel, Message
-from megatron_moetion.snapshot.packer import HostPool, Packer, verify
+from megatron_moetion.snapshot.digest import is_intact
+from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import NO_SLOT, Page, Record, in_history
+from megatron_moetion.store.manifest import NO_SLOT, Page, Record, Records, in_history
 from megatron_moetion.store.retention import Retention, Settled
 
 
@@ -42,11 +44,11 @@ class Mover:
             wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
             # What is about to arrive is missing here or damaged; a damaged one makes way.
             coming = {(t.unit, t.iteration) for t in transfers if (t.owner, t.target) == (owner, self.rank)}
-            intact = (r for r in arena.page.records if r.key not in coming)
-            live = [r for r in intact if in_history(r, self.plan.branches, self.plan.epoch)]
-            old = [r for r in live if r.iteration <= self.plan.safe]
+            there = (r for r in arena.page.records if r.key not in coming)
+            live = [r for r in there if in_history(r, self.plan.branches, self.plan.epoch)]
+            old = Records.of(r for r in live if r.iteration <= self.plan.safe)
             safe = self.retentions[owner].keep(old, Settled(stable=self.plan.safe))
-            arena.edit(partial(_only, {r.key for r in (*safe, *(r for r in live if r.key in wanted))}))
+            arena.edit(partial(_only, {*safe.keys, *(r.key for r in live if r.key in wanted)}))
 
     def move(self, transfers: Sequence[Transfer]) -> int:
         """Take part in the transfers, in the plan's order, which is the same on all ranks; returns bytes received.
@@ -84,7 +86,7 @@ class Mover:
         arena = self.arenas[transfer.owner]
         nbytes = 0 if choice.is_zero else arena.spec.units[transfer.unit][2]
         slot = NO_SLOT if choice.is_zero else arena.acquire(nbytes)
-        assert slot is not None, f"no free slot of {nbytes} bytes in {arena.path}, although room was made"
+        assert slot is not None, f"no free slot of {nbytes} bytes in {arena.name}, although room was made"
         head = np.zeros(2, dtype=np.uint64)
         parts = [head.view(np.uint8)]
         if not choice.is_zero:
@@ -92,7 +94,7 @@ class Mover:
         for part in parts:
             self.channel.exchange([], [Message(peer=transfer.source, data=part)])
         chunk_bytes = arena.spec.identity.chunk_bytes
-        if not choice.is_zero and not verify(
+        if not choice.is_zero and not is_intact(
             self.pool, chunk_bytes, arena.payload(slot), arena.digests(slot), choice.digest
         ):
             arena.release([slot])
@@ -120,9 +122,8 @@ class Mover:
             wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
 
             def change(page: Page, wanted: set[tuple[int, int]] = wanted) -> dict[str, Any]:
-                kept = _only(wanted, page)["records"]
                 return {
-                    "records": tuple(replace(r, epoch=epoch) for r in kept),
+                    "records": _only(wanted, page)["records"].replace(epoch=epoch),
                     "epoch": epoch,
                     "stable": self.plan.iteration,
                     "branches": self.plan.branches,
@@ -133,29 +134,22 @@ class Mover:
 
 def _only(wanted: set[tuple[int, int]], page: Page) -> dict[str, Any]:
     """The page with no other captures than the wanted ones."""
-    return {"records": tuple(r for r in page.records if r.key in wanted)}
+    is_wanted = np.array([key in wanted for key in page.records.keys], dtype=bool)
+    return {"records": page.records.where(is_wanted)}
 
 
-def verified(packer: Packer, arena: Arena, choices: Sequence[Choice]) -> list[Record]:
+def verified(pool: HostPool, arena: Arena, choices: Sequence[Choice]) -> Records:
     """The chosen captures, every byte of them verified once more. Nothing has been written yet."""
-    records = []
-    by_key = {r.key: r for r in arena.page.records}
+    places = {key: n for n, key in enumerate(arena.page.records.keys)}
     for choice in choices:
-        record = by_key.get((choice.unit, choice.iteration))
-        name = arena.spec.units[choice.unit][0]
-        if record is None:
-            raise CorruptArena(f"{arena.path}: the capture of {name} at iteration {choice.iteration} has gone")
-        if not record.is_zero and not packer.verify(
-            arena.payload(record.slot), arena.digests(record.slot), choice.digest
-        ):
-            raise CorruptArena(
-                f"{arena.path}: the capture of {name} changed after it was surveyed; restart to try again"
-            )
-        records.append(record)
+        if (choice.unit, choice.iteration) not in places:
+            name = arena.spec.units[choice.unit][0]
+            raise CorruptArena(f"{arena.name}: the capture of {name} at iteration {choice.iteration} has gone")
+    chosen = np.array([places[c.unit, c.iteration] for c in choices], dtype=np.int64)
+    records = Records(arena.page.records.table[chosen])
+    surveyed = records.replace(digest=np.array([c.digest for c in choices], dtype=np.uint64))
+    damaged = np.flatnonzero(~intact(arena, surveyed, pool))
+    if len(damaged):
+        name = arena.spec.units[choices[damaged[0]].unit][0]
+        raise CorruptArena(f"{arena.name}: the capture of {name} changed after it was surveyed; restart to try again")
     return records
-
-
-def write_back(packer: Packer, arena: Arena, records: Sequence[Record]) -> None:
-    """Write verified captures into live state."""
-    for record in records:
-        packer.scatter(record.unit, arena.payload(record.slot))

@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from megatron_moetion.clock import Clock
@@ -17,7 +16,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.plan import Choose, NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
-from megatron_moetion.recover.report import ArenaReport, living
+from megatron_moetion.recover.report import ArenaReport, current_history
 from megatron_moetion.recover.restore import Mover
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.channel import Fabric
@@ -25,7 +24,6 @@ from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.files import clear
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
@@ -118,15 +116,15 @@ class Startup:
             raise shared(error) from None
         node = placement.node_of[rank]
         neighbours = placement.ranks_on(node)
-        mine = sorted(self._node.path.glob("*.arena"))[neighbours.index(rank) :: len(neighbours)]
+        mine = self._node.arenas()[neighbours.index(rank) :: len(neighbours)]
         self._probe("survey", -1)
         found = on_all_ranks(
-            self._fabric, lambda: [r.to_json() for r in survey_store(mine, node, rank, specs, self._pool)]
+            self._fabric, lambda: [r.to_json() for r in survey_store(self._node, mine, node, rank, specs, self._pool)]
         )
-        reports = living([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
-        strangers = [r.problem for r in reports if r.stranger]
-        if strangers:
-            raise shared(IdentityMismatch(strangers[0]))
+        reports = current_history([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
+        foreign = [r.problem for r in reports if r.foreign and r.problem]
+        if foreign:
+            raise shared(IdentityMismatch(foreign[0]))
         facts = [
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in spec.units))
             for r, spec in enumerate(specs)
@@ -196,8 +194,8 @@ class Startup:
     def _clear_node(self, placement: Placement) -> None:
         """One rank a node removes what is left of earlier arenas."""
         if self._fabric.rank == min(placement.ranks_on(placement.node_of[self._fabric.rank])):
-            for path in self._node.path.glob("*.arena"):
-                clear(path)
+            for name in self._node.arenas():
+                self._node.clear_arena(name)
 
     def _open(self, findings: Findings, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
         """Open what the survey found sound and make what is missing; leftovers are only read from."""
@@ -206,17 +204,16 @@ class Startup:
         sound = {r.owner for r in findings.reports if r.node == node and not r.problem}
 
         def take(owner: int) -> Arena:
-            path = self._node.path / arena_name(owner)
+            name = arena_name(owner)
             if owner in sound:
-                return Arena.open(path)
-            clear(path)
-            return Arena.create(path, findings.specs[owner], page)
+                return self._node.open_arena(name)
+            return self._node.create_arena(name, findings.specs[owner], page)
 
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
         retentions = {owner: self._retention(findings.specs[owner]) for owner in (rank, *held)}
         arenas = OpenArenas(own=take(rank), held=held, retentions=retentions)
         wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
-        leftovers = {owner: Arena.open(self._node.path / arena_name(owner)) for owner in wanted}
+        leftovers = {owner: self._node.open_arena(arena_name(owner)) for owner in wanted}
         self._remove_damaged(findings.reports, placement, node)
         return arenas, leftovers
 
@@ -224,9 +221,9 @@ class Startup:
         """Arenas that do not verify at all serve nobody; those under names in use here are made anew by their ranks."""
         ours = {arena_name(o) for r in placement.ranks_on(node) for o in (r, *placement.owners_held_by(r))}
         for report in reports:
-            path = Path(report.path)
-            if report.problem and report.node == node and path.name not in ours and path.parent == self._node.path:
-                clear(path)
+            name = report.path.rpartition("/")[2]
+            if report.problem and report.node == node and name not in ours:
+                self._node.clear_arena(name)
 
 
 def _require_one_run(settings: Sequence[Mapping[str, Any]], specs: Sequence[ArenaSpec]) -> None:

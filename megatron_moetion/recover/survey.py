@@ -1,72 +1,82 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a node's store really holds: every arena opened, every capture verified, reported as plain values.
 
-A rank looks only at files of its own node.
+A rank looks only at arenas of its own node.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 
+import numpy as np
+
+from megatron_moetion.arrays import Flags
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
 from megatron_moetion.recover.report import ArenaReport
-from megatron_moetion.snapshot.packer import HostPool, verify
+from megatron_moetion.snapshot.digest import gather_digests, num_chunks_of, verify
+from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.manifest import Records
+from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.spec import ArenaSpec, check_identity
 
 
 def survey_store(
-    paths: Sequence[Path], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+    store: NodeFolder, names: Sequence[str], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
 ) -> list[ArenaReport]:
-    """Verify the given arenas of this node. ``specs`` are what each owner's arena must be like; ``rank`` looks.
+    """Verify the arenas of these names, on node number ``node``.
 
-    Arenas of other settings that never held anything are what a start that failed has left: they are passed over.
+    ``specs[r]`` is what rank r's arena must match, and ``rank`` is the surveying rank. Arenas of other settings that
+    never held anything are left over from a start that failed: they are passed over.
     """
-    reports = (_report(path, node, rank, specs, pool) for path in paths)
+    reports = (_report(store, name, node, rank, specs, pool) for name in names)
     return [r for r in reports if r is not None]
 
 
-def _report(path: Path, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool) -> ArenaReport | None:
+def _report(
+    store: NodeFolder, name: str, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+) -> ArenaReport | None:
+    path = store.describe(name)
     try:
-        arena = Arena.open(path)
+        arena = store.open_arena(name)
     except IdentityMismatch as error:
-        return ArenaReport(path=str(path), node=node, problem=str(error), stranger=True)
+        return ArenaReport(path=path, node=node, problem=str(error), foreign=True)
     except (CorruptArena, OSError) as error:
-        return ArenaReport(path=str(path), node=node, problem=str(error))
+        return ArenaReport(path=path, node=node, problem=str(error))
     try:
         owner = arena.spec.identity.owner
-        check_identity(arena.spec, specs[owner if owner < len(specs) else rank], str(path))
+        check_identity(arena.spec, specs[owner if owner < len(specs) else rank], path)
         page = arena.page
-        sound = [r for r in page.records if _verifies(arena, r, pool)]
+        sound = page.records.where(intact(arena, page.records, pool))
         return ArenaReport(
-            path=str(path),
+            path=path,
             node=node,
-            owner=arena.spec.identity.owner,
+            owner=owner,
             epoch=page.epoch,
             stable=page.stable,
             lineage=page.lineage,
             branches=page.branches,
             captures=tuple(sound),
             damaged=len(page.records) - len(sound),
-            verified_bytes=sum(r.nbytes for r in sound),
         )
     except IdentityMismatch as error:
         if arena.page.stable < 0 and not arena.page.records:
             return None
-        return ArenaReport(path=str(path), node=node, problem=str(error), stranger=True)
+        return ArenaReport(path=path, node=node, problem=str(error), foreign=True)
     finally:
         arena.close()
 
 
-def _verifies(arena: Arena, record: Record, pool: HostPool) -> bool:
-    units = arena.spec.units
-    if record.is_zero:
-        return record.unit < len(units) and not record.nbytes
-    if record.unit >= len(units) or record.slot >= arena.spec.num_slots or units[record.unit][2] != record.nbytes:
-        return False
-    payload = arena.payload(record.slot)
-    if payload.nbytes != record.nbytes:
-        return False
-    return verify(pool, arena.spec.identity.chunk_bytes, payload, arena.digests(record.slot), record.digest)
+def intact(arena: Arena, records: Records, pool: HostPool) -> Flags:
+    """Whether each capture is of a unit of the arena, in a slot of its size, and as it was captured; bool[n]."""
+    units, slots, nbytes = (records.table[field].astype(np.int64) for field in ("unit", "slot", "nbytes"))
+    is_known, is_zero = units < len(arena.spec.units), records.is_zero
+    stored = np.flatnonzero(is_known & ~is_zero & (slots < arena.spec.num_slots) & (nbytes > 0))
+    fits = (nbytes[stored] == arena.unit_bytes[units[stored]]) & (nbytes[stored] == arena.slot_bytes(slots[stored]))
+    stored = stored[fits]
+    addresses, sizes = arena.payload_addresses(slots[stored]), nbytes[stored]
+    chunk_bytes = arena.spec.identity.chunk_bytes
+    digests = gather_digests(pool, addresses + sizes, num_chunks_of(sizes, chunk_bytes))
+    found: Flags = is_known & is_zero & (nbytes == 0)
+    found[stored] = verify(pool, chunk_bytes, addresses, sizes, digests, records.table["digest"][stored])
+    return found

@@ -7,10 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-import numpy as np
-import numpy.typing as npt
-
-Bytes = npt.NDArray[np.uint8]
+from megatron_moetion.arrays import Bytes
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import distributed as dist
 
+from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.replicate.channel import Bytes, Channel, Gate, Message
+from megatron_moetion.replicate.channel import Channel, Gate, Message
 from megatron_moetion.replicate.worker import ThreadWorker
 
 _NO_AGREEMENT = "ranks could not agree"

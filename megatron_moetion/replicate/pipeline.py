@@ -14,14 +14,17 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
+import numpy as np
+
+from megatron_moetion.arrays import Int64s
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError, DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import Threads
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
-from megatron_moetion.store.manifest import NO_SLOT, Record
+from megatron_moetion.snapshot.plan import Targets
+from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, Records
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
@@ -82,6 +85,21 @@ class Packed:
     """With its optional captures."""
     late: bool = False
     """Without them, because they took too long."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Taken:
+    """Units, and for each of them a slot that was acquired for its capture."""
+
+    units: Int64s
+    slots: Int64s
+
+    def __getitem__(self, rows: slice) -> _Taken:
+        return _Taken(units=self.units[rows], slots=self.slots[rows])
+
+    def and_then(self, other: _Taken) -> _Taken:
+        """Both."""
+        return _Taken(units=np.concatenate([self.units, other.units]), slots=np.concatenate([self.slots, other.slots]))
 
 
 class Pipeline:
@@ -232,16 +250,11 @@ class Pipeline:
         self._sending.abandon()
         return is_done
 
-    def _acquire(self, units: Sequence[int]) -> dict[int, int] | None:
+    def _acquire(self, units: Sequence[int]) -> _Taken | None:
         """A slot for each unit, or None."""
-        slots: dict[int, int] = {}
-        for unit in units:
-            slot = self._arena.acquire(self._inventory.units[unit].nbytes)
-            if slot is None:
-                self._arena.release(slots.values())
-                return None
-            slots[unit] = slot
-        return slots
+        numbers = np.array(units, dtype=np.int64)
+        slots = self._arena.acquire_all(self._arena.unit_bytes[numbers])
+        return None if slots is None else _Taken(units=numbers, slots=slots)
 
     def _capture(self, iteration: int, contents: Contents, release: Settled | None) -> None:
         try:
@@ -265,88 +278,82 @@ class Pipeline:
             self._live_is_read.set()
             self._packer.allow()
 
-    def _fill(self, iteration: int, contents: Contents) -> tuple[Record, ...]:
+    def _fill(self, iteration: int, contents: Contents) -> Records:
         if contents == Contents():
-            return ()
+            return NO_RECORDS
         count = len(contents.units + contents.staged + contents.optional + contents.zero)
-        slots = self._acquire(contents.units + contents.staged) if self._arena.can_list(count) else None
-        if slots is None:
+        needed = self._acquire(contents.units + contents.staged) if self._arena.can_list(count) else None
+        if needed is None:
             self._count("no-slot")
-            return ()
+            return NO_RECORDS
+        live, staged = needed[: len(contents.units)], needed[len(contents.units) :]
         optional = self._acquire(contents.optional)
         if optional is None:
             self.counts.left_out["no-slot"] += 1
-        slots |= optional or {}
+        else:
+            live = live.and_then(optional)
         began = self._clock.monotonic()
-        live = [*contents.units, *(u for u in contents.optional if u in slots)]
         try:
-            digests = self._pack_units(iteration, live, slots, self._release_live)
-            if digests is None and not contents.staged:
-                self._arena.release(slots.values())
+            captured = self._pack_units(iteration, contents, live, self._release_live)
+            is_late = captured is None
+            if captured is None and not contents.staged:
+                self._arena.release(live.slots)
                 self._count("late")
-                return ()
-            if digests is None:
+                return NO_RECORDS
+            if captured is None:
                 assert not contents.units, "what must be there is staged wherever something is optional"
-                self._arena.release([slots.pop(u) for u in live])
+                self._arena.release(live.slots)
                 self.counts.left_out["late"] += 1
-                digests = {}
+                live, captured = live[:0], NO_RECORDS
             self._release_live()
-            staged = self._pack_units(iteration, contents.staged, slots)
-            if staged is None:  # the device is late, or the pipeline is being closed
-                self._arena.release(slots.values())
+            copied = self._pack_units(iteration, contents, staged)
+            if copied is None:  # the device is late, or the pipeline is being closed
+                self._arena.release(live.and_then(staged).slots)
                 self._count("late")
-                return ()
+                return NO_RECORDS
         except DeviceFault as error:
             # Safe although the device may still write: after a fault it packs nothing, so nothing here is committed.
-            self._arena.release(slots.values())
+            self._arena.release(live.and_then(staged).slots)
             self.details["device"] = str(error)
             self._count("device")
-            return ()
-        self._packed(began, self._clock.monotonic(), sum(self._inventory.units[u].nbytes for u in slots))
-        records = tuple(
-            Record(
-                unit=u,
-                iteration=iteration,
-                epoch=self._epoch,
-                slot=slots[u],
-                nbytes=self._inventory.units[u].nbytes,
-                digest=digest,
-                tokens=contents.tokens.get(u, 0),
-            )
-            for u, digest in (digests | staged).items()
+            return NO_RECORDS
+        stored = captured + copied
+        nbytes = int(stored.table["nbytes"].sum())
+        self._packed(began, self._clock.monotonic(), nbytes)
+        zeros = Records.make(
+            len(contents.zero), unit=contents.zero, iteration=iteration, epoch=self._epoch, slot=NO_SLOT
         )
-        zeros = tuple(
-            Record(unit=u, iteration=iteration, epoch=self._epoch, slot=NO_SLOT, nbytes=0, digest=0)
-            for u in contents.zero
-        )
+        records = stored + zeros
         self._probe("before-commit", iteration)
-        self._arena.add(records + zeros)
-        self._outcome = Packed(
-            is_there=True,
-            captured=all(u in slots for u in contents.optional),
-            late=optional is not None and not all(u in slots for u in contents.optional),
-        )
+        self._arena.add(records)
+        is_without = bool(contents.optional) and (optional is None or is_late)
+        self._outcome = Packed(is_there=True, captured=not is_without, late=is_without and optional is not None)
         self.counts.committed += 1
         self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in contents.zero)
-        self.counts.bytes_committed += sum(r.nbytes for r in records)
-        return records + zeros
+        self.counts.bytes_committed += nbytes
+        return records
 
     def _pack_units(
-        self,
-        iteration: int,
-        units: Sequence[int],
-        slots: Mapping[int, int],
-        given: Callable[[], None] | None = None,
-    ) -> dict[int, int] | None:
-        """Fill the slots; digests by unit, None if that was cancelled."""
-        targets = [
-            Target(unit=u, address=self._arena.payload(slots[u]).ctypes.data, digests=self._arena.digests(slots[u]))
-            for u in units
-        ]
-        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration), given)
-        return None if digests is None else dict(zip(units, digests, strict=True))
+        self, iteration: int, contents: Contents, taken: _Taken, on_enqueued: Callable[[], None] | None = None
+    ) -> Records | None:
+        """Fill the slots; None if that was cancelled."""
+        addresses, sizes = self._arena.payload_addresses(taken.slots), self._arena.unit_bytes[taken.units]
+        targets = Targets.in_slots(taken.units, addresses, sizes)
+        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration), on_enqueued)
+        if digests is None:
+            return None
+        return Records.make(
+            len(digests),
+            unit=taken.units,
+            iteration=iteration,
+            epoch=self._epoch,
+            slot=taken.slots,
+            nbytes=sizes,
+            digest=digests,
+            tokens=[contents.tokens.get(u, 0) for u in taken.units.tolist()] if contents.tokens else 0,
+        )
 
-    def _replicate(self, iteration: int, records: tuple[Record, ...]) -> None:
+    def _replicate(self, iteration: int, records: Records) -> None:
         if self.broken:
             self._drop("channel", records)
             return
@@ -363,7 +370,7 @@ class Pipeline:
             self._drop("refused", records)
         self._mark(iteration, whole)
 
-    def _drop(self, reason: str, records: Sequence[Record]) -> None:
+    def _drop(self, reason: str, records: Records) -> None:
         if records:  # else it was dropped before, for another reason
             self._count(reason)
 

@@ -13,21 +13,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from megatron_moetion.arrays import Bytes, Digests, Int64s
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Channel, Gate, Message
-from megatron_moetion.snapshot.packer import HostPool, verify
-from megatron_moetion.snapshot.reference import capture_digest
+from megatron_moetion.snapshot.digest import digest_of, gather_digests, num_chunks_of, scatter_digests, verify
+from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import NO_SLOT, RECORD, Record, record_table, records_of
+from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, RECORD, Records
 from megatron_moetion.store.spec import num_chunks
 
-Bytes = npt.NDArray[np.uint8]
 _HEADER_WORDS = 7  # epoch, iteration, captures, table bytes, table digest, bytes of a payload's slices, their digest
 _SLICE_BYTES_MAX = 1 << 30
 _YES, _NO = 0x9D2C5680EFC60000, 0x62D3A97F1039FFFF
@@ -51,8 +51,9 @@ class _Incoming:
 
     owner: int
     slice_bytes: int
-    records: tuple[Record, ...] = ()
-    digests: tuple[npt.NDArray[np.uint64], ...] = ()
+    records: Records
+    digests: Digests
+    """The chunk digests of all captures that are not zero, one behind the other."""
 
 
 class Pacing(Protocol):
@@ -90,32 +91,25 @@ class Replicator:
         self._epoch = epoch
         self._probe = probe
         self._slice_bytes = 0
-        self.bytes_sent = 0
-        self.refused = 0
-        """Rounds in which a buddy had no room, or received damaged bytes."""
 
-    def replicate(self, iteration: int, records: Sequence[Record]) -> bool:
+    def replicate(self, iteration: int, records: Records) -> bool:
         """Send one committed snapshot (empty: dropped here); True once it is whole on every buddy."""
         incoming = self._announce(iteration, records)
-        accepted_here, slots = self._make_room(incoming)
-        accepted = self._swap_flags(accepted_here)
+        slots = self._make_room(incoming)
+        accepted = self._swap_flags({owner: owner in slots for owner in incoming})
         self._probe("mid-replication", iteration)
         sends = [h for h in self._holders if accepted[h]]
-        with self._pacing.transfer(len(sends) * sum(r.nbytes for r in records)):
+        with self._pacing.transfer(len(sends) * int(records.table["nbytes"].sum())):
             self._transfer(records, sends, incoming, slots)
-            whole_here = {
-                owner: bool(slots.get(owner)) and self._keep(incoming[owner], slots[owner]) for owner in self._held
-            }
+            whole_here = {owner: owner in slots and self._keep(incoming[owner], slots[owner]) for owner in self._held}
             whole = self._swap_flags(whole_here)
-        if records and not all(whole.values()):
-            self.refused += 1
         return bool(records) and all(whole.values())
 
-    def _announce(self, iteration: int, records: Sequence[Record]) -> dict[int, _Incoming]:
-        table = _table(self._own, records)
+    def _announce(self, iteration: int, records: Records) -> dict[int, _Incoming]:
+        table = self._table(records)
         self._slice_bytes = self._pacing.gate.slice_bytes()
-        words = [self._epoch, iteration, len(records), table.nbytes, _digest(table), self._slice_bytes]
-        header = np.array([*words, capture_digest(np.array(words, dtype=np.uint64))], dtype=np.uint64)
+        words = [self._epoch, iteration, len(records), table.nbytes, self._digest(table), self._slice_bytes]
+        header = np.array([*words, self._digest(np.array(words, dtype=np.uint64).view(np.uint8))], dtype=np.uint64)
         arrived = {owner: np.zeros(_HEADER_WORDS, dtype=np.uint64) for owner in self._held}
         self._channel.exchange(
             [Message(peer=h, data=header.view(np.uint8)) for h in self._holders],
@@ -132,7 +126,7 @@ class Replicator:
     def _checked(self, owner: int, words: npt.NDArray[np.uint64], iteration: int) -> _Header:
         """The header that came from ``owner``. ``ChannelError`` for one that its arena here cannot have caused."""
         epoch, theirs, count, table_bytes, table_digest, slice_bytes, digest = words.tolist()
-        if capture_digest(words[:-1]) != digest:
+        if self._digest(words[:-1].view(np.uint8)) != digest:
             raise ChannelError(f"the header of rank {owner} for iteration {iteration} was damaged on the way")
         if (epoch, theirs) != (self._epoch, iteration):
             raise ChannelError(
@@ -157,46 +151,48 @@ class Replicator:
 
     def _parse(self, header: _Header, table: Bytes, iteration: int) -> _Incoming:
         """The snapshot that a table announces; an empty one if the table was damaged on the way."""
-        owner, spec = header.owner, self._held[header.owner].spec
-        if _digest(table) != header.table_digest:  # refused like a lack of room
-            return _Incoming(owner=owner, slice_bytes=header.slice_bytes)
+        owner, arena = header.owner, self._held[header.owner]
+        if self._digest(table) != header.table_digest:  # refused like a lack of room
+            nothing = np.empty(0, dtype=np.uint64)
+            return _Incoming(owner=owner, slice_bytes=header.slice_bytes, records=NO_RECORDS, digests=nothing)
         cursor = header.count * RECORD.itemsize
-        records, digests = records_of(table[:cursor].view(RECORD)), []
-        for record in records:
-            nbytes = spec.units[record.unit][2] if record.unit < len(spec.units) else -1
-            expected = (iteration, self._epoch, 0 if record.is_zero else nbytes)
-            if nbytes < 0 or (record.iteration, record.epoch, record.nbytes) != expected:
-                raise ChannelError(
-                    f"rank {owner} announces {record}; here it is iteration {iteration} of epoch {self._epoch}, and "
-                    f"that unit of {len(spec.units)} has {nbytes} bytes"
-                )
-            end = cursor + 8 * num_chunks(record.nbytes, spec.identity.chunk_bytes)
-            digests.append(table[cursor:end].view(np.uint64))
-            cursor = end
-        if cursor != table.nbytes or len({r.unit for r in records}) != len(records):
+        records, digests = Records.from_bytes(table[:cursor]), table[cursor:].view(np.uint64)
+        units, num_units = records.table["unit"], len(arena.unit_bytes)
+        nbytes = np.append(arena.unit_bytes, -1)[np.minimum(units, num_units)]
+        wrong = (
+            (nbytes < 0)
+            | (records.table["iteration"] != iteration)
+            | (records.table["epoch"] != self._epoch)
+            | (records.table["nbytes"].astype(np.int64) != np.where(records.is_zero, 0, nbytes))
+        )
+        if wrong.any():
+            first = int(np.argmax(wrong))
             raise ChannelError(
-                f"rank {owner} announces {len(records)} captures in {table.nbytes} bytes; they need {cursor}, and each "
+                f"rank {owner} announces {records[first]}; here it is iteration {iteration} of epoch {self._epoch}, "
+                f"and that unit of {num_units} has {nbytes[first]} bytes"
+            )
+        sizes = records.table["nbytes"].astype(np.int64)
+        needed = cursor + 8 * int(num_chunks_of(sizes, arena.spec.identity.chunk_bytes).sum())
+        if needed != table.nbytes or len(np.unique(units)) != len(records):
+            raise ChannelError(
+                f"rank {owner} announces {len(records)} captures in {table.nbytes} bytes; they need {needed}, and each "
                 f"unit comes once"
             )
-        return _Incoming(owner=owner, slice_bytes=header.slice_bytes, records=records, digests=tuple(digests))
+        return _Incoming(owner=owner, slice_bytes=header.slice_bytes, records=records, digests=digests)
 
-    def _make_room(self, incoming: Mapping[int, _Incoming]) -> tuple[dict[int, bool], dict[int, list[int]]]:
-        slots: dict[int, list[int]] = {}
+    def _make_room(self, incoming: Mapping[int, _Incoming]) -> dict[int, Int64s]:
+        """By owner, where there is something to receive and room for it: a slot for each capture."""
+        found = {}
         for owner, announced in incoming.items():
-            taken: list[int] = []
-            listable = self._held[owner].can_list(len(announced.records))
-            for record in announced.records if listable else ():
-                if record.is_zero:
-                    taken.append(NO_SLOT)
-                    continue
-                slot = self._held[owner].acquire(record.nbytes)
-                if slot is None:
-                    self._held[owner].release(taken)
-                    taken = []
-                    break
-                taken.append(slot)
-            slots[owner] = taken
-        return {owner: bool(taken) for owner, taken in slots.items()}, slots
+            records, arena = announced.records, self._held[owner]
+            if not records or not arena.can_list(len(records)):
+                continue
+            slots = np.full(len(records), NO_SLOT, dtype=np.int64)
+            taken = arena.acquire_all(records.table["nbytes"][~records.is_zero].astype(np.int64))
+            if taken is not None:
+                slots[~records.is_zero] = taken
+                found[owner] = slots
+        return found
 
     def _swap_flags(self, to_owners: Mapping[int, bool]) -> dict[int, bool]:
         """Tell each owner yes or no, hear the same from each holder."""
@@ -213,49 +209,46 @@ class Replicator:
 
     def _transfer(
         self,
-        records: Sequence[Record],
+        records: Records,
         holders: Sequence[int],
         incoming: Mapping[int, _Incoming],
-        slots: Mapping[int, Sequence[int]],
+        slots: Mapping[int, Int64s],
     ) -> None:
-        sends = [
-            Message(peer=h, data=self._own.payload(r.slot), slice_bytes=self._slice_bytes)
-            for h in holders
-            for r in records
-            if not r.is_zero
-        ]
+        stored = self._own.payloads(_stored(records.table["slot"]))
+        sends = [Message(peer=h, data=data, slice_bytes=self._slice_bytes) for h in holders for data in stored]
         receives = [
-            Message(peer=owner, data=self._held[owner].payload(slot), slice_bytes=announced.slice_bytes)
-            for owner, announced in incoming.items()
-            for slot in slots[owner]
-            if slot != NO_SLOT
+            Message(peer=owner, data=data, slice_bytes=incoming[owner].slice_bytes)
+            for owner, taken in slots.items()
+            for data in self._held[owner].payloads(_stored(taken))
         ]
         self._channel.exchange(sends, receives)
-        self.bytes_sent += sum(m.data.nbytes for m in sends)
 
-    def _keep(self, announced: _Incoming, slots: Sequence[int]) -> bool:
+    def _keep(self, announced: _Incoming, slots: Int64s) -> bool:
         """Verify what arrived and commit it; damaged bytes are given up, all of the snapshot."""
-        arena = self._held[announced.owner]
+        arena, records, stored = self._held[announced.owner], announced.records, _stored(slots)
         chunk_bytes = arena.spec.identity.chunk_bytes
-        placed = []
-        for record, digests, slot in zip(announced.records, announced.digests, slots, strict=True):
-            if record.is_zero:
-                placed.append(record)
-                continue
-            if not verify(self._pool, chunk_bytes, arena.payload(slot), digests, record.digest):
-                arena.release(slots)
-                return False
-            arena.digests(slot)[:] = digests
-            placed.append(replace(record, slot=slot))
-        arena.add(placed)
+        addresses, sizes = arena.payload_addresses(stored), arena.slot_bytes(stored)
+        expected = records.table["digest"][~records.is_zero]
+        if not verify(self._pool, chunk_bytes, addresses, sizes, announced.digests, expected).all():
+            arena.release(slots)
+            return False
+        scatter_digests(self._pool, announced.digests, addresses + sizes, num_chunks_of(sizes, chunk_bytes))
+        arena.add(records.replace(slot=slots))
         return True
 
+    def _table(self, records: Records) -> Bytes:
+        """The records, then their chunk digests, as bytes."""
+        slots = _stored(records.table["slot"])
+        sizes = self._own.slot_bytes(slots)
+        places = self._own.payload_addresses(slots) + sizes
+        digests = gather_digests(self._pool, places, num_chunks_of(sizes, self._own.spec.identity.chunk_bytes))
+        return np.concatenate([records.table.view(np.uint8), digests.view(np.uint8)])
 
-def _table(arena: Arena, records: Sequence[Record]) -> Bytes:
-    """The records, then their chunk digests, as bytes."""
-    digests = (arena.digests(r.slot).view(np.uint8) for r in records if not r.is_zero)
-    return np.concatenate([record_table(records).view(np.uint8), *digests])
+    def _digest(self, data: Bytes) -> int:
+        return digest_of(self._pool, data)
 
 
-def _digest(table: Bytes) -> int:
-    return capture_digest(table.view(np.uint64))
+def _stored(slots: npt.NDArray[Any]) -> Int64s:
+    """Of captures' slots those that are slots: captures of zeros have none."""
+    found: Int64s = slots[slots != NO_SLOT].astype(np.int64)
+    return found

@@ -13,7 +13,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.process import process_start
 from megatron_moetion.replicate.worker import SystemThreads, Threads
-from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.packer import HostPool, Packer, device_packer
 from megatron_moetion.store.node import NodeFolder, open_node
 from megatron_moetion.units import Inventory
 
@@ -25,8 +25,9 @@ def _make_probe(config: MoetionConfig, attempt: int, rank: int) -> Probe:
     return make_probe(parse_faults(config.inject_fault), attempt, rank)
 
 
-def _make_packer(inventory: Inventory, config: MoetionConfig, num_threads: int, rank: int) -> Packer:
-    return Packer(inventory, config.chunk_bytes, num_threads, rank=rank, num_sms=config.pack_sms)
+def _make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
+    device = device_packer(inventory, config.chunk_bytes, rank=rank, num_sms=config.pack_sms)
+    return Packer(inventory, config.chunk_bytes, pool, device)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,10 +37,10 @@ class Host:
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     clock: Clock = field(default_factory=SystemClock)
     threads: Threads = field(default_factory=SystemThreads)
-    open_node: Callable[[MoetionConfig, str, Mapping[str, str], int], NodeFolder] = open_node
-    """From settings, run id, environment and world size: this node's shared memory."""
-    make_packer: Callable[[Inventory, MoetionConfig, int, int], Packer] = _make_packer
-    """From the units that captures are made of, settings, the number of threads that pack, and this rank."""
+    open_node: Callable[[MoetionConfig, str, Mapping[str, str], int, Clock], NodeFolder] = open_node
+    """From settings, run id, environment, world size and clock: this node's shared memory."""
+    make_packer: Callable[[Inventory, MoetionConfig, HostPool, int], Packer] = _make_packer
+    """From the units that captures are made of, settings, the threads that pack, and this rank."""
     make_probe: Callable[[MoetionConfig, int, int], Probe] = _make_probe
     """From settings, attempt and rank."""
     nonce: Callable[[], int] = lambda: secrets.randbits(32)

@@ -58,7 +58,7 @@ def prepare(
                 run_id,
                 host.make_probe(config, attempt, rank),
                 Journal(rank, attempt, report, host.clock),
-                host.open_node(config, run_id, host.environment, fabric.world_size),
+                host.open_node(config, run_id, host.environment, fabric.world_size, host.clock),
             )
 
         run_id, probe, journal, node = on_all_ranks(fabric, claim)
@@ -84,8 +84,8 @@ def prepare(
         # One gather for all modes, so that ranks with different modes still meet in it and are refused later.
         facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
         mode = on_all_ranks(fabric, lambda: blueprint.build(site, facts))
-        num_threads = _pack_threads(config, host.environment)
-        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, num_threads, rank))
+        pool = HostPool(_pack_threads(config, host.environment))
+        packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
         undo.callback(packer.close)
         return Prepared(
             config=config,
@@ -100,7 +100,7 @@ def prepare(
             lock=lock,
             attempt=attempt,
             mode=mode,
-            pool=HostPool(num_threads),
+            pool=pool,
             packer=packer,
             undo=undo.pop_all(),
         )
@@ -112,16 +112,14 @@ def _take_lock(fabric: Fabric, node: NodeFolder, config: MoetionConfig, journal:
     Rank 0 goes first: of two jobs that start under one name at one moment, one gets all locks and the other none.
     """
     wait_s = min(LOCK_WAIT_S, _LOCK_SHARE * config.timeout_s)
-    taken: list[NodeLock] = []
 
-    def lock(ranks: range) -> None:
-        if fabric.rank in ranks:
-            taken.append(node.lock(wait_s, partial(journal.info, -1)))
-            undo.callback(taken[0].close)  # also where another rank gets none
+    def lock() -> NodeLock:
+        taken = node.lock(wait_s, partial(journal.info, -1))
+        undo.callback(taken.close)  # also where another rank gets none
+        return taken
 
-    for ranks in (range(1), range(1, fabric.world_size)):
-        on_all_ranks(fabric, partial(lock, ranks))
-    return taken[0]
+    first = on_all_ranks(fabric, lambda: lock() if fabric.rank == 0 else None)
+    return on_all_ranks(fabric, lambda: first or lock())
 
 
 def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:

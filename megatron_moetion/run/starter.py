@@ -122,7 +122,7 @@ class Starter:
         """Verify every byte once more, then load it; the steps replayed, and the mode's part of the host state."""
         own = fetched.arenas.own
         self._run.packer.adopt(own.memory)
-        records = verified(self._run.packer, own, plan.choices[self._run.fabric.rank])
+        records = verified(self._run.pool, own, plan.choices[self._run.fabric.rank])
         (host_unit,) = self._run.mode.inventory.of_kind(UnitKind.HOST)
         slot = next(r.slot for r in records if r.unit == host_unit)
         phases.done("verify")

@@ -92,9 +92,9 @@ class ExpertBook:
         unsaved, staleness = ledger.unsaved, ledger.staleness
         seen = Popularity(unsaved=unsaved, staleness=staleness, average=ledger.average, turn=self._turn)
         chosen = choose(POLICIES[rules.policy](seen), staleness, num_experts, rules.reserved, rules.staleness_cap)
-        # Counts are one snapshot old, at most an interval short of what is lost: K errs on the large side.
-        at_risk = [a + b for a, b in zip(unsaved, ledger.recent, strict=True)]
         if rules.lost_token_budget:
+            # Counts are one snapshot old, at most an interval short of what is lost: K errs on the large side.
+            at_risk = [a + b for a, b in zip(unsaved, ledger.recent, strict=True)]
             processed = sum(ledger.totals)  # nothing is known of the first snapshot's tokens yet: take all
             allowance = int(rules.lost_token_budget * processed) - sum(self._lost_everywhere) if processed else -1
             chosen = grow(chosen, at_risk, allowance, rules.most)
@@ -210,7 +210,7 @@ def lost_until(state: Mapping[str, Any]) -> list[int]:
     return [int(tokens) for tokens in _unpacked(state["lost"])]
 
 
-def _packed(numbers: Sequence[Any]) -> bytes:
+def _packed(numbers: Sequence[int] | npt.NDArray[np.int64]) -> bytes:
     return np.array(numbers, dtype="<i8").tobytes()
 
 

@@ -8,9 +8,14 @@ the budget of lost tokens calls for it.
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from megatron_moetion.arrays import Int64s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,17 +41,17 @@ def unsaved_tokens(seen: Popularity) -> list[int]:
 
     Ties go to the staler, then to the lower position.
     """
-    return sorted(range(len(seen.unsaved)), key=lambda e: (-seen.unsaved[e], -seen.staleness[e], e))
+    return _sorted(-_array(seen.unsaved), -_array(seen.staleness))
 
 
 def popularity_average(seen: Popularity) -> list[int]:
     """Most tokens of late first, whether saved or not."""
-    return sorted(range(len(seen.average)), key=lambda e: (-seen.average[e], -seen.staleness[e], e))
+    return _sorted(-np.array(seen.average, dtype=np.float64), -_array(seen.staleness))
 
 
 def in_turn(seen: Popularity) -> list[int]:
     """One after the other, across layers, whatever they process. Idea: MoC-System's sequential selection."""
-    return sorted(range(len(seen.turn)), key=lambda e: (-seen.staleness[e], seen.turn[e]))
+    return _sorted(-_array(seen.staleness), _array(seen.turn))
 
 
 POLICIES: Mapping[str, Policy] = {
@@ -66,27 +71,22 @@ def choose(order: Sequence[int], staleness: Sequence[int], num_experts: int, res
     (this one included), at most R * s experts may have d <= s, for every s, with R the reserved K. If that holds before
     the choice, R * cap >= E, and the choice takes at least ``count(d <= s) - R * (s - 1)`` of those with d <= s, it
     holds again afterwards. So a group that was captured together (the baseline, say) is spread over the cap instead
-    of expiring at once. Should drops have broken it, the most overdue go first. O(E log E).
+    of expiring at once. Should drops have broken it, the most overdue go first. O(E D) with D different
+    values of staleness.
     """
-    place = {e: i for i, e in enumerate(order)}
-    by_deadline = sorted(order, key=lambda e: (-staleness[e], place[e]))
-    due: list[int] = []
-    """Places of experts that are due and not chosen, the first in the order on top."""
-    chosen: list[int] = []
-    count = 0
-    while count < len(by_deadline):
-        left = cap + 1 - staleness[by_deadline[count]]
-        while count < len(by_deadline) and cap + 1 - staleness[by_deadline[count]] == left:
-            heapq.heappush(due, place[by_deadline[count]])
-            count += 1
-        must = min(count - reserved * max(left - 1, 0), num_experts)
-        while len(chosen) < must:
-            chosen.append(order[heapq.heappop(due)])
-    taken = set(chosen)
-    rest = (e for e in order if e not in taken)
-    while len(chosen) < min(num_experts, len(order)):
-        chosen.append(next(rest))
-    return chosen
+    left = cap + 1 - _array(staleness)[_array(order)]
+    """By place in the order: snapshots left in which that expert must be taken."""
+    is_chosen = np.zeros(len(order), dtype=bool)
+    places: list[int] = []
+    for soon in np.unique(left).tolist():
+        is_due = left <= soon
+        must = min(int(np.count_nonzero(is_due)) - reserved * max(soon - 1, 0), num_experts)
+        if must > len(places):
+            due = np.flatnonzero(is_due & ~is_chosen)[: must - len(places)]
+            is_chosen[due] = True
+            places.extend(due.tolist())
+    places.extend(np.flatnonzero(~is_chosen)[: max(0, num_experts - len(places))].tolist())
+    return [order[place] for place in places]
 
 
 def grow(chosen: Sequence[int], at_risk: Sequence[int], allowance: int, most: int) -> list[int]:
@@ -94,13 +94,21 @@ def grow(chosen: Sequence[int], at_risk: Sequence[int], allowance: int, most: in
 
     ``at_risk`` counts tokens by position. Those with most tokens come first; ties go to the lower position. O(E log E).
     """
-    taken = set(chosen)
-    others = sorted((e for e in range(len(at_risk)) if e not in taken), key=lambda e: (-at_risk[e], e))
-    open_tokens = sum(at_risk[e] for e in others)
-    found = list(chosen)
-    for e in others:
-        if open_tokens <= allowance or len(found) >= most:
-            break
-        found.append(e)
-        open_tokens -= at_risk[e]
+    risk = _array(at_risk)
+    is_other = np.ones(len(risk), dtype=bool)
+    is_other[_array(chosen)] = False
+    others = [e for e in _sorted(-risk) if is_other[e]]
+    left = risk[is_other].sum() - np.cumsum(risk[others])
+    """What is at risk with one expert more, with two, and so on."""
+    needed = 0 if risk[is_other].sum() <= allowance else 1 + int(np.count_nonzero(left > allowance))
+    return [*chosen, *others[: min(needed, max(0, most - len(chosen)))]]
+
+
+def _sorted(*keys: npt.NDArray[Any]) -> list[int]:
+    """Positions by the first key, ties by the next, then by position."""
+    found: list[int] = np.lexsort(keys[::-1]).tolist()
     return found
+
+
+def _array(values: Sequence[int]) -> Int64s:
+    return np.array(values, dtype=np.int64)

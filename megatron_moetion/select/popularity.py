@@ -7,39 +7,44 @@ Fed with counts that all ranks sharing an expert agree on, it gives all of them 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
+import numpy as np
 
-@dataclass(frozen=True, kw_only=True)
-class _Capture:
-    iteration: int
-    snapshot: int
-    total: int
-    """Tokens that all ranks knew of then."""
-    local: int
-    """Tokens that this rank had processed by then, exactly."""
-
+from megatron_moetion.arrays import Int64s
 
 AVERAGED_OVER = 10
 """Snapshots that the moving average of an expert's tokens looks back, about."""
 
 
-@dataclass
-class _Expert:
-    total: int = 0
-    recent: int = 0
-    """Tokens between the last two snapshots."""
-    average: float = 0.0
-    captures: list[_Capture] = field(default_factory=list)
-    """Captures not yet known to be dropped, oldest first; at most one settled one."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Snapshot:
+    """The experts of one snapshot, by position. It is not known yet whether it is whole."""
+
+    iteration: int
+    number: int
+    positions: Int64s
+    totals: Int64s
+    """Tokens of each of them that all ranks knew of then."""
+    local: Int64s
+    """Tokens of each of them that this rank had processed by then, exactly."""
 
 
 class Ledger:
     """Unsaved tokens and staleness per expert of one rank, in a fixed order."""
 
     def __init__(self, num_experts: int) -> None:
-        self._experts = [_Expert() for _ in range(num_experts)]
+        self._totals = np.zeros(num_experts, dtype=np.int64)
+        self._recent = np.zeros(num_experts, dtype=np.int64)
+        self._average = np.zeros(num_experts)
         self._snapshots = 0
+        # The newest settled capture of each expert, 0 where there is none; then the snapshots that are not settled.
+        self._is_captured = np.zeros(num_experts, dtype=bool)
+        self._iteration = np.zeros(num_experts, dtype=np.int64)
+        self._number = np.zeros(num_experts, dtype=np.int64)
+        self._saved = np.zeros(num_experts, dtype=np.int64)
+        self._local = np.zeros(num_experts, dtype=np.int64)
+        self._open: list[_Snapshot] = []
 
     def seed(
         self,
@@ -55,48 +60,64 @@ class Ledger:
         ``recent`` was then; the moving average begins with it.
         """
         self._snapshots = max(ages, default=0) + 1
-        rows = zip(self._experts, captured, ages, totals, local, recent, strict=True)
-        for expert, iteration, age, total, here, tokens in rows:
-            expert.total = total
-            expert.recent, expert.average = tokens, float(tokens)
-            expert.captures = [_Capture(iteration=iteration, snapshot=self._snapshots - age, total=total, local=here)]
+        self._totals, self._recent = _array(totals), _array(recent)
+        self._average = self._recent.astype(float)
+        self._is_captured[:] = True
+        self._iteration, self._number = _array(captured), self._snapshots - _array(ages)
+        self._saved, self._local = self._totals.copy(), _array(local)
+        self._open = []
 
     @property
-    def history(self) -> list[tuple[int, int, int]]:
-        """Position, iteration and tokens here of each expert's captures, oldest first; travels with the host state."""
-        return [(position, c.iteration, c.local) for position, e in enumerate(self._experts) for c in e.captures]
+    def history(self) -> Int64s:
+        """Position, iteration and tokens here of each expert's captures, int64[n, 3]; travels with the host state.
+
+        Sorted by position, the oldest capture of an expert first.
+        """
+        settled = np.flatnonzero(self._is_captured)
+        positions = [settled, *(s.positions for s in self._open)]
+        iterations = [self._iteration[settled], *(np.full(len(s.positions), s.iteration) for s in self._open)]
+        local = [self._local[settled], *(s.local for s in self._open)]
+        rows = np.stack([np.concatenate(column) for column in (positions, iterations, local)], axis=1)
+        return rows[np.argsort(rows[:, 0], kind="stable")]
 
     def update(self, totals: Sequence[int]) -> None:
         """Tokens processed since the run began, per expert."""
-        for expert, total in zip(self._experts, totals, strict=True):
-            expert.recent = total - expert.total
-            expert.average += (expert.recent - expert.average) / AVERAGED_OVER
-            expert.total = total
+        now = _array(totals)
+        self._recent = now - self._totals
+        self._average += (self._recent - self._average) / AVERAGED_OVER
+        self._totals = now
 
     @property
     def totals(self) -> list[int]:
         """Tokens processed since the run began, per expert."""
-        return [e.total for e in self._experts]
+        return _listed(self._totals)
 
     @property
     def recent(self) -> list[int]:
         """Tokens between the last two snapshots, per expert."""
-        return [e.recent for e in self._experts]
+        return _listed(self._recent)
 
     @property
     def average(self) -> list[float]:
         """Tokens between two snapshots as a moving average, per expert."""
-        return [e.average for e in self._experts]
+        found: list[float] = self._average.tolist()
+        return found
 
     @property
     def unsaved(self) -> list[int]:
         """Tokens that would be lost now, per expert."""
-        return [e.total - (e.captures[-1].total if e.captures else 0) for e in self._experts]
+        saved = self._saved.copy()
+        for snapshot in self._open:
+            saved[snapshot.positions] = snapshot.totals
+        return _listed(self._totals - saved)
 
     @property
     def staleness(self) -> list[int]:
         """Snapshots since the last capture, the coming one included, per expert."""
-        return [self._snapshots + 1 - (e.captures[-1].snapshot if e.captures else 0) for e in self._experts]
+        newest = self._number.copy()
+        for snapshot in self._open:
+            newest[snapshot.positions] = snapshot.number
+        return _listed(self._snapshots + 1 - newest)
 
     def captured(self, iteration: int, positions: Sequence[int], local: Sequence[int]) -> None:
         """A snapshot takes these experts; it counts until it is known to be dropped.
@@ -104,20 +125,42 @@ class Ledger:
         ``local`` is what this rank has processed so far, for all experts.
         """
         self._snapshots += 1
-        for position in positions:
-            expert = self._experts[position]
-            expert.captures.append(
-                _Capture(iteration=iteration, snapshot=self._snapshots, total=expert.total, local=local[position])
+        taken = _array(positions)
+        self._open.append(
+            _Snapshot(
+                iteration=iteration,
+                number=self._snapshots,
+                positions=taken,
+                totals=self._totals[taken],
+                local=_array(local)[taken],
             )
+        )
 
     def settle(self, iteration: int, whole: bool) -> None:
         """The fate of a snapshot: whole on all ranks, or dropped on one and therefore worth nothing."""
-        for expert in self._experts:
-            if whole:
-                older = [c for c in expert.captures if c.iteration <= iteration]
-                expert.captures = older[-1:] + [c for c in expert.captures if c.iteration > iteration]
-            else:
-                expert.captures = [c for c in expert.captures if c.iteration != iteration]
+        if not whole:
+            self._open = [s for s in self._open if s.iteration != iteration]
+            dropped = self._is_captured & (self._iteration == iteration)
+            self._is_captured[dropped] = False
+            for column in (self._iteration, self._number, self._saved, self._local):
+                column[dropped] = 0
+            return
+        for snapshot in self._open:
+            if snapshot.iteration <= iteration:
+                taken = snapshot.positions
+                self._is_captured[taken] = True
+                self._iteration[taken], self._number[taken] = snapshot.iteration, snapshot.number
+                self._saved[taken], self._local[taken] = snapshot.totals, snapshot.local
+        self._open = [s for s in self._open if s.iteration > iteration]
+
+
+def _listed(values: Int64s) -> list[int]:
+    found: list[int] = values.tolist()
+    return found
+
+
+def _array(values: Sequence[int]) -> Int64s:
+    return np.array(values, dtype=np.int64)
 
 
 def tokens_lost_share(lost: Sequence[int], routed: Sequence[int]) -> float:

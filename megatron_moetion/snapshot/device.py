@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import threading
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -18,11 +17,14 @@ from typing import Any
 import numpy as np
 
 from megatron_moetion._C import Cancel, DeviceError, DevicePool, HostPool, Registration
+from megatron_moetion.arrays import Bytes, Int64s
 from megatron_moetion.errors import DeviceFault, UnsupportedState
+from megatron_moetion.snapshot.digest import scatter_digests
 from megatron_moetion.snapshot.engines import SAMPLE_BYTES, crossover_bytes, measure
-from megatron_moetion.snapshot.plan import Bytes, Int64s, Target, Template, groups, share
+from megatron_moetion.snapshot.plan import BATCH_BYTES, Targets, Templates, groups
 from megatron_moetion.units import ALIGNMENT_BYTES, Unit
 
+DEFAULT_SMS = 8
 SLOTS = 2
 """Batches in flight: one is waited for while the next one runs."""
 TIMEOUT_S = 60.0
@@ -42,11 +44,12 @@ class _Enqueued:
     """A batch of captures under way, and the host copies still to do if they were written to a bounce buffer."""
 
     ticket: int
-    targets: Sequence[Target]
+    targets: Targets
     copies_to_arena: Int64s
     """int64[n, 3]: source, destination, nbytes."""
 
 
+_NO_TARGETS = Targets(units=np.empty(0, np.int64), addresses=np.empty(0, np.int64), digests=np.empty(0, np.int64))
 _NOTHING: Int64s = np.empty((0, 3), dtype=np.int64)
 
 
@@ -109,28 +112,28 @@ class DevicePacker:
     A snapshot that is late or cancelled may leave work under way, whose results are not used. ``settle`` waits for that
     work before the next snapshot begins, so its late writes are harmless.
 
-    ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. Call ``plan`` once before all else. Raises
-    ``UnsupportedState`` for a region that is not on its stated device, ``DeviceFault`` where the device fails.
+    ``pool`` is what ``device_pool`` makes for this device and these units; a batch has ``batch_bytes``, or one larger
+    capture. What is not done in ``timeout_s`` is late. Call ``plan`` once before all else. Raises ``UnsupportedState``
+    for a region that is not on its stated device, ``DeviceFault`` where the device fails.
     """
 
     def __init__(
-        self, device: str, units: Sequence[Unit], *, chunk_bytes: int, batch_bytes: int, rank: int, num_sms: int
+        self,
+        device: str,
+        pool: DevicePool,
+        units: Sequence[Unit],
+        *,
+        batch_bytes: int = BATCH_BYTES,
+        timeout_s: float = TIMEOUT_S,
     ) -> None:
-        self._batch_bytes = batch_bytes
-        self._largest_bytes = max(batch_bytes, *(u.nbytes for u in units))
-        # Enough for a batch's chunks, and for the rows of ``freeze`` and of ``scatter``.
-        num_rows = max(
-            sum(sum(r.at_once for r in u.regions) for u in units),
-            max(len(u.regions) for u in units),
-            -(-self._largest_bytes // chunk_bytes) + len(units),
-        )
-        with naming_faults():
-            self._pool = DevicePool(
-                device, rank=rank, max_pieces=num_rows, max_chunks=num_rows, num_slots=SLOTS, num_sms=num_sms
-            )
-        self._templates: Sequence[Template] = ()
-        self._chunks: list[Int64s] = []
         self._device = device
+        self._pool = pool
+        self._batch_bytes = batch_bytes
+        self._timeout_s = timeout_s
+        self._largest_bytes = _largest_bytes(units, batch_bytes)
+        self._templates = Templates.of(())
+        self._chunks: Int64s = np.empty((0, 5), dtype=np.int64)
+        """Rows for ``DevicePool.pack_uploaded``, of all units, destinations counted from a capture's first byte."""
         self._streams = _Streams(device)
         for unit in units:
             for region in unit.regions:
@@ -167,21 +170,21 @@ class DevicePacker:
 
         return [not any_set for any_set in torch.stack([part.any() for part in parts]).tolist()]
 
-    def plan(self, templates: Sequence[Template]) -> None:
+    def plan(self, templates: Templates) -> None:
         """Upload all units' pieces to the device once: a snapshot sends only the places of its chunks.
 
         In the uploaded plan the captures of all units, by unit number, are contiguous.
         """
         self._templates = templates
-        pieces, at, count = [], ALIGNMENT_BYTES, 0  # places are positive, as addresses are
-        for unit in templates:
-            pieces.append(unit.pieces + np.array([0, at, 0], dtype=np.int64))
-            starts = unit.chunks[:, :1] + at
-            self._chunks.append(np.hstack([unit.chunks + np.array([0, 0, count, 0], dtype=np.int64), starts]))
-            at += unit.nbytes
-            count += len(unit.pieces)
+        # places are positive, as addresses are
+        starts = ALIGNMENT_BYTES + np.cumsum(templates.nbytes) - templates.nbytes
+        pieces = templates.pieces.copy()
+        pieces[:, 1] += np.repeat(starts, templates.num_pieces)
+        at = templates.chunks[:, 0] + np.repeat(starts, templates.num_chunks)
+        self._chunks = np.column_stack([templates.chunks, at])
+        self._chunks[:, 2] += np.repeat(templates.first_piece, templates.num_chunks)
         with naming_faults():
-            self._pool.upload_pieces(np.concatenate(pieces))
+            self._pool.upload_pieces(pieces)
 
     def adopt(self, memory: Bytes) -> None:
         """Pin an arena, so that captures are written into it; where the driver refuses, use a bounce buffer."""
@@ -220,12 +223,12 @@ class DevicePacker:
         """
         current, never = self._streams.current(), Cancel()
         with naming_faults():
-            if not self._drain(never, TIMEOUT_S):
+            if not self._drain(never, self._timeout_s):
                 return False
             if len(rows):
                 ticket = self._pool.scatter(rows, stream=current, copy_engine_bytes=_STAGED_RUN_BYTES)
-                self._in_flight.append(_Enqueued(ticket=ticket, targets=(), copies_to_arena=_NOTHING))
-                if not self._drain(never, TIMEOUT_S):
+                self._in_flight.append(_Enqueued(ticket=ticket, targets=_NO_TARGETS, copies_to_arena=_NOTHING))
+                if not self._drain(never, self._timeout_s):
                     return False
             self._pool.order(self._streams.side, current)
         return True
@@ -233,11 +236,11 @@ class DevicePacker:
     def settle(self, cancel: Cancel) -> bool:
         """Wait until nothing of an earlier snapshot is under way; False if cancelled or late."""
         with naming_faults():
-            return self._drain(cancel, TIMEOUT_S)
+            return self._drain(cancel, self._timeout_s)
 
     def pack(
         self,
-        targets: Sequence[Target],
+        targets: Targets,
         host: HostPool,
         cancel: Cancel,
         between: Callable[[], None],
@@ -299,35 +302,28 @@ class DevicePacker:
         stream = self._streams.current()
         self._pool.finish(self._pool.scatter(rows, stream=stream, copy_engine_bytes=self._copy_engine_bytes))
 
-    def _start(self, targets: Sequence[Target], slot: int) -> _Enqueued:
-        sizes = [self._templates[t.unit].nbytes for t in targets]
-        places = [t.address for t in targets]
-        copies: list[tuple[int, int, int]] = []
+    def _start(self, targets: Targets, slot: int) -> _Enqueued:
+        sizes = self._templates.nbytes[targets.units]
+        places, copies = targets.addresses, _NOTHING
         if not self.is_direct:
-            first = self._take_buffers()[slot].ctypes.data
-            places = [first + sum(sizes[:number]) for number in range(len(sizes))]
-            copies = [(p, t.address, n) for p, t, n in zip(places, targets, sizes, strict=True)]
-        chunks = [
-            self._chunks[t.unit] + np.array([p, 0, 0, 0, 0], dtype=np.int64)
-            for t, p in zip(targets, places, strict=True)
-        ]
-        ticket = self._pool.pack_uploaded(
-            np.concatenate(chunks), stream=self._streams.side, copy_engine_bytes=self._copy_engine_bytes
-        )
-        return _Enqueued(
-            ticket=ticket, targets=targets, copies_to_arena=np.array(copies, dtype=np.int64).reshape(-1, 3)
-        )
+            places = self._take_buffers()[slot].ctypes.data + np.cumsum(sizes) - sizes
+            copies = np.stack([places, targets.addresses, sizes], axis=1)
+        chunks = self._chunks[self._templates.rows_of_chunks(targets.units)]
+        chunks[:, 0] += np.repeat(places, self._templates.num_chunks[targets.units])
+        ticket = self._pool.pack_uploaded(chunks, stream=self._streams.side, copy_engine_bytes=self._copy_engine_bytes)
+        return _Enqueued(ticket=ticket, targets=targets, copies_to_arena=copies)
 
     def _finish_oldest(self, host: HostPool, cancel: Cancel) -> bool:
         """Wait for the oldest batch and complete its captures; False if cancelled or late: then it stays under way."""
         batch = self._in_flight[0]
-        if not self._is_done(batch, cancel, TIMEOUT_S):
+        if not self._is_done(batch, cancel, self._timeout_s):
             return False
-        digests = np.empty(sum(len(t.digests) for t in batch.targets), dtype=np.uint64)
+        counts = self._templates.num_chunks[batch.targets.units]
+        digests = np.empty(int(counts.sum()), dtype=np.uint64)
         self._pool.finish(batch.ticket, digests)
         self._in_flight.popleft()
         host.scatter(batch.copies_to_arena)
-        share(digests, batch.targets)
+        scatter_digests(host, digests, batch.targets.digests, counts)
         return True
 
     def _drain(self, cancel: Cancel, timeout_s: float) -> bool:
@@ -340,11 +336,12 @@ class DevicePacker:
 
     def _is_done(self, batch: _Enqueued, cancel: Cancel, timeout_s: float) -> bool:
         """Wait for one batch; False if cancelled or late."""
-        deadline = time.monotonic() + timeout_s
-        while not self._pool.wait(batch.ticket, timeout_s=min(_POLL_S, timeout_s)):
-            if cancel.is_set() or time.monotonic() >= deadline:
+        for _ in range(1 + int(timeout_s / _POLL_S)):
+            if self._pool.wait(batch.ticket, timeout_s=min(_POLL_S, timeout_s)):
+                return True
+            if cancel.is_set():
                 return False
-        return True
+        return False
 
     def _take_buffers(self) -> tuple[Bytes, ...]:
         if not self._buffers:
@@ -362,3 +359,42 @@ class DevicePacker:
                 self._pool.check_spans_are_here(np.array([(address, nbytes)], dtype=np.int64))
         except ValueError as error:
             raise UnsupportedState(f"{tensor}: {error}") from error
+
+
+def device_pool(
+    device: str,
+    units: Sequence[Unit],
+    chunk_bytes: int,
+    *,
+    rank: int = 0,
+    num_sms: int = DEFAULT_SMS,
+    batch_bytes: int = BATCH_BYTES,
+    fault: str = "",
+) -> DevicePool:
+    """A pool with room for what packing these units enqueues at once.
+
+    ``device`` is ``cuda:N``, or ``model:N``, whose memory is this process's. ``rank`` names this process in errors,
+    ``num_sms`` bounds how many of a GPU's multiprocessors packing takes; for ``fault`` see ``DevicePool``. Raises
+    ``DeviceFault`` where the device does not work.
+    """
+    # A batch's chunks; and the rows that ``freeze`` and ``scatter`` bring.
+    num_rows = max(
+        sum(sum(r.at_once for r in u.regions) for u in units),
+        max(len(u.regions) for u in units),
+        -(-_largest_bytes(units, batch_bytes) // chunk_bytes) + len(units),
+    )
+    with naming_faults():
+        return DevicePool(
+            device,
+            rank=rank,
+            max_pieces=num_rows,
+            max_chunks=num_rows,
+            num_slots=SLOTS,
+            num_sms=num_sms,
+            fault=fault,
+        )
+
+
+def _largest_bytes(units: Sequence[Unit], batch_bytes: int) -> int:
+    """Of one batch."""
+    return max(batch_bytes, *(u.nbytes for u in units))

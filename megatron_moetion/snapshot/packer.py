@@ -11,15 +11,12 @@ import numpy as np
 
 from megatron_moetion._C import Cancel
 from megatron_moetion._C import HostPool as HostPool  # rooms above take it from here, not from the compiled module
+from megatron_moetion.arrays import Bytes, Digests, Int64s
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.snapshot.device import DevicePacker
-from megatron_moetion.snapshot.plan import Bytes, Digests, Int64s, Target, Template, batch_of, groups, share, template
-from megatron_moetion.snapshot.reference import capture_digest
-from megatron_moetion.units import Inventory, UnitKind, align_up
-
-BATCH_BYTES = 32 << 20
-"""Captures per call into a pool: small enough that a dropped snapshot stops soon."""
-DEFAULT_SMS = 8
+from megatron_moetion.snapshot.device import DEFAULT_SMS, DevicePacker, device_pool
+from megatron_moetion.snapshot.digest import capture_digests, scatter_digests
+from megatron_moetion.snapshot.plan import BATCH_BYTES, Targets, Templates, batch_of, groups, template
+from megatron_moetion.units import ALIGNMENT_BYTES, Inventory, UnitKind, align_up
 
 
 class Packer:
@@ -28,20 +25,30 @@ class Packer:
     Units in host memory are packed by the host's threads, units in device memory by the device. The regions' tensors
     must stay alive and unmoved for the packer's lifetime. State that changes before the next optimizer step
     (``at_once`` regions and the host state) is copied into a staging buffer by ``freeze``, gradients into one on their
-    own device; everything else is read straight from the live tensors by ``pack``. ``rank`` names this process in
-    errors, ``num_sms`` bounds how many of a GPU's multiprocessors packing takes.
+    own device; everything else is read straight from the live tensors by ``pack``. ``device`` is what
+    ``device_packer`` gives for the inventory.
     """
 
     def __init__(
-        self, inventory: Inventory, chunk_bytes: int, num_threads: int, *, rank: int = 0, num_sms: int = DEFAULT_SMS
+        self,
+        inventory: Inventory,
+        chunk_bytes: int,
+        pool: HostPool,
+        device: DevicePacker | None,
+        *,
+        batch_bytes: int = BATCH_BYTES,
     ) -> None:
         self._inventory = inventory
-        self._chunk_bytes = chunk_bytes
-        self._pool = HostPool(num_threads)
+        self._pool = pool
+        self._device = device
+        self._batch_bytes = batch_bytes
         self._cancel = Cancel()
         self._is_frozen = True
         self._host_units = inventory.of_kind(UnitKind.HOST)
-        self._on_device, self._device = _find_device(inventory, chunk_bytes, rank, num_sms)
+        self._on_device = _units_on_device(inventory)
+        assert bool(self._on_device) == (device is not None), "a device packs its units, and only these"
+        self._is_on_device = np.zeros(len(inventory.units), dtype=bool)
+        self._is_on_device[list(self._on_device)] = True
         logs = [u for u in inventory.of_kind(UnitKind.LOG) if u in self._on_device]
         self._staged, nbytes = _staging_offsets(inventory, [u for u in range(len(inventory.units)) if u not in logs])
         self._staging: Bytes = (
@@ -57,14 +64,19 @@ class Packer:
             base = self._device.keep_staging(self.device_staging_bytes)
             staged |= {key: base + offset for key, offset in on_device.items()}
         self._frozen_by_device = _rows(inventory, staged, self._on_device)
-        self._logs_on_host = _rows(inventory, staged, frozenset(inventory.of_kind(UnitKind.LOG)) - self._on_device)
+        on_host = frozenset(range(len(inventory.units))) - self._on_device - {*self._host_units}
+        self._frozen_by_host = _rows(inventory, staged, on_host)
         self._log_spans = _spans(inventory, staged)
+        self._first_words = np.zeros(len(inventory.units), dtype=np.int64)
+        """By ``LOG`` unit in host memory: the place of its first word in the staging buffer, counted in words."""
+        for number in set(self._log_spans) - self._on_device:
+            self._first_words[number] = self._staged[number, 0] // 8
         sources: dict[int, dict[int, int]] = defaultdict(dict)
         for (number, position), address in staged.items():
             sources[number][position] = address
-        self._templates: list[Template] = [
-            template(unit, chunk_bytes, sources[number]) for number, unit in enumerate(inventory.units)
-        ]
+        self._templates = Templates.of(
+            [template(unit, chunk_bytes, sources[number]) for number, unit in enumerate(inventory.units)]
+        )
         if self._device is not None:
             self._device.plan(self._templates)
 
@@ -95,23 +107,16 @@ class Packer:
         """
         if self._device is not None:
             self._is_frozen = self._device.freeze(self._frozen_by_device)
-        if len(self._logs_on_host):
-            self._pool.scatter(self._logs_on_host)
-        for (number, position), offset in self._staged.items():
-            unit = self._inventory.units[number]
-            if unit.kind is UnitKind.LOG:
-                continue
-            if number in self._host_units:
-                if len(host_state) > unit.reserved_bytes:
-                    raise UnsupportedState(
-                        f"host state grew to {len(host_state)} bytes; {unit.reserved_bytes} were reserved at start"
-                    )
-                area = self._staging[offset : offset + unit.reserved_bytes]
-                area[: len(host_state)] = np.frombuffer(host_state, dtype=np.uint8)
-                area[len(host_state) :] = 0
-            elif number not in self._on_device:
-                region = unit.regions[position]
-                ctypes.memmove(self._staging.ctypes.data + offset, region.address, region.nbytes)
+        if len(self._frozen_by_host):
+            self._pool.scatter(self._frozen_by_host)
+        for number in self._host_units:
+            reserved = self._inventory.units[number].reserved_bytes
+            if len(host_state) > reserved:
+                raise UnsupportedState(f"host state grew to {len(host_state)} bytes; {reserved} were reserved at start")
+            offset = self._staged[number, 0]
+            area = self._staging[offset : offset + reserved]
+            area[: len(host_state)] = np.frombuffer(host_state, dtype=np.uint8)
+            area[len(host_state) :] = 0
 
     def staged(self, unit: int, region: int) -> Bytes:
         """The bytes of an ``at_once`` region as of the last ``freeze``."""
@@ -120,8 +125,9 @@ class Packer:
 
     def zero_logs(self, units: Sequence[int]) -> frozenset[int]:
         """Those of these ``LOG`` units whose gradients were all zero bytes at the last ``freeze``."""
-        here = [u for u in units if u not in self._on_device]
-        found = {u for u in here if _is_zero(*self._log_spans[u])}
+        here = np.array([u for u in units if u not in self._on_device], dtype=np.int64)
+        first = self._staging.view(np.uint64)[self._first_words[here]]  # of nearly all gradients it is not zero
+        found = {u for u in here[first == 0].tolist() if _is_zero(*self._log_spans[u])}
         if self._device is not None:
             there = [u for u in units if u in self._on_device]
             zero = self._device.are_zero([self._log_spans[u] for u in there])
@@ -129,44 +135,43 @@ class Packer:
         return frozenset(found)
 
     def pack(
-        self, targets: Sequence[Target], between: Callable[[], None], given: Callable[[], None] | None = None
-    ) -> list[int] | None:
-        """Copy captures and fill their chunk digests; returns the capture digests, or None if cancelled or late.
+        self, targets: Targets, between: Callable[[], None], on_enqueued: Callable[[], None] | None = None
+    ) -> Digests | None:
+        """Copy captures and fill their chunk digests; returns the capture digests, uint64[n].
 
-        ``between`` is called after each batch; ``given`` once the host has read all that it reads, and the device was
-        given the rest: from then on ``hold_stream`` protects what is still to be read. ``DeviceFault`` where the
-        device fails.
+        None if cancelled or late. ``between`` is called after each batch, ``on_enqueued`` when all host copies are done
+        and all device copies are enqueued: from then on ``hold_stream`` protects what is still to be read.
+        ``DeviceFault`` where the device fails.
         """
         if not self._is_frozen or not (self._device is None or self._device.settle(self._cancel)):
             return None
-        ours = [t for t in targets if t.unit not in self._on_device]
-        for group in groups(self._templates, ours, BATCH_BYTES):
+        is_theirs = self._is_on_device[targets.units]
+        for group in groups(self._templates, targets[~is_theirs], self._batch_bytes):
             batch = batch_of(self._templates, group)
             digests = np.empty(len(batch.chunks), dtype=np.uint64)
             if not self._pool.pack(batch.pieces, batch.chunks, digests, self._cancel):
                 return None
-            share(digests, group)
+            scatter_digests(self._pool, digests, group.digests, self._templates.num_chunks[group.units])
             between()
         if self._device is not None:
-            theirs = [t for t in targets if t.unit in self._on_device]
-            if not self._device.pack(theirs, self._pool, self._cancel, between, given):
+            if not self._device.pack(targets[is_theirs], self._pool, self._cancel, between, on_enqueued):
                 return None
-        elif given is not None:
+        elif on_enqueued is not None:
             if self._cancel.is_set():  # after the last byte was read: whoever cancels later may write at once
                 return None
-            given()
-        return [capture_digest(t.digests) for t in targets]
+            on_enqueued()
+        return capture_digests(self._pool, targets.digests, self._templates.num_chunks[targets.units])
 
     def hold_stream(self) -> None:
         """Let what training enqueues on its stream from now on wait, on the device, for what ``pack`` still reads.
 
-        Call it in the training thread, after ``given`` or after ``cancel``. The host does not wait.
+        Call it in the training thread, after ``on_enqueued`` or after ``cancel``. The host does not wait.
         """
         if self._device is not None:
             self._device.hold_stream()
 
     def cancel(self) -> None:
-        """Make a running or coming ``pack`` return None soon, unless it has given live state away already.
+        """Make a running or coming ``pack`` return None soon, unless ``on_enqueued`` was called already.
 
         The canceller may write live state at once, after ``hold_stream``: nobody looks at what is read from now on.
         """
@@ -202,32 +207,33 @@ class Packer:
             self._zeros[:] = 0
         self.scatter(unit, self._zeros)
 
-    def verify(self, capture: Bytes, digests: Digests, expected: int) -> bool:
-        """Whether a capture's bytes agree with its chunk digests and these with the capture digest."""
-        return verify(self._pool, self._chunk_bytes, capture, digests, expected)
+
+def device_packer(
+    inventory: Inventory, chunk_bytes: int, *, rank: int = 0, num_sms: int = DEFAULT_SMS
+) -> DevicePacker | None:
+    """What packs the units in device memory; None where there are none.
+
+    ``rank`` names this process in errors, ``num_sms`` bounds how many of a GPU's multiprocessors packing takes. Raises
+    ``UnsupportedState`` for state on several devices, or a unit that lies on a device in part.
+    """
+    found = _units_on_device(inventory)
+    if not found:
+        return None
+    units = [inventory.units[i] for i in sorted(found)]
+    (device,) = {r.device for u in units for r in u.regions}
+    pool = device_pool(device, units, chunk_bytes, rank=rank, num_sms=num_sms)
+    return DevicePacker(device, pool, units)
 
 
-def _find_device(
-    inventory: Inventory, chunk_bytes: int, rank: int, num_sms: int
-) -> tuple[frozenset[int], DevicePacker | None]:
-    """The units in device memory and what packs them."""
+def _units_on_device(inventory: Inventory) -> frozenset[int]:
     devices = {r.device for u in inventory.units for r in u.regions} - {"cpu"}
-    if not devices:
-        return frozenset(), None
-    if len(devices) != 1:
+    if len(devices) > 1:
         raise UnsupportedState(f"state lies on several devices: {', '.join(sorted(devices))}; one a rank is supported")
     found = frozenset(i for i, u in enumerate(inventory.units) if any(r.device in devices for r in u.regions))
     mixed = [inventory.units[i].name for i in sorted(found) if len({r.device for r in inventory.units[i].regions}) > 1]
     if mixed:
         raise UnsupportedState(f"unit {mixed[0]} lies partly in host memory and partly on {devices.pop()}")
-    return found, DevicePacker(
-        devices.pop(),
-        [inventory.units[i] for i in sorted(found)],
-        chunk_bytes=chunk_bytes,
-        batch_bytes=BATCH_BYTES,
-        rank=rank,
-        num_sms=num_sms,
-    )
+    return found
 
 
 _Places = dict[tuple[int, int], int]
@@ -244,7 +250,7 @@ def _staging_offsets(inventory: Inventory, units: Sequence[int]) -> tuple[_Place
         for position, nbytes in [(0, unit.reserved_bytes)] if unit.kind is UnitKind.HOST else waiting:
             offsets[number, position] = cursor
             cursor = align_up(cursor + nbytes)
-    return offsets, max(cursor, 1)
+    return offsets, max(cursor, ALIGNMENT_BYTES)
 
 
 def _rows(inventory: Inventory, staged: _Places, units: frozenset[int]) -> Int64s:
@@ -267,12 +273,3 @@ def _is_zero(address: int, nbytes: int) -> bool:
     """Whether memory of this process is all zero; looks at a little of it first."""
     data = np.ctypeslib.as_array((ctypes.c_uint64 * (nbytes // 8)).from_address(address))
     return not data[:512].any() and not data.any()
-
-
-def verify(pool: HostPool, chunk_bytes: int, capture: Bytes, digests: Digests, expected: int) -> bool:
-    """Whether ``capture`` is, byte for byte, what was captured (see the digest's odds in the format)."""
-    starts = np.arange(0, len(capture), chunk_bytes, dtype=np.int64)
-    rows = np.stack([starts + capture.ctypes.data, np.minimum(chunk_bytes, len(capture) - starts)], axis=1)
-    found = np.empty(len(starts), dtype=np.uint64)
-    pool.digest(np.ascontiguousarray(rows), found)
-    return bool((found == digests).all()) and capture_digest(digests) == expected

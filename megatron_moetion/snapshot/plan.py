@@ -11,13 +11,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import numpy.typing as npt
 
+from megatron_moetion.arrays import Flags, Int64s, counted
 from megatron_moetion.units import Unit
 
-Bytes = npt.NDArray[np.uint8]
-Int64s = npt.NDArray[np.int64]
-Digests = npt.NDArray[np.uint64]
+BATCH_BYTES = 32 << 20
+"""Captures per call into a pool: small enough that a dropped snapshot stops soon."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -32,19 +31,70 @@ class Template:
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Target:
-    """Where one capture goes: the addresses of a slot's payload and of its chunk digests."""
+class Templates:
+    """The templates of all units, by unit number, in tables that batches are cut from."""
 
-    unit: int
-    address: int
-    digests: Digests
+    nbytes: Int64s
+    """int64[units]: bytes of a capture."""
+    pieces: Int64s
+    """int64[n, 3]: of all units, see ``Template``."""
+    first_piece: Int64s
+    num_pieces: Int64s
+    chunks: Int64s
+    """int64[m, 4]: of all units, the first piece counted from the unit's own; see ``Template``."""
+    first_chunk: Int64s
+    num_chunks: Int64s
+
+    @classmethod
+    def of(cls, templates: Sequence[Template]) -> Templates:
+        """One behind the other."""
+        num_pieces = np.array([len(t.pieces) for t in templates], dtype=np.int64)
+        num_chunks = np.array([len(t.chunks) for t in templates], dtype=np.int64)
+        return cls(
+            nbytes=np.array([t.nbytes for t in templates], dtype=np.int64),
+            pieces=np.concatenate([np.empty((0, 3), dtype=np.int64), *(t.pieces for t in templates)]),
+            first_piece=np.cumsum(num_pieces) - num_pieces,
+            num_pieces=num_pieces,
+            chunks=np.concatenate([np.empty((0, 4), dtype=np.int64), *(t.chunks for t in templates)]),
+            first_chunk=np.cumsum(num_chunks) - num_chunks,
+            num_chunks=num_chunks,
+        )
+
+    def rows_of_pieces(self, units: Int64s) -> Int64s:
+        """Rows of ``pieces`` that belong to these units, unit by unit."""
+        return np.repeat(self.first_piece[units], self.num_pieces[units]) + counted(self.num_pieces[units])
+
+    def rows_of_chunks(self, units: Int64s) -> Int64s:
+        """Rows of ``chunks`` that belong to these units, unit by unit."""
+        return np.repeat(self.first_chunk[units], self.num_chunks[units]) + counted(self.num_chunks[units])
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Targets:
+    """Where captures go. One row a capture."""
+
+    units: Int64s
+    addresses: Int64s
+    """Of the first byte of each capture."""
+    digests: Int64s
+    """Addresses of the chunk digests, one uint64 a chunk."""
+
+    @classmethod
+    def in_slots(cls, units: Int64s, addresses: Int64s, nbytes: Int64s) -> Targets:
+        """Slots of an arena, where chunk digests follow the ``nbytes`` of a capture."""
+        return cls(units=units, addresses=addresses, digests=addresses + nbytes)
+
+    def __len__(self) -> int:
+        return len(self.units)
+
+    def __getitem__(self, rows: slice | Flags) -> Targets:
+        return Targets(units=self.units[rows], addresses=self.addresses[rows], digests=self.digests[rows])
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Batch:
     """Captures that are packed by one call. Validated when made."""
 
-    targets: tuple[Target, ...]
     pieces: Int64s
     chunks: Int64s
     nbytes: int
@@ -91,39 +141,25 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Templa
     )
 
 
-def groups(templates: Sequence[Template], targets: Sequence[Target], batch_bytes: int) -> list[list[Target]]:
-    """Captures, in order, in groups of about ``batch_bytes`` (at least one capture each)."""
-    found: list[list[Target]] = []
-    room = 0
-    for target in targets:
-        nbytes = templates[target.unit].nbytes
-        if not found or room < nbytes:
-            found.append([])
-            room = batch_bytes
-        found[-1].append(target)
-        room -= nbytes
+def groups(templates: Templates, targets: Targets, batch_bytes: int) -> list[Targets]:
+    """Captures, in order, in groups of at most ``batch_bytes`` (at least one capture each)."""
+    ends = np.cumsum(templates.nbytes[targets.units])
+    found: list[Targets] = []
+    first = done = 0
+    while first < len(targets):
+        end = max(first + 1, int(np.searchsorted(ends, done + batch_bytes, side="right")))
+        found.append(targets[first:end])
+        first, done = end, int(ends[end - 1])
     return found
 
 
-def batch_of(templates: Sequence[Template], targets: Sequence[Target]) -> Batch:
+def batch_of(templates: Templates, targets: Targets) -> Batch:
     """The tables for one call that packs all these captures."""
-    pieces, chunks, count = [], [], 0
-    for target in targets:
-        unit = templates[target.unit]
-        pieces.append(unit.pieces + np.array([0, target.address, 0], dtype=np.int64))
-        chunks.append(unit.chunks + np.array([target.address, 0, count, 0], dtype=np.int64))
-        count += len(unit.pieces)
-    return Batch(
-        targets=tuple(targets),
-        pieces=np.concatenate(pieces),
-        chunks=np.concatenate(chunks),
-        nbytes=sum(templates[t.unit].nbytes for t in targets),
-    )
-
-
-def share(digests: Digests, targets: Sequence[Target]) -> None:
-    """Give each target its part of the digests of all chunks."""
-    done = 0
-    for target in targets:
-        target.digests[:] = digests[done : done + len(target.digests)]
-        done += len(target.digests)
+    units = targets.units
+    num_pieces, num_chunks = templates.num_pieces[units], templates.num_chunks[units]
+    pieces = templates.pieces[templates.rows_of_pieces(units)]
+    pieces[:, 1] += np.repeat(targets.addresses, num_pieces)
+    chunks = templates.chunks[templates.rows_of_chunks(units)]
+    chunks[:, 0] += np.repeat(targets.addresses, num_chunks)
+    chunks[:, 2] += np.repeat(np.cumsum(num_pieces) - num_pieces, num_chunks)
+    return Batch(pieces=pieces, chunks=chunks, nbytes=int(templates.nbytes[units].sum()))

@@ -7,11 +7,9 @@ them: a *chain*. An iteration whose gradient is missing breaks every chain that 
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_moetion.store.manifest import Record
 from megatron_moetion.units import LOG_SUFFIX, UnitKind
 
 
@@ -55,40 +53,3 @@ def base_of(captures: Iterable[int], logged: Collection[int], at: int) -> int | 
         return None
     # A gap below the newest capture is of no interest, and one above it breaks the chains of all older ones too.
     return newest if all(i in logged for i in range(newest + 1, at + 1)) else None
-
-
-def retain_chains(
-    records: Iterable[Record], stable: int, layout: ChainLayout, *, broken: int = -1, unreachable: Collection[int] = ()
-) -> tuple[Record, ...]:
-    """The records that recovery may still need once ``stable`` is stable.
-
-    ``broken``: the newest iteration whose snapshot is known not to be whole on some rank; no chain leads over it, so
-    what lies between ``stable`` and it is of no use. ``unreachable``: later iterations that are whole and still cannot
-    be recovered, because some chain has not begun anew yet.
-    """
-    stale = max(stable, broken)
-    kept: list[Record] = []
-    captures: dict[int, dict[int, Record]] = defaultdict(dict)
-    logs: dict[int, dict[int, Record]] = defaultdict(dict)
-    slice_of = {log: unit for unit, log in layout.log_of.items()}
-    for record in records:
-        if stable < record.iteration <= stale:
-            continue
-        if record.unit in layout.log_of:
-            captures[record.unit][record.iteration] = record
-        elif record.unit in slice_of:
-            logs[slice_of[record.unit]][record.iteration] = record
-        elif record.unit not in layout.always:
-            kept.append(record)  # never changes
-        elif record.iteration == stable or (record.iteration > stale and record.iteration not in unreachable):
-            kept.append(record)
-    for unit in layout.log_of:
-        base = base_of(captures[unit], logs[unit], stable)
-        new = [i for i in captures[unit] if i > stale]
-        kept.extend(captures[unit][i] for i in ([] if base is None else [base]) + new)
-        if base is not None:
-            kept.extend(r for i, r in logs[unit].items() if base < i <= stable)
-        begin = stable if stale == stable else min(new, default=None)
-        if begin is not None:
-            kept.extend(r for i, r in logs[unit].items() if i > max(begin, stale))
-    return tuple(sorted(kept, key=lambda r: r.key))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 import stat
-import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,4 +41,4 @@ def clear(path: Path) -> None:
         path.unlink(missing_ok=True)
     except OSError:
         with suppress(FileNotFoundError):
-            path.rename(path.with_name(f"{path.name}.unusable-{os.getpid()}-{time.time_ns()}"))
+            path.rename(path.with_name(f"{path.name}.unusable-{uuid.uuid4().hex}"))

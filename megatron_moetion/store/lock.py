@@ -10,10 +10,10 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-import time
 from collections.abc import Callable
 from pathlib import Path
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.errors import StoreError
 from megatron_moetion.store.files import open_or_make
 
@@ -38,7 +38,9 @@ class NodeLock:
         self._span = (start, length)
 
     @classmethod
-    def take(cls, folder: Path, position: int, num_ranks: int, wait_s: float, say: Callable[[str], None]) -> NodeLock:
+    def take(
+        cls, folder: Path, position: int, num_ranks: int, *, wait_s: float, say: Callable[[str], None], clock: Clock
+    ) -> NodeLock:
         """Lock rank number ``position`` of the ``num_ranks`` of this node; waits at most ``wait_s``.
 
         ``say`` is told when that takes longer than a moment. ``StoreError`` names the process that holds the lock.
@@ -46,11 +48,11 @@ class NodeLock:
         path = folder / LOCK_NAME
         span = (position, 0 if position == num_ranks - 1 else 1)  # a length of 0 means without end
         fd = open_or_make(path)
-        began = time.monotonic()
+        began = clock.monotonic()
         is_said = False
         try:
             while not _try(fd, *span):
-                waited_s = time.monotonic() - began
+                waited_s = clock.monotonic() - began
                 holder = describe(_holder(fd, *span))
                 if waited_s >= wait_s:
                     raise StoreError(
@@ -60,7 +62,7 @@ class NodeLock:
                 if waited_s >= _SAID_AFTER_S and not is_said:
                     is_said = True
                     say(f"waiting up to {wait_s:.0f} s for {holder}, which still uses {folder}")
-                time.sleep(_POLL_S)
+                clock.sleep(_POLL_S)
         except BaseException:
             os.close(fd)
             raise

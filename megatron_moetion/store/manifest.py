@@ -10,11 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import struct
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+
+from megatron_moetion.arrays import Flags
 
 PAGE_MAGIC = b"MOEPAGE1"
 _HEAD = struct.Struct("<8sQIIqI4xQ")  # magic, sequence, epoch, records, stable, branches, lineage
@@ -68,6 +71,110 @@ class Record:
         return self.slot == NO_SLOT
 
 
+class Records(Sequence[Record]):
+    """Captures in a fixed order, no two of one unit and iteration, as the table in which they are stored and sent.
+
+    ``table`` is a read-only array of ``RECORD``. Iteration makes ``Record`` objects, for code that is not hot.
+    """
+
+    __slots__ = ("table",)
+
+    def __init__(self, table: npt.NDArray[np.void] = np.empty(0, dtype=RECORD)) -> None:  # noqa: B008  # read-only
+        self.table = table.view()
+        self.table.flags.writeable = False
+
+    @classmethod
+    def of(cls, records: Iterable[Record]) -> Records:
+        """These records."""
+        if isinstance(records, Records):
+            return records
+        rows = [(r.unit, r.epoch, r.iteration, r.slot, 0, r.nbytes, r.digest, r.tokens) for r in records]
+        return cls(np.array(rows, dtype=RECORD))
+
+    @classmethod
+    def make(cls, count: int, **columns: Any) -> Records:
+        """``count`` records with these fields, each one value or one a record; others are 0."""
+        return cls(np.zeros(count, dtype=RECORD)).replace(**columns)
+
+    @classmethod
+    def from_bytes(cls, data: bytes | memoryview | npt.NDArray[np.uint8]) -> Records:
+        """The records of a table that was stored or sent."""
+        table: npt.NDArray[np.void] = np.frombuffer(data, dtype=RECORD).copy()
+        table["reserved"] = 0
+        return cls(table)
+
+    def __len__(self) -> int:
+        return len(self.table)
+
+    @overload
+    def __getitem__(self, index: int) -> Record: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Records: ...
+
+    def __getitem__(self, index: int | slice) -> Record | Records:
+        return Records(self.table[index]) if isinstance(index, slice) else _record(self.table[index].item())
+
+    def __iter__(self) -> Iterator[Record]:
+        return map(_record, self.table.tolist())
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or len(self) != len(other):
+            return False
+        return np.array_equal(self.table, other.table) if isinstance(other, Records) else list(self) == list(other)
+
+    def __hash__(self) -> int:
+        return hash(tuple(self))
+
+    def __repr__(self) -> str:
+        return f"Records({list(self)})"
+
+    def __add__(self, later: Records) -> Records:
+        return Records(np.concatenate([self.table, later.table]))
+
+    def where(self, wanted: Flags) -> Records:
+        """Those for which ``wanted``, bool[n], says so."""
+        return Records(self.table[wanted])
+
+    def replace(self, **columns: Any) -> Records:
+        """The same records with other values in these fields."""
+        table = self.table.copy()
+        for name, values in columns.items():
+            table[name] = values
+        return Records(table)
+
+    def followed_by(self, later: Records) -> Records:
+        """These records except those that ``later`` has too, then those of ``later``."""
+        maybe = np.isin(self.table["iteration"], later.table["iteration"])
+        if maybe.any():
+            keys = set(later.keys)
+            maybe[maybe] = [key in keys for key in self.where(maybe).keys]
+        return self.where(~maybe) + later
+
+    def sorted(self) -> Records:
+        """By unit, then by iteration."""
+        return Records(self.table[np.lexsort((self.table["iteration"], self.table["unit"]))])
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Unit and iteration of each."""
+        return list(zip(self.table["unit"].tolist(), self.table["iteration"].tolist(), strict=True))
+
+    @property
+    def is_zero(self) -> Flags:
+        """Of each, whether all bytes are zero, and none of them in a slot; bool[n]."""
+        found: Flags = self.table["slot"] == NO_SLOT
+        return found
+
+
+NO_RECORDS = Records()
+
+
+def _record(row: tuple[int, ...]) -> Record:
+    unit, epoch, iteration, slot, _, nbytes, digest, tokens = row
+    return Record(unit=unit, iteration=iteration, epoch=epoch, slot=slot, nbytes=nbytes, digest=digest, tokens=tokens)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Branch:
     """Recovery number ``epoch`` went back to ``iteration``: older captures beyond it are a dead history.
@@ -91,21 +198,11 @@ class Page:
     lineage: int = 0
     """When the run last began from nothing or from disk (Unix time, ns). Older lineages are dead altogether."""
     branches: tuple[Branch, ...] = ()
-    records: tuple[Record, ...] = ()
+    records: Records = NO_RECORDS
+    """Any sequence of ``Record`` is taken."""
 
-
-def record_table(records: Sequence[Record]) -> npt.NDArray[np.void]:
-    """The records as a structured array, the form in which they are stored and sent."""
-    rows = [(r.unit, r.epoch, r.iteration, r.slot, 0, r.nbytes, r.digest, r.tokens) for r in records]
-    return np.array(rows, dtype=RECORD)
-
-
-def records_of(table: npt.NDArray[np.void]) -> tuple[Record, ...]:
-    """Inverse of ``record_table``."""
-    return tuple(
-        Record(unit=u, epoch=e, iteration=i, slot=s, nbytes=n, digest=d, tokens=t)
-        for u, e, i, s, _, n, d, t in table.tolist()
-    )
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "records", Records.of(self.records))
 
 
 def page_bytes(max_records: int) -> int:
@@ -118,11 +215,11 @@ def encode_page(page: Page, max_records: int) -> bytes:
     if len(page.records) > max_records:
         raise ValueError(f"{len(page.records)} records do not fit in a page for {max_records}")
     branches = page.branches[-MAX_BRANCHES:]
-    table = record_table(page.records)
     head = (page.sequence, page.epoch, len(page.records), page.stable, len(branches), page.lineage)
     body = _HEAD.pack(PAGE_MAGIC, *head)
     body += b"".join(_BRANCH.pack(b.epoch, b.nonce, b.iteration) for b in branches)
-    body += table.tobytes()
+    table: bytes = page.records.table.tobytes()
+    body += table
     return body + _digest(body)
 
 
@@ -140,14 +237,13 @@ def decode_page(data: bytes | memoryview) -> Page | None:
         Branch(epoch=e, iteration=i, nonce=n)
         for e, n, i in (_BRANCH.unpack_from(data, _HEAD.size + n * _BRANCH.size) for n in range(num_branches))
     )
-    table: npt.NDArray[np.void] = np.frombuffer(data[end - num_records * RECORD.itemsize : end], dtype=RECORD)
     return Page(
         sequence=sequence,
         epoch=epoch,
         stable=stable,
         lineage=lineage,
         branches=branches,
-        records=records_of(table),
+        records=Records.from_bytes(data[end - num_records * RECORD.itemsize : end]),
     )
 
 
@@ -167,26 +263,6 @@ def in_history(record: Record, branches: Iterable[Branch], epoch: int) -> bool:
     if len(later) < epoch - record.epoch:
         return False  # recoveries in between are no longer remembered
     return all(record.iteration <= b.iteration for b in later)
-
-
-def retain(records: Iterable[Record], stable: int, whole: Mapping[int, bool]) -> tuple[Record, ...]:
-    """The records that recovery may still need once ``stable`` is stable.
-
-    ``whole[i]`` tells, for iterations up to ``stable``, whether i was whole on every rank; a capture of an
-    iteration that was not is worth nothing, because other ranks miss their part of it. Iterations that the
-    mapping does not name were settled before. Of each unit stay: all captures newer than ``stable``, and
-    the newest one at or before it.
-    """
-    newest: dict[int, Record] = {}
-    kept: list[Record] = []
-    for record in records:
-        if record.iteration > stable:
-            kept.append(record)
-        elif whole.get(record.iteration, True):
-            best = newest.get(record.unit)
-            if best is None or record.iteration > best.iteration:
-                newest[record.unit] = record
-    return tuple(sorted([*kept, *newest.values()], key=lambda r: r.key))
 
 
 def successor(page: Page, **changes: object) -> Page:

@@ -13,11 +13,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_moetion.clock import Clock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
-from megatron_moetion.store.arena import free_bytes, peek
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.files import clear, open_regular
 from megatron_moetion.store.lock import NodeLock
+from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.sharedfile import create_arena, free_bytes, open_arena, peek_arena
+from megatron_moetion.store.spec import ArenaSpec
 
 _MARKER = "node.id"
 
@@ -27,7 +31,10 @@ RUN_ID_BYTES_MAX = 200
 
 @dataclass(frozen=True, kw_only=True)
 class NodeFolder:
-    """The store of one node, real or emulated. ``key`` names the node: equal for ranks that share its memory."""
+    """The store of one node, real or emulated. ``key`` names the node: equal for ranks that share its memory.
+
+    Arenas stand in it under names (``arena_name``).
+    """
 
     path: Path
     key: str
@@ -35,21 +42,54 @@ class NodeFolder:
     """Of this rank among the node's, from 0."""
     num_ranks: int
     """Ranks of the node."""
+    clock: Clock
 
     def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
         """See ``NodeLock.take``."""
-        return NodeLock.take(self.path, self.position, self.num_ranks, wait_s, say)
+        return NodeLock.take(self.path, self.position, self.num_ranks, wait_s=wait_s, say=say, clock=self.clock)
+
+    def arenas(self) -> list[str]:
+        """The names of all arenas that are here, whoever left them, sorted."""
+        return sorted(path.name for path in self.path.glob("*.arena"))
+
+    def open_arena(self, name: str) -> Arena:
+        """Open an arena for writing. Raises ``CorruptArena``, ``IdentityMismatch``: see ``store/sharedfile.py``."""
+        return open_arena(self.path / name)
+
+    def create_arena(self, name: str, spec: ArenaSpec, page: Page) -> Arena:
+        """Make an arena in the place of whatever stands under the name. ``StoreError`` where memory is short."""
+        self.clear_arena(name)
+        return create_arena(self.path / name, spec, page)
+
+    def peek_arena(self, name: str) -> tuple[ArenaSpec, Page]:
+        """Header and current manifest page, also while another process writes. Raises as ``open_arena``."""
+        return peek_arena(self.path / name)
+
+    def clear_arena(self, name: str) -> None:
+        """Free a name. Other ranks may do so too."""
+        clear(self.path / name)
+
+    def describe(self, name: str) -> str:
+        """Where an arena stands, for messages."""
+        return str(self.path / name)
 
     def period_found(self) -> int:
-        """See ``period_found``."""
-        return period_found(self)
+        """The period of arenas of mode ``exact`` that are here and hold something; 0 without any."""
+        for name in self.arenas():
+            try:
+                spec, page = self.peek_arena(name)
+            except StoreError:  # damaged or another's: the survey says so
+                continue
+            if spec.identity.period and page.stable >= 0:
+                return spec.identity.period
+        return 0
 
     def bytes_here(self) -> int:
-        """See ``bytes_here``."""
-        return bytes_here(self)
+        """Memory that arenas here take, whoever left them."""
+        return sum((self.path / name).lstat().st_size for name in self.arenas())
 
     def free_bytes(self) -> int:
-        """Room that is left."""
+        """Memory that is left for arenas."""
         return free_bytes(self.path)
 
     def make_again(self, lock: NodeLock) -> None:
@@ -93,7 +133,9 @@ def restart_count(environment: Mapping[str, str]) -> int:
     return max(int(environment.get(name) or 0) for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
-def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str], world_size: int) -> NodeFolder:
+def open_node(
+    config: MoetionConfig, run_id: str, environment: Mapping[str, str], world_size: int, clock: Clock
+) -> NodeFolder:
     """Make this node's folder if it is not there. Raises ``StoreError`` where that cannot be done."""
     local_rank = int(environment.get("LOCAL_RANK", "0"))
     local_size = int(environment.get("LOCAL_WORLD_SIZE", "1"))
@@ -114,7 +156,7 @@ def open_node(config: MoetionConfig, run_id: str, environment: Mapping[str, str]
         raise StoreError(
             f"the store {path} cannot be written: {error.strerror}; choose another with --moetion-store"
         ) from error
-    return NodeFolder(path=path, key=key, position=local_rank % per_node, num_ranks=per_node)
+    return NodeFolder(path=path, key=key, position=local_rank % per_node, num_ranks=per_node, clock=clock)
 
 
 def _make_folder(path: Path) -> None:
@@ -140,23 +182,6 @@ def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
     except OSError:
         clear(path)
         scratch.rename(path)
-
-
-def period_found(node: NodeFolder) -> int:
-    """The period of arenas of mode ``exact`` that are here and hold something; 0 without any."""
-    for path in sorted(node.path.glob("*.arena")):
-        try:
-            spec, page = peek(path)
-        except StoreError:  # damaged or another's: the survey says so
-            continue
-        if spec.identity.period and page.stable >= 0:
-            return spec.identity.period
-    return 0
-
-
-def bytes_here(node: NodeFolder) -> int:
-    """Memory that arenas here take, whoever left them."""
-    return sum(path.lstat().st_size for path in node.path.glob("*.arena"))
 
 
 def remove_run(config: MoetionConfig, run_id: str) -> None:

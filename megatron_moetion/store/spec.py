@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an arena file is like before anybody opens it: its identity, its specification and its layout. Pure.
+"""What an arena is like before anybody opens it: its identity, its specification and its layout. Pure.
 
-The file itself is in ``store/arena.py``.
+The arena itself is in ``store/arena.py``.
 """
 
 from __future__ import annotations
@@ -12,6 +12,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any
 
+import numpy as np
+
+from megatron_moetion.arrays import Int64s
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
 from megatron_moetion.units import Inventory, UnitKind, align_up
@@ -108,14 +111,16 @@ class ArenaSpec:
         return found
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
-    """Byte offsets inside the file, slots by number."""
+    """Byte offsets inside an arena, slots by number. The chunk digests of a capture follow its bytes."""
 
     page_starts: tuple[int, int]
     page_area: int
-    slot_starts: tuple[int, ...]
-    slot_sizes: tuple[int, ...]
+    slot_starts: Int64s
+    slot_sizes: Int64s
+    pools: Mapping[int, tuple[int, int]]
+    """By bytes of a capture: the first slot of that size, and how many there are."""
     nbytes: int
 
     @classmethod
@@ -124,18 +129,21 @@ class Layout:
         cursor = _slots_start(spec)
         area = _round(page_bytes(spec.num_records))
         header = cursor - 2 * area
-        starts, sizes = [], []
+        starts, sizes, pools = [], [], {}
+        first = 0
         for size, count in spec.slots:
             stride = _stride(size, spec.identity.chunk_bytes)
-            for _ in range(count):
-                starts.append(cursor)
-                sizes.append(size)
-                cursor += stride
+            starts.append(cursor + stride * np.arange(count, dtype=np.int64))
+            sizes.append(np.full(count, size, dtype=np.int64))
+            pools[size] = (first, count)
+            cursor += stride * count
+            first += count
         return cls(
             page_starts=(header, header + area),
             page_area=area,
-            slot_starts=tuple(starts),
-            slot_sizes=tuple(sizes),
+            slot_starts=np.concatenate([np.empty(0, dtype=np.int64), *starts]),
+            slot_sizes=np.concatenate([np.empty(0, dtype=np.int64), *sizes]),
+            pools=pools,
             nbytes=cursor,
         )
 

@@ -285,9 +285,9 @@ def content(folder: Path) -> dict[str, bytes]:
 
 def damage_captures(path: Path, iterations: Iterable[int], unit: int = 0, part: str = "payload") -> None:
     """Flip one bit in the captures of one unit."""
-    arena = Arena.open(path)
+    arena = open_arena(path)
     for iteration in iterations:
-        record = arena.find(unit, iteration)
+        record = next((r for r in arena.page.records if r.key == (unit, iteration)), None)
         assert record is not None, f"{path} holds {[r.key for r in arena.page.records]}"
         if part == "payload":
             arena.payload(record.slot)[record.nbytes // 3] ^= 16

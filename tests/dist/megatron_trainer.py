@@ -9,7 +9,9 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import os
 import random
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 from torch import distributed as dist
 from toy_trainer import Notes
 
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore import cpu_device
 
@@ -36,6 +39,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
 from megatron_moetion.mcore.router import RECENT_ITERATIONS, Counts
+from megatron_moetion.mcore.attach import attach
 from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 from megatron_moetion.pretrain.corpus import MockCorpus
@@ -45,10 +49,12 @@ from megatron_moetion.pretrain.report import Reporter
 from megatron_moetion.pretrain.startup import form_groups
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.snapshot.host_state import decode, encode
-from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.snapshot.digest import is_intact
+from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.units import Inventory, Role, UnitKind
 
+CHUNK_BYTES = 4096
 WORLD_SIZE = 4
 MODEL = (
     "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --num-experts 4 --moe-router-topk 2 "
@@ -85,6 +91,12 @@ RECALIBRATED = {
     "padded": "--moe-pad-expert-input-to-capacity",
 }
 RECALIBRATION_ITERATIONS = 6
+REPLACED = {
+    "pp2 ep2, fp16": f"{_TWO_BY_TWO} --fp16 --initial-loss-scale 65536 --use-distributed-optimizer",
+    "dp4, bf16 gradients": "--bf16 --grad-reduce-in-bf16 --swiglu --disable-bias-linear",
+    "pp2 ep2, fp32": _TWO_BY_TWO,
+}
+"""Models that are trained with checkpoints in mode ``exact``, which replaces the most of Megatron's methods."""
 FROZEN = "pp2 ep2, fp16, frozen embedding"
 
 Span = tuple[int, int]
@@ -94,6 +106,7 @@ Span = tuple[int, int]
 def main(folder: Path, environment: Mapping[str, str]) -> int:
     """Examine all cases; whatever is raised ends the rank."""
     rank = int(environment["RANK"])
+    os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD_SIZE))
     notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
     join(folder, rank)
     for name, flags in CASES.items():
@@ -101,6 +114,10 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
         notes.write("case", name=name, **_examine(trainer, count_tokens=name != WITHOUT_COUNTS))
         if name == list(CASES)[-1]:
             notes.write("refusals", **_refusals(trainer))
+        _tear_down()
+    for name, flags in REPLACED.items():
+        trainer = _build(rank, name, flags)
+        notes.write("replaced", name=name, **_replaced(trainer, folder / "store" / name))
         _tear_down()
     for name, flags in RECALIBRATED.items():
         capacity = "--expert-model-parallel-size 2 --moetion --moe-expert-capacity-factor 1 --moe-token-dispatcher-type alltoall"
@@ -287,17 +304,20 @@ def _elements(trainer: Trainer) -> list[int]:
 
 
 def _capture(state: MegatronState, inventory: Inventory) -> list[np.ndarray]:
-    packer = Packer(inventory, 4096, 1)
+    pool = HostPool(1)
+    packer = Packer(inventory, CHUNK_BYTES, pool, None)
     packer.freeze(encode({"adapter": state.host_state(), "session": {}}))
     captures = [_aligned(unit.nbytes) for unit in inventory.units]
-    targets = [
-        Target(unit=i, address=c.ctypes.data, digests=np.zeros(-(-c.nbytes // 4096), dtype=np.uint64))
-        for i, c in enumerate(captures)
-    ]
+    chunks = [np.zeros(-(-c.nbytes // CHUNK_BYTES), dtype=np.uint64) for c in captures]
+    targets = Targets(
+        units=np.arange(len(captures)),
+        addresses=np.array([c.ctypes.data for c in captures]),
+        digests=np.array([c.ctypes.data for c in chunks]),
+    )
     digests = packer.pack(targets, lambda: None)
     assert digests is not None
-    for capture, target, digest in zip(captures, targets, digests, strict=True):
-        assert packer.verify(capture, target.digests, digest)
+    for capture, own, digest in zip(captures, chunks, digests.tolist(), strict=True):
+        assert is_intact(pool, CHUNK_BYTES, capture, own, digest)
     return captures
 
 
@@ -308,7 +328,7 @@ def _aligned(nbytes: int) -> np.ndarray:
 
 
 def _write_back(state: MegatronState, inventory: Inventory, captures: Sequence[np.ndarray]) -> None:
-    packer = Packer(inventory, 4096, 1)
+    packer = Packer(inventory, CHUNK_BYTES, HostPool(1), None)
     for number, capture in enumerate(captures):
         packer.scatter(number, capture)
     (host,) = inventory.of_kind(UnitKind.HOST)
@@ -439,6 +459,61 @@ def _recalibrate(trainer: Trainer) -> dict[str, Any]:
 
 def _as_list(boost: torch.Tensor | float) -> list[float]:
     return boost.tolist() if isinstance(boost, torch.Tensor) else [boost]
+
+
+# -- what is replaced of Megatron ---------------------------------------------------------------------------------
+
+
+def _replaced(trainer: Trainer, store: Path) -> dict[str, Any]:
+    """Which attributes of Megatron's modules, classes and objects are other ones during a run, and after it."""
+    trainer.train_step()  # Megatron puts functions into its own objects, too
+    before = _attributes(trainer)
+    attached = attach(
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        opt_param_scheduler=trainer.scheduler,
+        config=MoetionConfig(
+            mode="exact", period=2, store=str(store), run_id="run", ranks_per_node=2, pack_threads=1, timeout_s=30
+        ),
+        user_state=trainer.state,
+    )
+    attached.start()
+    trainer._pipeline_arguments = attached.pipeline_arguments
+    found = []
+    for iteration in (1, 2):
+        trainer.train_step()
+        attached.on_step_end(iteration)
+        found.append(_differing(before, _attributes(trainer)))
+    attached.close()
+    return {"during": found, "after": _differing(before, _attributes(trainer))}
+
+
+def _attributes(trainer: Trainer) -> dict[tuple[str, str], list[Any]]:
+    """What can be called, by owner and name: of all modules and classes of Megatron, and of this trainer's objects."""
+    parts = [m for name, m in list(sys.modules.items()) if name.split(".")[0] == "megatron"]
+    parts += {c for m in parts for c in vars(m).values() if isinstance(c, type) and c.__module__.startswith("megatron")}
+    chain = [trainer.optimizer, *trainer.optimizer.chained_optimizers]
+    objects = [*chain, *(s for o in chain if (s := getattr(o, "grad_scaler", None)) is not None), trainer.scheduler]
+    for chunk in trainer.model:
+        modules = list(chunk.modules())
+        objects += [*modules, *(m.token_dispatcher for m in modules if hasattr(m, "token_dispatcher"))]
+        objects += [*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups, *chunk.buffers]
+    found: dict[tuple[str, str], list[Any]] = {}
+    named = [(getattr(part, "__name__", ""), part) for part in parts] + [(type(o).__name__, o) for o in objects]
+    for owner, part in sorted(named, key=lambda pair: pair[0]):
+        for name, value in list(vars(part).items()):
+            if callable(value):
+                found.setdefault((owner, name), []).append(value)
+    return found
+
+
+def _differing(before: Mapping[tuple[str, str], list[Any]], now: Mapping[tuple[str, str], list[Any]]) -> list[str]:
+    keys = before.keys() | now.keys()
+    return sorted(
+        f"{owner}.{name}"
+        for owner, name in keys
+        if list(map(id, before.get((owner, name), []))) != list(map(id, now.get((owner, name), [])))
+    )
 
 
 # -- refusals -----------------------------------------------------------------------------------------------------

@@ -130,6 +130,33 @@ def test_state_that_cannot_be_captured_exactly_is_refused(notes: list[list[dict[
         assert bool(message) == (kind != "nothing")
 
 
+# -- what is replaced of Megatron ---------------------------------------------------------------------------------
+
+BUCKETS = {f"_ParamAndGradBucketGroup.{when}_{what}_sync" for when in ("start", "finish") for what in ("grad", "param")}
+EXPERTS = {f"MoEAllGatherTokenDispatcher.token_{what}" for what in ("dispatch", "combine")}
+"""Both as listed in ``mcore/traffic.py``."""
+STEPS = {"ChainedOptimizer.get_grad_norm", "DynamicGradScaler.update"}
+"""As listed in ``mcore/steplog.py``."""
+
+
+@pytest.mark.parametrize(
+    ("name", "listed"),
+    [
+        ("pp2 ep2, fp16", BUCKETS | EXPERTS | STEPS),
+        ("dp4, bf16 gradients", BUCKETS | {"ChainedOptimizer.get_grad_norm"}),
+        ("pp2 ep2, fp32", BUCKETS | EXPERTS),
+    ],
+)
+def test_what_is_replaced_of_megatron_is_what_is_listed_and_comes_back(
+    notes: list[list[dict[str, Any]]], name: str, listed: set[str]
+) -> None:
+    """Of all modules and classes that are loaded, and of the objects of the run, which had trained before."""
+    for of_rank in notes:
+        found = next(n for n in of_rank if n["event"] == "replaced" and n["name"] == name)
+        assert [set(during) for during in found["during"]] == [listed] * 2
+        assert found["after"] == []
+
+
 # -- capacity after a recovery ------------------------------------------------------------------------------------
 
 RAISED_FOR = 6

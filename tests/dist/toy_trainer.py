@@ -38,8 +38,7 @@ from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Running
 from megatron_moetion.run.starter import Starter
 from megatron_moetion.session import Session
-from megatron_moetion.snapshot import packer
-from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 CRASHED = 1
@@ -360,7 +359,6 @@ def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping
     rank = int(environment["RANK"])
     attempt = int(environment["ATTEMPT"])
     notes = Notes(folder / f"rank{rank:05d}.{attempt}.jsonl", attempt)
-    packer.BATCH_BYTES = 1 << 14  # several batches in a snapshot, so that "mid-pack" is in the middle
     try:
         store = dist.FileStore(str(folder / f"rendezvous{attempt}"), toy.world_size)
         dist.init_process_group(
@@ -484,8 +482,8 @@ class Trouble:
 
         return probe
 
-    def make_packer(self, inventory: Inventory, config: MoetionConfig, num_threads: int, rank: int) -> Packer:
-        return TroubledPacker(inventory, config.chunk_bytes, num_threads, self, rank=rank)
+    def make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
+        return TroubledPacker(inventory, config.chunk_bytes, pool, self)
 
     def pack(self) -> None:
         """Units are about to be packed."""
@@ -508,17 +506,15 @@ class Trouble:
 
 
 class TroubledPacker(Packer):
-    """A packer that may be slow."""
+    """A packer that may be slow. It packs several batches in a snapshot, so that "mid-pack" is in the middle."""
 
-    def __init__(
-        self, inventory: Inventory, chunk_bytes: int, num_threads: int, trouble: Trouble, *, rank: int
-    ) -> None:
-        super().__init__(inventory, chunk_bytes, num_threads, rank=rank)
+    def __init__(self, inventory: Inventory, chunk_bytes: int, pool: HostPool, trouble: Trouble) -> None:
+        super().__init__(inventory, chunk_bytes, pool, None, batch_bytes=1 << 14)
         self._trouble = trouble
 
-    def pack(self, targets: Any, between: Any, given: Any = None) -> list[int] | None:
+    def pack(self, targets: Any, between: Any, on_enqueued: Any = None) -> Any:
         self._trouble.pack()
-        return super().pack(targets, between, given)
+        return super().pack(targets, between, on_enqueued)
 
 
 class TroubledChannel:

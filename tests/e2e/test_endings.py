@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_moetion.store.arena import peek
+from megatron_moetion.store.sharedfile import peek_arena
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(200)]
 
@@ -81,7 +81,7 @@ def test_a_loop_that_ends_is_gone_soon_with_its_last_snapshot_whole(store: Path,
     assert all(("ended without session.close()" in output) == forgotten for output in outputs), outputs
     assert "[moetion] rank 0 iteration 0: mode full" in outputs[0]  # an own loop sees what the runtime says
     for owner in range(2):
-        page = peek(store / "own" / f"node{owner}" / f"rank{owner:05d}.arena")[1]
+        page = peek_arena(store / "own" / f"node{owner}" / f"rank{owner:05d}.arena")[1]
         assert max(r.iteration for r in page.records) == 4
 
 

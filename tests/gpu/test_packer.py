@@ -6,18 +6,19 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from support import CHUNK_BYTES, capture, identity
+from support import acquire, capture, identity, is_whole, make_packer
 
 from megatron_moetion import _C
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.store.sharedfile import create_arena
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -55,7 +56,7 @@ def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     units = GpuState().inventory
     spec = ArenaSpec.of(identity(layout=units.fingerprint), units, {u.name: 2 for u in units.units})
     path = Path("/dev/shm") / f"moetion-gpu-test-{tmp_path_factory.getbasetemp().name}.arena"
-    found = Arena.create(path, spec, Page())
+    found = create_arena(path, spec, Page())
     yield found
     found.remove()
 
@@ -66,7 +67,7 @@ def payload(arena: Arena, record: Record) -> np.ndarray:
 
 def check_round_trip(state: GpuState, packer: Packer, arena: Arena) -> None:
     records = capture(packer, arena, 1)
-    assert all(packer.verify(payload(arena, r), arena.digests(r.slot), r.digest) for r in records)
+    assert all(is_whole(arena, r) for r in records)
     expected = [t.clone() for t in (*state.tensors, state.counter)]
     for tensor in (*state.tensors, state.counter):
         tensor.zero_()
@@ -78,7 +79,7 @@ def check_round_trip(state: GpuState, packer: Packer, arena: Arena) -> None:
 
 def test_into_the_pinned_arena_and_back(arena: Arena) -> None:
     state = GpuState()
-    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer = make_packer(state.inventory, 2)
     packer.adopt(arena.memory)
     assert packer.note.startswith("arena pinned"), packer.note
     check_round_trip(state, packer, arena)
@@ -89,7 +90,7 @@ def test_by_way_of_a_buffer_where_the_arena_cannot_be_pinned(arena: Arena) -> No
     state = GpuState()
     other = _C.DevicePool(DEVICE, rank=0, max_pieces=1, max_chunks=1)
     taken = other.register(arena.memory.ctypes.data, arena.memory.nbytes)  # what is pinned already cannot be again
-    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer = make_packer(state.inventory, 2)
     packer.adopt(arena.memory)
     assert "could not be pinned" in packer.note
     check_round_trip(state, packer, arena)
@@ -100,7 +101,7 @@ def test_by_way_of_a_buffer_where_the_arena_cannot_be_pinned(arena: Arena) -> No
 def test_a_capture_holds_what_the_training_stream_had_done_by_then(arena: Arena) -> None:
     """The step is still running when ``freeze`` is called; what is enqueued after the pack changes nothing."""
     state = GpuState()
-    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer = make_packer(state.inventory, 2)
     packer.adopt(arena.memory)
     torch.cuda._sleep(200_000_000)
     for tensor in state.tensors:
@@ -118,9 +119,24 @@ def test_a_capture_holds_what_the_training_stream_had_done_by_then(arena: Arena)
     packer.close()
 
 
+class Busy:
+    """A pool whose stream is busy when a capture is enqueued, so that nothing of it was read when that returns."""
+
+    def __init__(self, pool: _C.DevicePool) -> None:
+        self._pool = pool
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._pool, name)
+
+    def pack_uploaded(self, chunks: np.ndarray, *, stream: int, copy_engine_bytes: int | None) -> int:
+        with torch.cuda.stream(torch.cuda.ExternalStream(stream)):
+            torch.cuda._sleep(1_000_000_000)
+        return self._pool.pack_uploaded(chunks, stream=stream, copy_engine_bytes=copy_engine_bytes)
+
+
 def test_what_is_enqueued_after_the_stream_was_held_waits_for_the_capture_and_the_host_does_not(arena: Arena) -> None:
     state = GpuState()
-    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer = make_packer(state.inventory, 2, watch=Busy)
     packer.adopt(arena.memory)
     packer.freeze(b"")
     expected = [t.clone() for t in state.tensors]
@@ -134,14 +150,8 @@ def test_what_is_enqueued_after_the_stream_was_held_waits_for_the_capture_and_th
             tensor.zero_()
         waited.append(time.perf_counter() - began)
 
-    # The side stream is busy when the capture is given to it, so that nothing of it was read when it is given.
-    assert packer._device is not None
-    with torch.cuda.stream(packer._device._streams._stream):
-        torch.cuda._sleep(1_000_000_000)
-    slot = arena.acquire(state.inventory.units[0].nbytes)
-    assert slot is not None
-    target = Target(unit=0, address=arena.payload(slot).ctypes.data, digests=arena.digests(slot))
-    assert packer.pack([target], lambda: None, given) is not None
+    (slot,), targets = acquire(arena, (0,))
+    assert packer.pack(targets, lambda: None, given) is not None
     unit = state.inventory.units[0]
     for tensor, region, offset in zip(expected, unit.regions, unit.offsets, strict=True):
         found = torch.from_numpy(arena.payload(slot)[offset : offset + region.nbytes].copy()).view(tensor.dtype)
@@ -159,4 +169,4 @@ def test_host_memory_said_to_be_the_devices_is_refused_by_name() -> None:
     )  # fmt: skip
     units = (Unit(name="a", kind=UnitKind.DENSE, regions=(region,)),)
     with pytest.raises(UnsupportedState, match=r"layers.0.weight: span 0: .* is ordinary host memory"):
-        Packer(Inventory(units=units), CHUNK_BYTES, 1)
+        make_packer(Inventory(units=units))

@@ -18,7 +18,7 @@ from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.session import Session
-from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.packer import HostPool, Packer, device_packer
 from megatron_moetion.units import Inventory
 
 
@@ -105,8 +105,8 @@ class Job:
             host=Host(environment=environment, make_packer=self._make_packer, **self._host),
         )
 
-    def _make_packer(self, inventory: Inventory, config: MoetionConfig, num_threads: int, rank: int) -> Packer:
-        packer = TroubledPacker(inventory, config.chunk_bytes, num_threads, rank=rank)
+    def _make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
+        packer = TroubledPacker(inventory, config.chunk_bytes, pool, device_packer(inventory, config.chunk_bytes))
         packer.disturbance = self.disturbances[rank]
         return packer
 

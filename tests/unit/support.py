@@ -27,10 +27,14 @@ from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
+from megatron_moetion.snapshot.device import TIMEOUT_S, DevicePacker, device_pool
+from megatron_moetion.snapshot.digest import is_intact
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
-from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Page, Record
+from megatron_moetion.snapshot.plan import BATCH_BYTES, Targets
+from megatron_moetion.store.arena import Arena, Memory
+from megatron_moetion.store.manifest import Page, Record, Records
+from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.sharedfile import SharedFile, create_arena
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -175,31 +179,73 @@ def spec_of(state: ToyState, owner: int = 0, copies: int = 3, **changes: Any) ->
 def make_arena(folder: Path, state: ToyState, owner: int = 0, copies: int = 3, **changes: Any) -> Arena:
     """A new arena for a state, named as in a store."""
     folder.mkdir(parents=True, exist_ok=True)
-    return Arena.create(folder / f"rank{owner:05d}.arena", spec_of(state, owner, copies, **changes), Page())
+    return create_arena(folder / f"rank{owner:05d}.arena", spec_of(state, owner, copies, **changes), Page())
+
+
+def make_packer(
+    inventory: Inventory,
+    num_threads: int = 1,
+    *,
+    rank: int = 0,
+    batch_bytes: int = BATCH_BYTES,
+    timeout_s: float = TIMEOUT_S,
+    fault: str = "",
+    watch: Callable[[DevicePool], Any] = lambda pool: pool,
+) -> Packer:
+    """What packs these units. ``fault`` and ``watch`` are for the pool of a device, if there is one."""
+    there = [u for u in inventory.units if any(r.device != "cpu" for r in u.regions)]
+    device = None
+    if there:
+        where = there[0].regions[0].device
+        pool = device_pool(where, there, CHUNK_BYTES, rank=rank, batch_bytes=batch_bytes, fault=fault)
+        device = DevicePacker(where, watch(pool), there, batch_bytes=batch_bytes, timeout_s=timeout_s)
+    return Packer(inventory, CHUNK_BYTES, HostPool(num_threads), device, batch_bytes=batch_bytes)
+
+
+def node_folder(path: Path, position: int = 0, num_ranks: int = 1) -> NodeFolder:
+    """A node whose folder is there."""
+    return NodeFolder(path=path, key=path.name, position=position, num_ranks=num_ranks, clock=SystemClock())
+
+
+def acquire(arena: Arena, units: Sequence[int]) -> tuple[list[int], Targets]:
+    """A free slot for each unit."""
+    numbers = np.array(units, dtype=np.int64)
+    sizes = arena.unit_bytes[numbers]
+    slots = arena.acquire_all(sizes)
+    assert slots is not None, "the arena is full"
+    return slots.tolist(), Targets.in_slots(numbers, arena.payload_addresses(slots), sizes)
 
 
 def capture(
     packer: Packer, arena: Arena, iteration: int, units: Sequence[int] | None = None, epoch: int = 0
-) -> tuple[Record, ...]:
+) -> Records:
     """Pack units (all, where none are named) into free slots and commit them."""
-    chosen = range(len(arena.spec.units)) if units is None else units
-    slots = [arena.acquire(arena.spec.units[u][2]) for u in chosen]
-    assert None not in slots, "the arena is full"
-    targets = [
-        Target(unit=u, address=arena.payload(s).ctypes.data, digests=arena.digests(s))
-        for u, s in zip(chosen, slots, strict=True)
-        if s is not None
-    ]
+    slots, targets = acquire(arena, range(len(arena.spec.units)) if units is None else units)
     packer.freeze(f"host state of {iteration}".encode())
     digests = packer.pack(targets, lambda: None)
     assert digests is not None
-    records = tuple(
-        Record(unit=u, iteration=iteration, epoch=epoch, slot=s, nbytes=arena.spec.units[u][2], digest=d)
-        for u, s, d in zip(chosen, slots, digests, strict=True)
-        if s is not None
+    records = Records.make(
+        len(slots),
+        unit=targets.units,
+        iteration=iteration,
+        epoch=epoch,
+        slot=slots,
+        nbytes=arena.unit_bytes[targets.units],
+        digest=digests,
     )
     arena.add(records)
     return records
+
+
+def find(arena: Arena, unit: int, iteration: int) -> Record | None:
+    """The capture of one unit at one iteration, if the arena lists it."""
+    return next((r for r in arena.page.records if r.key == (unit, iteration)), None)
+
+
+def is_whole(arena: Arena, record: Record) -> bool:
+    """Whether a capture's bytes are what was captured."""
+    payload, digests = arena.payload(record.slot), arena.digests(record.slot)
+    return is_intact(POOL, arena.spec.identity.chunk_bytes, payload, digests, record.digest)
 
 
 def reports_of(arenas: Mapping[tuple[int, int], Any], lost_nodes: Collection[int] = ()) -> list[ArenaReport]:
@@ -388,6 +434,7 @@ def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
 ADAPTER: type[StateAdapter] = ToyState
 TOKENS: type[TokenSource] = ToyState
 FABRIC: type[Fabric] = ToyFabric
+MEMORY: type[Memory] = SharedFile
 """Type checking holds what stands for the real ones to their protocols."""
 
 POOL = HostPool(1)

@@ -10,8 +10,9 @@ import pytest
 import torch
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.mcore.traffic import TimedCommunicator
-from megatron_moetion.schedule.recorder import HostClock, Recorder
+from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
 
 TENSOR = torch.zeros(4)
 
@@ -29,12 +30,12 @@ class Listening(Recorder):
     """A recorder whose log says when the network has taken a message."""
 
     def __init__(self, log: list[str]) -> None:
-        super().__init__(HostClock())
+        super().__init__(HostStopwatch(SystemClock()), SystemClock())
         self._log = log
 
-    def taken(self, span: Any) -> None:
+    def accepted(self, span: Any) -> None:
         self._log.append("taken")
-        super().taken(span)
+        super().accepted(span)
 
 
 def call(

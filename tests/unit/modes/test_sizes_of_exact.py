@@ -12,6 +12,7 @@ from typing import Any, cast
 import pytest
 from support import ToyState, blueprint, identity
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.framework import StepReplayer
@@ -22,9 +23,9 @@ from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.select.budget import longer_period, shortest_period
 from megatron_moetion.select.rotation import remembered_steps
 from megatron_moetion.snapshot.gradlog import gradient_log
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.sharedfile import create_arena
 from megatron_moetion.store.spec import arena_name
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -78,7 +79,7 @@ class Ranks:
         self.nodes: list[Memory] = []
         for rank in range(2):
             (folder / f"node{rank}").mkdir()
-            node = NodeFolder(path=folder / f"node{rank}", key=str(rank), position=0, num_ranks=1)
+            node = NodeFolder(path=folder / f"node{rank}", key=str(rank), position=0, num_ranks=1, clock=SystemClock())
             self.nodes.append(Memory(node))
 
     def have_room(self, nbytes: float) -> None:
@@ -152,7 +153,7 @@ def test_the_tightest_node_says_how_short_the_period_must_be(ranks: Ranks) -> No
 
 
 def leave(node: Path, owner: int, found: SnapshotMode, stable: int) -> None:
-    Arena.create(node / arena_name(owner), found.spec, Page(stable=stable)).close()
+    create_arena(node / arena_name(owner), found.spec, Page(stable=stable)).close()
 
 
 def test_a_restart_keeps_the_period_of_the_arenas_that_are_there_whatever_asked_for_it(

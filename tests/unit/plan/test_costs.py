@@ -16,8 +16,8 @@ from megatron_moetion.plan.costs import RankState, cost_of_exact, cost_of_full, 
 from megatron_moetion.select.budget import Limits, exact_copies, experts_per_snapshot, full_copies, popularity_copies
 from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.sharedfile import create_arena
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -129,9 +129,9 @@ def test_digests_and_pages_of_a_real_file_add_less_than_one_percent(mode: str, t
         )
         chosen = replace(limits(), usual=2, most=2)
         cost = cost_of_full(like_it()) if mode == "full" else cost_of_popularity(like_it(), chosen)
-    arena = Arena.create(tmp_path / "rank00000.arena", spec, Page())
+    arena = create_arena(tmp_path / "rank00000.arena", spec, Page())
     try:
-        assert cost.arena.total_bytes == close(arena.path.stat().st_size)
+        assert cost.arena.total_bytes == close(Path(arena.name).stat().st_size)
     finally:
         arena.remove()
 

@@ -11,9 +11,9 @@ import torch
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.pretrain.corpus import (
     MockCorpus,
+    SampleSource,
     Split,
     StdlibCorpus,
-    TokenSource,
     batches,
     mix64,
     sample_numbers,
@@ -35,9 +35,9 @@ def test_the_standard_library_is_found_and_large_enough(stdlib: StdlibCorpus) ->
 
 @pytest.mark.parametrize("kind", [StdlibCorpus, MockCorpus])
 def test_samples_repeat_exactly(kind: type[StdlibCorpus] | type[MockCorpus]) -> None:
-    first: TokenSource = kind(seq_length=64, seed=7)
-    again: TokenSource = kind(seq_length=64, seed=7)
-    other: TokenSource = kind(seq_length=64, seed=8)
+    first: SampleSource = kind(seq_length=64, seed=7)
+    again: SampleSource = kind(seq_length=64, seed=7)
+    other: SampleSource = kind(seq_length=64, seed=8)
     for split in Split:
         for number in (0, 1, 5, 10**9):
             sample = first.sample(split, number)

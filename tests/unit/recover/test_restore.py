@@ -6,17 +6,17 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support import CHUNK_BYTES, POOL, Network, ToyState, capture, make_arena, spec_of, together
+from support import POOL, Network, ToyState, capture, find, make_arena, make_packer, node_folder, spec_of, together
 
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
-from megatron_moetion.recover.restore import Mover, verified, write_back
+from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.placement import place
-from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Branch
 from megatron_moetion.store.retention import Newest
+from megatron_moetion.store.sharedfile import open_arena
 from megatron_moetion.units import UnitKind
 
 PLACEMENT = place(["a", "b"], 1)
@@ -29,7 +29,7 @@ class TwoNodes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.states = [ToyState(seed=r) for r in range(2)]
-        self.packers = [Packer(s.inventory(), CHUNK_BYTES, 1) for s in self.states]
+        self.packers = [make_packer(s.inventory()) for s in self.states]
         self.specs = [spec_of(s, owner=r) for r, s in enumerate(self.states)]
         self.arenas: dict[tuple[int, int], Arena] = {}  # node, owner
         self.images: dict[int, list[bytes]] = {}
@@ -57,8 +57,10 @@ class TwoNodes:
         reports = []
         for (node, _), arena in self.arenas.items():
             arena.close()
-            reports += survey_store([arena.path], node, node, self.specs, POOL)
-        self.arenas = {at: Arena.open(a.path) for at, a in self.arenas.items()}
+            reports += survey_store(
+                node_folder(Path(arena.name).parent), [Path(arena.name).name], node, node, self.specs, POOL
+            )
+        self.arenas = {at: open_arena(Path(a.name)) for at, a in self.arenas.items()}
         facts = [
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in s.units))
             for r, s in enumerate(self.specs)
@@ -108,8 +110,9 @@ def test_every_rank_comes_back_bit_for_bit(tmp_path: Path, lost: int | None) -> 
         for array in state.arrays.values():
             array[:] = -1
         own = nodes.arenas[rank, rank]
-        records = verified(packer, own, plan.choices[rank])
-        write_back(packer, own, records)
+        records = verified(POOL, own, plan.choices[rank])
+        for record in records:
+            packer.scatter(record.unit, own.payload(record.slot))
         host = bytes(own.payload(next(r.slot for r in records if r.unit == HOST_UNIT)))
         assert image(state) == nodes.images[target][rank]
         assert host.rstrip(b"\0") == f"host state of {target}".encode()
@@ -155,15 +158,15 @@ def test_nothing_is_written_back_unless_everything_verifies(tmp_path: Path) -> N
     nodes = TwoNodes(tmp_path)
     plan = nodes.plan()
     state, arena = nodes.states[0], nodes.arenas[0, 0]
-    last = arena.find(HOST_UNIT, 2)
+    last = find(arena, HOST_UNIT, 2)
     assert last is not None
     arena.payload(last.slot)[3] ^= 1
     before = image(state)
     state.arrays["dense"][:] = 5
     wrong = image(state)
     with pytest.raises(CorruptArena, match="the capture of host changed after it was surveyed"):
-        verified(nodes.packers[0], arena, plan.choices[0])
+        verified(POOL, arena, plan.choices[0])
     assert image(state) == wrong != before
     arena.edit(lambda page: {"records": ()})
     with pytest.raises(CorruptArena, match="has gone"):
-        verified(nodes.packers[0], arena, plan.choices[0])
+        verified(POOL, arena, plan.choices[0])

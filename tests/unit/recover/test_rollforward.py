@@ -17,7 +17,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import CHUNK_BYTES, POOL, Network, identity, no_probe, scheduler, together
+from support import POOL, Network, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
 
 from megatron_moetion.framework import StepNote
 from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
@@ -28,11 +28,11 @@ from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.select.rotation import Rotation
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import base_of, chain_layout
-from megatron_moetion.store.manifest import NO_SLOT, Page, Record
+from megatron_moetion.store.manifest import NO_SLOT, Page, Record, Records
 from megatron_moetion.store.retention import Chains
+from megatron_moetion.store.sharedfile import create_arena, open_arena
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -127,7 +127,7 @@ class Run:
     def __init__(self, folder: Path, period: int = PERIOD, owner: int = 0, seed: int = 0) -> None:
         self.toy = Toy(seed)
         self.log = gradient_log(self.toy.inventory(), period)
-        self.packer = Packer(self.log.inventory, CHUNK_BYTES, 1)
+        self.packer = make_packer(self.log.inventory)
         self.frozen = self.log.inventory.of_kind(UnitKind.FROZEN)
         self.spec = ArenaSpec.of(
             identity(owner=owner, layout=self.log.inventory.fingerprint, mode="exact"),
@@ -144,7 +144,7 @@ class Run:
 
     def make_arena(self, folder: Path) -> Arena:
         folder.mkdir(parents=True, exist_ok=True)
-        return Arena.create(folder / f"rank{self.spec.identity.owner:05d}.arena", self.spec, Page())
+        return create_arena(folder / f"rank{self.spec.identity.owner:05d}.arena", self.spec, Page())
 
     def elements(self, unit: int) -> tuple[int, int]:
         first = self.log.inventory.units[unit].regions[0]
@@ -152,23 +152,10 @@ class Run:
 
     def capture(self, iteration: int, units: Collection[int], zero: Collection[int] = ()) -> tuple[Record, ...]:
         """Commit these units and, as records alone, those of zeros."""
-        slots = {u: self.arena.acquire(self.spec.units[u][2]) for u in units}
-        taken = {u: s for u, s in slots.items() if s is not None}
-        assert taken.keys() == slots.keys(), "the arena is full"
-        targets = [
-            Target(unit=u, address=self.arena.payload(s).ctypes.data, digests=self.arena.digests(s))
-            for u, s in taken.items()
-        ]
-        self.packer.freeze(f"host state of {iteration}".encode())
-        digests = self.packer.pack(targets, lambda: None)
-        assert digests is not None
-        records = [
-            Record(unit=u, iteration=iteration, epoch=0, slot=s, nbytes=self.spec.units[u][2], digest=d)
-            for (u, s), d in zip(taken.items(), digests, strict=True)
-        ]
-        records += [zero_record(u, iteration) for u in zero]
-        self.arena.add(records)
-        return tuple(records)
+        records = list(capture(self.packer, self.arena, iteration, tuple(units)))
+        zeros = [zero_record(u, iteration) for u in zero]
+        self.arena.add(zeros)
+        return (*records, *zeros)
 
     def train(
         self, iteration: int, captures: Collection[int] = (), quiet: Collection[int] = (), skip: bool = False
@@ -361,7 +348,7 @@ def test_records_of_zeros_take_no_slot_and_outlive_the_process(run: Run) -> None
     zeros = [zero_record(log, i) for i in range(run.spec.num_slots + 1)]
     run.arena.add(zeros)
     run.arena.close()
-    again = Arena.open(run.arena.path)
+    again = open_arena(Path(run.arena.name))
     assert again.page.records == tuple(zeros)
     for size, count in run.spec.slots:
         slots = [again.acquire(size) for _ in range(count)]
@@ -394,11 +381,12 @@ def test_a_survey_reports_zeros_and_what_is_wrong_with_them(run: Run) -> None:
     ]
     run.arena.add(wrong)
     run.arena.close()
-    (found,) = survey_store([run.arena.path], node=0, rank=0, specs=[run.spec], pool=POOL)
+    name = Path(run.arena.name)
+    (found,) = survey_store(node_folder(name.parent), [name.name], node=0, rank=0, specs=[run.spec], pool=POOL)
     assert not found.problem
     assert set(found.captures) == set(good)
     assert sum(r.is_zero for r in found.captures) == 2
-    assert (found.damaged, found.verified_bytes) == (len(wrong), sum(r.nbytes for r in good))
+    assert found.damaged == len(wrong)
 
 
 def test_what_was_verified_of_zeros_is_that_they_are_listed(run: Run) -> None:
@@ -410,7 +398,7 @@ def test_what_was_verified_of_zeros_is_that_they_are_listed(run: Run) -> None:
         Choice(unit=r.unit, iteration=r.iteration, node=0, digest=r.digest, tokens=0, is_zero=r.is_zero)
         for r in records
     ]
-    assert verified(run.packer, run.arena, choices) == records
+    assert verified(POOL, run.arena, choices) == records
 
 
 class Buddies:
@@ -435,9 +423,20 @@ class Buddies:
         ]
 
     def round(self, iteration: int, records: Sequence[Sequence[Record]]) -> list[bool]:
-        return together(
-            *(lambda r=r: self.replicators[r].replicate(iteration, records[r]) for r in range(2))  # type: ignore[misc]
-        )
+        sent, send = [Records.of(r) for r in records], self.network.send
+        payloads = {r.nbytes for each in sent for r in each if not r.is_zero}
+        self.sent: list[list[int]] = [[], []]
+
+        def listen(source: int, target: int, data: bytes) -> None:
+            if len(data) in payloads:
+                self.sent[source].append(len(data))
+            send(source, target, data)
+
+        self.network.send = listen  # type: ignore[method-assign]
+        whole = together(*(lambda r=r: self.replicators[r].replicate(iteration, sent[r]) for r in range(2)))  # type: ignore[misc]
+        self.network.send = send  # type: ignore[method-assign]
+        self.sent = [sorted(sizes) for sizes in self.sent]
+        return whole
 
     def snapshot(self, rank: int, iteration: int) -> tuple[Record, ...]:
         """One slice's capture and gradient, and zeros for the others."""
@@ -458,7 +457,7 @@ def test_zeros_reach_a_buddy_without_a_byte_of_payload(tmp_path: Path) -> None:
         for own, copy in zip(theirs, held.page.records, strict=True):
             if not own.is_zero:
                 assert held.payload(copy.slot).tobytes() == pair.runs[1 - rank].arena.payload(own.slot).tobytes()
-        assert pair.replicators[1 - rank].bytes_sent == sum(r.nbytes for r in theirs)
+        assert pair.sent[1 - rank] == sorted(r.nbytes for r in theirs if not r.is_zero)
 
 
 def test_a_snapshot_of_nothing_but_zeros_is_whole(tmp_path: Path) -> None:
@@ -467,7 +466,7 @@ def test_a_snapshot_of_nothing_but_zeros_is_whole(tmp_path: Path) -> None:
     pair.runs[0].arena.add(zeros)
     assert pair.round(1, [zeros, ()]) == [True, False]
     assert pair.held[1].page.records == tuple(zeros)
-    assert pair.replicators[0].bytes_sent == 0
+    assert pair.sent[0] == []
 
 
 def test_zeros_go_with_a_snapshot_that_is_refused_or_damaged(tmp_path: Path) -> None:
@@ -514,4 +513,4 @@ def test_zeros_are_fetched_by_their_record_alone(tmp_path: Path) -> None:
         for r, arena in enumerate((run.arena, pair.held[1]))
     ]
     assert together(*(lambda m=m: m.move(plan.fetches) for m in movers)) == [0, 0]  # type: ignore[misc]
-    assert run.arena.find(log, 1) == replace(zero_record(log, 1), epoch=2)
+    assert find(run.arena, log, 1) == replace(zero_record(log, 1), epoch=2)

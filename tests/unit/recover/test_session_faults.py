@@ -32,9 +32,10 @@ from megatron_moetion.recover.disk import Disk
 from megatron_moetion.replicate.witness import Past
 from megatron_moetion.run import prepare, starter
 from megatron_moetion.run.upkeep import TRY_AGAIN
-from megatron_moetion.store.arena import Arena, peek
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.sharedfile import peek_arena
 
 
 def lines(caplog: pytest.LogCaptureFixture, text: str) -> list[str]:
@@ -220,7 +221,7 @@ def test_a_path_that_is_no_file_is_passed_over_and_the_replica_is_used(tmp_path:
     resumed = second.start()
     assert [r.iteration for r in resumed if r is not None] == [3, 3]
     assert [s.image() for s in second.states] == expected
-    assert peek(tmp_path / "job" / "node0" / "rank00000.arena")[1].stable == 3
+    assert peek_arena(tmp_path / "job" / "node0" / "rank00000.arena")[1].stable == 3
     if kind == "folder":
         assert [p.read_text() for p in (tmp_path / "job").rglob("kept")] == ["somebody's"]
     second.crash()
@@ -268,9 +269,9 @@ def starts(job: Job, disk: Disk | None = None) -> list[Callable[[], object]]:
 
 
 ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
-    "survey": (startup, "survey_store", lambda paths, node, rank, *_: rank == 1),
-    "open": (startup, "OpenArenas", lambda own, **_: own.path.parent.name == "node1"),
-    "verify": (starter, "verified", lambda packer, arena, *_: arena.spec.identity.owner == 1),
+    "survey": (startup, "survey_store", lambda store, names, node, rank, *_: rank == 1),
+    "open": (startup, "OpenArenas", lambda own, **_: Path(own.name).parent.name == "node1"),
+    "verify": (starter, "verified", lambda pool, arena, *_: arena.spec.identity.owner == 1),
     "host state": (Adapter, "load_host_state", lambda self, *_: self.rank == 1),
     "epoch": (startup.Mover, "begin_epoch", lambda self: self.rank == 1),
 }
@@ -316,8 +317,8 @@ def test_an_error_of_one_rank_while_a_run_begins_is_raised_by_all_at_once(
 
     calls = iter([False, True])
     if point == "begin":
-        is_it: Callable[..., bool] = lambda path, *_: path.parent.name == "node1"
-        fail_where(monkeypatch, Arena, "create", is_it, StoreError("no such checkpoint here"))
+        is_it: Callable[..., bool] = lambda node, *_: node.path.name == "node1"
+        fail_where(monkeypatch, NodeFolder, "create_arena", is_it, StoreError("no such checkpoint here"))
     found = all_errors(*starts(job, Disk(load=load)))
     assert all("no such checkpoint here" in str(error) for error in found)
 
@@ -378,8 +379,9 @@ def test_a_deleted_arena_that_is_made_again_leaves_the_lock_where_it_is(tmp_path
     (tmp_path / "job" / "node0" / "rank00000.arena").unlink()
     job.train(1)
     program = (
-        "import sys; from pathlib import Path; from megatron_moetion.store.lock import NodeLock; "
-        "NodeLock.take(Path(sys.argv[1]), 0, 1, 0, print)"
+        "import sys; from pathlib import Path; from megatron_moetion.clock import SystemClock; "
+        "from megatron_moetion.store.lock import NodeLock; "
+        "NodeLock.take(Path(sys.argv[1]), 0, 1, wait_s=0, say=print, clock=SystemClock())"
     )
     other = subprocess.run(
         [sys.executable, "-c", program, str(tmp_path / "job" / "node0")], capture_output=True, text=True, timeout=30

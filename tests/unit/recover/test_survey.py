@@ -9,32 +9,30 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from support import CHUNK_BYTES, POOL, ToyState, capture, make_arena, spec_of
+from support import POOL, ToyState, capture, make_arena, make_packer, node_folder, spec_of
 
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.recover.survey import survey_store
-from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.manifest import Branch
 
 
 def survey(path: Path, state: ToyState, rank: int = 0, **changes: str) -> ArenaReport:
     specs = [spec_of(state, owner, **changes) for owner in range(2)]
-    (found,) = survey_store([path], node=3, rank=rank, specs=specs, pool=POOL)
+    (found,) = survey_store(node_folder(path.parent), [path.name], node=3, rank=rank, specs=specs, pool=POOL)
     return found
 
 
 def test_what_is_whole_is_reported(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state)
-    packer = Packer(state.inventory(), CHUNK_BYTES, 1)
+    packer = make_packer(state.inventory())
     records = [*capture(packer, arena, 1), *capture(packer, arena, 2)]
     arena.edit(lambda page: {"epoch": 4, "stable": 1, "branches": (Branch(epoch=4, iteration=1),)})
     arena.close()
-    found = survey(arena.path, state)
+    found = survey(Path(arena.name), state)
     assert (found.node, found.owner, found.epoch, found.stable, found.damaged) == (3, 0, 4, 1, 0)
     assert found.branches == (Branch(epoch=4, iteration=1),)
     assert set(found.captures) == set(records)
-    assert found.verified_bytes == sum(r.nbytes for r in records)
     assert not found.problem
     assert ArenaReport.from_json(json.loads(json.dumps(found.to_json()))) == found
 
@@ -42,11 +40,11 @@ def test_what_is_whole_is_reported(tmp_path: Path) -> None:
 def test_a_damaged_capture_is_not_reported_and_counted(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state)
-    records = capture(Packer(state.inventory(), CHUNK_BYTES, 1), arena, 1)
+    records = capture(make_packer(state.inventory()), arena, 1)
     arena.payload(records[1].slot)[17] ^= 0x01
     arena.digests(records[2].slot)[0] ^= 0x80
     arena.close()
-    found = survey(arena.path, state)
+    found = survey(Path(arena.name), state)
     assert found.damaged == 2
     assert set(found.captures) == set(records) - {records[1], records[2]}
 
@@ -54,7 +52,7 @@ def test_a_damaged_capture_is_not_reported_and_counted(tmp_path: Path) -> None:
 def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state)
-    good = capture(Packer(state.inventory(), CHUNK_BYTES, 1), arena, 1)
+    good = capture(make_packer(state.inventory()), arena, 1)
     wrong = [
         replace(good[0], iteration=2, unit=99),
         replace(good[0], iteration=3, slot=arena.spec.num_slots + 5),
@@ -63,7 +61,7 @@ def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
     ]
     arena.edit(lambda page: {"records": (*page.records, *wrong)})
     arena.close()
-    found = survey(arena.path, state)
+    found = survey(Path(arena.name), state)
     assert found.damaged == len(wrong)
     assert set(found.captures) == set(good)
 
@@ -73,8 +71,8 @@ def test_a_stranger_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
     arena = make_arena(tmp_path, state, run_id="theirs")
     arena.edit(lambda page: {"stable": 0})
     arena.close()
-    found = survey(arena.path, state, run_id="ours")
-    assert found.stranger
+    found = survey(Path(arena.name), state, run_id="ours")
+    assert found.foreign
     assert "the arena has 'theirs', this run has 'ours'" in found.problem
     assert found.captures == ()
 
@@ -84,8 +82,8 @@ def test_another_ranks_arena_is_held_against_that_rank(tmp_path: Path) -> None:
     arena = make_arena(tmp_path, ToyState(elements=900), owner=1)
     arena.edit(lambda page: {"stable": 0})
     arena.close()
-    found = survey(arena.path, ToyState(elements=1500), rank=0)
-    assert found.stranger
+    found = survey(Path(arena.name), ToyState(elements=1500), rank=0)
+    assert found.foreign
     assert "layout" in found.problem
 
 
@@ -93,10 +91,11 @@ def test_what_never_held_anything_and_is_of_other_settings_is_passed_over(tmp_pa
     state = ToyState()
     arena = make_arena(tmp_path, state, chunk_bytes=8192)
     arena.close()
-    assert survey_store([arena.path], 0, 0, [spec_of(state)], POOL) == []
+    here = node_folder(tmp_path)
+    assert survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL) == []
     ours = make_arena(tmp_path, state)
     ours.close()
-    assert [r.problem for r in survey_store([ours.path], 0, 0, [spec_of(state)], POOL)] == [""]
+    assert [r.problem for r in survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
 
 
 def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) -> None:
@@ -104,7 +103,7 @@ def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) ->
     path.write_bytes(b"\x80\x04not an arena" * 1000)
     found = survey(path, ToyState())
     assert "rank00000.arena" in found.problem
-    assert not found.stranger
+    assert not found.foreign
 
 
 @pytest.mark.parametrize("kind", ["folder", "link to nothing", "pipe"])
@@ -118,16 +117,16 @@ def test_what_is_no_regular_file_is_a_problem_and_no_stranger(tmp_path: Path, ki
         path.symlink_to(tmp_path / "nothing")
     found = survey(path, ToyState())
     assert str(path) in found.problem
-    assert not found.stranger
+    assert not found.foreign
 
 
 def test_an_arena_of_another_version_is_a_stranger_also_when_it_holds_nothing(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state)
     arena.close()
-    arena.path.write_bytes(b"MOETION2" + arena.path.read_bytes()[8:])
-    found = survey(arena.path, state)
-    assert found.stranger
+    Path(arena.name).write_bytes(b"MOETION2" + Path(arena.name).read_bytes()[8:])
+    found = survey(Path(arena.name), state)
+    assert found.foreign
     assert "another version" in found.problem
 
 
@@ -136,4 +135,4 @@ def test_a_survey_lets_go_of_what_it_looked_at(tmp_path: Path) -> None:
     arena = make_arena(tmp_path, state)
     arena.close()
     for _ in range(3):
-        assert not survey(arena.path, state).problem
+        assert not survey(Path(arena.name), state).problem

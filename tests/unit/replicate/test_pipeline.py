@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,28 @@ import numpy as np
 import pytest
 from session_job import Job
 from support import (
-    CHUNK_BYTES,
     POOL,
     Network,
     ToyState,
     WatchedPool,
+    is_whole,
     make_arena,
+    make_packer,
     no_probe,
     on_device,
     scheduler,
 )
 
+from megatron_moetion._C import DevicePool
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.pipeline import Contents, Pipeline, Skip
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import SystemThreads, Threads, Worker
-from megatron_moetion.snapshot import packer as packer_module
-from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Newest, Settled
 from megatron_moetion.units import Inventory
@@ -47,7 +47,7 @@ class FakeReplicator:
         self._answer = answer
         self.rounds: list[tuple[int, int]] = []
 
-    def replicate(self, iteration: int, records: Sequence[Record]) -> bool:
+    def replicate(self, iteration: int, records: Records) -> bool:
         self.rounds.append((iteration, len(records)))
         return bool(records) and self._answer(iteration)
 
@@ -78,11 +78,14 @@ class Rig:
         copies: int = 3,
         place: Callable[[Inventory], Inventory] = lambda inventory: inventory,
         threads: Threads | None = None,
+        **packing: Any,
     ) -> None:
         self.state = ToyState(num_experts=2)
         inventory = place(self.state.inventory())
         self.arena: Arena = make_arena(folder, self.state, copies=copies)
-        self.packer = Packer(inventory, CHUNK_BYTES, 1)
+        self.pool: Any = None
+        self.calls: list[str] = []
+        self.packer = make_packer(inventory, watch=self.watch, **packing)
         self.replicator = FakeReplicator(answer) if answer is not None else None
         self.pipeline = Pipeline(
             packer=self.packer,
@@ -97,6 +100,10 @@ class Rig:
         )
         self.packed: list[tuple[float, int]] = []
         self.everything = tuple(range(len(inventory.units)))
+
+    def watch(self, pool: DevicePool) -> WatchedPool:
+        self.pool = WatchedPool(pool, self.calls)
+        return self.pool
 
     def take(self, iteration: int) -> None:
         self.packer.freeze(b"host")
@@ -146,11 +153,9 @@ def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
     rig = Rig(tmp_path, lambda iteration: True, copies=1)
     pack = rig.packer.pack
 
-    def slow(
-        targets: Sequence[Target], between: Callable[[], None], given: Callable[[], None] | None = None
-    ) -> list[int] | None:
+    def slow(targets: Targets, between: Callable[[], None], given: Callable[[], None] | None = None) -> Any:
         deadline = time.monotonic() + 10
-        while not rig.packer._cancel.is_set() and time.monotonic() < deadline:
+        while not rig.packer.is_cancelled and time.monotonic() < deadline:
             time.sleep(0.002)
         return pack(targets, between, given)
 
@@ -178,21 +183,19 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
     rig = Rig(tmp_path, lambda iteration: True, place=on_device)
     rig.packer.adopt(rig.arena.memory)
     rig.packer.freeze(b"host")
-    device, calls, has_landed = rig.packer._device, list[str](), threading.Event()
-    assert device is not None
-    device._pool = pool = WatchedPool(device._pool, calls)  # type: ignore[assignment]
-    finish = pool.finish
+    rig.calls.clear()
+    has_landed, finish = threading.Event(), rig.pool.finish
 
     def finish_late(*arguments: Any) -> None:
         assert has_landed.wait(10)
         finish(*arguments)
 
-    monkeypatch.setattr(pool, "finish", finish_late)
+    monkeypatch.setattr(rig.pool, "finish", finish_late, raising=False)
     rig.pipeline.submit(1, Contents(units=rig.everything))
     rig.pipeline.finish_packing(10)
-    tickets = [c.split()[1] for c in calls if c.startswith("pack_uploaded")]
-    assert calls[-1] == f"order_after (0, {tickets[-1]})", "the optimizer's stream waits for the last batch"
-    assert not any(c.startswith("finish") for c in calls), "which is still under way"
+    tickets = [c.split()[1] for c in rig.calls if c.startswith("pack_uploaded")]
+    assert rig.calls[-1] == f"order_after (0, {tickets[-1]})", "the optimizer's stream waits for the last batch"
+    assert not any(c.startswith("finish") for c in rig.calls), "which is still under way"
     assert rig.iterations() == set()
     has_landed.set()
     rig.pipeline.drain()
@@ -205,15 +208,12 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
 def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_snapshot_is_whole(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(packer_module, "BATCH_BYTES", 1)  # so that two batches are in flight and more are to come
-    rig = Rig(tmp_path, lambda iteration: True, place=on_device, copies=1)
+    # Batches of one capture: two are in flight and more are to come.
+    rig = Rig(tmp_path, lambda iteration: True, place=on_device, copies=1, batch_bytes=1)
     rig.packer.adopt(rig.arena.memory)
     rig.packer.freeze(b"host")
-    device, has_landed = rig.packer._device, threading.Event()
-    assert device is not None
-    device._pool = pool = WatchedPool(device._pool, [])  # type: ignore[assignment]
-    wait = pool.wait
-    monkeypatch.setattr(pool, "wait", lambda *a, **o: has_landed.wait(0.001) and wait(*a, **o), raising=False)
+    has_landed, wait = threading.Event(), rig.pool.wait
+    monkeypatch.setattr(rig.pool, "wait", lambda *a, **o: has_landed.wait(0.001) and wait(*a, **o), raising=False)
     for iteration in (1, 2):  # the second one finds the device still busy with the first
         rig.pipeline.submit(iteration, Contents(units=rig.everything))
         for _ in range(2):  # optimizers in a chain ask one after the other
@@ -229,7 +229,7 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
     assert rig.pipeline.whole == {3}
     assert rig.pipeline.counts.dropped == {"late": 2}
     for record in rig.arena.page.records:
-        assert rig.packer.verify(rig.arena.payload(record.slot), rig.arena.digests(record.slot), record.digest)
+        assert is_whole(rig.arena, record)
     rig.pipeline.close()
     rig.packer.close()
 

@@ -9,14 +9,15 @@ from support import ToyState
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.run.host import Host
+from megatron_moetion.snapshot.packer import HostPool
 
 
 def num_threads() -> int:
     return len(list(Path("/proc/self/task").iterdir()))
 
 
-def test_packing_has_as_many_threads_as_were_settled_for_the_rank() -> None:
+def test_packing_has_the_threads_that_the_rank_has_and_no_others() -> None:
+    pool = HostPool(3)
     before = num_threads()
-    packer = Host().make_packer(ToyState().inventory(), MoetionConfig(run_id="r"), 3, 0)
-    assert num_threads() - before == 2, "the calling thread is the third"
-    packer.close()
+    Host().make_packer(ToyState().inventory(), MoetionConfig(run_id="r"), pool, 0).close()
+    assert num_threads() == before

@@ -19,7 +19,7 @@ def test_tokens_and_staleness_count_from_the_newest_capture() -> None:
     ledger.captured(1, [1], [9, 19, 29])
     ledger.update([15, 26, 30])
     assert (ledger.unsaved, ledger.staleness) == ([15, 6, 30], [2, 1, 2])
-    assert ledger.history == [(0, 0, 0), (1, 0, 0), (1, 1, 19), (2, 0, 0)]
+    assert ledger.history.tolist() == [[0, 0, 0], [1, 0, 0], [1, 1, 19], [2, 0, 0]]
 
 
 def test_a_drop_brings_the_older_capture_back() -> None:

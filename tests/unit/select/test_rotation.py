@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from megatron_moetion.select.rotation import Rotation, Turn
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.chains import ChainLayout
-from megatron_moetion.store.manifest import Record
+from megatron_moetion.store.manifest import Record, Records
 from megatron_moetion.store.retention import Chains
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -304,7 +304,7 @@ def test_what_arenas_retain_follows_what_was_agreed_on() -> None:
         records += [record(u, iteration) for u in (*turn.captures, *turn.logs, host)]
 
     def kept() -> dict[int, list[int]]:
-        found = Chains(layout).keep(records, rank.rotation.settled)
+        found = Chains(layout).keep(Records.of(records), rank.rotation.settled)
         return {u: [r.iteration for r in found if r.unit == u] for u in (a, rank.log.log_of[a], b, host)}
 
     rank.rotation.settle(4, {}, {})

@@ -11,19 +11,21 @@ from typing import Any
 
 import numpy as np
 import pytest
-from support import CHUNK_BYTES, WatchedPool
+from support import CHUNK_BYTES, POOL, WatchedPool, make_packer
 
 from megatron_moetion import _C
 from megatron_moetion.errors import DeviceFault, UnsupportedState
-from megatron_moetion.snapshot import device as device_module
 from megatron_moetion.snapshot import engines
-from megatron_moetion.snapshot import packer as packer_module
+from megatron_moetion.snapshot.digest import is_intact
 from megatron_moetion.snapshot.host_state import encode
-from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.snapshot.packer import Packer, device_packer
+from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 Pool = _C.DevicePool
+ROOM = 1024
+"""Behind each capture, for its chunk digests; more than they need."""
+packer_for = partial(make_packer, batch_bytes=20_000)  # so that several batches are in flight
 
 
 def region(unit: str, name: str, data: np.ndarray, device: str, at_once: bool = False) -> Region:
@@ -57,33 +59,32 @@ class State:
         return [self.big, *self.small]
 
 
-def targets_in(memory: np.ndarray, inventory: Inventory) -> list[Target]:
-    found, at = [], memory.ctypes.data
-    for number, unit in enumerate(inventory.units):
-        digests = np.zeros(-(-unit.nbytes // CHUNK_BYTES), dtype=np.uint64)
-        found.append(Target(unit=number, address=at, digests=digests))
-        at += unit.nbytes + 64
-    return found
+def targets_in(memory: np.ndarray, inventory: Inventory) -> Targets:
+    """Captures one behind the other, each followed by its chunk digests."""
+    sizes = np.array([u.nbytes for u in inventory.units], dtype=np.int64)
+    starts = np.cumsum(sizes + ROOM) - sizes - ROOM
+    return Targets.in_slots(np.arange(len(sizes)), memory.ctypes.data + starts, sizes)
+
+
+def captured(memory: np.ndarray, targets: Targets, number: int, nbytes: int) -> np.ndarray:
+    at = int(targets.addresses[number]) - memory.ctypes.data
+    return memory[at : at + nbytes]
+
+
+def is_right(memory: np.ndarray, targets: Targets, number: int, nbytes: int, digest: int) -> bool:
+    at = int(targets.digests[number]) - memory.ctypes.data
+    digests = memory[at : at + 8 * -(-nbytes // CHUNK_BYTES)].view(np.uint64)
+    return is_intact(POOL, CHUNK_BYTES, captured(memory, targets, number, nbytes), digests, digest)
 
 
 def arena_for(inventory: Inventory) -> np.ndarray:
-    return np.full(sum(u.nbytes + 64 for u in inventory.units), 0xA5, dtype=np.uint8)
+    return np.full(sum(u.nbytes + ROOM for u in inventory.units), 0xA5, dtype=np.uint8)
 
 
-@pytest.fixture(autouse=True)
-def small_batches(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(packer_module, "BATCH_BYTES", 20_000)  # so that several are in pipeline
-
-
-@pytest.fixture
-def broken(monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest) -> None:
-    monkeypatch.setattr(device_module, "DevicePool", partial(Pool, fault=request.param))
-
-
-def round_trip(device: str, adopt: bool) -> tuple[bytes, list[int]]:
+def round_trip(device: str, adopt: bool, fault: str = "") -> tuple[bytes, list[int]]:
     """Freeze, move on what may move on, pack, forget, write back; the arena's bytes and the capture digests."""
     state = State(device)
-    packer = Packer(state.inventory, CHUNK_BYTES, 2)
+    packer = packer_for(state.inventory, 2, fault=fault)
     arena = arena_for(state.inventory)
     if adopt:
         packer.adopt(arena)
@@ -96,15 +97,13 @@ def round_trip(device: str, adopt: bool) -> tuple[bytes, list[int]]:
     for array in state.live():
         array[:] = 0
     for number, unit in enumerate(state.inventory.units[:-1]):
-        at = targets[number].address - arena.ctypes.data
-        capture = arena[at : at + unit.nbytes]
-        assert packer.verify(capture, targets[number].digests, digests[number])
-        packer.scatter(number, capture)
+        assert is_right(arena, targets, number, unit.nbytes, int(digests[number]))
+        packer.scatter(number, captured(arena, targets, number, unit.nbytes))
     for array, before in zip(state.live(), expected, strict=True):
         assert (array == before).all()
     assert state.counter.tolist() == [3, 1, 4]
     packer.close()
-    return arena.tobytes(), digests
+    return arena.tobytes(), digests.tolist()
 
 
 def test_the_same_capture_as_from_host_memory_and_back() -> None:
@@ -115,28 +114,26 @@ def test_by_way_of_a_buffer_where_no_arena_was_adopted() -> None:
     assert round_trip("model:0", adopt=False) == round_trip("cpu", adopt=False)
 
 
-@pytest.mark.parametrize("broken", ["register"], indirect=True)
-def test_an_arena_that_cannot_be_pinned_is_reached_by_a_bounded_buffer_and_said_so(broken: None) -> None:
-    assert round_trip("model:0", adopt=True) == round_trip("cpu", adopt=True)
+def test_an_arena_that_cannot_be_pinned_is_reached_by_a_bounded_buffer_and_said_so() -> None:
+    assert round_trip("model:0", adopt=True, fault="register") == round_trip("cpu", adopt=True)
     state = State("model:0")
-    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    packer = packer_for(state.inventory, fault="register")
     packer.adopt(arena_for(state.inventory))
     assert "could not be pinned (cudaHostRegister: operation not supported" in packer.note
 
 
 def test_a_pinned_arena_is_said_so() -> None:
     state = State("model:0")
-    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    packer = packer_for(state.inventory)
     assert packer.note == ""
     packer.adopt(arena_for(state.inventory))
     assert packer.note == "arena pinned; captures land in it, packed on 4 SMs, no copy engine"
-    assert Packer(State("cpu").inventory, CHUNK_BYTES, 1).note == ""
+    assert packer_for(State("cpu").inventory).note == ""
 
 
-@pytest.mark.parametrize("broken", ["launch"], indirect=True)
-def test_a_device_that_fails_is_named_with_rank_and_ranges_and_not_used_again(broken: None) -> None:
+def test_a_device_that_fails_is_named_with_rank_and_ranges_and_not_used_again() -> None:
     state = State("model:0")
-    packer = Packer(state.inventory, CHUNK_BYTES, 1, rank=3)
+    packer = packer_for(state.inventory, rank=3, fault="launch")
     source = f"{state.counter.ctypes.data:#x}"
     for _ in range(2):
         with pytest.raises(DeviceFault, match=rf"rank 3: scatter of 1 pieces from \[{source}, .* on model failed: ker"):
@@ -148,7 +145,7 @@ def test_a_device_that_fails_is_named_with_rank_and_ranges_and_not_used_again(br
 
 def test_a_cancelled_pack_waits_for_nothing_and_may_be_repeated() -> None:
     state = State("model:0")
-    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    packer = packer_for(state.inventory)
     arena = arena_for(state.inventory)
     packer.adopt(arena)
     packer.freeze(encode({}))
@@ -173,16 +170,16 @@ def test_two_devices_and_split_units_are_refused() -> None:
         return Unit(name=name, kind=UnitKind.DENSE, regions=regions)
 
     with pytest.raises(UnsupportedState, match="several devices: cuda:0, cuda:1"):
-        Packer(Inventory(units=(unit("a", "cuda:0"), unit("b", "cuda:1"))), CHUNK_BYTES, 1)
+        device_packer(Inventory(units=(unit("a", "cuda:0"), unit("b", "cuda:1"))), CHUNK_BYTES)
     with pytest.raises(UnsupportedState, match="unit a lies partly in host memory and partly on model:0"):
-        Packer(Inventory(units=(unit("a", "model:0", "cpu"),)), CHUNK_BYTES, 1)
+        device_packer(Inventory(units=(unit("a", "model:0", "cpu"),)), CHUNK_BYTES)
 
 
 def test_a_gpu_that_is_not_there_is_an_error_that_says_so() -> None:
     data = np.zeros(64, dtype=np.uint8)
     units = (Unit(name="a", kind=UnitKind.DENSE, regions=(region("a", "w", data, "cuda:977"),)),)
     with pytest.raises(DeviceFault, match=r"no CUDA kernels|CUDA devices: |cuda:977 is not there"):
-        Packer(Inventory(units=units), CHUNK_BYTES, 1)
+        device_packer(Inventory(units=units), CHUNK_BYTES)
 
 
 # -- the pool behind it --------------------------------------------------------------------------------------
@@ -312,18 +309,24 @@ def test_pinned_memory_outlives_its_pool() -> None:
 # -- what training waits for ---------------------------------------------------------------------------------
 
 
-def watched(state: State) -> tuple[Packer, list[str], list[Target]]:
-    packer, calls = Packer(state.inventory, CHUNK_BYTES, 1), list[str]()
+def watched(state: State) -> tuple[Packer, WatchedPool, list[str], Targets]:
+    calls = list[str]()
     memory = arena_for(state.inventory)
+    pools: list[WatchedPool] = []
+
+    def watch(pool: _C.DevicePool) -> WatchedPool:
+        pools.append(WatchedPool(pool, calls, memory, state))
+        return pools[0]
+
+    packer = packer_for(state.inventory, watch=watch)
     packer.adopt(memory)
     packer.freeze(encode({}))
-    assert packer._device is not None
-    packer._device._pool = WatchedPool(packer._device._pool, calls, memory, state)  # type: ignore[assignment]
-    return packer, calls, targets_in(memory, state.inventory)
+    calls.clear()
+    return packer, pools[0], calls, targets_in(memory, state.inventory)
 
 
 def test_live_state_is_given_away_when_the_last_batch_is_on_its_way_and_the_stream_waits_for_that_one() -> None:
-    packer, calls, targets = watched(State("model:0"))
+    packer, _, calls, targets = watched(State("model:0"))
 
     def given() -> None:
         calls.append("given")
@@ -343,9 +346,9 @@ def test_live_state_is_given_away_when_the_last_batch_is_on_its_way_and_the_stre
 
 
 def test_a_pack_that_was_cancelled_gives_nothing_away() -> None:
-    packer, calls, targets = watched(State("model:0"))
-    on_host = [t for t in targets if t.unit in (2, 4)]
-    on_device = [t for t in targets if t not in on_host]
+    packer, _, calls, targets = watched(State("model:0"))
+    is_on_host = np.isin(targets.units, (2, 4))
+    on_host, on_device = targets[is_on_host], targets[~is_on_host]
     assert packer.pack(on_device, packer.cancel, lambda: calls.append("given")) is None
     assert "given" not in calls, "the first batch was landed, the second was in pipeline, the third was never enqueued"
     enqueued = [c.split()[1] for c in calls if c.startswith("pack_uploaded")]
@@ -364,9 +367,7 @@ def test_whoever_cancels_at_the_last_moment_gets_what_was_read_discarded_or_the_
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The optimizer goes on at once: either nobody looks at the capture, or the device reads first."""
-    packer, calls, targets = watched(State("model:0"))
-    assert packer._device is not None
-    pool = packer._device._pool
+    packer, pool, calls, targets = watched(State("model:0"))
     enqueue, number = pool.pack_uploaded, 0
 
     def cancelled_in_the_last(*arguments: Any, **options: Any) -> int:
@@ -398,25 +399,36 @@ def test_whoever_cancels_at_the_last_moment_gets_what_was_read_discarded_or_the_
     assert held == f"order_after (0, {max(int(c.split()[1]) for c in calls if c.startswith('pack_uploaded'))})"
 
 
-def test_a_freeze_that_is_late_drops_its_snapshot_and_not_the_next(monkeypatch: pytest.MonkeyPatch) -> None:
+class Slow(WatchedPool):
+    """A pool whose work is not done for as long as a test says."""
+
+    is_late = True
+
+    def wait(self, ticket: int, *, timeout_s: float) -> bool:
+        return not self.is_late and self._pool.wait(ticket, timeout_s=timeout_s)
+
+
+def test_a_freeze_that_is_late_drops_its_snapshot_and_not_the_next() -> None:
     state = State("model:0")
-    monkeypatch.setattr(device_module, "DevicePool", partial(Pool, fault="late"))
-    packer = Packer(state.inventory, CHUNK_BYTES, 1)
+    pools: list[Slow] = []
+
+    def watch(pool: _C.DevicePool) -> Slow:
+        pools.append(Slow(pool, []))
+        return pools[0]
+
+    packer = packer_for(state.inventory, watch=watch, timeout_s=0.05)
     arena = arena_for(state.inventory)
     targets = targets_in(arena, state.inventory)
     packer.adopt(arena)
-    with monkeypatch.context() as patch:
-        patch.setattr(device_module, "TIMEOUT_S", 0)
-        packer.freeze(encode({"iteration": 1}))
+    packer.freeze(encode({"iteration": 1}))
     assert packer.pack(targets, lambda: None) is None
     assert (arena == 0xA5).all()
+    pools[0].is_late = False
     packer.freeze(encode({"iteration": 2}))
     digests = packer.pack(targets, lambda: None)
     assert digests is not None
-    for number, target in enumerate(targets):
-        at = target.address - arena.ctypes.data
-        capture = arena[at : at + state.inventory.units[number].nbytes]
-        assert packer.verify(capture, target.digests, digests[number])
+    for number, unit in enumerate(state.inventory.units):
+        assert is_right(arena, targets, number, unit.nbytes, int(digests[number]))
     packer.close()
 
 
@@ -465,14 +477,13 @@ def test_a_stream_can_wait_for_work_that_is_not_done_and_for_work_that_is() -> N
 
 
 def test_training_does_not_wait_for_a_device_that_is_broken(monkeypatch: pytest.MonkeyPatch) -> None:
-    packer, calls, targets = watched(State("model:0"))
+    packer, pool, calls, targets = watched(State("model:0"))
 
     def fail(*arguments: Any) -> None:
         raise _C.DeviceError("not done after 60 s")
 
-    assert packer._device is not None
     for call in ("finish", "order_after"):
-        monkeypatch.setattr(packer._device._pool, call, fail)
+        monkeypatch.setattr(pool, call, fail, raising=False)
     with pytest.raises(DeviceFault, match="not done after"):
         packer.pack(targets[1:2], lambda: None, lambda: calls.append("given"))
     assert "given" in calls
@@ -513,7 +524,7 @@ def test_gradients_are_kept_where_they_are_until_they_are_packed(device: str) ->
     ]
     weight = Unit(name="w", kind=UnitKind.DENSE, regions=(region("w", "w", weights, device),))
     inventory = Inventory(units=(weight, *logs))
-    packer = Packer(inventory, CHUNK_BYTES, 1)
+    packer = packer_for(inventory)
     arena = arena_for(inventory)
     packer.adopt(arena)
     packer.freeze(b"")
@@ -525,10 +536,10 @@ def test_gradients_are_kept_where_they_are_until_they_are_packed(device: str) ->
     targets = targets_in(arena, inventory)
     digests = packer.pack(targets[:2], lambda: None)
     assert digests is not None
-    at = targets[1].address - arena.ctypes.data
-    assert packer.verify(arena[at : at + logs[0].nbytes], targets[1].digests, digests[1])
-    assert (arena[at : at + 24_000] == expected).all()
-    packer.scatter(1, arena[at : at + logs[0].nbytes])
+    gradient = captured(arena, targets, 1, logs[0].nbytes)
+    assert is_right(arena, targets, 1, logs[0].nbytes, int(digests[1]))
+    assert (gradient[:24_000] == expected).all()
+    packer.scatter(1, gradient)
     assert (gradients[0] == expected).all()
     packer.clear(2)
     assert not gradients[1].any()

@@ -3,28 +3,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from support import CHUNK_BYTES, ToyState, capture, make_arena
+from support import ToyState, acquire, capture, is_whole, make_arena, make_packer
 
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.snapshot import packer as packer_module
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Target
+from megatron_moetion.snapshot.plan import BATCH_BYTES
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Record
 
 
-def rig(folder: Path, threads: int = 1) -> tuple[ToyState, Packer, Arena]:
+def rig(folder: Path, threads: int = 1, batch_bytes: int = BATCH_BYTES) -> tuple[ToyState, Packer, Arena]:
     state = ToyState(elements=3000, frozen=True)
-    return state, Packer(state.inventory(), CHUNK_BYTES, threads), make_arena(folder, state)
-
-
-def verifies(packer: Packer, arena: Arena, record: Record) -> bool:
-    return packer.verify(arena.payload(record.slot), arena.digests(record.slot), record.digest)
+    return state, make_packer(state.inventory(), threads, batch_bytes=batch_bytes), make_arena(folder, state)
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -32,7 +26,7 @@ def test_pack_verify_and_scatter_are_bitwise(tmp_path: Path, threads: int) -> No
     state, packer, arena = rig(tmp_path, threads)
     before = [a.copy() for a in (*state.arrays.values(), state.counts)]
     records = capture(packer, arena, 1)
-    assert all(verifies(packer, arena, r) for r in records)
+    assert all(is_whole(arena, r) for r in records)
     state.step(1)
     for record in records:
         packer.scatter(record.unit, arena.payload(record.slot))
@@ -58,10 +52,10 @@ def test_any_flipped_byte_is_caught(tmp_path: Path) -> None:
         for view in (arena.payload(record.slot), arena.digests(record.slot).view(np.uint8)):
             for position in {0, 1, len(view) // 2, len(view) - 1, *range(0, len(view), 997)}:
                 view[position] ^= 0x10
-                assert not verifies(packer, arena, record), f"byte {position}"
+                assert not is_whole(arena, record), f"byte {position}"
                 view[position] ^= 0x10
-        assert verifies(packer, arena, record)
-        assert not packer.verify(arena.payload(record.slot), arena.digests(record.slot), record.digest ^ 1)
+        assert is_whole(arena, record)
+        assert not is_whole(arena, replace(record, digest=record.digest ^ 1))
 
 
 def test_what_cannot_wait_is_taken_at_freeze_time(tmp_path: Path) -> None:
@@ -71,13 +65,8 @@ def test_what_cannot_wait_is_taken_at_freeze_time(tmp_path: Path) -> None:
     state.counts[:] = 99
     assert packer.staged(0, 1).view(np.int64).tolist() == [10, 20, 30, 40]
     dense, host = 0, len(arena.spec.units) - 1
-    slots = [arena.acquire(arena.spec.units[u][2]) for u in (dense, host)]
-    payloads = [arena.payload(s) for s in slots if s is not None]
-    targets = [
-        Target(unit=u, address=arena.payload(s).ctypes.data, digests=arena.digests(s))
-        for u, s in zip((dense, host), slots, strict=True)
-        if s is not None
-    ]
+    slots, targets = acquire(arena, (dense, host))
+    payloads = [arena.payload(s) for s in slots]
     assert packer.pack(targets, lambda: None) is not None
     offset = state.inventory().units[dense].offsets[1]
     assert payloads[0][offset : offset + 32].view(np.int64).tolist() == [10, 20, 30, 40]
@@ -100,9 +89,7 @@ def test_host_state_beyond_its_room_is_refused(tmp_path: Path) -> None:
 
 def test_a_cancelled_pack_returns_none_until_it_is_allowed_again(tmp_path: Path) -> None:
     _, packer, arena = rig(tmp_path)
-    slot = arena.acquire(arena.spec.units[0][2])
-    assert slot is not None
-    targets = [Target(unit=0, address=arena.payload(slot).ctypes.data, digests=arena.digests(slot))]
+    _, targets = acquire(arena, (0,))
     packer.freeze(b"")
     packer.cancel()
     assert packer.pack(targets, lambda: None) is None
@@ -110,22 +97,19 @@ def test_a_cancelled_pack_returns_none_until_it_is_allowed_again(tmp_path: Path)
     assert packer.pack(targets, lambda: None) is not None
 
 
-def test_between_is_called_after_each_batch(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    _, packer, arena = rig(tmp_path)
-    monkeypatch.setattr(packer_module, "BATCH_BYTES", 1)
+def test_between_is_called_after_each_batch(tmp_path: Path) -> None:
+    _, packer, arena = rig(tmp_path, batch_bytes=1)
     calls: list[int] = []
-    slots = [arena.acquire(nbytes) for _, _, nbytes in arena.spec.units]
-    targets = [
-        Target(unit=u, address=arena.payload(s).ctypes.data, digests=arena.digests(s))
-        for u, s in enumerate(slots)
-        if s is not None
-    ]
+    _, targets = acquire(arena, range(len(arena.spec.units)))
     packer.freeze(b"")
-    digests: Sequence[int] | None = packer.pack(targets, lambda: calls.append(1))
+    digests = packer.pack(targets, lambda: calls.append(1))
     assert digests is not None
     assert len(digests) == len(calls) == len(arena.spec.units)
 
 
-def test_nothing_to_pack() -> None:
-    packer = Packer(ToyState().inventory(), CHUNK_BYTES, 1)
-    assert packer.pack([], lambda: None) == []
+def test_nothing_to_pack(tmp_path: Path) -> None:
+    _, packer, arena = rig(tmp_path)
+    _, targets = acquire(arena, ())
+    digests = packer.pack(targets, lambda: None)
+    assert digests is not None
+    assert not len(digests)

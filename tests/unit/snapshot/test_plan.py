@@ -3,12 +3,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moetion.snapshot.plan import Batch, Target, Template, batch_of, groups, share, template
+from megatron_moetion.snapshot.plan import Batch, Targets, Template, Templates, batch_of, groups, template
 from megatron_moetion.units import Region, Role, Unit, UnitKind
 
 SIZES = st.lists(st.integers(1, 700), min_size=1, max_size=12)
@@ -81,37 +83,48 @@ def test_host_state_is_one_staged_region() -> None:
     assert plan.chunks.tolist() == [[0, 1024, 0, 1]]
 
 
-@given(st.lists(SIZES, min_size=1, max_size=6), st.integers(1, 4000))
-def test_batches_keep_order_and_add_addresses(units: list[list[int]], batch_bytes: int) -> None:
-    templates = [template(unit(sizes), 256, {}) for sizes in units]
-    targets = [
-        Target(unit=n, address=10**6 * (n + 1), digests=np.zeros(len(t.chunks), dtype=np.uint64))
-        for n, t in enumerate(templates)
-    ]
-    found = [batch_of(templates, group) for group in groups(templates, targets, batch_bytes)]
-    assert [t.unit for b in found for t in b.targets] == list(range(len(units)))
-    assert all(b.nbytes <= batch_bytes or len(b.targets) == 1 for b in found)
-    for batch in found:
-        pieces = np.concatenate([templates[t.unit].pieces + np.array([0, t.address, 0]) for t in batch.targets])
-        assert (batch.pieces == pieces).all()
+def targets_at(units: Sequence[int], addresses: Sequence[int]) -> Targets:
+    at = np.array(addresses, dtype=np.int64)
+    return Targets(units=np.array(units, dtype=np.int64), addresses=at, digests=at + 500_000)
+
+
+@given(st.lists(SIZES, min_size=1, max_size=6), st.integers(1, 4000), st.data())
+def test_batches_keep_order_and_add_addresses(units: list[list[int]], batch_bytes: int, data: st.DataObject) -> None:
+    each = [template(unit(sizes), 256, {}) for sizes in units]
+    chosen = data.draw(st.permutations(range(len(units))).map(lambda order: order[: 1 + len(units) // 2]))
+    targets = targets_at(chosen, [10**6 * (u + 1) for u in chosen])
+    templates = Templates.of(each)
+    found = groups(templates, targets, batch_bytes)
+    assert [u for group in found for u in group.units.tolist()] == chosen
+    for group, following in zip(found, [*found[1:], None], strict=True):
+        sizes = [each[u].nbytes for u in group.units.tolist()]
+        assert sum(sizes) <= batch_bytes or len(group) == 1
+        if following is not None:
+            assert sum(sizes) + each[int(following.units[0])].nbytes > batch_bytes, (
+                "no batch is smaller than it must be"
+            )
+        assert group.digests.tolist() == (group.addresses + 500_000).tolist()
+        batch = batch_of(templates, group)
+        assert batch.nbytes == sum(sizes)
+        rows = list(zip(group.units.tolist(), group.addresses.tolist(), strict=True))
+        pieces = np.concatenate([each[u].pieces + np.array([0, at, 0]) for u, at in rows])
+        assert batch.pieces.tolist() == pieces.tolist()
+        chunks = np.concatenate([each[u].chunks[:, [0, 1, 3]] + np.array([at, 0, 0]) for u, at in rows])
+        assert batch.chunks[:, [0, 1, 3]].tolist() == chunks.tolist()
         ends = batch.chunks[:, 2] + batch.chunks[:, 3]
         assert ends[-1] == len(batch.pieces)
         assert (batch.chunks[1:, 2] == ends[:-1]).all()
         assert batch.pieces.dtype == batch.chunks.dtype == np.int64
-        digests = np.arange(len(batch.chunks), dtype=np.uint64)
-        share(digests, batch.targets)
-        assert np.concatenate([t.digests for t in batch.targets]).tolist() == digests.tolist()
 
 
 def test_captures_that_overlap_in_the_arena_are_a_bug() -> None:
-    plan = template(unit([100]), 256, {})
-    targets = [Target(unit=0, address=a, digests=np.zeros(1, dtype=np.uint64)) for a in (4096, 4160)]
+    templates = Templates.of([template(unit([100]), 256, {})])
     with pytest.raises(AssertionError, match="overlap"):
-        batch_of([plan], targets)
-    one = batch_of([plan], targets[:1])
+        batch_of(templates, targets_at((0, 0), (4096, 4160)))
+    one = batch_of(templates, targets_at((0,), (4096,)))
     with pytest.raises(AssertionError, match="more bytes"):
-        Batch(targets=one.targets, pieces=one.pieces, chunks=one.chunks, nbytes=50)
+        Batch(pieces=one.pieces, chunks=one.chunks, nbytes=50)
 
 
 def test_no_targets_no_groups() -> None:
-    assert groups([], [], 100) == []
+    assert groups(Templates.of([]), targets_at((), ()), 100) == []

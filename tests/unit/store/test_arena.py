@@ -12,6 +12,7 @@ import re
 import socket
 import sys
 import tempfile
+from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,12 +21,13 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import ToyState, identity, make_arena, spec_of
+from support import ToyState, find, identity, make_arena, spec_of
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
-from megatron_moetion.store.arena import Arena, peek
+from megatron_moetion.store.arena import Arena, first_bytes
 from megatron_moetion.store.files import clear
-from megatron_moetion.store.manifest import Branch, Page, Record, decode_page, page_bytes
+from megatron_moetion.store.manifest import NO_SLOT, Branch, Page, Record, decode_page, page_bytes
+from megatron_moetion.store.sharedfile import create_arena, open_arena, peek_arena
 from megatron_moetion.store.spec import ArenaSpec
 
 SMALL, LARGE = 64, 8192
@@ -34,7 +36,7 @@ PAGE_STARTS = (4096, 8192)
 
 
 def create(folder: Path, page: Page | None = None) -> Arena:
-    return Arena.create(folder / "rank00000.arena", SPEC, page or Page())
+    return create_arena(folder / "rank00000.arena", SPEC, page or Page())
 
 
 def store(arena: Arena, unit: int, iteration: int, fill: int | None = None) -> Record:
@@ -72,12 +74,12 @@ def test_captures_survive_the_process(tmp_path: Path) -> None:
     records = [store(first, 0, 5), store(first, 1, 5)]
     first.digests(records[1].slot)[:] = [7, 8]
     first.close()
-    again = Arena.open(tmp_path / "rank00000.arena")
+    again = open_arena(tmp_path / "rank00000.arena")
     assert again.spec == SPEC
     assert (again.page.epoch, again.page.stable, again.page.branches) == (3, 2, (Branch(epoch=3, iteration=2),))
     assert list(again.page.records) == records
-    assert again.find(1, 5) == records[1]
-    assert again.find(1, 6) is None
+    assert find(again, 1, 5) == records[1]
+    assert find(again, 1, 6) is None
     assert (again.payload(records[1].slot) == 5).all()
     assert again.digests(records[1].slot).tolist() == [7, 8]
     assert again.nbytes == (tmp_path / "rank00000.arena").stat().st_size
@@ -85,9 +87,59 @@ def test_captures_survive_the_process(tmp_path: Path) -> None:
 
 def test_memory_is_allocated_when_the_arena_is_made(tmp_path: Path) -> None:
     arena = create(tmp_path)
-    assert arena.path.stat().st_blocks * 512 >= arena.nbytes
-    assert oct(arena.path.stat().st_mode & 0o777) == "0o600"
+    assert Path(arena.name).stat().st_blocks * 512 >= arena.nbytes
+    assert oct(Path(arena.name).stat().st_mode & 0o777) == "0o600"
     assert [p.name for p in tmp_path.iterdir()] == ["rank00000.arena"]
+
+
+class Paper:
+    """A ``Memory`` that is no file."""
+
+    def __init__(self, spec: ArenaSpec, page: Page) -> None:
+        self.name = "paper"
+        self.array = np.zeros(spec.nbytes, dtype=np.uint8)
+        for start, data in first_bytes(spec, page):
+            self.array[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        self.has_file = True
+        self.calls: list[str] = []
+
+    def make_file_again(self) -> None:
+        self.calls.append("make again")
+
+    def remove(self) -> None:
+        self.calls.append("remove")
+
+    def close(self) -> None:
+        self.calls.append("close")
+
+
+def test_an_arena_knows_nothing_of_its_memory() -> None:
+    paper = Paper(SPEC, Page(stable=3))
+    arena = Arena(paper)
+    record = store(arena, 0, 5)
+    assert Arena(paper).page.records == (record,)
+    paper.has_file = False
+    assert not arena.has_file
+    arena.make_file_again()
+    arena.remove()
+    assert paper.calls == ["make again", "remove", "close"]
+    assert not arena.memory.size
+
+
+def test_slots_are_acquired_all_or_none(tmp_path: Path) -> None:
+    arena = create(tmp_path)
+    large = arena.acquire(LARGE)
+    assert large is not None
+    assert arena.acquire_all(np.array([SMALL, LARGE, SMALL, LARGE])) is None
+    slots = arena.acquire_all(np.array([SMALL, LARGE, SMALL, SMALL, SMALL]))
+    assert slots is not None, "the failed attempt took nothing"
+    assert [arena.payload(s).nbytes for s in slots.tolist()] == [SMALL, LARGE, SMALL, SMALL, SMALL]
+    assert len({*slots.tolist(), large}) == SPEC.num_slots
+    assert arena.slot_bytes(slots).tolist() == [SMALL, LARGE, SMALL, SMALL, SMALL]
+    assert [v.ctypes.data for v in arena.payloads(slots)] == arena.payload_addresses(slots).tolist()
+    assert arena.acquire_all(np.array([], dtype=np.int64)) is not None
+    arena.release([NO_SLOT, *slots.tolist()])
+    assert arena.acquire_all(np.array([SMALL] * 4)) is not None
 
 
 def test_slots_are_pooled_by_size(tmp_path: Path) -> None:
@@ -122,7 +174,7 @@ def test_a_capture_of_the_same_unit_and_iteration_is_replaced(tmp_path: Path) ->
     old = store(arena, 0, 5)
     new = store(arena, 0, 5, fill=99)
     assert arena.page.records == (new,)
-    assert all(old not in p.records for p in valid_pages(arena.path))
+    assert all(old not in p.records for p in valid_pages(Path(arena.name)))
 
 
 def test_a_committed_slot_is_dropped_by_an_edit_only(tmp_path: Path) -> None:
@@ -149,7 +201,7 @@ def test_close_lets_go_while_views_are_alive(tmp_path: Path) -> None:
     view = arena.payload(0)
     arena.close()
     arena.close()
-    Arena.open(arena.path).close()
+    open_arena(Path(arena.name)).close()
     view[:] = 3
     assert view.tolist() == [3] * SMALL
 
@@ -159,14 +211,14 @@ def test_a_file_that_was_deleted_is_made_again_at_the_same_addresses(tmp_path: P
     record = store(arena, 1, 5)
     address, view = arena.memory.ctypes.data, arena.payload(record.slot)
     assert arena.has_file
-    arena.path.unlink()
+    Path(arena.name).unlink()
     assert not arena.has_file
     arena.make_file_again()
     assert arena.has_file
     assert arena.memory.ctypes.data == address
     view[:] = 77  # what an old view writes goes into the new file
     store(arena, 0, 6)
-    again = Arena.open(arena.path)
+    again = open_arena(Path(arena.name))
     assert again.page == arena.page
     assert (again.payload(record.slot) == 77).all()
 
@@ -174,7 +226,7 @@ def test_a_file_that_was_deleted_is_made_again_at_the_same_addresses(tmp_path: P
 def test_another_file_under_the_name_is_noticed(tmp_path: Path) -> None:
     arena = create(tmp_path)
     (tmp_path / "other").write_bytes(b"")
-    (tmp_path / "other").rename(arena.path)
+    (tmp_path / "other").rename(Path(arena.name))
     assert not arena.has_file
 
 
@@ -183,7 +235,7 @@ def test_without_room_a_deleted_file_is_not_made_again_and_the_arena_stays_good(
 ) -> None:
     arena = create(tmp_path)
     record = store(arena, 0, 5)
-    arena.path.unlink()
+    Path(arena.name).unlink()
     monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_bavail=2, f_frsize=4096))
     with pytest.raises(StoreError, match="this arena needs"):
         arena.make_file_again()
@@ -198,7 +250,7 @@ def special(path: Path, kind: str) -> None:
     elif kind == "link to nothing":
         path.symlink_to(path.parent / "nothing")
     elif kind == "link to an arena":
-        path.symlink_to(create(path.parent).path)
+        path.symlink_to(create(path.parent).name)
     elif kind == "pipe":
         os.mkfifo(path)
     else:
@@ -214,7 +266,7 @@ SPECIAL = ("folder", "link to nothing", "link to an arena", "pipe", "socket")
 def test_what_is_no_regular_file_is_corrupt_at_once(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "rank00007.arena"
     special(path, kind)
-    for look in (Arena.open, peek):
+    for look in (open_arena, peek_arena):
         with pytest.raises(CorruptArena, match=re.escape(str(path))):
             look(path)
 
@@ -235,13 +287,13 @@ def test_another_users_file_is_corrupt(tmp_path: Path, monkeypatch: pytest.Monke
     arena = create(tmp_path)
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
     with pytest.raises(CorruptArena, match="belongs to user"):
-        Arena.open(arena.path)
+        open_arena(Path(arena.name))
 
 
 def test_remove_deletes_the_file(tmp_path: Path) -> None:
     arena = create(tmp_path)
     arena.remove()
-    assert not arena.path.exists()
+    assert not Path(arena.name).exists()
 
 
 # -- too little memory ----------------------------------------------------------------------------------------
@@ -281,7 +333,7 @@ def test_a_truncated_file_is_corrupt(tmp_path: Path, size: int) -> None:
     path = _closed(tmp_path)
     os.truncate(path, size % path.stat().st_size)
     with pytest.raises(CorruptArena, match="rank00000"):
-        Arena.open(path)
+        open_arena(path)
 
 
 def rewrite_header(path: Path, magic: bytes = b"MOETION1", **identity_fields: object) -> None:
@@ -304,31 +356,31 @@ def test_an_arena_of_another_version_is_a_stranger_and_not_damaged(
 ) -> None:
     arena = create(tmp_path)
     arena.close()
-    rewrite_header(arena.path, magic, **more)
-    for look in (Arena.open, peek):
+    rewrite_header(Path(arena.name), magic, **more)
+    for look in (open_arena, peek_arena):
         with pytest.raises(IdentityMismatch, match=r"another version.*its format is '.*this version reads 1"):
-            look(arena.path)
+            look(Path(arena.name))
 
 
 @pytest.mark.parametrize("field", ["owner", "run_id", "chunk_bytes"])
 def test_a_header_with_values_of_another_kind_is_refused(tmp_path: Path, field: str) -> None:
     arena = create(tmp_path)
     arena.close()
-    rewrite_header(arena.path, **{field: [1]})
+    rewrite_header(Path(arena.name), **{field: [1]})
     with pytest.raises(IdentityMismatch):
-        Arena.open(arena.path)
+        open_arena(Path(arena.name))
 
 
 def test_a_header_that_claims_many_slots_is_corrupt_before_they_are_counted(tmp_path: Path) -> None:
     arena = create(tmp_path)
     huge = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 1 << 40),)).to_json()
-    data = bytearray(arena.path.read_bytes())
+    data = bytearray(Path(arena.name).read_bytes())
     digest = hashlib.blake2b(huge, digest_size=16).digest()
     data[: 32 + len(huge)] = b"MOETION1" + len(huge).to_bytes(8, "little") + digest + huge
-    arena.path.write_bytes(data)
-    for look in (Arena.open, peek):
+    Path(arena.name).write_bytes(data)
+    for look in (open_arena, peek_arena):
         with pytest.raises(CorruptArena, match="its header says"):
-            look(arena.path)
+            look(Path(arena.name))
 
 
 def test_a_damaged_header_is_corrupt(tmp_path: Path) -> None:
@@ -336,9 +388,9 @@ def test_a_damaged_header_is_corrupt(tmp_path: Path) -> None:
     for position in range(32 + len(SPEC.to_json())):
         damage(path, position)
         with pytest.raises(CorruptArena):
-            Arena.open(path)
+            open_arena(path)
         damage(path, position)
-    Arena.open(path).close()
+    open_arena(path).close()
 
 
 def test_a_damaged_page_falls_back_and_two_are_corrupt(tmp_path: Path) -> None:
@@ -346,7 +398,7 @@ def test_a_damaged_page_falls_back_and_two_are_corrupt(tmp_path: Path) -> None:
     older, current = sorted(valid_pages(path), key=lambda p: p.sequence)
     assert [len(older.records), len(current.records)] == [1, 2]
     damage(path, PAGE_STARTS[current.sequence % 2] + 60)
-    arena = Arena.open(path)
+    arena = open_arena(path)
     assert arena.page == older
     store(arena, 1, 9)
     assert len(valid_pages(path)) == 2
@@ -354,7 +406,7 @@ def test_a_damaged_page_falls_back_and_two_are_corrupt(tmp_path: Path) -> None:
     for start in PAGE_STARTS:
         damage(path, start + 60)
     with pytest.raises(CorruptArena, match="neither manifest page verifies"):
-        Arena.open(path)
+        open_arena(path)
 
 
 def _closed(folder: Path) -> Path:
@@ -363,7 +415,7 @@ def _closed(folder: Path) -> Path:
     store(arena, 0, 1)
     store(arena, 0, 2)
     arena.close()
-    return arena.path
+    return Path(arena.name)
 
 
 # -- no page refers to bytes that were overwritten ------------------------------------------------------------
@@ -378,39 +430,33 @@ def test_a_freed_slot_that_is_overwritten_is_in_no_valid_page(tmp_path: Path) ->
     arena.payload(slot)[:] = 0xEE
     current = arena.page.sequence
     arena.close()
-    damage(arena.path, PAGE_STARTS[current % 2] + 60)
-    again = Arena.open(arena.path)
+    damage(Path(arena.name), PAGE_STARTS[current % 2] + 60)
+    again = open_arena(Path(arena.name))
     assert again.page.sequence == current - 1
     assert again.page.records == (kept,)
 
 
-def test_a_crash_between_the_two_page_writes_of_an_edit_frees_no_slot(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_crash_between_the_two_page_writes_of_an_edit_frees_no_slot(tmp_path: Path) -> None:
     arena = create(tmp_path)
     doomed, kept = store(arena, 1, 1), store(arena, 1, 2)
-    _crash_in_edit(arena, (kept,), monkeypatch)
-    again = Arena.open(arena.path)
+    _crash_in_edit(arena, (kept,))
+    again = open_arena(Path(arena.name))
     assert again.page.records == (kept,)
-    assert doomed in min(valid_pages(arena.path), key=lambda p: p.sequence).records
+    assert doomed in min(valid_pages(Path(arena.name)), key=lambda p: p.sequence).records
     assert again.acquire(LARGE) is None, "the older page is valid and refers to this slot"
     again.edit(lambda page: {"stable": 2})
     assert again.acquire(LARGE) == doomed.slot
 
 
-def _crash_in_edit(arena: Arena, records: tuple[Record, ...], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Write the first page of an edit, and no second one."""
-    write = Arena._write
-
-    def write_once(self: Arena, page: Page) -> None:
-        write(self, page)
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patch:
-        patch.setattr(Arena, "_write", write_once)
-        with pytest.raises(KeyboardInterrupt):
-            arena.edit(lambda page: {"records": records})
+def _crash_in_edit(arena: Arena, records: Sequence[Record]) -> None:
+    """Leave the first page of an edit, and of the second one what it replaces."""
+    path, start = Path(arena.name), PAGE_STARTS[arena.page.sequence % 2]
+    before = path.read_bytes()[start : start + 4096]
+    arena.edit(lambda page: {"records": records})
     arena.close()
+    with path.open("r+b") as file:
+        file.seek(start)
+        file.write(before)
 
 
 OPERATIONS = st.lists(
@@ -424,7 +470,7 @@ OPERATIONS = st.lists(
 @settings(max_examples=60)
 def test_every_valid_page_refers_to_the_bytes_it_was_written_for(operations: list[str], seed: int) -> None:
     choose = random.Random(seed)
-    with tempfile.TemporaryDirectory() as folder, pytest.MonkeyPatch.context() as patch:
+    with tempfile.TemporaryDirectory() as folder:
         arena = create(Path(folder))
         pending: list[tuple[int, int]] = []  # unit, slot
         for clock, operation in enumerate(operations):
@@ -433,7 +479,7 @@ def test_every_valid_page_refers_to_the_bytes_it_was_written_for(operations: lis
                 unit = choose.randrange(2)
                 slot = arena.acquire(SPEC.units[unit][2])
                 if slot is not None:
-                    assert slot not in {r.slot for p in valid_pages(arena.path) for r in p.records}
+                    assert slot not in {r.slot for p in valid_pages(Path(arena.name)) for r in p.records}
                     assert slot not in {s for _, s in pending}
                     arena.payload(slot)[:] = 0xEE
                     pending.append((unit, slot))
@@ -446,15 +492,15 @@ def test_every_valid_page_refers_to_the_bytes_it_was_written_for(operations: lis
                 if operation == "drop":
                     arena.edit(lambda page, kept=kept: {"records": kept})
                 else:
-                    _crash_in_edit(arena, kept, patch)
-                    arena, pending = Arena.open(arena.path), []
+                    _crash_in_edit(arena, kept)
+                    arena, pending = open_arena(Path(arena.name)), []
             elif operation == "stable":
                 arena.edit(lambda page, clock=clock: {"stable": clock})
             elif operation == "reopen":
                 arena.close()
-                arena, pending = Arena.open(arena.path), []
+                arena, pending = open_arena(Path(arena.name)), []
                 assert arena.page.records == records
-            pages = valid_pages(arena.path)
+            pages = valid_pages(Path(arena.name))
             assert max(pages, key=lambda p: p.sequence) == arena.page
             for record in (r for page in pages for r in page.records):
                 assert (arena.payload(record.slot) == record.digest).all(), f"{operation}: {record} was overwritten"
@@ -469,7 +515,7 @@ def _commit(arena: Arena, unit: int, slot: int, clock: int) -> Record:
 def test_handing_out_slots_takes_no_search_through_all_of_them(tmp_path: Path) -> None:
     # It happens on the training thread. Counted, not timed: the work for one slot must not grow with their number.
     spec = ArenaSpec(identity=identity(), units=(("u", 1, SMALL),), slots=((SMALL, 600),))
-    arena = Arena.create(tmp_path / "many.arena", spec, Page())
+    arena = create_arena(tmp_path / "many.arena", spec, Page())
     lines = 0
 
     def count(frame: object, event: str, argument: object) -> object:

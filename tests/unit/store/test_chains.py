@@ -3,13 +3,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moetion.store.chains import ChainLayout, base_of, chain_layout, retain_chains
-from megatron_moetion.store.manifest import NO_SLOT, Record
+from megatron_moetion.store.chains import ChainLayout, base_of, chain_layout
+from megatron_moetion.store.manifest import NO_SLOT, Record, Records
+from megatron_moetion.store.retention import Chains, Settled
 from megatron_moetion.units import UnitKind
 
 A, A_LOG, B, B_LOG, BUFFERS, HOST, FROZEN = range(7)
@@ -35,6 +36,11 @@ def record(unit: int, iteration: int, zero: bool = False) -> Record:
 
 def records(unit: int, iterations: Iterable[int]) -> list[Record]:
     return [record(unit, i) for i in iterations]
+
+
+def keep(held: Iterable[Record], stable: int, broken: int = -1, unreachable: Collection[int] = ()) -> Records:
+    settled = Settled(stable=stable, broken=broken, unreachable=frozenset(unreachable))
+    return Chains(LAYOUT).keep(Records.of(held), settled)
 
 
 def at(found: Iterable[Record], unit: int) -> list[int]:
@@ -87,7 +93,7 @@ def test_of_each_slice_the_base_and_its_gradients_stay_and_all_that_is_newer() -
         *records(HOST, range(4, 9)),
         record(FROZEN, 0),
     ]
-    kept = retain_chains(held, 5, LAYOUT)
+    kept = keep(held, 5)
     assert [at(kept, unit) for unit in range(7)] == [
         [4, 7], [5, 6, 7, 8], [2, 6], [3, 4, 5, 6, 7, 8], [5, 6, 7, 8], [5, 6, 7, 8], [0],
     ]  # fmt: skip
@@ -95,7 +101,7 @@ def test_of_each_slice_the_base_and_its_gradients_stay_and_all_that_is_newer() -
 
 def test_gradients_of_zeros_are_retained_like_others() -> None:
     held = [record(A, 1), *(record(A_LOG, i, zero=True) for i in range(1, 6)), *records(HOST, (4, 5))]
-    assert at(retain_chains(held, 4, LAYOUT), A_LOG) == [2, 3, 4, 5]
+    assert at(keep(held, 4), A_LOG) == [2, 3, 4, 5]
 
 
 def test_what_lies_between_the_stable_iteration_and_a_gap_is_of_no_use() -> None:
@@ -106,7 +112,7 @@ def test_what_lies_between_the_stable_iteration_and_a_gap_is_of_no_use() -> None
         *records(B_LOG, (*range(1, 6), 10)),
         *records(HOST, (4, 5, 8, 9, 10)),
     ]
-    kept = retain_chains(held, 4, LAYOUT, broken=6)
+    kept = keep(held, 4, broken=6)
     assert at(kept, A) == [2, 8]
     assert at(kept, A_LOG) == [3, 4, 9, 10], "a new chain needs gradients only after it has begun"
     assert at(kept, B) == [3]
@@ -116,19 +122,19 @@ def test_what_lies_between_the_stable_iteration_and_a_gap_is_of_no_use() -> None
 
 def test_a_gap_that_is_older_than_the_stable_iteration_changes_nothing() -> None:
     held = [*records(A, (3, 6)), *records(A_LOG, range(1, 9)), *records(HOST, range(9))]
-    assert retain_chains(held, 5, LAYOUT, broken=2) == retain_chains(held, 5, LAYOUT)
+    assert keep(held, 5, broken=2) == keep(held, 5)
 
 
 def test_what_only_an_iteration_itself_needs_goes_with_it() -> None:
     held = [*records(A, (4, 6)), *records(A_LOG, (5, 6, 7, 8)), *records(HOST, range(4, 9))]
-    kept = retain_chains(held, 4, LAYOUT, unreachable={6, 7})
+    kept = keep(held, 4, unreachable={6, 7})
     assert at(kept, HOST) == [4, 5, 8]
     assert (at(kept, A), at(kept, A_LOG)) == ([4, 6], [5, 6, 7, 8]), "8 may still be reached"
 
 
 def test_a_slice_without_a_chain_keeps_no_gradient_and_no_capture_of_old() -> None:
     held = [*records(A, (1, 3)), *records(A_LOG, (2, 5)), *records(HOST, (4, 5))]
-    kept = retain_chains(held, 4, LAYOUT)
+    kept = keep(held, 4)
     assert (at(kept, A), at(kept, A_LOG), at(kept, HOST)) == ([], [5], [4, 5])
 
 
@@ -139,7 +145,7 @@ def test_nothing_that_recovery_may_need_is_freed(
 ) -> None:
     """Not of the stable iteration, and not of any after the newest gap that chains can lead to."""
     held = [record(unit, iteration) for unit, iteration in keys]
-    kept = retain_chains(held, stable, LAYOUT, broken=broken, unreachable=unreachable)
+    kept = keep(held, stable, broken=broken, unreachable=unreachable)
     stale = max(stable, broken)
     assert at(kept, FROZEN) == [i for i in sorted(at(held, FROZEN)) if not stable < i <= stale]
     for iteration in [stable, *range(stale + 1, NEWEST + 1)]:
@@ -157,11 +163,11 @@ def test_nothing_that_recovery_may_need_is_freed(
 def test_what_is_retained_has_a_use(
     keys: set[tuple[int, int]], stable: int, broken: int, unreachable: set[int]
 ) -> None:
-    kept = retain_chains([record(*key) for key in keys], stable, LAYOUT, broken=broken, unreachable=unreachable)
+    kept = keep([record(*key) for key in keys], stable, broken=broken, unreachable=unreachable)
     stale = max(stable, broken)
     assert {r.key for r in kept} <= keys
     assert [r.key for r in kept] == sorted({r.key for r in kept})
-    assert kept == retain_chains(kept, stable, LAYOUT, broken=broken, unreachable=unreachable), "at once"
+    assert kept == keep(kept, stable, broken=broken, unreachable=unreachable), "at once"
     for unit, log in LAYOUT.log_of.items():
         needed = base(kept, unit, stable)
         new_chain = min((i for i in at(kept, unit) if i > stale), default=NEWEST + 1)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import StoreError
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.mapping import MappedFile
@@ -19,8 +20,11 @@ from megatron_moetion.store.mapping import MappedFile
 HOLD = """
 import os, sys, time
 from pathlib import Path
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.store.lock import NodeLock
-lock = NodeLock.take(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), 0, print)
+lock = NodeLock.take(
+    Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), wait_s=0, say=print, clock=SystemClock()
+)
 child = 0
 if sys.argv[4] == "fork":
     child = os.fork()
@@ -32,7 +36,7 @@ time.sleep(60)
 
 
 def take(folder: Path, position: int = 0, num_ranks: int = 1, wait_s: float = 0.1) -> NodeLock:
-    return NodeLock.take(folder, position, num_ranks, wait_s, lambda _: None)
+    return NodeLock.take(folder, position, num_ranks, wait_s=wait_s, say=lambda _: None, clock=SystemClock())
 
 
 class Holder:
@@ -79,9 +83,31 @@ def test_it_is_waited_for_and_said(tmp_path: Path) -> None:
         said.append(text)
         holder.kill()
 
-    NodeLock.take(tmp_path, 0, 1, 30, heard).close()
+    NodeLock.take(tmp_path, 0, 1, wait_s=30, say=heard, clock=SystemClock()).close()
     assert len(said) == 1
     assert f"waiting up to 30 s for process {holder.pid}" in said[0]
+
+
+def test_the_wait_is_the_clocks(tmp_path: Path) -> None:
+    """Nobody sleeps behind the clock's back."""
+
+    class Clock(SystemClock):
+        now_s = 0.0
+
+        def monotonic(self) -> float:
+            return self.now_s
+
+        def sleep(self, seconds: float) -> None:
+            self.now_s += seconds
+
+    holder, clock, said = Holder(tmp_path), Clock(), list[str]()
+    try:
+        with pytest.raises(StoreError, match="after 5000 s"):
+            NodeLock.take(tmp_path, 0, 1, wait_s=5000, say=said.append, clock=clock)
+    finally:
+        holder.kill()
+    assert clock.now_s == pytest.approx(5000, abs=1)
+    assert len(said) == 1
 
 
 def test_ranks_of_a_node_have_a_share_each(tmp_path: Path) -> None:

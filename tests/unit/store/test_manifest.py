@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,14 +15,12 @@ from megatron_moetion.store.manifest import (
     Branch,
     Page,
     Record,
+    Records,
     current_page,
     decode_page,
     encode_page,
     in_history,
     page_bytes,
-    record_table,
-    records_of,
-    retain,
     successor,
 )
 
@@ -59,7 +58,6 @@ def test_round_trip(any_page: Page) -> None:
     assert len(data) <= page_bytes(5)
     assert decode_page(data) == any_page
     assert decode_page(data + b"what the page area held before") == any_page
-    assert records_of(record_table(any_page.records)) == any_page.records
 
 
 def test_a_page_refuses_more_records_than_it_has_room_for() -> None:
@@ -147,21 +145,45 @@ def test_a_capture_from_before_the_remembered_branches_is_refused() -> None:
     assert in_history(record(0, 1, epoch=1), branches, 3)
 
 
-@given(
-    st.dictionaries(st.tuples(st.integers(0, 3), st.integers(0, 12)), st.none(), max_size=30),
-    st.integers(-1, 13),
-    st.dictionaries(st.integers(0, 12), st.booleans()),
-)
-def test_retention_against_a_naive_model(
-    keys: dict[tuple[int, int], None], stable: int, whole: dict[int, bool]
+# -- records --------------------------------------------------------------------------------------------------
+
+
+KEYS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), unique=True, max_size=12)
+
+
+@given(st.lists(RECORDS, max_size=6))
+def test_records_are_a_sequence_of_record(plain: list[Record]) -> None:
+    records = Records.of(plain)
+    assert records == plain
+    assert records == tuple(plain)
+    assert records == Records.of(plain)
+    assert hash(records) == hash(tuple(plain))
+    assert list(records) == plain
+    assert [records[n] for n in range(len(plain))] == plain
+    assert records[1:] == plain[1:]
+    assert records.keys == [r.key for r in plain]
+    assert records.is_zero.tolist() == [r.is_zero for r in plain]
+    assert Records.from_bytes(records.table.tobytes()) == plain
+    assert (records + records) == plain + plain
+    assert bool(records) == bool(plain)
+    assert records != [*plain, record(0, 1)]
+    assert records.replace(epoch=7) == [replace(r, epoch=7) for r in plain]
+
+
+@given(KEYS, KEYS)
+def test_records_that_follow_take_the_place_of_those_with_their_keys(
+    before: list[tuple[int, int]], after: list[tuple[int, int]]
 ) -> None:
-    records = [record(u, i) for u, i in keys]
-    expected = set()
-    for r in records:
-        newer = [o for o in records if o.unit == r.unit and r.iteration < o.iteration <= stable]
-        worth = whole.get(r.iteration, True)
-        if r.iteration > stable or (worth and not any(whole.get(o.iteration, True) for o in newer)):
-            expected.add(r)
-    kept = retain(records, stable, whole)
-    assert set(kept) == expected
-    assert len(kept) == len(expected)
+    old, new = ([record(u, i, epoch=e) for u, i in keys] for e, keys in enumerate((before, after)))
+    expected = [r for r in old if r.key not in after] + new
+    assert Records.of(old).followed_by(Records.of(new)) == expected
+
+
+def test_records_cannot_be_changed() -> None:
+    records = Records.of([record(1, 2)])
+    with pytest.raises(ValueError, match="read-only"):
+        records.table["unit"] = 3
+    wire = bytearray(records.table.tobytes())
+    taken = Records.from_bytes(wire)
+    wire[:] = bytes(len(wire))
+    assert taken == records

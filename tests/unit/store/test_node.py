@@ -10,11 +10,16 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from support import ToyState, spec_of
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, StoreError
+from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
+from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.node import open_node, remove_run, restart_count, run_id_of, store_folder, write_pid
+from megatron_moetion.store.spec import arena_name
 
+CLOCK = SystemClock()
 FOUR = {"LOCAL_WORLD_SIZE": "4"}
 
 
@@ -66,7 +71,7 @@ def test_restarts_are_the_most_that_any_supervisor_knows() -> None:
 
 def test_ranks_of_a_node_share_a_folder_and_a_key(tmp_path: Path) -> None:
     config = MoetionConfig(store=str(tmp_path), ranks_per_node=2)
-    nodes = [open_node(config, "run", {**FOUR, "LOCAL_RANK": str(r)}, 8) for r in range(4)]
+    nodes = [open_node(config, "run", {**FOUR, "LOCAL_RANK": str(r)}, 8, CLOCK) for r in range(4)]
     assert (nodes[0].path, nodes[0].key) == (nodes[1].path, nodes[1].key)
     assert [(n.position, n.num_ranks) for n in nodes] == [(0, 2), (1, 2)] * 2
     assert nodes[2].key == nodes[3].key
@@ -77,29 +82,29 @@ def test_ranks_of_a_node_share_a_folder_and_a_key(tmp_path: Path) -> None:
 
 def test_a_key_dies_with_the_folder(tmp_path: Path) -> None:
     config = MoetionConfig(store=str(tmp_path))
-    before = open_node(config, "run", FOUR, 4)
-    assert open_node(config, "run", FOUR, 4) == before
+    before = open_node(config, "run", FOUR, 4, CLOCK)
+    assert open_node(config, "run", FOUR, 4, CLOCK) == before
     shutil.rmtree(before.path)
-    assert open_node(config, "run", FOUR, 4).key != before.key
+    assert open_node(config, "run", FOUR, 4, CLOCK).key != before.key
 
 
 @pytest.mark.parametrize(("per_node", "world_size"), [(3, 12), (4, 6)])
 def test_ranks_that_do_not_split_into_nodes_are_refused(tmp_path: Path, per_node: int, world_size: int) -> None:
     config = MoetionConfig(store=str(tmp_path), ranks_per_node=per_node)
     with pytest.raises(ConfigError, match=f"ranks-per-node {per_node} does not divide the {world_size} ranks"):
-        open_node(config, "run", FOUR, world_size)
+        open_node(config, "run", FOUR, world_size, CLOCK)
 
 
 def test_a_store_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(StoreError, match=r"the store .*file.* cannot be written.*--moetion-store"):
-        open_node(MoetionConfig(store=str(tmp_path / "file")), "run", FOUR, 4)
+        open_node(MoetionConfig(store=str(tmp_path / "file")), "run", FOUR, 4, CLOCK)
 
 
 @pytest.mark.parametrize("whose", ["run", "run/node0"])
 def test_a_folder_of_another_user_is_refused(tmp_path: Path, whose: str, monkeypatch: pytest.MonkeyPatch) -> None:
     config = MoetionConfig(store=str(tmp_path))
-    open_node(config, "run", FOUR, 4)
+    open_node(config, "run", FOUR, 4, CLOCK)
     lstat, foreign = Path.lstat, tmp_path / whose
 
     def status(path: Path) -> object:
@@ -108,26 +113,46 @@ def test_a_folder_of_another_user_is_refused(tmp_path: Path, whose: str, monkeyp
 
     monkeypatch.setattr(Path, "lstat", status)
     with pytest.raises(StoreError, match=rf"{foreign} belongs to user \d+.*--moetion-store"):
-        open_node(config, "run", FOUR, 4)
+        open_node(config, "run", FOUR, 4, CLOCK)
 
 
 def test_a_folder_that_was_deleted_is_made_again_as_the_same_node(tmp_path: Path) -> None:
     config = MoetionConfig(store=str(tmp_path))
-    node = open_node(config, "run", FOUR, 4)
+    node = open_node(config, "run", FOUR, 4, CLOCK)
     lock = node.lock(1, lambda _: None)
     shutil.rmtree(tmp_path / "run")
     node.make_again(lock)
     assert lock.has_file
-    assert open_node(config, "run", FOUR, 4) == node
+    assert open_node(config, "run", FOUR, 4, CLOCK) == node
     lock.close()
 
 
 def test_a_process_leaves_its_id_and_a_run_can_be_removed(tmp_path: Path) -> None:
     config = MoetionConfig(store=str(tmp_path))
-    node = open_node(config, "run", FOUR, 4)
+    node = open_node(config, "run", FOUR, 4, CLOCK)
     write_pid(node, 3, 1)
     left = json.loads((node.path / "rank00003.pid").read_text())
     assert left == {"pid": os.getpid(), "rank": 3, "attempt": 1}
     remove_run(config, "run")
     assert not node.path.exists()
     remove_run(config, "run")
+
+
+def test_arenas_are_made_opened_listed_and_cleared_by_name(tmp_path: Path) -> None:
+    node = open_node(MoetionConfig(store=str(tmp_path)), "run", FOUR, 4, CLOCK)
+    spec, name = spec_of(ToyState()), arena_name(0)
+    assert (node.arenas(), node.bytes_here()) == ([], 0)
+    (node.path / name).mkdir()  # somebody's
+    node.create_arena(name, spec, Page(stable=3)).close()
+    assert node.arenas() == [name]
+    assert node.bytes_here() == spec.nbytes
+    assert node.peek_arena(name) == (spec, Page(stable=3))
+    arena = node.open_arena(name)
+    assert arena.page.stable == 3
+    assert arena.name == node.describe(name) == str(node.path / name)
+    arena.close()
+    node.clear_arena(name)
+    node.clear_arena(name)
+    assert node.arenas() == []
+    with pytest.raises(CorruptArena):
+        node.open_arena(name)

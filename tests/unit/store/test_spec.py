@@ -22,8 +22,9 @@ def test_an_arena_is_named_after_its_owner() -> None:
 def test_pages_and_slots_lie_behind_the_header_in_blocks() -> None:
     layout = Layout.of(SPEC)
     assert layout.page_starts == (4096, 8192)
-    assert layout.slot_starts == (12288, 16384, 20480, 24576, 28672, 40960)
-    assert layout.slot_sizes == (SMALL,) * 4 + (LARGE,) * 2
+    assert layout.slot_starts.tolist() == [12288, 16384, 20480, 24576, 28672, 40960]
+    assert layout.slot_sizes.tolist() == [SMALL] * 4 + [LARGE] * 2
+    assert layout.pools == {SMALL: (0, 4), LARGE: (4, 2)}
     assert layout.nbytes == SPEC.nbytes == 53248
 
 

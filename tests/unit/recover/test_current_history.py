@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from megatron_moetion.recover.report import ArenaReport, living
+from megatron_moetion.recover.report import ArenaReport, current_history
 from megatron_moetion.store.manifest import Branch
 
 
@@ -15,14 +15,14 @@ def report(node: int, *, lineage: int = 5, stable: int = 10, branches: tuple[Bra
 
 
 def alive(*reports: ArenaReport) -> list[int]:
-    return [r.node for r in living(reports) if not r.problem]
+    return [r.node for r in current_history(reports) if not r.problem]
 
 
 def test_one_history_stays_as_it_is() -> None:
     began = (Branch(epoch=1, iteration=8, nonce=7),)
     reports = [report(0), report(1, branches=began), report(2, branches=began)]
-    assert list(living(reports)) == reports
-    assert living([]) == ()
+    assert list(current_history(reports)) == reports
+    assert current_history([]) == ()
 
 
 def test_a_node_from_before_the_run_began_anew_is_ignored_however_far_it_had_come() -> None:
@@ -44,4 +44,4 @@ def test_of_two_recoveries_with_one_number_the_one_that_went_on_counts() -> None
 def test_arenas_that_cannot_be_used_decide_nothing() -> None:
     broken = ArenaReport(path="x", node=9, problem="the header does not verify", lineage=99)
     assert alive(broken, report(1)) == [1]
-    assert [r.problem for r in living([broken])] == [broken.problem]
+    assert [r.problem for r in current_history([broken])] == [broken.problem]

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The memory of arenas: files in shared memory, which outlive the process.
+
+A file is allocated whole when it is made, so that memory cannot run out later.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+
+from megatron_moetion.arrays import Bytes
+from megatron_moetion.errors import CorruptArena, StoreError
+from megatron_moetion.store.arena import Arena, first_bytes, read_arena
+from megatron_moetion.store.files import open_regular
+from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.mapping import MappedFile
+from megatron_moetion.store.spec import ArenaSpec
+
+
+class SharedFile:
+    """A file that is mapped into this process. See ``Memory``."""
+
+    def __init__(self, path: Path, mapping: MappedFile, inode: int) -> None:
+        self.name = str(path)
+        self._path = path
+        self._mapping: MappedFile | None = mapping
+        self._inode = inode
+
+    @classmethod
+    def create(cls, path: Path, nbytes: int, contents: Iterable[tuple[int, bytes]]) -> SharedFile:
+        """Make a file of allocated memory, zeroed except for ``contents`` (offset, bytes).
+
+        It appears under its name only when it is complete. Raises ``StoreError`` where memory is short.
+        """
+        for left in path.parent.glob(f"{path.stem}.*.tmp"):
+            left.unlink(missing_ok=True)  # a process was killed while it made this file, which holds memory
+
+        def fill(fd: int) -> MappedFile:
+            mapping = MappedFile(fd, nbytes)
+            view = mapping.array()
+            for start, data in contents:
+                view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+            return mapping
+
+        return cls(path, *_new_file(path, nbytes, fill))
+
+    @classmethod
+    def open(cls, path: Path) -> SharedFile:
+        """Map an existing file. Raises ``CorruptArena`` where it is no file of this user with anything in it."""
+        fd = open_regular(path, os.O_RDWR)
+        try:
+            status = os.fstat(fd)
+            if not status.st_size:
+                raise CorruptArena(f"{path} is empty")
+            return cls(path, MappedFile(fd, status.st_size), status.st_ino)
+        finally:
+            os.close(fd)
+
+    @property
+    def array(self) -> Bytes:
+        """See ``Memory``."""
+        assert self._mapping is not None, f"{self.name} is closed"
+        return self._mapping.array()
+
+    @property
+    def has_file(self) -> bool:
+        """See ``Memory``."""
+        try:
+            return self._path.stat().st_ino == self._inode
+        except OSError:
+            return False
+
+    def make_file_again(self) -> None:
+        """See ``Memory``. The memory of the deleted file is given back only afterwards."""
+        mapping = self._mapping
+        assert mapping is not None, f"{self.name} is closed"
+
+        def copy(fd: int) -> MappedFile:
+            left = mapping.array().data
+            while left:
+                left = left[os.write(fd, left[: 1 << 30]) :]
+            mapping.replace(fd)
+            return mapping
+
+        _, self._inode = _new_file(self._path, mapping.nbytes, copy)
+
+    def remove(self) -> None:
+        """See ``Memory``."""
+        self._path.unlink(missing_ok=True)
+
+    def close(self) -> None:
+        """See ``Memory``."""
+        self._mapping = None
+
+
+def create_arena(path: Path, spec: ArenaSpec, page: Page) -> Arena:
+    """Make a new, empty arena whose first manifest page is ``page``. ``StoreError`` where memory is short."""
+    return Arena(SharedFile.create(path, spec.nbytes, first_bytes(spec, page)))
+
+
+def open_arena(path: Path) -> Arena:
+    """Open an arena for writing.
+
+    Raises ``CorruptArena`` where it is no readable file of this user, or header or both pages fail to verify;
+    ``IdentityMismatch`` where another version of the format wrote it.
+    """
+    return Arena(SharedFile.open(path))
+
+
+def peek_arena(path: Path) -> tuple[ArenaSpec, Page]:
+    """Header and current manifest page of an arena, also while another process writes to it. Errors as for opening."""
+    fd = open_regular(path, os.O_RDONLY)
+    try:
+        spec, _, page = read_arena(lambda start, n: os.pread(fd, n, start), os.fstat(fd).st_size, str(path))
+        return spec, page
+    finally:
+        os.close(fd)
+
+
+def free_bytes(folder: Path) -> int:
+    """Room that the file system of a folder has left; for one in memory, memory."""
+    stat = os.statvfs(folder)
+    return stat.f_bavail * stat.f_frsize
+
+
+def _no_space(folder: Path, need: int) -> StoreError:
+    have = free_bytes(folder)
+    return StoreError(
+        f"the store {folder} has {have / 2**20:,.1f} MiB free and this arena needs {need / 2**20:,.1f} MiB: "
+        f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas, in mode 'popularity' "
+        f"--moetion-max-experts-per-snapshot, in mode 'exact' --moetion-period"
+    )
+
+
+def _new_file(path: Path, nbytes: int, make: Callable[[int], MappedFile]) -> tuple[MappedFile, int]:
+    """A file of allocated memory, mapped, and its inode; it appears under its name only when ``make`` is done with it.
+
+    Raises ``StoreError`` where memory is short.
+    """
+    if free_bytes(path.parent) < nbytes:
+        raise _no_space(path.parent, nbytes)
+    scratch = path.with_suffix(f".{os.getpid()}.tmp")
+    fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+    try:
+        try:
+            os.posix_fallocate(fd, 0, nbytes)
+        except OSError as error:
+            raise _no_space(path.parent, nbytes) from error
+        mapping = make(fd)
+        os.rename(scratch, path)
+        return mapping, os.fstat(fd).st_ino
+    except BaseException:
+        scratch.unlink(missing_ok=True)
+        raise
+    finally:
+        os.close(fd)
