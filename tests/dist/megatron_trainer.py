@@ -478,7 +478,7 @@ def _replaced(trainer: Trainer, store: Path) -> dict[str, Any]:
         user_state=trainer.state,
     )
     attached.start()
-    trainer._pipeline_arguments = attached.pipeline_arguments
+    trainer.pipeline_arguments = attached.pipeline_arguments
     found = []
     for iteration in (1, 2):
         trainer.train_step()

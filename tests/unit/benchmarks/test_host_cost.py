@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import pytest
+
 from benchmarks.host_cost import MODES, PERIOD, Measured, measure, results_of
 
 
