@@ -19,8 +19,8 @@ from typing import Any
 import numpy as np
 from toy_trainer import Toy, uninterrupted
 
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import PAGE_MAGIC
+from megatron_moetion.store.sharedfile import open_arena
 
 HERE = Path(__file__).parent
 HOST = "host"

@@ -38,18 +38,18 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
-from megatron_moetion.mcore.router import RECENT_ITERATIONS, Counts
 from megatron_moetion.mcore.attach import attach
+from megatron_moetion.mcore.router import RECENT_ITERATIONS, Counts
 from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 from megatron_moetion.pretrain.corpus import MockCorpus
-from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.loop import Trainer
+from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.report import Reporter
 from megatron_moetion.pretrain.startup import form_groups
 from megatron_moetion.recover.capacity import CapacityRules
-from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.digest import is_intact
+from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.units import Inventory, Role, UnitKind

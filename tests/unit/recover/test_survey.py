@@ -58,6 +58,9 @@ def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
         replace(good[0], iteration=3, slot=arena.spec.num_slots + 5),
         replace(good[0], iteration=4, nbytes=good[0].nbytes + 64),
         replace(good[0], iteration=5, slot=good[1].slot),
+        replace(good[0], iteration=6, nbytes=1 << 50),
+        replace(good[0], iteration=7, nbytes=1 << 63),
+        replace(good[0], iteration=8, nbytes=0),
     ]
     arena.edit(lambda page: {"records": (*page.records, *wrong)})
     arena.close()
