@@ -35,7 +35,6 @@ def lost_by_policy(loads: Loads, factor: float | None, num_experts: int, cap: in
     return {
         policy: float(np.mean([lost_at(loads, capacity, int(f), num_experts, cap, policy).sum() for f in faults]))
         for policy in POLICIES
-        if policy != "full"
     }
 
 

@@ -58,7 +58,6 @@ POLICIES: Mapping[str, Policy] = {
     "unsaved-tokens": unsaved_tokens,
     "popularity-ema": popularity_average,
     "sequential": in_turn,
-    "full": in_turn,  # K is all of them
 }
 
 
