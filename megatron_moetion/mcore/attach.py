@@ -188,9 +188,9 @@ def attach(
     up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the same, for settings and models
     that cannot be captured exactly; then nothing stays hooked.
     """
-    _check(model, optimizer, opt_param_scheduler, config, user_state)
+    check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state)
     with ExitStack() as undo, ExitStack() as unless_attached:
-        _show_log(undo)
+        show_log(undo)
         host = Host()
         trace = _trace(config) if config.trace_dir else None
         scheduler = Scheduler(
@@ -270,7 +270,7 @@ def _witness(config: MoetionConfig, rank: int) -> Witness:
     return witness_of(os.environ, run_id) if rank == 0 else NO_WITNESS
 
 
-def _check(
+def check_attach_arguments(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     opt_param_scheduler: OptimizerParamScheduler | None,
@@ -310,7 +310,7 @@ def _check(
         )
 
 
-def _show_log(undo: ExitStack) -> None:
+def show_log(undo: ExitStack) -> None:
     """Let the runtime's few lines be seen, unless the program has decided what becomes of them."""
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)
