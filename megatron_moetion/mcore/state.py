@@ -155,11 +155,15 @@ class MegatronState:
         if self.tokens is not None:
             self.tokens.after_step()
 
-    def resync(self) -> None:
-        """Only between an optimizer step and the next forward. The second half is collective in training's groups."""
+    def copy_to_model(self) -> None:
+        """Only between an optimizer step and the next forward."""
         with torch.no_grad():
             for link in self._links:
                 copy_main_to_model(link)
+
+    def resync(self) -> None:
+        """Only between an optimizer step and the next forward."""
+        with torch.no_grad():
             for chunk in self._model:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)

@@ -337,6 +337,7 @@ def _write_back(state: MegatronState, inventory: Inventory, captures: Sequence[n
         packer.scatter(number, capture)
     (host,) = inventory.of_kind(UnitKind.HOST)
     state.load_host_state(decode(captures[host].tobytes())["adapter"])
+    state.copy_to_model()
     state.resync()
 
 

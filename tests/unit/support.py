@@ -111,6 +111,8 @@ class ToyState:
     def recalibrate(self, lost: Mapping[str, int]) -> None:
         self.recalibrated = dict(lost)
 
+    def copy_to_model(self) -> None: ...
+
     def resync(self) -> None:
         self.resyncs += 1
 

@@ -272,6 +272,7 @@ ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
     "survey": (startup, "survey_store", lambda store, names, node, rank, *_: rank == 1),
     "open": (startup, "OpenArenas", lambda own, **_: Path(own.name).parent.name == "node1"),
     "verify": (starter, "verified", lambda pool, arena, *_: arena.spec.identity.owner == 1),
+    "model": (Adapter, "copy_to_model", lambda self: self.rank == 1),
     "host state": (Adapter, "load_host_state", lambda self, *_: self.rank == 1),
     "epoch": (startup.Mover, "begin_epoch", lambda self: self.rank == 1),
 }
