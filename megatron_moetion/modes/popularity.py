@@ -61,16 +61,20 @@ class PopularityBlueprint:
             limits.most,
         )
         problem = next((f["capacity"] for f in facts if "capacity" in f), None)
-        raises = _recalibrates(site.config) and problem is None
+        recalibration = Recalibration(
+            self._tokens,
+            site.fabric,
+            site.journal,
+            site.config.recalibration_iterations,
+            is_on=_recalibrates(site.config) and problem is None,
+        )
         return PopularityMode(
             config=site.config,
             inventory=inventory,
             spec=spec,
             limits=limits,
             tokens=self._tokens,
-            recalibration=Recalibration(self._tokens, site.fabric, site.journal, site.config.recalibration_iterations)
-            if raises
-            else None,
+            recalibration=recalibration,
             note=f"--moetion-capacity-recalibration on does nothing here: {problem}" if problem is not None else None,
         )
 
@@ -100,7 +104,7 @@ class PopularityMode(SnapshotMode):
         spec: ArenaSpec,
         limits: Limits,
         tokens: TokenSource,
-        recalibration: Recalibration | None,
+        recalibration: Recalibration,
         note: str | None,
     ) -> None:
         counters = tokens.token_counters()
@@ -148,8 +152,7 @@ class PopularityMode(SnapshotMode):
 
     def exchange(self, iteration: int) -> None:
         """See ``Recalibration.on_step_end``."""
-        if self._recalibration is not None:
-            self._recalibration.on_step_end(iteration)
+        self._recalibration.on_step_end(iteration)
 
     def counts(self, staged: Staged) -> list[int]:
         """See ``SnapshotMode``; they are kept for ``contents``."""
@@ -208,8 +211,7 @@ class PopularityMode(SnapshotMode):
 
     def resume(self, iteration: int, lost: Mapping[str, int]) -> None:
         """See ``Recalibration.begin``."""
-        if self._recalibration is not None:
-            self._recalibration.begin(iteration, lost)
+        self._recalibration.begin(iteration, lost)
 
     def scalars(self) -> dict[str, float]:
         """See ``SnapshotMode``."""
