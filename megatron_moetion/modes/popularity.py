@@ -16,11 +16,12 @@ from megatron_moetion.modes.mode import Losses, Remark, Site, SnapshotMode, Stag
 from megatron_moetion.modes.recalibration import Recalibration
 from megatron_moetion.recover.plan import RecoveryPlan, choose_newest_experts
 from megatron_moetion.replicate.agreement import WINDOW, Agreed
-from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until
 from megatron_moetion.select.budget import Limits, affordable_experts, experts_per_snapshot, popularity_copies
+from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
