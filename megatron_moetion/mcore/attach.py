@@ -142,15 +142,14 @@ class Attached:
             if self._session is not None:
                 self._session.close()
             else:
-                self._prepared.undo.close()
+                self._prepared.close()
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """See ``Session.abandon``; everything that ``attach`` did is undone."""
         with self._undo:
             if self._session is not None:
                 return self._session.abandon(wait_s)
-            self._prepared.undo.pop_all()
-            self._prepared.fabric.abandon()
+            self._prepared.abandon()
             return True
 
     def __enter__(self) -> Attached:
@@ -223,7 +222,7 @@ def attach(
             witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank)),
             host=host,
         )
-        unless_attached.callback(prepared.undo.close)
+        unless_attached.callback(prepared.close)
         if trace is not None:  # the folder of the run is ours by now
             undo.callback(trace.close)
             on_all_ranks(fabric, trace.open)
