@@ -131,6 +131,8 @@ class SmallState:
     def state_hash(self) -> str:
         return ""
 
+    def copy_to_model(self) -> None: ...
+
     def resync(self) -> None:
         pass
 

@@ -53,8 +53,12 @@ class StateAdapter(Protocol):
         """Of all training state on this rank, host state included: equal if and only if every bit is."""
         ...
 
+    def copy_to_model(self) -> None:
+        """After a write-back into the regions: copy the optimizer's parameters into the model's. Talks to no rank."""
+        ...
+
     def resync(self) -> None:
-        """After a write-back into the regions: make model parameters agree with the optimizer's."""
+        """After ``copy_to_model`` on all ranks: exchange what is sharded. Collective, in training's own groups."""
         ...
 
 

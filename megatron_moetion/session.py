@@ -81,9 +81,9 @@ class Session:
         run.protection.watch(iteration, run.agreement.stable, run.agreement.failed or run.pipeline.ended)
         if iteration % run.interval or run.agreement.failed is not None:
             return
-        packed = run.pipeline.finish()
+        captured = run.pipeline.finish()
         run.upkeep.check(iteration)
-        run.mode.packed(packed)
+        run.mode.packed(captured)
         if run.mode.waits_for_replication:
             # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
             with run.scheduler.urgent():

@@ -13,8 +13,35 @@
 
 namespace moetion {
 
+namespace {
+
+// A mutex that is taken in the order of asking. A thread that locks again and again, as one does that
+// verifies a large snapshot in small parts, lets each other thread in after the part that is running.
+class Turns {
+ public:
+  void lock() {
+    std::unique_lock<std::mutex> guard(mutex_);
+    const uint64_t mine = next_++;
+    changed_.wait(guard, [&] { return serving_ == mine; });
+  }
+  void unlock() {
+    {
+      std::lock_guard<std::mutex> guard(mutex_);
+      ++serving_;
+    }
+    changed_.notify_all();
+  }
+
+ private:
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  uint64_t next_ = 0, serving_ = 0;
+};
+
+}  // namespace
+
 struct ThreadPool::State {
-  std::mutex turn;  // held by the caller whose job runs
+  Turns turn;  // held by the caller whose job runs
 
   std::mutex mutex;  // guards everything below but `next`
   std::condition_variable wake, done;
@@ -86,7 +113,7 @@ void ThreadPool::run(int64_t num_tasks, const std::function<void(int64_t)>& task
     throw std::runtime_error("this pool was made in process " + std::to_string(owner_) +
                              "; after a fork its threads are gone: make a new one in the child");
   State& state = *state_;
-  std::lock_guard<std::mutex> turn(state.turn);
+  std::lock_guard<Turns> turn(state.turn);
   {
     std::lock_guard<std::mutex> lock(state.mutex);
     state.num_tasks = num_tasks;

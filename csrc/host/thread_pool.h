@@ -20,8 +20,8 @@ class ThreadPool {
   ThreadPool& operator=(const ThreadPool&) = delete;
 
   // Calls task(0), ..., task(num_tasks - 1), each once, on whichever thread is free, then `at_end` once on
-  // each thread that ran a task; returns when all have. Neither may throw. Concurrent callers take turns.
-  // Throws std::runtime_error in a forked child.
+  // each thread that ran a task; returns when all have. Neither may throw. Concurrent callers take turns in
+  // the order in which they call. Throws std::runtime_error in a forked child.
   void run(int64_t num_tasks, const std::function<void(int64_t)>& task, const std::function<void()>& at_end);
 
  private:

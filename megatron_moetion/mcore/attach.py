@@ -142,15 +142,14 @@ class Attached:
             if self._session is not None:
                 self._session.close()
             else:
-                self._prepared.undo.close()
+                self._prepared.close()
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """See ``Session.abandon``; everything that ``attach`` did is undone."""
         with self._undo:
             if self._session is not None:
                 return self._session.abandon(wait_s)
-            self._prepared.undo.pop_all()
-            self._prepared.fabric.abandon()
+            self._prepared.abandon()
             return True
 
     def __enter__(self) -> Attached:
@@ -188,9 +187,9 @@ def attach(
     up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the same, for settings and models
     that cannot be captured exactly; then nothing stays hooked.
     """
-    _check(model, optimizer, opt_param_scheduler, config, user_state)
+    check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state)
     with ExitStack() as undo, ExitStack() as unless_attached:
-        _show_log(undo)
+        show_log(undo)
         host = Host()
         trace = _trace(config) if config.trace_dir else None
         scheduler = Scheduler(
@@ -223,7 +222,7 @@ def attach(
             witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank)),
             host=host,
         )
-        unless_attached.callback(prepared.undo.close)
+        unless_attached.callback(prepared.close)
         if trace is not None:  # the folder of the run is ours by now
             undo.callback(trace.close)
             on_all_ranks(fabric, trace.open)
@@ -270,7 +269,7 @@ def _witness(config: MoetionConfig, rank: int) -> Witness:
     return witness_of(os.environ, run_id) if rank == 0 else NO_WITNESS
 
 
-def _check(
+def check_attach_arguments(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
     opt_param_scheduler: OptimizerParamScheduler | None,
@@ -310,7 +309,7 @@ def _check(
         )
 
 
-def _show_log(undo: ExitStack) -> None:
+def show_log(undo: ExitStack) -> None:
     """Let the runtime's few lines be seen, unless the program has decided what becomes of them."""
     if _logger.level == logging.NOTSET:
         _logger.setLevel(logging.INFO)

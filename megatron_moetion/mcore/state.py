@@ -28,14 +28,12 @@ from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, shar
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.recover.capacity import CapacityRules
-from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.snapshot.host_state import encode, size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Unit, UnitKind
 
 _logger = logging.getLogger("megatron_moetion")
-_CAPTURES_IN_FLIGHT = WINDOW + 1
 _SAMPLED_ELEMENTS = 1024
-_SPARE_HOST_BYTES = 64 << 10
+SPARE_HOST_BYTES = 64 << 10
 """Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
 
 
@@ -104,7 +102,7 @@ class MegatronState:
                 tokens=self.tokens,
                 with_gradients=log_steps,
             )
-            self._inventory = Inventory(units=(*self._tensors.units, self._host_unit(layout.blocks)))
+            self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())))
             self._hooks = hooks.pop_all()
 
     def inventory(self) -> Inventory:
@@ -157,11 +155,15 @@ class MegatronState:
         if self.tokens is not None:
             self.tokens.after_step()
 
-    def resync(self) -> None:
-        """Only between an optimizer step and the next forward. The second half is collective in training's groups."""
+    def copy_to_model(self) -> None:
+        """Only between an optimizer step and the next forward."""
         with torch.no_grad():
             for link in self._links:
                 copy_main_to_model(link)
+
+    def resync(self) -> None:
+        """Only between an optimizer step and the next forward."""
+        with torch.no_grad():
             for chunk in self._model:
                 if chunk.ddp_config.use_distributed_optimizer:
                     chunk.start_param_sync(force_sync=True)
@@ -182,13 +184,11 @@ class MegatronState:
         """Remove the hooks on model and optimizer."""
         self._hooks.close()
 
-    def _host_unit(self, blocks: Sequence[MoeBlock]) -> Unit:
-        experts = [block.expert_unit(e) for block in blocks for e in block.experts]
-        each = 8 * len(experts)
-        session = {"lost": bytes(each), "recent": bytes(each), "history": bytes(3 * _CAPTURES_IN_FLIGHT * each)}
-        state = self.host_state()
-        size = size_bound({"adapter": {**state, "given": masked(state["given"])}, "session": session})
-        return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + _SPARE_HOST_BYTES)
+
+def host_unit(state: Mapping[str, Any]) -> Unit:
+    """The unit of a host state, with room for ``state`` and what it may grow by. Others add the room that they need."""
+    size = size_bound({"adapter": {**state, "given": masked(state["given"])}})
+    return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + SPARE_HOST_BYTES)
 
 
 def _refuse_unsupported(blocks: Sequence[MoeBlock], *, log_steps: bool) -> None:

@@ -18,10 +18,11 @@ from megatron_moetion.modes.mode import Remark, Site, SnapshotMode, Staged, Vote
 from megatron_moetion.recover.plan import choose_chains
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.replicate.agreement import Agreed
-from megatron_moetion.replicate.pipeline import Contents, Packed, Skip
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.select.budget import exact_copies, longer_period, shortest_period
 from megatron_moetion.select.rotation import Rotation, remembered_steps
+from megatron_moetion.snapshot.capture import Captured, Contents
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
@@ -141,9 +142,10 @@ class ExactMode(SnapshotMode):
         """The chains that lead to the stable iteration, and all that may lead to later ones."""
         return Chains(chain_layout(spec.units))
 
-    def packed(self, packed: Packed) -> None:
+    def packed(self, captured: Captured) -> None:
         """See ``Rotation.packed``."""
-        self._rotation.packed(is_there=packed.is_there, captured=packed.captured, late=packed.late)
+        is_complete, is_late = captured.left_out is None, captured.left_out == "late"
+        self._rotation.packed(is_there=captured.is_there, captured=is_complete, late=is_late)
 
     def settle(self, agreed: Agreed) -> Settled:
         """See ``SnapshotMode``; a snapshot that is not whole on some rank breaks the chains of all."""

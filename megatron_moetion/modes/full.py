@@ -10,10 +10,11 @@ from typing import Any
 from megatron_moetion.modes.mode import Remark, Site, SnapshotMode, Staged, Vote
 from megatron_moetion.recover.plan import choose_same_iteration
 from megatron_moetion.replicate.agreement import Agreed
-from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.budget import full_copies
+from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import UnitKind

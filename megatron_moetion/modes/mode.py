@@ -18,9 +18,10 @@ from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.plan import Choose, RecoveryPlan
 from megatron_moetion.replicate.agreement import Agreed
 from megatron_moetion.replicate.channel import Fabric
-from megatron_moetion.replicate.pipeline import Contents, Packed, Skip
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.select.book import ExpertState
+from megatron_moetion.snapshot.capture import Captured, Contents
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Record
@@ -130,7 +131,7 @@ class SnapshotMode(Protocol):
 
     # -- a step ---------------------------------------------------------------------------------------
 
-    def packed(self, packed: Packed) -> None:
+    def packed(self, captured: Captured) -> None:
         """The last snapshot is packed or dropped on this rank."""
         return
 

@@ -16,11 +16,12 @@ from megatron_moetion.modes.mode import Losses, Remark, Site, SnapshotMode, Stag
 from megatron_moetion.modes.recalibration import Recalibration
 from megatron_moetion.recover.plan import RecoveryPlan, choose_newest_experts
 from megatron_moetion.replicate.agreement import WINDOW, Agreed
-from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until
 from megatron_moetion.select.budget import Limits, affordable_experts, experts_per_snapshot, popularity_copies
+from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
@@ -61,16 +62,20 @@ class PopularityBlueprint:
             limits.most,
         )
         problem = next((f["capacity"] for f in facts if "capacity" in f), None)
-        raises = _recalibrates(site.config) and problem is None
+        recalibration = Recalibration(
+            self._tokens,
+            site.fabric,
+            site.journal,
+            site.config.recalibration_iterations,
+            is_on=_recalibrates(site.config) and problem is None,
+        )
         return PopularityMode(
             config=site.config,
             inventory=inventory,
             spec=spec,
             limits=limits,
             tokens=self._tokens,
-            recalibration=Recalibration(self._tokens, site.fabric, site.journal, site.config.recalibration_iterations)
-            if raises
-            else None,
+            recalibration=recalibration,
             note=f"--moetion-capacity-recalibration on does nothing here: {problem}" if problem is not None else None,
         )
 
@@ -100,7 +105,7 @@ class PopularityMode(SnapshotMode):
         spec: ArenaSpec,
         limits: Limits,
         tokens: TokenSource,
-        recalibration: Recalibration | None,
+        recalibration: Recalibration,
         note: str | None,
     ) -> None:
         counters = tokens.token_counters()
@@ -148,8 +153,7 @@ class PopularityMode(SnapshotMode):
 
     def exchange(self, iteration: int) -> None:
         """See ``Recalibration.on_step_end``."""
-        if self._recalibration is not None:
-            self._recalibration.on_step_end(iteration)
+        self._recalibration.on_step_end(iteration)
 
     def counts(self, staged: Staged) -> list[int]:
         """See ``SnapshotMode``; they are kept for ``contents``."""
@@ -208,8 +212,7 @@ class PopularityMode(SnapshotMode):
 
     def resume(self, iteration: int, lost: Mapping[str, int]) -> None:
         """See ``Recalibration.begin``."""
-        if self._recalibration is not None:
-            self._recalibration.begin(iteration, lost)
+        self._recalibration.begin(iteration, lost)
 
     def scalars(self) -> dict[str, float]:
         """See ``SnapshotMode``."""

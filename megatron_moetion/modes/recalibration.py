@@ -14,16 +14,17 @@ _LINE = 4000
 
 
 class Recalibration:
-    """Raises expert capacity after a recovery and logs the effect. Exists only where that is switched on.
+    """Raises expert capacity after a recovery where ``is_on``, and logs the layers' tokens before and afterwards.
 
     Every call is collective, over the fabric alone. Where one raises ``ChannelError``, the fabric is of no more use.
     """
 
-    def __init__(self, tokens: TokenSource, fabric: Fabric, journal: Journal, iterations: int) -> None:
+    def __init__(self, tokens: TokenSource, fabric: Fabric, journal: Journal, iterations: int, *, is_on: bool) -> None:
         self._tokens = tokens
         self._fabric = fabric
         self._journal = journal
         self._iterations = iterations
+        self._is_on = is_on
         self._began = 0
         self._due: list[tuple[int, str]] = []
         """From which iteration on the layers are looked at once more, and what these looks are; soonest first."""
@@ -31,7 +32,8 @@ class Recalibration:
     def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
         """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
         self._began = iteration
-        self._tokens.recalibrate(lost)
+        if self._is_on:
+            self._tokens.recalibrate(lost)
         self._look(iteration, "before")
         soon = max(1, self._iterations // 5)
         self._due = [(iteration + soon, "after"), (iteration + self._iterations + soon, "repaid")]

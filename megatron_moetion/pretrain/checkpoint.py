@@ -94,7 +94,7 @@ def save_checkpoint(
     dist_checkpointing.save(state, str(folder), content_metadata=common_metadata)
     dist.barrier()
     if dist.get_rank() == 0:
-        _write_tracker(Path(root), progress.iteration)
+        write_tracker(Path(root), progress.iteration)
     dist.barrier()
     return folder
 
@@ -177,7 +177,8 @@ def _sharded_rng(states: dict[str, Any]) -> ShardedObject:
     return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),))
 
 
-def _write_tracker(root: Path, iteration: int) -> None:
+def write_tracker(root: Path, iteration: int) -> None:
+    """Name the newest checkpoint below ``root``, durably: the file is either the old one or the new one."""
     temporary = root / f".{TRACKER}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(str(iteration))

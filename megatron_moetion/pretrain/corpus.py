@@ -80,7 +80,7 @@ class StdlibCorpus:
                     f"{root} holds {len(text)} bytes of Python source for the {split.value} split; "
                     f"--seq-length {seq_length} needs at least {seq_length + 2}"
                 )
-        self._tokens = {s: torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()) for s, text in joined.items()}
+        self.tokens = {s: torch.from_numpy(np.frombuffer(text, dtype=np.uint8).copy()) for s, text in joined.items()}
         digest = hashlib.sha256(b"".join(joined[split] for split in Split)).hexdigest()
         self.description = (
             f"standard library at {root}: {len(joined[Split.TRAIN]):,} training and "
@@ -89,7 +89,7 @@ class StdlibCorpus:
 
     def sample(self, split: Split, number: int) -> torch.Tensor:
         """Sequence ``number`` as int64 ``[seq_length + 1]``."""
-        tokens = self._tokens[split]
+        tokens = self.tokens[split]
         starts = len(tokens) - self._seq_length
         if split is Split.TRAIN:
             start = mix64((self._seed << 32) ^ number) % starts

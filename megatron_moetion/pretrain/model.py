@@ -134,7 +134,7 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> list[DistributedDa
     )
     chunks = []
     for index, stage in enumerate(stages):
-        module = _build_chunk(args, config, padded_vocab_size(vocab_size, args), stage)
+        module = build_chunk(args, config, padded_vocab_size(vocab_size, args), stage)
         module.cuda(torch.cuda.current_device())
         if args.bf16 or args.fp16:
             module = Float16Module(config, module)
@@ -150,9 +150,10 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> list[DistributedDa
     return chunks
 
 
-def _build_chunk(
+def build_chunk(
     args: argparse.Namespace, config: TransformerConfig, vocab_size: int, stage: int | None
 ) -> torch.nn.Module:
+    """One chunk of the model, not wrapped yet. ``stage`` is its virtual pipeline stage, None without these."""
     spec = get_gpt_decoder_block_spec(
         config,
         use_transformer_engine=args.transformer_impl == "transformer_engine",

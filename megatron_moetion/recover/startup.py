@@ -46,11 +46,6 @@ class Findings:
     outcome: RecoveryPlan | NoPlan
     restarted: bool
 
-    @property
-    def lost(self) -> str | None:
-        """Why state of this run that once was there cannot be recovered; None where it can, or nothing began."""
-        return self.outcome.reason if isinstance(self.outcome, NoPlan) and self.outcome.began else None
-
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Fetched:

@@ -10,21 +10,18 @@ from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
-import numpy as np
-
-from megatron_moetion.arrays import Int64s
 from megatron_moetion.clock import Clock
-from megatron_moetion.errors import ChannelError, DeviceFault
+from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import Threads
+from megatron_moetion.snapshot.capture import Captured, Capturer, Contents
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.snapshot.plan import Targets
-from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, Records
+from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
@@ -50,22 +47,6 @@ class SnapshotCounts:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Contents:
-    """What a snapshot holds, as unit numbers. The units of ``staged`` were copied by ``Packer.freeze``."""
-
-    units: tuple[int, ...] = ()
-    """Captured from live state; without one of them there is no snapshot."""
-    staged: tuple[int, ...] = ()
-    """Captured from copies; without one of them there is no snapshot. They may take longer than the optimizer waits."""
-    optional: tuple[int, ...] = ()
-    """Captured from live state, all of them or none: where there is no room or no time, the snapshot does without."""
-    zero: tuple[int, ...] = ()
-    """Known to be zeros, so that no byte of them is captured."""
-    tokens: Mapping[int, int] = field(default_factory=dict)
-    """By expert unit: tokens processed by then, which travel with its capture."""
-
-
-@dataclass(frozen=True, kw_only=True)
 class Skip:
     """There is no snapshot of an iteration on this rank; its round takes place, empty."""
 
@@ -75,39 +56,8 @@ class Skip:
     """More about it, for a person."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Packed:
-    """What became of a snapshot on this rank."""
-
-    is_there: bool = False
-    """Committed; else it was dropped."""
-    captured: bool = False
-    """With its optional captures."""
-    late: bool = False
-    """Without them, because they took too long."""
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class _Taken:
-    """Units, and for each of them a slot that was acquired for its capture."""
-
-    units: Int64s
-    slots: Int64s
-
-    def __getitem__(self, rows: slice) -> _Taken:
-        return _Taken(units=self.units[rows], slots=self.slots[rows])
-
-    def and_then(self, other: _Taken) -> _Taken:
-        """Both."""
-        return _Taken(units=np.concatenate([self.units, other.units]), slots=np.concatenate([self.slots, other.slots]))
-
-
 class Pipeline:
-    """Owns the two threads. ``replicator`` is None where no replicas are kept.
-
-    ``packed`` is called when a snapshot is in the arena: with the moments at which packing began and ended (monotonic
-    clock, seconds) and its bytes.
-    """
+    """Owns the two threads. ``replicator`` is None where no replicas are kept; ``packed``: see ``Capturer``."""
 
     def __init__(
         self,
@@ -123,15 +73,12 @@ class Pipeline:
         threads: Threads,
     ) -> None:
         self._packer = packer
-        self._packed = packed
         self._inventory = inventory
         self._arenas = arenas
-        self._arena = arenas.own
         self._replicator = replicator
-        self._epoch = epoch
-        self._probe = probe
         self._clock = clock
         self._threads = threads
+        self._capturer = Capturer(packer=packer, arena=arenas.own, epoch=epoch, probe=probe, packed=packed, clock=clock)
         self._packing = threads.worker("moetion-pack")
         self._sending = threads.worker("moetion-send")
         self._pack: Future[None] | None = None
@@ -142,7 +89,7 @@ class Pipeline:
         self._live_is_read = threads.event()
         self._is_released = threads.event()
         self._is_released.set()
-        self._outcome = Packed()
+        self._outcome = Captured()
         self.counts = SnapshotCounts()
         self.details: dict[str, str] = {}
         """More about a reason for which snapshots are dropped, for a person."""
@@ -157,14 +104,12 @@ class Pipeline:
         self.finish()
         self.counts.begun += 1
         if isinstance(contents, Skip):
-            if contents.details is not None:
-                self.details[contents.reason] = contents.details
             self._count(contents.reason)
-            contents = Contents()
         self._live_is_read.clear()
         self._is_released.clear()
-        self._outcome = Packed()
-        self._pack = self._packing.submit(self._capture, iteration, contents, release)
+        self._outcome = Captured()
+        wanted = contents if isinstance(contents, Contents) else None
+        self._pack = self._packing.submit(self._capture, iteration, wanted, release)
 
     def finish_packing(self, max_stall_s: float) -> None:
         """Return once live state may be written; captures that take longer than ``max_stall_s`` are cancelled.
@@ -180,7 +125,7 @@ class Pipeline:
                     self._packer.cancel()
         self._packer.hold_stream()
 
-    def finish(self) -> Packed:
+    def finish(self) -> Captured:
         """Return once the last snapshot is packed or dropped, and which of it."""
         if self._pack is not None:
             self._pack.result()
@@ -250,18 +195,15 @@ class Pipeline:
         self._sending.abandon()
         return is_done
 
-    def _acquire(self, units: Sequence[int]) -> _Taken | None:
-        """A slot for each unit, or None."""
-        numbers = np.array(units, dtype=np.int64)
-        slots = self._arena.acquire_all(self._arena.unit_bytes[numbers])
-        return None if slots is None else _Taken(units=numbers, slots=slots)
-
-    def _capture(self, iteration: int, contents: Contents, release: Settled | None) -> None:
+    def _capture(self, iteration: int, contents: Contents | None, release: Settled | None) -> None:
         try:
             if release is not None:
                 self._arenas.release(release)
             self._is_released.set()
-            records = self._fill(iteration, contents)
+            if contents is not None:
+                self._outcome = self._capturer.capture(iteration, contents, self._release_live)
+                self._count_captured(contents, self._outcome)
+            records = self._outcome.records
         finally:
             self._is_released.set()
             self._release_live()
@@ -278,80 +220,17 @@ class Pipeline:
             self._live_is_read.set()
             self._packer.allow()
 
-    def _fill(self, iteration: int, contents: Contents) -> Records:
-        if contents == Contents():
-            return NO_RECORDS
-        count = len(contents.units + contents.staged + contents.optional + contents.zero)
-        needed = self._acquire(contents.units + contents.staged) if self._arena.can_list(count) else None
-        if needed is None:
-            self._count("no-slot")
-            return NO_RECORDS
-        live, staged = needed[: len(contents.units)], needed[len(contents.units) :]
-        optional = self._acquire(contents.optional)
-        if optional is None:
-            self.counts.left_out["no-slot"] += 1
-        else:
-            live = live.and_then(optional)
-        began = self._clock.monotonic()
-        try:
-            captured = self._pack_units(iteration, contents, live, self._release_live)
-            is_late = captured is None
-            if captured is None and not contents.staged:
-                self._arena.release(live.slots)
-                self._count("late")
-                return NO_RECORDS
-            if captured is None:
-                assert not contents.units, "what must be there is staged wherever something is optional"
-                self._arena.release(live.slots)
-                self.counts.left_out["late"] += 1
-                live, captured = live[:0], NO_RECORDS
-            self._release_live()
-            copied = self._pack_units(iteration, contents, staged)
-            if copied is None:  # the device is late, or the pipeline is being closed
-                self._arena.release(live.and_then(staged).slots)
-                self._count("late")
-                return NO_RECORDS
-        except DeviceFault as error:
-            # Safe although the device may still write: after a fault it packs nothing, so nothing here is committed.
-            self._arena.release(live.and_then(staged).slots)
-            self.details["device"] = str(error)
-            self._count("device")
-            return NO_RECORDS
-        stored = captured + copied
-        nbytes = int(stored.table["nbytes"].sum())
-        self._packed(began, self._clock.monotonic(), nbytes)
-        zeros = Records.make(
-            len(contents.zero), unit=contents.zero, iteration=iteration, epoch=self._epoch, slot=NO_SLOT
-        )
-        records = stored + zeros
-        self._probe("before-commit", iteration)
-        self._arena.add(records)
-        is_without = bool(contents.optional) and (optional is None or is_late)
-        self._outcome = Packed(is_there=True, captured=not is_without, late=is_without and optional is not None)
-        self.counts.committed += 1
-        self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in contents.zero)
-        self.counts.bytes_committed += nbytes
-        return records
-
-    def _pack_units(
-        self, iteration: int, contents: Contents, taken: _Taken, on_enqueued: Callable[[], None] | None = None
-    ) -> Records | None:
-        """Fill the slots; None if that was cancelled."""
-        addresses, sizes = self._arena.payload_addresses(taken.slots), self._arena.unit_bytes[taken.units]
-        targets = Targets.in_slots(taken.units, addresses, sizes)
-        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration), on_enqueued)
-        if digests is None:
-            return None
-        return Records.make(
-            len(digests),
-            unit=taken.units,
-            iteration=iteration,
-            epoch=self._epoch,
-            slot=taken.slots,
-            nbytes=sizes,
-            digest=digests,
-            tokens=[contents.tokens.get(u, 0) for u in taken.units.tolist()] if contents.tokens else 0,
-        )
+    def _count_captured(self, contents: Contents, captured: Captured) -> None:
+        if captured.dropped is not None:
+            self._count(captured.dropped)
+            if captured.details is not None:
+                self.details[captured.dropped] = captured.details
+        if captured.left_out is not None:
+            self.counts.left_out[captured.left_out] += 1
+        if captured.is_there:
+            self.counts.committed += 1
+            self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in contents.zero)
+            self.counts.bytes_committed += int(captured.records.table["nbytes"].sum())
 
     def _replicate(self, iteration: int, records: Records) -> None:
         if self.broken:

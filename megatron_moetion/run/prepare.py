@@ -103,6 +103,7 @@ def prepare(
             pool=pool,
             packer=packer,
             undo=undo.pop_all(),
+            leaving=ExitStack(),
         )
 
 

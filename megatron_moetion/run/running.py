@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -57,7 +58,7 @@ class Running:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Prepared:
-    """One rank of a run whose sizes are settled. Made by ``prepare``; ``undo`` closes all of it."""
+    """One rank of a run whose sizes are settled. Made by ``prepare``; ``close`` it where no session takes it over."""
 
     config: MoetionConfig
     adapter: StateAdapter
@@ -74,6 +75,24 @@ class Prepared:
     pool: HostPool
     packer: Packer
     undo: ExitStack
+    """Closes all of it, in the right order."""
+    leaving: ExitStack
+    """Stops the threads without waiting for other ranks."""
+
+    def close(self) -> None:
+        """Close everything, after a start that failed too. While an exception is being handled: ``abandon``."""
+        if sys.exc_info()[0] is not None:
+            self.abandon()
+        self.undo.close()
+
+    def abandon(self) -> None:
+        """Stop without waiting for other ranks, in a process that is about to end.
+
+        What the threads may still use stays as it is until the process has ended.
+        """
+        self.undo.pop_all()
+        self.leaving.close()
+        self.fabric.abandon()
 
     @property
     def state_bytes(self) -> int:
@@ -110,6 +129,7 @@ class Prepared:
         )
         for close in (arenas.close, self.packer.close, pipeline.close):
             self.undo.callback(close)
+        self.leaving.callback(pipeline.abandon, 0.0)
         protection = Protection(
             journal=self.journal,
             rank=rank,

@@ -129,6 +129,7 @@ class Starter:
         state = decode(bytes(own.payload(slot)))
         replayed = self._run.mode.write_back(self._run.packer, own, records, state["adapter"], plan.iteration)
         self._run.adapter.load_host_state(state["adapter"])
+        self._run.adapter.copy_to_model()  # while an error is still heard by all: what follows is in training's groups
         phases.done("restore")
         return replayed, state["session"]
 

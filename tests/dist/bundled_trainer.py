@@ -24,7 +24,7 @@ def main(argv: Sequence[str], die_in_save: int | None, environment: Mapping[str,
     """``die_in_save``: rank 0 is killed when all of the checkpoint of this iteration is written but the tracker."""
     os.environ.update(environment)
     if die_in_save is not None:
-        checkpoint._write_tracker = _killing_at(die_in_save, checkpoint._write_tracker)
+        checkpoint.write_tracker = _killing_at(die_in_save, checkpoint.write_tracker)
     return run(argv)
 
 

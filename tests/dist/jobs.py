@@ -204,7 +204,8 @@ class Job:
             configs=[{**common, **per_rank.get(rank, {})} for rank in range(world)],
             toy=dataclasses.asdict(dataclasses.replace(self.toy, **toy)),
             ranks=environments,
-            kill=kill and {**dict(zip(("rank", "steps", "delay_s"), kill)), "notes": str(self._notes(kill[0]))},
+            kill=kill
+            and {**dict(zip(("rank", "steps", "delay_s"), kill, strict=True)), "notes": str(self._notes(kill[0]))},
         )
         return Outcome(codes, [notes_in(self._notes(rank)) for rank in range(world)])
 

@@ -78,7 +78,8 @@ CASES = {
         f"{_TWO_BY_TWO} --fp16 --initial-loss-scale 65536 --untie-embeddings-and-output-weights"
     ),
     "ep2 dp2, bf16, capacity": (
-        "--expert-model-parallel-size 2 --bf16 --use-distributed-optimizer --moetion --moe-expert-capacity-factor 1 --moe-token-dispatcher-type alltoall"
+        "--expert-model-parallel-size 2 --bf16 --use-distributed-optimizer --moetion --moe-expert-capacity-factor 1 "
+        "--moe-token-dispatcher-type alltoall"
     ),
     "pp2 ep2 in four stages, bf16, distributed": (
         f"{_TWO_BY_TWO} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --bf16 --use-distributed-optimizer"
@@ -120,7 +121,10 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
         notes.write("replaced", name=name, **_replaced(trainer, folder / "store" / name))
         _tear_down()
     for name, flags in RECALIBRATED.items():
-        capacity = "--expert-model-parallel-size 2 --moetion --moe-expert-capacity-factor 1 --moe-token-dispatcher-type alltoall"
+        capacity = (
+            "--expert-model-parallel-size 2 --moetion --moe-expert-capacity-factor 1 "
+            "--moe-token-dispatcher-type alltoall"
+        )
         trainer = _build(rank, name, f"{capacity} --recompute-granularity full --recompute-method uniform "
                                      f"--recompute-num-layers 1 {flags}")  # fmt: skip
         notes.write("recalibration", name=name, **_recalibrate(trainer))
@@ -150,20 +154,20 @@ def _tear_down() -> None:
 def _build(rank: int, name: str, flags: str) -> Trainer:
     args = parse_arguments(f"{MODEL} {flags}".split(), Machine.here(WORLD_SIZE, has_gpu=False))
     form_groups(args, Process(rank=rank, world_size=WORLD_SIZE, local_rank=rank, local_world_size=WORLD_SIZE))
-    build_chunk = model_module._build_chunk
+    original = model_module.build_chunk
 
     def build_frozen(*how: Any) -> torch.nn.Module:
-        chunk = build_chunk(*how)
+        chunk = original(*how)
         for parameter_name, parameter in chunk.named_parameters():
             parameter.requires_grad_(not parameter_name.startswith("embedding."))
         return chunk
 
-    model_module._build_chunk = build_frozen if name == FROZEN else build_chunk
+    model_module.build_chunk = build_frozen if name == FROZEN else original
     try:
         source = MockCorpus(seq_length=args.seq_length, seed=args.seed)
         trainer = Trainer(args, source, Reporter(args, active=False, attempt=0))
     finally:
-        model_module._build_chunk = build_chunk
+        model_module.build_chunk = original
     for chunk in trainer.model:
         chunk.train()
     return trainer
@@ -333,6 +337,7 @@ def _write_back(state: MegatronState, inventory: Inventory, captures: Sequence[n
         packer.scatter(number, capture)
     (host,) = inventory.of_kind(UnitKind.HOST)
     state.load_host_state(decode(captures[host].tobytes())["adapter"])
+    state.copy_to_model()
     state.resync()
 
 

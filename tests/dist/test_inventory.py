@@ -27,6 +27,10 @@ CASES = (
 )
 
 
+def flat(rows: list[list[float]]) -> list[float]:
+    return [value for row in rows for value in row]
+
+
 @pytest.fixture(scope="module")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What each rank noted; all cases run in one launch, because Megatron-Core takes seconds to import."""
@@ -173,21 +177,23 @@ def test_capacity_is_raised_alike_on_all_ranks_and_falls_back_to_the_base(
         assert alike[1:] == alike[:1] * 3, part
     found = ranks[0]
     assert found["why"] is None
-    assert all(set(sum(step["boosts"], [])) == {1.0} and step["beyond"] == 0 for step in found["before"])
+    assert all(set(flat(step["boosts"])) == {1.0} and step["beyond"] == 0 for step in found["before"])
     assert found["again"] == found["on"], "a recovery that loses nothing goes on where it was"
-    peaks = [max(sum(step["boosts"], [])) for step in (*found["first"], *found["on"])]
+    peaks = [max(flat(step["boosts"])) for step in (*found["first"], *found["on"])]
     assert 1.25 >= peaks[0] > peaks[-1] > 1.0 if kind == "padded" else 2.0 >= peaks[0] > 1.0
     assert sum(r["beyond"] for r in (*found["first"], *found["on"])) > 0
     debts = [step["debt"] for step in found["first"]]
     assert debts[0] > debts[1] > 0
-    raised = [max(sum(step["boosts"], [])) > 1 for step in found["second"]]
+    raised = [max(flat(step["boosts"])) > 1 for step in found["second"]]
     assert raised == [True] * RAISED_FOR + [False] * 3, "a new loss starts the clock again; then exactly the base"
-    assert all(set(sum(step["boosts"], [])) == {1.0} for step in found["second"][RAISED_FOR:])
+    assert all(set(flat(step["boosts"])) == {1.0} for step in found["second"][RAISED_FOR:])
     if kind == "padded":
-        assert [max(s["factors"]) for s in found["second"]] == [max(sum(s["boosts"], [])) for s in found["second"]]
+        assert [max(s["factors"]) for s in found["second"]] == [max(flat(s["boosts"])) for s in found["second"]]
     assert found["closed"] == [[1.0], [1.0]]
     layers = over_ranks(f["tokens"] for f in ranks).values()
-    assert [[layer["routed"], layer["processed"]] for layer in layers] == [pytest.approx(t) for t in found["everywhere"]]
+    assert [[layer["routed"], layer["processed"]] for layer in layers] == [
+        pytest.approx(t) for t in found["everywhere"]
+    ]
     assert all(0 < layer["dropped"] == pytest.approx(layer["routed"] - layer["processed"]) for layer in layers)
-    # The hook on the experts and the router count the same tokens, one on the ranks that compute, one where they are from.
+    # The experts' hook counts tokens on the ranks that compute, the router on those they are from: the sums agree.
     assert sum(f["processed"][0] for f in ranks) == sum(f["processed"][1] for f in ranks) > 0

@@ -79,9 +79,7 @@ class Run:
             for rank in range(WORLD_SIZE)
         ]  # fmt: skip
         self._attempts += 1
-        codes = self._nursery.launch(
-            100, folder=str(folder), argv=argv, die_in_save=die_in_save, ranks=environments
-        )
+        codes = self._nursery.launch(100, folder=str(folder), argv=argv, die_in_save=die_in_save, ranks=environments)
         path = folder / "metrics.jsonl"
         metrics = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         output = "".join(p.read_text() for p in sorted(folder.glob("rank*.log")))
@@ -119,7 +117,9 @@ def runs(trainers: Nursery, tmp_path: Path, store: Path) -> Any:
 NEW_SCHEDULE = "--lr 2e-3 --lr-decay-style cosine --min-lr 1e-3"
 OLD_RATES = {6: "4.000000E-03", 7: "3.000000E-03", 8: "2.000000E-03", 9: "1.000000E-03", 10: "0.000000E+00"}
 NEW_RATES = dict(enumerate(("1.345492E-03", "1.206107E-03", "1.095492E-03", "1.024472E-03", "1.000000E-03"), start=6))
-LISTED = "> flags changed since the last start: --lr 0.01 -> 0.002, --min-lr 0.0 -> 0.001, --lr-decay-style linear -> cosine"
+LISTED = (
+    "> flags changed since the last start: --lr 0.01 -> 0.002, --min-lr 0.0 -> 0.001, --lr-decay-style linear -> cosine"
+)
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -165,7 +165,9 @@ def test_replayed_steps_are_taken_with_the_settings_of_their_time(runs: Any, gra
         run = runs(mode, f"--lr 1e-2 --clip-grad 0.05 {gradients}")
         run.finish("--exit-interval 7")
         last = run.finish(new)
-        assert "--weight-decay 0.01 -> 0.1, --clip-grad 0.05 -> 0.01, --adam-beta1 0.9 -> 0.8" in last.lines("> flags")[0]
+        assert (
+            "--weight-decay 0.01 -> 0.1, --clip-grad 0.05 -> 0.01, --adam-beta1 0.9 -> 0.8" in last.lines("> flags")[0]
+        )
         assert min(last.losses) == 8
         found.append(last.losses)
     assert found[0] == found[1]

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One rank of a small training job: NumPy state, the real ``Session`` over gloo, real arenas.
 
-Whoever reads its notes (``rank00000.ATTEMPT.jsonl``) can tell from which iteration every part of its state comes. A step
-depends on the state of all ranks before it, so that a wrong byte anywhere is in every hash that follows.
+Whoever reads its notes (``rank00000.ATTEMPT.jsonl``) can tell from which iteration every part of its state comes. A
+step depends on the state of all ranks before it, so that a wrong byte anywhere is in every hash that follows.
 """
 
 from __future__ import annotations

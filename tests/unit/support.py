@@ -111,6 +111,8 @@ class ToyState:
     def recalibrate(self, lost: Mapping[str, int]) -> None:
         self.recalibrated = dict(lost)
 
+    def copy_to_model(self) -> None: ...
+
     def resync(self) -> None:
         self.resyncs += 1
 
@@ -333,6 +335,7 @@ class ToyFabric:
         self.rank = rank
         self.world_size = network.world_size
         self.channel = network.channel(rank)
+        self.is_abandoned = False
         self._network = network
         self._all = tuple(range(network.world_size))
         self._peers = tuple(expert_peers) or (rank,)
@@ -363,7 +366,7 @@ class ToyFabric:
         return [sum(column) for column in zip(*self._network.collect("sum", turn, self._peers), strict=True)]
 
     def abandon(self) -> None:
-        pass
+        self.is_abandoned = True
 
     def close(self) -> None:
         pass

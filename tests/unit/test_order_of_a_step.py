@@ -17,12 +17,13 @@ from support import Network, ToyFabric, ToyState, blueprint, scheduler
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, UnsupportedState
-from megatron_moetion.replicate.pipeline import Contents, Skip
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Running
 from megatron_moetion.run.starter import Starter
 from megatron_moetion.session import Session
+from megatron_moetion.snapshot.capture import Contents
 
 STEP = [
     "scheduler.cut",  # before anything of this step is measured, and after all of the last one was

@@ -73,8 +73,8 @@ def test_attach_before_the_ranks_are_connected_says_what_comes_first(monkeypatch
 
 @pytest.mark.parametrize("missing", [None, OwnScheduler()])
 def test_arguments_that_are_right_pass(missing: Any) -> None:
-    attach_module._check(**{**GOOD, "user_state": missing})
-    attach_module._check(**{**GOOD, "opt_param_scheduler": None})
+    attach_module.check_attach_arguments(**{**GOOD, "user_state": missing})
+    attach_module.check_attach_arguments(**{**GOOD, "opt_param_scheduler": None})
 
 
 @pytest.fixture
@@ -93,7 +93,7 @@ def test_an_own_loop_sees_the_log_until_the_end(
 ) -> None:
     monkeypatch.setattr(log, "hasHandlers", lambda: bool(log.handlers))  # pytest's own handlers are on the root
     with ExitStack() as undo:
-        attach_module._show_log(undo)
+        attach_module.show_log(undo)
         log.info("[moetion] here")
     log.info("[moetion] and gone")
     assert capsys.readouterr().out == "[moetion] here\n"
@@ -105,6 +105,6 @@ def test_a_program_with_a_log_of_its_own_keeps_it(log: logging.Logger) -> None:
     handler = logging.NullHandler()
     log.addHandler(handler)
     with ExitStack() as undo:
-        attach_module._show_log(undo)
+        attach_module.show_log(undo)
         assert log.level == logging.ERROR
         assert log.handlers == [handler]

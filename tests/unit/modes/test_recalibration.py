@@ -33,9 +33,9 @@ class Layers(ToyState):
         return {"layers.0.dense": {"routed": 10.0, "processed": 7.0, "debt": 2.0}}
 
 
-def make(folder: Path, tokens: ToyState) -> Recalibration:
+def make(folder: Path, tokens: ToyState, is_on: bool = True) -> Recalibration:
     journal = Journal(0, 0, folder / "events.jsonl", SystemClock())
-    return Recalibration(tokens, cast(Any, Alone()), journal, iterations=50)
+    return Recalibration(tokens, cast(Any, Alone()), journal, iterations=50, is_on=is_on)
 
 
 def looks(folder: Path) -> list[tuple[int, str]]:
@@ -80,6 +80,13 @@ def test_a_model_that_makes_it_do_nothing_is_said_at_the_start_and_only_where_it
     assert resumed.lost_tokens > 0
     assert [state.recalibrated for state in second.states] == [{}, {}]
     second.crash()
+
+
+def test_where_it_is_off_it_looks_and_raises_nothing(tmp_path: Path) -> None:
+    tokens = Layers()
+    make(tmp_path, tokens, is_on=False).begin(100, {"layers.0.experts.1": 5})
+    assert tokens.recalibrated == {}
+    assert looks(tmp_path) == [(100, "before")]
 
 
 def test_routers_that_do_not_tell_are_not_spoken_of(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def stdlib() -> StdlibCorpus:
 
 def test_the_standard_library_is_found_and_large_enough(stdlib: StdlibCorpus) -> None:
     assert "training" in stdlib.description
-    sizes = {split: len(stdlib._tokens[split]) for split in Split}
+    sizes = {split: len(stdlib.tokens[split]) for split in Split}
     assert sizes[Split.TRAIN] > 1 << 20
     assert sizes[Split.VALIDATION] > 1 << 15
 

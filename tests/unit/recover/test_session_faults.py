@@ -272,6 +272,7 @@ ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
     "survey": (startup, "survey_store", lambda store, names, node, rank, *_: rank == 1),
     "open": (startup, "OpenArenas", lambda own, **_: Path(own.name).parent.name == "node1"),
     "verify": (starter, "verified", lambda pool, arena, *_: arena.spec.identity.owner == 1),
+    "model": (Adapter, "copy_to_model", lambda self: self.rank == 1),
     "host state": (Adapter, "load_host_state", lambda self, *_: self.rank == 1),
     "epoch": (startup.Mover, "begin_epoch", lambda self: self.rank == 1),
 }
@@ -295,7 +296,7 @@ def test_an_error_of_one_rank_while_a_run_recovers_is_raised_by_all_at_once(
     assert "not today" in str(first)
     assert str(other) == str(first) if isinstance(error, StoreError) else other is error
     for each in second.prepared:
-        each.undo.close()
+        each.close()
     third = Job(tmp_path, attempt=2)
     resumed = third.start()[0]
     assert resumed is not None
@@ -504,8 +505,8 @@ def test_close_after_a_start_that_failed_lets_go_of_everything(tmp_path: Path, m
         fail_where(patched, startup, "survey_store", lambda *_: True, StoreError("not today"))
         all_errors(*starts(job))
     for prepared in job.prepared:
-        prepared.undo.close()
-        prepared.undo.close()
+        prepared.close()
+        prepared.close()
     assert closed == [0, 1]
     again = Job(tmp_path)  # the locks are free
     assert again.start() == [None, None]
@@ -535,6 +536,27 @@ def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) ->
     thread.join(10)
     assert not thread.is_alive()
     job.sessions[1].abandon()
+
+
+def test_close_after_a_start_that_failed_waits_for_nobody_while_the_error_is_handled(tmp_path: Path) -> None:
+    job = Job(tmp_path)
+    job.network.timeout_s = 60
+    job.disturbances[0].freeze = lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory, say"))
+    left = threading.Event()
+
+    def run() -> None:
+        try:
+            job.start_rank(0)
+        except RuntimeError:
+            job.prepared[0].close()
+            left.set()
+
+    threading.Thread(target=run, daemon=True).start()
+    with pytest.raises(MoetionError, match=r"rank 0 on .*CUDA out of memory"):
+        job.start_rank(1)
+    assert left.wait(5)
+    assert job.fabrics[0].is_abandoned
+    job.prepared[1].abandon()
 
 
 def test_state_that_cannot_be_frozen_at_the_start_is_an_error_of_all_ranks(tmp_path: Path) -> None:

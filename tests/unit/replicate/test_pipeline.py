@@ -29,9 +29,10 @@ from megatron_moetion._C import DevicePool
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
-from megatron_moetion.replicate.pipeline import Contents, Pipeline, Skip
+from megatron_moetion.replicate.pipeline import Pipeline, Skip
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import SystemThreads, Threads, Worker
+from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records

@@ -1,0 +1,160 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One snapshot from live state to committed captures: slots, packing, the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from megatron_moetion.arrays import Int64s
+from megatron_moetion.clock import Clock
+from megatron_moetion.errors import DeviceFault
+from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.snapshot.plan import Targets
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, Records
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What a snapshot holds, as unit numbers. The units of ``staged`` were copied by ``Packer.freeze``."""
+
+    units: tuple[int, ...] = ()
+    """Captured from live state; without one of them there is no snapshot."""
+    staged: tuple[int, ...] = ()
+    """Captured from copies; without one of them there is no snapshot. They may take longer than the optimizer waits."""
+    optional: tuple[int, ...] = ()
+    """Captured from live state, all of them or none: where there is no room or no time, the snapshot does without."""
+    zero: tuple[int, ...] = ()
+    """Known to be zeros, so that no byte of them is captured."""
+    tokens: Mapping[int, int] = field(default_factory=dict)
+    """By expert unit: tokens processed by then, which travel with its capture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Captured:
+    """What became of a snapshot on this rank."""
+
+    records: Records = NO_RECORDS
+    """Committed; none where the snapshot was dropped."""
+    dropped: str | None = None
+    """Why it was: ``no-slot``, ``late`` or ``device``."""
+    details: str | None = None
+    """More about that, for a person."""
+    left_out: str | None = None
+    """Why its optional captures were left out: ``no-slot`` or ``late``."""
+
+    @property
+    def is_there(self) -> bool:
+        """Whether anything was committed."""
+        return bool(self.records)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _Taken:
+    """Units, and for each of them a slot that was acquired for its capture."""
+
+    units: Int64s
+    slots: Int64s
+
+    def __getitem__(self, rows: slice) -> _Taken:
+        return _Taken(units=self.units[rows], slots=self.slots[rows])
+
+    def and_then(self, other: _Taken) -> _Taken:
+        """Both."""
+        return _Taken(units=np.concatenate([self.units, other.units]), slots=np.concatenate([self.slots, other.slots]))
+
+
+class Capturer:
+    """Captures units into free slots of an arena. Used by the packing thread alone.
+
+    ``packed`` is called when a snapshot is in the arena: with the moments at which packing began and ended (monotonic
+    clock, seconds) and its bytes.
+    """
+
+    def __init__(
+        self,
+        *,
+        packer: Packer,
+        arena: Arena,
+        epoch: int,
+        probe: Callable[[str, int], None],
+        packed: Callable[[float, float, int], None],
+        clock: Clock,
+    ) -> None:
+        self._packer = packer
+        self._arena = arena
+        self._epoch = epoch
+        self._probe = probe
+        self._packed = packed
+        self._clock = clock
+
+    def capture(self, iteration: int, contents: Contents, live_is_read: Callable[[], None]) -> Captured:
+        """Commit a snapshot, or drop it and give its slots back.
+
+        ``live_is_read`` is called once live state may be written, unless the caller has cancelled packing by then.
+        """
+        count = len(contents.units + contents.staged + contents.optional + contents.zero)
+        needed = self._acquire(contents.units + contents.staged) if self._arena.can_list(count) else None
+        if needed is None:
+            return Captured(dropped="no-slot")
+        live, staged = needed[: len(contents.units)], needed[len(contents.units) :]
+        optional = self._acquire(contents.optional)
+        left_out = "no-slot" if optional is None else None
+        live = live.and_then(optional) if optional is not None else live
+        began = self._clock.monotonic()
+        try:
+            captured = self._pack(iteration, contents, live, live_is_read)
+            if captured is None and not contents.staged:
+                return self._drop("late", live)
+            if captured is None:
+                assert not contents.units, "what must be there is staged wherever something is optional"
+                self._arena.release(live.slots)
+                live, captured, left_out = live[:0], NO_RECORDS, left_out or "late"
+            live_is_read()
+            copied = self._pack(iteration, contents, staged)
+            if copied is None:  # the device is late, or the pipeline is being closed
+                return self._drop("late", live.and_then(staged))
+        except DeviceFault as error:
+            # Safe although the device may still write: after a fault it packs nothing, so nothing here is committed.
+            return self._drop("device", live.and_then(staged), str(error))
+        stored = captured + copied
+        self._packed(began, self._clock.monotonic(), int(stored.table["nbytes"].sum()))
+        zeros = Records.make(
+            len(contents.zero), unit=contents.zero, iteration=iteration, epoch=self._epoch, slot=NO_SLOT
+        )
+        self._probe("before-commit", iteration)
+        self._arena.add(stored + zeros)
+        return Captured(records=stored + zeros, left_out=left_out)
+
+    def _drop(self, reason: str, taken: _Taken, details: str | None = None) -> Captured:
+        self._arena.release(taken.slots)
+        return Captured(dropped=reason, details=details)
+
+    def _acquire(self, units: Sequence[int]) -> _Taken | None:
+        """A slot for each unit, or None."""
+        numbers = np.array(units, dtype=np.int64)
+        slots = self._arena.acquire_all(self._arena.unit_bytes[numbers])
+        return None if slots is None else _Taken(units=numbers, slots=slots)
+
+    def _pack(
+        self, iteration: int, contents: Contents, taken: _Taken, on_enqueued: Callable[[], None] | None = None
+    ) -> Records | None:
+        """Fill the slots; None if that was cancelled."""
+        addresses, sizes = self._arena.payload_addresses(taken.slots), self._arena.unit_bytes[taken.units]
+        targets = Targets.in_slots(taken.units, addresses, sizes)
+        digests = self._packer.pack(targets, lambda: self._probe("mid-pack", iteration), on_enqueued)
+        if digests is None:
+            return None
+        return Records.make(
+            len(digests),
+            unit=taken.units,
+            iteration=iteration,
+            epoch=self._epoch,
+            slot=taken.slots,
+            nbytes=sizes,
+            digest=digests,
+            tokens=[contents.tokens.get(u, 0) for u in taken.units.tolist()] if contents.tokens else 0,
+        )

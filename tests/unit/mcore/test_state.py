@@ -1,0 +1,24 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The room that is reserved for a host state. Inventories of whole models are in ``tests/dist/test_inventory.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_moetion.mcore.state import SPARE_HOST_BYTES, host_unit
+from megatron_moetion.snapshot.host_state import encode, size_bound
+
+
+def state(**changes: Any) -> dict[str, Any]:
+    return {"given": {"lr_decay_style": "linear"}, "user": {"iteration": 0}, "rng": bytes(100), **changes}
+
+
+def test_the_adapter_reserves_its_own_share_and_what_it_may_grow_by() -> None:
+    reserved = host_unit(state(given={})).reserved_bytes
+    assert reserved == size_bound({"adapter": state(given={})}) + SPARE_HOST_BYTES
+    grown = state(user={"iteration": 1 << 60, "log": bytes(SPARE_HOST_BYTES // 2)})
+    assert len(encode({"adapter": grown})) < host_unit(state()).reserved_bytes
+
+
+def test_room_does_not_depend_on_settings_that_a_restart_may_change() -> None:
+    assert host_unit(state()) == host_unit(state(given={"lr_decay_style": "inverse-square-root"}))
