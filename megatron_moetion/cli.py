@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moetion``: what a run will cost, and what it left behind. ``--json`` prints one document and nothing else."""
+"""``moetion``: the cost of a run, and its traces. ``--json`` prints one document and nothing else."""
 
 from __future__ import annotations
 
@@ -56,9 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="moetion", description="Plan a run with MoEtion, or look at what one left behind."
-    )
+    parser = argparse.ArgumentParser(prog="moetion", description="Plan a run with MoEtion, or draw the traces of one.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_plan(commands)
     report = commands.add_parser(
@@ -79,17 +77,16 @@ def _parser() -> argparse.ArgumentParser:
 def _add_plan(commands: Any) -> None:
     plan = commands.add_parser(
         "plan",
-        help="what each mode takes: bytes a snapshot, memory, steps to replay; and which period fits",
-        description="Say before a run what each mode takes on one rank and one node, with Adam, and which mode and "
-        "period fit the link and the memory. Counts may end in K, M, G or B (both 10^9).",
+        help="the cost of each mode: bytes per snapshot, memory, steps to replay; and a period that fits",
+        description="Compute before a run the cost of each mode on one rank and one node, with Adam, and a mode and "
+        "period that fit the link and the memory. Counts may end in K, M, G or B (both 10^9).",
     )
     state = plan.add_argument_group("the state of one rank")
     state.add_argument(
         "--dense-parameters",
         required=True,
         metavar="N",
-        help="parameters that are not experts', as this rank's optimizer holds them: with the distributed optimizer "
-        "its share of them",
+        help="parameters outside experts that this rank's optimizer holds: with the distributed optimizer its share",
     )
     state.add_argument(
         "--expert-parameters", default="0", metavar="N", help="parameters of all its experts together, counted likewise"
@@ -101,7 +98,7 @@ def _add_plan(commands: Any) -> None:
         "--gradients",
         choices=tuple(_GRADIENTS),
         default="fp32",
-        help="what gradients are reduced in; mode 'exact' logs them (default: fp32)",
+        help="type that gradients are reduced in; mode 'exact' logs them (default: fp32)",
     )
     state.add_argument(
         "--host-state-mib", type=float, default=1.0, metavar="MIB", help="random states, cursors, counters (default: 1)"
@@ -126,25 +123,25 @@ def _add_plan(commands: Any) -> None:
         metavar="SHARE",
         help="mode 'popularity', as --moetion-lost-token-budget; 0 saves memory for experts",
     )
-    resources = plan.add_argument_group("what there is")
-    resources.add_argument("--iteration-s", type=float, metavar="S", help="how long an iteration takes, in seconds")
+    resources = plan.add_argument_group("the machine")
+    resources.add_argument("--iteration-s", type=float, metavar="S", help="duration of an iteration, in seconds")
     resources.add_argument(
         "--gb-per-s",
         type=float,
         metavar="B",
-        help="what one rank can send to other nodes, in 10^9 bytes a second; ranks that share a network card share it",
+        help="bandwidth of one rank to other nodes, in 10^9 bytes a second; ranks that share a network card share it",
     )
     resources.add_argument(
         "--share",
         type=float,
         metavar="SHARE",
-        help=f"of that, for snapshots; training needs the rest (default: {SHARE})",
+        help=f"share of it for snapshots; training needs the rest (default: {SHARE})",
     )
     resources.add_argument(
         "--node-memory-gib",
         type=float,
         metavar="GIB",
-        help="memory of a node for arenas: the size of /dev/shm, as a rule half of the node's memory",
+        help="memory of a node for arenas: the size of /dev/shm, usually half of the node's memory",
     )
     plan.add_argument("--json", action="store_true", help="print the figures as JSON, in bytes")
     plan.set_defaults(run=_plan)
@@ -262,7 +259,7 @@ def _link_bytes(args: argparse.Namespace) -> int | None:
             raise ConfigError(f"--share {args.share} is of --iteration-s x --gb-per-s; give these too")
         return None
     if args.iteration_s is None or args.gb_per_s is None:
-        raise ConfigError("--iteration-s and --gb-per-s together say what a link carries in an iteration; give both")
+        raise ConfigError("--iteration-s and --gb-per-s give an iteration's bytes on a link only together; give both")
     share = SHARE if args.share is None else _positive("--share", args.share)
     if share > 1:
         raise ConfigError(f"--share is {share}; it must not be more than 1")
@@ -305,8 +302,8 @@ def _report(args: argparse.Namespace) -> int:
         }
         print(json.dumps(document))
         return 0
-    table = Table(title=f"iterations {first} to {last}: replication beside training's own sends")
-    for column in ("rank", "replicated MB", "replicating s", "of these beside traffic"):
+    table = Table(title=f"iterations {first} to {last}: overlap of replication with training's own sends")
+    for column in ("rank", "replicated MB", "replicating s", "overlapping"):
         table.add_column(column, justify="right")
     for f in figures:
         share = f.beside_traffic_s / f.replicating_s if f.replicating_s else 0.0

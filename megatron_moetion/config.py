@@ -36,7 +36,7 @@ class MoetionConfig:
 
     mode: str = setting(
         "popularity",
-        "what a snapshot holds: 'full' (all units, bitwise recovery), 'popularity' (dense units and the selected "
+        "contents of a snapshot: 'full' (all units, bitwise recovery), 'popularity' (dense units and the selected "
         "experts) or 'exact' (a slice of the state and all gradients, bitwise recovery)",
         choices=MODES,
     )
@@ -57,44 +57,44 @@ class MoetionConfig:
     )
     experts_per_snapshot: int = setting(
         0,
-        "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from what "
-        "the staleness cap needs to twice that",
+        "K: experts of this rank in each snapshot of mode 'popularity'; 0: as many as fit the idle windows, from the "
+        "staleness cap's need to twice that",
         minimum=0,
         modes=("popularity",),
         hint="--moetion-period says how much of the state a snapshot of mode 'exact' holds",
     )
     period: int = setting(
         0,
-        "mode 'exact': each slice of the state is captured anew every so many iterations, and recovery replays at most "
-        "twice as many optimizer steps; a longer period makes snapshots smaller and needs more memory. 0: what fits "
-        f"--moetion-snapshot-bytes, else {DEFAULT_PERIOD}, or less where the store has no room for its arenas",
+        "mode 'exact': iterations until each slice of the state is captured anew; recovery replays at most twice as "
+        "many optimizer steps. A longer period makes snapshots smaller and needs more memory. 0: the shortest that "
+        f"keeps --moetion-snapshot-bytes, else {DEFAULT_PERIOD}, or less where the store has no room for its arenas",
         minimum=0,
         modes=("exact",),
     )
     selection: str = setting(
         "unsaved-tokens",
         "which experts go first in mode 'popularity': 'unsaved-tokens' (most tokens since their last capture), "
-        "'popularity-ema' (most tokens of late) or 'sequential' (in turn)",
+        "'popularity-ema' (most recent tokens) or 'sequential' (in turn)",
         choices=SELECTIONS,
     )
     snapshot_bytes: int = setting(
         0,
-        "instead of K: bytes of a snapshot of one rank, on average; K is what fits on every rank, and does not grow "
-        "for --moetion-lost-token-budget. In mode 'exact' instead of --moetion-period. 0: no such limit",
+        "instead of K: bytes of a snapshot of one rank, on average; K is the number that fits on every rank, and does "
+        "not grow for --moetion-lost-token-budget. In mode 'exact' instead of --moetion-period. 0: no such limit",
         minimum=0,
         modes=("popularity", "exact"),
         metavar="BYTES",
     )
     lost_token_budget: float = setting(
         0.0375,
-        "most tokens that faults may cost experts, as a share of those they processed: where a fault now could cost "
-        "more, a snapshot takes more than K experts. 0: no limit",
+        "most tokens that faults may cost experts, as a share of those they processed: if a fault now could cost more, "
+        "a snapshot takes more than K experts. 0: no limit",
         metavar="SHARE",
     )
     max_experts_per_snapshot: int = setting(
         0,
-        "how far K may grow for --moetion-lost-token-budget; 0: to all experts, for which the arenas hold three copies "
-        "of each. Less saves memory",
+        "most experts that K may grow to for --moetion-lost-token-budget; 0: all, for which the arenas hold three "
+        "copies of each. Fewer save memory",
         minimum=0,
     )
     capacity_recalibration: str = setting(
@@ -103,16 +103,14 @@ class MoetionConfig:
         "(models with --moe-expert-capacity-factor; up to a quarter more activations of experts): 'on' or 'off'",
         choices=SWITCH,
     )
-    recalibration_iterations: int = setting(50, "how many iterations capacity is raised for after a fault", minimum=1)
+    recalibration_iterations: int = setting(50, "iterations for which capacity is raised after a fault", minimum=1)
     schedule: str = setting(
         "bubble",
         "when snapshots travel: 'bubble' (in the gaps that training leaves on the network) or 'eager' (at once)",
         choices=SCHEDULES,
     )
-    trace_dir: str = setting("", "folder for a Perfetto trace of each rank; see 'moetion report'", metavar="DIR")
-    staleness_cap: int = setting(
-        8, "mode 'popularity': an expert is captured again after at most so many snapshots", minimum=1
-    )
+    trace_dir: str = setting("", "folder for a Perfetto trace of each rank; 'moetion report' draws them", metavar="DIR")
+    staleness_cap: int = setting(8, "mode 'popularity': most snapshots until an expert is captured again", minimum=1)
     chunk_bytes: int = setting(1 << 20, "bytes per digest; a multiple of 64", metavar="BYTES", expert=True)
     pack_threads: int = setting(
         0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8", minimum=0
@@ -128,9 +126,8 @@ class MoetionConfig:
     timeout_s: int = setting(120, "limit for every wait on a peer", minimum=1)
     max_unprotected_iterations: int = setting(
         -1,
-        "after snapshots have stopped for good, how many iterations training goes on before the process ends, so that "
-        "its supervisor restarts the job from the stable iteration; 0: for ever. -1: 20 where torchrun has restarts "
-        "left, else for ever",
+        "after snapshots have stopped for good: iterations until the process ends, so that its supervisor restarts the "
+        "job from the stable iteration; 0: it never ends for that. -1: 20 if torchrun has restarts left, else never",
         minimum=-1,
     )
     in_flight_bytes: int = setting(
@@ -138,7 +135,7 @@ class MoetionConfig:
     )
     state_hash_interval: int = setting(
         0,
-        "every so many iterations the log and --moetion-report get a hash of the whole training state; 0: never",
+        "iterations between hashes of the whole training state in the log and --moetion-report; 0: none",
         minimum=0,
     )
     report: str = setting("", "file to which rank 0 appends events as JSON lines", metavar="PATH")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The one orchestrator: says what happens after what, and decides nothing.
+"""The one orchestrator: calls the parts of a run in order, and decides nothing.
 
 Policies are in ``modes``, ``select``, ``recover/plan.py`` and ``replicate/placement.py``; effects in ``snapshot``,
 ``store`` and ``replicate``.
@@ -33,7 +33,7 @@ class Session:
     def stable_iteration(self) -> int:
         """The newest iteration that manifests call whole on every rank and its replicas.
 
-        It outlives this process: what ranks have only just agreed on does not count before it is written down.
+        It outlives this process: an iteration that ranks have only just agreed on counts once it is written down.
         """
         run = self.running
         if self._is_open:
@@ -51,8 +51,8 @@ class Session:
     def on_step_end(self, iteration: int) -> None:
         """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
 
-        ``iteration`` counts completed steps and must be the same on all ranks. Whatever draws random numbers or moves
-        the position in the data between two steps, an evaluation for instance, comes before it: a resume does not
+        ``iteration`` counts completed steps and must be the same on all ranks. Everything that draws random numbers or
+        moves the position in the data between two steps, an evaluation for instance, comes before it: a resume does not
         repeat it. Does not raise for a failed snapshot, which is dropped, counted and logged once; raises
         ``ProtectionLost`` where snapshots have stopped for good and ``max_unprotected_iterations`` have passed,
         ``ConfigError`` after ``close``.
@@ -65,10 +65,10 @@ class Session:
         4. ``pipeline.finish``: the last snapshot is packed or dropped.
         5. ``upkeep.check``: deleted files are put back while no thread packs.
         6. ``mode.packed``, then for modes that wait ``pipeline.catch_up``.
-        7. ``agreement.finish``, ``mode.settle``: what all ranks agreed on a snapshot ago is learned.
-        8. ``mode.exchange``: whatever else ranks tell each other.
+        7. ``agreement.finish``, ``mode.settle``: the result of the last agreement is read.
+        8. ``mode.exchange``: other messages between ranks.
         9. ``mode.note_step``: the optimizer's step enters the log, and with it the host state.
-        10. ``packer.freeze``: what changes before the next optimizer step is copied.
+        10. ``packer.freeze``: state that changes before the next optimizer step is copied.
         11. ``mode.counts``, ``mode.recoverable``, ``mode.vote``, ``agreement.start``.
         12. ``summary.state_hash``, where one is due.
         13. ``mode.contents``: the snapshot's units are chosen.
@@ -110,7 +110,7 @@ class Session:
         run.summary.drops(iteration, run.pipeline, run.agreement.stable)
 
     def _agree(self, iteration: int) -> tuple[Skip | None, Settled | None]:
-        """Why this step cannot be captured, None if it can, and what arenas may release."""
+        """Why this step cannot be captured, None if it can, and the captures that arenas may release."""
         run = self.running
         agreed = run.agreement.finish()
         settled = run.mode.settle(agreed) if agreed is not None else None
@@ -130,7 +130,7 @@ class Session:
         return Skip(reason="missed", details=missed) if missed is not None else None, release
 
     def _freeze(self) -> str | None:
-        """Copy what cannot wait; why that is not possible, if so."""
+        """Copy the state that cannot wait; returns why that is not possible, None if it is."""
         run = self.running
         try:
             run.packer.freeze(encode({"adapter": run.adapter.host_state(), "session": run.mode.host_state()}))
@@ -154,7 +154,7 @@ class Session:
         }
 
     def experts(self) -> tuple[ExpertState, ...]:
-        """What each expert of this rank's layers has at risk and has lost; empty except in mode ``popularity``."""
+        """Tokens at risk and lost, of each expert of this rank's layers; empty except in mode ``popularity``."""
         return self.running.mode.experts()
 
     def drain(self) -> None:
@@ -165,7 +165,7 @@ class Session:
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.
 
-        Collective, except while an exception is being handled: then nobody is waited for, see ``abandon``.
+        Collective, except while an exception is being handled: see ``abandon``, which waits for no rank.
         """
         if not self._is_open:
             return
@@ -184,8 +184,8 @@ class Session:
     def abandon(self, wait_s: float = 0.0) -> bool:
         """Stop without waiting for other ranks, in a process that is about to end.
 
-        ``wait_s`` is for the snapshots under way; the result is whether they were done by then. What the threads may
-        still use stays as it is until the process has ended.
+        ``wait_s`` is for the snapshots under way; the result is whether they were done by then. Memory that the threads
+        may still use stays until the process has ended.
         """
         if not self._is_open:
             return True

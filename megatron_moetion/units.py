@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The vocabulary: what training state is made of. No behaviour beyond validation.
+"""The vocabulary: the parts of training state. No behaviour beyond validation.
 
 A *unit* is the smallest piece of state captured together. A *region* is one contiguous span of one
 tensor on this rank that belongs to one unit. A unit's *capture* is the bytes of its regions in order,
@@ -91,9 +91,9 @@ class Unit:
     """Size of a unit without regions: the host state, whose bytes are produced at capture time."""
 
     def __post_init__(self) -> None:
-        strangers = [r.tensor for r in self.regions if r.unit != self.name]
-        if strangers:
-            raise ValueError(f"unit {self.name} was given regions of another unit: {strangers[:3]}")
+        foreign = [r.tensor for r in self.regions if r.unit != self.name]
+        if foreign:
+            raise ValueError(f"unit {self.name} was given regions of another unit: {foreign[:3]}")
         if (self.kind is UnitKind.EXPERT) != (self.expert is not None):
             raise ValueError(f"unit {self.name}: kind {self.kind.name} with expert={self.expert}")
         if bool(self.regions) == bool(self.reserved_bytes):
@@ -143,7 +143,7 @@ class Inventory:
         return tuple(i for i, u in enumerate(self.units) if u.kind is kind)
 
     def with_host_bytes(self, nbytes: int) -> Inventory:
-        """The same units, with room for so many bytes more in the host state."""
+        """The same units, with room for ``nbytes`` more bytes in the host state."""
         return Inventory(
             units=tuple(
                 replace(u, reserved_bytes=u.reserved_bytes + nbytes) if u.kind is UnitKind.HOST else u

@@ -33,7 +33,7 @@ from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import UnitKind
 
 _STORE_SHARE = 0.9
-"""Of the store's free memory, what arenas may take before a shorter period is chosen. The rest is for others."""
+"""Share of the store's free memory that arenas may take before a shorter period is chosen."""
 _PERIODS = range(DEFAULT_PERIOD, MIN_PERIOD - 1, -1)
 """From the usual one down."""
 _EVERY_SIZE = (1 << 63) - 1
@@ -42,12 +42,12 @@ _EVERY_SIZE = (1 << 63) - 1
 
 @dataclass(frozen=True)
 class ExactBlueprint:
-    """Slices and gradients. The period is what was asked for, what bytes or memory allow, or what arenas have."""
+    """Slices and gradients. The period is set, or that of existing arenas, or follows from bytes or memory."""
 
     replayer: StepReplayer
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """What this rank has to say about the period, where it has to be chosen."""
+        """This rank's facts about the period, where it has to be chosen."""
         config = site.config
         if config.period:
             return {}
@@ -173,7 +173,7 @@ class ExactMode(SnapshotMode):
         return Vote(mask=_EVERY_SIZE, remark=Remark(kind="budget", text=text))
 
     def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
-        """A group of slices in turn, all gradients, and what every snapshot has."""
+        """A group of slices in turn, all gradients, and the units of every snapshot."""
         turn = self._rotation.turn(iteration)
         zero = frozenset(turn.logs) if self._step.skipped else staged.zero_logs(turn.logs)
         self._rotation.begin(iteration, turn, zero)

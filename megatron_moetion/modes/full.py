@@ -52,7 +52,7 @@ class FullMode(SnapshotMode):
         return Newest()
 
     def settle(self, agreed: Agreed) -> Settled:
-        """See ``SnapshotMode``; the size of snapshots moves to what all ranks afford."""
+        """See ``SnapshotMode``; the size of snapshots moves to the one that all ranks afford."""
         self._sizes.agree(agreed.votes)
         return super().settle(agreed)
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What differs between modes: what a snapshot holds, what of it must stay, and how state comes back.
+"""Everything that differs between modes: the contents of snapshots, the captures to keep, and the way back.
 
 A ``Blueprint`` is a mode before ranks have settled sizes; it builds the ``SnapshotMode`` of a run.
 """
@@ -33,7 +33,7 @@ from megatron_moetion.units import Inventory
 
 @dataclass(frozen=True, kw_only=True)
 class Remark:
-    """Something that a person is told once for each ``kind``."""
+    """A log line, said once for each ``kind``."""
 
     kind: str
     text: str
@@ -51,7 +51,7 @@ class Vote:
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a recovery costs this rank, in tokens."""
+    """The cost of a recovery for this rank, in tokens."""
 
     by_expert: Mapping[str, int] = field(default_factory=dict)
     """Experts that lost tokens, by unit name."""
@@ -73,7 +73,7 @@ class Staged(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Site:
-    """Where a rank stands before sizes are settled."""
+    """A rank before sizes are settled."""
 
     config: MoetionConfig
     identity: ArenaIdentity
@@ -92,14 +92,14 @@ class Blueprint(Protocol):
     """A mode before ranks have settled the sizes of snapshots and arenas."""
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """What this rank affords, as far as it matters for the settings; JSON-able. Talks to no other rank.
+        """The sizes that this rank affords, if the settings depend on them; JSON-able. Talks to no other rank.
 
         ``ConfigError`` where the settings cannot be kept.
         """
         ...
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> SnapshotMode:
-        """The mode, from what all ranks said, by rank. Ranks may have different settings: they are refused later.
+        """The mode, from the facts of all ranks, by rank. Ranks may have different settings: they are refused later.
 
         ``ConfigError`` where the settings cannot be kept on some rank.
         """
@@ -115,7 +115,7 @@ class SnapshotMode(Protocol):
 
     name: str
     inventory: Inventory
-    """What captures are made of."""
+    """The units that captures are made of."""
     spec: ArenaSpec
     """Of this rank's arena."""
     note: str | None = None
@@ -136,11 +136,11 @@ class SnapshotMode(Protocol):
         return
 
     def settle(self, agreed: Agreed) -> Settled:
-        """Learn what all ranks agreed on; returns what arenas may release now."""
+        """Learn the result of the last agreement; returns the captures that arenas may release now."""
         return Settled(stable=agreed.stable, whole=agreed.recoverable)
 
     def exchange(self, iteration: int) -> None:
-        """Whatever else ranks tell each other now and then. Collective; ``ChannelError`` on a lost peer."""
+        """Other messages between ranks, now and then. Collective; ``ChannelError`` on a lost peer."""
         return
 
     def note_step(self, iteration: int, before: int) -> str | None:
@@ -160,11 +160,11 @@ class SnapshotMode(Protocol):
         ...
 
     def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
-        """What the snapshot of this iteration holds; ``Skip`` where there must be none."""
+        """The contents of this iteration's snapshot; ``Skip`` where there must be none."""
         ...
 
     def host_state(self) -> dict[str, Any]:
-        """What of the mode has to survive a fault; travels with the adapter's host state."""
+        """The part of the mode that has to survive a fault; travels with the adapter's host state."""
         return {}
 
     # -- start and recovery ---------------------------------------------------------------------------
@@ -210,7 +210,7 @@ class SnapshotMode(Protocol):
         return {}
 
     def experts(self) -> tuple[ExpertState, ...]:
-        """What each expert of this rank's layers has at risk and has lost, where experts are chosen."""
+        """Tokens at risk and lost, of each expert of this rank's layers; empty where experts are not chosen."""
         return ()
 
     def layers(self, staged: Staged) -> dict[str, tuple[int, int]]:
@@ -218,5 +218,5 @@ class SnapshotMode(Protocol):
         return {}
 
     def describe(self) -> str:
-        """What a snapshot holds, for the line at the start; begins with a comma, or is empty."""
+        """The contents of a snapshot, for the line at the start; begins with a comma, or is empty."""
         return ""

@@ -28,7 +28,7 @@ from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import Inventory, UnitKind
 
 _CAPTURES_REMEMBERED = WINDOW + 1
-"""Captures of one expert that the host state tells of: those that are not agreed on yet, and the one before."""
+"""Captures of one expert in the host state: those that are not agreed on yet, and the one before."""
 
 
 class PopularityBlueprint:
@@ -144,7 +144,7 @@ class PopularityMode(SnapshotMode):
         return Newest()
 
     def settle(self, agreed: Agreed) -> Settled:
-        """See ``SnapshotMode``; the book learns what other ranks have counted and what has become whole."""
+        """See ``SnapshotMode``; the book learns the counts of other ranks, and which snapshots are whole."""
         self._book.ledger.update(agreed.totals)
         self._sizes.agree(agreed.votes)
         for iteration, is_whole in sorted(agreed.recoverable.items()):

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""After a recovery that lost tokens: has capacity raised, and says what becomes of the layers' tokens."""
+"""After a recovery that lost tokens: raises expert capacity, and logs the layers' tokens."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _LINE = 4000
 class Recalibration:
     """Raises expert capacity after a recovery where ``is_on``, and logs the layers' tokens before and afterwards.
 
-    Every call is collective, over the fabric alone. Where one raises ``ChannelError``, the fabric is of no more use.
+    Every call is collective, over the fabric alone. After a ``ChannelError`` the fabric must not be used again.
     """
 
     def __init__(self, tokens: TokenSource, fabric: Fabric, journal: Journal, iterations: int, *, is_on: bool) -> None:
@@ -27,7 +27,7 @@ class Recalibration:
         self._is_on = is_on
         self._began = 0
         self._due: list[tuple[int, str]] = []
-        """From which iteration on the layers are looked at once more, and what these looks are; soonest first."""
+        """The iterations from which on the layers are logged once more, and the names of these logs; soonest first."""
 
     def begin(self, iteration: int, lost: Mapping[str, int]) -> None:
         """At a recovery to ``iteration``; ``lost``: each expert's tokens, over all ranks."""
@@ -39,12 +39,12 @@ class Recalibration:
         self._due = [(iteration + soon, "after"), (iteration + self._iterations + soon, "repaid")]
 
     def on_step_end(self, iteration: int) -> None:
-        """Look, if it is time to; not every iteration need be told."""
+        """Log the layers if that is due. May be left out in any iteration."""
         if self._due and iteration >= self._due[0][0]:
             self._look(iteration, self._due.pop(0)[1])
 
     def _look(self, iteration: int, when: str) -> None:
-        """Say what each layer's routers route, process and drop an iteration."""
+        """Log the tokens that each layer's routers route, process and drop in an iteration."""
         layers = over_ranks(self._fabric.gather(self._tokens.layer_tokens()))
         if not layers or self._fabric.rank:
             return
@@ -59,7 +59,7 @@ class Recalibration:
 
 
 def over_ranks(found: Iterable[Mapping[str, Mapping[str, float]]]) -> dict[str, dict[str, float]]:
-    """Each rank's ``layer_tokens``, added up over the ranks that run a layer, and what of it was dropped."""
+    """Each rank's ``layer_tokens``, added up over the ranks that run a layer, and the dropped ones among them."""
     layers: dict[str, dict[str, float]] = {}
     for name, tokens in (layer for of_rank in found for layer in of_rank.items()):
         seen = layers.setdefault(name, {"routed": 0.0, "processed": 0.0, "dropped": 0.0, "debt": tokens["debt"]})

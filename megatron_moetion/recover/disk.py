@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The newest checkpoint on disk, beside what memory holds: the newer one is loaded. All functions are collective."""
+"""The newer of memory and the newest checkpoint on disk is loaded. All functions are collective."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def load_from_disk(
 ) -> int | None:
     """Load from disk where it is newer than memory or memory has nothing; the iteration, None if nothing was loaded.
 
-    ``newest`` is what ``newest_on_disk`` returned. What is loaded may still turn out to be older than memory.
+    ``newest`` is the result of ``newest_on_disk``. The loaded checkpoint may still turn out to be older than memory.
     ``StoreError`` where ranks loaded different checkpoints.
     """
     in_memory = plan.iteration if isinstance(plan, RecoveryPlan) else None

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""From processes that know nothing to open arenas: survey every node, then recover or begin anew.
+"""From a new process to open arenas: survey every node, then recover or begin anew.
 
 All methods are collective. The plan itself is made in ``plan.py``; here it is carried out.
 """
@@ -38,7 +38,7 @@ _OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """What all ranks found together; equal on all of them."""
+    """The result of a survey by all ranks; equal on all of them."""
 
     specs: tuple[ArenaSpec, ...]
     placement: Placement
@@ -88,7 +88,7 @@ class Startup:
         self._nonce = nonce
 
     def survey(self, attempt: int) -> Findings:
-        """Survey every node and plan. Raises what ``on_all_ranks`` does.
+        """Survey every node and plan. Raises the errors of ``on_all_ranks``.
 
         ``ConfigError`` or ``IdentityMismatch`` where ranks or arenas do not fit together, ``StoreError`` where the
         store cannot be read, ``ChannelError`` on a lost peer.
@@ -135,7 +135,7 @@ class Startup:
         )
 
     def fetch(self, findings: Findings, plan: RecoveryPlan) -> Fetched:
-        """Open the arenas and move into them what the plan names. Raises what ``on_all_ranks`` does.
+        """Open the arenas and move the plan's captures into them. Raises the errors of ``on_all_ranks``.
 
         Nothing that T needs is dropped before it is complete everywhere again: a failure at any moment leaves T
         recoverable. ``ChannelError`` where a capture arrives damaged.
@@ -187,13 +187,13 @@ class Startup:
         return arenas
 
     def _clear_node(self, placement: Placement) -> None:
-        """One rank a node removes what is left of earlier arenas."""
+        """One rank a node removes earlier arenas."""
         if self._fabric.rank == min(placement.ranks_on(placement.node_of[self._fabric.rank])):
             for name in self._node.arenas():
                 self._node.clear_arena(name)
 
     def _open(self, findings: Findings, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
-        """Open what the survey found sound and make what is missing; leftovers are only read from."""
+        """Open the arenas that the survey found sound and make missing ones; leftovers are only read from."""
         rank, placement = self._fabric.rank, findings.placement
         node = placement.node_of[rank]
         sound = {r.owner for r in findings.reports if r.node == node and not r.problem}
@@ -213,7 +213,7 @@ class Startup:
         return arenas, leftovers
 
     def _remove_damaged(self, reports: Sequence[ArenaReport], placement: Placement, node: int) -> None:
-        """Arenas that do not verify at all serve nobody; those under names in use here are made anew by their ranks."""
+        """Remove arenas that do not verify at all, except names in use here: their ranks make those anew."""
         ours = {arena_name(o) for r in placement.ranks_on(node) for o in (r, *placement.owners_held_by(r))}
         for report in reports:
             name = report.path.rpartition("/")[2]

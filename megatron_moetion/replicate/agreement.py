@@ -7,7 +7,7 @@ iterations: however far apart those are, the last ``WINDOW`` snapshots can be ag
 set if it is whole. Bit ``WINDOW + k`` is set once the fate of that snapshot is known, so that all ranks learn of a
 snapshot that one of them dropped, and free it, also while no newer one becomes stable.
 
-``recent`` below are the iterations of the last snapshots, the newest first; what is beyond ``WINDOW`` is ignored.
+``recent`` below are the iterations of the last snapshots, the newest first; those beyond ``WINDOW`` are ignored.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ WINDOW = 31
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """What all ranks agreed on, one snapshot ago. Equal on all ranks, except for ``totals``."""
+    """The result of an agreement, one snapshot old. Equal on all ranks, except for ``totals``."""
 
     stable: int
     recoverable: Mapping[int, bool]
@@ -39,7 +39,7 @@ class Agreed:
 
 
 class Agreement:
-    """What one rank knows of the stable iteration, and what it says to the others. Used by the training thread."""
+    """One rank's knowledge of the stable iteration, and its words to the others. Used by the training thread."""
 
     def __init__(self, fabric: Fabric, iteration: int) -> None:
         self._fabric = fabric
@@ -56,7 +56,7 @@ class Agreement:
         return self._recent[0]
 
     def finish(self) -> Agreed | None:
-        """What the last ``start`` came to; None before the first one. ``ChannelError`` on a lost peer."""
+        """The result of the last ``start``; None before the first one. ``ChannelError`` on a lost peer."""
         totals = self._fabric.finish_sum()
         found = self._fabric.finish_agreement()
         if totals is None or found is None:

@@ -29,7 +29,7 @@ class Gate(Protocol):
         ...
 
     def in_flight_bytes(self) -> int:
-        """How much may be under way at once, beside the channel's own limit."""
+        """Most bytes under way at once; the channel has a limit of its own too."""
         ...
 
     def admit(self, nbytes: int) -> None:

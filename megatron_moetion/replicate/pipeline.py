@@ -29,7 +29,7 @@ from megatron_moetion.units import Inventory
 
 @dataclass
 class SnapshotCounts:
-    """What became of this rank's snapshots."""
+    """The fates of this rank's snapshots."""
 
     begun: int = 0
     bytes_committed: int = 0
@@ -99,7 +99,7 @@ class Pipeline:
     def submit(self, iteration: int, contents: Contents | Skip, release: Settled | None = None) -> None:
         """Begin to capture units as they are now; live state is read before ``finish_packing`` returns.
 
-        ``release``: what arenas may drop, which is done first, in the packing thread. None: nothing.
+        ``release``: the captures that arenas may drop; done first, in the packing thread. None: nothing.
         """
         self.finish()
         self.counts.begun += 1
@@ -115,7 +115,7 @@ class Pipeline:
         """Return once live state may be written; captures that take longer than ``max_stall_s`` are cancelled.
 
         Copies already enqueued on a device finish first: the training stream waits for them there, and the host does
-        not. Cancelled captures are not waited for, since nobody looks at what they read.
+        not. Cancelled captures are not waited for, since their bytes are not used.
         """
         if self._pack is None:
             return
@@ -138,11 +138,11 @@ class Pipeline:
         return self.broken or self.details.get("device")
 
     def wait_until_released(self) -> None:
-        """Return once arenas have released what the last ``submit`` named, which is done first."""
+        """Return once arenas have released the captures that the last ``submit`` named, which is done first."""
         self._is_released.wait()
 
     def catch_up(self, max_stall_s: float) -> None:
-        """Wait until all snapshots are replicated, but not longer than this.
+        """Wait until all snapshots are replicated, at most this long.
 
         For mode ``exact``, where a dropped snapshot breaks every chain. Call it after ``finish``. The time is added to
         ``counts``.
@@ -176,7 +176,7 @@ class Pipeline:
             return {i: moment_s for i, moment_s in self._rounds.items() if moment_s is not None}
 
     def close(self) -> None:
-        """Stop both threads after what they are doing."""
+        """Stop both threads after the calls under way."""
         self._packer.cancel()
         self._packing.close()
         self._sending.close()
@@ -209,14 +209,14 @@ class Pipeline:
             self._release_live()
         for send in self._sends:
             if send.done():
-                send.result()  # a fault is handled where it happens; what is raised here is a bug, and must show
+                send.result()  # faults are handled where they happen; an error here is a bug, and must show
         self._sends = [s for s in self._sends if not s.done()]
         if len(self._sends) >= WINDOW and not self.broken:
             self.broken = f"{len(self._sends)} snapshots wait to be replicated"
         self._sends.append(self._sending.submit(self._replicate, iteration, records))
 
     def _release_live(self) -> None:
-        with self._lock:  # a cancellation is meant for what reads live state, and for nothing after it
+        with self._lock:  # a cancellation is for the reading of live state, and for nothing after it
             self._live_is_read.set()
             self._packer.allow()
 

@@ -1,7 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How far the stable iteration is behind: it is said again as the distance grows, and a run that will never be
-protected again ends.
-"""
+"""Watches the distance to the stable iteration: logs it as it grows, and ends a run that is unprotected for good."""
 
 from __future__ import annotations
 
@@ -15,7 +13,7 @@ USUAL_LIMIT = 20
 _FIRST = 4
 """Iterations behind at which it is said for the second time; then each time the distance has doubled."""
 _QUIET_LAG = 64
-"""Snapshots that the stable iteration may be behind before rank 0 says so, whatever the reason."""
+"""Snapshots that the stable iteration may be behind before rank 0 says so, for any reason."""
 
 
 def restarts_left(environment: Mapping[str, str]) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run needs of its machine."""
+"""The machine of a run, as arguments."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, ra
 
 @dataclass(frozen=True, kw_only=True)
 class Host:
-    """What a run needs of its machine: one real implementation of each, so that others can stand in for them."""
+    """The machine of a run: one real implementation of each part, which tests and simulations replace by others."""
 
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
     clock: Clock = field(default_factory=SystemClock)

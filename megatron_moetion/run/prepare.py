@@ -25,7 +25,7 @@ from megatron_moetion.store.node import NodeFolder, restart_count, run_id_of, wr
 from megatron_moetion.store.spec import ArenaIdentity
 
 _LOCK_SHARE = 0.8
-"""Of the time that ranks wait for each other, what a rank waits for the lock on its folder."""
+"""Share of the ranks' timeout for each other that a rank waits for the lock on its folder."""
 
 
 def prepare(

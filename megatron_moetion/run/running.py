@@ -88,7 +88,7 @@ class Prepared:
     def abandon(self) -> None:
         """Stop without waiting for other ranks, in a process that is about to end.
 
-        What the threads may still use stays as it is until the process has ended.
+        Memory that the threads may still use stays until the process has ended.
         """
         self.undo.pop_all()
         self.leaving.close()
@@ -100,7 +100,7 @@ class Prepared:
         return sum(u.nbytes for u in self.mode.inventory.units if u.kind is not UnitKind.LOG)
 
     def freeze(self) -> None:
-        """Copy what changes before the next optimizer step. Raises ``UnsupportedState`` or ``DeviceFault``."""
+        """Copy the state that changes before the next optimizer step. Raises ``UnsupportedState``, ``DeviceFault``."""
         self.packer.freeze(encode({"adapter": self.adapter.host_state(), "session": self.mode.host_state()}))
 
     def begin(self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int) -> Running:

@@ -24,7 +24,7 @@ from megatron_moetion.units import UnitKind
 
 @dataclass(frozen=True, kw_only=True)
 class Resumed:
-    """What a recovery did. ``lost_tokens`` and ``plt`` count over all ranks; both are 0 except in mode
+    """The result of a recovery. ``lost_tokens`` and ``plt`` count over all ranks; both are 0 except in mode
     ``popularity``."""
 
     iteration: int
@@ -39,7 +39,7 @@ class Resumed:
 
 
 class Starter:
-    """One rank's way into a run. ``start`` it once."""
+    """Starts one rank of a run. Call ``start`` once."""
 
     def __init__(self, prepared: Prepared) -> None:
         self._run = prepared
@@ -47,10 +47,10 @@ class Starter:
     def start(self, disk: Disk | None = None) -> tuple[Running, Resumed | None]:
         """Recover the newest state from memory or disk, or begin; then a baseline is stable. Collective.
 
-        Returns what was recovered from memory too, None otherwise. Raises ``NothingRecoverable`` rather than start from
-        zero by accident; other ``MoetionError`` for what does not fit together (``ConfigError``, ``IdentityMismatch``),
-        cannot be read or held (``StoreError``, ``CorruptArena``, ``UnsupportedState``, ``DeviceFault``) or is lost on
-        the way (``ChannelError``): the same on all ranks where its ``shared`` says so.
+        The second result is None except after a recovery from memory. Raises ``NothingRecoverable`` rather than start
+        from zero by accident; ``ConfigError`` and ``IdentityMismatch`` where settings or arenas do not match;
+        ``StoreError``, ``CorruptArena``, ``UnsupportedState`` and ``DeviceFault`` where state cannot be read or held;
+        ``ChannelError`` on a lost peer. An error is the same on all ranks where its ``shared`` says so.
         """
         disk = disk if disk is not None else Disk()
         phases = Phases(self._run.host.clock)
@@ -70,7 +70,7 @@ class Starter:
         findings = startup.survey(self._run.attempt)
         plan = findings.outcome
         if self._run.fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
-            self._run.witness.note_baseline()  # before a fault of this attempt can take what there is
+            self._run.witness.note_baseline()  # before a fault of this attempt can destroy it
         newest = newest_on_disk(self._run.fabric, disk, plan)
         loaded = load_from_disk(self._run.fabric, disk, plan, newest, self._run.journal)
         resumed = None

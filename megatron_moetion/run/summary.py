@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a run says of its snapshots: dropped ones as they come, hashes now and then, totals at the end."""
+"""Reports on a run's snapshots: drops as they come, state hashes where they are due, totals at the end."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class Summary:
         self._hash_interval = hash_interval
 
     def state_hash(self, iteration: int, adapter: StateAdapter) -> None:
-        """Now and then: a hash over the state of all ranks, by which runs can be compared. Collective then."""
+        """Where one is due: log a hash over the state of all ranks, to compare runs by. Collective then."""
         if not self._hash_interval or iteration % self._hash_interval:
             return
         ranks = self._fabric.gather(adapter.state_hash())
@@ -33,7 +33,7 @@ class Summary:
         self._journal.event("state_hash", iteration=iteration, hash=whole)
 
     def drops(self, iteration: int, pipeline: Pipeline, stable: int) -> None:
-        """The first dropped snapshot of each kind; counts tell the rest."""
+        """Log the first dropped snapshot of each kind; counts have the others."""
         for reason, count in pipeline.counts.dropped.copy().items():  # other threads add to it
             if count:
                 why = ": ".join(filter(None, (reason, pipeline.details.get(reason))))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Puts back the files of a store that somebody deleted while training runs."""
+"""Makes files of a store again that were deleted while training runs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TRY_AGAIN = 16
 
 
 class Upkeep:
-    """Watches one rank's files. The memory of a deleted file is still mapped, but a restart would not find it."""
+    """Watches one rank's files. The memory of a deleted file is still mapped; a restart would not find it."""
 
     def __init__(
         self,
@@ -41,7 +41,7 @@ class Upkeep:
         self._tried_in = 0
 
     def check(self, iteration: int) -> None:
-        """Once a snapshot, when the last one is packed. Failing is said, and tried again later."""
+        """Once a snapshot, when the last one is packed. A failure is logged, and tried again later."""
         gone = [a for a in self._arenas.all() if not a.has_file]
         if not gone and self._lock.has_file:
             return
@@ -49,7 +49,7 @@ class Upkeep:
             self._tried_in -= 1
             return
         what = f"{len(gone)} of this rank's {len(self._arenas.all())} arenas" if gone else "the lock"
-        said = f"{what} in {self._node.path} were deleted by somebody while training runs"
+        said = f"{what} in {self._node.path} were deleted while training runs"
         self._pipeline.drain()  # bounded; then no thread uses the arenas
         self._packer.close()
         try:

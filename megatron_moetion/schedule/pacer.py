@@ -142,7 +142,7 @@ class Pacer(Meter):
                 self._is_urgent = False
 
     def report(self) -> tuple[int, float]:
-        """Bytes of this plan that went outside a window or beside training's traffic, and seconds on hold."""
+        """Bytes of this plan that went outside a window or overlapped training's traffic, and seconds on hold."""
         with self._changed:
             return self._late_bytes, self._held_s - self._held_before_s
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A rank's book of experts: which to capture next, what a fault would cost, what faults have cost. Pure.
+"""A rank's book of experts: those to capture next, the cost of a fault now, the cost of past faults. Pure.
 
 Experts are numbered by position, in the order of the adapter's token counters, which is the same on all ranks
 that share them. ``counts`` are tokens that this rank has processed, exactly; ``totals`` are sums over the ranks
@@ -21,7 +21,7 @@ from megatron_moetion.select.popularity import Ledger, tokens_lost_share
 
 @dataclass(frozen=True, kw_only=True)
 class Losses:
-    """What a recovery to ``iteration`` costs: for each expert the iteration it comes from, and this rank's tokens."""
+    """The cost of a recovery to ``iteration``: for each expert the iteration it comes from, and this rank's tokens."""
 
     iteration: int
     captured: tuple[int, ...]
@@ -87,13 +87,13 @@ class ExpertBook:
         """Experts in the last snapshot."""
 
     def choose(self, iteration: int, counts: Sequence[int], num_experts: int) -> tuple[int, ...]:
-        """The experts that the snapshot of ``iteration`` takes: so many, or more where the budget calls for it."""
+        """The experts of the snapshot of ``iteration``: ``num_experts``, or more if the lost-token budget needs it."""
         ledger, rules = self.ledger, self._rules
         unsaved, staleness = ledger.unsaved, ledger.staleness
         seen = Popularity(unsaved=unsaved, staleness=staleness, average=ledger.average, turn=self._turn)
         chosen = choose(POLICIES[rules.policy](seen), staleness, num_experts, rules.reserved, rules.staleness_cap)
         if rules.lost_token_budget:
-            # Counts are one snapshot old, at most an interval short of what is lost: K errs on the large side.
+            # Counts are one snapshot old, at most an interval behind the losses: K errs on the large side.
             at_risk = [a + b for a, b in zip(unsaved, ledger.recent, strict=True)]
             processed = sum(ledger.totals)  # nothing is known of the first snapshot's tokens yet: take all
             allowance = int(rules.lost_token_budget * processed) - sum(self._lost_everywhere) if processed else -1
@@ -110,7 +110,7 @@ class ExpertBook:
 
     @property
     def projected_share(self) -> float:
-        """What PLT would be after a fault now, of these experts: lost to all faults, by tokens processed."""
+        """The PLT of these experts after a fault now: lost to all faults, by tokens processed."""
         processed = sum(self.ledger.totals)
         return (sum(self._lost_everywhere) + self._open_tokens) / processed if processed else 0.0
 
@@ -145,7 +145,7 @@ class ExpertBook:
         )
 
     def state(self) -> dict[str, Any]:
-        """What has to survive a fault; travels with the host state."""
+        """The part of the book that has to survive a fault; travels with the host state."""
         return {
             "lost": _packed(self._lost),
             "recent": _packed(self.ledger.recent),
@@ -153,9 +153,9 @@ class ExpertBook:
         }
 
     def losses(self, state: Mapping[str, Any], at: Mapping[str, int], iteration: int, now: Sequence[int]) -> Losses:
-        """The cost of a recovery to ``iteration``, where ``at`` tells from which iteration each expert comes.
+        """The cost of a recovery to ``iteration``; ``at``: the iteration that each expert comes from.
 
-        ``state`` is what ``state()`` returned at ``iteration``, ``now`` the counts of then.
+        ``state`` is the result of ``state()`` at ``iteration``, ``now`` the counts of then.
         """
         captured = tuple(at.get(name, iteration) for name in self.names)
         then = [now[position] if since == iteration else 0 for position, since in enumerate(captured)]
@@ -183,7 +183,7 @@ class ExpertBook:
         self._lost_last = list(lost)
         self._lost_everywhere = [a + b for a, b in zip(lost, lost_before, strict=True)]
         ages = [-((i - losses.iteration) // self._rules.interval) for i in losses.captured]
-        # At the beginning of a run little was known at T of what an interval brings.
+        # At the beginning of a run little was known at T of the tokens of an interval.
         intervals = max(1, losses.iteration // self._rules.interval)
         recent = [
             max(r, -(-total // intervals)) for r, total in zip(_unpacked(state["recent"]).tolist(), totals, strict=True)
@@ -195,8 +195,8 @@ class ExpertBook:
     ) -> dict[str, tuple[int, int]]:
         """Per MoE layer: tokens lost to all faults so far, and tokens routed, both on this rank.
 
-        Where a layer is not in ``routed``, because nothing counts what its router drops, processed tokens stand in.
-        Not ``counted``: another rank tells of the same experts' tokens (but not of those that were routed here).
+        For a layer that is not in ``routed``, because its router does not count drops, processed tokens stand in.
+        Not ``counted``: another rank reports the same experts' tokens, though not those that were routed here.
         """
         found: dict[str, tuple[int, int]] = {}
         for layer, lost, processed in zip(self._layers, self._lost, counts, strict=True):
@@ -206,7 +206,7 @@ class ExpertBook:
 
 
 def lost_until(state: Mapping[str, Any]) -> list[int]:
-    """Tokens that faults had cost each expert on this rank, of what ``ExpertBook.state`` returned."""
+    """Tokens that faults had cost each expert on this rank; ``state`` is the result of ``ExpertBook.state``."""
     return [int(tokens) for tokens in _unpacked(state["lost"])]
 
 

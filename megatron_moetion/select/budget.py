@@ -14,7 +14,7 @@ from megatron_moetion.snapshot.gradlog import GradientLog
 from megatron_moetion.units import Unit, UnitKind
 
 _IN_EVERY_SNAPSHOT = 3
-"""Captures that there is room for, of a unit that each snapshot holds."""
+"""Captures that an arena has room for, of a unit that each snapshot holds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,17 +23,17 @@ class Limits:
 
     fewest: int
     usual: int
-    """The most that idle windows may call for."""
+    """The most that idle windows may allow."""
     most: int
-    """The most that the budget of lost tokens may call for; the arena has room for so many."""
+    """The most that the budget of lost tokens may need; the arena has room for this many."""
 
 
 def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = math.inf) -> Limits:
     """The K of a rank whose layers hold ``total`` experts.
 
     A number fixes K, and so does ``affordable``, the experts that fit ``--moetion-snapshot-bytes`` on every rank. Where
-    the user gave neither, K moves between what the staleness cap needs and twice that, of which half follows
-    popularity. ``ConfigError`` where the cap cannot be kept.
+    the user gave neither, K moves between the staleness cap's need and twice that, of which half follows popularity.
+    ``ConfigError`` where the cap cannot be kept.
     """
     needed = -(-total // config.staleness_cap)
     given = f"--moetion-experts-per-snapshot {config.experts_per_snapshot}"
@@ -55,7 +55,7 @@ def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = 
 
 
 def affordable_experts(units: Sequence[Unit], num_experts: int, snapshot_bytes: int) -> float:
-    """How many of a rank's ``num_experts`` fit into a snapshot beside what every snapshot has; may be negative.
+    """How many of a rank's ``num_experts`` fit into a snapshot with the units of every snapshot; may be negative.
 
     ``num_experts`` counts those of the rank's layers, also where their state is shared with other ranks.
     """
@@ -95,7 +95,7 @@ def exact_copies(log: GradientLog) -> dict[str, int]:
 
 
 def shortest_period(log: GradientLog, snapshot_bytes: float) -> int:
-    """The period whose snapshots of one rank have so many bytes, above ``MAX_PERIOD`` if none has."""
+    """The shortest period whose snapshots of one rank have at most these bytes; above ``MAX_PERIOD`` if none has."""
     room = snapshot_bytes - log.log_bytes - sum(log.inventory.units[u].nbytes for u in log.always)
     return max(MIN_PERIOD, math.ceil(log.state_bytes / room)) if room > 0 else MAX_PERIOD + 1
 

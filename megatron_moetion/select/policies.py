@@ -37,7 +37,7 @@ Policy = Callable[[Popularity], list[int]]
 
 
 def unsaved_tokens(seen: Popularity) -> list[int]:
-    """Most tokens since the last capture first: what makes a fault after this snapshot cost least.
+    """Most tokens since the last capture first, which makes a fault after this snapshot cost least.
 
     Ties go to the staler, then to the lower position.
     """
@@ -45,12 +45,12 @@ def unsaved_tokens(seen: Popularity) -> list[int]:
 
 
 def popularity_average(seen: Popularity) -> list[int]:
-    """Most tokens of late first, whether saved or not."""
+    """Most recent tokens first, whether saved or not."""
     return _sorted(-np.array(seen.average, dtype=np.float64), -_array(seen.staleness))
 
 
 def in_turn(seen: Popularity) -> list[int]:
-    """One after the other, across layers, whatever they process. Idea: MoC-System's sequential selection."""
+    """One after the other, across layers, independent of their tokens. Idea: MoC-System's sequential selection."""
     return _sorted(-_array(seen.staleness), _array(seen.turn))
 
 
@@ -89,7 +89,7 @@ def choose(order: Sequence[int], staleness: Sequence[int], num_experts: int, res
 
 
 def grow(chosen: Sequence[int], at_risk: Sequence[int], allowance: int, most: int) -> list[int]:
-    """``chosen``, and as many more as bring what all others have at risk within the allowance; at most ``most``.
+    """``chosen``, and enough others to bring the tokens at risk of the rest within the allowance; at most ``most``.
 
     ``at_risk`` counts tokens by position. Those with most tokens come first; ties go to the lower position. O(E log E).
     """

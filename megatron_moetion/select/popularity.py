@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The book of tokens: what each expert has processed, and up to where that is saved.
+"""The ledger of tokens: those that each expert has processed, and those of them that are saved.
 
 Fed with counts that all ranks sharing an expert agree on, it gives all of them the same answer.
 """
@@ -122,7 +122,7 @@ class Ledger:
     def captured(self, iteration: int, positions: Sequence[int], local: Sequence[int]) -> None:
         """A snapshot takes these experts; it counts until it is known to be dropped.
 
-        ``local`` is what this rank has processed so far, for all experts.
+        ``local``: tokens that this rank has processed so far, of all experts.
         """
         self._snapshots += 1
         taken = _array(positions)

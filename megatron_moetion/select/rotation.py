@@ -20,7 +20,7 @@ from megatron_moetion.store.retention import Settled
 STATE_SLOTS = 2
 """Captures of one slice that there is room for: the base of the stable iteration, and the next one."""
 MISSED_TURNS = 2
-"""So many iterations a turn may be late, as it is after a gap, before only a gap can end the chain."""
+"""Iterations that a turn may be late, as it is after a gap, before only a gap can end the chain."""
 SPARE_LOGS = MISSED_TURNS + 4
 """Gradients of one slice that there is room for beyond the period: those of turns that were missed, one until the
 capture is there, and three for the time after a gap, when the old chain is needed and the new one must last until it is
@@ -29,7 +29,7 @@ stable."""
 
 @dataclass(frozen=True, kw_only=True)
 class Turn:
-    """What one snapshot holds beside the units that every snapshot has, as unit numbers."""
+    """The contents of one snapshot without the units that every snapshot has, as unit numbers."""
 
     groups: tuple[int, ...]
     """Whose turn it is."""
@@ -100,7 +100,7 @@ class Rotation:
         self._open = (iteration, turn, zero)
 
     def packed(self, *, is_there: bool, captured: bool, late: bool) -> None:
-        """What became of the last snapshot on this rank; ``captured``: with its turn's captures, ``late``: why not."""
+        """The fate of the last snapshot on this rank; ``captured``: with its turn's captures, ``late``: why not."""
         if self._open is None:
             return
         (iteration, turn, zero), self._open = self._open, None
@@ -142,7 +142,7 @@ class Rotation:
         return found
 
     def settle(self, stable: int, reachable: Mapping[int, bool], whole: Mapping[int, bool]) -> None:
-        """What all ranks agreed on: which snapshots could be recovered, and which are whole at least."""
+        """The result of an agreement: whether snapshots can be recovered, and whether they are whole at least."""
         for iteration, is_whole in whole.items():
             if not is_whole:
                 self._broken = max(self._broken, iteration)
@@ -156,7 +156,7 @@ class Rotation:
 
     @property
     def settled(self) -> Settled:
-        """What ``settle`` has been given so far, as what is kept depends on it."""
+        """The results of ``settle`` so far, which retention depends on."""
         return Settled(stable=self._stable, broken=self._broken, unreachable=frozenset(self._unreachable))
 
     def _break_at(self, iteration: int) -> None:
@@ -181,5 +181,5 @@ def longest_chain(period: int) -> int:
 
 
 def remembered_steps(period: int) -> int:
-    """Optimizer steps that a host state tells of: as many as a recovery may replay, and those on their way."""
+    """Optimizer steps in a host state: as many as a recovery may replay, and those on their way."""
     return longest_chain(period) + SPARE_LOGS

@@ -19,7 +19,7 @@ from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, Records
 
 @dataclass(frozen=True, kw_only=True)
 class Contents:
-    """What a snapshot holds, as unit numbers. The units of ``staged`` were copied by ``Packer.freeze``."""
+    """The contents of a snapshot, as unit numbers. The units of ``staged`` were copied by ``Packer.freeze``."""
 
     units: tuple[int, ...] = ()
     """Captured from live state; without one of them there is no snapshot."""
@@ -35,7 +35,7 @@ class Contents:
 
 @dataclass(frozen=True, kw_only=True)
 class Captured:
-    """What became of a snapshot on this rank."""
+    """The fate of a snapshot on this rank."""
 
     records: Records = NO_RECORDS
     """Committed; none where the snapshot was dropped."""

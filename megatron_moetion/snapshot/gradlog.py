@@ -31,7 +31,7 @@ class GradientLog:
     log_of: Mapping[int, int]
     """The ``LOG`` unit of each slice."""
     always: tuple[int, ...]
-    """What every snapshot holds beside gradients: host state, and what units have beside parameters."""
+    """Units of every snapshot, gradients aside: host state, and buffers of units."""
 
     @property
     def state_bytes(self) -> int:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the kernels compute, in NumPy and without haste. Tests hold every kernel to it bit for bit.
+"""The kernels' results in NumPy, written to be read and not to be fast. Tests hold every kernel to it bit for bit.
 
 The digest of a chunk of n bytes, read as little-endian 64-bit words, the last one padded with zeros (all
 arithmetic modulo 2**64; ``lo`` and ``hi`` are the halves of a word)::

@@ -41,7 +41,7 @@ def log_units(units: Sequence[tuple[str, UnitKind]]) -> dict[int, int]:
 
 
 def always_of(kinds: Sequence[UnitKind], log_of: Mapping[int, int]) -> tuple[int, ...]:
-    """Units of every snapshot of mode ``exact`` beside gradients: neither part of a chain nor fixed for good."""
+    """Units of every snapshot of mode ``exact``, gradients aside: neither part of a chain nor fixed for good."""
     members = {*log_of, *log_of.values()}
     return tuple(u for u, kind in enumerate(kinds) if u not in members and kind is not UnitKind.FROZEN)
 

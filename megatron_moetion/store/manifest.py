@@ -49,7 +49,7 @@ class Record:
 
     ``digest`` is the digest of the capture's chunk digests. ``tokens`` counts what this rank's shard of the
     expert had processed up to the capture since the run began (0 for other units). A capture of nothing but zeros is
-    told by its record alone: ``slot`` is ``NO_SLOT``, ``nbytes`` and ``digest`` are 0.
+    represented by its record alone: ``slot`` is ``NO_SLOT``, ``nbytes`` and ``digest`` are 0.
     """
 
     unit: int

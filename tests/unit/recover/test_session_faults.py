@@ -360,7 +360,7 @@ def test_a_deleted_store_is_noticed_at_the_next_snapshot_and_made_again(
     else:
         path.unlink()
     job.train(1)
-    assert lines(caplog, "were deleted by somebody while training runs; they were made again")
+    assert lines(caplog, "were deleted while training runs; they were made again")
     images = job.train(2)
     caplog.clear()
     job.train(0)
