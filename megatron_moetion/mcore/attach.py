@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import atexit
 import logging
-import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
@@ -191,7 +190,7 @@ def attach(
     with ExitStack() as undo, ExitStack() as unless_attached:
         show_log(undo)
         host = Host()
-        trace = _trace(config) if config.trace_dir else None
+        trace = _trace(config, host.environment) if config.trace_dir else None
         scheduler = Scheduler(
             config.schedule,
             EventStopwatch(torch.cuda.Event) if next(model[0].parameters()).is_cuda else HostStopwatch(host.clock),
@@ -201,7 +200,11 @@ def attach(
             draw=trace.add if trace is not None else no_drawing,
         )
         fabric = GlooFabric.connect(
-            timeout_s=config.timeout_s, in_flight_bytes=config.in_flight_bytes, gate=scheduler.gate
+            timeout_s=config.timeout_s,
+            in_flight_bytes=config.in_flight_bytes,
+            gate=scheduler.gate,
+            clock=host.clock,
+            threads=host.threads,
         )
         unless_attached.callback(fabric.close)  # else it is the run's to close
 
@@ -219,7 +222,7 @@ def attach(
             fabric=fabric,
             topology=topology(),
             scheduler=scheduler,
-            witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank)),
+            witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment)),
             host=host,
         )
         unless_attached.callback(prepared.close)
@@ -263,10 +266,10 @@ def _state(
             raise AssertionError(f"mode {mode!r} has no blueprint")
 
 
-def _witness(config: MoetionConfig, rank: int) -> Witness:
+def _witness(config: MoetionConfig, rank: int, environment: Mapping[str, str]) -> Witness:
     """Rank 0's; nobody else is asked, so nobody else connects."""
-    run_id = run_id_of(config, os.environ)
-    return witness_of(os.environ, run_id) if rank == 0 else NO_WITNESS
+    run_id = run_id_of(config, environment)
+    return witness_of(environment, run_id) if rank == 0 else NO_WITNESS
 
 
 def check_attach_arguments(
@@ -320,7 +323,7 @@ def show_log(undo: ExitStack) -> None:
         undo.callback(_logger.removeHandler, handler)
 
 
-def _trace(config: MoetionConfig) -> Trace:
+def _trace(config: MoetionConfig, environment: Mapping[str, str]) -> Trace:
     """This rank's trace in ``config.trace_dir``."""
-    rank, attempt = torch.distributed.get_rank(), restart_count(os.environ)
+    rank, attempt = torch.distributed.get_rank(), restart_count(environment)
     return Trace(Path(config.trace_dir) / trace_name(rank, attempt), rank, attempt)

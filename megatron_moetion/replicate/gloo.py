@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import time
 from collections import defaultdict, deque
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -18,9 +17,10 @@ import torch
 from torch import distributed as dist
 
 from megatron_moetion.arrays import Bytes
+from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Channel, Gate, Message
-from megatron_moetion.replicate.worker import ThreadWorker
+from megatron_moetion.replicate.worker import Threads
 
 _NO_AGREEMENT = "ranks could not agree"
 
@@ -33,14 +33,14 @@ class GlooFabric:
     """
 
     @classmethod
-    def connect(cls, *, timeout_s: int, in_flight_bytes: int, gate: Gate) -> GlooFabric:
+    def connect(cls, *, timeout_s: int, in_flight_bytes: int, gate: Gate, clock: Clock, threads: Threads) -> GlooFabric:
         """Make groups of all ranks. Collective. ``gate`` holds back what the channel sends."""
         timeout = timedelta(seconds=timeout_s)
         control = dist.new_group(backend="gloo", timeout=timeout)
         data = dist.new_group(backend="gloo", timeout=timeout)
         assert control is not None, "this rank is in a group of all ranks"
         assert data is not None, "this rank is in a group of all ranks"
-        return cls(control, data, timeout, GlooChannel(data, in_flight_bytes, gate))
+        return cls(control, data, timeout, GlooChannel(data, in_flight_bytes, gate, clock, threads))
 
     def __init__(
         self, control: dist.ProcessGroup, data: dist.ProcessGroup, timeout: timedelta, channel: GlooChannel
@@ -162,12 +162,15 @@ class GlooChannel:
     ``gate`` is asked before each slice that is sent.
     """
 
-    def __init__(self, group: dist.ProcessGroup, in_flight_bytes: int, gate: Gate) -> None:
+    def __init__(
+        self, group: dist.ProcessGroup, in_flight_bytes: int, gate: Gate, clock: Clock, threads: Threads
+    ) -> None:
         self._group = group
         self._gate = gate
         self._in_flight_bytes = in_flight_bytes // 2  # each way
         self._urgent_bytes = max(1 << 16, in_flight_bytes // 8)
-        self._receiving = ThreadWorker("moetion-receive")
+        self._clock = clock
+        self._receiving = threads.worker("moetion-receive")
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See ``Channel.exchange``. Bytes travel in rounds: the n-th slice to, or from, every peer.
@@ -206,7 +209,7 @@ class GlooChannel:
                 in_flight -= self._finish(pending.popleft())
             if is_paced:
                 self._gate.admit(nbytes)
-            posted_s = time.monotonic()
+            posted_s = self._clock.monotonic()
             works = [self._post(is_send, peer, part) for peer, part, _ in parts]
             pending.append(_Round(works=works, nbytes=nbytes, posted_s=posted_s, is_paced=is_paced))
             in_flight += nbytes

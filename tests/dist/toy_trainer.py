@@ -26,6 +26,7 @@ import torch
 from support import ToyState, _region, blueprint, scheduler
 from torch import distributed as dist
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, MoetionError
 from megatron_moetion.framework import StepNote, TokenCounter
@@ -33,6 +34,7 @@ from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.replicate.worker import SystemThreads
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Running
@@ -390,7 +392,11 @@ def _train(
     trouble = Trouble(toy if toy.concerns(rank) else Toy(), state)
     timing = scheduler(settings.schedule)
     fabric = GlooFabric.connect(
-        timeout_s=settings.timeout_s, in_flight_bytes=settings.in_flight_bytes, gate=timing.gate
+        timeout_s=settings.timeout_s,
+        in_flight_bytes=settings.in_flight_bytes,
+        gate=timing.gate,
+        clock=SystemClock(),
+        threads=SystemThreads(),
     )
     fabric.join_experts(state.expert_peers())
     fabric.channel = TroubledChannel(fabric.channel, trouble)

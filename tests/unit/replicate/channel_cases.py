@@ -16,8 +16,10 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
+from megatron_moetion.replicate.worker import SystemThreads
 
 IN_FLIGHT_BYTES = 1 << 18  # several slices a message, and fewer bytes than the largest message
 SILENT_S = 2.0
@@ -178,9 +180,17 @@ def _as_gloo_rank(rank: int, store: Path, results: Path) -> None:
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
     )
-    fabric = GlooFabric.connect(timeout_s=20, in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
+    fabric = GlooFabric.connect(
+        timeout_s=20, in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN, clock=SystemClock(), threads=SystemThreads()
+    )
     fabric.join_experts((0, 1))
-    impatient = GlooFabric.connect(timeout_s=int(SILENT_S), in_flight_bytes=IN_FLIGHT_BYTES, gate=OPEN)
+    impatient = GlooFabric.connect(
+        timeout_s=int(SILENT_S),
+        in_flight_bytes=IN_FLIGHT_BYTES,
+        gate=OPEN,
+        clock=SystemClock(),
+        threads=SystemThreads(),
+    )
     found: dict[str, str] = {}
 
     def attempt(name: str, case: Callable[[], None]) -> None:
