@@ -123,8 +123,9 @@ class Attached:
         return self.session.experts()
 
     def drain(self) -> None:
-        """See ``Session.drain``."""
-        self.session.drain()
+        """See ``Session.drain``; before ``start`` there is nothing to wait for."""
+        if self._session is not None:
+            self._session.drain()
 
     def scalars(self) -> dict[str, float]:
         """See ``Session.scalars``."""

@@ -41,7 +41,8 @@ class TimedCommunicator(P2PCommunicator):
         self, pp_group: dist.ProcessGroup, config: Any, recorder: Recorder, *, crosses: bool, on_device: bool
     ) -> None:
         if not on_device:
-            # Requests are given back where they are posted one by one. On the host, batching them changes nothing else.
+            # Megatron gives requests back only where it posts them one by one. Between two stages it then sends one
+            # direction over the default group, as it does by itself where virtual stages overlap their messages.
             config = copy.copy(config)
             config.batch_p2p_comm = False
         super().__init__(pp_group, config)

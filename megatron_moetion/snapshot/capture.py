@@ -112,7 +112,7 @@ class Capturer:
             if captured is None:
                 assert not contents.units, "what must be there is staged wherever something is optional"
                 self._arena.release(live.slots)
-                live, captured, left_out = live[:0], NO_RECORDS, left_out or "late"
+                live, captured, left_out = live[:0], NO_RECORDS, left_out or ("late" if contents.optional else None)
             live_is_read()
             copied = self._pack(iteration, contents, staged)
             if copied is None:  # the device is late, or the pipeline is being closed

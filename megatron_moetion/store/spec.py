@@ -22,6 +22,8 @@ from megatron_moetion.units import Inventory, UnitKind, align_up
 FORMAT_VERSION = 1
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
+_SIZE_MAX = 1 << 48
+"""Bytes, or slots. Sums of such sizes over all units of a rank fit in 64 bits."""
 _SPELLED = {name: f"--moetion-{name.replace('_', '-')}" for name in ("run_id", "mode", "chunk_bytes", "period")}
 """Fields of the identity that are flags."""
 
@@ -106,6 +108,8 @@ class ArenaSpec:
             sizes = [b for _, _, b in found.units] + [n for slot in found.slots for n in slot]
             if min(sizes, default=0) < 0 or found.identity.chunk_bytes < 1:
                 raise ValueError("a size is negative")
+            if max(*sizes, found.identity.chunk_bytes) > _SIZE_MAX:
+                raise ValueError("a size is larger than any memory")
         except (ValueError, KeyError, TypeError) as error:
             raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
         return found

@@ -44,6 +44,23 @@ def test_a_stranger_is_refused_and_both_sides_are_named(field: str, theirs: obje
     assert len(str(refusal.value)) < 300
 
 
+@pytest.mark.parametrize(
+    ("units", "slots", "chunk_bytes"),
+    [
+        ((("small", 1, 1 << 63),), ((SMALL, 1),), 4096),
+        ((("small", 1, SMALL),), ((1 << 70, 0),), 4096),
+        ((("small", 1, SMALL),), ((SMALL, 1 << 49),), 4096),
+        ((("small", 1, SMALL),), (), 1 << 64),
+    ],
+)
+def test_sizes_that_no_memory_has_are_not_computed_with(
+    units: tuple[tuple[str, int, int], ...], slots: tuple[tuple[int, int], ...], chunk_bytes: int
+) -> None:
+    spec = ArenaSpec(identity=identity(chunk_bytes=chunk_bytes), units=units, slots=slots)
+    with pytest.raises(CorruptArena, match="larger than any memory"):
+        ArenaSpec.from_json(spec.to_json())
+
+
 def test_another_model_is_refused_in_words() -> None:
     found = ArenaSpec(identity=identity(layout="ffff"), units=SPEC.units, slots=((SMALL, 5),))
     with pytest.raises(
