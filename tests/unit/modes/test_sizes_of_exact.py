@@ -15,7 +15,7 @@ from support import ToyState, blueprint, identity
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.framework import StepReplayer
+from megatron_moetion.framework import StepNote, StepReplayer
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.mode import Blueprint, Site, SnapshotMode
 from megatron_moetion.observe.journal import Journal
@@ -51,8 +51,13 @@ class Steps:
     def __init__(self) -> None:
         self.remembered = 0
 
+        self.note = StepNote()
+
     def remember(self, steps: int) -> None:
         self.remembered = steps
+
+    def note_step(self, iteration: int) -> StepNote:
+        return self.note
 
 
 @dataclass
@@ -215,3 +220,13 @@ def test_what_would_fit_the_links_is_named_with_what_it_takes() -> None:
     assert "--moetion-period 9 would fit" in longer_period(log, log.log_bytes + always + log.state_bytes / 8, 2)
     for none in (longer_period(log, log.log_bytes, 2), longer_period(gradient_log(state(1 << 20), 64), 1e12, 2)):
         assert "no --moetion-period would fit, since gradients are 4.2 MB of it" in none
+
+
+def test_a_step_after_another_one_than_the_last_snapshots_cannot_be_captured(ranks: Ranks) -> None:
+    mode = ranks.settle()[0]
+    assert mode.note_step(5, before=4) is None
+    for iteration, before in ((6, 4), (4, 4), (3, 4)):
+        problem = mode.note_step(iteration, before)
+        assert problem == f"after iteration {before} came {iteration}; mode 'exact' needs every one of them"
+    ranks.steps[0].note = StepNote(problem="two steps")
+    assert mode.note_step(6, before=4) == "two steps"
