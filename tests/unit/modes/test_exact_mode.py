@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The period of mode ``exact``: as asked for, as bytes or memory allow, and as it was before a restart."""
+"""Mode ``exact``: its period as asked for, as bytes or memory allow, or as before a restart; steps that it refuses."""
 
 from __future__ import annotations
 
