@@ -45,6 +45,7 @@ STEP = [
     "mode.vote",
     "agreement.start",  # as early as possible: it hides behind the next iteration
     "summary.state_hash",
+    "probe before-select",  # an injected fault strikes when ranks have begun to agree and nothing is chosen yet
     "mode.contents",  # after ``settle``, ``counts`` and ``freeze``
     "adapter.moved",  # last, right before addresses are read
     "pipeline.submit",  # after the freeze; releases what ``settle`` allowed first
@@ -102,9 +103,10 @@ def events(
     """What one ``on_step_end`` does, in order; ``replaced`` calls by event, ``__`` for the dot."""
     log: list[str] = []
     instead = {name.replace("__", "."): call for name, call in replaced.items()}
-    parts = {name: Written(name, getattr(running, name), log, instead) for name in WATCHED}
+    parts: dict[str, Any] = {name: Written(name, getattr(running, name), log, instead) for name in WATCHED}
     if waits:
         parts["mode"].waits_for_replication = True  # type: ignore[attr-defined]
+    parts["probe"] = lambda point, _: log.append(f"probe {point}")
     Session(replace(running, **parts)).on_step_end(iteration)
     return [e for e in log if e not in SILENT]  # type: ignore[misc]
 
