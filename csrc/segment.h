@@ -1,5 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
-// The tables of the pack kernels, and the digest of the bytes that they move. Host and device share this file.
+// The tables of the pack kernels, and the digest of the bytes that they move. Host and device share this
+// file.
 //
 // The digest is part of the snapshot format (docs/snapshot_format.md); its reference in Python is
 // megatron_moetion/snapshot/reference.py. A change of any value below is a new kDigestVersion.
