@@ -12,9 +12,8 @@ import sys
 from megatron_moetion.errors import ChannelError, ConfigError, DeviceFault, UnsupportedState
 from megatron_moetion.modes.mode import Remark
 from megatron_moetion.replicate.pipeline import Skip
-from megatron_moetion.run.running import Running
+from megatron_moetion.run.running import Running, freeze
 from megatron_moetion.select.book import ExpertState
-from megatron_moetion.snapshot.host_state import encode
 from megatron_moetion.store.retention import Settled
 
 
@@ -133,7 +132,7 @@ class Session:
         """Copy the state that cannot wait; returns why that is not possible, None if it is."""
         run = self.running
         try:
-            run.packer.freeze(encode({"adapter": run.adapter.host_state(), "session": run.mode.host_state()}))
+            freeze(run.packer, run.adapter, run.mode)
         except (UnsupportedState, DeviceFault) as error:
             return str(error)
         return None

@@ -30,6 +30,14 @@ from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.units import UnitKind
 
 
+def freeze(packer: Packer, adapter: StateAdapter, mode: SnapshotMode) -> None:
+    """Copy what changes before the next optimizer step. Raises ``UnsupportedState`` or ``DeviceFault``.
+
+    The keys of the document are part of the snapshot format.
+    """
+    packer.freeze(encode({"adapter": adapter.host_state(), "session": mode.host_state()}))
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Running:
     """All that a session runs on, from its baseline or recovery on. ``undo`` closes it, in the right order."""
@@ -101,7 +109,7 @@ class Prepared:
 
     def freeze(self) -> None:
         """Copy the state that changes before the next optimizer step. Raises ``UnsupportedState``, ``DeviceFault``."""
-        self.packer.freeze(encode({"adapter": self.adapter.host_state(), "session": self.mode.host_state()}))
+        freeze(self.packer, self.adapter, self.mode)
 
     def begin(self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int) -> Running:
         """Start the threads of a run whose stable iteration is ``iteration``; takes over ``arenas``."""
