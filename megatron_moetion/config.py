@@ -170,6 +170,11 @@ class MoetionConfig:
                 f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
             )
 
+    @property
+    def recalibrates(self) -> bool:
+        """Whether expert capacity is raised after a recovery that lost tokens."""
+        return self.capacity_recalibration == "on"
+
     def _check_bounds(self, of: Field[Any]) -> None:
         flag, value = flag_of(f"moetion_{of.name}"), getattr(self, of.name)
         minimum, choices = of.metadata.get("minimum"), of.metadata.get("choices")

@@ -254,8 +254,7 @@ def _state(
         case "full":
             return make(), FullBlueprint()
         case "popularity":
-            recalibrates = config.capacity_recalibration == "on"
-            capacity = CapacityRules(iterations=config.recalibration_iterations) if recalibrates else None
+            capacity = CapacityRules(iterations=config.recalibration_iterations) if config.recalibrates else None
             state = make(count_tokens=True, capacity=capacity)
             assert state.tokens is not None, "made with count_tokens"
             return state, PopularityBlueprint(state.tokens)

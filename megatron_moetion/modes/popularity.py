@@ -40,7 +40,7 @@ class PopularityBlueprint:
     def facts(self, site: Site) -> dict[str, Any]:
         """The experts of this rank that fit ``snapshot_bytes``, where that is set, and why capacity stays."""
         facts: dict[str, Any] = {}
-        if _recalibrates(site.config) and (problem := self._tokens.capacity_problem()):
+        if site.config.recalibrates and (problem := self._tokens.capacity_problem()):
             facts["capacity"] = problem
         counters = self._tokens.token_counters()
         if site.config.snapshot_bytes and counters:
@@ -67,7 +67,7 @@ class PopularityBlueprint:
             site.fabric,
             site.journal,
             site.config.recalibration_iterations,
-            is_on=_recalibrates(site.config) and problem is None,
+            is_on=site.config.recalibrates and problem is None,
         )
         return PopularityMode(
             config=site.config,
@@ -78,10 +78,6 @@ class PopularityBlueprint:
             recalibration=recalibration,
             note=f"--moetion-capacity-recalibration on does nothing here: {problem}" if problem is not None else None,
         )
-
-
-def _recalibrates(config: MoetionConfig) -> bool:
-    return config.capacity_recalibration == "on"
 
 
 def _with_book(inventory: Inventory, num_experts: int) -> Inventory:

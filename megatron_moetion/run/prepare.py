@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -84,7 +83,7 @@ def prepare(
         # One gather for all modes, so that ranks with different modes still meet in it and are refused later.
         facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
         mode = on_all_ranks(fabric, lambda: blueprint.build(site, facts))
-        pool = HostPool(_pack_threads(config, host.environment))
+        pool = HostPool(_pack_threads(config, site.local_ranks))
         packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
         undo.callback(packer.close)
         return Prepared(
@@ -123,9 +122,9 @@ def _take_lock(fabric: Fabric, node: NodeFolder, config: MoetionConfig, journal:
     return on_all_ranks(fabric, lambda: first or lock())
 
 
-def _pack_threads(config: MoetionConfig, environment: Mapping[str, str]) -> int:
+def _pack_threads(config: MoetionConfig, local_ranks: int) -> int:
     """Threads that pack: as set, else half of this rank's share of the cores, 1 to 8."""
     if config.pack_threads:
         return config.pack_threads
-    share = len(os.sched_getaffinity(0)) / int(environment.get("LOCAL_WORLD_SIZE", "1"))
+    share = len(os.sched_getaffinity(0)) / local_ranks
     return max(1, min(8, int(share / 2)))

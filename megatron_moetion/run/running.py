@@ -91,7 +91,8 @@ class Prepared:
         """Close everything, after a start that failed too. While an exception is being handled: ``abandon``."""
         if sys.exc_info()[0] is not None:
             self.abandon()
-        self.undo.close()
+        else:
+            self.undo.close()
 
     def abandon(self) -> None:
         """Stop without waiting for other ranks, in a process that is about to end.

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import stat
 import uuid
 from collections.abc import Callable, Mapping
@@ -182,11 +181,6 @@ def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
     except OSError:
         clear(path)
         scratch.rename(path)
-
-
-def remove_run(config: MoetionConfig, run_id: str) -> None:
-    """Delete all of a run's state on this machine."""
-    shutil.rmtree(store_folder(config) / run_id, ignore_errors=True)
 
 
 def _key(path: Path) -> str:

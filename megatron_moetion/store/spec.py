@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moetion.arrays import Int64s
+from megatron_moetion.config import flag_of
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
 from megatron_moetion.units import Inventory, UnitKind, align_up
@@ -24,7 +25,7 @@ HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
 _SIZE_MAX = 1 << 48
 """Bytes, or slots. Sums of such sizes over all units of a rank fit in 64 bits."""
-_SPELLED = {name: f"--moetion-{name.replace('_', '-')}" for name in ("run_id", "mode", "chunk_bytes", "period")}
+_SPELLED = {name: flag_of(f"moetion_{name}") for name in ("run_id", "mode", "chunk_bytes", "period")}
 """Fields of the identity that are flags."""
 
 

@@ -60,10 +60,10 @@ class Run:
         self.folder, self.store = folder, store
         self._nursery = nursery
         self._flags = flags
-        self._attempts = 0
+        self.attempts = 0
 
     def attempt(self, flags: str = "", *, die_in_save: int | None = None) -> Attempt:
-        folder = self.folder / str(self._attempts)
+        folder = self.folder / str(self.attempts)
         folder.mkdir(parents=True)
         where = f"--moetion-store {self.store} --moetion-run-id restarts" if "--moetion " in self._flags else ""
         argv = f"{MODEL} {self._flags} {where} --metrics-path {folder / 'metrics.jsonl'} {flags}".split()
@@ -74,11 +74,11 @@ class Run:
             {
                 "RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": str(rank),
                 "LOCAL_WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "TORCHELASTIC_RESTART_COUNT": str(self._attempts),
+                "TORCHELASTIC_RESTART_COUNT": str(self.attempts),
             }
             for rank in range(WORLD_SIZE)
         ]  # fmt: skip
-        self._attempts += 1
+        self.attempts += 1
         codes = self._nursery.launch(100, folder=str(folder), argv=argv, die_in_save=die_in_save, ranks=environments)
         path = folder / "metrics.jsonl"
         metrics = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
@@ -87,7 +87,7 @@ class Run:
 
     def finish(self, flags: str = "") -> Attempt:
         done = self.attempt(flags)
-        assert done.codes == [0] * WORLD_SIZE, logs(self.folder / str(self._attempts - 1))
+        assert done.codes == [0] * WORLD_SIZE, logs(self.folder / str(self.attempts - 1))
         return done
 
 
@@ -182,7 +182,7 @@ def test_a_fault_soon_after_other_settings_replays_steps_of_both(runs: Any) -> N
     whole = run.finish(new).losses
     shutil.rmtree(run.store)
     copy.rename(run.store)
-    fault = f"{new} --moetion-inject-fault {run._attempts}:2:7:before-select"
+    fault = f"{new} --moetion-inject-fault {run.attempts}:2:7:before-select"
     assert -9 in run.attempt(fault).codes
     again = run.finish(new)
     assert min(again.losses) in (7, 8)

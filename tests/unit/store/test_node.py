@@ -16,7 +16,7 @@ from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
 from megatron_moetion.store.manifest import Page
-from megatron_moetion.store.node import open_node, remove_run, restart_count, run_id_of, store_folder, write_pid
+from megatron_moetion.store.node import open_node, restart_count, run_id_of, store_folder, write_pid
 from megatron_moetion.store.spec import arena_name
 
 CLOCK = SystemClock()
@@ -127,15 +127,12 @@ def test_a_folder_that_was_deleted_is_made_again_as_the_same_node(tmp_path: Path
     lock.close()
 
 
-def test_a_process_leaves_its_id_and_a_run_can_be_removed(tmp_path: Path) -> None:
+def test_a_process_leaves_its_id(tmp_path: Path) -> None:
     config = MoetionConfig(store=str(tmp_path))
     node = open_node(config, "run", FOUR, 4, CLOCK)
     write_pid(node, 3, 1)
     left = json.loads((node.path / "rank00003.pid").read_text())
     assert left == {"pid": os.getpid(), "rank": 3, "attempt": 1}
-    remove_run(config, "run")
-    assert not node.path.exists()
-    remove_run(config, "run")
 
 
 def test_arenas_are_made_opened_listed_and_cleared_by_name(tmp_path: Path) -> None:
