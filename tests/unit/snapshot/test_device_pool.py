@@ -259,7 +259,6 @@ def life_of_a_pool(fault: str) -> Iterator[str]:
     yield "finished"
     assert work.holds(0)
     registration.close()
-    yield "closed"
 
 
 def steps_and_error(fault: str) -> tuple[list[str], str]:
