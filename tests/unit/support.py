@@ -200,7 +200,9 @@ def make_packer(
     if there:
         where = there[0].regions[0].device
         pool = device_pool(where, there, CHUNK_BYTES, rank=rank, batch_bytes=batch_bytes, fault=fault)
-        device = DevicePacker(where, watch(pool), there, batch_bytes=batch_bytes, timeout_s=timeout_s)
+        device = DevicePacker(
+            where, watch(pool), there, chunk_bytes=CHUNK_BYTES, batch_bytes=batch_bytes, timeout_s=timeout_s
+        )
     return Packer(inventory, CHUNK_BYTES, HostPool(num_threads), device, batch_bytes=batch_bytes)
 
 

@@ -32,6 +32,7 @@ from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.pipeline import Pipeline, Skip
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import SystemThreads, Threads, Worker
+from megatron_moetion.schedule.pace import EvenPace
 from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.store.arena import Arena
@@ -96,6 +97,7 @@ class Rig:
             epoch=0,
             probe=no_probe,
             packed=lambda begin_s, end_s, nbytes: self.packed.append((end_s - begin_s, nbytes)),
+            pace=EvenPace(SystemClock(), threading.Event()),
             clock=SystemClock(),
             threads=threads or SystemThreads(),
         )
@@ -154,11 +156,11 @@ def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
     rig = Rig(tmp_path, lambda iteration: True, copies=1)
     pack = rig.packer.pack
 
-    def slow(targets: Targets, between: Callable[[], None], given: Callable[[], None] | None = None) -> Any:
+    def slow(targets: Targets, between: Callable[[], None], *rest: Any) -> Any:
         deadline = time.monotonic() + 10
         while not rig.packer.is_cancelled and time.monotonic() < deadline:
             time.sleep(0.002)
-        return pack(targets, between, given)
+        return pack(targets, between, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.packer, "pack", slow)
@@ -359,6 +361,7 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
         epoch=0,
         probe=no_probe,
         packed=lambda *_: None,
+        pace=EvenPace(SystemClock(), threading.Event()),
         clock=SystemClock(),
         threads=SystemThreads(),
     )

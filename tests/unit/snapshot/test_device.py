@@ -321,6 +321,7 @@ def watched(state: State) -> tuple[Packer, WatchedPool, list[str], Targets]:
     packer = packer_for(state.inventory, watch=watch)
     packer.adopt(memory)
     packer.freeze(encode({}))
+    assert packer.settle()
     calls.clear()
     return packer, pools[0], calls, targets_in(memory, state.inventory)
 
