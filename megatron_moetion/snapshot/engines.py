@@ -8,7 +8,7 @@ faster. The kernel digests their source meanwhile.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,25 +83,47 @@ def sample_bytes(free_bytes: int) -> int:
     return nbytes if nbytes >= SAMPLE_MIN_BYTES else 0
 
 
-def measured(device: str, stream: int, pool: DevicePool) -> Engines:
+@contextmanager
+def scratch(device: str) -> Iterator[tuple[int, int]]:
+    """Address and bytes of device memory that may be read until the block ends; 0 bytes where too little is free."""
+    import torch
+
+    nbytes = sample_bytes(torch.cuda.mem_get_info(device)[0])
+    try:
+        memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
+    except torch.OutOfMemoryError as error:
+        raise DeviceError(str(error)) from error
+    torch.cuda.synchronize(device)
+    yield memory.data_ptr(), nbytes
+    del memory
+
+
+def measured(
+    device: str,
+    stream: int,
+    pool: DevicePool,
+    *,
+    scratch: Callable[[str], AbstractContextManager[tuple[int, int]]] = scratch,
+    make_pool: Callable[..., DevicePool] = DevicePool,
+) -> Engines:
     """Measure and choose for ``pool``'s device, ``cuda:N``; a model of a device has no copy engine worth measuring.
 
     Takes about half a second (not yet measured). Where memory or driver do not allow it, the usual choice is made.
     """
     if not device.startswith("cuda"):
         return Engines(copy_engine_bytes=None, note="no copy engine")
+    why = "too little free memory"
     try:
-        with _scratch(device) as (source, nbytes):
+        with scratch(device) as (source, nbytes):
             if nbytes:
-                samples = measure(device, source=source, nbytes=nbytes, stream=stream, num_sms=pool.num_sms)
+                samples = measure(
+                    device, source=source, nbytes=nbytes, stream=stream, num_sms=pool.num_sms, make_pool=make_pool
+                )
                 return chosen(samples, pool.copy_engine, pool.num_sms)
-        why = "too little free memory"
     except DeviceError as error:
         why = str(error)
-    return Engines(
-        copy_engine_bytes=USUAL_BYTES,
-        note=f"{pool.copy_engine} from {USUAL_BYTES >> 10} KiB on (not measured: {why})",
-    )
+    note = f"{pool.copy_engine} from {USUAL_BYTES >> 10} KiB on (not measured: {why})"
+    return Engines(copy_engine_bytes=USUAL_BYTES, note=note)
 
 
 def measure(
@@ -139,18 +161,3 @@ def measure(
             best_s[engine] = min(seconds[1:])
         samples.append(Sample(segment_bytes=size, nbytes=nbytes, kernel_s=best_s[None], copy_engine_s=best_s[1]))
     return tuple(samples)
-
-
-@contextmanager
-def _scratch(device: str) -> Iterator[tuple[int, int]]:
-    """Address and bytes of device memory that may be read until the block ends; 0 bytes where too little is free."""
-    import torch
-
-    nbytes = sample_bytes(torch.cuda.mem_get_info(device)[0])
-    try:
-        memory = torch.zeros(nbytes, dtype=torch.uint8, device=device)
-    except torch.OutOfMemoryError as error:
-        raise DeviceError(str(error)) from error
-    torch.cuda.synchronize(device)
-    yield memory.data_ptr(), nbytes
-    del memory

@@ -174,10 +174,12 @@ class Packer:
         return self._is_frozen and (self._device is None or self._device.settle(self._cancel))
 
     def zero_logs(self, units: Sequence[int]) -> frozenset[int] | None:
-        """Those of these ``LOG`` units whose gradients were all zero bytes at the last ``freeze``, after ``settle``.
+        """Those of these ``LOG`` units whose gradients were all zero bytes at the last ``freeze``. Waits as ``settle``.
 
         None if cancelled or late, ``DeviceFault`` where the device fails.
         """
+        if not self.settle():
+            return None
         here = np.array([u for u in units if u not in self._on_device], dtype=np.int64)
         first = self._staging.view(np.uint64)[self._first_words[here]]  # of nearly all gradients it is not zero
         found = {u for u in here[first == 0].tolist() if _is_zero(*self._log_spans[u])}

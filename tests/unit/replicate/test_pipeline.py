@@ -186,6 +186,7 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
     rig = Rig(tmp_path, lambda iteration: True, place=on_device)
     rig.packer.adopt(rig.arena.memory)
     rig.packer.freeze(b"host")
+    assert rig.packer.settle()
     rig.calls.clear()
     has_landed, finish = threading.Event(), rig.pool.finish
 
