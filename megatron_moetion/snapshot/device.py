@@ -205,9 +205,9 @@ class DevicePacker:
         self._in_flight.append(_Enqueued(ticket=ticket, copies_to_arena=_NOTHING))
         if not self._is_done(self._in_flight[0], cancel):
             return None
-        self._in_flight.popleft()
         digests = np.empty(len(spans), dtype=np.uint64)
         self._pool.finish(ticket, digests)
+        self._in_flight.popleft()
         return digests
 
     def plan(self, templates: Templates) -> None:
@@ -384,7 +384,8 @@ class DevicePacker:
         while self._in_flight:
             if not self._is_done(self._in_flight[0], cancel, timeout_s):
                 return False
-            self._pool.finish(self._in_flight.popleft().ticket)
+            self._pool.finish(self._in_flight[0].ticket)
+            self._in_flight.popleft()
         return True
 
     def _is_done(self, batch: _Enqueued, cancel: Cancel, timeout_s: float | None = None) -> bool:
