@@ -153,6 +153,7 @@ class DevicePacker:
         self._registration: Registration | None = None
         self._buffers: tuple[Bytes, ...] = ()
         self._staging: Any = None
+        self._aside = ""
         self._scratch_address = 0
         self._in_flight: deque[_Enqueued] = deque()
         """Batches whose tickets are not finished, the oldest first."""
@@ -170,8 +171,10 @@ class DevicePacker:
             return self._pool.pinned(nbytes)
 
     def keep_staging(self, nbytes: int) -> int:
-        """Allocate device memory for gradients that wait to be packed; its address."""
-        self._staging, self._scratch_address = self._streams.allocate(align_up(self._buffer_bytes) + nbytes)
+        """Allocate device memory for gradients that wait to be packed, and for ``are_zero``; the gradients' address."""
+        aside_bytes = align_up(self._buffer_bytes) + nbytes
+        self._staging, self._scratch_address = self._streams.allocate(aside_bytes)
+        self._aside = f"; gradients wait in {aside_bytes / 2**20:.1f} MiB of its memory"
         return self._scratch_address + align_up(self._buffer_bytes)
 
     def are_zero(self, addresses: Int64s, sizes: Int64s, host: HostPool, cancel: Cancel) -> Flags | None:
@@ -234,11 +237,13 @@ class DevicePacker:
         except DeviceError as error:
             self._take_buffers()
             held = sum(b.nbytes for b in self._buffers) >> 20
-            self.note = f"the arena could not be pinned ({error}): captures go by way of {held} MiB of pinned memory"
+            way = f"the arena could not be pinned ({error}): captures go by way of {held} MiB of pinned memory"
+            self.note = way + self._aside
             return
         if self._engines is None:
             self._engines = measured(self._device, self._streams.side, self._pool)
-        self.note = f"arena pinned; captures land in it, packed on {self._pool.num_sms} SMs, {self._engines.note}"
+        way = f"arena pinned; captures land in it, packed on {self._pool.num_sms} SMs, {self._engines.note}"
+        self.note = way + self._aside
 
     @property
     def timeout_s(self) -> float:

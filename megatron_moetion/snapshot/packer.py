@@ -69,11 +69,9 @@ class Packer:
         self._zeros: Bytes = np.zeros(0, dtype=np.uint8)
         base = self._staging.ctypes.data
         staged = {key: base + offset for key, offset in self._staged.items()}
-        self.device_staging_bytes = 0
-        """Memory of the device that gradients are kept in until they are packed."""
         if logs and self._device is not None:
-            on_device, self.device_staging_bytes = _staging_offsets(inventory, logs)
-            base = self._device.keep_staging(self.device_staging_bytes)
+            on_device, on_device_bytes = _staging_offsets(inventory, logs)
+            base = self._device.keep_staging(on_device_bytes)
             staged |= {key: base + offset for key, offset in on_device.items()}
         self._heads = self._staging[heads_at:].reshape(-1, HEAD_BYTES)
         """The first bytes of the gradient of each ``LOG`` unit in device memory, uint8[n, HEAD_BYTES]."""
