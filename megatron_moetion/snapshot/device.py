@@ -269,14 +269,12 @@ class DevicePacker:
         ``rows``: int64[n, 3]. Returns at once; ``settle`` waits for the copies. Later calls of ``pack`` read what that
         stream had written by now. False: the device is late with earlier work, and nothing is copied.
         """
-        current = self._streams.current()
         with self._naming_faults():
             if not self._drain(Cancel(), 0.0):
                 return False
-            # Without rows, too: ``settle`` then waits for training's stream, and no batch of a pack has to.
-            ticket = self._pool.scatter(rows, stream=current, copy_engine_bytes=_STAGED_RUN_BYTES)
+            # Without rows, too: nothing is packed before ``settle`` has seen training's stream come to this point.
+            ticket = self._pool.scatter(rows, stream=self._streams.current(), copy_engine_bytes=_STAGED_RUN_BYTES)
             self._in_flight.append(_Enqueued(ticket=ticket, copies_to_arena=_NOTHING))
-            self._pool.order(self._streams.side, current)
         return True
 
     def settle(self, cancel: Cancel) -> bool:

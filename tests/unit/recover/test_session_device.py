@@ -95,7 +95,7 @@ def test_a_stall_that_is_longer_than_the_limit_drops_snapshots_and_nothing_else(
     second.crash()
 
 
-CALLS = ["scatter", "order", "wait", "pack_uploaded", "finish", "order_after"]
+CALLS = ["scatter", "wait", "pack_uploaded", "finish", "order_after"]
 
 
 @pytest.mark.parametrize("call", CALLS)
@@ -135,7 +135,7 @@ def test_a_device_that_fails_for_good_ends_the_process_where_it_can_be_restarted
     second.crash()
 
 
-@pytest.mark.parametrize(("fault", "error"), [("register", None), ("launch", DeviceFault), ("wait", DeviceFault)])
+@pytest.mark.parametrize(("fault", "error"), [("register", None), ("launch", DeviceFault)])
 def test_a_driver_that_refuses_from_the_start_is_an_error_before_the_first_iteration_or_none(
     tmp_path: Path, fault: str, error: type[Exception] | None, caplog: pytest.LogCaptureFixture
 ) -> None:
