@@ -14,14 +14,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Protocol
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError, DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import Threads
-from megatron_moetion.snapshot.capture import Captured, Capturer, Contents, Pacing
+from megatron_moetion.snapshot.capture import Captured, Capturer, Contents, SnapshotPace
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.open import OpenArenas
@@ -60,24 +59,8 @@ class Skip:
     """More about it, for a person."""
 
 
-class Pace(Pacing, Protocol):
-    """The packing thread's pace, as the training thread drives it."""
-
-    def begin(self) -> None:
-        """A snapshot is about to be submitted."""
-        ...
-
-    def asked(self) -> None:
-        """The optimizer asks for the state: what is left goes at once."""
-        ...
-
-    def hurry(self) -> None:
-        """What is left goes at once; every wait ends."""
-        ...
-
-
 class Pipeline:
-    """Owns the two threads. ``replicator`` is None where no replicas are kept; ``packed``: see ``Capturer``."""
+    """Owns the two threads. ``replicator`` is None where no replicas are kept. ``Capturer`` has the other arguments."""
 
     def __init__(
         self,
@@ -89,7 +72,7 @@ class Pipeline:
         epoch: int,
         probe: Callable[[str, int], None],
         packed: Callable[[float, float, int], None],
-        pace: Pace,
+        pace: SnapshotPace,
         clock: Clock,
         threads: Threads,
     ) -> None:
@@ -101,7 +84,7 @@ class Pipeline:
         self._threads = threads
         self._pace = pace
         self._capturer = Capturer(
-            packer=packer, arena=arenas.own, epoch=epoch, probe=probe, packed=packed, pacing=pace, clock=clock
+            packer=packer, arena=arenas.own, epoch=epoch, probe=probe, packed=packed, pace=pace, clock=clock
         )
         self._packing = threads.worker("moetion-pack")
         self._sending = threads.worker("moetion-send")

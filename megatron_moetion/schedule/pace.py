@@ -31,10 +31,7 @@ def due_s(admitted_bytes: int, total_bytes: int, begin_s: float, end_s: float) -
 
 
 class EvenPace:
-    """One rank's pace. The packing thread calls ``plan``, ``is_early`` and ``admit``, training's thread the others.
-
-    ``is_hurried`` is an event that nobody else uses.
-    """
+    """One rank's ``SnapshotPace``. ``is_hurried`` is an event that nobody else uses."""
 
     def __init__(self, clock: Clock, is_hurried: Event) -> None:
         self._now = clock.monotonic
@@ -46,26 +43,24 @@ class EvenPace:
         self._total_bytes = self._admitted_bytes = 0
 
     def begin(self) -> None:
-        """A snapshot is about to be submitted to the packing thread, which has done all that was submitted before."""
+        """See ``SnapshotPace``."""
         self._submitted_s = self._now()
         self._is_asked = False
         self._is_hurried.clear()
 
     def asked(self) -> None:
-        """The optimizer asks for the state. What is left goes at once; later snapshots learn how long it took."""
+        """See ``SnapshotPace``. Optimizers in a chain ask one after the other: the first one counts."""
         if not self._is_asked:
             self._times_s.append(self._now() - self._submitted_s)
         self._is_asked = True
         self.hurry()
 
     def hurry(self) -> None:
-        """Somebody waits for the snapshot: what is left of it goes at once, and a wait in ``admit`` ends."""
+        """See ``SnapshotPace``."""
         self._is_hurried.set()
 
-    # -- Pacing ----------------------------------------------------------------------------------------
-
     def plan(self, nbytes: int) -> None:
-        """See ``Pacing``."""
+        """See ``SnapshotPace``."""
         self._begin_s, self._end_s = self._now(), self._submitted_s + spread_s(tuple(self._times_s))
         self._total_bytes, self._admitted_bytes = nbytes, 0
 

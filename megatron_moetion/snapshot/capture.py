@@ -75,8 +75,23 @@ class _Taken:
         return _Taken(units=np.concatenate([self.units, other.units]), slots=np.concatenate([self.slots, other.slots]))
 
 
-class Pacing(Pace, Protocol):
-    """Spreads the bytes of a snapshot over time."""
+class SnapshotPace(Pace, Protocol):
+    """Spreads the bytes of a snapshot over the time until the optimizer asks for the state.
+
+    The training thread calls ``begin``, ``asked`` and ``hurry``, the packing thread the others.
+    """
+
+    def begin(self) -> None:
+        """A snapshot is about to be submitted to the packing thread, which has done all that was submitted before."""
+        ...
+
+    def asked(self) -> None:
+        """The optimizer asks for the state: what is left goes at once. Later snapshots learn how long it took."""
+        ...
+
+    def hurry(self) -> None:
+        """Somebody waits for the snapshot: what is left goes at once, and a wait in ``admit`` ends."""
+        ...
 
     def plan(self, nbytes: int) -> None:
         """So many bytes will leave a device from now on."""
@@ -86,8 +101,8 @@ class Pacing(Pace, Protocol):
 class _Stretches:
     """Passes batches on at a pace, and reports each stretch in which bytes were on their way: pauses are none of it."""
 
-    def __init__(self, pacing: Pacing, packed: Callable[[float, float, int], None], clock: Clock) -> None:
-        self._pacing = pacing
+    def __init__(self, pace: Pace, packed: Callable[[float, float, int], None], clock: Clock) -> None:
+        self._pace = pace
         self._packed = packed
         self._now = clock.monotonic
         self._began = self._now()
@@ -95,12 +110,14 @@ class _Stretches:
         """Of a device's batches in this stretch."""
 
     def is_early(self) -> bool:
-        return self._pacing.is_early()
+        """See ``Pace``."""
+        return self._pace.is_early()
 
     def admit(self, nbytes: int) -> None:
-        if self._pacing.is_early():
+        """See ``Pace``. Nothing is on its way while the next batch is early."""
+        if self._pace.is_early():
             self.end(self.nbytes)
-        self._pacing.admit(nbytes)
+        self._pace.admit(nbytes)
         if not self.nbytes:
             self._began = self._now()
         self.nbytes += nbytes
@@ -116,7 +133,7 @@ class Capturer:
     """Captures units into free slots of an arena. Used by the packing thread alone.
 
     ``packed`` is called for each stretch of time in which bytes of a snapshot were on their way to the arena without a
-    pause: with the moments at which it began and ended (monotonic clock, seconds) and its bytes. ``pacing`` makes the
+    pause: with the moments at which it began and ended (monotonic clock, seconds) and its bytes. ``pace`` makes the
     pauses, between the batches of a device.
     """
 
@@ -128,7 +145,7 @@ class Capturer:
         epoch: int,
         probe: Callable[[str, int], None],
         packed: Callable[[float, float, int], None],
-        pacing: Pacing,
+        pace: SnapshotPace,
         clock: Clock,
     ) -> None:
         self._packer = packer
@@ -136,7 +153,7 @@ class Capturer:
         self._epoch = epoch
         self._probe = probe
         self._packed = packed
-        self._pacing = pacing
+        self._pace = pace
         self._clock = clock
 
     def capture(
@@ -182,8 +199,8 @@ class Capturer:
         optional = self._acquire(contents.optional)
         left_out = "no-slot" if optional is None else None
         live = live.and_then(optional) if optional is not None else live
-        self._pacing.plan(self._packer.bytes_on_device(live.and_then(staged).units))
-        stretches = _Stretches(self._pacing, self._packed, self._clock)
+        self._pace.plan(self._packer.bytes_on_device(live.and_then(staged).units))
+        stretches = _Stretches(self._pace, self._packed, self._clock)
         try:
             captured = self._pack(iteration, contents, live, stretches, live_is_read)
             if captured is None and not contents.staged:

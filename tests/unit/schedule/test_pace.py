@@ -166,7 +166,7 @@ class Rig:
             epoch=0,
             probe=no_probe,
             packed=self.packed,
-            pacing=self.pace,
+            pace=self.pace,
             clock=self.clock,
         )
         self.units = tuple(range(len(inventory.units)))

@@ -54,7 +54,7 @@ class Rig:
             epoch=3,
             probe=no_probe,
             packed=lambda *_: None,
-            pacing=EvenPace(SystemClock(), threading.Event()),
+            pace=EvenPace(SystemClock(), threading.Event()),
             clock=SystemClock(),
         )
         self.packer.freeze(b"host")

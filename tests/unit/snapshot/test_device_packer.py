@@ -75,7 +75,7 @@ class Gradients:
             epoch=0,
             probe=no_probe,
             packed=lambda begin_s, end_s, nbytes: self.packed.append(nbytes),
-            pacing=EvenPace(ManualClock(), threading.Event()),
+            pace=EvenPace(ManualClock(), threading.Event()),
             clock=SystemClock(),
         )
         self.logs = tuple(self.inventory.of_kind(UnitKind.LOG))
