@@ -71,11 +71,11 @@ _NOTHING: Int64s = np.empty((0, 3), dtype=np.int64)
 
 
 class _Streams:
-    """Stream handles of one device, and scratch memory there. The model of a device has one stream, 0."""
+    """Stream handles of one device, and scratch memory there. Of the model, training's is 0 and ours is 1."""
 
     def __init__(self, device: str) -> None:
         self.on_gpu = device.startswith("cuda")
-        self.side = 0
+        self.side = 1
         if self.on_gpu:
             import torch
 
@@ -227,7 +227,7 @@ class DevicePacker:
         self._chunks = np.column_stack([templates.chunks, at])
         self._chunks[:, 2] += np.repeat(templates.first_piece, templates.num_chunks)
         with naming_faults():
-            self._pool.upload_pieces(pieces)
+            self._pool.upload_pieces(pieces, timeout_s=self._timeout_s)
 
     def adopt(self, memory: Bytes) -> None:
         """Pin an arena, so that captures are written into it; where the driver refuses, use a bounce buffer."""

@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from session_job import Job, OnDevice
 from support import WatchedPool
 
 from megatron_moetion._C import DeviceError, DevicePool
-from megatron_moetion.errors import DeviceFault, ProtectionLost
+from megatron_moetion.errors import DeviceFault, ProtectionLost, StoreError
 
 FAST = {"timeout_s": 0.05}
 
@@ -135,21 +136,51 @@ def test_a_device_that_fails_for_good_ends_the_process_where_it_can_be_restarted
     second.crash()
 
 
-@pytest.mark.parametrize(("fault", "error"), [("register", None), ("launch", DeviceFault)])
-def test_a_driver_that_refuses_from_the_start_is_an_error_before_the_first_iteration_or_none(
-    tmp_path: Path, fault: str, error: type[Exception] | None, caplog: pytest.LogCaptureFixture
+def test_an_arena_that_cannot_be_pinned_costs_a_copy_and_no_snapshot(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    make: Callable[[], Job] = lambda: Job(tmp_path, state=OnDevice, device={0: {"fault": fault}})
-    if error is not None:
-        job = make()
-        with pytest.raises(error, match=r"rank 0"):
-            job.start()
-        return
-    job = make()
+    job = Job(tmp_path, state=OnDevice, device={0: {"fault": "register"}, 1: {}})
     job.start()
     job.train(3)
-    if fault == "register":
-        assert lines(caplog, "the arena could not be pinned")
-        assert dropped(job) == {}
-        assert job.sessions[0].stable_iteration == 1
+    assert lines(caplog, "the arena could not be pinned")
+    assert dropped(job) == {}
+    assert job.sessions[0].stable_iteration == 1
     job.crash()
+
+
+def started(folder: Path, device: Mapping[int, Mapping[str, Any]]) -> tuple[Job | None, str]:
+    """A job, or the words in which a start was refused."""
+    try:
+        job = Job(folder, state=OnDevice, device=device)
+        job.start()
+    except (DeviceFault, StoreError) as error:
+        return None, str(error)
+    return job, ""
+
+
+@pytest.mark.parametrize("fault", ["memory", "launch", "copy", "sticky"])
+def test_a_driver_that_refuses_any_call_ends_a_start_with_its_words_or_drops_snapshots(
+    tmp_path: Path, fault: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Each call in turn, of the start and of the first iterations: it is refused, and so are all after it."""
+    found: Counter[str] = Counter()
+    for number in range(1, 90, 3):
+        caplog.clear()
+        device = {0: {"fault": f"{fault}:{number}", "batch_bytes": 4096}, 1: {}}
+        job, refusal = started(tmp_path / str(number), device)
+        if job is None:
+            found["start"] += 1
+            assert "(injected)" in refusal
+            continue
+        job.train(4)
+        if not dropped(job):
+            found["nothing"] += 1
+        else:
+            found["dropped"] += 1
+            job.train(1)  # a drop is logged in the next iteration
+            assert job.sessions[0].running.pipeline.ended is not None
+            assert len(lines(caplog, "a snapshot was dropped")) == len(dropped(job))
+            assert lines(caplog, "(injected)")
+        job.crash()
+    assert found["start"]
+    assert found["dropped"] or fault == "memory", "all memory is taken at start"
