@@ -121,8 +121,8 @@ class DevicePool:
         """As ``HostPool.pack``, in one launch. Addresses are device memory or pinned host memory, in any mixture.
 
         ``stream`` is a ``cudaStream_t``. With ``copy_engine_bytes``, runs of whole chunks that are contiguous at
-        both ends and at least that long are moved by a copy engine, on a stream of the pool's that is forked from
-        ``stream`` and joined to it, while the kernel digests their source.
+        both ends and at least that long are moved by a copy engine while the kernel digests their source. They are on a
+        stream of the pool's: what is enqueued on ``stream`` later waits for them only after ``order_after``.
         The tables may be reused at once; the memory must stay until ``finish``.
         """
     def upload_pieces(self, pieces: npt.NDArray[np.int64], *, timeout_s: float = 60.0) -> None:
@@ -140,7 +140,7 @@ class DevicePool:
         pieces count.
         """
     def scatter(self, pieces: npt.NDArray[np.int64], *, stream: int = 0, copy_engine_bytes: int | None = None) -> int:
-        """As ``HostPool.scatter``."""
+        """As ``HostPool.scatter``. What is enqueued on ``stream`` later comes after it."""
     def wait(self, ticket: int, *, timeout_s: float) -> bool:
         """Whether a ticket's work is done, within this time. It stays to be finished."""
     def finish(self, ticket: int, digests: npt.NDArray[np.uint64] | None = None, *, timeout_s: float = 60.0) -> None:
@@ -164,7 +164,10 @@ class DevicePool:
     def order(self, later: int, earlier: int) -> None:
         """What is enqueued on stream ``later`` from now on waits for all that is enqueued on ``earlier``."""
     def order_after(self, later: int, ticket: int) -> None:
-        """The same for the work behind a ticket. A ticket that was finished is not waited for."""
+        """The same for the work behind a ticket and all that was enqueued on its stream before.
+
+        A ticket that was finished is not waited for.
+        """
     def check_spans_are_here(self, spans: npt.NDArray[np.int64]) -> None:
         """``ValueError``, with the row, for a row (address, nbytes) that is not memory of this device, nor pinned."""
     def pinned(self, nbytes: int) -> npt.NDArray[np.uint8]:

@@ -96,7 +96,7 @@ void DevicePool::take_resources() {
     slot.device = static_cast<uint8_t*>(runtime_->allocate(nbytes));
     if (options_.is_timed) slot.begin = runtime_->make_event(true);
     slot.forked = runtime_->make_event(false);
-    slot.copied = runtime_->make_event(false);
+    slot.launched = runtime_->make_event(false);
     slot.end = runtime_->make_event(options_.is_timed);
   }
 }
@@ -111,7 +111,8 @@ void DevicePool::give_back() noexcept {
   for (const Slot& slot : slots_) {
     const bool slot_is_quiet = !slot.was_cut_short && (slot.ticket < 0 || is_seen_by(slot.end, deadline));
     is_quiet &= slot_is_quiet;
-    for (const Event event : {slot.begin, slot.forked, slot.copied, slot.end}) runtime_->destroy_event(event);
+    for (const Event event : {slot.begin, slot.forked, slot.launched, slot.end})
+      runtime_->destroy_event(event);
     if (!slot_is_quiet)
       continue;  // leaked: the device may still write there, and freeing would wait for it for ever
     runtime_->free(slot.device);
@@ -424,29 +425,32 @@ int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_gpu,
   return slot.ticket;
 }
 
-// The kernel and the copies run side by side: on a GPU the copy engine moves bytes while SMs digest them.
+// The copies of a pack, its results too, have a stream of their own, so that the copy engine moves bytes
+// while SMs digest them. `stream` itself never waits for a transfer to the host: where all streams share one
+// queue (CUDA_DEVICE_MAX_CONNECTIONS=1), training's kernels would stand behind it. A scatter is in order with
+// the rest of `stream`, which may be training's and may go on to write what was read.
 void DevicePool::enqueue(const Slot& slot, const Job& job, bool digest, Stream stream) {
   const CopyRow table = {address_of(slot.device), address_of(slot.host),
                          table_bytes(slot.num_rows, slot.num_pieces, num_sms_)};
   const CopyRow results = {address_of(sums_of(slot, slot.host)), address_of(job.sums),
                            slot.num_rows * static_cast<int64_t>(sizeof(uint64_t)) +
                                num_sms_ * static_cast<int64_t>(sizeof(uint32_t))};
-  const bool launches = job.num_tiles > 0, is_forked = launches && !copies_.empty();
-  const Stream copy_stream = is_forked ? copy_stream_ : stream;
+  const bool launches = job.num_tiles > 0;
+  const Stream copy_stream = digest ? copy_stream_ : stream;
   if (options_.is_timed) runtime_->record(slot.begin, stream);
-  if (is_forked) {
+  if (digest && !copies_.empty()) {
     runtime_->record(slot.forked, stream);
     runtime_->wait(copy_stream, slot.forked);
   }
   if (launches) runtime_->copy(&table, 1, stream);  // before the large copies, which may share its engine
   runtime_->copy(copies_.data(), copies_.size(), copy_stream);
-  if (is_forked) runtime_->record(slot.copied, copy_stream);
-  if (launches) {
-    runtime_->launch(job, digest, num_sms_, stream);
-    if (digest || options_.takes_census) runtime_->copy(&results, 1, stream);
+  if (launches) runtime_->launch(job, digest, num_sms_, stream);
+  if (digest) {
+    runtime_->record(slot.launched, stream);
+    runtime_->wait(copy_stream, slot.launched);
   }
-  if (is_forked) runtime_->wait(stream, slot.copied);
-  runtime_->record(slot.end, stream);
+  if (launches && (digest || options_.takes_census)) runtime_->copy(&results, 1, copy_stream);
+  runtime_->record(slot.end, copy_stream);
 }
 
 // Finds runs of chunks that a copy engine moves: each filled by one piece, contiguous at source and

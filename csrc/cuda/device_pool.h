@@ -52,7 +52,9 @@ class DevicePool {
   // Tables are as HostPool's and may be reused as soon as the call returns; the memory that they point to
   // must stay until `finish`. Each throws std::invalid_argument for a bad table, or where all slots are
   // taken. Runs of whole chunks, contiguous at both ends, of at least `copy_engine_bytes` are moved by a copy
-  // engine, on a stream of its own, while the kernel only digests them.
+  // engine. Those of a pack have a stream of their own, and the kernel digests them meanwhile: what is
+  // enqueued on `stream` later waits for the copies of a pack only after `order_after`, and always for a
+  // scatter.
   int64_t pack(Table<Piece> pieces, Table<Chunk> chunks, int64_t copy_engine_bytes, Stream stream);
   // Keeps pieces on the device, so that `pack_uploaded` need not bring them: what is packed again and again
   // changes only where it goes. Replaces the pieces uploaded before. Waits for the upload; throws DeviceLate
@@ -91,7 +93,7 @@ class DevicePool {
     uint8_t* host = nullptr;
     uint8_t* device = nullptr;
     Event begin = 0;                       // of a pool that is timed
-    Event forked = 0, copied = 0;          // between the ticket's stream and that of the copies
+    Event forked = 0, launched = 0;        // what the stream of the copies waits for
     Event end = 0;                         // of all work
     bool was_cut_short = false;            // enqueued in part: `end` tells nothing
     int64_t num_rows = 0, num_pieces = 0;  // of the slot's own tables

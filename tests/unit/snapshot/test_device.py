@@ -282,7 +282,7 @@ def test_work_that_is_late_is_named_and_breaks_nothing() -> None:
 
 
 def test_what_was_read_while_a_stream_could_not_be_made_to_wait_is_not_trusted() -> None:
-    pool = Pool("model:0", rank=2, max_pieces=4, max_chunks=4, fault="wait")
+    pool = Pool("model:0", rank=2, max_pieces=4, max_chunks=4, fault="wait:2")
     pieces, chunks, _keep = one_chunk()
     ticket = pool.pack(pieces, chunks)
     with pytest.raises(_C.DeviceError, match=r"rank 2: pack of 1 pieces .* cudaStreamWaitEvent"):

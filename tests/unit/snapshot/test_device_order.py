@@ -121,9 +121,10 @@ def test_without_holding_trainings_stream_some_order_shows_the_next_step(engines
     assert wrong_captures(change=change, engines=engines) > 0
 
 
-def test_a_stream_that_is_held_and_does_not_wait_is_seen() -> None:
-    """Of a snapshot without a copy engine that is the only wait of a stream for another one."""
-    assert wrong_captures(fault="no-wait") > 0
+@pytest.mark.parametrize(("engines", "number"), [(None, 7), (COPY_ENGINE, 13)])
+def test_a_stream_that_is_held_and_does_not_wait_is_seen(engines: Engines | None, number: int) -> None:
+    """That wait comes after those of six batches: results wait for their kernel, and copies for the stream before."""
+    assert wrong_captures(fault=f"no-wait:{number}", engines=engines) > 0
 
 
 def test_a_packer_that_does_not_settle_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:

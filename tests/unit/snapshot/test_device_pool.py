@@ -129,10 +129,45 @@ def test_there_are_no_other_waits_than_those_four() -> None:
     assert all(is_right(seed, "no-wait:5") for seed in SEEDS)
 
 
-def test_no_wait_is_made_where_one_engine_does_all() -> None:
-    for engine in (None, 1):
-        work, pool = Work(), make_pool("wait")
-        pool.finish(pool.scatter(work.pieces, copy_engine_bytes=engine))
+def test_a_stream_does_not_wait_for_the_copies_of_its_packs() -> None:
+    """Where all streams share one queue of the device, training would stand behind them."""
+    overtaken = 0
+    for seed in SEEDS:
+        work, pool = Work(), make_pool(seed=seed)
+        work.source[:] = 3
+        ticket = pool.pack(work.pieces, work.chunks, stream=SIDE, copy_engine_bytes=LARGE)
+        pool.model_sync(SIDE)
+        assert (work.target[LARGE:] == 3).all()
+        overtaken += not work.target[:LARGE].any()
+        pool.finish(ticket, work.digests)
+        assert work.holds(3)
+    assert overtaken
+
+
+@pytest.mark.parametrize("engine", [None, 1, LARGE])
+def test_a_scatter_needs_no_wait_and_the_stream_goes_on_after_it(engine: int | None) -> None:
+    for seed in SEEDS:
+        work, pool = Work(), make_pool("wait", seed)
+        address, nbytes = work.source.ctypes.data, work.source.nbytes
+        pool.model_fill(TRAINING, address, 1, nbytes)
+        ticket = pool.scatter(work.pieces, stream=TRAINING, copy_engine_bytes=engine)
+        pool.model_fill(TRAINING, address, 2, nbytes)
+        pool.finish(ticket)
+        assert (work.target == 1).all()
+        pool.model_sync(TRAINING)
+
+
+def test_whoever_waits_for_a_pack_waits_for_the_packs_before_it() -> None:
+    """The last one may have no copies, while those of the one before are under way."""
+    for seed in SEEDS:
+        work, small, pool = Work(), Work(), make_pool(seed=seed)
+        first = pool.pack(work.pieces, work.chunks, stream=SIDE, copy_engine_bytes=LARGE)
+        last = pool.pack(small.pieces, small.chunks, stream=SIDE)
+        pool.order_after(TRAINING, last)
+        pool.model_fill(TRAINING, work.source.ctypes.data, 2, work.source.nbytes)
+        pool.model_sync(TRAINING)
+        for ticket in (first, last):
+            pool.finish(ticket)
         assert not work.target.any()
 
 
