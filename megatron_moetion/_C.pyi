@@ -152,6 +152,7 @@ class DevicePool:
     def device_seconds(self, ticket: int) -> float:
         """Seconds between begin and end of a ticket's work, by the device's clock.
 
+        Copies of earlier packs that are still under way when it begins count as well: one at a time is timed exactly.
         To be called after ``wait`` and before ``finish``. ``ValueError`` for work that is not done, and for a pool
         without ``timed``.
         """
