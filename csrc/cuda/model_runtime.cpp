@@ -63,7 +63,7 @@ int64_t parse_count(const std::string& fault, const std::string& digits) {
 ModelRuntime::ModelRuntime(const std::string& fault, uint64_t seed)
     : fault_(fault.substr(0, fault.find(':'))),
       is_lazy_(seed != 0),
-      random_(static_cast<std::minstd_rand::result_type>(seed)),
+      random_(seed),
       reached_{true} {
   if (std::find(std::begin(kFaults), std::end(kFaults), fault_) == std::end(kFaults) && fault != "") {
     std::string names;

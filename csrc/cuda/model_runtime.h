@@ -96,7 +96,7 @@ class ModelRuntime final : public Runtime {
   const bool is_lazy_;
 
   std::mutex mutex_;  // of all below
-  std::minstd_rand random_;
+  std::mt19937_64 random_;
   std::map<std::string, int64_t> num_calls_;
   std::map<Stream, std::deque<Task>> queues_;
   Stream num_streams_ = 0;

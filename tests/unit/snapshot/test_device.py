@@ -268,7 +268,7 @@ def test_work_that_is_late_is_named_and_breaks_nothing() -> None:
     assert not pool.wait(ticket, timeout_s=0)
     late = rf"rank 5: pack of 1 pieces from \[{keep[0].ctypes.data:#x}.* on model is not done after 0 s"
     for _ in range(2):
-        with pytest.raises(_C.DeviceError, match=late):
+        with pytest.raises(_C.DeviceLate, match=late):
             pool.finish(ticket, timeout_s=0)
     other = pool.pack(pieces, chunks)
     with pytest.raises(ValueError, match="all 2 slots of the pool are in use"):  # the device may still read its memory
