@@ -135,6 +135,13 @@ def test_both_engines_are_timed_on_the_device_at_every_size_and_the_best_of_them
     assert packs == expected
 
 
+def test_the_times_are_those_of_the_pools_own_events() -> None:
+    source = np.zeros(LARGEST, dtype=np.uint8)
+    samples = measure("model:0", source=source.ctypes.data, nbytes=LARGEST, stream=1, num_sms=2)
+    assert [s.segment_bytes for s in samples] == list(SIZES_BYTES)
+    assert all(s.kernel_s > 0 and s.copy_engine_s > 0 for s in samples)
+
+
 def test_a_device_that_is_measured_gets_its_own_choice() -> None:
     found = Stand({None: [1.0] * 100, 1: [1.1] * 100}).measured()
     assert found.copy_engine_bytes == SIZES_BYTES[0]
