@@ -2,8 +2,8 @@
 """Spreads the bytes that leave a device over the iteration, so that they never fill its link for long.
 
 The link is training's too: transfers between nodes read the device's memory over it. The bytes of a snapshot leave
-evenly from the snapshot's beginning on, over most of the time until the optimizer asks for the state. That time follows
-from the last iterations, on the host's clock. When the optimizer asks, or anybody waits, what is left goes at once.
+evenly from its beginning on, over a share of the time until the optimizer asks for the state. The last iterations tell
+that time, on the host's clock. When the optimizer asks, or anybody waits, what is left goes at once.
 """
 
 from __future__ import annotations
@@ -16,13 +16,22 @@ from megatron_moetion.replicate.worker import Event
 
 REMEMBERED = 8
 """Iterations that the time is known from."""
-SPREAD_SHARE = 0.8
+SHARE_ALONE = 0.8
 """Share of the shortest of them that bytes are spread over: an iteration may be shorter than all of them."""
+SHARE_BEFORE_REPLICATION = 0.2
+"""The same where the snapshot is replicated afterwards. That has to be over in the same iteration, or nearly: until
+then the snapshot holds its slots, of which there is one set for a snapshot on its way, and mode ``exact`` waits for it.
+The network is the slower link, so it gets the larger part."""
 
 
-def spread_s(times_s: Sequence[float]) -> float:
+def spread_share(replicas: int) -> float:
+    """Share of the time that the bytes of a snapshot are spread over."""
+    return SHARE_BEFORE_REPLICATION if replicas else SHARE_ALONE
+
+
+def spread_s(times_s: Sequence[float], share: float) -> float:
     """How long the bytes of a snapshot may take, from how long the optimizer let the last ones; 0 at first."""
-    return SPREAD_SHARE * min(times_s, default=0.0)
+    return share * min(times_s, default=0.0)
 
 
 def due_s(admitted_bytes: int, total_bytes: int, begin_s: float, end_s: float) -> float:
@@ -31,11 +40,12 @@ def due_s(admitted_bytes: int, total_bytes: int, begin_s: float, end_s: float) -
 
 
 class EvenPace:
-    """One rank's ``SnapshotPace``. ``is_hurried`` is an event that nobody else uses."""
+    """One rank's ``SnapshotPace``. Nobody else uses ``is_hurried``; for ``share`` see ``spread_share``."""
 
-    def __init__(self, clock: Clock, is_hurried: Event) -> None:
+    def __init__(self, clock: Clock, is_hurried: Event, share: float = SHARE_ALONE) -> None:
         self._now = clock.monotonic
         self._is_hurried = is_hurried
+        self._share = share
         self._times_s: deque[float] = deque(maxlen=REMEMBERED)
         self._submitted_s = self._now()
         self._is_asked = True
@@ -61,7 +71,7 @@ class EvenPace:
 
     def plan(self, nbytes: int) -> None:
         """See ``SnapshotPace``."""
-        self._begin_s, self._end_s = self._now(), self._submitted_s + spread_s(tuple(self._times_s))
+        self._begin_s, self._end_s = self._now(), self._submitted_s + spread_s(tuple(self._times_s), self._share)
         self._total_bytes, self._admitted_bytes = nbytes, 0
 
     def is_early(self) -> bool:

@@ -241,7 +241,7 @@ class DevicePacker:
             self.note = way + self._aside
             return
         if self._engines is None:
-            self._engines = measured(self._device, self._streams.side, self._pool)
+            self._engines = measured(self._device, self._streams.side, self._pool, timeout_s=self._timeout_s)
         way = f"arena pinned; captures land in it, packed on {self._pool.num_sms} SMs, {self._engines.note}"
         self.note = way + self._aside
 

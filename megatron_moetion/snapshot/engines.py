@@ -103,6 +103,7 @@ def measured(
     stream: int,
     pool: DevicePool,
     *,
+    timeout_s: float,
     scratch: Callable[[str], AbstractContextManager[tuple[int, int]]] = scratch,
     make_pool: Callable[..., DevicePool] = DevicePool,
 ) -> Engines:
@@ -117,7 +118,13 @@ def measured(
         with scratch(device) as (source, nbytes):
             if nbytes:
                 samples = measure(
-                    device, source=source, nbytes=nbytes, stream=stream, num_sms=pool.num_sms, make_pool=make_pool
+                    device,
+                    source=source,
+                    nbytes=nbytes,
+                    stream=stream,
+                    num_sms=pool.num_sms,
+                    timeout_s=timeout_s,
+                    make_pool=make_pool,
                 )
                 return chosen(samples, pool.copy_engine, pool.num_sms)
     except DeviceError as error:
@@ -133,11 +140,13 @@ def measure(
     nbytes: int,
     stream: int,
     num_sms: int,
+    timeout_s: float = 60.0,
     make_pool: Callable[..., DevicePool] = DevicePool,
 ) -> tuple[Sample, ...]:
     """Time both engines on the device, digest included, from ``nbytes`` of its memory at ``source`` to pinned memory.
 
-    ``nbytes`` is a multiple of the largest of ``SIZES_BYTES``; as many are pinned meanwhile. Raises ``DeviceError``.
+    ``nbytes`` is a multiple of the largest of ``SIZES_BYTES``; as many are pinned meanwhile. Raises ``DeviceError``,
+    also where a sample takes longer than ``timeout_s``.
     """
     rows = nbytes // SIZES_BYTES[0]
     pool = make_pool(device, rank=0, max_pieces=rows, max_chunks=rows, num_sms=num_sms, timed=True)
@@ -154,8 +163,8 @@ def measure(
             seconds = []
             for _ in range(1 + REPEATS):  # the first one warms up
                 ticket = pool.pack(pieces, chunks, stream=stream, copy_engine_bytes=engine)
-                if not pool.wait(ticket, timeout_s=60):
-                    raise DeviceError(f"{nbytes} bytes are not moved after 60 s")
+                if not pool.wait(ticket, timeout_s=timeout_s):
+                    raise DeviceError(f"{nbytes} bytes are not moved after {timeout_s:.0f} s")
                 seconds.append(pool.device_seconds(ticket))
                 pool.finish(ticket)
             best_s[engine] = min(seconds[1:])

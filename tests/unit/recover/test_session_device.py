@@ -5,18 +5,20 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 from session_job import Job, OnDevice
-from support import WatchedPool
+from support import WatchedPool, together
 
 from megatron_moetion._C import DeviceError, DevicePool
 from megatron_moetion.errors import DeviceFault, ProtectionLost, StoreError
 
 FAST = {"timeout_s": 0.05}
+TRAINING = 0
+"""The stream that training enqueues on."""
 
 
 @pytest.fixture(autouse=True)
@@ -184,3 +186,45 @@ def test_a_driver_that_refuses_any_call_ends_a_start_with_its_words_or_drops_sna
         job.crash()
     assert found["start"]
     assert found["dropped"] or fault == "memory", "all memory is taken at start"
+
+
+# -- streams that run when they are asked for -------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("seed", range(1, 7))
+def test_what_is_recovered_is_what_training_had_whatever_order_its_device_chose(tmp_path: Path, seed: int) -> None:
+    """The optimizer steps as soon as training's stream has come there, whatever is still to be packed."""
+    pools: dict[int, DevicePool] = {}
+
+    class Ordered(OnDevice):
+        def step(self, iteration: int) -> None:
+            pools[self.rank].model_sync(TRAINING)
+            super().step(iteration)
+
+    def watch(rank: int) -> Callable[[DevicePool], DevicePool]:
+        return lambda pool: pools.setdefault(rank, pool)
+
+    device = {r: {"watch": watch(r), "seed": seed + 100 * r, "batch_bytes": 4096} for r in range(2)}
+    job = Job(tmp_path, state=Ordered, device=device)
+    job.start()
+
+    def train(rank: int) -> list[bytes]:
+        session, state, found = job.sessions[rank], job.states[rank], list[bytes]()
+        for iteration in range(1, 9):
+            session.before_optimizer_step()
+            state.step(iteration)
+            found.append(state.image())
+            session.on_step_end(iteration)
+            if iteration % 2 == 0:
+                session.drain()  # training that takes no time leaves replication none
+        return found
+
+    images = list(zip(*together(lambda: train(0), lambda: train(1)), strict=True))
+    assert {*dropped(job), *dropped(job, 1)} <= {"no-slot"}
+    job.crash()
+    second = Job(tmp_path, attempt=1, state=OnDevice)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration > 0
+    assert tuple(s.image() for s in second.states) == images[resumed.iteration - 1]
+    second.crash()

@@ -12,9 +12,17 @@ import pytest
 from support import ManualClock, ToyState, WatchedPool, make_arena, make_packer, no_probe, on_device
 
 from megatron_moetion._C import DevicePool
-from megatron_moetion.schedule.pace import REMEMBERED, SPREAD_SHARE, EvenPace, due_s, spread_s
+from megatron_moetion.schedule.pace import (
+    REMEMBERED,
+    SHARE_ALONE,
+    SHARE_BEFORE_REPLICATION,
+    EvenPace,
+    due_s,
+    spread_s,
+    spread_share,
+)
 from megatron_moetion.schedule.recorder import HostStopwatch
-from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
+from megatron_moetion.schedule.scheduler import DEADLINE_SHARE, Scheduler, no_drawing
 from megatron_moetion.snapshot.capture import Capturer, Contents
 
 LINK_BYTES_PER_S = 1e9
@@ -22,8 +30,14 @@ MIB = 1 << 20
 
 
 def test_bytes_are_spread_over_most_of_the_shortest_time_that_the_optimizer_left() -> None:
-    assert spread_s([3.0, 2.0, 9.0]) == pytest.approx(2.0 * SPREAD_SHARE)
-    assert spread_s([]) == 0.0, "nothing is known: link speed"
+    assert spread_s([3.0, 2.0, 9.0], 0.8) == pytest.approx(1.6)
+    assert spread_s([], 0.8) == 0.0, "nothing is known: link speed"
+
+
+def test_what_is_replicated_afterwards_leaves_the_device_early_enough_for_that() -> None:
+    assert spread_share(0) == SHARE_ALONE
+    assert spread_share(1) == spread_share(2) == SHARE_BEFORE_REPLICATION
+    assert spread_share(1) < DEADLINE_SHARE / 2
 
 
 def test_they_are_due_evenly() -> None:

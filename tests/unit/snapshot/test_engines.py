@@ -112,7 +112,7 @@ class Stand:
         yield self._source.ctypes.data, self.nbytes
 
     def measured(self) -> engines.Engines:
-        return engines.measured("cuda:0", 0, self.pool, scratch=self.scratch, make_pool=self.make_pool)
+        return engines.measured("cuda:0", 0, self.pool, timeout_s=0.01, scratch=self.scratch, make_pool=self.make_pool)
 
 
 ROUNDS = 1 + engines.REPEATS
@@ -135,6 +135,13 @@ def test_both_engines_are_timed_on_the_device_at_every_size_and_the_best_of_them
     assert packs == expected
 
 
+def test_the_times_are_those_of_the_pools_own_events() -> None:
+    source = np.zeros(LARGEST, dtype=np.uint8)
+    samples = measure("model:0", source=source.ctypes.data, nbytes=LARGEST, stream=1, num_sms=2)
+    assert [s.segment_bytes for s in samples] == list(SIZES_BYTES)
+    assert all(s.kernel_s > 0 and s.copy_engine_s > 0 for s in samples)
+
+
 def test_a_device_that_is_measured_gets_its_own_choice() -> None:
     found = Stand({None: [1.0] * 100, 1: [1.1] * 100}).measured()
     assert found.copy_engine_bytes == SIZES_BYTES[0]
@@ -147,9 +154,12 @@ def test_what_cannot_be_measured_gets_the_usual_choice_and_says_why() -> None:
     assert failed.copy_engine_bytes == engines.USUAL_BYTES
     assert "memcpy from 1024 KiB on (not measured: " in failed.note
     assert "kernel launch" in failed.note
+    assert (
+        Stand({}, fault="late:3000").measured().note.endswith("(not measured: 8388608 bytes are not moved after 0 s)")
+    )
     assert Stand({}, nbytes=0).measured().note.endswith("(not measured: too little free memory)")
 
 
 def test_a_model_of_a_device_is_not_measured() -> None:
     pool = DevicePool("model:0", rank=0, max_pieces=1, max_chunks=1)
-    assert engines.measured("model:0", 0, pool).note == "no copy engine"
+    assert engines.measured("model:0", 0, pool, timeout_s=1).note == "no copy engine"
