@@ -21,6 +21,7 @@ BACKENDS = {f"host-{isa}": lambda isa=isa: HostBackend(2, isa) for isa in ISAS} 
     "model": lambda: DeviceBackend(),
     "model-copy-engine": lambda: DeviceBackend(copy_engine_bytes=1),
     "model-uploaded": lambda: UploadedBackend(copy_engine_bytes=3000),
+    "model-lazy": lambda: DeviceBackend(copy_engine_bytes=3000, seed=1),
 }
 
 
