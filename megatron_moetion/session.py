@@ -75,7 +75,9 @@ class Session:
         15. ``pipeline.submit``: arenas release what ``settle`` allowed, then units are packed and replicated.
         """
         run = self._open()
-        run.scheduler.cut(iteration)
+        if (unread := run.scheduler.cut(iteration)) is not None:
+            text = f"a timeline of training cannot be read and is left out, as others will be: {unread}"
+            run.journal.warn_once("timeline", iteration, text)
         run.adapter.after_step()
         run.protection.watch(iteration, run.agreement.stable, run.agreement.failed or run.pipeline.ended)
         if iteration % run.interval or run.agreement.failed is not None:

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -27,8 +28,7 @@ HEADROOM = 0.8
 """Share of the windows' bytes that a snapshot may fill: the rest is for jitter and for the protocol."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
+class Window(NamedTuple):
     """An idle stretch of a link, in seconds since the end of the optimizer step."""
 
     begin_s: float
@@ -73,14 +73,18 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     steps[0::2] = _usually(begins - quiet_since)
     steps[1::2] = _usually(quiet_since[:, 1:] - begins[:, :-1])
     at = np.cumsum(steps)
-    ends, accepted = at[0::2].tolist(), at[1::2].tolist()
+    ends, accepted = at[0::2], at[1::2]
 
-    busy_until, windows = 0.0, []
-    for end, accepted_s, takes_s in zip(ends, [*accepted, 0.0], [*on_wire_s.tolist(), 0.0], strict=True):
-        if end - busy_until >= WINDOW_MIN_S:
-            windows.append(Window(begin_s=busy_until, end_s=end))
-        busy_until = max(busy_until, accepted_s) + takes_s
-    return Rhythm(sends_s=tuple(ends[:-1]), accepted_s=tuple(accepted), duration_s=ends[-1], windows=tuple(windows))
+    # A message is off the wire when it and all before it are: each begins when accepted, or behind the one before.
+    after = np.cumsum(on_wire_s)
+    quiet = np.append(0.0, after + np.maximum.accumulate(accepted - np.append(0.0, after[:-1])))[: len(ends)]
+    found = np.flatnonzero(ends - quiet >= WINDOW_MIN_S)
+    return Rhythm(
+        sends_s=tuple(ends[:-1].tolist()),
+        accepted_s=tuple(accepted.tolist()),
+        duration_s=float(ends[-1]),
+        windows=tuple(map(Window, quiet[found].tolist(), ends[found].tolist())),
+    )
 
 
 def _usually(durations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,7 @@ class Link(enum.Enum):
     NETWORK = "network"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(NamedTuple):
     """A stretch of one iteration, in seconds since the end of the optimizer step before it.
 
     ``sent_bytes`` and ``received_bytes`` are what crossed the network between nodes; both are 0 for what stayed on

@@ -129,7 +129,6 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.traffic_ends(Lane.PIPELINE, 50_000)  # the call returns at once; the wire is busy for 50 ms
     assert pacer.go(KB100) == 0.05
-    pacer.traffic_begins(Lane.PIPELINE, 0)  # waiting for a peer
     assert pacer.go(KB100) == pytest.approx(0.05 + KB100 / RATE / PROBE_FACTOR, abs=0.03)
 
 

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState
+from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState, spanning
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
@@ -51,7 +51,7 @@ def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
 def iterate(scheduler: Scheduler, clock: ManualClock, number: int, seconds: float = 0.05) -> None:
     """One iteration that sends a little over the network in its middle."""
     clock.sleep(seconds / 2)
-    with scheduler.recorder.span(Lane.PIPELINE, 1000, 0):
+    with spanning(scheduler.recorder, Lane.PIPELINE, 1000, 0):
         pass
     clock.sleep(seconds / 2)
     scheduler.cut(number)
@@ -89,7 +89,7 @@ def test_a_message_is_drawn_from_when_the_network_has_it_and_behind_the_one_befo
     scheduler.cut(0)
     recorder = scheduler.recorder
     for _ in range(2):
-        with recorder.span(Lane.PIPELINE, 50_000, 0) as span:
+        with spanning(recorder, Lane.PIPELINE, 50_000, 0) as span:
             clock.sleep(0.02)
             recorder.accepted(span)
     scheduler.cut(1)
@@ -233,7 +233,7 @@ def test_what_was_late_is_told_until_the_next_snapshot_has_left() -> None:
     scheduler, clock, _ = make("bubble")
     for number in range(3):
         iterate(scheduler, clock, number, 0.02)
-    with scheduler.recorder.span(Lane.GRADIENT, 10, 10), scheduler.transfer(1 << 20):
+    with spanning(scheduler.recorder, Lane.GRADIENT, 10, 10), scheduler.transfer(1 << 20):
         scheduler.gate.admit(1 << 20)  # beside training's own traffic, because the deadline came
     assert scheduler.scalars()["moetion/late-mb"] == pytest.approx((1 << 20) / 1e6)
     with scheduler.transfer(1 << 19):
