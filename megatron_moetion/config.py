@@ -115,8 +115,8 @@ class MoetionConfig:
         "auto",
         "when snapshots travel: 'bubble' (in the gaps that training leaves on the network), 'steady' (evenly over most "
         "of an iteration, whatever training does), 'eager' (at once) or 'auto' ('bubble' where the host computes, "
-        "'steady' on a GPU). On a GPU 'bubble' finds gaps by events of the device, and yields by the host's calls, which "
-        "run ahead of the device: it may hold a snapshot back while the network is idle, and send while training does",
+        "'steady' on a GPU). On a GPU 'bubble' finds gaps by events of the device and yields by calls of the host, "
+        "which run ahead of it: it may hold bytes back while the network is idle, and send while training does",
         choices=SCHEDULES,
     )
     trace_dir: str = setting("", "folder for a Perfetto trace of each rank; 'moetion report' draws them", metavar="DIR")

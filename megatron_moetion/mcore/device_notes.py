@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a model's and a process's settings mean for checkpointing on a GPU: one line each, for ``attach`` to log. Pure.
 
-Field names are those of megatron-core 0.16 and 0.19: ``enable_cuda_graph`` and ``external_cuda_graph`` become a value of
-``cuda_graph_impl`` when a config is made, and ``cuda_graph_scope`` is called ``cuda_graph_modules`` in 0.19.
+Field names are those of megatron-core 0.16 and 0.19. ``enable_cuda_graph`` and ``external_cuda_graph`` become a value
+of ``cuda_graph_impl`` when a config is made; ``cuda_graph_scope`` is called ``cuda_graph_modules`` in 0.19.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from megatron_moetion.schedule.pacer import (
     SLICE_MIN_BYTES,
     Eager,
     Pacer,
+    Steady,
 )
 from megatron_moetion.schedule.planner import Rhythm, Window
 from megatron_moetion.schedule.timeline import Lane
@@ -259,6 +260,57 @@ def test_when_training_waits_nothing_is_held_back() -> None:
     with pacer.urgent():
         assert gone.wait(5)
     sender.join(5)
+
+
+class SimulatedSteady(Steady):
+    """A steady gate whose waits advance the clock."""
+
+    def __init__(self, total_bytes: int, deadline_s: float) -> None:
+        self.clock = ManualClock()
+        super().__init__(lambda *_: None, self.clock, ManualCondition(self.clock))
+        self.learn(RATE)
+        self.follow(total_bytes, deadline_s)
+
+    def go(self, nbytes: int) -> float:
+        """Admit, and say when it went, since the plan began."""
+        self.admit(nbytes)
+        return round(self.clock.now_s - 1000.0, 6)
+
+
+def test_steady_slices_leave_evenly_until_the_deadline() -> None:
+    steady = SimulatedSteady(5 * KB100, deadline_s=2.0)
+    assert [steady.go(KB100) for _ in range(5)] == [0.0, 0.4, 0.8, 1.2, 1.6]
+    assert steady.report()[0] == 0
+
+
+def test_steady_slices_that_are_behind_go_one_after_the_other_and_at_the_deadline_at_once() -> None:
+    """The link carries a megabyte a second; 2 MB are to go in a second."""
+    steady = SimulatedSteady(20 * KB100, deadline_s=1.0)
+    gone = [steady.go(KB100) for _ in range(20)]
+    takes_s = KB100 / RATE / PROBE_FACTOR
+    assert gone[:11] == [pytest.approx(n * takes_s, abs=1e-4) for n in range(11)]
+    assert gone[11:] == [pytest.approx(1.0, abs=1e-4)] * 9
+    assert steady.report()[0] == 9 * KB100
+
+
+def test_a_steady_gate_learns_from_transfers_that_were_not_held_alone() -> None:
+    """While slices are held the network's buffers run empty, and show no limit."""
+    steady = SimulatedSteady(10 * KB100, deadline_s=10.0)
+    with steady.transfer(10 * KB100):
+        for _ in range(10):
+            steady.go(KB100)
+    assert steady.bytes_per_s == RATE
+    steady.follow(10 * KB100, deadline_s=0.0)
+    with steady.transfer(10 * KB100):
+        steady.clock.now_s += 0.5
+    assert steady.bytes_per_s == 2 * RATE
+
+
+def test_training_that_waits_holds_no_steady_slice_back() -> None:
+    steady = SimulatedSteady(5 * KB100, deadline_s=20.0)
+    assert steady.go(KB100) == 0.0
+    with steady.urgent():
+        assert steady.go(KB100) == 0.0
 
 
 def test_eager_never_waits_and_tells_what_moved() -> None:

@@ -16,15 +16,19 @@ from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.starter import Starter
+from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.planner import Window
-from megatron_moetion.schedule.recorder import HostStopwatch
+from megatron_moetion.schedule.recorder import HostStopwatch, StampError
 from megatron_moetion.schedule.scheduler import (
     DEADLINE_SHARE,
+    SAMPLE_EVERY,
     TIMELINES,
     Carried,
+    Draw,
     Scheduler,
     computing,
     no_drawing,
+    records,
     typical_duration,
     windows_after,
 )
@@ -34,7 +38,7 @@ from megatron_moetion.session import Session
 Drawn = list[tuple[str, float, float, int]]
 
 
-def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
+def make(schedule: str, draw: Draw | None = None) -> tuple[Scheduler, ManualClock, Drawn]:
     drawn: Drawn = []
     clock = ManualClock()
     scheduler = Scheduler(
@@ -43,7 +47,7 @@ def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
         clock=clock,
         condition=ManualCondition(clock),
         eager_slice_bytes=1 << 20,
-        draw=lambda *what: drawn.append(what),
+        draw=draw or (lambda *what: drawn.append(what)),
     )
     return scheduler, clock, drawn
 
@@ -69,7 +73,7 @@ def test_computing_is_what_is_left() -> None:
     assert typical_duration([Timeline(iteration=i, begin_s=0, duration_s=d) for i, d in enumerate((9, 1, 2))]) == 2
 
 
-@pytest.mark.parametrize("schedule", ["bubble", "eager"])
+@pytest.mark.parametrize("schedule", ["bubble", "steady", "eager"])
 def test_all_that_happens_is_drawn(schedule: str) -> None:
     scheduler, clock, drawn = make(schedule)
     iterate(scheduler, clock, 1)
@@ -188,6 +192,115 @@ def test_what_a_link_has_shown_counts_in_the_next_iteration() -> None:
     assert carries.nbytes < at_first / 50
     assert "at 10 MB/s" in carries.why
     assert scheduler.scalars()["moetion/device-to-host-mb-per-s"] == pytest.approx(10, rel=0.1)
+
+
+def test_steady_carries_what_training_leaves_of_the_link_until_the_deadline() -> None:
+    scheduler, clock, _ = make("steady")
+    assert scheduler.carries(1) == Carried(nbytes=math.inf, why="", is_settled=False)
+    with scheduler.transfer(1 << 20):
+        clock.sleep(1.0)  # nothing is known of iterations yet: it goes at once, and shows the link
+    for number in range(3):
+        with spanning(scheduler.recorder, Lane.ALL_TO_ALL, (1 << 20) // 10, 0):
+            clock.sleep(1.0)
+        scheduler.cut(number)
+    carries = scheduler.carries(1)
+    assert carries.nbytes == pytest.approx(planner.HEADROOM * (DEADLINE_SHARE - 0.1) * (1 << 20), rel=1e-5)
+    assert "the network is idle for 0.80 of 1.00 s" in carries.why
+    with spanning(scheduler.recorder, Lane.ALL_TO_ALL, 1 << 30, 0):
+        clock.sleep(1.0)
+    scheduler.cut(4)
+    assert scheduler.carries(1).nbytes == 0, "and never less"
+
+
+def test_a_steady_transfer_takes_most_of_an_iteration_and_never_listens() -> None:
+    scheduler, clock, _ = make("steady")
+    for number in range(3):
+        iterate(scheduler, clock, number, 1.0)
+    blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)
+    began, gone = clock.monotonic(), []
+    with scheduler.transfer(4 << 20):
+        for _ in range(4):
+            scheduler.gate.admit(1 << 20)
+            gone.append(clock.monotonic() - began)
+    assert gone == [pytest.approx(DEADLINE_SHARE * n / 4) for n in range(4)]
+    assert scheduler.scalars()["moetion/late-mb"] == 0
+    scheduler.recorder.end(blocked)
+
+
+def test_once_the_rhythm_is_known_one_iteration_in_so_many_is_recorded() -> None:
+    """Until then, and as long as iterations differ, all are."""
+    scheduler, clock, _ = make("bubble", draw=no_drawing)
+    known = []
+    for number in range(1, TIMELINES + 2 * SAMPLE_EVERY + 2):
+        iterate(scheduler, clock, number)
+        known.append(scheduler.newest_timeline.iteration)
+    first = TIMELINES + 1  # it was under way when the last timeline that was missing came
+    assert known[:first] == list(range(1, first + 1))
+    assert sorted(set(known[first:])) == [first, first + SAMPLE_EVERY, first + 2 * SAMPLE_EVERY]
+    alike = [Timeline(iteration=i, begin_s=0, duration_s=1.0) for i in range(TIMELINES)]
+    sent = Timeline(iteration=9, begin_s=0, duration_s=1.0, spans=(Span(Lane.PIPELINE, 0, 1, sent_bytes=1),))
+    assert not records(alike, 0)
+    assert records(alike, SAMPLE_EVERY - 1)
+    assert records(alike[1:], 0)
+    assert records([*alike[1:], sent], 0), "it sent more often"
+    assert records([*alike[1:], Timeline(iteration=9, begin_s=0, duration_s=1.5)], 0), "it took longer"
+
+
+def test_a_trace_shows_every_iteration() -> None:
+    scheduler, clock, _ = make("bubble")
+    for number in range(1, 3 * TIMELINES):
+        iterate(scheduler, clock, number)
+        assert scheduler.newest_timeline.iteration == number
+
+
+class Unreadable(HostStopwatch):
+    """A stopwatch whose stamps cannot be read while something is wrong."""
+
+    is_broken = False
+
+    def seconds(self, since: float, until: float) -> float:
+        if self.is_broken:
+            raise StampError("an event of a capture")
+        return super().seconds(since, until)
+
+
+def test_timelines_that_cannot_be_read_cost_one_line_and_snapshots_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run whose stopwatch is broken for some iterations, and works again."""
+    state, stopwatch = ToyState(), Unreadable(SystemClock())
+    prepared = prepare(
+        config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
+        adapter=state,
+        blueprint=FullBlueprint(),
+        fabric=ToyFabric(Network(1), 0),
+        topology="toy",
+        scheduler=Scheduler(
+            "bubble",
+            stopwatch,
+            clock=SystemClock(),
+            condition=threading.Condition(),
+            eager_slice_bytes=1 << 20,
+            draw=no_drawing,
+        ),
+        host=Host(environment={}),
+    )
+    session = Session(Starter(prepared).start()[0])
+    for iteration in range(1, 10):
+        stopwatch.is_broken = 3 <= iteration < 6
+        session.before_optimizer_step()
+        state.step(iteration)
+        session.on_step_end(iteration)
+        session.drain()
+    scalars, stable = session.scalars(), session.stable_iteration
+    session.close()
+    assert scalars["moetion/timelines-dropped"] == 3
+    assert scalars["moetion/snapshots-dropped"] == 0
+    assert stable >= 7
+    said = [r.getMessage() for r in caplog.records if "timeline" in r.getMessage()]
+    assert len(said) == 1
+    assert "iteration 3: a timeline of training cannot be read" in said[0]
+    assert "an event of a capture" in said[0]
 
 
 class FastLink(Scheduler):
