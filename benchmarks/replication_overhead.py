@@ -3,7 +3,8 @@
 
 Two emulated hosts (``benchmarks/testbed``) with a limited link train one Megatron-Core MoE GPT with 64 experts on two
 ranks each. By default (PP 2 x EP 2) the pipeline crosses the link; with ``--pp 1 --ep 4`` tokens do, in the all-to-alls
-of every layer, and gradients and parameters. For each rate of the sweep one run alternates blocks of iterations of five arms:
+of every layer, and gradients and parameters. For each rate of the sweep one run alternates blocks of iterations of five
+arms:
 
     off                  no snapshots
     full-eager           all state, every iteration, at once (GEMINI without its scheduler)

@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from megatron_moetion.clock import Clock
-from megatron_moetion.schedule.planner import Rhythm, Window
+from megatron_moetion.schedule.planner import SLICES_S, Rhythm, Window
 from megatron_moetion.schedule.timeline import Lane
 
-SLICE_S = 20e-3
-"""A slice should occupy the link no longer than this: so long a message of training may have to wait behind it. Each
-slice wakes threads at both ends, so that smaller ones cost time of the processors that train."""
-SLICE_MIN_BYTES, SLICE_MAX_BYTES = 64 << 10, 8 << 20
+SLICE_MIN_BYTES, SLICE_MAX_BYTES = 32 << 10, 8 << 20
 MEASURED_MIN_BYTES = 128 << 10
 """A smaller transfer measures latency, and not bandwidth."""
 CALM_FACTOR = 0.8
@@ -150,7 +147,7 @@ class Paced(Meter):
     # -- Gate ------------------------------------------------------------------------------------------
 
     def slice_bytes(self) -> int:
-        return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * SLICE_S)))
+        return max(SLICE_MIN_BYTES, min(SLICE_MAX_BYTES, int(self.bytes_per_s * self._slice_s())))
 
     def in_flight_bytes(self) -> int:
         """One slice: the next one is not due before it has left."""
@@ -176,6 +173,10 @@ class Paced(Meter):
     def left(self, nbytes: int, posted_s: float) -> None:
         """The network takes bytes into its buffers at once; they are on the wire for longer."""
         self._moved(posted_s, max(self._now(), posted_s + nbytes / self.bytes_per_s), nbytes)
+
+    def _slice_s(self) -> float:
+        """How long a slice should occupy the link, in seconds."""
+        return SLICES_S[0]
 
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         """How long to wait before looking again, 0 to go; and whether our last slice is not the reason."""
@@ -234,6 +235,9 @@ class Pacer(Paced):
             self._synced = (self._now(), 0.0)
             self._changed.notify_all()
 
+    def _slice_s(self) -> float:
+        return self._rhythm.slice_s
+
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         """A slice goes when training is quiet, our last slice has left and a window has room for these bytes.
 
@@ -282,8 +286,9 @@ class Pacer(Paced):
     def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
         """What a pipeline call sends is on the wire from now on; a collective is over."""
         if lane is Lane.PIPELINE:
-            self._sync(self._rhythm.accepted_s, self._sends - 1)
             self._wire_free_s = max(self._wire_free_s, self._now()) + sent_bytes / self.bytes_per_s
+        if lane is Lane.PIPELINE or self._active == 1:  # collectives that overlap are one
+            self._sync(self._rhythm.accepted_s, self._sends - 1)
         self._active -= 1
         if self._is_waiting and not self._active:
             with self._changed:

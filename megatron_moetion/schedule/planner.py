@@ -24,6 +24,11 @@ IDLE_SHARE = 0.8
 """A window is as long as the gap between two messages was in at least this share of the recorded iterations."""
 WINDOW_MIN_S = 1e-3
 """Shorter gaps are left alone: a chunk would hardly have started."""
+SLICES_S = (20e-3, 10e-3, 5e-3)
+"""How long a slice may occupy the link: so long a message of training may have to wait behind it. Each slice wakes
+threads at both ends, so that smaller ones cost time of the processors that train."""
+FILLED_SHARE = 0.8
+"""Slices are as long as they may be while whole ones fill this share of the windows."""
 HEADROOM = 0.8
 """Share of the windows' bytes that a snapshot may fill: the rest is for jitter and for the protocol."""
 
@@ -53,21 +58,24 @@ class Rhythm:
     """When the network has accepted the n-th send: at once, or when the peer asks for it."""
     duration_s: float = 0.0
     windows: tuple[Window, ...] = ()
+    slice_s: float = SLICES_S[0]
+    """How long a slice should occupy the link, in seconds."""
 
 
 def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     """What the last iterations have in common on the network, from those that sent as often as the newest one.
 
-    From one event to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call that
-    sends n bytes keeps the link busy from its beginning, because its peer may ask for them at any moment, until the
-    network has accepted them, and for n / bandwidth after that. Waiting for bytes of a peer keeps nothing busy.
+    From one event to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call of the
+    pipeline that sends n bytes keeps the link busy from its beginning, because its peer may ask for them at any moment,
+    until the network has accepted them, and for n / bandwidth after that. A collective keeps it busy from its beginning
+    to its end. Waiting for bytes of a peer keeps nothing busy.
     """
     if not timelines:
         return Rhythm()
     alike = [t for t in timelines if len(t.sends.nbytes) == len(timelines[-1].sends.nbytes)]
     begins = np.stack([np.append(t.sends.begin_s, t.duration_s) for t in alike])
-    quiet_since = np.stack([np.append(0.0, t.sends.on_wire_s) for t in alike])
-    on_wire_s = np.max([t.sends.nbytes for t in alike], axis=0) / bytes_per_s
+    quiet_since = np.stack([np.append(0.0, t.sends.quiet_since_s) for t in alike])
+    on_wire_s = np.max([t.sends.left_bytes for t in alike], axis=0) / bytes_per_s
 
     steps = np.empty(begins.shape[1] * 2 - 1)  # from one event to the next: a send begins, the network has accepted it
     steps[0::2] = _usually(begins - quiet_since)
@@ -79,12 +87,27 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     after = np.cumsum(on_wire_s)
     quiet = np.append(0.0, after + np.maximum.accumulate(accepted - np.append(0.0, after[:-1])))[: len(ends)]
     found = np.flatnonzero(ends - quiet >= WINDOW_MIN_S)
+    windows = tuple(map(Window, quiet[found].tolist(), ends[found].tolist()))
     return Rhythm(
         sends_s=tuple(ends[:-1].tolist()),
         accepted_s=tuple(accepted.tolist()),
         duration_s=float(ends[-1]),
-        windows=tuple(map(Window, quiet[found].tolist(), ends[found].tolist())),
+        windows=windows,
+        slice_s=slice_of(windows),
     )
+
+
+def slice_of(windows: Sequence[Window]) -> float:
+    """The longest of ``SLICES_S`` that fills the windows well, in seconds; the shortest where none does."""
+    idle_s = sum(w.duration_s for w in windows)
+    filled = (s for s in SLICES_S if sum(w.duration_s // s * s for w in windows) >= FILLED_SHARE * idle_s)
+    return next(filled, SLICES_S[-1])
+
+
+def whole_slices(windows: Sequence[Window], slice_s: float) -> list[Window]:
+    """What whole slices fill of the windows."""
+    filled = [(w.begin_s, w.duration_s // slice_s * slice_s) for w in windows]
+    return [Window(begin, begin + duration) for begin, duration in filled if duration]
 
 
 def _usually(durations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

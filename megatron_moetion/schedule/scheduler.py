@@ -136,7 +136,7 @@ class Scheduler:
             begin_s, end_s = span.begin_s, span.end_s
             if span.lane is Lane.PIPELINE and span.sent_bytes:  # the call itself only waits
                 self._draw(Lane.WAIT.value, at + begin_s, at + end_s, 0)
-                begin_s = max(span.on_wire_s, free_s)
+                begin_s = max(span.quiet_since_s, free_s)
                 end_s = free_s = begin_s + span.sent_bytes / self._meter.bytes_per_s
             self._draw(span.lane.value, at + begin_s, at + end_s, span.sent_bytes)
         for begin, end in computing(timeline):
@@ -171,7 +171,8 @@ class Scheduler:
     def _windows(self, timelines: Sequence[Timeline], typical_s: float) -> Sequence[Window]:
         """When bytes of snapshots find room on the network in a typical iteration."""
         if self._pacer is not None:
-            return self._rhythm.windows
+            slice_s = self._pacer.slice_bytes() / self._pacer.bytes_per_s
+            return planner.whole_slices(self._rhythm.windows, slice_s)
         # Evenly, beside training's own bytes: what these leave of the time until the deadline, wherever in it.
         sending_s = float(timelines[-1].sends.nbytes.sum()) / self._meter.bytes_per_s
         return (Window(begin_s=0.0, end_s=max(0.0, DEADLINE_SHARE * typical_s - sending_s)),)
@@ -206,7 +207,7 @@ class Scheduler:
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
         why = (
-            f"the {name} is idle for {idle_s:.2f} of {typical_s:.2f} s at {rates[link] / 1e6:.0f} MB/s"
+            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s"
             f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )

@@ -151,24 +151,36 @@ def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
     assert pacer.go(KB100) == 2.1
 
 
-def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none() -> None:
+def test_each_message_sets_the_clock_to_its_own_place_and_so_does_a_collective_that_is_over() -> None:
     """Two messages and, between them, gradients, as expected; all of it is late."""
-    windows = (Window(begin_s=0.25, end_s=0.4), Window(begin_s=0.9, end_s=1.05))
+    windows = (
+        Window(begin_s=0.25, end_s=0.4),
+        Window(begin_s=0.5, end_s=0.6),
+        Window(begin_s=0.9, end_s=1.05),
+    )
     pacer = following(
-        Rhythm(sends_s=(0.1, 0.4, 0.6), accepted_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
-        2 * KB100,
+        Rhythm(sends_s=(0.1, 0.4, 0.6), accepted_s=(0.2, 0.5, 0.8), duration_s=1.5, windows=windows),
+        3 * KB100,
         deadline_s=30.0,
     )
-    late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, None), (6, 8, Lane.PIPELINE, 8.1))
+    late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, 5.0), (6, 8, Lane.PIPELINE, 8.1))
     for began, accepted, lane, expected in late:
         pacer.clock.now_s = 1000.0 + began
         pacer.traffic_begins(lane, 50_000)
         pacer.silences.append((1000.0 + accepted, lane, 50_000))
-        if expected is None:
-            with pacer.condition:
-                pacer.condition.wait(5.0)
-        else:
-            assert pacer.go(KB100) == pytest.approx(expected)
+        assert pacer.go(KB100) == pytest.approx(expected)
+
+
+def test_collectives_that_overlap_are_over_when_the_last_of_them_is() -> None:
+    """Gradients of two buckets: sent one after the other, finished together."""
+    windows = (Window(begin_s=0.5, end_s=0.9),)
+    pacer = following(
+        Rhythm(sends_s=(0.1, 0.2), accepted_s=(0.4, 0.5), duration_s=1.5, windows=windows), KB100, deadline_s=30.0
+    )
+    for _ in range(2):
+        pacer.traffic_begins(Lane.GRADIENT, 1)
+    pacer.silences = [(1003.0, Lane.GRADIENT, 1), (1004.0, Lane.GRADIENT, 1)]
+    assert pacer.go(KB100) == 4.0
 
 
 def test_what_goes_at_the_deadline_beside_training_is_late() -> None:
@@ -228,9 +240,12 @@ def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held()
 
 
 def test_slices_take_a_few_milliseconds_of_the_link() -> None:
-    for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 2_000_000), (1e12, SLICE_MAX_BYTES)):
+    for rate, slice_s, expected in (
+        (1e5, 0.02, SLICE_MIN_BYTES), (1e8, 0.02, 2_000_000), (1e8, 0.005, 500_000), (1e12, 0.02, SLICE_MAX_BYTES),
+    ):  # fmt: skip
         pacer = Simulated()
         pacer.learn(rate)
+        pacer.begin_iteration(Rhythm(slice_s=slice_s))
         assert pacer.slice_bytes() == expected
 
 

@@ -60,7 +60,6 @@ def test_a_send_that_waits_for_its_peer_is_busy_until_the_network_has_its_bytes_
     found = rhythm([waits(0.5)], RATE)
     assert (found.sends_s, found.accepted_s) == (pytest.approx((0.3,)), pytest.approx((0.5,)))
     assert windows_of(waits(None)) == [(0.0, 0.3), (0.9, 1.0)]  # nothing better is known than that the call returned
-    assert windows_of(waits(None, Lane.GRADIENT)) == [(0.0, 0.3), (0.4, 1.0)]  # nobody waits before it is on its way
 
 
 def test_waiting_and_traffic_inside_the_node_leave_the_network_idle() -> None:
@@ -197,8 +196,40 @@ def test_pipelines_leave_windows_between_their_sends(stages: int, chunks: int) -
             assert all(window.end_s <= b + 1e-6 or window.begin_s >= e - 1e-6 for b, e in sends)
 
 
+def collectives(spans: Sequence[tuple[float, float]], duration: float, lane: Lane = Lane.ALL_TO_ALL) -> Timeline:
+    """Collectives that last from begin to end, whatever they move."""
+    found = tuple(Span(lane=lane, begin_s=b, end_s=e, sent_bytes=1000) for b, e in spans)
+    return Timeline(iteration=1, begin_s=0.0, duration_s=duration, spans=found)
+
+
 def test_without_a_pipeline_the_windows_are_around_the_gradients() -> None:
     """The whole forward and backward pass is free until gradients are reduced; then parameters are gathered."""
-    assert windows_of(*[iteration([(0.7, 0.8), (0.9, 0.95)], lane=Lane.GRADIENT)] * 4) == [
+    assert windows_of(*[collectives([(0.7, 0.8), (0.9, 0.95)], 1.0, Lane.GRADIENT)] * 4) == [
         (0.0, 0.7), (0.8, 0.9), (0.95, 1.0),
     ]  # fmt: skip
+
+
+def test_a_collective_keeps_the_link_busy_from_its_beginning_to_its_end() -> None:
+    """Peers may be late by any time: windows are the time that training computes between two of them."""
+    usual = [(0.05, 0.1), (0.14, 0.2), (0.24, 0.3)]
+    late = [(0.05, 0.4), (0.44, 0.5), (0.54, 0.6)]
+    found = rhythm([collectives(usual, 0.35)] * 4 + [collectives(late, 0.65)] * 4, RATE)
+    assert [round(w.duration_s, 6) for w in found.windows] == [0.05, 0.04, 0.04, 0.05]
+    assert found.accepted_s[0] == pytest.approx(0.1), "the earliest that was usual"
+
+
+def test_slices_are_as_long_as_the_windows_let_whole_ones_fill_them() -> None:
+    def chosen(*durations: float) -> float:
+        return planner.slice_of([Window(begin_s=n, end_s=n + d) for n, d in enumerate(durations)])
+
+    assert chosen() == chosen(0.5, 0.3) == planner.SLICES_S[0] == 0.02
+    assert chosen(0.035, 0.035) == 0.01, "a slice of 20 ms would leave 15 of 35"
+    assert chosen(0.009, 0.015) == 0.005
+    assert chosen(0.5, 0.5, 0.012) == 0.02, "what is short may be lost"
+    assert chosen(0.002) == planner.SLICES_S[-1]
+
+
+def test_short_windows_carry_whole_slices_alone() -> None:
+    windows = [Window(begin_s=0.0, end_s=0.035), Window(begin_s=1.0, end_s=1.015), Window(begin_s=2.0, end_s=2.005)]
+    filled = planner.whole_slices(windows, 0.01)
+    assert filled == [Window(0.0, pytest.approx(0.03)), Window(1.0, pytest.approx(1.01))]
