@@ -26,6 +26,12 @@ def iteration(spans: Sequence[tuple[float, float]], duration: float = 1.0, lane:
     )
 
 
+def collectives(spans: Sequence[tuple[float, float]], duration: float, lane: Lane = Lane.ALL_TO_ALL) -> Timeline:
+    """Collectives that last from begin to end, whatever they move."""
+    found = tuple(Span(lane=lane, begin_s=b, end_s=e, sent_bytes=1000) for b, e in spans)
+    return Timeline(iteration=1, begin_s=0.0, duration_s=duration, spans=found)
+
+
 def windows_of(*timelines: Timeline) -> list[tuple[float, float]]:
     found = rhythm(timelines, RATE).windows
     return [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found]
@@ -89,9 +95,10 @@ def test_windows_count_from_the_sends_so_that_a_late_beginning_does_not_blur_the
 SENDS = st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6), min_size=1, max_size=8)
 
 
-@given(SENDS)
-def test_windows_are_ordered_disjoint_and_inside(sends: list[list[tuple[float, float]]]) -> None:
-    found = rhythm([iteration([(min(s), max(s)) for s in each]) for each in sends], RATE)
+@given(SENDS, st.booleans())
+def test_windows_are_ordered_disjoint_and_inside(sends: list[list[tuple[float, float]]], is_pipeline: bool) -> None:
+    timelines = [[(min(s), max(s)) for s in each] for each in sends]
+    found = rhythm([iteration(t) if is_pipeline else collectives(t, 1.0) for t in timelines], RATE)
     ends = [0.0, *(w.end_s for w in found.windows)]
     assert all(w.begin_s >= end for w, end in zip(found.windows, ends, strict=False))
     assert all(planner.WINDOW_MIN_S <= w.duration_s <= 1 for w in found.windows)
@@ -194,12 +201,6 @@ def test_pipelines_leave_windows_between_their_sends(stages: int, chunks: int) -
         assert unplaced_bytes(windows, RATE, int(0.9 * idle * RATE), 99.0, 100_000) == 0
         for window in windows:
             assert all(window.end_s <= b + 1e-6 or window.begin_s >= e - 1e-6 for b, e in sends)
-
-
-def collectives(spans: Sequence[tuple[float, float]], duration: float, lane: Lane = Lane.ALL_TO_ALL) -> Timeline:
-    """Collectives that last from begin to end, whatever they move."""
-    found = tuple(Span(lane=lane, begin_s=b, end_s=e, sent_bytes=1000) for b, e in spans)
-    return Timeline(iteration=1, begin_s=0.0, duration_s=duration, spans=found)
 
 
 def test_without_a_pipeline_the_windows_are_around_the_gradients() -> None:
