@@ -73,14 +73,14 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     if not timelines:
         return Rhythm()
     alike = [t for t in timelines if len(t.sends.nbytes) == len(timelines[-1].sends.nbytes)]
-    begins = np.stack([np.append(t.sends.begin_s, t.duration_s) for t in alike])
-    quiet_since = np.stack([np.append(0.0, t.sends.quiet_since_s) for t in alike])
     on_wire_s = np.max([t.sends.left_bytes for t in alike], axis=0) / bytes_per_s
 
-    steps = np.empty(begins.shape[1] * 2 - 1)  # from one event to the next: a send begins, the network has accepted it
-    steps[0::2] = _usually(begins - quiet_since)
-    steps[1::2] = _usually(quiet_since[:, 1:] - begins[:, :-1])
-    at = np.cumsum(steps)
+    # In turn: a send begins, the link is left to others. Of calls that overlap, each counts from the end of the last.
+    events = np.empty((len(alike), 2 * len(on_wire_s) + 1))
+    events[:, 0::2] = [np.append(t.sends.begin_s, t.duration_s) for t in alike]
+    events[:, 1::2] = [t.sends.quiet_since_s for t in alike]
+    steps = np.diff(np.maximum.accumulate(events, axis=1), axis=1, prepend=0.0)
+    at = np.cumsum(_usually(steps))
     ends, accepted = at[0::2], at[1::2]
 
     # A message is off the wire when it and all before it are: each begins when accepted, or behind the one before.
@@ -113,7 +113,7 @@ def whole_slices(windows: Sequence[Window], slice_s: float) -> list[Window]:
 def _usually(durations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """float64[iterations, n] to float64[n]: what ``IDLE_SHARE`` of the iterations took at least."""
     unusual = math.floor((1 - IDLE_SHARE) * len(durations) + 1e-9)
-    return np.asarray(np.sort(np.maximum(durations, 0.0), axis=0)[unusual])
+    return np.asarray(np.sort(durations, axis=0)[unusual])
 
 
 def merge(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

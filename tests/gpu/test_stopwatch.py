@@ -12,7 +12,6 @@ from megatron_moetion.clock import SystemClock
 from megatron_moetion.schedule.recorder import EventStopwatch, Recorder
 from megatron_moetion.schedule.timeline import Lane, Timeline
 
-
 BUSY_CYCLES = 500_000_000
 
 

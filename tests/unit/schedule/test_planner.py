@@ -219,6 +219,12 @@ def test_a_collective_keeps_the_link_busy_from_its_beginning_to_its_end() -> Non
     assert found.accepted_s[0] == pytest.approx(0.1), "the earliest that was usual"
 
 
+def test_collectives_that_overlap_are_one() -> None:
+    found = rhythm([collectives([(0.1, 0.8), (0.3, 0.5)], 1.0)], RATE)
+    assert [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found.windows] == [(0.0, 0.1), (0.8, 1.0)]
+    assert found.duration_s == pytest.approx(1.0)
+
+
 def test_slices_are_as_long_as_the_windows_let_whole_ones_fill_them() -> None:
     def chosen(*durations: float) -> float:
         return planner.slice_of([Window(begin_s=n, end_s=n + d) for n, d in enumerate(durations)])
