@@ -99,7 +99,7 @@ class Size:
 
 
 FULL_SIZE = Size(batch=BATCH, cycles=12, block_iterations=3, settling_iterations=2, limit_s=4000)
-QUICK_SIZE = Size(batch=8, cycles=3, block_iterations=2, settling_iterations=1, limit_s=300)
+QUICK_SIZE = Size(batch=8, cycles=3, block_iterations=2, settling_iterations=1, limit_s=600)
 
 
 def main() -> int:
