@@ -210,6 +210,7 @@ def attach(
             condition=host.threads.condition(),
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
             draw=trace.add if trace is not None else no_drawing,
+            is_waited_for=config.mode == "exact",
         )
         fabric = GlooFabric.connect(
             timeout_s=config.timeout_s,

@@ -63,7 +63,7 @@ class Scheduler:
 
     ``schedule`` is ``bubble`` (in the gaps), ``steady`` (evenly) or ``eager`` (at once). ``stopwatch`` times training
     on its device, and ``clock`` everything else; the sending thread waits on ``condition``. ``draw`` gets what a trace
-    shows.
+    shows. ``is_waited_for``: training waits at the end of each iteration until its snapshot has left.
     """
 
     def __init__(
@@ -75,8 +75,10 @@ class Scheduler:
         condition: threading.Condition,
         eager_slice_bytes: int,
         draw: Draw,
+        is_waited_for: bool = False,
     ) -> None:
         self.schedule = schedule
+        self._is_waited_for = is_waited_for
         self._clock = clock
         self._draw = draw
         gate = make_gate(schedule, self._moved, clock, condition, eager_slice_bytes)
@@ -154,7 +156,7 @@ class Scheduler:
         typical_s = typical_duration(timelines) if timelines else 0.0
         if self._paced is not None and typical_s > 0 and nbytes:
             since_s = (self._clock.monotonic() - self._origin_s) % typical_s
-            deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
+            deadline_s = self._deadline_s(since_s, typical_s)
             self._paced.follow(nbytes, deadline_s)
             self._unplaced_bytes = planner.unplaced_bytes(
                 windows_after(since_s, self._windows(timelines, typical_s), typical_s),
@@ -167,6 +169,16 @@ class Scheduler:
             yield
         if self._paced is not None and nbytes:  # kept, because the next plan resets it
             self._late_bytes, self._held_s = self._paced.report()
+
+    def _deadline_s(self, since_s: float, typical_s: float) -> float:
+        """How long a transfer may take that begins ``since_s`` into an iteration.
+
+        One that leaves evenly has no place in the iteration: it takes as long wherever it begins, so that its rate is
+        the same, and is over before the next one begins.
+        """
+        if self._pacer is None and not self._is_waited_for:
+            return DEADLINE_SHARE * typical_s
+        return max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
 
     def _windows(self, timelines: Sequence[Timeline], typical_s: float) -> Sequence[Window]:
         """When bytes of snapshots find room on the network in a typical iteration."""

@@ -21,6 +21,7 @@ from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import HostStopwatch, StampError
 from megatron_moetion.schedule.scheduler import (
     DEADLINE_SHARE,
+    LATEST_SHARE,
     SAMPLE_EVERY,
     TIMELINES,
     Carried,
@@ -38,7 +39,7 @@ from megatron_moetion.session import Session
 Drawn = list[tuple[str, float, float, int]]
 
 
-def make(schedule: str, draw: Draw | None = None) -> tuple[Scheduler, ManualClock, Drawn]:
+def make(schedule: str, draw: Draw | None = None, is_waited_for: bool = False) -> tuple[Scheduler, ManualClock, Drawn]:
     drawn: Drawn = []
     clock = ManualClock()
     scheduler = Scheduler(
@@ -48,6 +49,7 @@ def make(schedule: str, draw: Draw | None = None) -> tuple[Scheduler, ManualCloc
         condition=ManualCondition(clock),
         eager_slice_bytes=1 << 20,
         draw=draw or (lambda *what: drawn.append(what)),
+        is_waited_for=is_waited_for,
     )
     return scheduler, clock, drawn
 
@@ -225,6 +227,20 @@ def test_a_steady_transfer_takes_most_of_an_iteration_and_never_listens() -> Non
     assert gone == [pytest.approx(DEADLINE_SHARE * n / 4) for n in range(4)]
     assert scheduler.scalars()["moetion/late-mb"] == 0
     scheduler.recorder.end(blocked)
+
+
+def test_a_steady_transfer_has_the_same_rate_wherever_it_begins_unless_training_waits_for_it() -> None:
+    """Packing at a pace of its own is over late in the iteration."""
+    for is_waited_for, expected_s in ((False, DEADLINE_SHARE * 1.0 / 2), (True, LATEST_SHARE * 1.0 / 2)):
+        scheduler, clock, _ = make("steady", is_waited_for=is_waited_for)
+        for number in range(3):
+            iterate(scheduler, clock, number, 1.0)
+        clock.sleep(0.8)
+        with scheduler.transfer(2 << 20):
+            scheduler.gate.admit(1 << 20)
+            began = clock.monotonic()
+            scheduler.gate.admit(1 << 20)
+        assert clock.monotonic() - began == pytest.approx(expected_s)
 
 
 def test_once_the_rhythm_is_known_one_iteration_in_so_many_is_recorded() -> None:
