@@ -161,7 +161,8 @@ class Session:
     def drain(self) -> None:
         """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
         if self._is_open:
-            self.running.pipeline.drain()
+            with self.running.scheduler.urgent():  # no iteration goes on, in which there would be windows
+                self.running.pipeline.drain()
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.
@@ -177,7 +178,8 @@ class Session:
         run = self.running
         with run.undo:
             try:
-                run.pipeline.drain()
+                with run.scheduler.urgent():
+                    run.pipeline.drain()
                 run.summary.at_end(run.pipeline, run.mode.layers(run.packer), run.agreement.stable)
             except ChannelError as error:
                 run.journal.warn_once("summary", run.agreement.newest, f"the summary is missing: {error}")

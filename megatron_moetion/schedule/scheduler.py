@@ -20,15 +20,18 @@ from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Moved, Paced, Pacer, Steady
 from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import Recorder, Stopwatch
+from megatron_moetion.schedule.sizes import RARER
 from megatron_moetion.schedule.timeline import Lane, Link, Timeline
 
 TIMELINES = 8
 """Iterations that windows are derived from."""
 DEADLINE_SHARE = 0.9
-"""A snapshot should have left by this share of the iteration in which it began to travel."""
+"""A snapshot should have left by this share of the iteration in which it began to travel, or of a later one."""
 LATEST_SHARE = 0.25
 """One that begins late in an iteration gets at least this share of one."""
 
+ITERATIONS_MAX = RARER[0]
+"""A snapshot that the windows of one iteration do not carry gets more, at most as many as it is made rarer by."""
 SAMPLE_EVERY = 8
 """Once training's rhythm is known, spans of one iteration in so many are recorded: marks cost the training thread time,
 and on a device whose launches share one queue they cost overlap."""
@@ -156,10 +159,12 @@ class Scheduler:
         typical_s = typical_duration(timelines) if timelines else 0.0
         if self._paced is not None and typical_s > 0 and nbytes:
             since_s = (self._clock.monotonic() - self._origin_s) % typical_s
-            deadline_s = self._deadline_s(since_s, typical_s)
+            windows = self._windows(timelines, typical_s)
+            iterations = 1 if self._is_waited_for else iterations_for(nbytes, windows, self._paced.bytes_per_s)
+            deadline_s = self._deadline_s(since_s, typical_s) + (iterations - 1) * typical_s
             self._paced.follow(nbytes, deadline_s)
             self._unplaced_bytes = planner.unplaced_bytes(
-                windows_after(since_s, self._windows(timelines, typical_s), typical_s),
+                windows_after(since_s, windows, typical_s, iterations),
                 self._paced.bytes_per_s,
                 nbytes,
                 deadline_s,
@@ -171,7 +176,7 @@ class Scheduler:
             self._late_bytes, self._held_s = self._paced.report()
 
     def _deadline_s(self, since_s: float, typical_s: float) -> float:
-        """How long a transfer may take that begins ``since_s`` into an iteration.
+        """How long a transfer may take that begins ``since_s`` into an iteration and is to be over in it.
 
         One that leaves evenly has no place in the iteration: it takes as long wherever it begins, so that its rate is
         the same, and is over before the next one begins.
@@ -279,8 +284,19 @@ def computing(timeline: Timeline) -> list[tuple[float, float]]:
     return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e > b]
 
 
-def windows_after(since_s: float, windows: Sequence[Window], typical_s: float) -> list[Window]:
-    """The windows of this iteration and the next, in seconds since ``since_s`` after this one's beginning."""
-    twice = [Window(begin_s=w.begin_s + k * typical_s, end_s=w.end_s + k * typical_s) for k in (0, 1) for w in windows]
-    shifted = [Window(begin_s=max(w.begin_s - since_s, 0.0), end_s=w.end_s - since_s) for w in twice]
-    return [w for w in shifted if w.end_s > w.begin_s]
+def iterations_for(nbytes: int, windows: Sequence[Window], bytes_per_s: float) -> int:
+    """How many iterations a transfer may take: as many as carry it, headroom left, at most ``ITERATIONS_MAX``.
+
+    Snapshots that do not fit one iteration are made rarer, by as much.
+    """
+    room = planner.HEADROOM * sum(w.duration_s for w in windows) * bytes_per_s
+    return max(1, math.ceil(nbytes / room)) if nbytes < ITERATIONS_MAX * room else ITERATIONS_MAX
+
+
+def windows_after(since_s: float, windows: Sequence[Window], typical_s: float, iterations: int = 1) -> list[Window]:
+    """The windows of so many iterations and the next, in seconds since ``since_s`` after the first one's beginning."""
+    turns = [k * typical_s for k in range(iterations + 1)]
+    found = [
+        Window(begin_s=w.begin_s + turn - since_s, end_s=w.end_s + turn - since_s) for turn in turns for w in windows
+    ]
+    return [Window(begin_s=max(w.begin_s, 0.0), end_s=w.end_s) for w in found if w.end_s > max(w.begin_s, 0.0)]

@@ -21,6 +21,7 @@ from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import HostStopwatch, StampError
 from megatron_moetion.schedule.scheduler import (
     DEADLINE_SHARE,
+    ITERATIONS_MAX,
     LATEST_SHARE,
     SAMPLE_EVERY,
     TIMELINES,
@@ -28,6 +29,7 @@ from megatron_moetion.schedule.scheduler import (
     Draw,
     Scheduler,
     computing,
+    iterations_for,
     no_drawing,
     records,
     typical_duration,
@@ -67,6 +69,41 @@ def test_windows_ahead_count_from_now_and_go_on_into_the_next_iteration() -> Non
     windows = [Window(begin_s=0.0, end_s=0.4), Window(begin_s=0.6, end_s=1.0)]
     found = [(round(w.begin_s, 6), round(w.end_s, 6)) for w in windows_after(0.7, windows, 1.0)]
     assert found == [(0.0, 0.3), (0.3, 0.7), (0.9, 1.3)]
+
+
+def test_a_transfer_gets_as_many_iterations_as_carry_it() -> None:
+    windows = [Window(begin_s=0.0, end_s=0.3), Window(begin_s=0.5, end_s=0.7)]  # half a second, at 1 MB/s
+    carried = int(planner.HEADROOM * 0.5e6)
+    for nbytes, expected in (
+        (1, 1),
+        (carried - 1, 1),
+        (carried + 1, 2),
+        (3 * carried - 1, 3),
+        (1 << 40, ITERATIONS_MAX),
+    ):
+        assert iterations_for(nbytes, windows, 1e6) == expected
+    assert iterations_for(1, [], 1e6) == ITERATIONS_MAX
+    found = windows_after(0.6, windows, 1.0, 2)
+    assert [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found] == [
+        (0.0, 0.1), (0.4, 0.7), (0.9, 1.1), (1.4, 1.7), (1.9, 2.1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_a_snapshot_that_one_iteration_does_not_carry_goes_on_in_the_next_windows(is_waited_for: bool) -> None:
+    """And not beside training at the end of the first, unless training waits for it there."""
+    scheduler, clock, _ = make("bubble", is_waited_for=is_waited_for)
+    with scheduler.transfer(1 << 20):
+        clock.sleep(1.0)  # 1 MiB/s
+    for number in range(3):
+        iterate(scheduler, clock, number, 1.0)
+    blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)  # training is busy for more than an iteration
+    began = clock.monotonic()
+    with scheduler.transfer(3 << 19):  # twice what an iteration carries
+        scheduler.gate.admit(1 << 16)
+    waited_s = clock.monotonic() - began
+    assert waited_s == pytest.approx(DEADLINE_SHARE + (0.0 if is_waited_for else 1.0))
+    scheduler.recorder.end(blocked)
 
 
 def test_computing_is_what_is_left() -> None:
