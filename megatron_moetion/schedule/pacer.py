@@ -63,12 +63,12 @@ class Meter:
         yield
         held_s = self._held_s - held
         took_s = self._now() - began - held_s
-        if nbytes >= MEASURED_MIN_BYTES and took_s > 0 and self._shows(took_s, held_s):
-            self.learn(nbytes / took_s)
+        if nbytes >= MEASURED_MIN_BYTES and took_s > 0:
+            self._learn_from(nbytes / took_s, held_s / took_s)
 
-    def _shows(self, took_s: float, held_s: float) -> bool:
-        """Whether a transfer that took so long, and was on hold besides, shows the link's bandwidth."""
-        return True
+    def _learn_from(self, bytes_per_s: float, held_share: float) -> None:
+        """A transfer of a snapshot had this rate while it was not on hold, which it was for this share of that time."""
+        self.learn(bytes_per_s)
 
 
 class Eager(Meter):
@@ -109,6 +109,7 @@ class Paced(Meter):
         self._total_bytes = self._admitted_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
         self._is_urgent = False
+        self._is_unpaced = False  # bytes of this plan went as fast as they could
         self._transfers = 0
         self._pace = PROBE_FACTOR
         self._own_free_s = 0.0  # our last slice is on the wire until then
@@ -123,6 +124,7 @@ class Paced(Meter):
             self._deadline_s = deadline_s
             self._total_bytes, self._admitted_bytes, self._late_bytes = total_bytes, 0, 0
             self._held_before_s = self._held_s
+            self._is_unpaced = False
             self._pace = PROBE_FACTOR if self._transfers % PROBE_EVERY == 0 else CALM_FACTOR
             self._transfers += 1
             self._changed.notify_all()
@@ -167,12 +169,18 @@ class Paced(Meter):
             self._is_waiting = False
             if self._deadline_s and self._is_late(now, nbytes):
                 self._late_bytes += nbytes
+            if self._deadline_s and not self._left_s(now):
+                self._is_unpaced = True
             self._admitted_bytes += nbytes
             self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * self._pace)
 
     def left(self, nbytes: int, posted_s: float) -> None:
         """The network takes bytes into its buffers at once; they are on the wire for longer."""
         self._moved(posted_s, max(self._now(), posted_s + nbytes / self.bytes_per_s), nbytes)
+
+    def _learn_from(self, bytes_per_s: float, held_share: float) -> None:
+        """Without a pace a rank may have the link of its node to itself, as it never has while all keep theirs."""
+        self.learn(min(bytes_per_s, self.bytes_per_s) if self._is_unpaced else bytes_per_s)
 
     def _slice_s(self) -> float:
         """How long a slice should occupy the link, in seconds."""
@@ -209,8 +217,9 @@ class Steady(Paced):
     def _is_late(self, now: float, nbytes: int) -> bool:
         return now >= self._origin_s + self._deadline_s
 
-    def _shows(self, took_s: float, held_s: float) -> bool:
-        return held_s <= SHOWN_SHARE * took_s
+    def _learn_from(self, bytes_per_s: float, held_share: float) -> None:
+        if held_share <= SHOWN_SHARE:
+            super()._learn_from(bytes_per_s, held_share)
 
 
 class Pacer(Paced):

@@ -95,6 +95,7 @@ class Scheduler:
         self._num_dropped = 0
         self._rhythm = planner.Rhythm()
         self._rhythm_bytes_per_s = 0.0
+        self._fillable: Sequence[Window] = ()  # what slices fill of the rhythm's windows
         self._packing = Meter(clock)
         self._origin_s = clock.monotonic()
         self._unplaced_bytes = 0
@@ -123,9 +124,13 @@ class Scheduler:
             self._timelines.append(timeline)
         if self._pacer is not None:
             rate = self._pacer.bytes_per_s
-            if timeline is not None or rate != self._rhythm_bytes_per_s:
+            is_news = timeline is not None or rate != self._rhythm_bytes_per_s
+            if is_news:
                 self._rhythm, self._rhythm_bytes_per_s = planner.rhythm(tuple(self._timelines), rate), rate
             self._pacer.begin_iteration(self._rhythm)
+            if is_news:
+                slice_s = self._pacer.slice_bytes() / rate
+                self._fillable = planner.whole_slices(self._rhythm.windows, slice_s)
         if timeline is not None and self.draws:
             self._draw_iteration(timeline)
         if self.recorder.num_dropped == self._num_dropped:
@@ -188,8 +193,7 @@ class Scheduler:
     def _windows(self, timelines: Sequence[Timeline], typical_s: float) -> Sequence[Window]:
         """When bytes of snapshots find room on the network in a typical iteration."""
         if self._pacer is not None:
-            slice_s = self._pacer.slice_bytes() / self._pacer.bytes_per_s
-            return planner.whole_slices(self._rhythm.windows, slice_s)
+            return self._fillable
         # Evenly, beside training's own bytes: what these leave of the time until the deadline, wherever in it.
         sending_s = float(timelines[-1].sends.nbytes.sum()) / self._meter.bytes_per_s
         return (Window(begin_s=0.0, end_s=max(0.0, DEADLINE_SHARE * typical_s - sending_s)),)

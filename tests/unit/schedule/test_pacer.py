@@ -239,6 +239,21 @@ def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held()
     assert pacer.bytes_per_s == 5e5
 
 
+def test_a_transfer_that_kept_no_pace_shows_no_more_than_was_known() -> None:
+    """Ranks of a node share its link. One that goes at once, when others have done, would take its rate for its own."""
+    pacer = following(expect((0.0, 9.0)), 10**6, deadline_s=9.0)
+    with pacer.transfer(10**6), pacer.urgent():
+        pacer.go(10**6)
+        pacer.clock.now_s += 0.5
+    assert pacer.bytes_per_s == RATE
+    for number in range(REMEMBERED):
+        pacer.follow(10**6, deadline_s=1.0)
+        with pacer.transfer(10**6):
+            pacer.clock.now_s += 2.0  # past the deadline
+            pacer.go(10**6)
+        assert pacer.bytes_per_s == (RATE if number < REMEMBERED - 1 else RATE / 2), "and a slower link is learned"
+
+
 def test_slices_take_a_few_milliseconds_of_the_link() -> None:
     for rate, slice_s, expected in (
         (1e5, 0.02, SLICE_MIN_BYTES), (1e8, 0.02, 2_000_000), (1e8, 0.005, 500_000), (1e12, 0.02, SLICE_MAX_BYTES),
