@@ -24,7 +24,7 @@ IDLE_SHARE = 0.8
 """A window is as long as the gap between two messages was in at least this share of the recorded iterations."""
 WINDOW_MIN_S = 1e-3
 """Shorter gaps are left alone: a chunk would hardly have started."""
-SLICES_S = (20e-3, 10e-3, 5e-3)
+SLICES_S = (20e-3, 10e-3, 5e-3, 2e-3, 1e-3)
 """How long a slice may occupy the link: so long a message of training may have to wait behind it. Each slice wakes
 threads at both ends, so that smaller ones cost time of the processors that train."""
 FILLED_SHARE = 0.8
@@ -99,15 +99,22 @@ def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
 
 def slice_of(windows: Sequence[Window]) -> float:
     """The longest of ``SLICES_S`` that fills the windows well, in seconds; the shortest where none does."""
-    idle_s = sum(w.duration_s for w in windows)
-    filled = (s for s in SLICES_S if sum(w.duration_s // s * s for w in windows) >= FILLED_SHARE * idle_s)
+    durations = np.array([end - begin for begin, end in windows])
+    filled = (s for s in SLICES_S if _filled_s(durations, s).sum() >= FILLED_SHARE * durations.sum())
     return next(filled, SLICES_S[-1])
 
 
-def whole_slices(windows: Sequence[Window], slice_s: float) -> list[Window]:
+def whole_slices(windows: Sequence[Window], slice_s: float) -> tuple[Window, ...]:
     """What whole slices fill of the windows."""
-    filled = [(w.begin_s, w.duration_s // slice_s * slice_s) for w in windows]
-    return [Window(begin, begin + duration) for begin, duration in filled if duration]
+    begins, ends = np.array(windows, dtype=np.float64).reshape(-1, 2).T
+    filled = _filled_s(ends - begins, slice_s)
+    found = np.flatnonzero(filled)
+    return tuple(map(Window, begins[found].tolist(), (begins + filled)[found].tolist()))
+
+
+def _filled_s(durations: npt.NDArray[np.float64], slice_s: float) -> npt.NDArray[np.float64]:
+    """float64[n] to float64[n], seconds: as much of each window as whole slices fill."""
+    return np.floor(durations / slice_s + 1e-9) * slice_s
 
 
 def _usually(durations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:

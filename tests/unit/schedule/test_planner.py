@@ -233,10 +233,11 @@ def test_slices_are_as_long_as_the_windows_let_whole_ones_fill_them() -> None:
     assert chosen(0.035, 0.035) == 0.01, "a slice of 20 ms would leave 15 of 35"
     assert chosen(0.009, 0.015) == 0.005
     assert chosen(0.5, 0.5, 0.012) == 0.02, "what is short may be lost"
-    assert chosen(0.002) == planner.SLICES_S[-1]
+    assert chosen(0.001) == planner.SLICES_S[-1] == planner.WINDOW_MIN_S, "no window is too short for all"
 
 
 def test_short_windows_carry_whole_slices_alone() -> None:
     windows = [Window(begin_s=0.0, end_s=0.035), Window(begin_s=1.0, end_s=1.015), Window(begin_s=2.0, end_s=2.005)]
     filled = planner.whole_slices(windows, 0.01)
-    assert filled == [Window(0.0, pytest.approx(0.03)), Window(1.0, pytest.approx(1.01))]
+    assert filled == (Window(0.0, pytest.approx(0.03)), Window(1.0, pytest.approx(1.01)))
+    assert planner.whole_slices([], 0.01) == ()
