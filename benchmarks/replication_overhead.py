@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """What do snapshots cost on links that training itself uses?
 
-Two emulated hosts (``benchmarks/testbed``) with a limited link train one Megatron-Core MoE GPT (64 experts, PP 2 x
-EP 2); the pipeline crosses the link. For each rate of the sweep one run alternates blocks of iterations of five arms:
+Two emulated hosts (``benchmarks/testbed``) with a limited link train one Megatron-Core MoE GPT with 64 experts on two
+ranks each. By default (PP 2 x EP 2) the pipeline crosses the link; with ``--pp 1 --ep 4`` tokens do, in the all-to-alls
+of every layer, and gradients and parameters. For each rate of the sweep one run alternates blocks of iterations of five
+arms:
 
     off                  no snapshots
     full-eager           all state, every iteration, at once (GEMINI without its scheduler)
@@ -10,11 +12,13 @@ EP 2); the pipeline crosses the link. For each rate of the sweep one run alterna
     popularity-eager     dense state and K experts, at once
     popularity-bubble    the same, in the gaps: what this project does
 
-The first iterations of a block are left out: there the arm settles. A cycle has a block without snapshots, one of ours,
-and one of the other three in turn, in random order, so that what is compared lies close together. It gives one ratio
-for each of its arms, the median iteration over that of ``off``; reported are the median over all cycles and its 95%
-interval (of the other three, with a third of the blocks, it is hardly more than their range). The unlimited link is the
-control: what snapshots cost there is CPU time, because two cores train, pack and send.
+The first iterations of a block are left out: there the arm settles. Snapshots count that became whole in the others:
+one that is still on its way at the end of a block leaves then, while nothing is measured. A cycle has a block without
+snapshots, one of ours, and one of the other three in turn, in random order, so that what is compared lies close
+together. It gives one ratio for each of its arms, the median iteration over that of ``off``; reported are the median
+over all cycles and its 95% interval (of the other three, with a third of the blocks, it is hardly more than their
+range). The unlimited link is the control: what snapshots cost there is CPU time, because two cores train, pack and
+send.
 """
 
 from __future__ import annotations
@@ -43,10 +47,11 @@ MODEL_FLAGS = (
     "--num-query-groups 1 --seq-length 512 --max-position-embeddings 512 --position-embedding-type rope "
     "--num-experts 64 --moe-router-topk 1 --moe-router-pre-softmax --moe-ffn-hidden-size 160 "
     "--moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-3 "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --micro-batch-size 1 "
+    "--micro-batch-size 1 "
     "--lr 1e-3 --use-distributed-optimizer --train-iters 1000000 --eval-iters 0 --seed 1"
 )
-EXPERTS_PER_RANK = 32
+EXPERTS = 64
+LAYERS = 2
 STALENESS_CAP = 32
 OURS = "popularity-bubble"
 OTHERS = ("full-eager", "full-bubble", "popularity-eager")
@@ -54,14 +59,34 @@ ARMS = ("off", *OTHERS, OURS)
 BATCH = 48
 """Sequences an iteration. The fewer, the more bytes of state there are for each byte that training sends and each
 second that it computes; large runs have thousands."""
-TOKENS_PER_SEQUENCE = 512 * 2
+TOKENS_PER_SEQUENCE = 512 * LAYERS
 """Routed ones, of all layers: length, layers."""
 FAULT_EVERY = 1000
 """Iterations between faults, for the PLT that is printed beside K."""
 RATES_MBIT = (100.0, 200.0, None)
 QUICK_RATES_MBIT = (400.0,)
 HOSTS, RANKS_PER_HOST = 2, 2
+LAYOUTS = ((2, 2), (1, 4))
+"""Pipeline stages and expert ranks."""
 TARGET_SLOWDOWN = 0.01
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """How the model lies on the ranks: pipeline stages, and ranks that share a layer's experts."""
+
+    pp: int
+    ep: int
+
+    @property
+    def flags(self) -> str:
+        """Of the trainer."""
+        return f"{MODEL_FLAGS} --pipeline-model-parallel-size {self.pp} --expert-model-parallel-size {self.ep}"
+
+    @property
+    def experts_per_rank(self) -> int:
+        """Of all layers of the rank."""
+        return LAYERS // self.pp * EXPERTS // self.ep
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +101,7 @@ class Size:
 
 
 FULL_SIZE = Size(batch=BATCH, cycles=12, block_iterations=3, settling_iterations=2, limit_s=4000)
-QUICK_SIZE = Size(batch=8, cycles=3, block_iterations=2, settling_iterations=1, limit_s=300)
+QUICK_SIZE = Size(batch=8, cycles=3, block_iterations=2, settling_iterations=1, limit_s=600)
 
 
 def main() -> int:
@@ -90,6 +115,10 @@ def main() -> int:
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the sweep")
     options.add_argument("--cycles", type=int, nargs="+", help="how often blocks alternate: for all links, or for each")
     options.add_argument("--batch", type=int, metavar="SEQUENCES", help=f"sequences an iteration; default: {BATCH}")
+    options.add_argument("--pp", type=int, default=LAYOUTS[0][0], help="pipeline stages, 1 or 2")
+    options.add_argument(
+        "--ep", type=int, default=LAYOUTS[0][1], help="ranks that share experts: 4 of one stage, else 2"
+    )
     options.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
     size = QUICK_SIZE if args.quick else FULL_SIZE
@@ -100,14 +129,18 @@ def main() -> int:
         options.error(f"--cycles has {len(cycles)} numbers for {len(rates)} links; give one, or one for each")
     if min(cycles) < len(OTHERS):
         options.error(f"--cycles {min(cycles)} is too few: an arm has one block in {len(OTHERS)} of them")
+    if (args.pp, args.ep) not in LAYOUTS:
+        options.error(f"--pp {args.pp} --ep {args.ep}: choose one of {', '.join(map(str, LAYOUTS))}")
+    layout = Layout(pp=args.pp, ep=args.ep)
     if args.worker is not None:
-        return measure(args.worker, replace(size, cycles=cycles[0]), args.trace_dir)
+        return measure(args.worker, replace(size, cycles=cycles[0]), layout, args.trace_dir)
     found: dict[float, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as scratch:
         for rate, count in zip(rates, cycles * len(rates), strict=False):
             folder = Path(scratch) / f"{rate or 0:g}"
             command = [__file__, "--worker", str(folder / "measured.json"), *(["--quick"] if args.quick else [])]
             command += ["--cycles", str(count), "--batch", str(size.batch)]
+            command += ["--pp", str(layout.pp), "--ep", str(layout.ep)]
             if args.trace_dir is not None:
                 command += ["--trace-dir", str(args.trace_dir.resolve() / f"{rate or 0:g}mbit")]
             print(f"link: {_name(rate)} ...", flush=True)
@@ -123,13 +156,13 @@ def main() -> int:
     summaries = {rate: summarise(measured) for rate, measured in found.items()}
     results: list[Result] = []
     for rate, arms in summaries.items():
-        results += results_of(rate, arms, size.batch * TOKENS_PER_SEQUENCE)
-    results += headline(summaries)
+        results += results_of(rate, arms, size.batch * TOKENS_PER_SEQUENCE, layout)
+    results += headline(summaries, layout)
     report(
         "replication_overhead",
         results,
         args.json,
-        [f"model: {MODEL_FLAGS}", f"{size.batch} sequences an iteration", f"staleness cap {STALENESS_CAP}"],
+        [f"model: {layout.flags}", f"{size.batch} sequences an iteration", f"staleness cap {STALENESS_CAP}"],
     )
     if args.plot is not None:
         plot(summaries, args.plot)
@@ -147,11 +180,11 @@ def _name(rate: float | None) -> str:
 # -- one rank ------------------------------------------------------------------------------------------------
 
 
-def measure(path: Path, size: Size, trace_dir: Path | None) -> int:
+def measure(path: Path, size: Size, layout: Layout, trace_dir: Path | None) -> int:
     """Train block after block; rank 0 writes what all ranks measured."""
     from benchmarks._common import start_trainer
 
-    place, trainer = start_trainer(f"{MODEL_FLAGS} --global-batch-size {size.batch}")
+    place, trainer = start_trainer(f"{layout.flags} --global-batch-size {size.batch}")
 
     from torch import distributed as dist
 
@@ -172,7 +205,7 @@ def measure(path: Path, size: Size, trace_dir: Path | None) -> int:
     gathered: list[Any] = [None] * place.world_size
     dist.all_gather_object(gathered, {"blocks": blocks})
     if place.rank == 0:
-        hooks = {"span_s": seconds_per_span(), "spans": spans}
+        hooks = {"span_s": seconds_per_span(layout), "spans": spans}
         path.write_text(json.dumps({"ranks": gathered, "shares": state_shares(trainer), "hooks": hooks}))
     dist.barrier()
     shutil.rmtree(store, ignore_errors=True)
@@ -211,24 +244,12 @@ def state_shares(trainer: Any) -> dict[str, float]:
     return {"experts": experts / sum(n for _, n in named)}
 
 
-def seconds_per_span() -> float:
-    """What recording one span of a send costs the training thread."""
-    import threading
+def seconds_per_span(layout: Layout) -> float:
+    """What one span of training's sends costs the training thread: of the pipeline, else of the token dispatcher."""
+    from benchmarks.hook_cost import QUICK_ITERATIONS, dispatcher_us, iteration_us
 
-    from megatron_moetion.clock import SystemClock
-    from megatron_moetion.schedule.pacer import Pacer
-    from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
-    from megatron_moetion.schedule.timeline import Lane
-
-    clock = SystemClock()
-    pacer = Pacer(lambda begin, end, nbytes: None, clock, threading.Condition())
-    recorder = Recorder(HostStopwatch(clock), clock, pacer)
-    count = 10_000
-    started = time.perf_counter()
-    for _ in range(count):
-        with recorder.span(Lane.PIPELINE, 1, 1) as span:
-            recorder.accepted(span)
-    return (time.perf_counter() - started) / count
+    costs_us = iteration_us("bubble", QUICK_ITERATIONS) if layout.pp > 1 else (dispatcher_us("bubble", True),)
+    return costs_us[0] * 1e-6
 
 
 def run_block(trainer: Any, session: Any, size: Size) -> dict[str, Any]:
@@ -309,10 +330,19 @@ def summarise(measured: Mapping[str, Any]) -> dict[str, dict[str, float]]:
                 "lost": lost_work(lost_iterations([r["blocks"] for r in ranks], arm)),
                 "unsaved": sum(statistics.mean(b["unsaved"] for b in r["blocks"] if b["arm"] == arm) for r in ranks),
                 "experts": statistics.mean(b["experts"] for b in mine),
-                "whole": 1 - sum(b["dropped"] for b in mine) / iterations,
+                "whole": min(1.0, sum(map(whole_in_time, mine)) / iterations),
                 "mb_per_s": statistics.median(b["mb_per_s"] for b in mine),
             }
     return found
+
+
+def whole_in_time(block: Mapping[str, Any]) -> int:
+    """How many snapshots became whole on a rank and its buddies while the block's iterations were counted.
+
+    What leaves after the block, when training waits for it, has cost nothing in it and does not count either.
+    """
+    began, ended = block["steps"][0][1] - block["seconds"][0], block["steps"][-1][1]
+    return sum(began < moment_s <= ended for moment_s in block["whole"].values())
 
 
 def lost_work(lost: Mapping[int, int]) -> float:
@@ -331,7 +361,9 @@ def smallest_interval(arm: Mapping[str, float]) -> float:
     return max(1.0, math.ceil(max(arm["high"], 0.0) / arm["whole"] / TARGET_SLOWDOWN))
 
 
-def results_of(rate: float, arms: Mapping[str, Mapping[str, float]], tokens_per_iteration: int) -> list[Any]:
+def results_of(
+    rate: float, arms: Mapping[str, Mapping[str, float]], tokens_per_iteration: int, layout: Layout
+) -> list[Any]:
     """All figures of one rate."""
     from benchmarks._common import Result, at_most
 
@@ -358,7 +390,7 @@ def results_of(rate: float, arms: Mapping[str, Mapping[str, float]], tokens_per_
             results.append(Result(name=f"{link}: {name}: {what}", value=value, unit=unit))
     ours = arms[OURS]
     results += [
-        Result(name=f"{link}: K of a rank's {EXPERTS_PER_RANK} experts", value=ours["experts"], unit="experts"),
+        Result(name=f"{link}: K of a rank's {layout.experts_per_rank} experts", value=ours["experts"], unit="experts"),
         Result(name=f"{link}: tokens at risk, all ranks", value=ours["unsaved"], unit="tokens"),
         Result(
             name=f"{link}: PLT at that K with a fault every {FAULT_EVERY} iterations",
@@ -369,7 +401,7 @@ def results_of(rate: float, arms: Mapping[str, Mapping[str, float]], tokens_per_
     return results
 
 
-def headline(summaries: Mapping[float, Mapping[str, Mapping[str, float]]]) -> list[Any]:
+def headline(summaries: Mapping[float, Mapping[str, Mapping[str, float]]], layout: Layout) -> list[Any]:
     """The targets, at the fastest link on which ``full-eager`` slows training by at least 50%."""
     from benchmarks._common import Result, at_least, at_most
 
@@ -380,20 +412,26 @@ def headline(summaries: Mapping[float, Mapping[str, Mapping[str, float]]]) -> li
     arms = summaries[rate]
     ours, eager, bubble = arms[OURS], arms["full-eager"], arms["full-bubble"]
     cost = max(ours["high"], 1e-3)  # never a value near zero
-    ours_each = cost / max(ours["whole"], 1e-9)
-    eager_each, bubble_each = (arm["slowdown"] / max(arm["whole"], 1e-9) for arm in (eager, bubble))
     at = _name(rate)
+
+    def frequency(other: Mapping[str, float], name: str, target: float) -> Result:
+        """How much more often ours can be taken at one cost, by snapshots that became whole; not known without one."""
+        what = f"{at}: frequency of ours / {name}"
+        if not (other["whole"] and ours["whole"]):
+            return Result(name=what, value=None, unit="x")
+        return at_least(what, other["slowdown"] / other["whole"] / (cost / ours["whole"]), "x", target)
+
     return [
         Result(name="fastest link on which full-eager slows training by 50%", value=rate, unit="Mbit/s"),
         at_most(f"{at}: popularity-bubble: slowdown, upper end", ours["high"], "share", 0.02),
         at_least(f"{at}: overhead of full-eager / ours", eager["slowdown"] / cost, "x", 12),
         at_least(f"{at}: overhead of full-bubble / ours", bubble["slowdown"] / cost, "x", 3),
-        at_least(f"{at}: frequency of ours / full-eager", eager_each / ours_each, "x", 15),
-        at_least(
-            f"{at}: frequency of ours / full-bubble", bubble_each / ours_each, "x", bubble["bytes"] / ours["bytes"]
-        ),
+        frequency(eager, "full-eager", 15),
+        frequency(bubble, "full-bubble", bubble["bytes"] / ours["bytes"]),
         at_least(f"{at}: bytes of full / ours", eager["bytes"] / ours["bytes"], "x", 9),
-        at_least(f"{at}: K x staleness cap / experts", ours["experts"] * STALENESS_CAP / EXPERTS_PER_RANK, "x", 1),
+        at_least(
+            f"{at}: K x staleness cap / experts", ours["experts"] * STALENESS_CAP / layout.experts_per_rank, "x", 1
+        ),
         Result(name=f"{at}: experts' share of the state", value=ours["experts_share"], unit="share"),
         Result(name=f"{at}: snapshots of ours that became whole", value=ours["whole"], unit="share"),
     ]

@@ -11,7 +11,7 @@ from megatron_moetion.errors import ConfigError
 MODES = ("full", "popularity", "exact")
 MIN_PERIOD, MAX_PERIOD = 2, 64
 DEFAULT_PERIOD = 8
-SCHEDULES = ("bubble", "eager")
+SCHEDULES = ("auto", "bubble", "steady", "eager")
 SWITCH = ("on", "off")
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
 
@@ -19,6 +19,13 @@ SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
 def flag_of(name: str) -> str:
     """The flag of a parsed argument: ``--moetion-run-id`` of ``moetion_run_id``."""
     return "--" + name.replace("_", "-")
+
+
+def resolved_schedule(schedule: str, *, on_device: bool) -> str:
+    """What ``auto`` stands for, where training computes on a GPU or on the host; other schedules stay as they are."""
+    if schedule != "auto":
+        return schedule
+    return "steady" if on_device else "bubble"
 
 
 def setting(default: Any, help: str, **metadata: Any) -> Any:
@@ -105,8 +112,11 @@ class MoetionConfig:
     )
     recalibration_iterations: int = setting(50, "iterations for which capacity is raised after a fault", minimum=1)
     schedule: str = setting(
-        "bubble",
-        "when snapshots travel: 'bubble' (in the gaps that training leaves on the network) or 'eager' (at once)",
+        "auto",
+        "when snapshots travel: 'bubble' (in the gaps that training leaves on the network), 'steady' (evenly over most "
+        "of an iteration, whatever training does), 'eager' (at once) or 'auto' ('bubble' where the host computes, "
+        "'steady' on a GPU). On a GPU 'bubble' finds gaps by events of the device and yields by calls of the host, "
+        "which run ahead of it: it may hold bytes back while the network is idle, and send while training does",
         choices=SCHEDULES,
     )
     trace_dir: str = setting("", "folder for a Perfetto trace of each rank; 'moetion report' draws them", metavar="DIR")

@@ -75,7 +75,9 @@ class Session:
         15. ``pipeline.submit``: arenas release what ``settle`` allowed, then units are packed and replicated.
         """
         run = self._open()
-        run.scheduler.cut(iteration)
+        if (unread := run.scheduler.cut(iteration)) is not None:
+            text = f"a timeline of training cannot be read and is left out, as others will be: {unread}"
+            run.journal.warn_once("timeline", iteration, text)
         run.adapter.after_step()
         run.protection.watch(iteration, run.agreement.stable, run.agreement.failed or run.pipeline.ended)
         if iteration % run.interval or run.agreement.failed is not None:
@@ -160,7 +162,8 @@ class Session:
     def drain(self) -> None:
         """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
         if self._is_open:
-            self.running.pipeline.drain()
+            with self.running.scheduler.urgent():  # no iteration goes on, in which there would be windows
+                self.running.pipeline.drain()
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.
@@ -176,7 +179,8 @@ class Session:
         run = self.running
         with run.undo:
             try:
-                run.pipeline.drain()
+                with run.scheduler.urgent():
+                    run.pipeline.drain()
                 run.summary.at_end(run.pipeline, run.mode.layers(run.packer), run.agreement.stable)
             except ChannelError as error:
                 run.journal.warn_once("summary", run.agreement.newest, f"the summary is missing: {error}")

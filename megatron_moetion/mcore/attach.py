@@ -17,12 +17,14 @@ from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from megatron.core.utils import get_model_config
 
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.mcore.device_notes import check_graphs, connections_note, graph_note, graph_settings
 from megatron_moetion.mcore.state import MegatronState, UserState
 from megatron_moetion.mcore.topology import topology
-from megatron_moetion.mcore.traffic import TrafficHooks, node_crossing
+from megatron_moetion.mcore.traffic import TrafficHooks, elsewhere
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
@@ -95,16 +97,20 @@ class Attached:
         ``load_persistent`` loads the newest checkpoint on disk and returns its iteration, or None if there is none.
         ``newest_persistent`` returns that iteration without loading anything: where it is newer than what memory holds,
         disk wins. Without it, disk is asked only when memory holds nothing. Returns what was recovered from memory,
-        None otherwise. For errors see ``Starter.start``. From here on training's traffic is watched.
+        None otherwise. For errors see ``Starter.start``. From here on training's traffic is watched, if snapshots or
+        a trace depend on it.
         """
         running, resumed = Starter(self._prepared).start(Disk(load=load_persistent, newest=newest_persistent))
         session = self._session = Session(running)
         for optimizer in self._state.inner_optimizers():
             handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
             self._undo.callback(handle.remove)
-        traffic = TrafficHooks(self._model, self.scheduler.recorder, node_crossing(running.node_of))
-        self._undo.callback(traffic.close)
-        self.pipeline_arguments = traffic.pipeline_arguments()
+        if self.scheduler.draws or (self.scheduler.needs_windows and running.replicas):
+            share_elsewhere = elsewhere(running.node_of, running.fabric.rank)
+            recorder = self.scheduler.recorder
+            traffic = TrafficHooks(self._model, recorder, share_elsewhere, sees_all=self.scheduler.draws)
+            self._undo.callback(traffic.close)
+            self.pipeline_arguments = traffic.pipeline_arguments()
         return resumed
 
     @property
@@ -192,13 +198,19 @@ def attach(
         show_log(undo)
         host = Host()
         trace = _trace(config, host.environment) if config.trace_dir else None
+        on_device, graphs = next(model[0].parameters()).is_cuda, graph_settings(get_model_config(model[0]))
+        check_graphs(graphs, recalibrates=config.recalibrates)
+        if on_device:
+            _say_once(graph_note(graphs), connections_note(host.environment))
+        is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
         scheduler = Scheduler(
-            config.schedule,
-            EventStopwatch(torch.cuda.Event) if next(model[0].parameters()).is_cuda else HostStopwatch(host.clock),
+            resolved_schedule(config.schedule, on_device=on_device),
+            EventStopwatch(torch.cuda.Event, is_capturing) if on_device else HostStopwatch(host.clock),
             clock=host.clock,
             condition=host.threads.condition(),
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
             draw=trace.add if trace is not None else no_drawing,
+            is_waited_for=config.mode == "exact",
         )
         fabric = GlooFabric.connect(
             timeout_s=config.timeout_s,
@@ -233,6 +245,13 @@ def attach(
         attached = Attached(prepared, state, model, undo)
         unless_attached.pop_all()
         return attached
+
+
+def _say_once(*notes: str | None) -> None:
+    """Log notes on settings that are the same on all ranks."""
+    if torch.distributed.get_rank() == 0:
+        for note in filter(None, notes):
+            _logger.warning("[moetion] rank 0: %s", note)
 
 
 def _state(

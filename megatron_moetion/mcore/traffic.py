@@ -8,6 +8,8 @@ are replaced by functions that call them:
 - ``token_dispatch`` and ``token_combine`` of each MoE layer's ``token_dispatcher``, with more than one expert rank;
 - ``start_grad_sync``, ``finish_grad_sync``, ``start_param_sync`` and ``finish_param_sync`` of each bucket group of the
   DDP wrappers, with more than one rank to reduce over.
+
+What stays on this rank's node is left alone, unless a trace is to show it: no window depends on it.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from megatron.core.utils import get_model_config
 from torch import distributed as dist
 
 from megatron_moetion.mcore.replace import Wrap, replace_method
-from megatron_moetion.schedule.recorder import Recorder
+from megatron_moetion.schedule.recorder import OpenSpan, Recorder
 from megatron_moetion.schedule.timeline import Lane
 
 
@@ -51,12 +53,15 @@ class TimedCommunicator(P2PCommunicator):
         self._on_device = on_device
 
     def _communicate(self, *, wait_on_reqs: bool = True, **call: Any) -> Any:
+        if self._on_device and not self._recorder.is_watching:
+            return super()._communicate(**call, wait_on_reqs=wait_on_reqs)
         sent = sum(_nbytes(call[side]) for side in ("tensor_send_next", "tensor_send_prev"))
         element = torch.empty(0, dtype=self.config.pipeline_dtype).element_size()
         expected = int(torch.Size(call["tensor_shape"] or ()).numel()) * element
         received = expected * (bool(call["recv_prev"]) + bool(call["recv_next"]))
         lane = Lane.PIPELINE if sent else Lane.WAIT
-        with self._recorder.span(lane, sent * self._crosses, received * self._crosses) as span:
+        span = self._recorder.begin(lane, sent * self._crosses, received * self._crosses)
+        try:
             if sent and self._on_device:
                 self._recorder.accepted(span)  # a stream waits for its requests, unseen by the host: as good as sent
             if not sent or self._on_device or not wait_on_reqs:
@@ -71,19 +76,27 @@ class TimedCommunicator(P2PCommunicator):
             for request in requests.values():
                 request.wait()
             return previous, following, None
+        finally:
+            self._recorder.end(span)
 
 
 class TrafficHooks:
-    """Hooks on one rank's model. ``crosses`` says whether a set of global ranks spans nodes."""
+    """Hooks on one rank's model, on what leaves its node; with ``sees_all`` also on what does not.
+
+    ``share_elsewhere`` says which share of a set of global ranks is on other nodes than this rank.
+    """
 
     def __init__(
         self,
         model: Sequence[DistributedDataParallel],
         recorder: Recorder,
-        crosses: Callable[[Sequence[int]], bool],
+        share_elsewhere: Callable[[Sequence[int]], float],
+        *,
+        sees_all: bool,
     ) -> None:
         self._recorder = recorder
-        self._crosses = crosses
+        self._share_elsewhere = share_elsewhere
+        self._sees_all = sees_all
         self._config = get_model_config(model[0])
         self._on_device = next(model[0].parameters()).is_cuda
         with ExitStack() as self._undo:
@@ -96,10 +109,14 @@ class TrafficHooks:
             self._undo = self._undo.pop_all()  # all are on: they stay until ``close``
 
     def pipeline_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the schedule, ``p2p_communicator`` and ``pg_collection``; none without a pipeline."""
-        if parallel_state.get_pipeline_model_parallel_world_size() == 1:
-            return {}
+        """Keyword arguments for the schedule, ``p2p_communicator`` and ``pg_collection``.
+
+        None where there is no pipeline, or none to be seen.
+        """
         group = parallel_state.get_pipeline_model_parallel_group()
+        crosses = self._share_elsewhere(_ranks(group)) > 0
+        if len(_ranks(group)) == 1 or not (crosses or self._sees_all):
+            return {}
         groups = ProcessGroupCollection()
         groups.tp = parallel_state.get_tensor_model_parallel_group()
         groups.cp = parallel_state.get_context_parallel_group()
@@ -108,7 +125,7 @@ class TrafficHooks:
         groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
         groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
         communicator = TimedCommunicator(
-            group, self._config, self._recorder, crosses=self._crosses(_ranks(group)), on_device=self._on_device
+            group, self._config, self._recorder, crosses=crosses, on_device=self._on_device
         )
         return {"p2p_communicator": communicator, "pg_collection": groups}
 
@@ -120,23 +137,10 @@ class TrafficHooks:
 
     def _watch_experts(self, layer: MoELayer) -> None:
         ranks = _ranks(parallel_state.get_expert_model_parallel_group())
-        if len(ranks) == 1:
+        remote = self._share_elsewhere(ranks)
+        if len(ranks) == 1 or not (remote or self._sees_all):
             return
-        remote = _share_elsewhere(ranks) * self._crosses(ranks)
-        recorder = self._recorder
-
-        def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
-            def call(hidden: torch.Tensor, *more: Any, **named: Any) -> Any:
-                moved = int(_nbytes(hidden) * remote)
-                with recorder.span(Lane.ALL_TO_ALL, moved, moved):
-                    result = original(hidden, *more, **named)
-                output = result[0] if isinstance(result, tuple) else result
-                if output.requires_grad and hidden.requires_grad:
-                    _watch_backward(recorder, output, hidden, moved)
-                return result
-
-            return call
-
+        wrap = dispatcher_hook(self._recorder, remote)
         for name in ("token_dispatch", "token_combine"):
             replace_method(layer.token_dispatcher, name, wrap, self._undo)
 
@@ -145,9 +149,9 @@ class TrafficHooks:
     def _watch_buckets(self, group: Any) -> None:
         is_sharded = group.ddp_config.use_distributed_optimizer
         ranks = _ranks(group.intra_distributed_optimizer_instance_group if is_sharded else group.data_parallel_group)
-        if len(ranks) == 1:
+        remote = self._share_elsewhere(ranks)
+        if len(ranks) == 1 or not (remote or self._sees_all):
             return
-        remote = _share_elsewhere(ranks) * self._crosses(ranks)
         for lane, kind, data in ((Lane.GRADIENT, "grad", "grad_data"), (Lane.PARAMETER, "param", "param_data")):
             parts = [getattr(bucket, data) for bucket in group.buckets]
             moved = int(sum(_nbytes(part) for part in parts) * remote)
@@ -156,11 +160,34 @@ class TrafficHooks:
             replace_method(group, f"finish_{kind}_sync", finish, self._undo)
 
 
+def dispatcher_hook(recorder: Recorder, remote: float) -> Wrap:
+    """A wrapper of a token dispatcher's exchange, forward and backward; ``remote``: the share that leaves the node."""
+
+    def wrap(original: Callable[..., Any]) -> Callable[..., Any]:
+        def call(hidden: torch.Tensor, *more: Any, **named: Any) -> Any:
+            if not recorder.is_watching:
+                return original(hidden, *more, **named)
+            moved = int(_nbytes(hidden) * remote)
+            span = recorder.begin(Lane.ALL_TO_ALL, moved, moved)
+            try:
+                result = original(hidden, *more, **named)
+            finally:
+                recorder.end(span)
+            output = result[0] if isinstance(result, tuple) else result
+            if output.grad_fn is not None and hidden.grad_fn is not None:
+                _watch_backward(recorder, output.grad_fn, hidden.grad_fn, moved)
+            return result
+
+        return call
+
+    return wrap
+
+
 def _from_start_to_finish(
     recorder: Recorder, lane: Lane, moved: int, is_under_way: Callable[[], bool]
 ) -> tuple[Wrap, Wrap]:
     """Wrappers for a pair of calls: one span from the start to the finish, or to the end of a synchronous start."""
-    opened: list[Any] = []
+    opened: list[OpenSpan] = []
 
     def end() -> None:
         while opened:
@@ -191,19 +218,22 @@ def _handle(group: Any) -> Any:
     return group.param_gather_handle or group.grad_reduce_handle
 
 
-def _watch_backward(recorder: Recorder, output: torch.Tensor, hidden: torch.Tensor, moved: int) -> None:
-    """The same communication again, when the gradient passes from ``output`` to ``hidden``."""
-    opened: list[Any] = []
+def _watch_backward(recorder: Recorder, last: Any, before: Any, moved: int) -> None:
+    """The same communication again, from when the gradient comes to its ``last`` node to the one ``before`` its first.
 
-    def begin(gradient: torch.Tensor) -> None:
+    Hooks on nodes of the graph cost half of what those on tensors do, which torch makes of them.
+    """
+    opened: list[OpenSpan] = []
+
+    def begin(_: Any) -> None:
         opened.append(recorder.begin(Lane.ALL_TO_ALL, moved, moved))
 
-    def end(gradient: torch.Tensor) -> None:
+    def end(_: Any) -> None:
         while opened:
             recorder.end(opened.pop())
 
-    output.register_hook(begin)
-    hidden.register_hook(end)
+    last.register_prehook(begin)
+    before.register_prehook(end)
 
 
 def _nbytes(tensor: torch.Tensor | None) -> int:
@@ -214,11 +244,9 @@ def _ranks(group: dist.ProcessGroup) -> list[int]:
     return list(dist.get_process_group_ranks(group))
 
 
-def _share_elsewhere(ranks: Sequence[int]) -> float:
-    """Of what a rank holds, the share that an exchange with equal parts for all gives to others."""
-    return (len(ranks) - 1) / len(ranks)
+def elsewhere(node_of: Sequence[int], rank: int) -> Callable[[Sequence[int]], float]:
+    """Which share of some ranks, this one among them, is on other nodes than ``rank``.
 
-
-def node_crossing(node_of: Sequence[int]) -> Callable[[Sequence[int]], bool]:
-    """Whether ranks lie on more than one node."""
-    return lambda ranks: len({node_of[r] for r in ranks}) > 1
+    It is the share of what a rank holds that an exchange with equal parts for all moves to other nodes.
+    """
+    return lambda ranks: sum(node_of[r] != node_of[rank] for r in ranks) / len(ranks)

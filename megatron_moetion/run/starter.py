@@ -224,7 +224,7 @@ class Starter:
             journal.info(iteration, mode.note)
         journal.info(
             iteration,
-            f"mode {mode.name}, {config.schedule}: a snapshot every {config.interval} iteration(s)"
+            f"mode {mode.name}, {running.scheduler.schedule}: a snapshot every {config.interval} iteration(s)"
             f"{mode.describe()}; state {self._run.state_bytes / 2**20:.1f} MiB, "
             f"arenas {sum(a.nbytes for a in running.arenas.all()) / 2**20:.1f} MiB "
             f"on this rank; {findings.placement.num_nodes} node(s), {config.replicas} replica(s); "

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -23,12 +24,16 @@ IDLE_SHARE = 0.8
 """A window is as long as the gap between two messages was in at least this share of the recorded iterations."""
 WINDOW_MIN_S = 1e-3
 """Shorter gaps are left alone: a chunk would hardly have started."""
+SLICES_S = (20e-3, 10e-3, 5e-3, 2e-3, 1e-3)
+"""How long a slice may occupy the link: so long a message of training may have to wait behind it. Each slice wakes
+threads at both ends, so that smaller ones cost time of the processors that train."""
+FILLED_SHARE = 0.8
+"""Slices are as long as they may be while whole ones fill this share of the windows."""
 HEADROOM = 0.8
 """Share of the windows' bytes that a snapshot may fill: the rest is for jitter and for the protocol."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Window:
+class Window(NamedTuple):
     """An idle stretch of a link, in seconds since the end of the optimizer step."""
 
     begin_s: float
@@ -53,40 +58,69 @@ class Rhythm:
     """When the network has accepted the n-th send: at once, or when the peer asks for it."""
     duration_s: float = 0.0
     windows: tuple[Window, ...] = ()
+    slice_s: float = SLICES_S[0]
+    """How long a slice should occupy the link, in seconds."""
 
 
 def rhythm(timelines: Sequence[Timeline], bytes_per_s: float) -> Rhythm:
     """What the last iterations have in common on the network, from those that sent as often as the newest one.
 
-    From one event to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call that
-    sends n bytes keeps the link busy from its beginning, because its peer may ask for them at any moment, until the
-    network has accepted them, and for n / bandwidth after that. Waiting for bytes of a peer keeps nothing busy.
+    From one event to the next it takes the time that ``IDLE_SHARE`` of these iterations took at least. A call of the
+    pipeline that sends n bytes keeps the link busy from its beginning, because its peer may ask for them at any moment,
+    until the network has accepted them, and for n / bandwidth after that. A collective keeps it busy from its beginning
+    to its end. Waiting for bytes of a peer keeps nothing busy.
     """
     if not timelines:
         return Rhythm()
     alike = [t for t in timelines if len(t.sends.nbytes) == len(timelines[-1].sends.nbytes)]
-    begins = np.stack([np.append(t.sends.begin_s, t.duration_s) for t in alike])
-    quiet_since = np.stack([np.append(0.0, t.sends.on_wire_s) for t in alike])
-    on_wire_s = np.max([t.sends.nbytes for t in alike], axis=0) / bytes_per_s
+    on_wire_s = np.max([t.sends.left_bytes for t in alike], axis=0) / bytes_per_s
 
-    steps = np.empty(begins.shape[1] * 2 - 1)  # from one event to the next: a send begins, the network has accepted it
-    steps[0::2] = _usually(begins - quiet_since)
-    steps[1::2] = _usually(quiet_since[:, 1:] - begins[:, :-1])
-    at = np.cumsum(steps)
-    ends, accepted = at[0::2].tolist(), at[1::2].tolist()
+    # In turn: a send begins, the link is left to others. Of calls that overlap, each counts from the end of the last.
+    events = np.empty((len(alike), 2 * len(on_wire_s) + 1))
+    events[:, 0::2] = [np.append(t.sends.begin_s, t.duration_s) for t in alike]
+    events[:, 1::2] = [t.sends.quiet_since_s for t in alike]
+    steps = np.diff(np.maximum.accumulate(events, axis=1), axis=1, prepend=0.0)
+    at = np.cumsum(_usually(steps))
+    ends, accepted = at[0::2], at[1::2]
 
-    busy_until, windows = 0.0, []
-    for end, accepted_s, takes_s in zip(ends, [*accepted, 0.0], [*on_wire_s.tolist(), 0.0], strict=True):
-        if end - busy_until >= WINDOW_MIN_S:
-            windows.append(Window(begin_s=busy_until, end_s=end))
-        busy_until = max(busy_until, accepted_s) + takes_s
-    return Rhythm(sends_s=tuple(ends[:-1]), accepted_s=tuple(accepted), duration_s=ends[-1], windows=tuple(windows))
+    # A message is off the wire when it and all before it are: each begins when accepted, or behind the one before.
+    after = np.cumsum(on_wire_s)
+    quiet = np.append(0.0, after + np.maximum.accumulate(accepted - np.append(0.0, after[:-1])))[: len(ends)]
+    found = np.flatnonzero(ends - quiet >= WINDOW_MIN_S)
+    windows = tuple(map(Window, quiet[found].tolist(), ends[found].tolist()))
+    return Rhythm(
+        sends_s=tuple(ends[:-1].tolist()),
+        accepted_s=tuple(accepted.tolist()),
+        duration_s=float(ends[-1]),
+        windows=windows,
+        slice_s=slice_of(windows),
+    )
+
+
+def slice_of(windows: Sequence[Window]) -> float:
+    """The longest of ``SLICES_S`` that fills the windows well, in seconds; the shortest where none does."""
+    durations = np.array([end - begin for begin, end in windows])
+    filled = (s for s in SLICES_S if _filled_s(durations, s).sum() >= FILLED_SHARE * durations.sum())
+    return next(filled, SLICES_S[-1])
+
+
+def whole_slices(windows: Sequence[Window], slice_s: float) -> tuple[Window, ...]:
+    """What whole slices fill of the windows."""
+    begins, ends = np.array(windows, dtype=np.float64).reshape(-1, 2).T
+    filled = _filled_s(ends - begins, slice_s)
+    found = np.flatnonzero(filled)
+    return tuple(map(Window, begins[found].tolist(), (begins + filled)[found].tolist()))
+
+
+def _filled_s(durations: npt.NDArray[np.float64], slice_s: float) -> npt.NDArray[np.float64]:
+    """float64[n] to float64[n], seconds: as much of each window as whole slices fill."""
+    return np.floor(durations / slice_s + 1e-9) * slice_s
 
 
 def _usually(durations: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     """float64[iterations, n] to float64[n]: what ``IDLE_SHARE`` of the iterations took at least."""
     unusual = math.floor((1 - IDLE_SHARE) * len(durations) + 1e-9)
-    return np.asarray(np.sort(np.maximum(durations, 0.0), axis=0)[unusual])
+    return np.asarray(np.sort(durations, axis=0)[unusual])
 
 
 def merge(intervals: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:

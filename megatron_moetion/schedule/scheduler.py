@@ -17,17 +17,26 @@ from dataclasses import dataclass
 from megatron_moetion.clock import Clock
 from megatron_moetion.replicate.channel import Gate
 from megatron_moetion.schedule import planner
-from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Pacer
+from megatron_moetion.schedule.pacer import MEASURED_MIN_BYTES, Eager, Meter, Moved, Paced, Pacer, Steady
 from megatron_moetion.schedule.planner import Window
-from megatron_moetion.schedule.recorder import Recorder, Silent, Stopwatch
+from megatron_moetion.schedule.recorder import Recorder, Stopwatch
+from megatron_moetion.schedule.sizes import RARER
 from megatron_moetion.schedule.timeline import Lane, Link, Timeline
 
 TIMELINES = 8
 """Iterations that windows are derived from."""
 DEADLINE_SHARE = 0.9
-"""A snapshot should have left by this share of the iteration in which it began to travel."""
+"""A snapshot should have left by this share of the iteration in which it began to travel, or of a later one."""
 LATEST_SHARE = 0.25
 """One that begins late in an iteration gets at least this share of one."""
+
+ITERATIONS_MAX = RARER[0]
+"""A snapshot that the windows of one iteration do not carry gets more, at most as many as it is made rarer by."""
+SAMPLE_EVERY = 8
+"""Once training's rhythm is known, spans of one iteration in so many are recorded: marks cost the training thread time,
+and on a device whose launches share one queue they cost overlap."""
+ALIKE = 1.25
+"""Iterations are alike that send as often and of which none takes this many times as long as another."""
 
 CHUNKS_MAX = 200
 """Most chunks of a snapshot when the bytes without room are counted."""
@@ -55,8 +64,9 @@ class Carried:
 class Scheduler:
     """Owns the gate that the channel asks and the recorder that the hooks fill.
 
-    ``schedule`` is ``bubble`` (in the gaps) or ``eager`` (at once). ``stopwatch`` times training on its device, and
-    ``clock`` everything else; the sending thread waits on ``condition``. ``draw`` gets what a trace shows.
+    ``schedule`` is ``bubble`` (in the gaps), ``steady`` (evenly) or ``eager`` (at once). ``stopwatch`` times training
+    on its device, and ``clock`` everything else; the sending thread waits on ``condition``. ``draw`` gets what a trace
+    shows. ``is_waited_for``: training waits at the end of each iteration until its snapshot has left.
     """
 
     def __init__(
@@ -68,31 +78,65 @@ class Scheduler:
         condition: threading.Condition,
         eager_slice_bytes: int,
         draw: Draw,
+        is_waited_for: bool = False,
     ) -> None:
+        self.schedule = schedule
+        self._is_waited_for = is_waited_for
         self._clock = clock
         self._draw = draw
-        self._pacer = Pacer(self._moved, clock, condition) if schedule == "bubble" else None
-        self._meter = self._pacer or Eager(eager_slice_bytes, self._moved, clock)
-        self.gate: Gate = self._meter
-        self.recorder = Recorder(stopwatch, clock, self._pacer or Silent())
+        gate = make_gate(schedule, self._moved, clock, condition, eager_slice_bytes)
+        self.gate: Gate = gate
+        self._meter: Meter = gate
+        self._paced = gate if isinstance(gate, Paced) else None
+        self._pacer = gate if isinstance(gate, Pacer) else None
+        self.recorder = Recorder(stopwatch, clock, self._pacer)
         self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
+        self._unrecorded = 0
+        self._num_dropped = 0
         self._rhythm = planner.Rhythm()
+        self._rhythm_bytes_per_s = 0.0
+        self._fillable: Sequence[Window] = ()  # what slices fill of the rhythm's windows
         self._packing = Meter(clock)
         self._origin_s = clock.monotonic()
         self._unplaced_bytes = 0
         self._late_bytes, self._held_s = 0, 0.0
 
-    def cut(self, iteration: int) -> None:
-        """An optimizer step has just ended. Call it once an iteration, in the training thread."""
+    @property
+    def needs_windows(self) -> bool:
+        """Whether snapshots go by what training sends."""
+        return self._paced is not None
+
+    @property
+    def draws(self) -> bool:
+        """Whether a trace shows everything that training does."""
+        return self._draw is not no_drawing
+
+    def cut(self, iteration: int) -> str | None:
+        """An optimizer step has just ended. Call it once an iteration, in the training thread.
+
+        Returns why a timeline could not be read, where that has just happened; it is dropped and counted.
+        """
         self._origin_s = self._clock.monotonic()
-        timeline = self.recorder.cut(iteration)
+        records_next = self.draws or records(tuple(self._timelines), self._unrecorded)
+        self._unrecorded = 0 if records_next else self._unrecorded + 1
+        timeline = self.recorder.cut(iteration, records_next=records_next)
         if timeline is not None:
             self._timelines.append(timeline)
         if self._pacer is not None:
-            self._rhythm = planner.rhythm(tuple(self._timelines), self._pacer.bytes_per_s)
+            rate = self._pacer.bytes_per_s
+            is_news = timeline is not None or rate != self._rhythm_bytes_per_s
+            if is_news:
+                self._rhythm, self._rhythm_bytes_per_s = planner.rhythm(tuple(self._timelines), rate), rate
             self._pacer.begin_iteration(self._rhythm)
-        if timeline is not None and self._draw is not no_drawing:
+            if is_news:
+                slice_s = self._pacer.slice_bytes() / rate
+                self._fillable = planner.whole_slices(self._rhythm.windows, slice_s)
+        if timeline is not None and self.draws:
             self._draw_iteration(timeline)
+        if self.recorder.num_dropped == self._num_dropped:
+            return None
+        self._num_dropped = self.recorder.num_dropped
+        return self.recorder.problem
 
     def _draw_iteration(self, timeline: Timeline) -> None:
         at = timeline.begin_s
@@ -102,7 +146,7 @@ class Scheduler:
             begin_s, end_s = span.begin_s, span.end_s
             if span.lane is Lane.PIPELINE and span.sent_bytes:  # the call itself only waits
                 self._draw(Lane.WAIT.value, at + begin_s, at + end_s, 0)
-                begin_s = max(span.on_wire_s, free_s)
+                begin_s = max(span.quiet_since_s, free_s)
                 end_s = free_s = begin_s + span.sent_bytes / self._meter.bytes_per_s
             self._draw(span.lane.value, at + begin_s, at + end_s, span.sent_bytes)
         for begin, end in computing(timeline):
@@ -117,26 +161,46 @@ class Scheduler:
     def transfer(self, nbytes: int) -> Iterator[None]:
         """Wrap the transfer of a snapshot of ``nbytes``. Its deadline counts from now on."""
         timelines = tuple(self._timelines)
-        if self._pacer is not None and timelines and nbytes:
-            typical_s = typical_duration(timelines)
+        typical_s = typical_duration(timelines) if timelines else 0.0
+        if self._paced is not None and typical_s > 0 and nbytes:
             since_s = (self._clock.monotonic() - self._origin_s) % typical_s
-            deadline_s = max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
-            self._pacer.follow(nbytes, deadline_s)
+            windows = self._windows(timelines, typical_s)
+            iterations = 1 if self._is_waited_for else iterations_for(nbytes, windows, self._paced.bytes_per_s)
+            deadline_s = self._deadline_s(since_s, typical_s) + (iterations - 1) * typical_s
+            self._paced.follow(nbytes, deadline_s)
             self._unplaced_bytes = planner.unplaced_bytes(
-                windows_after(since_s, self._rhythm.windows, typical_s),
-                self._pacer.bytes_per_s,
+                windows_after(since_s, windows, typical_s, iterations),
+                self._paced.bytes_per_s,
                 nbytes,
                 deadline_s,
-                max(self._pacer.slice_bytes(), nbytes // CHUNKS_MAX),
+                max(self._paced.slice_bytes(), nbytes // CHUNKS_MAX),
             )
         with self._meter.transfer(nbytes):
             yield
-        if self._pacer is not None and nbytes:  # kept, because the next plan resets it
-            self._late_bytes, self._held_s = self._pacer.report()
+        if self._paced is not None and nbytes:  # kept, because the next plan resets it
+            self._late_bytes, self._held_s = self._paced.report()
+
+    def _deadline_s(self, since_s: float, typical_s: float) -> float:
+        """How long a transfer may take that begins ``since_s`` into an iteration and is to be over in it.
+
+        One that leaves evenly has no place in the iteration: it takes as long wherever it begins, so that its rate is
+        the same, and is over before the next one begins.
+        """
+        if self._pacer is None and not self._is_waited_for:
+            return DEADLINE_SHARE * typical_s
+        return max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
+
+    def _windows(self, timelines: Sequence[Timeline], typical_s: float) -> Sequence[Window]:
+        """When bytes of snapshots find room on the network in a typical iteration."""
+        if self._pacer is not None:
+            return self._fillable
+        # Evenly, beside training's own bytes: what these leave of the time until the deadline, wherever in it.
+        sending_s = float(timelines[-1].sends.nbytes.sum()) / self._meter.bytes_per_s
+        return (Window(begin_s=0.0, end_s=max(0.0, DEADLINE_SHARE * typical_s - sending_s)),)
 
     def urgent(self) -> AbstractContextManager[None]:
-        """While it is entered, training waits for snapshots to leave, and the pacer holds none of their bytes."""
-        return self._pacer.urgent() if self._pacer is not None else nullcontext()
+        """While it is entered, training waits for snapshots to leave, and none of their bytes is held back."""
+        return self._paced.urgent() if self._paced is not None else nullcontext()
 
     def packed(self, begin_s: float, end_s: float, nbytes: int) -> None:
         """A snapshot of ``nbytes`` was copied from the device (or from memory) in this time. Called by any thread."""
@@ -152,18 +216,19 @@ class Scheduler:
         anything was measured.
         """
         is_settled = len(self._timelines) == TIMELINES
-        if self._pacer is None or not self._timelines:
+        if self._paced is None or not self._timelines:
             return Carried(nbytes=math.inf, why="", is_settled=is_settled)
         typical_s = typical_duration(self._timelines)
         windows: dict[Link, Sequence[Window]] = {Link.D2H: (Window(begin_s=0.0, end_s=typical_s),)}
         rates = {Link.D2H: self._packing.bytes_per_s}
         if replicas:
-            windows[Link.NETWORK], rates[Link.NETWORK] = self._rhythm.windows, self._pacer.bytes_per_s / replicas
+            windows[Link.NETWORK] = self._windows(self._timelines, typical_s)
+            rates[Link.NETWORK] = self._paced.bytes_per_s / replicas
         capacity, link = planner.capacity_bytes(windows, rates)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
         why = (
-            f"the {name} is idle for {idle_s:.2f} of {typical_s:.2f} s at {rates[link] / 1e6:.0f} MB/s"
+            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s"
             f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
@@ -177,10 +242,37 @@ class Scheduler:
             "moetion/unplaced-mb": self._unplaced_bytes / 1e6,
             "moetion/late-mb": self._late_bytes / 1e6,
             "moetion/held-s": self._held_s,
+            "moetion/timelines-dropped": float(self._num_dropped),
         }
 
     def _moved(self, begin_s: float, end_s: float, nbytes: int) -> None:
         self._draw(Lane.REPLICATION.value, begin_s, end_s, nbytes)
+
+
+def make_gate(
+    schedule: str, moved: Moved, clock: Clock, condition: threading.Condition, eager_slice_bytes: int
+) -> Eager | Steady | Pacer:
+    """What the channel asks under a schedule."""
+    match schedule:
+        case "bubble":
+            return Pacer(moved, clock, condition)
+        case "steady":
+            return Steady(moved, clock, condition)
+        case "eager":
+            return Eager(eager_slice_bytes, moved, clock)
+    raise AssertionError(f"schedule {schedule!r} has no gate")
+
+
+def records(timelines: Sequence[Timeline], unrecorded: int) -> bool:
+    """Whether spans of the next iteration are recorded, after ``unrecorded`` iterations of which they were not.
+
+    All are until the last ``TIMELINES`` are alike.
+    """
+    if len(timelines) < TIMELINES or unrecorded >= SAMPLE_EVERY - 1:
+        return True
+    durations = [t.duration_s for t in timelines]
+    sends = {len(t.sends.nbytes) for t in timelines}
+    return len(sends) > 1 or max(durations) > ALIKE * min(durations)
 
 
 def typical_duration(timelines: Sequence[Timeline]) -> float:
@@ -196,8 +288,19 @@ def computing(timeline: Timeline) -> list[tuple[float, float]]:
     return [(b, e) for b, e in zip(edges[::2], edges[1::2], strict=True) if e > b]
 
 
-def windows_after(since_s: float, windows: Sequence[Window], typical_s: float) -> list[Window]:
-    """The windows of this iteration and the next, in seconds since ``since_s`` after this one's beginning."""
-    twice = [Window(begin_s=w.begin_s + k * typical_s, end_s=w.end_s + k * typical_s) for k in (0, 1) for w in windows]
-    shifted = [Window(begin_s=max(w.begin_s - since_s, 0.0), end_s=w.end_s - since_s) for w in twice]
-    return [w for w in shifted if w.end_s > w.begin_s]
+def iterations_for(nbytes: int, windows: Sequence[Window], bytes_per_s: float) -> int:
+    """How many iterations a transfer may take: as many as carry it, headroom left, at most ``ITERATIONS_MAX``.
+
+    Snapshots that do not fit one iteration are made rarer, by as much.
+    """
+    room = planner.HEADROOM * sum(w.duration_s for w in windows) * bytes_per_s
+    return max(1, math.ceil(nbytes / room)) if nbytes < ITERATIONS_MAX * room else ITERATIONS_MAX
+
+
+def windows_after(since_s: float, windows: Sequence[Window], typical_s: float, iterations: int = 1) -> list[Window]:
+    """The windows of so many iterations and the next, in seconds since ``since_s`` after the first one's beginning."""
+    turns = [k * typical_s for k in range(iterations + 1)]
+    found = [
+        Window(begin_s=w.begin_s + turn - since_s, end_s=w.end_s + turn - since_s) for turn in turns for w in windows
+    ]
+    return [Window(begin_s=max(w.begin_s, 0.0), end_s=w.end_s) for w in found if w.end_s > max(w.begin_s, 0.0)]

@@ -6,6 +6,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,8 +22,7 @@ class Link(enum.Enum):
     NETWORK = "network"
 
 
-@dataclass(frozen=True, kw_only=True)
-class Span:
+class Span(NamedTuple):
     """A stretch of one iteration, in seconds since the end of the optimizer step before it.
 
     ``sent_bytes`` and ``received_bytes`` are what crossed the network between nodes; both are 0 for what stayed on
@@ -38,14 +38,13 @@ class Span:
     accepted_s: float | None = None
 
     @property
-    def on_wire_s(self) -> float:
-        """When its bytes begin to be on the wire: when the network has accepted them.
+    def quiet_since_s(self) -> float:
+        """When the link is left to others but for the bytes that are on their way: when the network has accepted them.
 
-        Where that was not seen: for a pipeline call, when it returned; for a collective, when it began.
+        Where that was not seen, when the call returned. A collective's peers may send and ask for bytes at any moment
+        until then.
         """
-        if self.accepted_s is not None:
-            return self.accepted_s
-        return self.end_s if self.lane is Lane.PIPELINE else self.begin_s
+        return self.end_s if self.accepted_s is None else self.accepted_s
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -53,8 +52,10 @@ class Sends:
     """What training sent over the network in one iteration, by when the calls began."""
 
     begin_s: npt.NDArray[np.float64]
-    on_wire_s: npt.NDArray[np.float64]
+    quiet_since_s: npt.NDArray[np.float64]
     nbytes: npt.NDArray[np.int64]
+    left_bytes: npt.NDArray[np.int64]
+    """What is still to go on the wire then: all of a pipeline's message, and nothing of a collective."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +75,7 @@ class Timeline:
         found.sort(key=lambda s: s.begin_s)
         return Sends(
             begin_s=np.array([s.begin_s for s in found], dtype=np.float64),
-            on_wire_s=np.array([s.on_wire_s for s in found], dtype=np.float64),
+            quiet_since_s=np.array([s.quiet_since_s for s in found], dtype=np.float64),
             nbytes=np.array([s.sent_bytes for s in found], dtype=np.int64),
+            left_bytes=np.array([s.sent_bytes * (s.lane is Lane.PIPELINE) for s in found], dtype=np.int64),
         )

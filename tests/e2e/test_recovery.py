@@ -148,7 +148,7 @@ def test_popularity_loses_little_and_counts_it(reference: Run, tmp_path: Path, s
     assert_loads_as_it_went_on(tmp_path / "saved", run)
 
 
-@pytest.mark.parametrize("schedule", ["bubble", "eager"])
+@pytest.mark.parametrize("schedule", ["bubble", "steady", "eager"])
 def test_training_is_bitwise_the_same_whenever_snapshots_travel(
     reference: Run, tmp_path: Path, store: Path, schedule: str
 ) -> None:

@@ -7,8 +7,9 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
@@ -25,8 +26,9 @@ from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
-from megatron_moetion.schedule.recorder import HostStopwatch
+from megatron_moetion.schedule.recorder import HostStopwatch, OpenSpan, Recorder
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
+from megatron_moetion.schedule.timeline import Lane
 from megatron_moetion.snapshot.device import TIMEOUT_S, DevicePacker, device_pool
 from megatron_moetion.snapshot.digest import is_intact
 from megatron_moetion.snapshot.engines import Engines
@@ -433,6 +435,16 @@ def scheduler(schedule: str = "bubble") -> Scheduler:
         eager_slice_bytes=1 << 20,
         draw=no_drawing,
     )
+
+
+@contextmanager
+def spanning(recorder: Recorder, lane: Lane, sent_bytes: int = 0, received_bytes: int = 0) -> Iterator[OpenSpan]:
+    """Record what happens in the block."""
+    opened = recorder.begin(lane, sent_bytes, received_bytes)
+    try:
+        yield opened
+    finally:
+        recorder.end(opened)
 
 
 class ManualClock:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moetion.config import MODES, MoetionConfig
+from megatron_moetion.config import MODES, SCHEDULES, MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ConfigError
 
 
@@ -17,6 +17,14 @@ def test_defaults_are_valid_and_frozen() -> None:
     assert config.mode in MODES
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.mode = "full"  # type: ignore[misc]
+
+
+def test_the_default_schedule_follows_where_training_computes() -> None:
+    default = MoetionConfig().schedule
+    assert resolved_schedule(default, on_device=False) == "bubble"
+    assert resolved_schedule(default, on_device=True) == "steady"
+    for chosen in set(SCHEDULES) - {"auto"}:
+        assert resolved_schedule(chosen, on_device=True) == chosen
 
 
 def test_every_setting_says_what_it_is() -> None:

@@ -171,6 +171,15 @@ def test_a_step_without_a_snapshot_still_agrees_and_takes_its_round(tmp_path: Pa
     ]  # fmt: skip
 
 
+def test_who_waits_for_all_snapshots_waits_for_no_window(tmp_path: Path) -> None:
+    """Windows come with iterations, and none goes on."""
+    with run(tmp_path) as (running, _):
+        log: list[str] = []
+        parts: dict[str, Any] = {name: Written(name, getattr(running, name), log, {}) for name in WATCHED}
+        Session(replace(running, **parts)).drain()
+        assert log == ["scheduler.urgent", "pipeline.drain"]
+
+
 def test_the_docstring_names_the_events_in_this_order() -> None:
     text = Session.on_step_end.__doc__ or ""
     steps = text[text.index("1. ``") :]

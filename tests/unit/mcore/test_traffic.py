@@ -1,18 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which request of a pipeline call tells that the network has what it sends. Real ones: ``dist/test_traffic.py``."""
+"""Which traffic is watched, and which request of a pipeline call tells that the network has what it sends.
+
+Real requests: ``dist/test_traffic.py``.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.moe.moe_layer import MoELayer
+from support import ManualClock
 
 from megatron_moetion.clock import SystemClock
-from megatron_moetion.mcore.traffic import TimedCommunicator
+from megatron_moetion.mcore.traffic import TimedCommunicator, TrafficHooks, elsewhere
 from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
+from megatron_moetion.schedule.timeline import Lane, Timeline
 
 TENSOR = torch.zeros(4)
 
@@ -99,3 +107,138 @@ def test_requests_that_training_waits_for_itself_are_given_back(monkeypatch: pyt
     log, (*_, requests) = call(monkeypatch, ("recv_next", "send_next"), waits=False)
     assert log == ["posted one by one"]
     assert list(requests) == ["recv_next", "send_next"]
+
+
+class Dispatcher:
+    """Exchanges nothing."""
+
+    def token_dispatch(self, hidden: torch.Tensor, probs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return hidden * 1.0, probs
+
+    def token_combine(self, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * 1.0
+
+
+class Buckets:
+    """A bucket group whose calls are synchronous."""
+
+    grad_reduce_handle = param_gather_handle = None
+    ddp_config = SimpleNamespace(use_distributed_optimizer=False)
+    data_parallel_group = "all"
+    buckets = (SimpleNamespace(grad_data=torch.zeros(100), param_data=torch.zeros(100)),)
+
+    def start_grad_sync(self) -> None: ...
+
+    def finish_grad_sync(self) -> None: ...
+
+    def start_param_sync(self) -> None: ...
+
+    def finish_param_sync(self) -> None: ...
+
+
+def watch(
+    monkeypatch: pytest.MonkeyPatch,
+    node_of: Sequence[int],
+    experts: Sequence[int],
+    recorder: Recorder,
+    *,
+    sees_all: bool = False,
+) -> tuple[TrafficHooks, Dispatcher, Buckets]:
+    """Hooks on rank 0 of a model with a layer of experts on some ranks; all ranks reduce gradients."""
+    ranks = {"experts": experts, "all": range(len(node_of)), "pipeline": [0]}
+    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: ranks[group])
+    monkeypatch.setattr(parallel_state, "get_expert_model_parallel_group", lambda: "experts")
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_group", lambda: "pipeline")
+    layer: Any = MoELayer.__new__(MoELayer)
+    torch.nn.Module.__init__(layer)
+    layer.token_dispatcher, buckets = Dispatcher(), Buckets()
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(),
+        modules=lambda: [layer],
+        parameters=lambda: iter([TENSOR]),
+        bucket_groups=[buckets],
+        expert_parallel_bucket_groups=[],
+    )
+    return TrafficHooks([model], recorder, elsewhere(node_of, 0), sees_all=sees_all), layer.token_dispatcher, buckets
+
+
+def train(dispatcher: Dispatcher, buckets: Buckets) -> None:
+    """A forward and a backward pass through a layer, then gradients."""
+    source = torch.zeros(8, requires_grad=True)
+    hidden, _ = dispatcher.token_dispatch(source * 1.0, TENSOR)
+    dispatcher.token_combine(hidden * 1.0).sum().backward()
+    buckets.start_grad_sync()
+    buckets.finish_grad_sync()
+
+
+def seen(recorder: Recorder) -> list[tuple[Lane, int]]:
+    found = recorder.cut(1)
+    assert isinstance(found, Timeline)
+    return [(s.lane, s.sent_bytes) for s in found.spans]
+
+
+def manual() -> Recorder:
+    return Recorder(HostStopwatch(ManualClock()), ManualClock())
+
+
+def test_of_what_ranks_exchange_the_share_on_other_nodes_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Four ranks on two nodes: half of the ranks are elsewhere. Dispatch and combine, forward and backward."""
+    recorder = manual()
+    _, dispatcher, buckets = watch(monkeypatch, [0, 0, 1, 1], [0, 1, 2, 3], recorder)
+    train(dispatcher, buckets)
+    assert seen(recorder) == [(Lane.ALL_TO_ALL, 16)] * 4 + [(Lane.GRADIENT, 200)]
+    assert elsewhere([0, 0, 1, 1], 2)([0, 1, 2, 3]) == 0.5
+    assert elsewhere([0, 0, 1, 1], 2)([2, 3]) == 0
+
+
+def test_what_stays_on_the_node_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = manual()
+    hooks, dispatcher, buckets = watch(monkeypatch, [0, 0, 1, 1], [0, 1], recorder)
+    assert not vars(dispatcher), "no method is replaced"
+    assert vars(buckets)
+    train(dispatcher, buckets)
+    assert seen(recorder) == [(Lane.GRADIENT, 200)]
+    assert hooks.pipeline_arguments() == {}
+    hooks.close()
+    assert not vars(buckets)
+    alone = watch(monkeypatch, [0, 0, 0, 0], [0, 1, 2, 3], recorder)
+    assert not vars(alone[1])
+    assert not vars(alone[2])
+
+
+def test_a_trace_shows_what_stays_on_the_node_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = manual()
+    _, dispatcher, buckets = watch(monkeypatch, [0, 0, 1, 1], [0, 1], recorder, sees_all=True)
+    train(dispatcher, buckets)
+    assert seen(recorder) == [(Lane.ALL_TO_ALL, 0)] * 4 + [(Lane.GRADIENT, 200)]
+
+
+def test_where_nobody_needs_an_iterations_spans_its_graph_has_no_hooks(monkeypatch: pytest.MonkeyPatch) -> None:
+    recorder = manual()
+    _, dispatcher, _ = watch(monkeypatch, [0, 0, 1, 1], [0, 1, 2, 3], recorder)
+    recorder.cut(0, records_next=False)
+    source = torch.zeros(8, requires_grad=True)
+    hidden, _ = dispatcher.token_dispatch(source * 1.0, TENSOR)
+    recorder.cut(1)
+    hidden.sum().backward()
+    assert seen(recorder) == []
+
+
+def test_a_fault_in_a_call_still_ends_its_span(monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[int] = []
+
+    class Ear:
+        def traffic_begins(self, lane: Lane, sent_bytes: int) -> None: ...
+
+        def traffic_ends(self, lane: Lane, sent_bytes: int) -> None:
+            ends.append(sent_bytes)
+
+    def fails(*_: Any) -> None:
+        raise RuntimeError("connection reset")
+
+    monkeypatch.setattr(Dispatcher, "token_combine", fails)
+    recorder = Recorder(HostStopwatch(ManualClock()), ManualClock(), Ear())
+    _, dispatcher, _ = watch(monkeypatch, [0, 0, 1, 1], [0, 1, 2, 3], recorder)
+    with pytest.raises(RuntimeError):
+        dispatcher.token_combine(torch.zeros(8))
+    assert ends == [16]

@@ -18,6 +18,7 @@ from megatron_moetion.schedule.pacer import (
     SLICE_MIN_BYTES,
     Eager,
     Pacer,
+    Steady,
 )
 from megatron_moetion.schedule.planner import Rhythm, Window
 from megatron_moetion.schedule.timeline import Lane
@@ -129,7 +130,6 @@ def test_training_that_sends_holds_slices_back_for_as_long_as_its_bytes_take() -
     pacer.traffic_begins(Lane.PIPELINE, 50_000)
     pacer.traffic_ends(Lane.PIPELINE, 50_000)  # the call returns at once; the wire is busy for 50 ms
     assert pacer.go(KB100) == 0.05
-    pacer.traffic_begins(Lane.PIPELINE, 0)  # waiting for a peer
     assert pacer.go(KB100) == pytest.approx(0.05 + KB100 / RATE / PROBE_FACTOR, abs=0.03)
 
 
@@ -151,24 +151,36 @@ def test_the_rhythm_goes_on_from_when_the_network_has_a_message() -> None:
     assert pacer.go(KB100) == 2.1
 
 
-def test_each_message_sets_the_clock_to_its_own_place_and_a_collective_to_none() -> None:
+def test_each_message_sets_the_clock_to_its_own_place_and_so_does_a_collective_that_is_over() -> None:
     """Two messages and, between them, gradients, as expected; all of it is late."""
-    windows = (Window(begin_s=0.25, end_s=0.4), Window(begin_s=0.9, end_s=1.05))
+    windows = (
+        Window(begin_s=0.25, end_s=0.4),
+        Window(begin_s=0.5, end_s=0.6),
+        Window(begin_s=0.9, end_s=1.05),
+    )
     pacer = following(
-        Rhythm(sends_s=(0.1, 0.4, 0.6), accepted_s=(0.2, 0.4, 0.8), duration_s=1.5, windows=windows),
-        2 * KB100,
+        Rhythm(sends_s=(0.1, 0.4, 0.6), accepted_s=(0.2, 0.5, 0.8), duration_s=1.5, windows=windows),
+        3 * KB100,
         deadline_s=30.0,
     )
-    late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, None), (6, 8, Lane.PIPELINE, 8.1))
+    late = ((2, 3, Lane.PIPELINE, 3.05), (4, 5, Lane.GRADIENT, 5.0), (6, 8, Lane.PIPELINE, 8.1))
     for began, accepted, lane, expected in late:
         pacer.clock.now_s = 1000.0 + began
         pacer.traffic_begins(lane, 50_000)
         pacer.silences.append((1000.0 + accepted, lane, 50_000))
-        if expected is None:
-            with pacer.condition:
-                pacer.condition.wait(5.0)
-        else:
-            assert pacer.go(KB100) == pytest.approx(expected)
+        assert pacer.go(KB100) == pytest.approx(expected)
+
+
+def test_collectives_that_overlap_are_over_when_the_last_of_them_is() -> None:
+    """Gradients of two buckets: sent one after the other, finished together."""
+    windows = (Window(begin_s=0.5, end_s=0.9),)
+    pacer = following(
+        Rhythm(sends_s=(0.1, 0.2), accepted_s=(0.4, 0.5), duration_s=1.5, windows=windows), KB100, deadline_s=30.0
+    )
+    for _ in range(2):
+        pacer.traffic_begins(Lane.GRADIENT, 1)
+    pacer.silences = [(1003.0, Lane.GRADIENT, 1), (1004.0, Lane.GRADIENT, 1)]
+    assert pacer.go(KB100) == 4.0
 
 
 def test_what_goes_at_the_deadline_beside_training_is_late() -> None:
@@ -227,10 +239,28 @@ def test_bandwidth_is_the_best_of_what_was_seen_without_the_time_that_was_held()
     assert pacer.bytes_per_s == 5e5
 
 
+def test_a_transfer_that_kept_no_pace_shows_no_more_than_was_known() -> None:
+    """Ranks of a node share its link. One that goes at once, when others have done, would take its rate for its own."""
+    pacer = following(expect((0.0, 9.0)), 10**6, deadline_s=9.0)
+    with pacer.transfer(10**6), pacer.urgent():
+        pacer.go(10**6)
+        pacer.clock.now_s += 0.5
+    assert pacer.bytes_per_s == RATE
+    for number in range(REMEMBERED):
+        pacer.follow(10**6, deadline_s=1.0)
+        with pacer.transfer(10**6):
+            pacer.clock.now_s += 2.0  # past the deadline
+            pacer.go(10**6)
+        assert pacer.bytes_per_s == (RATE if number < REMEMBERED - 1 else RATE / 2), "and a slower link is learned"
+
+
 def test_slices_take_a_few_milliseconds_of_the_link() -> None:
-    for rate, expected in ((1e5, SLICE_MIN_BYTES), (1e8, 2_000_000), (1e12, SLICE_MAX_BYTES)):
+    for rate, slice_s, expected in (
+        (1e5, 0.02, SLICE_MIN_BYTES), (1e8, 0.02, 2_000_000), (1e8, 0.005, 500_000), (1e12, 0.02, SLICE_MAX_BYTES),
+    ):  # fmt: skip
         pacer = Simulated()
         pacer.learn(rate)
+        pacer.begin_iteration(Rhythm(slice_s=slice_s))
         assert pacer.slice_bytes() == expected
 
 
@@ -260,6 +290,57 @@ def test_when_training_waits_nothing_is_held_back() -> None:
     with pacer.urgent():
         assert gone.wait(5)
     sender.join(5)
+
+
+class SimulatedSteady(Steady):
+    """A steady gate whose waits advance the clock."""
+
+    def __init__(self, total_bytes: int, deadline_s: float) -> None:
+        self.clock = ManualClock()
+        super().__init__(lambda *_: None, self.clock, ManualCondition(self.clock))
+        self.learn(RATE)
+        self.follow(total_bytes, deadline_s)
+
+    def go(self, nbytes: int) -> float:
+        """Admit, and say when it went, since the plan began."""
+        self.admit(nbytes)
+        return round(self.clock.now_s - 1000.0, 6)
+
+
+def test_steady_slices_leave_evenly_until_the_deadline() -> None:
+    steady = SimulatedSteady(5 * KB100, deadline_s=2.0)
+    assert [steady.go(KB100) for _ in range(5)] == [0.0, 0.4, 0.8, 1.2, 1.6]
+    assert steady.report()[0] == 0
+
+
+def test_steady_slices_that_are_behind_go_one_after_the_other_and_at_the_deadline_at_once() -> None:
+    """The link carries a megabyte a second; 2 MB are to go in a second."""
+    steady = SimulatedSteady(20 * KB100, deadline_s=1.0)
+    gone = [steady.go(KB100) for _ in range(20)]
+    takes_s = KB100 / RATE / PROBE_FACTOR
+    assert gone[:11] == [pytest.approx(n * takes_s, abs=1e-4) for n in range(11)]
+    assert gone[11:] == [pytest.approx(1.0, abs=1e-4)] * 9
+    assert steady.report()[0] == 9 * KB100
+
+
+def test_a_steady_gate_learns_from_transfers_that_were_not_held_alone() -> None:
+    """While slices are held the network's buffers run empty, and show no limit."""
+    steady = SimulatedSteady(10 * KB100, deadline_s=10.0)
+    with steady.transfer(10 * KB100):
+        for _ in range(10):
+            steady.go(KB100)
+    assert steady.bytes_per_s == RATE
+    steady.follow(10 * KB100, deadline_s=0.0)
+    with steady.transfer(10 * KB100):
+        steady.clock.now_s += 0.5
+    assert steady.bytes_per_s == 2 * RATE
+
+
+def test_training_that_waits_holds_no_steady_slice_back() -> None:
+    steady = SimulatedSteady(5 * KB100, deadline_s=20.0)
+    assert steady.go(KB100) == 0.0
+    with steady.urgent():
+        assert steady.go(KB100) == 0.0
 
 
 def test_eager_never_waits_and_tells_what_moved() -> None:

@@ -26,6 +26,12 @@ def iteration(spans: Sequence[tuple[float, float]], duration: float = 1.0, lane:
     )
 
 
+def collectives(spans: Sequence[tuple[float, float]], duration: float, lane: Lane = Lane.ALL_TO_ALL) -> Timeline:
+    """Collectives that last from begin to end, whatever they move."""
+    found = tuple(Span(lane=lane, begin_s=b, end_s=e, sent_bytes=1000) for b, e in spans)
+    return Timeline(iteration=1, begin_s=0.0, duration_s=duration, spans=found)
+
+
 def windows_of(*timelines: Timeline) -> list[tuple[float, float]]:
     found = rhythm(timelines, RATE).windows
     return [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found]
@@ -60,7 +66,6 @@ def test_a_send_that_waits_for_its_peer_is_busy_until_the_network_has_its_bytes_
     found = rhythm([waits(0.5)], RATE)
     assert (found.sends_s, found.accepted_s) == (pytest.approx((0.3,)), pytest.approx((0.5,)))
     assert windows_of(waits(None)) == [(0.0, 0.3), (0.9, 1.0)]  # nothing better is known than that the call returned
-    assert windows_of(waits(None, Lane.GRADIENT)) == [(0.0, 0.3), (0.4, 1.0)]  # nobody waits before it is on its way
 
 
 def test_waiting_and_traffic_inside_the_node_leave_the_network_idle() -> None:
@@ -90,9 +95,10 @@ def test_windows_count_from_the_sends_so_that_a_late_beginning_does_not_blur_the
 SENDS = st.lists(st.lists(st.tuples(st.floats(0, 1), st.floats(0, 1)), max_size=6), min_size=1, max_size=8)
 
 
-@given(SENDS)
-def test_windows_are_ordered_disjoint_and_inside(sends: list[list[tuple[float, float]]]) -> None:
-    found = rhythm([iteration([(min(s), max(s)) for s in each]) for each in sends], RATE)
+@given(SENDS, st.booleans())
+def test_windows_are_ordered_disjoint_and_inside(sends: list[list[tuple[float, float]]], is_pipeline: bool) -> None:
+    timelines = [[(min(s), max(s)) for s in each] for each in sends]
+    found = rhythm([iteration(t) if is_pipeline else collectives(t, 1.0) for t in timelines], RATE)
     ends = [0.0, *(w.end_s for w in found.windows)]
     assert all(w.begin_s >= end for w, end in zip(found.windows, ends, strict=False))
     assert all(planner.WINDOW_MIN_S <= w.duration_s <= 1 for w in found.windows)
@@ -199,6 +205,39 @@ def test_pipelines_leave_windows_between_their_sends(stages: int, chunks: int) -
 
 def test_without_a_pipeline_the_windows_are_around_the_gradients() -> None:
     """The whole forward and backward pass is free until gradients are reduced; then parameters are gathered."""
-    assert windows_of(*[iteration([(0.7, 0.8), (0.9, 0.95)], lane=Lane.GRADIENT)] * 4) == [
+    assert windows_of(*[collectives([(0.7, 0.8), (0.9, 0.95)], 1.0, Lane.GRADIENT)] * 4) == [
         (0.0, 0.7), (0.8, 0.9), (0.95, 1.0),
     ]  # fmt: skip
+
+
+def test_a_collective_keeps_the_link_busy_from_its_beginning_to_its_end() -> None:
+    """Peers may be late by any time: windows are the time that training computes between two of them."""
+    usual = [(0.05, 0.1), (0.14, 0.2), (0.24, 0.3)]
+    late = [(0.05, 0.4), (0.44, 0.5), (0.54, 0.6)]
+    found = rhythm([collectives(usual, 0.35)] * 4 + [collectives(late, 0.65)] * 4, RATE)
+    assert [round(w.duration_s, 6) for w in found.windows] == [0.05, 0.04, 0.04, 0.05]
+    assert found.accepted_s[0] == pytest.approx(0.1), "the earliest that was usual"
+
+
+def test_collectives_that_overlap_are_one() -> None:
+    found = rhythm([collectives([(0.1, 0.8), (0.3, 0.5)], 1.0)], RATE)
+    assert [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found.windows] == [(0.0, 0.1), (0.8, 1.0)]
+    assert found.duration_s == pytest.approx(1.0)
+
+
+def test_slices_are_as_long_as_the_windows_let_whole_ones_fill_them() -> None:
+    def chosen(*durations: float) -> float:
+        return planner.slice_of([Window(begin_s=n, end_s=n + d) for n, d in enumerate(durations)])
+
+    assert chosen() == chosen(0.5, 0.3) == planner.SLICES_S[0] == 0.02
+    assert chosen(0.035, 0.035) == 0.01, "a slice of 20 ms would leave 15 of 35"
+    assert chosen(0.009, 0.015) == 0.005
+    assert chosen(0.5, 0.5, 0.012) == 0.02, "what is short may be lost"
+    assert chosen(0.001) == planner.SLICES_S[-1] == planner.WINDOW_MIN_S, "no window is too short for all"
+
+
+def test_short_windows_carry_whole_slices_alone() -> None:
+    windows = [Window(begin_s=0.0, end_s=0.035), Window(begin_s=1.0, end_s=1.015), Window(begin_s=2.0, end_s=2.005)]
+    filled = planner.whole_slices(windows, 0.01)
+    assert filled == (Window(0.0, pytest.approx(0.03)), Window(1.0, pytest.approx(1.01)))
+    assert planner.whole_slices([], 0.01) == ()

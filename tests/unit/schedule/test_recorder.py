@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import ClassVar
 
 import pytest
-from support import ManualClock
+from support import ManualClock, spanning
 
 from megatron_moetion.schedule.recorder import EventStopwatch, Listener, Recorder, Stopwatch
 from megatron_moetion.schedule.timeline import Lane
@@ -53,7 +53,7 @@ def recording(stopwatch: Stopwatch, listener: Listener | None = None, num_spans_
 
 def test_spans_count_from_the_end_of_the_step_before() -> None:
     recorder = recording(LateStopwatch())  # stamp 1
-    with recorder.span(Lane.PIPELINE, 5, 6):  # 2, 3
+    with spanning(recorder, Lane.PIPELINE, 5, 6):  # 2, 3
         pass
     first = recorder.cut(7)  # 4
     assert first is not None
@@ -69,7 +69,7 @@ def test_a_device_that_is_behind_is_never_waited_for() -> None:
     stopwatch = LateStopwatch()
     recorder = recording(stopwatch)
     stopwatch.readable = 1
-    with recorder.span(Lane.GRADIENT) as span:
+    with spanning(recorder, Lane.GRADIENT) as span:
         recorder.accepted(span)
     assert recorder.cut(1) is None
     stopwatch.readable = stopwatch.now
@@ -128,8 +128,8 @@ class Event:
         return self.at_ms is not None
 
     def elapsed_time(self, until: Event) -> float:
-        assert self.at_ms is not None
-        assert until.at_ms is not None
+        if self.at_ms is None or until.at_ms is None:
+            raise RuntimeError("Both events must be completed before calculating elapsed time.")
         return until.at_ms - self.at_ms
 
     @classmethod
@@ -145,7 +145,7 @@ def test_no_iteration_is_returned_twice_although_the_device_is_behind_now_and_th
     found = []
     for iteration, is_behind in enumerate([False, True, False, True, True, False] * 5):
         Event.is_behind = is_behind
-        with recorder.span(Lane.GRADIENT, 1, 1):
+        with spanning(recorder, Lane.GRADIENT, 1, 1):
             pass
         timeline = recorder.cut(iteration)
         found.append(None if timeline is None else timeline.iteration)
@@ -160,9 +160,9 @@ def test_no_iteration_is_returned_twice_although_the_device_is_behind_now_and_th
 def test_who_listens_hears_of_network_traffic_alone() -> None:
     ear = Ear()
     recorder = recording(LateStopwatch(), ear)
-    with recorder.span(Lane.ALL_TO_ALL) as inside_the_node:
+    with spanning(recorder, Lane.ALL_TO_ALL) as inside_the_node:
         recorder.accepted(inside_the_node)
-    with recorder.span(Lane.PIPELINE, 9, 0):
+    with spanning(recorder, Lane.PIPELINE, 9, 0):
         pass
     assert ear.heard == [("begins", Lane.PIPELINE, 9), ("ends", Lane.PIPELINE, 9)]
 
@@ -170,12 +170,12 @@ def test_who_listens_hears_of_network_traffic_alone() -> None:
 def test_that_the_network_has_taken_what_is_sent_is_told_once_and_noted() -> None:
     ear, stopwatch = Ear(), LateStopwatch()
     recorder = recording(stopwatch, ear)  # stamp 1
-    with recorder.span(Lane.PIPELINE, 9, 0) as span:  # 2, 5
+    with spanning(recorder, Lane.PIPELINE, 9, 0) as span:  # 2, 5
         recorder.accepted(span)  # 3
         assert ear.heard[-1] == ("ends", Lane.PIPELINE, 9)
         recorder.accepted(span)
         stopwatch.stamp()  # 4
-    with recorder.span(Lane.PIPELINE, 9, 0) as late:  # 6, 7
+    with spanning(recorder, Lane.PIPELINE, 9, 0) as late:  # 6, 7
         pass
     recorder.accepted(late)
     assert [what for what, *_ in ear.heard] == ["begins", "ends"] * 2
@@ -187,16 +187,123 @@ def test_that_the_network_has_taken_what_is_sent_is_told_once_and_noted() -> Non
 def test_the_number_of_spans_is_bounded() -> None:
     recorder = recording(LateStopwatch(), num_spans_max=10)
     for _ in range(50):
-        with recorder.span(Lane.PIPELINE, 1):
+        with spanning(recorder, Lane.PIPELINE, 1):
             pass
     found = recorder.cut(1)
     assert found is not None
     assert len(found.spans) == 10
 
 
-def test_a_fault_inside_a_span_still_ends_it() -> None:
-    ear = Ear()
-    recorder = recording(LateStopwatch(), ear)
-    with pytest.raises(RuntimeError), recorder.span(Lane.PIPELINE, 3):
-        raise RuntimeError
-    assert ear.heard[-1] == ("ends", Lane.PIPELINE, 3)
+def test_an_iteration_that_is_not_recorded_costs_no_stamp_and_is_still_heard() -> None:
+    ear, stopwatch = Ear(), LateStopwatch()
+    recorder = recording(stopwatch, ear)
+    recorder.cut(1, records_next=False)
+    taken = stopwatch.now
+    with spanning(recorder, Lane.PIPELINE, 9, 0) as span:
+        recorder.accepted(span)
+    assert stopwatch.now == taken
+    assert [what for what, *_ in ear.heard] == ["begins", "ends"]
+    assert recorder.is_watching
+    assert recorder.cut(2) is None
+    with spanning(recorder, Lane.PIPELINE, 9, 0):
+        pass
+    found = recorder.cut(3)
+    assert found is not None
+    assert (found.iteration, len(found.spans)) == (3, 1)
+
+
+def test_where_nobody_listens_a_span_that_is_not_recorded_is_nothing() -> None:
+    recorder = recording(LateStopwatch())
+    recorder.cut(1, records_next=False)
+    assert not recorder.is_watching
+    first, second = (recorder.begin(Lane.GRADIENT, 9, 9) for _ in range(2))
+    assert first is second, "no object is made for it"
+    recorder.accepted(first)
+    recorder.end(first)
+    recorder.cut(2)
+    assert recorder.is_watching
+
+
+def test_a_span_that_goes_on_into_an_iteration_that_is_not_recorded_lasts_to_the_cut() -> None:
+    recorder = recording(LateStopwatch())
+    opened = recorder.begin(Lane.PARAMETER, 9, 9)
+    found = recorder.cut(1, records_next=False)
+    recorder.end(opened)
+    assert found is not None
+    assert found.spans[0].end_s == found.duration_s
+    assert recorder.cut(2) is None
+
+
+class FaultyEvent(Event):
+    """An event whose device says no, in a call that is named."""
+
+    fails: ClassVar[set[str]] = set()
+
+    def record(self) -> None:
+        self.refuse("record")
+        super().record()
+
+    def query(self) -> bool:
+        self.refuse("query")
+        return super().query()
+
+    def elapsed_time(self, until: Event) -> float:
+        self.refuse("elapsed_time")
+        return super().elapsed_time(until)
+
+    def refuse(self, call: str) -> None:
+        if call in self.fails:
+            raise RuntimeError(f"CUDA error: {call}\nCUDA kernel errors might be asynchronously reported")
+
+
+@pytest.mark.parametrize("call", ["record", "query", "elapsed_time"])
+def test_a_timeline_that_cannot_be_read_is_dropped_and_counted_and_the_next_is_there(call: str) -> None:
+    Event.is_behind, FaultyEvent.fails = False, set()
+    recorder = recording(EventStopwatch(FaultyEvent))
+    recorder.cut(1)
+    FaultyEvent.fails = {call}
+    with spanning(recorder, Lane.GRADIENT, 1, 1):
+        pass
+    assert recorder.cut(2) is None
+    assert recorder.num_dropped == 1
+    assert recorder.problem is not None
+    assert "\n" not in recorder.problem
+    assert (call if call != "record" else "not marked") in recorder.problem
+    FaultyEvent.fails = set()
+    recorder.cut(3)
+    with spanning(recorder, Lane.GRADIENT, 1, 1):
+        pass
+    found = recorder.cut(4)
+    assert found is not None
+    assert (found.iteration, len(found.spans)) == (4, 1)
+
+
+def test_a_span_that_another_stream_has_not_ended_costs_its_timeline() -> None:
+    """The iteration's last event is over, and one of a span is not: ``elapsed_time`` raises."""
+    Event.is_behind = False
+    recorder = recording(EventStopwatch(Event))
+    opened = recorder.begin(Lane.ALL_TO_ALL, 1, 1)
+    Event.is_behind = True
+    recorder.end(opened)
+    Event.enqueued.clear()  # it stays so
+    Event.is_behind = False
+    assert recorder.cut(1) is None
+    assert recorder.num_dropped == 1
+    assert recorder.cut(2) is not None
+
+
+def test_no_event_is_recorded_while_a_graph_is_captured() -> None:
+    Event.is_behind = False
+    capturing = [False]
+    recorder = recording(EventStopwatch(FaultyEvent, lambda: capturing[0]))
+    capturing[0] = True
+    FaultyEvent.fails = {"record"}
+    with spanning(recorder, Lane.ALL_TO_ALL, 1, 1) as span:
+        recorder.accepted(span)
+    capturing[0], FaultyEvent.fails = False, set()
+    assert recorder.cut(1) is None
+    assert recorder.problem is not None
+    assert "capture of a CUDA graph" in recorder.problem
+    with spanning(recorder, Lane.ALL_TO_ALL, 1, 1):
+        pass
+    assert recorder.cut(2) is not None

@@ -8,7 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState
+from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState, spanning
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
@@ -16,15 +16,22 @@ from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.starter import Starter
+from megatron_moetion.schedule import planner
 from megatron_moetion.schedule.planner import Window
-from megatron_moetion.schedule.recorder import HostStopwatch
+from megatron_moetion.schedule.recorder import HostStopwatch, StampError
 from megatron_moetion.schedule.scheduler import (
     DEADLINE_SHARE,
+    ITERATIONS_MAX,
+    LATEST_SHARE,
+    SAMPLE_EVERY,
     TIMELINES,
     Carried,
+    Draw,
     Scheduler,
     computing,
+    iterations_for,
     no_drawing,
+    records,
     typical_duration,
     windows_after,
 )
@@ -34,7 +41,7 @@ from megatron_moetion.session import Session
 Drawn = list[tuple[str, float, float, int]]
 
 
-def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
+def make(schedule: str, draw: Draw | None = None, is_waited_for: bool = False) -> tuple[Scheduler, ManualClock, Drawn]:
     drawn: Drawn = []
     clock = ManualClock()
     scheduler = Scheduler(
@@ -43,7 +50,8 @@ def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
         clock=clock,
         condition=ManualCondition(clock),
         eager_slice_bytes=1 << 20,
-        draw=lambda *what: drawn.append(what),
+        draw=draw or (lambda *what: drawn.append(what)),
+        is_waited_for=is_waited_for,
     )
     return scheduler, clock, drawn
 
@@ -51,7 +59,7 @@ def make(schedule: str) -> tuple[Scheduler, ManualClock, Drawn]:
 def iterate(scheduler: Scheduler, clock: ManualClock, number: int, seconds: float = 0.05) -> None:
     """One iteration that sends a little over the network in its middle."""
     clock.sleep(seconds / 2)
-    with scheduler.recorder.span(Lane.PIPELINE, 1000, 0):
+    with spanning(scheduler.recorder, Lane.PIPELINE, 1000, 0):
         pass
     clock.sleep(seconds / 2)
     scheduler.cut(number)
@@ -63,13 +71,48 @@ def test_windows_ahead_count_from_now_and_go_on_into_the_next_iteration() -> Non
     assert found == [(0.0, 0.3), (0.3, 0.7), (0.9, 1.3)]
 
 
+def test_a_transfer_gets_as_many_iterations_as_carry_it() -> None:
+    windows = [Window(begin_s=0.0, end_s=0.3), Window(begin_s=0.5, end_s=0.7)]  # half a second, at 1 MB/s
+    carried = int(planner.HEADROOM * 0.5e6)
+    for nbytes, expected in (
+        (1, 1),
+        (carried - 1, 1),
+        (carried + 1, 2),
+        (3 * carried - 1, 3),
+        (1 << 40, ITERATIONS_MAX),
+    ):
+        assert iterations_for(nbytes, windows, 1e6) == expected
+    assert iterations_for(1, [], 1e6) == ITERATIONS_MAX
+    found = windows_after(0.6, windows, 1.0, 2)
+    assert [(round(w.begin_s, 6), round(w.end_s, 6)) for w in found] == [
+        (0.0, 0.1), (0.4, 0.7), (0.9, 1.1), (1.4, 1.7), (1.9, 2.1),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("is_waited_for", [False, True])
+def test_a_snapshot_that_one_iteration_does_not_carry_goes_on_in_the_next_windows(is_waited_for: bool) -> None:
+    """And not beside training at the end of the first, unless training waits for it there."""
+    scheduler, clock, _ = make("bubble", is_waited_for=is_waited_for)
+    with scheduler.transfer(1 << 20):
+        clock.sleep(1.0)  # 1 MiB/s
+    for number in range(3):
+        iterate(scheduler, clock, number, 1.0)
+    blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)  # training is busy for more than an iteration
+    began = clock.monotonic()
+    with scheduler.transfer(3 << 19):  # twice what an iteration carries
+        scheduler.gate.admit(1 << 16)
+    waited_s = clock.monotonic() - began
+    assert waited_s == pytest.approx(DEADLINE_SHARE + (0.0 if is_waited_for else 1.0))
+    scheduler.recorder.end(blocked)
+
+
 def test_computing_is_what_is_left() -> None:
     spans = tuple(Span(lane=Lane.WAIT, begin_s=b, end_s=e) for b, e in ((0.2, 0.4), (0.3, 0.5), (0.9, 1.0)))
     assert computing(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=spans)) == [(0.0, 0.2), (0.5, 0.9)]
     assert typical_duration([Timeline(iteration=i, begin_s=0, duration_s=d) for i, d in enumerate((9, 1, 2))]) == 2
 
 
-@pytest.mark.parametrize("schedule", ["bubble", "eager"])
+@pytest.mark.parametrize("schedule", ["bubble", "steady", "eager"])
 def test_all_that_happens_is_drawn(schedule: str) -> None:
     scheduler, clock, drawn = make(schedule)
     iterate(scheduler, clock, 1)
@@ -89,7 +132,7 @@ def test_a_message_is_drawn_from_when_the_network_has_it_and_behind_the_one_befo
     scheduler.cut(0)
     recorder = scheduler.recorder
     for _ in range(2):
-        with recorder.span(Lane.PIPELINE, 50_000, 0) as span:
+        with spanning(recorder, Lane.PIPELINE, 50_000, 0) as span:
             clock.sleep(0.02)
             recorder.accepted(span)
     scheduler.cut(1)
@@ -146,7 +189,7 @@ def test_a_slow_link_affords_less_and_says_why() -> None:
     carries = scheduler.carries(1)
     carried, why = carries.nbytes, carries.why
     assert 400_000 < carried < 1_000_000
-    assert "the network is idle for 0.1" in why
+    assert "the network has 0.08 of 0.10 s for them" in why
     assert f"so an iteration carries {carried / 1e6:.1f} MB" in why
     assert make("eager")[0].carries(1).nbytes == math.inf
     assert scheduler.scalars()["moetion/network-mb-per-s"] == pytest.approx(10, rel=0.5)
@@ -164,7 +207,7 @@ def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None
     carries = scheduler.carries(0)
     carried, why = carries.nbytes, carries.why
     assert 400_000 < carried < 1_500_000
-    assert "the link from device to host is idle for 0.1" in why
+    assert "the link from device to host has 0.10 of 0.10 s for them" in why
     assert ("device to host", 1.0, 1.1, 1 << 20) in drawn
     fast, clock, _ = make("bubble")
     for number in range(3):
@@ -188,6 +231,129 @@ def test_what_a_link_has_shown_counts_in_the_next_iteration() -> None:
     assert carries.nbytes < at_first / 50
     assert "at 10 MB/s" in carries.why
     assert scheduler.scalars()["moetion/device-to-host-mb-per-s"] == pytest.approx(10, rel=0.1)
+
+
+def test_steady_carries_what_training_leaves_of_the_link_until_the_deadline() -> None:
+    scheduler, clock, _ = make("steady")
+    assert scheduler.carries(1) == Carried(nbytes=math.inf, why="", is_settled=False)
+    with scheduler.transfer(1 << 20):
+        clock.sleep(1.0)  # nothing is known of iterations yet: it goes at once, and shows the link
+    for number in range(3):
+        with spanning(scheduler.recorder, Lane.ALL_TO_ALL, (1 << 20) // 10, 0):
+            clock.sleep(1.0)
+        scheduler.cut(number)
+    carries = scheduler.carries(1)
+    assert carries.nbytes == pytest.approx(planner.HEADROOM * (DEADLINE_SHARE - 0.1) * (1 << 20), rel=1e-5)
+    assert "the network has 0.80 of 1.00 s for them" in carries.why
+    with spanning(scheduler.recorder, Lane.ALL_TO_ALL, 1 << 30, 0):
+        clock.sleep(1.0)
+    scheduler.cut(4)
+    assert scheduler.carries(1).nbytes == 0, "and never less"
+
+
+def test_a_steady_transfer_takes_most_of_an_iteration_and_never_listens() -> None:
+    scheduler, clock, _ = make("steady")
+    for number in range(3):
+        iterate(scheduler, clock, number, 1.0)
+    blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)
+    began, gone = clock.monotonic(), []
+    with scheduler.transfer(4 << 20):
+        for _ in range(4):
+            scheduler.gate.admit(1 << 20)
+            gone.append(clock.monotonic() - began)
+    assert gone == [pytest.approx(DEADLINE_SHARE * n / 4) for n in range(4)]
+    assert scheduler.scalars()["moetion/late-mb"] == 0
+    scheduler.recorder.end(blocked)
+
+
+def test_a_steady_transfer_has_the_same_rate_wherever_it_begins_unless_training_waits_for_it() -> None:
+    """Packing at a pace of its own is over late in the iteration."""
+    for is_waited_for, expected_s in ((False, DEADLINE_SHARE * 1.0 / 2), (True, LATEST_SHARE * 1.0 / 2)):
+        scheduler, clock, _ = make("steady", is_waited_for=is_waited_for)
+        for number in range(3):
+            iterate(scheduler, clock, number, 1.0)
+        clock.sleep(0.8)
+        with scheduler.transfer(2 << 20):
+            scheduler.gate.admit(1 << 20)
+            began = clock.monotonic()
+            scheduler.gate.admit(1 << 20)
+        assert clock.monotonic() - began == pytest.approx(expected_s)
+
+
+def test_once_the_rhythm_is_known_one_iteration_in_so_many_is_recorded() -> None:
+    """Until then, and as long as iterations differ, all are."""
+    scheduler, clock, _ = make("bubble", draw=no_drawing)
+    known = []
+    for number in range(1, TIMELINES + 2 * SAMPLE_EVERY + 2):
+        iterate(scheduler, clock, number)
+        known.append(scheduler.newest_timeline.iteration)
+    first = TIMELINES + 1  # it was under way when the last timeline that was missing came
+    assert known[:first] == list(range(1, first + 1))
+    assert sorted(set(known[first:])) == [first, first + SAMPLE_EVERY, first + 2 * SAMPLE_EVERY]
+    alike = [Timeline(iteration=i, begin_s=0, duration_s=1.0) for i in range(TIMELINES)]
+    sent = Timeline(iteration=9, begin_s=0, duration_s=1.0, spans=(Span(Lane.PIPELINE, 0, 1, sent_bytes=1),))
+    assert not records(alike, 0)
+    assert records(alike, SAMPLE_EVERY - 1)
+    assert records(alike[1:], 0)
+    assert records([*alike[1:], sent], 0), "it sent more often"
+    assert records([*alike[1:], Timeline(iteration=9, begin_s=0, duration_s=1.5)], 0), "it took longer"
+
+
+def test_a_trace_shows_every_iteration() -> None:
+    scheduler, clock, _ = make("bubble")
+    for number in range(1, 3 * TIMELINES):
+        iterate(scheduler, clock, number)
+        assert scheduler.newest_timeline.iteration == number
+
+
+class Unreadable(HostStopwatch):
+    """A stopwatch whose stamps cannot be read while something is wrong."""
+
+    is_broken = False
+
+    def seconds(self, since: float, until: float) -> float:
+        if self.is_broken:
+            raise StampError("an event of a capture")
+        return super().seconds(since, until)
+
+
+def test_timelines_that_cannot_be_read_cost_one_line_and_snapshots_go_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A run whose stopwatch is broken for some iterations, and works again."""
+    state, stopwatch = ToyState(), Unreadable(SystemClock())
+    prepared = prepare(
+        config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
+        adapter=state,
+        blueprint=FullBlueprint(),
+        fabric=ToyFabric(Network(1), 0),
+        topology="toy",
+        scheduler=Scheduler(
+            "bubble",
+            stopwatch,
+            clock=SystemClock(),
+            condition=threading.Condition(),
+            eager_slice_bytes=1 << 20,
+            draw=no_drawing,
+        ),
+        host=Host(environment={}),
+    )
+    session = Session(Starter(prepared).start()[0])
+    for iteration in range(1, 10):
+        stopwatch.is_broken = 3 <= iteration < 6
+        session.before_optimizer_step()
+        state.step(iteration)
+        session.on_step_end(iteration)
+        session.drain()
+    scalars, stable = session.scalars(), session.stable_iteration
+    session.close()
+    assert scalars["moetion/timelines-dropped"] == 3
+    assert scalars["moetion/snapshots-dropped"] == 0
+    assert stable >= 7
+    said = [r.getMessage() for r in caplog.records if "timeline" in r.getMessage()]
+    assert len(said) == 1
+    assert "iteration 3: a timeline of training cannot be read" in said[0]
+    assert "an event of a capture" in said[0]
 
 
 class FastLink(Scheduler):
@@ -233,7 +399,7 @@ def test_what_was_late_is_told_until_the_next_snapshot_has_left() -> None:
     scheduler, clock, _ = make("bubble")
     for number in range(3):
         iterate(scheduler, clock, number, 0.02)
-    with scheduler.recorder.span(Lane.GRADIENT, 10, 10), scheduler.transfer(1 << 20):
+    with spanning(scheduler.recorder, Lane.GRADIENT, 10, 10), scheduler.transfer(1 << 20):
         scheduler.gate.admit(1 << 20)  # beside training's own traffic, because the deadline came
     assert scheduler.scalars()["moetion/late-mb"] == pytest.approx((1 << 20) / 1e6)
     with scheduler.transfer(1 << 19):
