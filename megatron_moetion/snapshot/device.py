@@ -151,6 +151,11 @@ class DevicePacker:
         self.note = ""
         """How captures reach the arena, for a person; filled by ``adopt``."""
 
+    @property
+    def pci_bus_id(self) -> str:
+        """See ``Packer``; "" for the model of a device."""
+        return ""
+
     def pinned(self, nbytes: int) -> Bytes:
         """Host memory that the device reads and writes."""
         with naming_faults():

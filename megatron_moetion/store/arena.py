@@ -17,6 +17,7 @@ import numpy as np
 
 from megatron_moetion.arrays import Bytes, Digests, Flags, Int64s
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
+from megatron_moetion.store.hostmemory import Population
 from megatron_moetion.store.manifest import (
     Page,
     Record,
@@ -49,6 +50,11 @@ class Memory(Protocol):
     @property
     def has_file(self) -> bool:
         """Whether the memory still stands under its name, so that a restart would find it."""
+        ...
+
+    @property
+    def population(self) -> Population:
+        """How it got its pages."""
         ...
 
     def make_file_again(self) -> None:
@@ -110,6 +116,11 @@ class Arena:
     def has_file(self) -> bool:
         """See ``Memory``."""
         return self._memory.has_file
+
+    @property
+    def population(self) -> Population:
+        """See ``Memory``."""
+        return self._memory.population
 
     def make_file_again(self) -> None:
         """See ``Memory``. Nobody else may use the arena meanwhile."""
