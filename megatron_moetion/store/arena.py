@@ -17,7 +17,6 @@ import numpy as np
 
 from megatron_moetion.arrays import Bytes, Digests, Flags, Int64s
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
-from megatron_moetion.store.hostmemory import Population
 from megatron_moetion.store.manifest import (
     Page,
     Record,
@@ -27,6 +26,7 @@ from megatron_moetion.store.manifest import (
     encode_page,
     successor,
 )
+from megatron_moetion.store.population import Population
 from megatron_moetion.store.spec import FORMAT_VERSION, HEADER_PREFIX_BYTES, ArenaSpec, Layout, num_chunks
 
 _NAME = b"MOETION"

@@ -22,6 +22,7 @@ import numpy as np
 from megatron_moetion.clock import Clock, SystemClock
 from megatron_moetion.store.hugepages import mapped_bytes, why_not_offered
 from megatron_moetion.store.numa import ANYWHERE, LinuxNuma, NumaCalls, NumaNode
+from megatron_moetion.store.population import Population
 
 PART_BYTES = 1 << 27
 """What one thread populates at a time; a multiple of every huge page's size."""
@@ -31,31 +32,6 @@ _SAMPLES = 64
 
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Population:
-    """How a mapping got its memory."""
-
-    nbytes: int
-    seconds: float
-    num_threads: int
-    huge_bytes: int
-    """Bytes in huge pages."""
-    no_huge: str | None
-    """Why there can be no huge pages."""
-    numa: str
-    """Where the memory is, for a person; "" where that makes no difference."""
-    problem: str | None
-    """Why the kernel did not take the wish for a NUMA node."""
-
-    def __str__(self) -> str:
-        share = self.huge_bytes / self.nbytes
-        huge = "yes" if share > 0.99 else f"no, {self.no_huge}" if self.no_huge else f"for {share:.0%}"
-        threads = f"{self.num_threads} thread{'s' * (self.num_threads > 1)}"
-        return (
-            f"populated {self.seconds:.1f} s ({'; '.join(filter(None, (threads, f'huge pages: {huge}', self.numa)))})"
-        )
 
 
 class Kernel(Protocol):

@@ -16,9 +16,10 @@ from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import CorruptArena, StoreError
 from megatron_moetion.store.arena import Arena, first_bytes, read_arena
 from megatron_moetion.store.files import open_regular
-from megatron_moetion.store.hostmemory import PLAIN, HostMemory, Population
+from megatron_moetion.store.hostmemory import PLAIN, HostMemory
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.mapping import MappedFile
+from megatron_moetion.store.population import Population
 from megatron_moetion.store.spec import ArenaSpec
 
 
