@@ -14,6 +14,7 @@ from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,9 @@ from megatron_moetion.store.population import Population
 
 PART_BYTES = 1 << 27
 """What one thread populates at a time; a multiple of every huge page's size."""
-_MADV_POPULATE_WRITE = 23  # since Linux 5.14; the module mmap does not name it
+# Since Linux 5.14; the module mmap does not name them.
+_MADV_POPULATE_READ = 22
+_MADV_POPULATE_WRITE = 23
 _SAMPLES = 64
 """Pages that are looked at to tell where memory came from."""
 
@@ -103,7 +106,8 @@ class HostMemory:
             self.kernel.advise(address, nbytes, mmap.MADV_HUGEPAGE)
         parts = [(address + at, min(self.part_bytes, nbytes - at)) for at in range(0, nbytes, self.part_bytes)]
         try:
-            self._run(parts, self._fill)
+            # Reading maps many pages a fault. Only writing makes new ones stay, even if nobody ever writes to them.
+            self._run(parts, partial(self._advise, _MADV_POPULATE_READ if _is_allocated(fd) else _MADV_POPULATE_WRITE))
         except OSError as error:
             if error.errno == errno.EFAULT:  # what would be a SIGBUS in an access
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
@@ -111,7 +115,7 @@ class HostMemory:
                 raise
             os.posix_fallocate(fd, 0, nbytes)  # a kernel from before 5.14
             self._run(parts, _touch)
-        if os.fstat(fd).st_blocks * 512 < nbytes:  # a file system that puts off the allocation
+        if not _is_allocated(fd):  # a file system that puts it off
             os.posix_fallocate(fd, 0, nbytes)
         seconds = self.clock.monotonic() - began
         no_huge = self.kernel.why_no_huge_pages(fd)
@@ -147,8 +151,8 @@ class HostMemory:
             for _ in threads.map(call, *zip(*parts, strict=True)):
                 pass
 
-    def _fill(self, address: int, nbytes: int) -> None:
-        self.kernel.advise(address, nbytes, _MADV_POPULATE_WRITE)
+    def _advise(self, advice: int, address: int, nbytes: int) -> None:
+        self.kernel.advise(address, nbytes, advice)
 
     def _huge_bytes(self, address: int, nbytes: int) -> int:
         try:
@@ -167,6 +171,12 @@ class HostMemory:
             return f"{self.node.note} asked for"
         share = found.count(self.node.number) / len(found)
         return self.node.note if share == 1 else f"{self.node.note} for {share:.0%}"
+
+
+def _is_allocated(fd: int) -> bool:
+    """Whether a file has no holes."""
+    status = os.fstat(fd)
+    return status.st_blocks * 512 >= status.st_size
 
 
 def _touch(address: int, nbytes: int) -> None:

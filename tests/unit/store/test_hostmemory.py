@@ -25,7 +25,8 @@ from megatron_moetion.store.population import Population
 
 PAGE = mmap.PAGESIZE
 NODE = NumaNode(number=1, cpus=frozenset({0}), note="NUMA node 1")
-POPULATE = 23
+READ, WRITE = 22, 23
+"""Advice that populates."""
 
 
 class Calls(Linux):
@@ -41,7 +42,7 @@ class Calls(Linux):
         self.cpus: list[Collection[int]] = []
 
     def advise(self, address: int, nbytes: int, advice: int) -> None:
-        if advice == POPULATE:
+        if advice in (READ, WRITE):
             self.threads.add(threading.get_ident())
             if self.refused:
                 raise OSError(self.refused, os.strerror(self.refused))
@@ -114,9 +115,17 @@ def test_threads_share_the_work_in_parts() -> None:
     kernel = Calls()
     populated(HostMemory(num_threads=2, kernel=kernel, part_bytes=16 * PAGE), 56 * PAGE)
     assert [nbytes for advice, nbytes in kernel.advised if advice == mmap.MADV_HUGEPAGE] == [56 * PAGE]
-    assert sorted(n for advice, n in kernel.advised if advice == POPULATE) == [8 * PAGE, *[16 * PAGE] * 3]
+    assert sorted(n for advice, n in kernel.advised if advice == WRITE) == [8 * PAGE, *[16 * PAGE] * 3]
     assert kernel.advised[0][0] == mmap.MADV_HUGEPAGE, "asked for before the first page is there"
     assert threading.get_ident() not in kernel.threads
+
+
+def test_memory_that_is_there_is_only_mapped() -> None:
+    kernel = Calls()
+    with file_of(8 * PAGE) as fd:
+        for _ in range(2):
+            MappedFile(fd, 8 * PAGE, HostMemory(kernel=kernel))
+    assert [advice for advice, _ in kernel.advised if advice != mmap.MADV_HUGEPAGE] == [WRITE, READ]
 
 
 def test_a_kernel_that_cannot_populate_gets_the_pages_touched() -> None:
