@@ -231,14 +231,14 @@ class Starter:
         iteration = running.agreement.stable
         if not packer.is_direct:
             journal.warn_once("pinned", iteration, packer.note)
-        memory = running.arenas.own.population
-        if memory.problem is not None:
-            journal.warn_once("numa", iteration, f"{memory.problem}; the arena is where its threads run")
         if self._run.fabric.rank:
             return
+        memory = running.arenas.own.population
+        if memory.problem is not None:
+            journal.warn_once("numa", iteration, memory.problem)
         pinned = f", pinned {pin_s:.1f} s" if packer.is_direct and packer.note else ""
         journal.info(iteration, f"arena {memory.nbytes / 2**30:.1f} GiB: {memory}{pinned}")
-        journal.event("host_memory", pin_s=pin_s, **asdict(memory))
+        journal.event("host_memory", pin_s=pin_s if pinned else None, **asdict(memory))
         if packer.is_direct and packer.note:
             journal.info(iteration, packer.note)
         if mode.note is not None:

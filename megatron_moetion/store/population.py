@@ -12,6 +12,7 @@ class Population:
 
     nbytes: int
     seconds: float
+    """From the request to the last page."""
     num_threads: int
     huge_bytes: int
     """Bytes in huge pages."""
