@@ -11,10 +11,12 @@ from pathlib import Path
 
 import pytest
 from session_job import Job
+from support import ToyState, on_device
 
 from megatron_moetion.run.host import Host
 from megatron_moetion.store.hostmemory import HostMemory, Linux
 from megatron_moetion.store.numa import NumaNode
+from megatron_moetion.units import Inventory
 
 
 class Refusing(Linux):
@@ -67,6 +69,27 @@ def test_the_start_says_how_the_arena_got_its_memory(tmp_path: Path, caplog: pyt
     assert list(began["phases_s"]) == ["survey", "load", "arenas", "pin", "baseline"]
     (recovered,) = [e for e in events if e["event"] == "recovered"]
     assert {"survey", "verify", "pin", "restore"} <= recovered["phases_s"].keys()
+
+
+class OnDevice(ToyState):
+    """State in the memory of the model of a device."""
+
+    def inventory(self) -> Inventory:
+        return on_device(super().inventory())
+
+
+def test_the_start_says_how_long_the_arena_took_to_pin(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for attempt in range(2):
+        job = Job(tmp_path, attempt=attempt, state=OnDevice, report=str(tmp_path / "events"))
+        with caplog.at_level(logging.INFO):
+            job.start()
+        job.train(1)
+        job.crash()
+    lines = [r.getMessage() for r in caplog.records if "arena 0.0 GiB" in r.getMessage()]
+    assert len(lines) == 2
+    assert all(line.endswith("), pinned 0.0 s") for line in lines)
+    events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
+    assert [e["pin_s"] >= 0 for e in events if e["event"] == "host_memory"] == [True, True]
 
 
 def test_a_machine_without_a_gpu_has_no_wish() -> None:
