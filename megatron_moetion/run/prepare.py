@@ -13,6 +13,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.framework import StateAdapter
 from megatron_moetion.modes.mode import Blueprint, Site
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
@@ -87,6 +88,9 @@ def prepare(
         pool = HostPool(_pack_threads(config, site.local_ranks))
         packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
         undo.callback(packer.close)
+        pinning = Pinning(packer, host.threads, host.clock)
+        leaving = ExitStack()
+        leaving.callback(pinning.abandon)
         memory = host.host_memory(packer.pci_bus_id, _populating_threads(site.local_ranks))
         return Prepared(
             config=config,
@@ -103,8 +107,9 @@ def prepare(
             mode=mode,
             pool=pool,
             packer=packer,
+            pinning=pinning,
             undo=undo.pop_all(),
-            leaving=ExitStack(),
+            leaving=leaving,
         )
 
 

@@ -10,7 +10,6 @@ from typing import Any
 from megatron_moetion.errors import NothingRecoverable, StoreError, shared
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.disk import Disk, load_from_disk, newest_on_disk
-from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.recover.plan import RecoveryPlan
 from megatron_moetion.recover.restore import verified
 from megatron_moetion.recover.startup import Fetched, Findings, Startup
@@ -55,14 +54,13 @@ class Starter:
         """
         disk = disk if disk is not None else Disk()
         phases = Phases(self._run.host.clock)
-        pinning = Pinning(self._run.packer, self._run.host.threads, self._run.host.clock)
         startup = Startup(
             config=self._run.config,
             fabric=self._run.fabric,
             node=self._run.node,
             spec=self._run.mode.spec,
             pool=self._run.pool,
-            pinning=pinning,
+            pinning=self._run.pinning,
             choose=self._run.mode.choose,
             retention=self._run.mode.retention,
             phases=phases,
@@ -71,7 +69,6 @@ class Starter:
             nonce=self._run.host.nonce(),
         )
         self._run.undo.callback(startup.close)
-        self._run.leaving.callback(pinning.abandon)
         findings = startup.survey(self._run.attempt)
         plan = findings.outcome
         if self._run.fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
@@ -80,22 +77,22 @@ class Starter:
         loaded = load_from_disk(self._run.fabric, disk, plan, newest, self._run.journal)
         resumed = None
         if isinstance(plan, RecoveryPlan) and (loaded is None or loaded <= plan.iteration):
-            running, resumed = self._recover(startup, findings, plan, phases, newest, pinning)
+            running, resumed = self._recover(startup, findings, plan, phases, newest)
         else:
-            running = self._begin(startup, findings, loaded, phases, pinning)
+            running = self._begin(startup, findings, loaded, phases)
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
-        self._announce(running, findings, pinning.seconds)
+        self._announce(running, findings)
         return running, resumed
 
     # -- recovering -----------------------------------------------------------------------------------
 
     def _recover(
-        self, startup: Startup, findings: Findings, plan: RecoveryPlan, phases: Phases, on_disk: int, pinning: Pinning
+        self, startup: Startup, findings: Findings, plan: RecoveryPlan, phases: Phases, on_disk: int
     ) -> tuple[Running, Resumed]:
         fetched = startup.fetch(findings, plan)
         self._run.probe("restore", -1)
-        replayed, state = on_all_ranks(self._run.fabric, lambda: self._restore(fetched, plan, phases, pinning))
+        replayed, state = on_all_ranks(self._run.fabric, lambda: self._restore(fetched, plan, phases))
         startup.commit(fetched)
         self._run.probe("restored", -1)
         self._run.adapter.resync()
@@ -123,16 +120,14 @@ class Starter:
         self._say_recovered(resumed, findings, plan, on_disk, lost)
         return running, resumed
 
-    def _restore(
-        self, fetched: Fetched, plan: RecoveryPlan, phases: Phases, pinning: Pinning
-    ) -> tuple[int, Mapping[str, Any]]:
+    def _restore(self, fetched: Fetched, plan: RecoveryPlan, phases: Phases) -> tuple[int, Mapping[str, Any]]:
         """Verify every byte once more, then load it; the steps replayed, and the mode's part of the host state."""
         own = fetched.arenas.own
         records = verified(self._run.pool, own, plan.choices[self._run.fabric.rank])
         (host_unit,) = self._run.mode.inventory.of_kind(UnitKind.HOST)
         slot = next(r.slot for r in records if r.unit == host_unit)
         phases.done("verify")
-        pinning.finish(own.memory)
+        self._run.pinning.finish(own.memory)
         phases.done("pin")
         state = decode(bytes(own.payload(slot)))
         replayed = self._run.mode.write_back(self._run.packer, own, records, state["adapter"], plan.iteration)
@@ -176,9 +171,7 @@ class Starter:
 
     # -- beginning ------------------------------------------------------------------------------------
 
-    def _begin(
-        self, startup: Startup, findings: Findings, loaded: int | None, phases: Phases, pinning: Pinning
-    ) -> Running:
+    def _begin(self, startup: Startup, findings: Findings, loaded: int | None, phases: Phases) -> Running:
         """Begin a new lineage, from what was loaded from disk (its iteration) or from the initial state (None)."""
         lost = self._lost(findings)
         if lost is not None and loaded is None and not self._run.config.allow_fresh:
@@ -193,7 +186,7 @@ class Starter:
         phases.done("load")
         arenas = startup.begin(findings)
         phases.done("arenas")
-        on_all_ranks(self._run.fabric, lambda: pinning.finish(arenas.own.memory))
+        on_all_ranks(self._run.fabric, lambda: self._run.pinning.finish(arenas.own.memory))
         phases.done("pin")
         if lost is not None:
             self._run.journal.warn_once("fresh", iteration, f"memory holds nothing to recover ({lost}); starting here")
@@ -226,7 +219,7 @@ class Starter:
             return None
         return outcome.reason
 
-    def _announce(self, running: Running, findings: Findings, pin_s: float) -> None:
+    def _announce(self, running: Running, findings: Findings) -> None:
         config, mode, journal, packer = self._run.config, self._run.mode, self._run.journal, self._run.packer
         iteration = running.agreement.stable
         if not packer.is_direct:
@@ -236,9 +229,10 @@ class Starter:
         memory = running.arenas.own.population
         if memory.problem is not None:
             journal.warn_once("numa", iteration, memory.problem)
-        pinned = f", pinned {pin_s:.1f} s" if packer.is_direct and packer.note else ""
+        pin_s = self._run.pinning.seconds if packer.is_direct and packer.note else None
+        pinned = f", pinned {pin_s:.1f} s" if pin_s is not None else ""
         journal.info(iteration, f"arena {memory.nbytes / 2**30:.1f} GiB: {memory}{pinned}")
-        journal.event("host_memory", pin_s=pin_s if pinned else None, **asdict(memory))
+        journal.event("host_memory", pin_s=pin_s, **asdict(memory))
         if packer.is_direct and packer.note:
             journal.info(iteration, packer.note)
         if mode.note is not None:
