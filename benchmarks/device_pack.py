@@ -9,14 +9,18 @@ against them. Without a GPU every figure is null.
     (b) into pinned host memory, against cudaMemcpyAsync
     (c) against what one would write in torch, on an expert inventory
     (d) what the digest costs
-    (e) how much a matmul loop slows down while snapshots stream
+    (e) how much a matmul loop slows down while snapshots stream, by the kernel and by the copy engine
+
+Our own work is timed by the pool's events, which stand right around it: the checks that the host makes of its tables
+first take milliseconds for a million pieces, and the device is idle meanwhile. Everything else is timed by events
+around it. ``--parts`` chooses some: ``--parts e`` is what a trial with another ``CUDA_DEVICE_MAX_CONNECTIONS`` needs.
 """
 
 from __future__ import annotations
 
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -27,12 +31,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._common import Result, at_least, at_most, median, median_interval, parser, report
 from megatron_moetion import _C
-from megatron_moetion.snapshot.engines import crossover_bytes, measure
+from megatron_moetion.snapshot.device import DEFAULT_SMS
+from megatron_moetion.snapshot.engines import SAMPLE_BYTES, Sample, crossover_bytes, measure
 
 CHUNK_BYTES = 1 << 20
 DEVICE = "cuda:0"
 ALL_SMS = 10_000
-DEFAULT_SMS = 8
 SEGMENTS = {
     "512 B": 512,
     "4 KiB": 4 << 10,
@@ -43,6 +47,9 @@ SEGMENTS = {
 }
 EXPERTS = (8, 64, 256)
 REGION_BYTES = {"16 KiB": 16 << 10, "128 KiB": 128 << 10, "2 MiB": 2 << 20}
+CHOICES = 5
+WHOLE, QUICK = (1 << 30, 15, 25), (256 << 20, 5, 5)
+"""Bytes a repetition, repetitions, blocks of matmuls."""
 REGIONS_PER_EXPERT = 6  # two weight matrices, each with fp32 main values and two moments
 MATMUL_SIZE = 4096
 SMS_SWEEP = (1, 2, 4, 8, 16, 32)
@@ -66,7 +73,7 @@ class Work:
         self.chunks[:, 1], self.chunks[:, 3] = CHUNK_BYTES, per_chunk
         self.chunks[:, 2] = np.arange(num_chunks) * per_chunk
         rows = max(len(self.pieces), num_chunks)
-        self.pool = _C.DevicePool(DEVICE, rank=0, max_pieces=rows, max_chunks=rows, num_sms=num_sms)
+        self.pool = _C.DevicePool(DEVICE, rank=0, max_pieces=rows, max_chunks=rows, num_sms=num_sms, timed=True)
         self.pool.upload_pieces(self.pieces)
 
     def pack(self, stream: int, engine: int | None = None) -> int:
@@ -77,9 +84,10 @@ class Work:
 def device_seconds(
     contenders: Mapping[str, Callable[[int], int | None]], pool: _C.DevicePool, n: int
 ) -> dict[str, Seconds]:
-    """Seconds between two events around each contender, in turn; a contender may return a ticket of ``pool``."""
+    """Seconds of each contender on the device, in turn; a contender may return a ticket of ``pool``, which is timed."""
     stream = torch.cuda.Stream()
     names, taken = list(contenders), np.empty((n + 1, len(contenders)))
+    torch.cuda.synchronize()
     for repetition in range(n + 1):
         for turn in range(len(names)):
             number = (turn + repetition) % len(names)
@@ -89,10 +97,20 @@ def device_seconds(
                 ticket = contenders[names[number]](stream.cuda_stream)
                 end.record(stream)
             end.synchronize()
-            if ticket is not None:
-                pool.finish(ticket)
-            taken[repetition, number] = begin.elapsed_time(end) / 1e3
+            if ticket is None:
+                taken[repetition, number] = begin.elapsed_time(end) / 1e3
+            else:
+                taken[repetition, number] = seconds_of(pool, ticket)
     return {name: taken[1:, number] for number, name in enumerate(names)}
+
+
+def seconds_of(pool: _C.DevicePool, ticket: int) -> float:
+    """Wait for a ticket and finish it; how long it took on the device."""
+    if not pool.wait(ticket, timeout_s=60):
+        raise TimeoutError(f"ticket {ticket} is not done after 60 s")
+    seconds = pool.device_seconds(ticket)
+    pool.finish(ticket)
+    return seconds
 
 
 def wall_seconds(contenders: Mapping[str, Callable[[], None]], n: int) -> dict[str, Seconds]:
@@ -120,7 +138,8 @@ def device_to_device(total: int, n: int) -> list[Result]:
     for label, size in SEGMENTS.items():
         work = Work(source, target.data_ptr(), size, ALL_SMS)
         scatter = lambda stream, work=work: work.pool.scatter(work.pieces, stream=stream)
-        contenders = {"pack": work.pack, "copy": plain} | ({"no digest": scatter} if size >= 16 << 10 else {})
+        # below 1 MiB the table that a scatter brings along would count
+        contenders = {"pack": work.pack, "copy": plain} | ({"no digest": scatter} if size >= 1 << 20 else {})
         seconds = device_seconds(contenders, work.pool, n)
         ratios = seconds["copy"] / seconds["pack"]
         name = f"(a) device to device, {label}: pack / plain copy"
@@ -129,24 +148,44 @@ def device_to_device(total: int, n: int) -> list[Result]:
             results.append(Result(name=name, value=median(ratios), unit="ratio"))
         else:
             results.append(at_least(name, median(ratios), "ratio", target_ratio))
-        if "no digest" in seconds and size >= 1 << 20:  # below, the table that scatter brings along would count
+        if "no digest" in seconds:
             cost = median(seconds["pack"] / seconds["no digest"]) - 1
             results.append(at_most(f"(d) digest, device to device, {label}: added time", cost, "share", 0.05))
     speed = total / median(seconds["copy"]) / 1e9
     return [*results, Result(name="limit: plain copy on the device", value=speed, unit="GB/s")]
 
 
-def into_pinned(total: int, n: int) -> list[Result]:
+def engine_samples() -> tuple[Sample, ...]:
+    """What the choice of the engine is made from at a start, measured anew."""
+    source = torch.zeros(SAMPLE_BYTES, dtype=torch.uint8, device=DEVICE)
+    side = torch.cuda.Stream()
+    torch.cuda.synchronize()
+    return measure(DEVICE, source=source.data_ptr(), nbytes=SAMPLE_BYTES, stream=side.cuda_stream, num_sms=DEFAULT_SMS)
+
+
+def choice_of_engine() -> list[Result]:
+    """The choice is the same at each start, or it was a toss of a coin."""
+    name, results, rates = "(b) choice {}: copy engine from this size on (0: never)", [], list[float]()
+    for number in range(CHOICES):
+        samples = engine_samples()
+        rates.append(max(s.kernel_s / s.copy_engine_s for s in samples))
+        results.append(Result(name=name.format(number + 1), value=crossover_bytes(samples) or 0, unit="bytes"))
+    different = len({r.value for r in results}) - 1
+    return [
+        *results,
+        at_most(f"(b) other choices than the first, of {CHOICES}", different, "choices", 0),
+        Result(name="(b) speed of the copy engine / kernel, best size", value=median(rates), unit="ratio"),
+    ]
+
+
+def into_pinned(total: int, n: int, crossover: int | None) -> list[Result]:
     source = torch.randint(0, 256, (total,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    side = torch.cuda.Stream()
-    samples = measure(DEVICE, source=source.data_ptr(), stream=side.cuda_stream, num_sms=DEFAULT_SMS)
-    crossover = crossover_bytes(samples)
 
     def plain(stream: int) -> None:
         target.copy_(source, non_blocking=True)
 
-    results = [Result(name="(b) measured crossover to the copy engine", value=crossover, unit="bytes")]
+    results = []
     for label in ("16 KiB", "64 KiB", "1 MiB", "64 MiB"):
         work = Work(source, target.data_ptr(), SEGMENTS[label], DEFAULT_SMS)
         ours = lambda stream, work=work: work.pack(stream, crossover)
@@ -167,7 +206,7 @@ def into_pinned(total: int, n: int) -> list[Result]:
     return [*results, Result(name="limit: cudaMemcpyAsync to pinned memory", value=speed, unit="GB/s")]
 
 
-def against_torch(n: int) -> list[Result]:
+def against_torch(n: int, crossover: int | None) -> list[Result]:
     results = []
     for label, nbytes in REGION_BYTES.items():
         for experts in EXPERTS:
@@ -176,7 +215,7 @@ def against_torch(n: int) -> list[Result]:
                 continue
             sources = [torch.randint(0, 256, (nbytes,), dtype=torch.uint8, device=DEVICE) for _ in range(count)]
             pinned = torch.empty(count * nbytes, dtype=torch.uint8, pin_memory=True)
-            seconds = wall_seconds(contenders_in_torch(sources, pinned), n)
+            seconds = wall_seconds(contenders_in_torch(sources, pinned, crossover), n)
             ours = seconds.pop("ours")
             for name, taken in seconds.items():
                 title = f"(c) {experts} experts of 6 x {label}: {name} / ours"
@@ -188,7 +227,9 @@ def against_torch(n: int) -> list[Result]:
     return results
 
 
-def contenders_in_torch(sources: Sequence[torch.Tensor], pinned: torch.Tensor) -> dict[str, Callable[[], None]]:
+def contenders_in_torch(
+    sources: Sequence[torch.Tensor], pinned: torch.Tensor, crossover: int | None
+) -> dict[str, Callable[[], None]]:
     """Ours and three ways to write it in torch, from the same tensors to the same pinned memory."""
     nbytes = sources[0].numel()
     slices = list(pinned.split(nbytes))
@@ -209,26 +250,33 @@ def contenders_in_torch(sources: Sequence[torch.Tensor], pinned: torch.Tensor) -
     def cat_and_copy() -> None:
         pinned.copy_(torch.cat(list(sources)), non_blocking=True)
 
+    def ours() -> None:
+        pool.finish(pool.pack_uploaded(chunks, stream=stream.cuda_stream, copy_engine_bytes=crossover), digests)
+
     return {
-        "ours": lambda: pool.finish(pool.pack_uploaded(chunks, stream=stream.cuda_stream), digests),
+        "ours": ours,
         "loop of copy_": loop,
         "_foreach_copy_": lambda: torch._foreach_copy_(slices, list(sources), non_blocking=True),
         "cat and copy": cat_and_copy,
     }
 
 
-def slowdown_of_matmul(total: int, blocks: int) -> list[Result]:
-    """Blocks of matmuls with and without a snapshot that streams all the while, in turn."""
+def slowdown_of_matmul(total: int, blocks: int, engine: int | None) -> list[Result]:
+    """Blocks of matmuls with and without snapshots that stream all the while, in turn.
+
+    With ``engine`` bytes 1 the copy engine moves runs of 64 MiB, else the kernel segments of 64 KiB.
+    """
     a, b = (torch.randn(MATMUL_SIZE, MATMUL_SIZE, dtype=torch.bfloat16, device=DEVICE) for _ in range(2))
     out = torch.empty_like(a)
     source = torch.randint(0, 256, (total,), dtype=torch.uint8, device=DEVICE)
     target = torch.empty(total, dtype=torch.uint8, pin_memory=True)
-    work = Work(source, target.data_ptr(), SEGMENTS["64 KiB"], DEFAULT_SMS)
+    work = Work(source, target.data_ptr(), SEGMENTS["64 KiB" if engine is None else "64 MiB"], DEFAULT_SMS)
     side, per_block = torch.cuda.Stream(), 64
+    torch.cuda.synchronize()
     taken: dict[bool, list[float]] = {False: [], True: []}
     for block in range(2 * blocks + 2):
         streaming = block % 2 == 1
-        tickets = [work.pack(side.cuda_stream) for _ in range(2)] if streaming else []
+        tickets = [work.pack(side.cuda_stream, engine) for _ in range(2)] if streaming else []
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         for _ in range(per_block):
@@ -237,7 +285,7 @@ def slowdown_of_matmul(total: int, blocks: int) -> list[Result]:
         while not end.query():
             if tickets and work.pool.wait(tickets[0], timeout_s=0):
                 work.pool.finish(tickets.pop(0))
-                tickets.append(work.pack(side.cuda_stream))
+                tickets.append(work.pack(side.cuda_stream, engine))
             time.sleep(1e-4)
         for ticket in tickets:
             work.pool.finish(ticket)
@@ -246,17 +294,38 @@ def slowdown_of_matmul(total: int, blocks: int) -> list[Result]:
     ratios = np.array(taken[True]) / np.array(taken[False]) - 1
     flops = 2 * MATMUL_SIZE**3 * per_block / median(taken[False])
     low, high = median_interval(ratios)
+    name = f"(e) matmul loop beside snapshots by the {'kernel' if engine is None else 'copy engine'}"
     return [
-        at_most("(e) matmul loop beside streaming snapshots: slowdown", median(ratios), "share", 0.01),
-        Result(name="(e) 95% interval, low", value=low, unit="share"),
-        Result(name="(e) 95% interval, high", value=high, unit="share"),
+        at_most(f"{name}: slowdown", median(ratios), "share", 0.01),
+        Result(name=f"{name}: 95% interval, low", value=low, unit="share"),
+        Result(name=f"{name}: 95% interval, high", value=high, unit="share"),
         Result(name="limit: bf16 matmul alone", value=flops / 1e12, unit="TFLOP/s"),
     ]
 
 
+def measured(parts: str, total: int, n: int, blocks: int) -> Iterator[Result]:
+    """The figures of the chosen parts."""
+    if "a" in parts or "d" in parts:
+        yield from device_to_device(total, n)
+    if "b" in parts:
+        yield from choice_of_engine()
+    if "b" in parts or "c" in parts:
+        crossover = crossover_bytes(engine_samples())
+        yield Result(name="copy engine from this size on (0: never)", value=crossover or 0, unit="bytes")
+    if "b" in parts:
+        yield from into_pinned(total, n, crossover)
+    if "c" in parts:
+        yield from against_torch(n, crossover)
+    if "e" in parts:
+        for engine in (None, 1):
+            yield from slowdown_of_matmul(total, blocks, engine)
+
+
 def main() -> None:
-    """Measure everything on one GPU and report; without one, say so in every figure."""
-    args = parser("Throughput and side effects of the GPU's pack kernel.").parse_args()
+    """Measure on one GPU and report; without one, say so in every figure."""
+    options = parser("Throughput and side effects of the GPU's pack kernel.")
+    options.add_argument("--parts", default="abcde", metavar="LETTERS", help="of (a) to (e) above; default: all")
+    args = options.parse_args()
     if not (_C.built_with_cuda() and torch.cuda.is_available()):
         names = (
             "(a) device to device",
@@ -268,17 +337,11 @@ def main() -> None:
         results = [Result(name=name, value=None, unit="ratio") for name in names]
         report("device_pack", results, args.json, ["no NVIDIA GPU here: nothing was measured"])
         return
-    total, n, blocks = (256 << 20, 5, 5) if args.quick else (1 << 30, 15, 25)
-    results = [
-        *device_to_device(total, n),
-        *into_pinned(total, n),
-        *against_torch(n),
-        *slowdown_of_matmul(total, blocks),
-    ]
+    total, n, blocks = QUICK if args.quick else WHOLE
     notes = [
         f"{torch.cuda.get_device_name(0)}, CUDA {torch.version.cuda}; {total >> 20} MiB a repetition, {n} repetitions"
     ]
-    report("device_pack", results, args.json, notes)
+    report("device_pack", list(measured(args.parts, total, n, blocks)), args.json, notes)
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
 #include "cuda/device_pool.h"
 #include "cuda/host_memory.h"
+#include "cuda/model_runtime.h"
 #include "host/pack.h"
 
 namespace py = pybind11;
@@ -45,12 +47,42 @@ uint64_t* results(Digests& digests, int64_t num_chunks) {
   return digests.mutable_data();  // throws for a read-only array
 }
 
+// Ends a pool, which may wait for the device, while other threads of Python run.
+struct EndUnlocked {
+  void operator()(DevicePool* pool) const {
+    py::gil_scoped_release unlocked;
+    delete pool;
+  }
+};
+
+std::unique_ptr<DevicePool, EndUnlocked> make_pool(const std::string& device, const PoolOptions& options,
+                                                   const std::string& fault, uint64_t seed) {
+  std::shared_ptr<Runtime> runtime;
+  try {
+    runtime = make_runtime(device, fault, seed);
+  } catch (const DeviceError& error) {
+    throw DeviceError("rank " + std::to_string(options.rank) + ": " + error.what());
+  }
+  return std::unique_ptr<DevicePool, EndUnlocked>(new DevicePool(std::move(runtime), options));
+}
+
 // uint8[nbytes] that ends with its last view.
-py::array_t<uint8_t> pinned(const DevicePool& pool, int64_t nbytes) {
-  auto owner = std::make_unique<PinnedMemory>(pool.runtime(), nbytes);
+py::array_t<uint8_t> pinned(DevicePool& pool, int64_t nbytes) {
+  std::unique_ptr<PinnedMemory> owner;
+  {
+    py::gil_scoped_release unlocked;
+    owner = pool.pin(nbytes);
+  }
   uint8_t* const memory = owner->data();
   const py::capsule capsule(owner.release(), [](void* p) { delete static_cast<PinnedMemory*>(p); });
   return py::array_t<uint8_t>(nbytes, memory, capsule);
+}
+
+// Throws std::invalid_argument for a pool of a real device.
+ModelRuntime& model_of(const DevicePool& pool) {
+  auto* const model = dynamic_cast<ModelRuntime*>(pool.runtime().get());
+  if (model == nullptr) throw std::invalid_argument(pool.runtime()->name() + " is not a model of a device");
+  return *model;
 }
 
 void bind_host_pool(py::module_& m) {
@@ -105,21 +137,37 @@ void bind_host_pool(py::module_& m) {
 
 void bind_device_pool(py::module_& m) {
   m.def("built_with_cuda", &built_with_cuda);
-  py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
+  const py::object error = py::register_exception<DeviceError>(m, "DeviceError", PyExc_RuntimeError);
+  py::register_exception<DeviceLate>(m, "DeviceLate", error);
 
-  py::class_<Registration>(m, "Registration").def("close", &Registration::close);
+  py::class_<Registration>(m, "Registration")
+      .def("close", &Registration::close, py::call_guard<py::gil_scoped_release>());
 
-  py::class_<DevicePool>(m, "DevicePool")
+  py::class_<DevicePool, std::unique_ptr<DevicePool, EndUnlocked>>(m, "DevicePool")
       .def(py::init([](const std::string& device, int rank, int64_t max_pieces, int64_t max_chunks,
-                       int num_slots, int num_sms, const std::string& fault) {
-             return std::make_unique<DevicePool>(make_runtime(device, fault), rank, max_pieces, max_chunks,
-                                                 num_slots, num_sms);
+                       int num_slots, int num_sms, bool timed, bool census, double last_wait_s,
+                       const std::string& fault, uint64_t seed) {
+             PoolOptions options;
+             options.rank = rank;
+             options.max_pieces = max_pieces;
+             options.max_chunks = max_chunks;
+             options.num_slots = num_slots;
+             options.num_sms = num_sms;
+             options.is_timed = timed;
+             options.takes_census = census;
+             options.last_wait_s = last_wait_s;
+             py::gil_scoped_release unlocked;
+             return make_pool(device, options, fault, seed);
            }),
            py::arg("device"), py::kw_only(), py::arg("rank"), py::arg("max_pieces"), py::arg("max_chunks"),
-           py::arg("num_slots") = 2, py::arg("num_sms") = 8, py::arg("fault") = "")
+           py::arg("num_slots") = 2, py::arg("num_sms") = 4, py::arg("timed") = false,
+           py::arg("census") = false, py::arg("last_wait_s") = 10.0, py::arg("fault") = "",
+           py::arg("seed") = 0)
       .def_property_readonly("copy_engine",
                              [](const DevicePool& self) { return self.runtime()->copy_engine(); })
       .def_property_readonly("num_sms", &DevicePool::num_sms)
+      .def_property_readonly("pci_bus_id",
+                             [](const DevicePool& self) { return self.runtime()->pci_bus_id(); })
       .def(
           "pack",
           [](DevicePool& self, const Rows& pieces, const Rows& chunks, Stream stream,
@@ -133,12 +181,12 @@ void bind_device_pool(py::module_& m) {
           py::arg("copy_engine_bytes") = py::none())
       .def(
           "upload_pieces",
-          [](DevicePool& self, const Rows& pieces) {
+          [](DevicePool& self, const Rows& pieces, double timeout_s) {
             const auto piece_table = table<Piece>("pieces", pieces);
             py::gil_scoped_release unlocked;
-            self.upload_pieces(piece_table);
+            self.upload_pieces(piece_table, timeout_s);
           },
-          py::arg("pieces").noconvert())
+          py::arg("pieces").noconvert(), py::kw_only(), py::arg("timeout_s") = 60.0)
       .def(
           "pack_uploaded",
           [](DevicePool& self, const Rows& chunks, Stream stream, std::optional<int64_t> copy_engine_bytes) {
@@ -173,6 +221,10 @@ void bind_device_pool(py::module_& m) {
           },
           py::arg("ticket"), py::arg("digests").noconvert() = py::none(), py::kw_only(),
           py::arg("timeout_s") = 60.0)
+      .def("device_seconds", &DevicePool::device_seconds, py::arg("ticket"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("multiprocessors", &DevicePool::multiprocessors, py::arg("ticket"),
+           py::call_guard<py::gil_scoped_release>())
       // These enqueue, and wait for others that do: without the GIL, which those may need.
       .def("order", &DevicePool::order, py::arg("later"), py::arg("earlier"),
            py::call_guard<py::gil_scoped_release>())
@@ -180,15 +232,33 @@ void bind_device_pool(py::module_& m) {
            py::call_guard<py::gil_scoped_release>())
       .def(
           "check_spans_are_here",
-          [](DevicePool& self, const Rows& spans) { self.check_spans_are_here(table<Span>("spans", spans)); },
+          [](DevicePool& self, const Rows& spans) {
+            const auto span_table = table<Span>("spans", spans);
+            py::gil_scoped_release unlocked;
+            self.check_spans_are_here(span_table);
+          },
           py::arg("spans").noconvert())
       .def("pinned", &pinned, py::arg("nbytes"))
+      .def("register", &DevicePool::register_host, py::arg("address"), py::arg("nbytes"),
+           py::call_guard<py::gil_scoped_release>())
       .def(
-          "register",
-          [](const DevicePool& self, int64_t address, int64_t nbytes) {
-            return std::make_unique<Registration>(self.runtime(), address, nbytes);
+          "model_fill",
+          [](const DevicePool& self, Stream stream, int64_t address, uint8_t value, int64_t nbytes) {
+            model_of(self).fill(stream, address, value, nbytes);
           },
-          py::arg("address"), py::arg("nbytes"));
+          py::arg("stream"), py::arg("address"), py::arg("value"), py::arg("nbytes"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "model_copy",
+          [](const DevicePool& self, Stream stream, int64_t source, int64_t destination, int64_t nbytes) {
+            const CopyRow row = {destination, source, nbytes};
+            model_of(self).copy(&row, 1, stream);
+          },
+          py::arg("stream"), py::arg("source"), py::arg("destination"), py::arg("nbytes"),
+          py::call_guard<py::gil_scoped_release>())
+      .def(
+          "model_sync", [](const DevicePool& self, Stream stream) { model_of(self).sync(stream); },
+          py::arg("stream"), py::call_guard<py::gil_scoped_release>());
 }
 
 }  // namespace

@@ -116,7 +116,7 @@ class MoetionConfig:
         0, "threads that pack on this rank; 0: half of the rank's share of the cores, 1 to 8", minimum=0
     )
     pack_sms: int = setting(
-        8, "on a GPU: most streaming multiprocessors that packing takes from training", minimum=1, expert=True
+        4, "on a GPU: most streaming multiprocessors that packing takes from training", minimum=1, expert=True
     )
     max_stall_ms: int = setting(
         2000,

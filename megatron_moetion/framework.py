@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -114,7 +114,9 @@ class StepNote:
     skipped: bool = False
     """There was none: gradients overflowed, and state is as it was."""
     problem: str | None = None
-    """Why it cannot be replayed (two steps, gradients gone), for a person; None if it can."""
+    """Why it cannot be replayed (two steps, another state), for a person; None if it can."""
+    check: Callable[[], str | None] = lambda: None
+    """The same of gradients that are gone. Asked by any thread, when the device has done what the step enqueued."""
 
 
 class StepReplayer(Protocol):

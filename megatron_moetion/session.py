@@ -96,7 +96,7 @@ class Session:
             )
             return
         run.probe("before-select", iteration)
-        contents, remark = run.mode.contents(iteration, run.packer)
+        contents, remark = run.mode.contents(iteration)
         self._say(iteration, remark)
         if not isinstance(contents, Skip):
             if problem is None and (moved := run.adapter.moved()):
@@ -148,6 +148,7 @@ class Session:
             "moetion/zero-bytes": counts.zero_bytes / max(counts.committed, 1),
             "moetion/captures-left-out": float(sum(counts.left_out.values())),
             "moetion/waited-s": counts.waited_s,
+            "moetion/waited-for-device-s": counts.waited_for_device_s + run.packer.waited_s,
             **run.mode.scalars(),
             **run.scheduler.scalars(),
         }

@@ -2,8 +2,8 @@
 #include "device_pool.h"
 
 #include <algorithm>
-#include <chrono>
 #include <cstring>
+#include <iterator>
 #include <sstream>
 #include <thread>
 #include <utility>
@@ -13,15 +13,33 @@
 namespace moetion {
 namespace {
 
-constexpr double kLastWaitSeconds = 10;  // of the destructor, for tickets that are still open
+using Clock = std::chrono::steady_clock;
 
-int64_t table_bytes(int64_t num_rows, int64_t num_pieces) {
+// Most waits end within a few hundred microseconds: a sleep would let them be seen that much later.
+constexpr auto kSpin = std::chrono::microseconds(100);
+constexpr auto kFirstPause = std::chrono::microseconds(20);
+constexpr auto kLastPause = std::chrono::microseconds(200);
+constexpr uint32_t kNoSm = UINT32_MAX;  // of a block that did not run
+
+int64_t table_bytes(int64_t num_rows, int64_t num_pieces, int64_t num_sms) {
   return num_rows * static_cast<int64_t>(sizeof(Work) + sizeof(uint64_t)) +
-         num_pieces * static_cast<int64_t>(sizeof(Piece));
+         num_pieces * static_cast<int64_t>(sizeof(Piece)) + num_sms * static_cast<int64_t>(sizeof(uint32_t));
 }
 
 int64_t address_of(const void* memory) {
   return reinterpret_cast<int64_t>(memory);
+}
+
+Deadline deadline_in(double timeout_s) {
+  constexpr double kYearSeconds = 3e7;  // more would not fit the clock
+  const auto time = std::chrono::duration<double>(std::min(timeout_s, kYearSeconds));
+  return Clock::now() + std::chrono::duration_cast<Clock::duration>(time);
+}
+
+std::string is_late(const std::string& what, double timeout_s) {
+  std::ostringstream text;
+  text << what << " is not done after " << timeout_s << " s";
+  return text.str();
 }
 
 }  // namespace
@@ -31,48 +49,81 @@ void DevicePool::require(const Check& check) const {
   try {
     check();
   } catch (const std::invalid_argument& error) {
-    throw std::invalid_argument("rank " + std::to_string(rank_) + ": " + error.what());
+    throw std::invalid_argument("rank " + std::to_string(options_.rank) + ": " + error.what());
   }
 }
 
-DevicePool::DevicePool(std::shared_ptr<Runtime> runtime, int rank, int64_t max_pieces, int64_t max_chunks,
-                       int num_slots, int num_sms)
+template <typename Call>
+auto DevicePool::refusable(const std::string& what, const Call& call) const {
+  try {
+    return call();
+  } catch (const DeviceError& error) {
+    throw DeviceError(what + " failed: " + error.what());
+  }
+}
+
+DevicePool::DevicePool(std::shared_ptr<Runtime> runtime, const PoolOptions& options)
     : runtime_(std::move(runtime)),
-      rank_(rank),
-      max_pieces_(max_pieces),
-      max_chunks_(max_chunks),
-      num_sms_(std::min(num_sms, runtime_->num_sms())) {
-  if (max_pieces < 0 || max_chunks < 0 || num_slots < 1 || num_slots > 64 || num_sms < 1)
-    throw std::invalid_argument(
-        "max_pieces=" + std::to_string(max_pieces) + ", max_chunks=" + std::to_string(max_chunks) +
-        ", num_slots=" + std::to_string(num_slots) + ", num_sms=" + std::to_string(num_sms) +
-        "; sizes must not be negative, slots in 1..64, SMs at least 1");
-  const auto nbytes = static_cast<size_t>(std::max<int64_t>(table_bytes(max_chunks, max_pieces), 64));
-  order_event_ = runtime_->make_event();
-  slots_.resize(static_cast<size_t>(num_slots));
+      options_(options),
+      num_sms_(std::min(options.num_sms, runtime_->num_sms())) {
+  if (options.max_pieces < 0 || options.max_chunks < 0 || options.num_slots < 1 || options.num_slots > 64 ||
+      options.num_sms < 1)
+    throw std::invalid_argument("max_pieces=" + std::to_string(options.max_pieces) +
+                                ", max_chunks=" + std::to_string(options.max_chunks) +
+                                ", num_slots=" + std::to_string(options.num_slots) +
+                                ", num_sms=" + std::to_string(options.num_sms) +
+                                "; sizes must not be negative, slots in 1..64, SMs at least 1");
+  try {
+    refusable(on_device("pool of " + std::to_string(options.num_slots) + " slots"),
+              [&] { take_resources(); });
+  } catch (const DeviceError&) {
+    give_back();
+    throw;
+  }
+  copies_.reserve(static_cast<size_t>(options.max_chunks));
+  planned_.reserve(static_cast<size_t>(options.max_chunks));
+  targets_.reserve(static_cast<size_t>(options.max_chunks));
+}
+
+void DevicePool::take_resources() {
+  const auto nbytes = static_cast<size_t>(table_bytes(options_.max_chunks, options_.max_pieces, num_sms_));
+  order_event_ = runtime_->make_event(false);
+  upload_event_ = runtime_->make_event(false);
+  copy_stream_ = runtime_->make_stream();
+  slots_.resize(static_cast<size_t>(options_.num_slots));
   for (Slot& slot : slots_) {
     slot.host = static_cast<uint8_t*>(runtime_->allocate_pinned(nbytes));
     slot.device = static_cast<uint8_t*>(runtime_->allocate(nbytes));
-    slot.event = runtime_->make_event();
+    if (options_.is_timed) slot.begin = runtime_->make_event(true);
+    slot.forked = runtime_->make_event(false);
+    slot.copied = runtime_->make_event(false);
+    slot.end = runtime_->make_event(options_.is_timed);
   }
-  copies_.reserve(static_cast<size_t>(max_chunks));
-  planned_.reserve(static_cast<size_t>(max_chunks));
-  targets_.reserve(static_cast<size_t>(max_chunks));
 }
 
 DevicePool::~DevicePool() {
-  for (Slot& slot : slots_) {
-    try {
-      if (slot.ticket >= 0) finish(slot.ticket, nullptr, kLastWaitSeconds);
-    } catch (const std::exception&) {  // a broken device was reported before
-    }
-    runtime_->destroy_event(slot.event);
+  give_back();
+}
+
+void DevicePool::give_back() noexcept {
+  const Deadline deadline = deadline_in(options_.last_wait_s);
+  bool is_quiet = !upload_is_open_ || (broken_.empty() && is_seen_by(upload_event_, deadline));
+  for (const Slot& slot : slots_) {
+    const bool slot_is_quiet = !slot.was_cut_short && (slot.ticket < 0 || is_seen_by(slot.end, deadline));
+    is_quiet &= slot_is_quiet;
+    for (const Event event : {slot.begin, slot.forked, slot.copied, slot.end}) runtime_->destroy_event(event);
+    if (!slot_is_quiet)
+      continue;  // leaked: the device may still write there, and freeing would wait for it for ever
     runtime_->free(slot.device);
     runtime_->free_pinned(slot.host);
   }
-  runtime_->free(uploaded_on_device_);
-  runtime_->free_pinned(uploaded_);
+  if (is_quiet) {  // else leaked: work of any slot reads these
+    runtime_->free(uploaded_on_device_);
+    runtime_->free_pinned(uploaded_);
+  }
+  runtime_->destroy_event(upload_event_);
   runtime_->destroy_event(order_event_);
+  runtime_->destroy_stream(copy_stream_);
 }
 
 int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, int64_t copy_engine_bytes, Stream stream) {
@@ -88,30 +139,40 @@ int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, int64_t copy_
   return submit(slot, copy_engine_bytes, true, stream);
 }
 
-void DevicePool::upload_pieces(Table<Piece> pieces) {
+void DevicePool::upload_pieces(Table<Piece> pieces, double timeout_s) {
+  const std::string what = on_device("upload of " + std::to_string(pieces.num_rows) + " pieces");
+  const auto nbytes = static_cast<size_t>(pieces.num_rows) * sizeof(Piece);
   std::lock_guard<std::mutex> lock(mutex_);
   require_usable();
   for (const Slot& slot : slots_)
     if (slot.ticket >= 0) throw std::invalid_argument("finish all tickets before other pieces are uploaded");
-  const auto nbytes = static_cast<size_t>(pieces.num_rows) * sizeof(Piece);
+  finish_upload(what, timeout_s);  // of an earlier call, which was late
+  num_uploaded_ = 0;
   runtime_->free(std::exchange(uploaded_on_device_, nullptr));
   runtime_->free_pinned(std::exchange(uploaded_, nullptr));
-  num_uploaded_ = 0;
   if (nbytes == 0) return;
-  uploaded_ = static_cast<Piece*>(runtime_->allocate_pinned(nbytes));
-  uploaded_on_device_ = static_cast<Piece*>(runtime_->allocate(nbytes));
+  refusable(what, [&] {
+    uploaded_ = static_cast<Piece*>(runtime_->allocate_pinned(nbytes));
+    uploaded_on_device_ = static_cast<Piece*>(runtime_->allocate(nbytes));
+  });
   std::copy_n(pieces.rows, pieces.num_rows, uploaded_);
   const CopyRow upload = {address_of(uploaded_on_device_), address_of(uploaded_),
                           static_cast<int64_t>(nbytes)};
-  const std::string what = "upload of " + std::to_string(pieces.num_rows) + " pieces";
+  upload_is_open_ = true;
   try {
-    runtime_->copy(&upload, 1, 0);
-    runtime_->record(order_event_, 0);
-    if (!is_done_within(order_event_, kLastWaitSeconds)) throw DeviceError("not done in time");
+    runtime_->copy(&upload, 1, copy_stream_);
+    runtime_->record(upload_event_, copy_stream_);
   } catch (const DeviceError& error) {
     fail(what, error.what());
   }
+  finish_upload(what, timeout_s);
   num_uploaded_ = pieces.num_rows;
+}
+
+void DevicePool::finish_upload(const std::string& what, double timeout_s) {
+  if (!upload_is_open_) return;
+  if (!is_done_within(upload_event_, what, timeout_s)) throw DeviceLate(is_late(what, timeout_s));
+  upload_is_open_ = false;
 }
 
 int64_t DevicePool::pack_uploaded(Table<UploadedChunk> chunks, int64_t copy_engine_bytes, Stream stream) {
@@ -153,17 +214,17 @@ int64_t DevicePool::num_rows(int64_t ticket) {
 }
 
 bool DevicePool::wait(int64_t ticket, double timeout_s) {
-  Event event = 0;
+  Event end = 0;
   std::string what;
   {
     std::lock_guard<std::mutex> lock(mutex_);
     require_usable();
     const Slot& slot = slot_of(ticket);
-    event = slot.event;
+    end = slot.end;
     what = slot.what;
   }
   try {
-    return is_done_within(event, timeout_s);  // without the lock: others may enqueue meanwhile
+    return is_done_by(end, deadline_in(timeout_s));  // without the lock: others may enqueue meanwhile
   } catch (const DeviceError& error) {
     std::lock_guard<std::mutex> lock(mutex_);
     fail(what, error.what());
@@ -175,12 +236,7 @@ void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
   std::lock_guard<std::mutex> lock(mutex_);
   require_usable();  // without the wait of another stream, what was read may have changed
   Slot& slot = slot_of(ticket);
-  if (!is_done) {
-    std::ostringstream text;
-    text << "rank " << rank_ << ": " << slot.what << " on " << runtime_->name() << " is not done after "
-         << timeout_s << " s";
-    throw DeviceError(text.str());
-  }
+  if (!is_done) throw DeviceLate(is_late(slot.what, timeout_s));
   const Work* const work = work_of(slot.host);
   const uint64_t* const sums = sums_of(slot, slot.host);
   if (digests != nullptr)
@@ -189,23 +245,78 @@ void DevicePool::finish(int64_t ticket, uint64_t* digests, double timeout_s) {
   slot.ticket = -1;
 }
 
-bool DevicePool::is_done_within(Event event, double timeout_s) {
-  using Clock = std::chrono::steady_clock;
-  const auto deadline = Clock::now() + std::chrono::duration<double>(timeout_s);
-  auto pause = std::chrono::microseconds(20);
+double DevicePool::device_seconds(int64_t ticket) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!options_.is_timed) throw std::invalid_argument("this pool was not made with timed");
+  const Slot& slot = done_slot(ticket);
+  try {
+    return runtime_->seconds_between(slot.begin, slot.end);
+  } catch (const DeviceError& error) {
+    fail(slot.what, error.what());
+  }
+}
+
+std::vector<uint32_t> DevicePool::multiprocessors(int64_t ticket) {
+  std::lock_guard<std::mutex> lock(mutex_);
+  if (!options_.takes_census) throw std::invalid_argument("this pool was not made with census");
+  const Slot& slot = done_slot(ticket);
+  std::vector<uint32_t> found;
+  std::copy_if(sms_of(slot, slot.host), sms_of(slot, slot.host) + num_sms_, std::back_inserter(found),
+               [](uint32_t number) { return number != kNoSm; });
+  std::sort(found.begin(), found.end());
+  found.erase(std::unique(found.begin(), found.end()), found.end());
+  return found;
+}
+
+DevicePool::Slot& DevicePool::done_slot(int64_t ticket) {
+  require_usable();
+  Slot& slot = slot_of(ticket);
+  if (!is_done_within(slot.end, slot.what, 0))
+    throw std::invalid_argument("ticket " + std::to_string(ticket) + " is not done; wait for it first");
+  return slot;
+}
+
+bool DevicePool::is_done_by(Event event, Deadline deadline) {
+  const Deadline spin_end = Clock::now() + kSpin;
+  auto pause = kFirstPause;
   while (!runtime_->is_done(event)) {
-    if (Clock::now() >= deadline) return false;
-    std::this_thread::sleep_for(pause);
-    pause = std::min(2 * pause, std::chrono::microseconds(200));
+    const Deadline now = Clock::now();
+    if (now >= deadline) return false;
+    if (now < spin_end) {
+      std::this_thread::yield();
+      continue;
+    }
+    std::this_thread::sleep_until(std::min(deadline, now + pause));
+    pause = std::min(2 * pause, kLastPause);
   }
   return true;
+}
+
+bool DevicePool::is_done_within(Event event, const std::string& what, double timeout_s) {
+  try {
+    return is_done_by(event, deadline_in(timeout_s));
+  } catch (const DeviceError& error) {
+    fail(what, error.what());
+  }
+}
+
+bool DevicePool::is_seen_by(Event event, Deadline deadline) noexcept {
+  try {
+    return is_done_by(event, deadline);
+  } catch (const DeviceError&) {  // a broken device was reported before
+    return false;
+  }
 }
 
 void DevicePool::order(Stream later, Stream earlier) {
   std::lock_guard<std::mutex> lock(mutex_);
   require_usable();
-  runtime_->record(order_event_, earlier);
-  runtime_->wait(later, order_event_);
+  try {
+    runtime_->record(order_event_, earlier);
+    runtime_->wait(later, order_event_);
+  } catch (const DeviceError& error) {
+    fail(on_device("order of two streams"), error.what());
+  }
 }
 
 void DevicePool::order_after(Stream later, int64_t ticket) {
@@ -214,7 +325,7 @@ void DevicePool::order_after(Stream later, int64_t ticket) {
   for (const Slot& slot : slots_) {
     if (slot.ticket != ticket) continue;
     try {
-      runtime_->wait(later, slot.event);
+      runtime_->wait(later, slot.end);
     } catch (const DeviceError& error) {
       fail(slot.what, error.what());
     }
@@ -226,7 +337,8 @@ void DevicePool::check_spans_are_here(Table<Span> spans) {
   for (int64_t s = 0; s < spans.num_rows; ++s) {
     const Span& span = spans.rows[s];
     if (span.nbytes == 0) continue;
-    const std::string found = runtime_->misplaced(span.address, span.nbytes);
+    const std::string found = refusable(on_device("look-up of a span"),
+                                        [&] { return runtime_->misplaced(span.address, span.nbytes); });
     if (found.empty()) continue;
     std::ostringstream text;
     text << "span " << s << ": [" << std::hex << std::showbase << span.address << ", "
@@ -235,13 +347,23 @@ void DevicePool::check_spans_are_here(Table<Span> spans) {
   }
 }
 
+std::unique_ptr<PinnedMemory> DevicePool::pin(int64_t nbytes) {
+  return refusable(on_device("pinning of " + std::to_string(nbytes) + " new bytes"),
+                   [&] { return std::make_unique<PinnedMemory>(runtime_, nbytes); });
+}
+
+std::unique_ptr<Registration> DevicePool::register_host(int64_t address, int64_t nbytes) {
+  return refusable(on_device("registration of " + std::to_string(nbytes) + " bytes"),
+                   [&] { return std::make_unique<Registration>(runtime_, address, nbytes); });
+}
+
 DevicePool::Slot& DevicePool::take_slot(const char* what, int64_t num_pieces, int64_t num_rows) {
   require_usable();
-  if (num_pieces > max_pieces_ || num_rows > max_chunks_)
+  if (num_pieces > options_.max_pieces || num_rows > options_.max_chunks)
     throw std::invalid_argument(std::string(what) + " of " + std::to_string(num_pieces) + " pieces in " +
                                 std::to_string(num_rows) + " rows; this pool was made for " +
-                                std::to_string(max_pieces_) + " pieces and " + std::to_string(max_chunks_) +
-                                " rows");
+                                std::to_string(options_.max_pieces) + " pieces and " +
+                                std::to_string(options_.max_chunks) + " rows");
   for (Slot& slot : slots_) {
     if (slot.ticket >= 0) continue;
     slot.num_pieces = num_pieces;
@@ -261,7 +383,7 @@ DevicePool::Slot& DevicePool::slot_of(int64_t ticket) {
 }
 
 // The slot holds work rows, and pieces if they are its own; this fills in the rest and enqueues everything.
-int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_device, int64_t copy_engine_bytes,
+int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_gpu, int64_t copy_engine_bytes,
                            bool digest, Stream stream) {
   Work* const work = work_of(slot.host);
   copies_.clear();
@@ -283,26 +405,48 @@ int64_t DevicePool::submit(Slot& slot, const Piece* pieces, const Piece* on_devi
   std::ostringstream what;
   what << slot.what << " of " << num_pieces << " pieces from [" << std::hex << std::showbase << src_begin
        << ", " << src_end << ") to [" << dst_begin << ", " << dst_end << ")";
-  slot.what = what.str();
+  slot.what = on_device(what.str());
   std::fill_n(sums_of(slot, slot.host), slot.num_rows, 0);
-  const Job job = {on_device, work_of(slot.device), sums_of(slot, slot.device), slot.num_rows, num_tiles};
-  const CopyRow table = {address_of(slot.device), address_of(slot.host),
-                         table_bytes(slot.num_rows, slot.num_pieces)};
-  const CopyRow sums = {address_of(sums_of(slot, slot.host)), address_of(job.sums),
-                        slot.num_rows * static_cast<int64_t>(sizeof(uint64_t))};
+  std::fill_n(sms_of(slot, slot.host), num_sms_, kNoSm);
+  const Job job = {on_gpu,
+                   work_of(slot.device),
+                   sums_of(slot, slot.device),
+                   options_.takes_census ? sms_of(slot, slot.device) : nullptr,
+                   slot.num_rows,
+                   num_tiles};
   try {
-    if (num_tiles > 0) {
-      runtime_->copy(&table, 1, stream);
-      runtime_->launch(job, digest, num_sms_, stream);
-    }
-    runtime_->copy(copies_.data(), copies_.size(), stream);
-    if (num_tiles > 0 && digest) runtime_->copy(&sums, 1, stream);
-    runtime_->record(slot.event, stream);
+    enqueue(slot, job, digest, stream);
   } catch (const DeviceError& error) {
+    slot.was_cut_short = true;
     fail(slot.what, error.what());
   }
   slot.ticket = next_ticket_++;
   return slot.ticket;
+}
+
+// The kernel and the copies run side by side: on a GPU the copy engine moves bytes while SMs digest them.
+void DevicePool::enqueue(const Slot& slot, const Job& job, bool digest, Stream stream) {
+  const CopyRow table = {address_of(slot.device), address_of(slot.host),
+                         table_bytes(slot.num_rows, slot.num_pieces, num_sms_)};
+  const CopyRow results = {address_of(sums_of(slot, slot.host)), address_of(job.sums),
+                           slot.num_rows * static_cast<int64_t>(sizeof(uint64_t)) +
+                               num_sms_ * static_cast<int64_t>(sizeof(uint32_t))};
+  const bool launches = job.num_tiles > 0, is_forked = launches && !copies_.empty();
+  const Stream copy_stream = is_forked ? copy_stream_ : stream;
+  if (options_.is_timed) runtime_->record(slot.begin, stream);
+  if (is_forked) {
+    runtime_->record(slot.forked, stream);
+    runtime_->wait(copy_stream, slot.forked);
+  }
+  if (launches) runtime_->copy(&table, 1, stream);  // before the large copies, which may share its engine
+  runtime_->copy(copies_.data(), copies_.size(), copy_stream);
+  if (is_forked) runtime_->record(slot.copied, copy_stream);
+  if (launches) {
+    runtime_->launch(job, digest, num_sms_, stream);
+    if (digest || options_.takes_census) runtime_->copy(&results, 1, stream);
+  }
+  if (is_forked) runtime_->wait(stream, slot.copied);
+  runtime_->record(slot.end, stream);
 }
 
 // Finds runs of chunks that a copy engine moves: each filled by one piece, contiguous at source and
@@ -332,8 +476,12 @@ void DevicePool::require_usable() const {
   if (!broken_.empty()) throw DeviceError(broken_);
 }
 
+std::string DevicePool::on_device(const std::string& what) const {
+  return "rank " + std::to_string(options_.rank) + ": " + what + " on " + runtime_->name();
+}
+
 void DevicePool::fail(const std::string& what, const std::string& why) {
-  broken_ = "rank " + std::to_string(rank_) + ": " + what + " on " + runtime_->name() + " failed: " + why;
+  broken_ = what + " failed: " + why;
   throw DeviceError(broken_);
 }
 

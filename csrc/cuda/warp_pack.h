@@ -3,8 +3,9 @@
 // same code; all that differs is who the lanes are: on the device 32 threads, on the host one loop over 32.
 //
 // Work is split by destination bytes: a chunk is cut into tiles of kTileBytes, tile t of all chunks belongs
-// to warp t modulo the number of warps, and a warp finds its chunk and its first piece by binary search. So
-// one huge segment and ten thousand tiny ones give every warp the same number of bytes.
+// to warp t modulo the number of warps (counted across blocks first), and a warp finds its chunk and its
+// first piece by binary search. So one huge segment and ten thousand tiny ones give every warp the same
+// number of bytes.
 #pragma once
 
 #include <cstring>
@@ -27,13 +28,20 @@ struct Work {
   int64_t stores;      // 0: only digested, a copy engine moves the bytes
 };
 
-// One launch. `sums` holds one value for each row of `work`, zero at first.
+// One launch. `sums` holds one value for each row of `work`, zero at first. Block b writes the number of its
+// multiprocessor to `sms[b]`, unless `sms` is null.
 struct Job {
   const Piece* pieces;
   const Work* work;
   uint64_t* sums;
+  uint32_t* sms;
   int64_t num_rows, num_tiles;
 };
+
+// Blocks of a launch: one on each multiprocessor.
+MOETION_HD int64_t blocks_of(int64_t num_tiles, int64_t num_sms) {
+  return num_tiles < num_sms ? num_tiles : num_sms;
+}
 
 MOETION_HD int64_t tiles_of(int64_t nbytes) {
   return (nbytes + kTileBytes - 1) / kTileBytes;

@@ -90,7 +90,9 @@ def plain(value: Any) -> Any:
 
 def steps(link: MegatronOptimizer) -> float | None:
     """The one step count of a torch optimizer that keeps it per parameter; None where groups hold it."""
-    found = {float(s["step"]) for s in link.optimizer.state.values() if "step" in s}
+    counts = [s["step"] for s in link.optimizer.state.values() if "step" in s]
+    # Fused and capturable optimizers keep them on the GPU: all of them are read by one wait for it.
+    found = {float(n) for n in torch.stack([torch.as_tensor(n) for n in counts]).tolist()} if counts else set()
     if len(found) > 1:
         raise UnsupportedState(
             f"parameters of one optimizer have taken different numbers of steps: {sorted(found)[:4]}"

@@ -52,6 +52,9 @@ class StepLog:
         self._links = tuple(links)
         self._samples = tuple(samples)
         self._seen = [torch.zeros_like(sample) for sample in samples]
+        is_on_gpu = any(sample.is_cuda for sample in samples)
+        self._is_changed = torch.zeros((), dtype=torch.bool, pin_memory=is_on_gpu)
+        """Whether the gradients of the last step were overwritten before ``note_step``; a device writes it."""
         self._inputs: list[dict[str, Any]] = [{} for _ in links]
         self._num_steps = [0] * len(links)
         self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=1)
@@ -97,10 +100,8 @@ class StepLog:
             steps_taken = " and ".join(map(str, times))
             return StepNote(problem=f"{steps_taken} optimizer steps were taken: on_step_end must follow each one")
         self._log.append((iteration, list(self._inputs)))
-        bits = ((a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(self._samples, self._seen, strict=True))
-        if not all(torch.equal(a, b) for a, b in bits):
-            return StepNote(problem="gradients changed before on_step_end: zero them where a step begins")
-        return StepNote()
+        self._enqueue_comparison()
+        return StepNote(check=self._overwritten)
 
     def state(self, now: Sequence[Mapping[str, Any]]) -> list[Any]:
         """The log as JSON-able values: of each step only what differs from ``now``, each link's fields at this time."""
@@ -139,6 +140,19 @@ class StepLog:
                 link.optimizer.zero_grad()
         self._num_steps = [0] * len(self._links)
         return True
+
+    def _enqueue_comparison(self) -> None:
+        """Compare gradients with what the step saw, on their device; nobody waits for it here."""
+        pairs = [(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(self._samples, self._seen, strict=True)]
+        changed = [(a != b).any() for a, b in pairs if len(a)]
+        if changed:
+            self._is_changed.copy_(torch.stack(changed).any(), non_blocking=True)
+
+    def _overwritten(self) -> str | None:
+        """What the last comparison found, once the device has done it. Called by the packing thread."""
+        if self._is_changed:
+            return "gradients changed before on_step_end: zero them where a step begins"
+        return None
 
     def _fields(self, number: int) -> dict[str, Any]:
         link = self._links[number]

@@ -145,7 +145,7 @@ class ExactMode(SnapshotMode):
     def packed(self, captured: Captured) -> None:
         """See ``Rotation.packed``."""
         is_complete, is_late = captured.left_out is None, captured.left_out == "late"
-        self._rotation.packed(is_there=captured.is_there, captured=is_complete, late=is_late)
+        self._rotation.packed(is_there=captured.is_there, captured=is_complete, late=is_late, zero=captured.zero)
 
     def settle(self, agreed: Agreed) -> Settled:
         """See ``SnapshotMode``; a snapshot that is not whole on some rank breaks the chains of all."""
@@ -172,15 +172,14 @@ class ExactMode(SnapshotMode):
         text = f"snapshots of {self._largest_bytes / 1e6:.1f} MB do not fit ({carried.why}): {advice}"
         return Vote(mask=_EVERY_SIZE, remark=Remark(kind="budget", text=text))
 
-    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+    def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """A group of slices in turn, all gradients, and the units of every snapshot."""
         turn = self._rotation.turn(iteration)
-        zero = frozenset(turn.logs) if self._step.skipped else staged.zero_logs(turn.logs)
-        self._rotation.begin(iteration, turn, zero)
+        self._rotation.begin(iteration, turn)
         if turn.is_gap:
             return Skip(reason="gap"), None
-        copied = (*self._log.always, *(u for u in turn.logs if u not in zero))
-        return Contents(staged=copied, optional=turn.captures, zero=tuple(sorted(zero))), None
+        contents = Contents(staged=self._log.always, optional=turn.captures, problem=self._step.check)
+        return replace(contents, zero=turn.logs) if self._step.skipped else replace(contents, logs=turn.logs), None
 
     def baseline(self, iteration: int, staged: Staged) -> Contents:
         """All units except gradients."""

@@ -62,7 +62,7 @@ class FullMode(SnapshotMode):
         text = f"snapshots are made to fit ({smaller} here): {carried.why}"
         return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller else None)
 
-    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+    def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """All units that ever change."""
         if self._sizes.skips_next():
             return Skip(reason="budget"), None

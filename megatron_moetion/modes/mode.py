@@ -63,11 +63,7 @@ class Staged(Protocol):
     """The copies that the last ``Packer.freeze`` made."""
 
     def staged(self, unit: int, region: int) -> npt.NDArray[np.uint8]:
-        """Bytes of an ``at_once`` region, uint8[nbytes]; good until the next freeze."""
-        ...
-
-    def zero_logs(self, units: Sequence[int]) -> frozenset[int]:
-        """Those of these ``LOG`` units whose gradients are zero in every byte."""
+        """Bytes of an ``at_once`` region, uint8[nbytes]; good until the next freeze. Waits for a device."""
         ...
 
 
@@ -159,7 +155,7 @@ class SnapshotMode(Protocol):
         """The largest snapshot that this rank's links afford."""
         ...
 
-    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+    def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """The contents of this iteration's snapshot; ``Skip`` where there must be none."""
         ...
 

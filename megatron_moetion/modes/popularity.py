@@ -162,7 +162,7 @@ class PopularityMode(SnapshotMode):
         text = f"snapshots are made to fit ({smaller} here): {carried.why}"
         return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller else None)
 
-    def contents(self, iteration: int, staged: Staged) -> tuple[Contents | Skip, Remark | None]:
+    def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """The dense units and the chosen experts: the same ones on all ranks that share them, each its shards."""
         if self._sizes.skips_next():
             return Skip(reason="budget"), None
@@ -236,7 +236,11 @@ class PopularityMode(SnapshotMode):
         return f", {self._sizes.experts_text} of {len(self._units)} experts each{more}, {self._config.selection}"
 
     def _counted(self, staged: Staged) -> list[int]:
-        """Tokens processed by each expert of this rank's layers as of the last freeze."""
+        """Tokens processed by each expert of this rank's layers as of the last freeze.
+
+        Waits for a device. One iteration late they would not do: they travel with captures, and the tokens that a
+        fault costs are counted from them.
+        """
         regions = {(unit, region) for unit, region, _ in self._positions}
         tables = {key: staged.staged(*key).view(np.int64).tolist() for key in regions}
         return [tables[unit, region][position] for unit, region, position in self._positions]

@@ -12,14 +12,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 
 from megatron_moetion.clock import Clock
-from megatron_moetion.errors import ChannelError
+from megatron_moetion.errors import ChannelError, DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import Threads
-from megatron_moetion.snapshot.capture import Captured, Capturer, Contents
+from megatron_moetion.snapshot.capture import Captured, Capturer, Contents, SnapshotPace
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.open import OpenArenas
@@ -44,6 +45,8 @@ class SnapshotCounts:
     """Of captures that were known to be zeros, so that no byte of them was copied."""
     waited_s: float = 0.0
     """Time that training waited for replication (mode ``exact``)."""
+    waited_for_device_s: float = 0.0
+    """Time that an optimizer step waited until the device was where the last one ended: the host had run ahead."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +60,7 @@ class Skip:
 
 
 class Pipeline:
-    """Owns the two threads. ``replicator`` is None where no replicas are kept; ``packed``: see ``Capturer``."""
+    """Owns the two threads. ``replicator`` is None where no replicas are kept. ``Capturer`` has the other arguments."""
 
     def __init__(
         self,
@@ -69,6 +72,7 @@ class Pipeline:
         epoch: int,
         probe: Callable[[str, int], None],
         packed: Callable[[float, float, int], None],
+        pace: SnapshotPace,
         clock: Clock,
         threads: Threads,
     ) -> None:
@@ -78,7 +82,10 @@ class Pipeline:
         self._replicator = replicator
         self._clock = clock
         self._threads = threads
-        self._capturer = Capturer(packer=packer, arena=arenas.own, epoch=epoch, probe=probe, packed=packed, clock=clock)
+        self._pace = pace
+        self._capturer = Capturer(
+            packer=packer, arena=arenas.own, epoch=epoch, probe=probe, packed=packed, pace=pace, clock=clock
+        )
         self._packing = threads.worker("moetion-pack")
         self._sending = threads.worker("moetion-send")
         self._pack: Future[None] | None = None
@@ -89,6 +96,8 @@ class Pipeline:
         self._live_is_read = threads.event()
         self._is_released = threads.event()
         self._is_released.set()
+        self._is_settled = threads.event()
+        self._is_settled.set()
         self._outcome = Captured()
         self.counts = SnapshotCounts()
         self.details: dict[str, str] = {}
@@ -109,25 +118,36 @@ class Pipeline:
         self._is_released.clear()
         self._outcome = Captured()
         wanted = contents if isinstance(contents, Contents) else None
+        if self._packer.settle_limit_s:
+            self._is_settled.clear()
+        self._pace.begin()
         self._pack = self._packing.submit(self._capture, iteration, wanted, release)
 
     def finish_packing(self, max_stall_s: float) -> None:
         """Return once live state may be written; captures that take longer than ``max_stall_s`` are cancelled.
 
         Copies already enqueued on a device finish first: the training stream waits for them there, and the host does
-        not. Cancelled captures are not waited for, since their bytes are not used.
+        not. Cancelled captures are not waited for, since their bytes are not used. The time counts from the moment at
+        which a device has reached what is captured: a host that is an iteration ahead waits for that, as long as the
+        packer allows, and has that time to itself.
         """
         if self._pack is None:
             return
-        if not self._packer.is_cancelled and not self._live_is_read.wait(max_stall_s):
-            with self._lock:
-                if not self._live_is_read.is_set():
-                    self._packer.cancel()
+        self._pace.asked()
+        if not self._packer.is_cancelled and not self._live_is_read.is_set():
+            began = self._clock.monotonic()
+            self._is_settled.wait(self._packer.settle_limit_s)
+            self.counts.waited_for_device_s += self._clock.monotonic() - began
+            if not self._live_is_read.wait(max_stall_s):
+                with self._lock:
+                    if not self._live_is_read.is_set():
+                        self._packer.cancel()
         self._packer.hold_stream()
 
     def finish(self) -> Captured:
         """Return once the last snapshot is packed or dropped, and which of it."""
         if self._pack is not None:
+            self._pace.hurry()
             self._pack.result()
             self._pack = None
         return self._outcome
@@ -135,7 +155,7 @@ class Pipeline:
     @property
     def ended(self) -> str | None:
         """Why no snapshot of this rank will be whole any more; None while all is well."""
-        return self.broken or self.details.get("device")
+        return self.broken or self.details.get("device") or self._packer.fault
 
     def wait_until_released(self) -> None:
         """Return once arenas have released the captures that the last ``submit`` named, which is done first."""
@@ -178,6 +198,7 @@ class Pipeline:
     def close(self) -> None:
         """Stop both threads after the calls under way."""
         self._packer.cancel()
+        self._pace.hurry()
         self._packing.close()
         self._sending.close()
 
@@ -188,6 +209,7 @@ class Pipeline:
         """
         until = self._clock.monotonic() + wait_s
         pack = [self._pack] if self._pack is not None else []
+        self._pace.hurry()
         is_packed = self._threads.wait(pack, wait_s)  # a snapshot's replication is submitted when it is packed
         is_done = is_packed and self._threads.wait(self._sends, max(0.0, until - self._clock.monotonic()))
         self._packer.cancel()
@@ -201,11 +223,15 @@ class Pipeline:
                 self._arenas.release(release)
             self._is_released.set()
             if contents is not None:
-                self._outcome = self._capturer.capture(iteration, contents, self._release_live)
-                self._count_captured(contents, self._outcome)
+                self._outcome = self._capturer.capture(iteration, contents, self._release_live, self._is_settled.set)
+                self._count_captured(self._outcome)
+            else:
+                with suppress(DeviceFault):  # so that the host is never an iteration ahead; ``freeze`` meets the fault
+                    self._packer.settle()
             records = self._outcome.records
         finally:
             self._is_released.set()
+            self._is_settled.set()
             self._release_live()
         for send in self._sends:
             if send.done():
@@ -220,7 +246,7 @@ class Pipeline:
             self._live_is_read.set()
             self._packer.allow()
 
-    def _count_captured(self, contents: Contents, captured: Captured) -> None:
+    def _count_captured(self, captured: Captured) -> None:
         if captured.dropped is not None:
             self._count(captured.dropped)
             if captured.details is not None:
@@ -229,7 +255,7 @@ class Pipeline:
             self.counts.left_out[captured.left_out] += 1
         if captured.is_there:
             self.counts.committed += 1
-            self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in contents.zero)
+            self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in captured.zero)
             self.counts.bytes_committed += int(captured.records.table["nbytes"].sum())
 
     def _replicate(self, iteration: int, records: Records) -> None:

@@ -28,7 +28,9 @@ def _make_probe(config: MoetionConfig, attempt: int, rank: int) -> Probe:
 
 
 def _make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
-    device = device_packer(inventory, config.chunk_bytes, rank=rank, num_sms=config.pack_sms)
+    device = device_packer(
+        inventory, config.chunk_bytes, rank=rank, num_sms=config.pack_sms, timeout_s=config.timeout_s
+    )
     return Packer(inventory, config.chunk_bytes, pool, device)
 
 

@@ -22,6 +22,7 @@ from megatron_moetion.replicate.witness import Witness
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.summary import Summary
 from megatron_moetion.run.upkeep import Upkeep
+from megatron_moetion.schedule.pace import EvenPace
 from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.snapshot.host_state import encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
@@ -135,6 +136,7 @@ class Prepared:
             epoch=epoch,
             probe=self.probe,
             packed=self.scheduler.packed,
+            pace=EvenPace(self.host.clock, self.host.threads.event()),
             clock=self.host.clock,
             threads=self.host.threads,
         )

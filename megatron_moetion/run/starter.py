@@ -198,7 +198,7 @@ class Starter:
         if not all(self._run.fabric.gather(iteration in pipeline.whole)):
             raise StoreError(
                 "the first snapshot could not be made whole on every rank: "
-                f"{pipeline.broken or dict(pipeline.counts.dropped)}"
+                f"{pipeline.ended or dict(pipeline.counts.dropped)}"
             )
         pipeline.counts = SnapshotCounts()  # the baseline is no steady-state snapshot
         for arena in arenas.all():

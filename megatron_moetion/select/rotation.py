@@ -67,7 +67,7 @@ class Rotation:
         """Whether a slice's gradients have been zero in every iteration since its capture."""
         self._roots: dict[int, int | None] = {iteration: min(bases.values(), default=iteration)}
         """For recent iterations the oldest capture that one of them needs; None: it cannot be reached."""
-        self._open: tuple[int, Turn, frozenset[int]] | None = None
+        self._open: tuple[int, Turn] | None = None
         self._stable = iteration
         self._broken = -1
         self._unreachable: set[int] = set()
@@ -95,15 +95,18 @@ class Rotation:
         captures = tuple(u for u in self._groups[longest] if not self._is_spared(u, iteration))
         return Turn(groups=(longest,), captures=captures, logs=logs)
 
-    def begin(self, iteration: int, turn: Turn, zero: frozenset[int]) -> None:
-        """The snapshot of ``iteration`` is being made; ``zero``: ``LOG`` units whose gradient is zero."""
-        self._open = (iteration, turn, zero)
+    def begin(self, iteration: int, turn: Turn) -> None:
+        """The snapshot of ``iteration`` is being made."""
+        self._open = (iteration, turn)
 
-    def packed(self, *, is_there: bool, captured: bool, late: bool) -> None:
-        """The fate of the last snapshot on this rank; ``captured``: with its turn's captures, ``late``: why not."""
+    def packed(self, *, is_there: bool, captured: bool, late: bool, zero: frozenset[int]) -> None:
+        """The fate of the last snapshot on this rank.
+
+        ``captured``: with its turn's captures, ``late``: why not, ``zero``: ``LOG`` units whose gradient is zero.
+        """
         if self._open is None:
             return
-        (iteration, turn, zero), self._open = self._open, None
+        (iteration, turn), self._open = self._open, None
         if not is_there:
             self._gap = iteration
             self._break_at(iteration)

@@ -6,17 +6,21 @@ from __future__ import annotations
 import ctypes
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 
 import numpy as np
 
 from megatron_moetion._C import Cancel
 from megatron_moetion._C import HostPool as HostPool  # rooms above take it from here, not from the compiled module
 from megatron_moetion.arrays import Bytes, Digests, Int64s
-from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.snapshot.device import DEFAULT_SMS, DevicePacker, device_pool
+from megatron_moetion.clock import Clock, SystemClock
+from megatron_moetion.errors import DeviceFault, UnsupportedState
+from megatron_moetion.snapshot.device import DEFAULT_SMS, HEAD_BYTES, TIMEOUT_S, DevicePacker, Pace, device_pool
 from megatron_moetion.snapshot.digest import capture_digests, scatter_digests
 from megatron_moetion.snapshot.plan import BATCH_BYTES, Targets, Templates, batch_of, groups, template
 from megatron_moetion.units import ALIGNMENT_BYTES, Inventory, UnitKind, align_up
+
+_CLOCK = SystemClock()
 
 
 class Packer:
@@ -27,6 +31,9 @@ class Packer:
     (``at_once`` regions and the host state) is copied into a staging buffer by ``freeze``, gradients into one on their
     own device; everything else is read straight from the live tensors by ``pack``. ``device`` is what
     ``device_packer`` gives for the inventory.
+
+    ``freeze`` only enqueues what a device copies. ``settle`` and ``pack``, in the packing thread, wait for that; the
+    thread that trains waits in ``staged`` alone.
     """
 
     def __init__(
@@ -37,13 +44,17 @@ class Packer:
         device: DevicePacker | None,
         *,
         batch_bytes: int = BATCH_BYTES,
+        clock: Clock = _CLOCK,
     ) -> None:
         self._inventory = inventory
         self._pool = pool
         self._device = device
         self._batch_bytes = batch_bytes
+        self._clock = clock
         self._cancel = Cancel()
         self._is_frozen = True
+        self.waited_s = 0.0
+        """Time that the training thread waited in ``staged`` for a device."""
         self._host_units = inventory.of_kind(UnitKind.HOST)
         self._on_device = _units_on_device(inventory)
         assert bool(self._on_device) == (device is not None), "a device packs its units, and only these"
@@ -51,19 +62,25 @@ class Packer:
         self._is_on_device[list(self._on_device)] = True
         logs = [u for u in inventory.of_kind(UnitKind.LOG) if u in self._on_device]
         self._staged, nbytes = _staging_offsets(inventory, [u for u in range(len(inventory.units)) if u not in logs])
+        heads_at, nbytes = nbytes, nbytes + HEAD_BYTES * len(logs)
         self._staging: Bytes = (
             self._device.pinned(nbytes) if self._device is not None else np.zeros(nbytes, dtype=np.uint8)
         )
         self._zeros: Bytes = np.zeros(0, dtype=np.uint8)
         base = self._staging.ctypes.data
         staged = {key: base + offset for key, offset in self._staged.items()}
-        self.device_staging_bytes = 0
-        """Memory of the device that gradients are kept in until they are packed."""
         if logs and self._device is not None:
-            on_device, self.device_staging_bytes = _staging_offsets(inventory, logs)
-            base = self._device.keep_staging(self.device_staging_bytes)
+            on_device, on_device_bytes = _staging_offsets(inventory, logs)
+            base = self._device.keep_staging(on_device_bytes)
             staged |= {key: base + offset for key, offset in on_device.items()}
-        self._frozen_by_device = _rows(inventory, staged, self._on_device)
+        self._heads = self._staging[heads_at:].reshape(-1, HEAD_BYTES)
+        """The first bytes of the gradient of each ``LOG`` unit in device memory, uint8[n, HEAD_BYTES]."""
+        self._heads[:] = 0
+        self._head_of = {u: row for row, u in enumerate(logs)}
+        heads = [_head(inventory, u, self._heads[row].ctypes.data) for u, row in self._head_of.items()]
+        self._frozen_by_device = np.concatenate(
+            [_rows(inventory, staged, self._on_device), np.array(heads, dtype=np.int64).reshape(-1, 3)]
+        )
         on_host = frozenset(range(len(inventory.units))) - self._on_device - {*self._host_units}
         self._frozen_by_host = _rows(inventory, staged, on_host)
         self._log_spans = _spans(inventory, staged)
@@ -105,10 +122,25 @@ class Packer:
         if self._device is not None:
             self._device.release()
 
+    @property
+    def settle_limit_s(self) -> float:
+        """How long ``settle`` may wait for a device; 0 where there is none, and what ``freeze`` copies is there."""
+        return self._device.timeout_s if self._device is not None else 0.0
+
+    @property
+    def fault(self) -> str | None:
+        """Why nothing can be packed any more, a device's failure; None while all is well."""
+        return self._device.fault if self._device is not None else None
+
+    def bytes_on_device(self, units: Int64s) -> int:
+        """Bytes of the captures of those of these units that lie in device memory."""
+        return int(self._templates.nbytes[units[self._is_on_device[units]]].sum())
+
     def freeze(self, host_state: bytes) -> None:
         """Copy what cannot wait. ``host_state`` must fit the host unit's ``reserved_bytes``.
 
-        Where the device is too late for that, ``pack`` returns None until the next ``freeze``.
+        A device copies in the order of training's stream; nobody waits for it here. Where it is late with an earlier
+        snapshot, ``pack`` returns None until the next ``freeze``. ``DeviceFault`` where the device fails.
         """
         if self._device is not None:
             self._is_frozen = self._device.freeze(self._frozen_by_device)
@@ -124,31 +156,59 @@ class Packer:
             area[len(host_state) :] = 0
 
     def staged(self, unit: int, region: int) -> Bytes:
-        """The bytes of an ``at_once`` region as of the last ``freeze``."""
+        """The bytes of an ``at_once`` region as of the last ``freeze``.
+
+        Waits for a device, as long as its limit allows; for this thread, before ``pack`` begins in another one. Where
+        it is late, or has failed, the bytes are those of some earlier ``freeze`` and ``pack`` packs nothing.
+        """
+        if self._device is not None and unit in self._on_device and self._is_frozen:
+            began = self._clock.monotonic()
+            with suppress(DeviceFault):  # the packing thread meets it, and drops the snapshot
+                self._is_frozen = self._device.settle(self._cancel)
+            self.waited_s += self._clock.monotonic() - began
         offset = self._staged[(unit, region)]
         return self._staging[offset : offset + self._inventory.units[unit].regions[region].nbytes]
 
-    def zero_logs(self, units: Sequence[int]) -> frozenset[int]:
-        """Those of these ``LOG`` units whose gradients were all zero bytes at the last ``freeze``."""
+    def settle(self) -> bool:
+        """Wait until what ``freeze`` copies is there; False if cancelled or late.
+
+        ``DeviceFault`` where the device fails.
+        """
+        return self._is_frozen and (self._device is None or self._device.settle(self._cancel))
+
+    def zero_logs(self, units: Sequence[int]) -> frozenset[int] | None:
+        """Those of these ``LOG`` units whose gradients were all zero bytes at the last ``freeze``. Waits as ``settle``.
+
+        None if cancelled or late, ``DeviceFault`` where the device fails.
+        """
+        if not self.settle():
+            return None
         here = np.array([u for u in units if u not in self._on_device], dtype=np.int64)
         first = self._staging.view(np.uint64)[self._first_words[here]]  # of nearly all gradients it is not zero
         found = {u for u in here[first == 0].tolist() if _is_zero(*self._log_spans[u])}
-        if self._device is not None:
-            there = [u for u in units if u in self._on_device]
-            zero = self._device.are_zero([self._log_spans[u] for u in there])
-            found |= {u for u, is_zero in zip(there, zero, strict=True) if is_zero}
+        there = [u for u in units if u in self._on_device and not self._heads[self._head_of[u]].any()]
+        if there and self._device is not None:
+            spans = np.array([self._log_spans[u] for u in there], dtype=np.int64)
+            zero = self._device.are_zero(spans[:, 0], spans[:, 1], self._pool, self._cancel)
+            if zero is None:
+                return None
+            found |= {u for u, is_zero in zip(there, zero.tolist(), strict=True) if is_zero}
         return frozenset(found)
 
     def pack(
-        self, targets: Targets, between: Callable[[], None], on_enqueued: Callable[[], None] | None = None
+        self,
+        targets: Targets,
+        between: Callable[[], None],
+        on_enqueued: Callable[[], None] | None = None,
+        pace: Pace | None = None,
     ) -> Digests | None:
         """Copy captures and fill their chunk digests; returns the capture digests, uint64[n].
 
         None if cancelled or late. ``between`` is called after each batch, ``on_enqueued`` when all host copies are done
-        and all device copies are enqueued: from then on ``hold_stream`` protects what is still to be read.
-        ``DeviceFault`` where the device fails.
+        and all device copies are enqueued: from then on ``hold_stream`` protects what is still to be read. ``pace``
+        says when a device's batches leave, None: at once. ``DeviceFault`` where the device fails.
         """
-        if not self._is_frozen or not (self._device is None or self._device.settle(self._cancel)):
+        if not self.settle():
             return None
         is_theirs = self._is_on_device[targets.units]
         for group in groups(self._templates, targets[~is_theirs], self._batch_bytes):
@@ -159,7 +219,7 @@ class Packer:
             scatter_digests(self._pool, digests, group.digests, self._templates.num_chunks[group.units])
             between()
         if self._device is not None:
-            if not self._device.pack(targets[is_theirs], self._pool, self._cancel, between, on_enqueued):
+            if not self._device.pack(targets[is_theirs], self._pool, self._cancel, between, on_enqueued, pace):
                 return None
         elif on_enqueued is not None:
             if self._cancel.is_set():  # after the last byte was read: whoever cancels later may write at once
@@ -214,12 +274,18 @@ class Packer:
 
 
 def device_packer(
-    inventory: Inventory, chunk_bytes: int, *, rank: int = 0, num_sms: int = DEFAULT_SMS
+    inventory: Inventory,
+    chunk_bytes: int,
+    *,
+    rank: int = 0,
+    num_sms: int = DEFAULT_SMS,
+    timeout_s: float = TIMEOUT_S,
 ) -> DevicePacker | None:
     """What packs the units in device memory; None where there are none.
 
-    ``rank`` names this process in errors, ``num_sms`` bounds how many of a GPU's multiprocessors packing takes. Raises
-    ``UnsupportedState`` for state on several devices, or a unit that lies on a device in part.
+    ``rank`` names this process in errors, ``num_sms`` bounds how many of a GPU's multiprocessors packing takes, and
+    what is not done in ``timeout_s`` is late. Raises ``UnsupportedState`` for state on several devices, or a unit that
+    lies on a device in part.
     """
     found = _units_on_device(inventory)
     if not found:
@@ -227,7 +293,7 @@ def device_packer(
     units = [inventory.units[i] for i in sorted(found)]
     (device,) = {r.device for u in units for r in u.regions}
     pool = device_pool(device, units, chunk_bytes, rank=rank, num_sms=num_sms)
-    return DevicePacker(device, pool, units)
+    return DevicePacker(device, pool, units, chunk_bytes=chunk_bytes, timeout_s=timeout_s)
 
 
 def _units_on_device(inventory: Inventory) -> frozenset[int]:
@@ -272,6 +338,12 @@ def _spans(inventory: Inventory, staged: _Places) -> dict[int, tuple[int, int]]:
     """Address and size of each ``LOG`` unit's staged gradients, which lie one behind the other."""
     logs = inventory.of_kind(UnitKind.LOG)
     return {u: (staged[u, 0], inventory.units[u].nbytes) for u in logs}
+
+
+def _head(inventory: Inventory, unit: int, address: int) -> tuple[int, int, int]:
+    """The copy of the beginning of a ``LOG`` unit's gradient: source, destination, nbytes."""
+    region = inventory.units[unit].regions[0]
+    return region.address, address, min(HEAD_BYTES, region.nbytes)
 
 
 def _is_zero(address: int, nbytes: int) -> bool:

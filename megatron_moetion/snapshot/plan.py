@@ -7,7 +7,7 @@ what one digest covers: ``(destination, nbytes, first piece, number of pieces)``
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +17,7 @@ from megatron_moetion.units import Unit
 
 BATCH_BYTES = 32 << 20
 """Captures per call into a pool: small enough that a dropped snapshot stops soon."""
+DIGEST_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -143,14 +144,62 @@ def template(unit: Unit, chunk_bytes: int, sources: Mapping[int, int]) -> Templa
 
 def groups(templates: Templates, targets: Targets, batch_bytes: int) -> list[Targets]:
     """Captures, in order, in groups of at most ``batch_bytes`` (at least one capture each)."""
-    ends = np.cumsum(templates.nbytes[targets.units])
-    found: list[Targets] = []
+    return [targets[first:end] for first, end in cuts(templates.nbytes[targets.units], batch_bytes)]
+
+
+def cuts(nbytes: Int64s, batch_bytes: int) -> Iterator[tuple[int, int]]:
+    """First and end row of parts of at most ``batch_bytes``, at least one row each."""
+    ends = np.cumsum(nbytes)
     first = done = 0
-    while first < len(targets):
+    while first < len(nbytes):
         end = max(first + 1, int(np.searchsorted(ends, done + batch_bytes, side="right")))
-        found.append(targets[first:end])
+        yield first, end
         first, done = end, int(ends[end - 1])
-    return found
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Chunks:
+    """Consecutive chunks of captures, the unit that a device packs in. One row a chunk."""
+
+    rows: Int64s
+    """Of ``Templates.chunks``."""
+    nbytes: Int64s
+    addresses: Int64s
+    """Of the first byte of the capture that the chunk belongs to."""
+    digests: Int64s
+    """Addresses of the chunks' digests."""
+
+    @classmethod
+    def of(cls, templates: Templates, targets: Targets) -> Chunks:
+        """All chunks of these captures, capture by capture."""
+        counts = templates.num_chunks[targets.units]
+        rows = templates.rows_of_chunks(targets.units)
+        return cls(
+            rows=rows,
+            nbytes=templates.chunks[rows, 1],
+            addresses=np.repeat(targets.addresses, counts),
+            digests=np.repeat(targets.digests, counts) + DIGEST_BYTES * counted(counts),
+        )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, part: slice) -> Chunks:
+        return Chunks(
+            rows=self.rows[part],
+            nbytes=self.nbytes[part],
+            addresses=self.addresses[part],
+            digests=self.digests[part],
+        )
+
+    def batches(self, batch_bytes: int) -> list[Chunks]:
+        """Cut into parts of at most ``batch_bytes``, at least one chunk each."""
+        return [self[first:end] for first, end in cuts(self.nbytes, batch_bytes)]
+
+    def digest_runs(self) -> tuple[Int64s, Int64s]:
+        """Address and number of digests of each run that lies together, which is what one capture has here."""
+        begins = np.flatnonzero(np.diff(self.digests, prepend=-1) != DIGEST_BYTES)
+        return self.digests[begins], np.diff(begins, append=len(self.digests))
 
 
 def batch_of(templates: Templates, targets: Targets) -> Batch:

@@ -158,7 +158,8 @@ def _careless(trainer: Trainer, state: MegatronState) -> list[str | None]:
             trainer.train_step()
         for chunk in trainer.model if zeroed else ():
             chunk.zero_grad_buffer()
-        found.append(state.step_log.note_step(99).problem)
+        note = state.step_log.note_step(99)
+        found.append(note.problem or note.check())
     return found
 
 

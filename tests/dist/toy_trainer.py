@@ -518,9 +518,9 @@ class TroubledPacker(Packer):
         super().__init__(inventory, chunk_bytes, pool, None, batch_bytes=1 << 14)
         self._trouble = trouble
 
-    def pack(self, targets: Any, between: Any, on_enqueued: Any = None) -> Any:
+    def pack(self, targets: Any, between: Any, *rest: Any) -> Any:
         self._trouble.pack()
-        return super().pack(targets, between, on_enqueued)
+        return super().pack(targets, between, *rest)
 
 
 class TroubledChannel:

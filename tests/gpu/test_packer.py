@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import re
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -116,6 +118,106 @@ def test_a_capture_holds_what_the_training_stream_had_done_by_then(arena: Arena)
         found = torch.from_numpy(payload(arena, big)[offset : offset + region.nbytes].copy()).view(tensor.dtype)
         assert torch.equal(found, tensor.cpu())
     assert packer.staged(1, 0).view(np.int64).tolist() == [100, 101, 102, 103, 104]
+    packer.close()
+
+
+def test_a_freeze_does_not_wait_for_training_and_its_copies_are_those_of_that_moment() -> None:
+    state = GpuState()
+    packer = make_packer(state.inventory, 2)
+    torch.cuda.synchronize()
+    torch.cuda._sleep(1_000_000_000)
+    state.counter.add_(100)
+    began = time.perf_counter()
+    packer.freeze(b"")
+    frozen_s = time.perf_counter() - began
+    state.counter.add_(1000)
+    assert packer.staged(1, 0).view(np.int64).tolist() == [100, 101, 102, 103, 104]
+    assert frozen_s < 0.2, "the sleep alone takes about half a second"
+    assert packer.waited_s > frozen_s
+    packer.close()
+
+
+def test_the_engines_are_measured_once_and_the_choice_is_said(arena: Arena) -> None:
+    packer = make_packer(GpuState().inventory, 2)
+    packer.adopt(arena.memory)
+    assert re.search(r"from \d+ KiB on \(measured with \d+ MiB in runs of 4096 KiB: [\d.]+ GB/s", packer.note), (
+        packer.note
+    )
+    note = packer.note
+    packer.close()
+    packer.adopt(arena.memory)
+    assert packer.note == note
+    packer.close()
+
+
+def test_gradients_of_zeros_are_found_on_the_device() -> None:
+    gradients = [torch.zeros(n, device=DEVICE) for n in (5_000_000, 300_000, 17)]
+    gradients[1][200_000] = 1e-30
+    units = []
+    for number, gradient in enumerate(gradients):
+        region = Region(
+            unit=f"{number}.grad", tensor="g", role=Role.GRAD, dtype="torch.float32", start=0,
+            nbytes=4 * len(gradient), address=gradient.data_ptr(), device=DEVICE, at_once=True,
+        )  # fmt: skip
+        units.append(Unit(name=f"{number}.grad", kind=UnitKind.LOG, regions=(region,)))
+    packer = make_packer(Inventory(units=tuple(units)), 2)
+    packer.freeze(b"")
+    for gradient in gradients:  # as the next iteration does
+        gradient.fill_(1.0)
+    assert packer.zero_logs((0, 1, 2)) == {0, 2}
+    packer.close()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has one GPU")
+def test_another_current_device_of_the_packing_thread_changes_nothing(arena: Arena) -> None:
+    state = GpuState()
+    packer = make_packer(state.inventory, 2)
+    packer.adopt(arena.memory)
+    packer.freeze(b"")
+    used = torch.cuda.memory_reserved(1)
+    found: list[Any] = []
+
+    def pack() -> None:
+        torch.cuda.set_device(1)
+        found.append(packer.pack(acquire(arena, (0,))[1], lambda: None))
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    thread.join()
+    assert found[0] is not None
+    assert torch.cuda.memory_reserved(1) == used
+    packer.close()
+
+
+def test_a_graph_may_be_captured_while_another_thread_packs(arena: Arena) -> None:
+    """Also in the mode in which a capture forbids all threads most calls of the runtime."""
+    state = GpuState()
+    packer = make_packer(state.inventory, 2)
+    packer.adopt(arena.memory)
+    packer.freeze(b"")
+    static = torch.zeros(1000, device=DEVICE)
+    torch.cuda.synchronize()
+    is_over, packed = threading.Event(), list[bool]()
+
+    def pack() -> None:
+        _, targets = acquire(arena, (0,))
+        while not is_over.is_set():
+            packed.append(packer.pack(targets, lambda: None) is not None)
+
+    thread = threading.Thread(target=pack)
+    thread.start()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="global"):
+        for _ in range(200):
+            static.add_(1)
+        while len(packed) < 3:
+            time.sleep(0.001)
+    is_over.set()
+    thread.join()
+    static.zero_()
+    graph.replay()
+    assert static.unique().tolist() == [200.0]
+    assert all(packed)
     packer.close()
 
 

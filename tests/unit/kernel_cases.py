@@ -85,10 +85,15 @@ class HostBackend:
 
 
 class DeviceBackend:
-    """``DevicePool``. The device ``model:0`` has host memory; a GPU's tests override where memory is."""
+    """``DevicePool``. The device ``model:0`` has host memory; a GPU's tests override where memory is.
 
-    def __init__(self, device: str = "model:0", copy_engine_bytes: int | None = None, num_sms: int = 8) -> None:
-        self.pool = _C.DevicePool(device, rank=0, max_pieces=40_000, max_chunks=12_000, num_sms=num_sms)
+    ``seed`` is the model's.
+    """
+
+    def __init__(
+        self, device: str = "model:0", copy_engine_bytes: int | None = None, num_sms: int = 4, seed: int = 0
+    ) -> None:
+        self.pool = _C.DevicePool(device, rank=0, max_pieces=40_000, max_chunks=12_000, num_sms=num_sms, seed=seed)
         self.copy_engine_bytes = copy_engine_bytes
         self.stream = 0
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support import Network, ToyFabric, ToyState, blueprint, scheduler, together
+from support import Network, ToyFabric, ToyState, blueprint, make_device, on_device, scheduler, together
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.recover.disk import Disk
@@ -18,7 +18,7 @@ from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.session import Session
-from megatron_moetion.snapshot.packer import HostPool, Packer, device_packer
+from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.units import Inventory
 
 
@@ -26,6 +26,13 @@ class Adapter(ToyState):
     """A toy state that knows whose it is."""
 
     rank = 0
+
+
+class OnDevice(Adapter):
+    """An adapter whose state lies in the memory of the model of a device."""
+
+    def inventory(self) -> Inventory:
+        return on_device(super().inventory())
 
 
 @dataclass
@@ -57,7 +64,7 @@ class TroubledPacker(Packer):
 
 
 class Job:
-    """One attempt of a job: ranks, one a node, that train in step."""
+    """One attempt of a job: ranks, one a node, that train in step. ``device``: by rank, options of ``make_device``."""
 
     def __init__(
         self,
@@ -68,6 +75,7 @@ class Job:
         max_restarts: int = 0,
         host: Mapping[str, Any] | None = None,
         state: type[ToyState] | None = None,
+        device: Mapping[int, Mapping[str, Any]] | None = None,
         **settings: object,
     ) -> None:
         ranks = 2
@@ -84,6 +92,7 @@ class Job:
         self.disturbances = [Disturbance() for _ in range(ranks)]
         self.fabrics = [ToyFabric(self.network, r, tuple(range(ranks))) for r in range(ranks)]
         self._host = host or {}
+        self._device = device or {}
         self.prepared: list[Prepared] = together(*(lambda r=r: self._prepare(r, attempt) for r in range(ranks)))  # type: ignore[misc]
         self.sessions: list[Session] = []
         self.iteration = 0
@@ -106,7 +115,8 @@ class Job:
         )
 
     def _make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
-        packer = TroubledPacker(inventory, config.chunk_bytes, pool, device_packer(inventory, config.chunk_bytes))
+        device = make_device(inventory, config.chunk_bytes, rank=rank, **self._device.get(rank, {}))
+        packer = TroubledPacker(inventory, config.chunk_bytes, pool, device)
         packer.disturbance = self.disturbances[rank]
         return packer
 

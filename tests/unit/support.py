@@ -29,6 +29,7 @@ from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.snapshot.device import TIMEOUT_S, DevicePacker, device_pool
 from megatron_moetion.snapshot.digest import is_intact
+from megatron_moetion.snapshot.engines import Engines
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import BATCH_BYTES, Targets
 from megatron_moetion.store.arena import Arena, Memory
@@ -191,17 +192,53 @@ def make_packer(
     rank: int = 0,
     batch_bytes: int = BATCH_BYTES,
     timeout_s: float = TIMEOUT_S,
-    fault: str = "",
     watch: Callable[[DevicePool], Any] = lambda pool: pool,
+    engines: Engines | None = None,
+    **options: Any,
 ) -> Packer:
-    """What packs these units. ``fault`` and ``watch`` are for the pool of a device, if there is one."""
-    there = [u for u in inventory.units if any(r.device != "cpu" for r in u.regions)]
-    device = None
-    if there:
-        where = there[0].regions[0].device
-        pool = device_pool(where, there, CHUNK_BYTES, rank=rank, batch_bytes=batch_bytes, fault=fault)
-        device = DevicePacker(where, watch(pool), there, batch_bytes=batch_bytes, timeout_s=timeout_s)
+    """What packs these units; for the pool of a device, if there is one, see ``make_device``."""
+    device = make_device(
+        inventory,
+        CHUNK_BYTES,
+        rank=rank,
+        batch_bytes=batch_bytes,
+        timeout_s=timeout_s,
+        watch=watch,
+        engines=engines,
+        **options,
+    )
     return Packer(inventory, CHUNK_BYTES, HostPool(num_threads), device, batch_bytes=batch_bytes)
+
+
+def make_device(
+    inventory: Inventory,
+    chunk_bytes: int,
+    *,
+    rank: int = 0,
+    batch_bytes: int = BATCH_BYTES,
+    timeout_s: float = TIMEOUT_S,
+    watch: Callable[[DevicePool], Any] = lambda pool: pool,
+    engines: Engines | None = None,
+    **options: Any,
+) -> DevicePacker | None:
+    """What packs the units of a device; None where there are none.
+
+    ``watch`` may stand before its pool, ``options`` are the pool's: ``fault`` and so on.
+    """
+    there = [u for u in inventory.units if any(r.device != "cpu" for r in u.regions)]
+    if not there:
+        return None
+    where = there[0].regions[0].device
+    pool = device_pool(where, there, chunk_bytes, rank=rank, batch_bytes=batch_bytes, **options)
+    return DevicePacker(
+        where,
+        watch(pool),
+        there,
+        chunk_bytes=chunk_bytes,
+        batch_bytes=batch_bytes,
+        timeout_s=timeout_s,
+        engines=engines,
+    )
 
 
 def node_folder(path: Path, position: int = 0, num_ranks: int = 1) -> NodeFolder:

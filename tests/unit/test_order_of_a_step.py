@@ -73,7 +73,7 @@ class Written:
 
 
 WATCHED = ("scheduler", "adapter", "protection", "pipeline", "upkeep", "mode", "agreement", "packer", "summary")
-SILENT = {"packer.staged", "packer.zero_logs", "pipeline.rounds"}
+SILENT = {"packer.staged", "pipeline.rounds"}
 """Asked by parts, at any time."""
 
 

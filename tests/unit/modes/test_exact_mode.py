@@ -17,18 +17,22 @@ from megatron_moetion.config import DEFAULT_PERIOD, MAX_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.framework import StepNote, StepReplayer
 from megatron_moetion.modes.exact import ExactBlueprint
-from megatron_moetion.modes.mode import Blueprint, Site, SnapshotMode
+from megatron_moetion.modes.mode import Blueprint, Site, SnapshotMode, Staged
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.replicate.agreement import Agreed
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.select.budget import longer_period, shortest_period
 from megatron_moetion.select.rotation import remembered_steps
+from megatron_moetion.snapshot.capture import Captured, Contents
 from megatron_moetion.snapshot.gradlog import gradient_log
-from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.manifest import NO_SLOT, Page, Records
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.sharedfile import create_arena
 from megatron_moetion.store.spec import arena_name
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
+NO_COPIES = cast(Staged, None)
+A_RECORD = Records.make(1, unit=0, iteration=1, epoch=0, slot=NO_SLOT)
 STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRAD)
 
 
@@ -230,3 +234,39 @@ def test_a_step_after_another_one_than_the_last_snapshots_cannot_be_captured(ran
         assert problem == f"after iteration {before} came {iteration}; mode 'exact' needs every one of them"
     ranks.steps[0].note = StepNote(problem="two steps")
     assert mode.note_step(6, before=4) == "two steps"
+
+
+# -- what a snapshot holds -----------------------------------------------------------------------------------
+
+
+def test_whether_gradients_are_zeros_or_were_overwritten_is_asked_when_their_copies_are_there(ranks: Ranks) -> None:
+    """Not in the training thread, which would wait for the device."""
+    mode = ranks.settle()[0]
+    mode.baseline(4, NO_COPIES)
+    logs = mode.inventory.of_kind(UnitKind.LOG)
+    check = lambda: "gradients were overwritten"
+    ranks.steps[0].note = StepNote(check=check)
+    assert mode.note_step(5, before=4) is None
+    contents, _ = mode.contents(5)
+    assert isinstance(contents, Contents)
+    assert (contents.logs, contents.zero) == (logs, ())
+    assert contents.problem is check
+    mode.packed(Captured(records=A_RECORD))
+    ranks.steps[0].note = StepNote(skipped=True)
+    mode.note_step(6, before=5)
+    contents, _ = mode.contents(6)
+    assert isinstance(contents, Contents)
+    assert (contents.logs, contents.zero) == ((), logs), "a skipped step has none"
+
+
+@pytest.mark.parametrize("is_zero", [True, False])
+def test_slices_whose_gradients_turned_out_to_be_zeros_are_left_out_of_a_turn(ranks: Ranks, is_zero: bool) -> None:
+    mode = ranks.settle()[0]
+    mode.baseline(0, NO_COPIES)
+    logs = mode.inventory.of_kind(UnitKind.LOG)
+    for iteration in range(1, 2 * DEFAULT_PERIOD + 2):
+        mode.note_step(iteration, before=iteration - 1)
+        mode.contents(iteration)
+        mode.packed(Captured(records=A_RECORD, zero=frozenset(logs if is_zero else ())))
+        mode.settle(Agreed(stable=iteration, votes=0, totals=[], recoverable={iteration: True}, whole={}, is_news=True))
+    assert (mode.scalars()["moetion/spared-bytes"] > 0) == is_zero

@@ -321,11 +321,11 @@ def test_whatever_turns_were_taken_the_newest_iteration_comes_back(seed: int, pe
             run.toy.train(iteration, [run.elements(u) for u in quiet], skip)
             run.images.append(run.toy.image())
             zero = [u for u in turn.logs if skip or u in {run.log.log_of[q] for q in quiet}]
-            rotation.begin(iteration, turn, frozenset(zero))
+            rotation.begin(iteration, turn)
             if not dropped:
                 logs = [u for u in turn.logs if u not in zero]
                 run.capture(iteration, (*run.log.always, *logs, *(() if late else turn.captures)), zero)
-            rotation.packed(is_there=not dropped, captured=not late, late=late)
+            rotation.packed(is_there=not dropped, captured=not late, late=late, zero=frozenset(zero))
             free_old(run, iteration)
         newest = max(i for i in range(steps + 1) if run.choose(i) is not None)
         assert newest == max(rotation.reachable({i: True for i in range(steps + 1)}))

@@ -160,7 +160,7 @@ class Side:
     rounds: dict[int, bool]
     open: set[int] = field(default_factory=set)
     queue: list[tuple[int, tuple[Record, ...]]] = field(default_factory=list)
-    last: tuple[bool, bool, bool] = (False, False, False)
+    last: tuple[bool, bool, bool, frozenset[int]] = (False, False, False, frozenset())
     """Of the newest snapshot: whether it is there, with its captures, and whether these were late."""
     turns: dict[int, Turn] = field(default_factory=dict)
     no_room: list[int] = field(default_factory=list)
@@ -215,8 +215,8 @@ class Cluster:
     def on_step_end(self, rank: int, iteration: int, weather: Weather) -> Iterator[None]:
         """``Session.on_step_end``; yields after each thing that others may see."""
         side = self.sides[rank]
-        is_there, captured, late = side.last
-        side.rotation.packed(is_there=is_there, captured=captured, late=late)
+        is_there, captured, late, zero = side.last
+        side.rotation.packed(is_there=is_there, captured=captured, late=late, zero=zero)
         learned = self.learn(rank, iteration)
         side.recent = [iteration, *side.recent][:WINDOW]
         rounds = dict(sorted(side.rounds.items())[-WINDOW:])
@@ -254,7 +254,7 @@ class Cluster:
         turn = side.turns[iteration] = side.rotation.turn(iteration)
         skipped = self.draw.random() < weather.skipped
         zero = frozenset(u for u in turn.logs if skipped or self.draw.random() < weather.zero * (u % 3))
-        side.rotation.begin(iteration, turn, zero)
+        side.rotation.begin(iteration, turn)
         staged = [self.record(rank, u, iteration) for u in (*log.always, *turn.logs) if u not in zero]
         optional = [self.record(rank, u, iteration) for u in turn.captures]
         zeros = [self.record(rank, u, iteration, zero=True) for u in sorted(zero)]
@@ -270,7 +270,7 @@ class Cluster:
             captured = not late
         records = () if dropped else (*staged, *(optional if captured else ()), *zeros)
         arena.add(records)
-        side.last = (not dropped, captured and not dropped, late and not dropped)
+        side.last = (not dropped, captured and not dropped, late and not dropped, zero)
         side.queue.append((iteration, records))
 
     def is_round_open(self, rank: int) -> bool:

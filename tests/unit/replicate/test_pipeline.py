@@ -14,6 +14,7 @@ import pytest
 from session_job import Job
 from support import (
     POOL,
+    ManualClock,
     Network,
     ToyState,
     WatchedPool,
@@ -32,6 +33,7 @@ from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.pipeline import Pipeline, Skip
 from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import SystemThreads, Threads, Worker
+from megatron_moetion.schedule.pace import EvenPace
 from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.store.arena import Arena
@@ -82,6 +84,8 @@ class Rig:
         **packing: Any,
     ) -> None:
         self.state = ToyState(num_experts=2)
+        self.clock = ManualClock()
+        """Of the pace: it stands still."""
         inventory = place(self.state.inventory())
         self.arena: Arena = make_arena(folder, self.state, copies=copies)
         self.pool: Any = None
@@ -96,6 +100,7 @@ class Rig:
             epoch=0,
             probe=no_probe,
             packed=lambda begin_s, end_s, nbytes: self.packed.append((end_s - begin_s, nbytes)),
+            pace=EvenPace(self.clock, (threads or SystemThreads()).event()),
             clock=SystemClock(),
             threads=threads or SystemThreads(),
         )
@@ -154,11 +159,11 @@ def test_a_late_pack_is_cancelled_dropped_and_its_slots_are_free(
     rig = Rig(tmp_path, lambda iteration: True, copies=1)
     pack = rig.packer.pack
 
-    def slow(targets: Targets, between: Callable[[], None], given: Callable[[], None] | None = None) -> Any:
+    def slow(targets: Targets, between: Callable[[], None], *rest: Any) -> Any:
         deadline = time.monotonic() + 10
         while not rig.packer.is_cancelled and time.monotonic() < deadline:
             time.sleep(0.002)
-        return pack(targets, between, given)
+        return pack(targets, between, *rest)
 
     with monkeypatch.context() as patch:
         patch.setattr(rig.packer, "pack", slow)
@@ -184,6 +189,7 @@ def test_training_waits_for_a_device_on_the_device_and_not_on_the_host(
     rig = Rig(tmp_path, lambda iteration: True, place=on_device)
     rig.packer.adopt(rig.arena.memory)
     rig.packer.freeze(b"host")
+    assert rig.packer.settle()
     rig.calls.clear()
     has_landed, finish = threading.Event(), rig.pool.finish
 
@@ -213,6 +219,7 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
     rig = Rig(tmp_path, lambda iteration: True, place=on_device, copies=1, batch_bytes=1)
     rig.packer.adopt(rig.arena.memory)
     rig.packer.freeze(b"host")
+    assert rig.packer.settle()
     has_landed, wait = threading.Event(), rig.pool.wait
     monkeypatch.setattr(rig.pool, "wait", lambda *a, **o: has_landed.wait(0.001) and wait(*a, **o), raising=False)
     for iteration in (1, 2):  # the second one finds the device still busy with the first
@@ -222,6 +229,7 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
         rig.state.step(iteration)
         rig.pipeline.finish()
         assert rig.pipeline.counts.dropped == {"late": iteration}
+        rig.packer.freeze(b"host")  # refused: the device may still write what it was told to
     has_landed.set()
     rig.packer.freeze(b"host")
     rig.pipeline.submit(3, Contents(units=rig.everything))
@@ -231,6 +239,94 @@ def test_training_waits_for_a_late_device_as_long_as_it_is_told_and_the_next_sna
     assert rig.pipeline.counts.dropped == {"late": 2}
     for record in rig.arena.page.records:
         assert is_whole(rig.arena, record)
+    rig.pipeline.close()
+    rig.packer.close()
+
+
+class Waits(SystemThreads):
+    """Threads whose waits with a certain limit are written down, with what is so when they begin."""
+
+    def __init__(self, limit_s: float, what: Callable[[], bool]) -> None:
+        self.limit_s = limit_s
+        self.what = what
+        self.found: list[bool] = []
+
+    def event(self) -> threading.Event:
+        outer = self
+
+        class Written(threading.Event):
+            def wait(self, timeout: float | None = None) -> bool:
+                if timeout == outer.limit_s:
+                    outer.found.append(outer.what())
+                return super().wait(timeout)
+
+        return Written()
+
+
+def test_the_stall_of_an_optimizer_counts_from_when_the_device_is_where_the_last_step_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host that is far ahead of its device would lose every snapshot otherwise."""
+    has_reached = threading.Event()
+    threads = Waits(9.5, has_reached.is_set)
+    rig = Rig(tmp_path, lambda iteration: True, place=on_device, threads=threads)
+    rig.packer.adopt(rig.arena.memory)
+    wait = rig.pool.wait
+    monkeypatch.setattr(rig.pool, "wait", lambda *a, **o: has_reached.wait(0.001) and wait(*a, **o), raising=False)
+    rig.take(1)  # returns, although training's stream has not come to the copies
+    timer = threading.Timer(0.2, has_reached.set)
+    timer.start()
+    rig.pipeline.finish_packing(9.5)
+    timer.join()
+    assert all(threads.found), "nobody was impatient before"
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {1}
+    assert rig.pipeline.counts.waited_for_device_s > 0
+    rig.pipeline.close()
+    rig.packer.close()
+
+
+@pytest.mark.parametrize("who", ["optimizer", "drain", "close", "abandon"])
+def test_whoever_waits_for_a_snapshot_ends_its_pauses(tmp_path: Path, who: str) -> None:
+    """Bytes are spread over 800 s by what the first iteration has taught; this test would wait for them."""
+    rig = Rig(tmp_path, lambda iteration: True, place=on_device, batch_bytes=4096)
+    rig.packer.adopt(rig.arena.memory)
+    rig.take(1)
+    rig.clock.now_s += 1000.0
+    rig.pipeline.finish_packing(10)
+    rig.pipeline.finish()
+    rig.calls.clear()
+    rig.take(2)
+    while "pack_uploaded" not in " ".join(rig.calls):
+        time.sleep(0.001)
+    assert " ".join(rig.calls).count("pack_uploaded") == 1, "the second batch is not due"
+    if who == "close":
+        rig.pipeline.close()
+        rig.packer.close()
+        return
+    if who == "abandon":
+        assert rig.pipeline.abandon(10)
+    else:
+        if who == "optimizer":
+            rig.pipeline.finish_packing(10)
+        rig.pipeline.drain()
+    assert rig.pipeline.whole == {1, 2}
+    rig.pipeline.close()
+    rig.packer.close()
+
+
+def test_an_iteration_without_a_snapshot_leaves_nothing_under_way_on_the_device(tmp_path: Path) -> None:
+    """Else the next copies would be refused as late, although the host is only ahead."""
+    rig = Rig(tmp_path, lambda iteration: True, place=on_device)
+    rig.packer.adopt(rig.arena.memory)
+    rig.packer.freeze(b"host")
+    rig.calls.clear()
+    rig.pipeline.submit(1, Skip(reason="gap"))
+    rig.pipeline.finish()
+    assert [c.split()[0] for c in rig.calls if c.startswith("finish")] == ["finish"]
+    rig.take(2)
+    rig.pipeline.drain()
+    assert rig.pipeline.whole == {2}
     rig.pipeline.close()
     rig.packer.close()
 
@@ -359,6 +455,7 @@ def test_over_a_real_replicator_a_dead_peer_stops_nothing(tmp_path: Path) -> Non
         epoch=0,
         probe=no_probe,
         packed=lambda *_: None,
+        pace=EvenPace(SystemClock(), threading.Event()),
         clock=SystemClock(),
         threads=SystemThreads(),
     )

@@ -47,8 +47,9 @@ class Rank:
         """One snapshot; ``zero``: slices without a gradient."""
         self.iteration += 1
         turn = self.turns[self.iteration] = self.rotation.turn(self.iteration)
-        self.rotation.begin(self.iteration, turn, frozenset(self.log.log_of[u] for u in zero) & frozenset(turn.logs))
-        self.rotation.packed(is_there=is_there, captured=captured and not late, late=late)
+        self.rotation.begin(self.iteration, turn)
+        zeros = frozenset(self.log.log_of[u] for u in zero) & frozenset(turn.logs)
+        self.rotation.packed(is_there=is_there, captured=captured and not late, late=late, zero=zeros)
         return turn
 
     def gap(self) -> None:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -13,7 +14,9 @@ from support import CHUNK_BYTES, POOL, ToyState, make_arena, no_probe
 from megatron_moetion.arrays import Digests
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import DeviceFault
+from megatron_moetion.schedule.pace import EvenPace
 from megatron_moetion.snapshot.capture import Captured, Capturer, Contents
+from megatron_moetion.snapshot.device import Pace
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.snapshot.plan import Targets
 from megatron_moetion.store.arena import Arena
@@ -28,11 +31,15 @@ class Late(Packer):
     copies: Callable[[], bool] = staticmethod(lambda: False)
 
     def pack(
-        self, targets: Targets, between: Callable[[], None], on_enqueued: Callable[[], None] | None = None
+        self,
+        targets: Targets,
+        between: Callable[[], None],
+        on_enqueued: Callable[[], None] | None = None,
+        pace: Pace | None = None,
     ) -> Digests | None:
         if self.live() if on_enqueued is not None else self.copies():
             return None
-        return super().pack(targets, between, on_enqueued)
+        return super().pack(targets, between, on_enqueued, pace)
 
 
 class Rig:
@@ -42,7 +49,13 @@ class Rig:
         self.packer = Late(state.inventory(), CHUNK_BYTES, POOL, None)
         self.reads = 0
         self.capturer = Capturer(
-            packer=self.packer, arena=self.arena, epoch=3, probe=no_probe, packed=lambda *_: None, clock=SystemClock()
+            packer=self.packer,
+            arena=self.arena,
+            epoch=3,
+            probe=no_probe,
+            packed=lambda *_: None,
+            pace=EvenPace(SystemClock(), threading.Event()),
+            clock=SystemClock(),
         )
         self.packer.freeze(b"host")
 

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from megatron_moetion.snapshot.plan import Batch, Targets, Template, Templates, batch_of, groups, template
+from megatron_moetion.snapshot.plan import Batch, Chunks, Targets, Template, Templates, batch_of, groups, template
 from megatron_moetion.units import Region, Role, Unit, UnitKind
 
 SIZES = st.lists(st.integers(1, 700), min_size=1, max_size=12)
@@ -128,3 +128,30 @@ def test_captures_that_overlap_in_the_arena_are_a_bug() -> None:
 
 def test_no_targets_no_groups() -> None:
     assert groups(Templates.of([]), targets_at((), ()), 100) == []
+
+
+@given(st.lists(SIZES, min_size=1, max_size=6), st.integers(1, 4000), st.data())
+def test_a_device_packs_chunks_in_order_and_their_digests_lie_together(
+    units: list[list[int]], batch_bytes: int, data: st.DataObject
+) -> None:
+    each = [template(unit(sizes), 256, {}) for sizes in units]
+    chosen = data.draw(st.permutations(range(len(units))).map(lambda order: order[: 1 + len(units) // 2]))
+    templates, targets = Templates.of(each), targets_at(chosen, [10**6 * (u + 1) for u in chosen])
+    batches = Chunks.of(templates, targets).batches(batch_bytes)
+    found = [row for b in batches for row in zip(b.rows, b.nbytes, b.addresses, b.digests, strict=True)]
+    assert found == [
+        (int(templates.first_chunk[u]) + n, int(nbytes), 10**6 * (u + 1), 10**6 * (u + 1) + 500_000 + 8 * n)
+        for u in chosen
+        for n, nbytes in enumerate(each[u].chunks[:, 1])
+    ]
+    for batch, following in zip(batches, [*batches[1:], None], strict=True):
+        assert batch.nbytes.sum() <= batch_bytes or len(batch) == 1
+        assert following is None or batch.nbytes.sum() + following.nbytes[0] > batch_bytes
+        addresses, counts = batch.digest_runs()
+        runs = [a + 8 * n for a, count in zip(addresses.tolist(), counts.tolist(), strict=True) for n in range(count)]
+        assert runs == batch.digests.tolist()
+        assert len(counts) == len({*batch.addresses.tolist()}), "one run a capture"
+
+
+def test_no_targets_no_batches() -> None:
+    assert Chunks.of(Templates.of([]), targets_at((), ())).batches(100) == []
