@@ -168,7 +168,7 @@ class DevicePacker:
     @property
     def pci_bus_id(self) -> str:
         """See ``Packer``; "" for the model of a device."""
-        return ""
+        return self._pool.pci_bus_id
 
     def pinned(self, nbytes: int) -> Bytes:
         """Host memory that the device reads and writes."""

@@ -10,10 +10,12 @@ import os
 from pathlib import Path
 
 import pytest
-from session_job import Job
+from session_job import Job, TroubledPacker
 from support import ToyState, on_device
 
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.run.host import Host
+from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.hostmemory import HostMemory, Linux
 from megatron_moetion.store.numa import NumaNode
 from megatron_moetion.units import Inventory
@@ -90,6 +92,32 @@ def test_the_start_says_how_long_the_arena_took_to_pin(tmp_path: Path, caplog: p
     assert all(line.endswith("), pinned 0.0 s") for line in lines)
     events = [json.loads(line) for line in (tmp_path / "events").read_text().splitlines()]
     assert [e["pin_s"] >= 0 for e in events if e["event"] == "host_memory"] == [True, True]
+
+
+class WithGpu(TroubledPacker):
+    """A packer whose device has an address."""
+
+    pci_bus_id = "0000:17:00.0"
+
+
+class GpuJob(Job):
+    """A job on a machine with a GPU, as far as memory is concerned."""
+
+    def _make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:
+        return WithGpu(inventory, config.chunk_bytes, pool, None)
+
+
+def test_memory_is_asked_for_near_the_ranks_gpu(tmp_path: Path) -> None:
+    asked: list[str] = []
+
+    def host_memory(pci_bus_id: str, num_threads: int) -> HostMemory:
+        asked.append(pci_bus_id)
+        return HostMemory(num_threads=num_threads)
+
+    job = GpuJob(tmp_path, host={"host_memory": host_memory})
+    assert asked == ["0000:17:00.0"] * 2
+    for prepared in job.prepared:
+        prepared.close()
 
 
 def test_a_machine_without_a_gpu_has_no_wish() -> None:
