@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import shutil
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -17,6 +19,10 @@ from megatron_moetion.errors import DeviceFault, IdentityMismatch, MoetionError
 from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.worker import SystemThreads
 from megatron_moetion.snapshot.packer import HostPool, Packer
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.spec import ArenaSpec, arena_name
 from megatron_moetion.units import Inventory
 
 
@@ -177,12 +183,64 @@ def test_a_run_that_recovers_and_one_that_begins_pin_each_arena_once(tmp_path: P
         job.crash()
 
 
-def test_a_run_that_begins_anew_gives_the_old_arena_back_before_it_makes_one(tmp_path: Path) -> None:
+def watch_creation(monkeypatch: pytest.MonkeyPatch, job: WatchedJob) -> None:
+    """Write down when a rank makes its own arena, and see what stands when it makes any."""
+    make = NodeFolder.create_arena
+
+    def create_arena(node: NodeFolder, name: str, spec: ArenaSpec, page: Page) -> Arena:
+        rank = int(node.path.name.removeprefix("node"))
+        assert f"{node.path}/{name}" not in Path("/proc/self/maps").read_text(), "memory is held twice"
+        if name == arena_name(rank):
+            job.adopted(rank).append(("create", False))
+        else:
+            for _ in range(1000):
+                if job.adopted(rank)[-1][0] == "adopt":
+                    break
+                time.sleep(0.01)
+            else:
+                raise AssertionError("the rank's own arena is not pinned while it makes others")
+        return make(node, name, spec, page)
+
+    monkeypatch.setattr(NodeFolder, "create_arena", create_arena)
+
+
+def assert_replaced(job: WatchedJob, rank: int) -> None:
+    """The arena that was found is given back before another one is made and pinned."""
+    done = [name for name, _ in job.adopted(rank)]
+    assert done in (["adopt", "close", "create", "adopt"], ["close", "create", "adopt"]), "it may not have begun"
+
+
+def test_a_run_that_begins_anew_gives_the_old_arenas_back_before_it_makes_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     crashed(tmp_path)
     job = WatchedJob(tmp_path, attempt=1)
+    watch_creation(monkeypatch, job)
     assert job.start(lambda: 40, lambda: 40) == [None, None], "disk is newer"
-    done = [name for name, _ in job.adopted(0)]
-    assert done in (["adopt", "close", "adopt"], ["close", "adopt"]), "the first may not have begun"
+    assert_replaced(job, 0)
+    assert_replaced(job, 1)
+    job.crash()
+
+
+def test_an_arena_of_a_dead_history_is_given_back_before_another_one_is_made(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    crashed(tmp_path)
+    shutil.move(tmp_path / "job" / "node1", tmp_path / "away")
+    shutil.rmtree(tmp_path / "job")
+    anew = Job(tmp_path, attempt=1, allow_fresh=True)
+    anew.start()
+    anew.train(1)
+    anew.crash()
+    shutil.rmtree(tmp_path / "job" / "node1")
+    shutil.move(tmp_path / "away", tmp_path / "job" / "node1")
+    job = WatchedJob(tmp_path, attempt=2)
+    watch_creation(monkeypatch, job)
+    resumed = job.start()[1]
+    assert resumed is not None
+    assert resumed.iteration == 1
+    assert job.adopted(0) == [("adopt", True)]
+    assert_replaced(job, 1)
     job.crash()
 
 
