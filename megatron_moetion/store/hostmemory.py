@@ -26,7 +26,7 @@ from megatron_moetion.store.numa import ANYWHERE, LinuxNuma, NumaCalls, NumaNode
 from megatron_moetion.store.population import Population
 
 PART_BYTES = 1 << 27
-"""What one thread populates at a time; a multiple of every huge page's size."""
+"""What one thread populates at a time; a multiple of a huge page's usual size."""
 # Since Linux 5.14; the module mmap does not name them.
 _MADV_POPULATE_READ = 22
 _MADV_POPULATE_WRITE = 23
