@@ -15,10 +15,12 @@ from megatron_moetion.clock import Clock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
+from megatron_moetion.recover.opened import Opened
+from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.recover.plan import Choose, NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
 from megatron_moetion.recover.report import ArenaReport, current_history
 from megatron_moetion.recover.restore import Mover
-from megatron_moetion.recover.survey import survey_store
+from megatron_moetion.recover.survey import share_of, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
@@ -68,6 +70,7 @@ class Startup:
         node: NodeFolder,
         spec: ArenaSpec,
         pool: HostPool,
+        pinning: Pinning,
         choose: Choose,
         retention: Callable[[ArenaSpec], Retention],
         phases: Phases,
@@ -80,6 +83,8 @@ class Startup:
         self._node = node
         self._spec = spec
         self._pool = pool
+        self._pinning = pinning
+        self._opened = Opened(node, self._pin)
         self._choose = choose
         self._retention = retention
         self._phases = phases
@@ -110,11 +115,11 @@ class Startup:
         except ConfigError as error:
             raise shared(error) from None
         node = placement.node_of[rank]
-        neighbours = placement.ranks_on(node)
-        mine = self._node.arenas()[neighbours.index(rank) :: len(neighbours)]
+        mine = share_of(rank, self._node.arenas(), node, placement)
         self._probe("survey", -1)
         found = on_all_ranks(
-            self._fabric, lambda: [r.to_json() for r in survey_store(self._node, mine, node, rank, specs, self._pool)]
+            self._fabric,
+            lambda: [r.to_json() for r in survey_store(self._opened, mine, node, rank, specs, self._pool)],
         )
         reports = current_history([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
         foreign = [r.problem for r in reports if r.foreign and r.problem]
@@ -186,8 +191,19 @@ class Startup:
         arenas, _ = on_all_ranks(self._fabric, lambda: self._open(replace(findings, reports=()), page))
         return arenas
 
+    def close(self) -> None:
+        """Let go of all arenas that are open and not handed out."""
+        self._pinning.drop()
+        self._opened.close_all()
+
+    def _pin(self, arena: Arena) -> None:
+        """This rank's own arena is registered with its device while the rank goes on."""
+        if arena.spec.identity.owner == self._fabric.rank:
+            self._pinning.begin(arena.memory)
+
     def _clear_node(self, placement: Placement) -> None:
-        """One rank a node removes earlier arenas."""
+        """Every rank lets go of earlier arenas and one rank a node removes them: new ones may need their memory."""
+        self.close()
         if self._fabric.rank == min(placement.ranks_on(placement.node_of[self._fabric.rank])):
             for name in self._node.arenas():
                 self._node.clear_arena(name)
@@ -201,14 +217,20 @@ class Startup:
         def take(owner: int) -> Arena:
             name = arena_name(owner)
             if owner in sound:
-                return self._node.open_arena(name)
+                return self._opened.take(name)
+            self._opened.close(name)
             return self._node.create_arena(name, findings.specs[owner], page)
 
+        if rank not in sound:
+            self._pinning.drop()
+        own = take(rank)
+        self._pin(own)
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
         retentions = {owner: self._retention(findings.specs[owner]) for owner in (rank, *held)}
-        arenas = OpenArenas(own=take(rank), held=held, retentions=retentions)
+        arenas = OpenArenas(own=own, held=held, retentions=retentions)
         wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
-        leftovers = {owner: self._node.open_arena(arena_name(owner)) for owner in wanted}
+        leftovers = {owner: self._opened.take(arena_name(owner)) for owner in wanted}
+        self._opened.close_all()
         self._remove_damaged(findings.reports, placement, node)
         return arenas, leftovers
 

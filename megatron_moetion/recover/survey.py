@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a node's store really holds: every arena opened, every capture verified, reported as plain values.
 
-A rank looks only at arenas of its own node.
+A rank looks only at arenas of its own node. What it will use later it looks at itself, and leaves it open.
 """
 
 from __future__ import annotations
@@ -12,33 +12,53 @@ import numpy as np
 
 from megatron_moetion.arrays import Flags
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
+from megatron_moetion.recover.opened import Opened
+from megatron_moetion.recover.plan import custodian
 from megatron_moetion.recover.report import ArenaReport
+from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.snapshot.digest import gather_digests, num_chunks_of, verify
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
-from megatron_moetion.store.node import NodeFolder
-from megatron_moetion.store.spec import ArenaSpec, check_identity
+from megatron_moetion.store.spec import ArenaSpec, arena_name, check_identity
+
+
+def share_of(rank: int, names: Sequence[str], node: int, placement: Placement) -> list[str]:
+    """Of the arenas on node number ``node``, those that this rank surveys, its own first.
+
+    They are those that it opens afterwards if they are sound. Arenas of no rank of this run go round.
+    """
+    owners = {arena_name(owner): owner for owner in range(len(placement.node_of))}
+    ranks = placement.ranks_on(node)
+    foreign = [name for name in names if name not in owners]
+    ours = [name for name in names if name in owners and custodian(owners[name], node, placement) == rank]
+    return sorted(ours, key=lambda name: owners[name] != rank) + foreign[ranks.index(rank) :: len(ranks)]
 
 
 def survey_store(
-    store: NodeFolder, names: Sequence[str], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+    opened: Opened, names: Sequence[str], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
 ) -> list[ArenaReport]:
-    """Verify the arenas of these names, on node number ``node``.
+    """Verify the arenas of these names, on node number ``node``; those without a problem stay open.
 
     ``specs[r]`` is what rank r's arena must match, and ``rank`` is the surveying rank. Arenas of other settings that
     never held anything are left over from a start that failed: they are passed over.
     """
-    reports = (_report(store, name, node, rank, specs, pool) for name in names)
-    return [r for r in reports if r is not None]
+    reports = []
+    for name in names:
+        report = _report(opened, name, node, rank, specs, pool)
+        if report is None or report.problem:
+            opened.close(name)
+        if report is not None:
+            reports.append(report)
+    return reports
 
 
 def _report(
-    store: NodeFolder, name: str, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+    opened: Opened, name: str, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
 ) -> ArenaReport | None:
-    path = store.describe(name)
+    path = opened.node.describe(name)
     try:
-        arena = store.open_arena(name)
+        arena = opened.open(name)
     except IdentityMismatch as error:
         return ArenaReport(path=path, node=node, problem=str(error), foreign=True)
     except (CorruptArena, OSError) as error:
@@ -63,8 +83,6 @@ def _report(
         if arena.page.stable < 0 and not arena.page.records:
             return None
         return ArenaReport(path=path, node=node, problem=str(error), foreign=True)
-    finally:
-        arena.close()
 
 
 def intact(arena: Arena, records: Records, pool: HostPool) -> Flags:

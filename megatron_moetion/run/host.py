@@ -14,7 +14,9 @@ from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.process import process_start
 from megatron_moetion.replicate.worker import SystemThreads, Threads
 from megatron_moetion.snapshot.packer import HostPool, Packer, device_packer
+from megatron_moetion.store.hostmemory import HostMemory
 from megatron_moetion.store.node import NodeFolder, open_node
+from megatron_moetion.store.numa import numa_node
 from megatron_moetion.units import Inventory
 
 Probe = Callable[[str, int], None]
@@ -32,6 +34,10 @@ def _make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, ra
     return Packer(inventory, config.chunk_bytes, pool, device)
 
 
+def _host_memory(pci_bus_id: str, num_threads: int) -> HostMemory:
+    return HostMemory(num_threads=num_threads, node=numa_node(pci_bus_id))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """The machine of a run: one real implementation of each part, which tests and simulations replace by others."""
@@ -43,6 +49,8 @@ class Host:
     """From settings, run id, environment, world size and clock: this node's shared memory."""
     make_packer: Callable[[Inventory, MoetionConfig, HostPool, int], Packer] = _make_packer
     """From the units that captures are made of, settings, the threads that pack, and this rank."""
+    host_memory: Callable[[str, int], HostMemory] = _host_memory
+    """From the address of this rank's GPU on the PCI bus ("" without one) and a number of threads."""
     make_probe: Callable[[MoetionConfig, int, int], Probe] = _make_probe
     """From settings, attempt and rank."""
     nonce: Callable[[], int] = lambda: secrets.randbits(32)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.framework import StateAdapter
 from megatron_moetion.modes.mode import Blueprint, Site
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
@@ -86,6 +88,10 @@ def prepare(
         pool = HostPool(_pack_threads(config, site.local_ranks))
         packer = on_all_ranks(fabric, lambda: host.make_packer(mode.inventory, config, pool, rank))
         undo.callback(packer.close)
+        pinning = Pinning(packer, host.threads, host.clock)
+        leaving = ExitStack()
+        leaving.callback(pinning.abandon)
+        memory = host.host_memory(packer.pci_bus_id, _populating_threads(site.local_ranks))
         return Prepared(
             config=config,
             adapter=adapter,
@@ -95,14 +101,15 @@ def prepare(
             host=host,
             journal=journal,
             probe=probe,
-            node=node,
+            node=replace(node, memory=memory),
             lock=lock,
             attempt=attempt,
             mode=mode,
             pool=pool,
             packer=packer,
+            pinning=pinning,
             undo=undo.pop_all(),
-            leaving=ExitStack(),
+            leaving=leaving,
         )
 
 
@@ -126,5 +133,13 @@ def _pack_threads(config: MoetionConfig, local_ranks: int) -> int:
     """Threads that pack: as set, else half of this rank's share of the cores, 1 to 8."""
     if config.pack_threads:
         return config.pack_threads
-    share = len(os.sched_getaffinity(0)) / local_ranks
-    return max(1, min(8, int(share / 2)))
+    return max(1, min(8, _share_of_cores(local_ranks) // 2))
+
+
+def _populating_threads(local_ranks: int) -> int:
+    """Threads that populate arenas: this rank's share of the cores, 1 to 16, since nobody trains meanwhile."""
+    return max(1, min(16, _share_of_cores(local_ranks)))
+
+
+def _share_of_cores(local_ranks: int) -> int:
+    return len(os.sched_getaffinity(0)) // local_ranks

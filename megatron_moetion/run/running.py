@@ -11,6 +11,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.framework import StateAdapter
 from megatron_moetion.modes.mode import SnapshotMode
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.agreement import Agreement
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.pipeline import Pipeline
@@ -83,6 +84,7 @@ class Prepared:
     mode: SnapshotMode
     pool: HostPool
     packer: Packer
+    pinning: Pinning
     undo: ExitStack
     """Closes all of it, in the right order."""
     leaving: ExitStack

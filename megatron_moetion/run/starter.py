@@ -60,6 +60,7 @@ class Starter:
             node=self._run.node,
             spec=self._run.mode.spec,
             pool=self._run.pool,
+            pinning=self._run.pinning,
             choose=self._run.mode.choose,
             retention=self._run.mode.retention,
             phases=phases,
@@ -67,6 +68,7 @@ class Starter:
             clock=self._run.host.clock,
             nonce=self._run.host.nonce(),
         )
+        self._run.undo.callback(startup.close)
         findings = startup.survey(self._run.attempt)
         plan = findings.outcome
         if self._run.fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
@@ -77,7 +79,7 @@ class Starter:
         if isinstance(plan, RecoveryPlan) and (loaded is None or loaded <= plan.iteration):
             running, resumed = self._recover(startup, findings, plan, phases, newest)
         else:
-            running = self._begin(startup, findings, loaded)
+            running = self._begin(startup, findings, loaded, phases)
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
         self._announce(running, findings)
@@ -121,11 +123,12 @@ class Starter:
     def _restore(self, fetched: Fetched, plan: RecoveryPlan, phases: Phases) -> tuple[int, Mapping[str, Any]]:
         """Verify every byte once more, then load it; the steps replayed, and the mode's part of the host state."""
         own = fetched.arenas.own
-        self._run.packer.adopt(own.memory)
         records = verified(self._run.pool, own, plan.choices[self._run.fabric.rank])
         (host_unit,) = self._run.mode.inventory.of_kind(UnitKind.HOST)
         slot = next(r.slot for r in records if r.unit == host_unit)
         phases.done("verify")
+        self._run.pinning.finish(own.memory)
+        phases.done("pin")
         state = decode(bytes(own.payload(slot)))
         replayed = self._run.mode.write_back(self._run.packer, own, records, state["adapter"], plan.iteration)
         self._run.adapter.load_host_state(state["adapter"])
@@ -168,7 +171,7 @@ class Starter:
 
     # -- beginning ------------------------------------------------------------------------------------
 
-    def _begin(self, startup: Startup, findings: Findings, loaded: int | None) -> Running:
+    def _begin(self, startup: Startup, findings: Findings, loaded: int | None, phases: Phases) -> Running:
         """Begin a new lineage, from what was loaded from disk (its iteration) or from the initial state (None)."""
         lost = self._lost(findings)
         if lost is not None and loaded is None and not self._run.config.allow_fresh:
@@ -180,8 +183,11 @@ class Starter:
                 )
             )
         iteration = loaded or 0
+        phases.done("load")
         arenas = startup.begin(findings)
-        on_all_ranks(self._run.fabric, lambda: self._run.packer.adopt(arenas.own.memory))
+        phases.done("arenas")
+        on_all_ranks(self._run.fabric, lambda: self._run.pinning.finish(arenas.own.memory))
+        phases.done("pin")
         if lost is not None:
             self._run.journal.warn_once("fresh", iteration, f"memory holds nothing to recover ({lost}); starting here")
         running = self._run.begin(arenas, findings.placement, iteration, epoch=0)
@@ -198,6 +204,8 @@ class Starter:
         for arena in arenas.all():
             arena.edit(lambda page: {"stable": iteration})
         self._run.fabric.gather("baseline")
+        phases.done("baseline")
+        self._run.journal.event("began", iteration=iteration, phases_s=dict(phases.seconds))
         return running
 
     def _lost(self, findings: Findings) -> str | None:
@@ -218,6 +226,13 @@ class Starter:
             journal.warn_once("pinned", iteration, packer.note)
         if self._run.fabric.rank:
             return
+        memory = running.arenas.own.population
+        if memory.problem is not None:
+            journal.warn_once("numa", iteration, memory.problem)
+        pin_s = self._run.pinning.seconds if packer.is_direct and packer.note else None
+        pinned = f", pinned {pin_s:.1f} s" if pin_s is not None else ""
+        journal.info(iteration, f"arena {memory.nbytes / 2**30:.1f} GiB: {memory}{pinned}")
+        journal.event("host_memory", pin_s=pin_s, **asdict(memory))
         if packer.is_direct and packer.note:
             journal.info(iteration, packer.note)
         if mode.note is not None:

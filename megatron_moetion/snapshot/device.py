@@ -165,6 +165,11 @@ class DevicePacker:
         self.fault: str | None = None
         """Why nothing can be packed any more; None while all is well. A device that has failed stays so."""
 
+    @property
+    def pci_bus_id(self) -> str:
+        """See ``Packer``; "" for the model of a device."""
+        return self._pool.pci_bus_id
+
     def pinned(self, nbytes: int) -> Bytes:
         """Host memory that the device reads and writes."""
         with naming_faults():

@@ -107,6 +107,11 @@ class Packer:
         """Whether captures are made in the adopted arena without a second copy; always so from host memory."""
         return self._device is None or self._device.is_direct
 
+    @property
+    def pci_bus_id(self) -> str:
+        """Address of the device on the PCI bus, such as ``0000:17:00.0``; "" where there is none."""
+        return self._device.pci_bus_id if self._device is not None else ""
+
     def adopt(self, memory: Bytes) -> None:
         """Get ready to pack into this arena. ``close`` before its memory goes."""
         if self._device is not None:

@@ -26,6 +26,7 @@ from megatron_moetion.store.manifest import (
     encode_page,
     successor,
 )
+from megatron_moetion.store.population import Population
 from megatron_moetion.store.spec import FORMAT_VERSION, HEADER_PREFIX_BYTES, ArenaSpec, Layout, num_chunks
 
 _NAME = b"MOETION"
@@ -49,6 +50,11 @@ class Memory(Protocol):
     @property
     def has_file(self) -> bool:
         """Whether the memory still stands under its name, so that a restart would find it."""
+        ...
+
+    @property
+    def population(self) -> Population:
+        """How it got its pages."""
         ...
 
     def make_file_again(self) -> None:
@@ -110,6 +116,11 @@ class Arena:
     def has_file(self) -> bool:
         """See ``Memory``."""
         return self._memory.has_file
+
+    @property
+    def population(self) -> Population:
+        """See ``Memory``."""
+        return self._memory.population
 
     def make_file_again(self) -> None:
         """See ``Memory``. Nobody else may use the arena meanwhile."""

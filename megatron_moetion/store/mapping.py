@@ -15,6 +15,8 @@ import weakref
 import numpy as np
 import numpy.typing as npt
 
+from megatron_moetion.store.hostmemory import PLAIN, HostMemory
+
 _libc = ctypes.CDLL(None, use_errno=True)
 _libc.mmap.restype = ctypes.c_void_p
 _libc.mmap.argtypes = [ctypes.c_void_p, ctypes.c_size_t, *[ctypes.c_int] * 3, ctypes.c_long]
@@ -25,12 +27,17 @@ _MAP_FIXED = 0x10  # Linux; the module mmap does not name it
 
 
 class MappedFile:
-    """Bytes of a file, shared and writable, faulted in. Unmapped when the last array over them has gone."""
+    """Bytes of a file, shared and writable, all in memory. Unmapped when the last array over them has gone.
 
-    def __init__(self, fd: int, nbytes: int) -> None:
+    ``OSError`` where memory is short.
+    """
+
+    def __init__(self, fd: int, nbytes: int, memory: HostMemory = PLAIN) -> None:
         self.nbytes = nbytes
         self.address = _map(None, nbytes, fd, 0)
         weakref.finalize(self, _libc.munmap, self.address, nbytes).atexit = False
+        self._memory = memory
+        self.population = memory.populate(fd, self.address, nbytes)
 
     @property
     def __array_interface__(self) -> dict[str, object]:
@@ -41,13 +48,15 @@ class MappedFile:
         return np.asarray(self)
 
     def replace(self, fd: int) -> None:
-        """Put another file of the same size in the old one's place: arrays and addresses stay good."""
+        """Put another file of the same size and contents in the old one's place: arrays and addresses stay good."""
+        copy = MappedFile(fd, self.nbytes, self._memory)  # has all of the memory before anything is given up
+        copy.array()[:] = self.array()
         _map(self.address, self.nbytes, fd, _MAP_FIXED)
+        self.population = self._memory.populate(fd, self.address, self.nbytes)
 
 
 def _map(address: int | None, nbytes: int, fd: int, flags: int) -> int:
-    flags |= mmap.MAP_SHARED | mmap.MAP_POPULATE  # page faults at start, not in the first snapshots
-    found: int | None = _libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags, fd, 0)
+    found: int | None = _libc.mmap(address, nbytes, mmap.PROT_READ | mmap.PROT_WRITE, flags | mmap.MAP_SHARED, fd, 0)
     if found is None or found == _FAILED:
         code = ctypes.get_errno()
         raise OSError(code, f"cannot map {nbytes} bytes: {os.strerror(code)}")

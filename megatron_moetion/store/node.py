@@ -17,6 +17,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.files import clear, open_regular
+from megatron_moetion.store.hostmemory import PLAIN, HostMemory
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.sharedfile import create_arena, free_bytes, open_arena, peek_arena
@@ -42,6 +43,8 @@ class NodeFolder:
     num_ranks: int
     """Ranks of the node."""
     clock: Clock
+    memory: HostMemory = PLAIN
+    """How arenas get their memory."""
 
     def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
         """See ``NodeLock.take``."""
@@ -53,12 +56,12 @@ class NodeFolder:
 
     def open_arena(self, name: str) -> Arena:
         """Open an arena for writing. Raises ``CorruptArena``, ``IdentityMismatch``: see ``store/sharedfile.py``."""
-        return open_arena(self.path / name)
+        return open_arena(self.path / name, self.memory)
 
     def create_arena(self, name: str, spec: ArenaSpec, page: Page) -> Arena:
         """Make an arena in the place of whatever stands under the name. ``StoreError`` where memory is short."""
         self.clear_arena(name)
-        return create_arena(self.path / name, spec, page)
+        return create_arena(self.path / name, spec, page, self.memory)
 
     def peek_arena(self, name: str) -> tuple[ArenaSpec, Page]:
         """Header and current manifest page, also while another process writes. Raises as ``open_arena``."""

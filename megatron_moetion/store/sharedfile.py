@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The memory of arenas: files in shared memory, which outlive the process.
 
-A file is allocated whole when it is made, so that memory cannot run out later.
+A file gets all of its memory when it is made, so that memory cannot run out later.
 """
 
 from __future__ import annotations
@@ -16,8 +16,10 @@ from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import CorruptArena, StoreError
 from megatron_moetion.store.arena import Arena, first_bytes, read_arena
 from megatron_moetion.store.files import open_regular
+from megatron_moetion.store.hostmemory import PLAIN, HostMemory
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.mapping import MappedFile
+from megatron_moetion.store.population import Population
 from megatron_moetion.store.spec import ArenaSpec
 
 
@@ -31,7 +33,9 @@ class SharedFile:
         self._inode = inode
 
     @classmethod
-    def create(cls, path: Path, nbytes: int, contents: Iterable[tuple[int, bytes]]) -> SharedFile:
+    def create(
+        cls, path: Path, nbytes: int, contents: Iterable[tuple[int, bytes]], memory: HostMemory = PLAIN
+    ) -> SharedFile:
         """Make a file of allocated memory, zeroed except for ``contents`` (offset, bytes).
 
         It appears under its name only when it is complete. Raises ``StoreError`` where memory is short.
@@ -40,7 +44,7 @@ class SharedFile:
             left.unlink(missing_ok=True)  # a process was killed while it made this file, which holds memory
 
         def fill(fd: int) -> MappedFile:
-            mapping = MappedFile(fd, nbytes)
+            mapping = MappedFile(fd, nbytes, memory)
             view = mapping.array()
             for start, data in contents:
                 view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
@@ -49,14 +53,19 @@ class SharedFile:
         return cls(path, *_new_file(path, nbytes, fill))
 
     @classmethod
-    def open(cls, path: Path) -> SharedFile:
-        """Map an existing file. Raises ``CorruptArena`` where it is no file of this user with anything in it."""
+    def open(cls, path: Path, memory: HostMemory = PLAIN) -> SharedFile:
+        """Map an existing file.
+
+        Raises ``CorruptArena`` where it is no file of this user with anything in it, or has holes that find no memory.
+        """
         fd = open_regular(path, os.O_RDWR)
         try:
             status = os.fstat(fd)
             if not status.st_size:
                 raise CorruptArena(f"{path} is empty")
-            return cls(path, MappedFile(fd, status.st_size), status.st_ino)
+            return cls(path, MappedFile(fd, status.st_size, memory), status.st_ino)
+        except OSError as error:
+            raise CorruptArena(f"{path} cannot be mapped: {error.strerror}") from error
         finally:
             os.close(fd)
 
@@ -65,6 +74,12 @@ class SharedFile:
         """See ``Memory``."""
         assert self._mapping is not None, f"{self.name} is closed"
         return self._mapping.array()
+
+    @property
+    def population(self) -> Population:
+        """See ``Memory``."""
+        assert self._mapping is not None, f"{self.name} is closed"
+        return self._mapping.population
 
     @property
     def has_file(self) -> bool:
@@ -80,9 +95,6 @@ class SharedFile:
         assert mapping is not None, f"{self.name} is closed"
 
         def copy(fd: int) -> MappedFile:
-            left = mapping.array().data
-            while left:
-                left = left[os.write(fd, left[: 1 << 30]) :]
             mapping.replace(fd)
             return mapping
 
@@ -97,18 +109,18 @@ class SharedFile:
         self._mapping = None
 
 
-def create_arena(path: Path, spec: ArenaSpec, page: Page) -> Arena:
+def create_arena(path: Path, spec: ArenaSpec, page: Page, memory: HostMemory = PLAIN) -> Arena:
     """Make a new, empty arena whose first manifest page is ``page``. ``StoreError`` where memory is short."""
-    return Arena(SharedFile.create(path, spec.nbytes, first_bytes(spec, page)))
+    return Arena(SharedFile.create(path, spec.nbytes, first_bytes(spec, page), memory))
 
 
-def open_arena(path: Path) -> Arena:
+def open_arena(path: Path, memory: HostMemory = PLAIN) -> Arena:
     """Open an arena for writing.
 
     Raises ``CorruptArena`` where it is no readable file of this user, or header or both pages fail to verify;
     ``IdentityMismatch`` where another version of the format wrote it.
     """
-    return Arena(SharedFile.open(path))
+    return Arena(SharedFile.open(path, memory))
 
 
 def peek_arena(path: Path) -> tuple[ArenaSpec, Page]:
@@ -147,10 +159,10 @@ def _new_file(path: Path, nbytes: int, make: Callable[[int], MappedFile]) -> tup
     fd = os.open(scratch, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
     try:
         try:
-            os.posix_fallocate(fd, 0, nbytes)
+            os.ftruncate(fd, nbytes)
+            mapping = make(fd)
         except OSError as error:
             raise _no_space(path.parent, nbytes) from error
-        mapping = make(fd)
         os.rename(scratch, path)
         return mapping, os.fstat(fd).st_ino
     except BaseException:

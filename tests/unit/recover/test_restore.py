@@ -9,6 +9,7 @@ import pytest
 from support import POOL, Network, ToyState, capture, find, make_arena, make_packer, node_folder, spec_of, together
 
 from megatron_moetion.errors import ChannelError, CorruptArena
+from megatron_moetion.recover.opened import Opened
 from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.survey import survey_store
@@ -57,9 +58,8 @@ class TwoNodes:
         reports = []
         for (node, _), arena in self.arenas.items():
             arena.close()
-            reports += survey_store(
-                node_folder(Path(arena.name).parent), [Path(arena.name).name], node, node, self.specs, POOL
-            )
+            opened = Opened(node_folder(Path(arena.name).parent), lambda arena: None)
+            reports += survey_store(opened, [Path(arena.name).name], node, node, self.specs, POOL)
         self.arenas = {at: open_arena(Path(a.name)) for at, a in self.arenas.items()}
         facts = [
             RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in s.units))

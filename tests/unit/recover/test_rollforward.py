@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 from support import POOL, Network, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
 
 from megatron_moetion.framework import StepNote
+from megatron_moetion.recover.opened import Opened
 from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.rollforward import roll_forward
@@ -382,7 +383,8 @@ def test_a_survey_reports_zeros_and_what_is_wrong_with_them(run: Run) -> None:
     run.arena.add(wrong)
     run.arena.close()
     name = Path(run.arena.name)
-    (found,) = survey_store(node_folder(name.parent), [name.name], node=0, rank=0, specs=[run.spec], pool=POOL)
+    opened = Opened(node_folder(name.parent), lambda arena: None)
+    (found,) = survey_store(opened, [name.name], node=0, rank=0, specs=[run.spec], pool=POOL)
     assert not found.problem
     assert set(found.captures) == set(good)
     assert sum(r.is_zero for r in found.captures) == 2

@@ -1,24 +1,33 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The survey of real arenas: only what verifies is reported, strangers are flagged, nothing is unpickled."""
+"""The survey of real arenas: only what verifies is reported, foreign arenas are flagged, nothing is unpickled."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from support import POOL, ToyState, capture, make_arena, make_packer, node_folder, spec_of
 
+from megatron_moetion.recover.opened import Opened
 from megatron_moetion.recover.report import ArenaReport
-from megatron_moetion.recover.survey import survey_store
+from megatron_moetion.recover.survey import share_of, survey_store
+from megatron_moetion.replicate.placement import place
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Branch
+from megatron_moetion.store.spec import arena_name
+
+
+def opened(folder: Path, on_open: Callable[[Arena], None] = lambda arena: None) -> Opened:
+    return Opened(node_folder(folder), on_open)
 
 
 def survey(path: Path, state: ToyState, rank: int = 0, **changes: str) -> ArenaReport:
     specs = [spec_of(state, owner, **changes) for owner in range(2)]
-    (found,) = survey_store(node_folder(path.parent), [path.name], node=3, rank=rank, specs=specs, pool=POOL)
+    (found,) = survey_store(opened(path.parent), [path.name], node=3, rank=rank, specs=specs, pool=POOL)
     return found
 
 
@@ -69,7 +78,7 @@ def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
     assert set(found.captures) == set(good)
 
 
-def test_a_stranger_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
+def test_a_foreign_arena_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state, run_id="theirs")
     arena.edit(lambda page: {"stable": 0})
@@ -94,14 +103,14 @@ def test_what_never_held_anything_and_is_of_other_settings_is_passed_over(tmp_pa
     state = ToyState()
     arena = make_arena(tmp_path, state, chunk_bytes=8192)
     arena.close()
-    here = node_folder(tmp_path)
-    assert survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL) == []
+    here = opened(tmp_path)
+    assert survey_store(here, here.node.arenas(), 0, 0, [spec_of(state)], POOL) == []
     ours = make_arena(tmp_path, state)
     ours.close()
-    assert [r.problem for r in survey_store(here, here.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
+    assert [r.problem for r in survey_store(here, here.node.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
 
 
-def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) -> None:
+def test_a_file_that_is_no_arena_is_a_problem_and_not_foreign(tmp_path: Path) -> None:
     path = tmp_path / "rank00000.arena"
     path.write_bytes(b"\x80\x04not an arena" * 1000)
     found = survey(path, ToyState())
@@ -110,7 +119,7 @@ def test_a_file_that_is_no_arena_is_a_problem_and_no_stranger(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize("kind", ["folder", "link to nothing", "pipe"])
-def test_what_is_no_regular_file_is_a_problem_and_no_stranger(tmp_path: Path, kind: str) -> None:
+def test_what_is_no_regular_file_is_a_problem_and_not_foreign(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "rank00000.arena"
     if kind == "folder":
         path.mkdir()
@@ -123,7 +132,7 @@ def test_what_is_no_regular_file_is_a_problem_and_no_stranger(tmp_path: Path, ki
     assert not found.foreign
 
 
-def test_an_arena_of_another_version_is_a_stranger_also_when_it_holds_nothing(tmp_path: Path) -> None:
+def test_an_arena_of_another_version_is_foreign_also_when_it_holds_nothing(tmp_path: Path) -> None:
     state = ToyState()
     arena = make_arena(tmp_path, state)
     arena.close()
@@ -133,9 +142,49 @@ def test_an_arena_of_another_version_is_a_stranger_also_when_it_holds_nothing(tm
     assert "another version" in found.problem
 
 
-def test_a_survey_lets_go_of_what_it_looked_at(tmp_path: Path) -> None:
+def is_mapped(path: Path) -> bool:
+    return str(path) in Path("/proc/self/maps").read_text()
+
+
+def test_what_is_sound_stays_open_for_whoever_takes_it(tmp_path: Path) -> None:
     state = ToyState()
-    arena = make_arena(tmp_path, state)
+    make_arena(tmp_path, state).close()
+    seen: list[str] = []
+    here = opened(tmp_path, lambda arena: seen.append(Path(arena.name).name))
+    assert [r.problem for r in survey_store(here, here.node.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
+    arena = here.take("rank00000.arena")
+    assert seen == ["rank00000.arena"], "mapped once"
+    here.close_all()
+    assert arena.nbytes == arena.memory.nbytes
     arena.close()
-    for _ in range(3):
-        assert not survey(Path(arena.name), state).problem
+    assert not is_mapped(tmp_path)
+
+
+@pytest.mark.parametrize("problem", ["foreign", "of other settings", "not taken"])
+def test_what_is_not_used_is_let_go(tmp_path: Path, problem: str) -> None:
+    state = ToyState()
+    arena = make_arena(tmp_path, state, run_id="ours" if problem == "not taken" else "theirs")
+    if problem == "foreign":
+        arena.edit(lambda page: {"stable": 0})
+    arena.close()
+    del arena
+    here = opened(tmp_path)
+    found = survey_store(here, here.node.arenas(), 0, 0, [spec_of(state, run_id="ours")], POOL)
+    if problem == "not taken":
+        assert is_mapped(tmp_path)
+        here.close_all()
+    assert [r.foreign for r in found] == {"foreign": [True], "of other settings": [], "not taken": [False]}[problem]
+    assert not is_mapped(tmp_path)
+
+
+@pytest.mark.parametrize("replicas", [0, 1, 2])
+def test_each_rank_surveys_what_it_opens_later_and_its_own_arena_first(replicas: int) -> None:
+    placement = place(["a", "a", "b", "b", "c", "c"], replicas)
+    names = [*(arena_name(owner) for owner in range(6)), "other.arena", "others.arena", "rank00099.arena"]
+    for node in range(3):
+        shares = {rank: share_of(rank, names, node, placement) for rank in placement.ranks_on(node)}
+        assert sorted(name for share in shares.values() for name in share) == sorted(names)
+        for rank, share in shares.items():
+            assert share[0] == arena_name(rank)
+            assert {arena_name(owner) for owner in placement.owners_held_by(rank)} <= set(share)
+        assert {sum(not n.startswith("rank0000") for n in share) for share in shares.values()} == {1, 2}

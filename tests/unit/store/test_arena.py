@@ -26,7 +26,9 @@ from support import ToyState, find, identity, make_arena, spec_of
 from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
 from megatron_moetion.store.arena import Arena, first_bytes
 from megatron_moetion.store.files import clear
+from megatron_moetion.store.hostmemory import HostMemory
 from megatron_moetion.store.manifest import NO_SLOT, Branch, Page, Record, decode_page, page_bytes
+from megatron_moetion.store.population import Population
 from megatron_moetion.store.sharedfile import create_arena, open_arena, peek_arena
 from megatron_moetion.store.spec import ArenaSpec
 
@@ -306,20 +308,34 @@ def test_too_little_memory_names_need_and_have(tmp_path: Path, monkeypatch: pyte
     assert list(tmp_path.iterdir()) == []
 
 
-def test_memory_that_runs_out_while_it_is_allocated_leaves_nothing(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    def no_space(fd: int, start: int, nbytes: int) -> None:
+class NoMemory(HostMemory):
+    """Memory that is short when it is asked for."""
+
+    def populate(self, fd: int, address: int, nbytes: int) -> Population:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(os, "posix_fallocate", no_space)
+
+def test_memory_that_runs_out_while_it_is_allocated_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(StoreError, match="this arena needs"):
-        create(tmp_path)
+        create_arena(tmp_path / "rank00000.arena", SPEC, Page(), NoMemory())
     assert list(tmp_path.iterdir()) == []
 
 
+def test_an_arena_with_holes_that_find_no_memory_is_corrupt(tmp_path: Path) -> None:
+    path = Path(create(tmp_path).name)
+    with pytest.raises(CorruptArena, match=r"rank00000\.arena cannot be mapped: No space left on device"):
+        open_arena(path, NoMemory())
+
+
+def test_an_arena_tells_how_it_got_its_memory(tmp_path: Path) -> None:
+    memory = HostMemory(num_threads=2)
+    arena = create_arena(tmp_path / "rank00000.arena", SPEC, Page(), memory)
+    assert (arena.population.nbytes, arena.population.num_threads) == (arena.nbytes, 2)
+    assert open_arena(Path(arena.name), memory).population.num_threads == 2
+
+
 def test_a_creation_that_was_killed_does_not_keep_its_memory(tmp_path: Path) -> None:
-    # SIGKILL in posix_fallocate: the scratch file has its full size and nobody's name. The next creation frees it.
+    # SIGKILL while it is populated: the scratch file has its full size and nobody's name. The next creation frees it.
     (tmp_path / "rank00000.99999.tmp").write_bytes(b"left by a dead process")
     create(tmp_path)
     assert [p.name for p in tmp_path.iterdir()] == ["rank00000.arena"]
