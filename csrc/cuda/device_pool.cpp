@@ -109,22 +109,21 @@ void DevicePool::give_back() noexcept {
   const Deadline deadline = deadline_in(options_.last_wait_s);
   bool is_quiet = !upload_is_open_ || (broken_.empty() && is_seen_by(upload_event_, deadline));
   for (const Slot& slot : slots_) {
-    const bool slot_is_quiet = !slot.was_cut_short && (slot.ticket < 0 || is_seen_by(slot.end, deadline));
-    is_quiet &= slot_is_quiet;
+    is_quiet &= !slot.was_cut_short && (slot.ticket < 0 || is_seen_by(slot.end, deadline));
     for (const Event event : {slot.begin, slot.forked, slot.launched, slot.end})
       runtime_->destroy_event(event);
-    if (!slot_is_quiet)
-      continue;  // leaked: the device may still write there, and freeing would wait for it for ever
-    runtime_->free(slot.device);
-    runtime_->free_pinned(slot.host);
-  }
-  if (is_quiet) {  // else leaked: work of any slot reads these
-    runtime_->free(uploaded_on_device_);
-    runtime_->free_pinned(uploaded_);
   }
   runtime_->destroy_event(upload_event_);
   runtime_->destroy_event(order_event_);
   runtime_->destroy_stream(copy_stream_);
+  // Else all memory is leaked, of quiet slots too: freeing any waits for the device, which may hang for ever.
+  if (!is_quiet) return;
+  for (const Slot& slot : slots_) {
+    runtime_->free(slot.device);
+    runtime_->free_pinned(slot.host);
+  }
+  runtime_->free(uploaded_on_device_);
+  runtime_->free_pinned(uploaded_);
 }
 
 int64_t DevicePool::pack(Table<Piece> pieces, Table<Chunk> chunks, int64_t copy_engine_bytes, Stream stream) {
