@@ -418,7 +418,7 @@ class DevicePacker:
 
     def _take_buffers(self) -> tuple[Bytes, ...]:
         if not self._buffers:
-            self._buffers = tuple(self._pool.pinned(self._buffer_bytes) for _ in range(SLOTS))
+            self._buffers = tuple(self.pinned(self._buffer_bytes) for _ in range(SLOTS))
         return self._buffers
 
     def _check_place(self, tensor: str, address: int, nbytes: int) -> None:
