@@ -52,11 +52,15 @@ def parser(description: str) -> argparse.ArgumentParser:
     return options
 
 
-def start_trainer(flags: str) -> tuple[Any, Any]:
-    """This process as one rank of the bundled trainer on the CPU: its place, and the trainer at iteration 0."""
-    from megatron_moetion.mcore import cpu_device
+def start_trainer(flags: str, *, on_gpu: bool = False) -> tuple[Any, Any]:
+    """This process as one rank of the bundled trainer: its place, and the trainer at iteration 0."""
+    if not on_gpu:
+        from megatron_moetion.mcore import cpu_device
 
-    cpu_device.install()
+        cpu_device.install()
+    from megatron_moetion.mcore.engine_names import bind_engine_names
+
+    bind_engine_names()
 
     from megatron_moetion.mcore.argument_checks import Machine
     from megatron_moetion.mcore.arguments import parse_arguments
@@ -66,7 +70,7 @@ def start_trainer(flags: str) -> tuple[Any, Any]:
     from megatron_moetion.pretrain.startup import build_source, initialize
 
     place = Process.from_environment(os.environ)
-    args = parse_arguments(flags.split(), Machine.here(place.world_size, False))
+    args = parse_arguments(flags.split(), Machine.here(place.world_size, on_gpu))
     initialize(args, place)
     return place, Trainer(args, build_source(args), Reporter(args, active=False, attempt=0))
 
@@ -118,6 +122,17 @@ def versions() -> dict[str, str | None]:
         except importlib.metadata.PackageNotFoundError:
             found[package] = None
     return found
+
+
+def available_memory_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that this process could take: what the kernel calls available, or less where a container is limited."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    available = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        limit, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return available
+    return available if limit == "max" else min(available, int(limit) - int(used))
 
 
 def last_level_cache_bytes() -> int | None:

@@ -1,7 +1,7 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Sourced by quickstart.sh, test.sh and .ci/run: makes .venv, installs the pinned requirements, builds csrc/.
+# Sourced by quickstart.sh, test.sh, gpu_check.sh and .ci/run: makes .venv, installs the pinned requirements, builds csrc/.
 # Each step leaves a stamp with the hash of its inputs, so that a second call takes a second.
 #
 #   set_up run|dev    installs requirements/tested.txt, or requirements/dev.txt which holds it
@@ -85,6 +85,11 @@ make_venv() {
   rm -rf -- "$VENV"
   mkdir -p -- "$VENV"
   logged "making $VENV" "$python" -m venv "${options[@]}" "$VENV"
+  # The site packages of a virtual environment are not those of the system, which the option above shows.
+  if [[ -n ${options[*]} && -z $(usable_torch "$VENV_PYTHON" || true) ]]; then
+    "$python" -c 'import sysconfig; print(sysconfig.get_path("purelib"))' \
+      >"$("$VENV_PYTHON" -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/torch_of_python.pth"
+  fi
 }
 
 pip_install() { "$VENV_PYTHON" -m pip install --quiet --retries 5 --no-warn-script-location "$@"; }
@@ -126,6 +131,40 @@ fingerprint() {
 }
 
 is_stamped() { [[ -f $1 && $(<"$1") == "$2" ]]; }
+
+# One line that names what an interpreter lacks for gpu_check; empty if nothing.
+what_is_missing() {
+  local python=$1 cuda=$2
+  command -v "$python" >/dev/null 2>&1 || {
+    printf 'there is no %s (--python PY)\n' "$python"
+    return
+  }
+  python_is_new_enough "$python" || {
+    printf 'Python 3.10 or newer is needed (--python PY)\n'
+    return
+  }
+  "$python" "$ROOT/scripts/_needs.py" "$cuda"
+}
+
+# Builds the extension in this folder, for an interpreter that has all that is needed; installs nothing.
+use_as_it_is() {
+  local started=$SECONDS compiler lock
+  VENV_PYTHON=$(command -v "$1")
+  SETUP_LOG=$ROOT/build/setup.log
+  cd -- "$ROOT" || exit
+  mkdir -p -- "$ROOT/build"
+  exec {lock}<"$ROOT"
+  flock "$lock"
+  for compiler in "${CXX:-}" g++ clang++ c++; do
+    if [[ -n $compiler ]] && command -v "$compiler" >/dev/null 2>&1; then
+      export CXX=$compiler
+      break
+    fi
+  done
+  logged "building csrc/" "$VENV_PYTHON" setup.py build_ext --inplace
+  exec {lock}<&-
+  say "ready: $VENV_PYTHON, $("$VENV_PYTHON" -VV | head -n 1) ($((SECONDS - started)) s)"
+}
 
 set_up() {
   local profile=$1 python=${PYTHON:-python3} started=$SECONDS stamp lock

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import processes
 import psutil
 from quickstart_summary import Fault, Run, RunError, check, read_json_lines, read_run, summarise
 from rich.console import Console
@@ -75,7 +76,7 @@ class Job:
     def command(self) -> list[str]:
         """The command line: ``torchrun``, the entry point, the model's flags and ours."""
         command = [
-            sys.executable, "-m", "torch.distributed.run", "--standalone",
+            sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
             "--nproc-per-node", str(RANKS), "--max-restarts", "3", str(ROOT / "pretrain_gpt_moe.py"),
             *MODEL_FLAGS, "--device", "cpu" if 0 < visible_gpus(os.environ) < RANKS else "auto",
             "--train-iters", str(self.iterations), "--eval-interval", str(self.iterations),
@@ -172,18 +173,8 @@ class Training:
         return next((line[2:] for line in lines if line.startswith("> ") and "GPU" in line), "")
 
     def close(self) -> None:
-        """Ends every process of the job: ``torchrun`` is asked first, the rest is killed after 3 seconds."""
-        processes: list[psutil.Process] = []
-        with contextlib.suppress(psutil.NoSuchProcess):
-            agent = psutil.Process(self._process.pid)
-            # The ranks have sessions of their own; they are found as descendants while the agent lives.
-            processes = [agent, *agent.children(recursive=True)]
-            agent.terminate()
-        _, alive = psutil.wait_procs(processes, timeout=3)
-        for process in alive:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.kill()
-        self._process.wait()
+        """Ends every process of the job."""
+        processes.end(self._process)
         self._log.close()
 
 
