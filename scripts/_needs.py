@@ -60,10 +60,10 @@ def problem_of(need: Need) -> str | None:
         if importlib.util.find_spec(need.module) is None:
             return f"no {need.package}"
         version = importlib.metadata.version(need.package)
-    except ModuleNotFoundError:  # of a module's parent
-        return f"no {need.package}"
     except importlib.metadata.PackageNotFoundError:
         return None  # built by hand: nobody knows its version
+    except ModuleNotFoundError:  # of a module's parent
+        return f"no {need.package}"
     return f"{need.package} {version}" if is_older(version, need.oldest) else None
 
 

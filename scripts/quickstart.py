@@ -9,22 +9,19 @@ restarts the processes; node 1's state comes back from node 0's memory. Results 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import processes
-import psutil
+from left_behind import end, temporary_store
 from quickstart_summary import Fault, Run, RunError, check, read_json_lines, read_run, summarise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -174,7 +171,7 @@ class Training:
 
     def close(self) -> None:
         """Ends every process of the job."""
-        processes.end(self._process)
+        end(self._process)
         self._log.close()
 
 
@@ -238,23 +235,6 @@ def train(job: Job, display: Display, clock: Callable[[], float] = time.time) ->
     return read_run(job.name, job.folder, fault)
 
 
-@contextlib.contextmanager
-def temporary_store(out: Path) -> Iterator[Path]:
-    """A folder for the arenas, in shared memory where there is any; gone afterwards, however the runs end."""
-    memory = Path("/dev/shm")
-    parent = memory if os.access(memory, os.W_OK) else out
-    prefix = f"moetion-quickstart-{os.getuid()}-"
-    for leftover in parent.glob(prefix + "*"):  # of a quickstart that was killed
-        owner = leftover.name[len(prefix) :].split("-")[0]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(leftover, ignore_errors=True)
-    store = Path(tempfile.mkdtemp(prefix=f"{prefix}{os.getpid()}-", dir=parent))
-    try:
-        yield store
-    finally:
-        shutil.rmtree(store, ignore_errors=True)
-
-
 def print_table(console: Console, entries: Sequence[Mapping[str, Any]], out: Path) -> None:
     """The result in a few rows, one column a mode."""
 
@@ -296,7 +276,8 @@ def run_all(iterations: int, out: Path, console: Console) -> list[dict[str, Any]
     """All runs, ``summary.json`` and the picture. Returns the entries of ``summary.json``."""
     for name in ("summary.json", "loss.png"):  # never the results of an earlier call beside a failure
         (out / name).unlink(missing_ok=True)
-    with temporary_store(out) as store:
+    memory = Path("/dev/shm")
+    with temporary_store(memory if os.access(memory, os.W_OK) else out, "quickstart") as store:
         reference_job = Job(name="fault-free", iterations=iterations, folder=out / "fault-free", store=None)
         jobs = [Job(name=mode, iterations=iterations, folder=out / mode, store=store) for mode in MODES]
         with Display(console, [reference_job, *jobs]) as display:

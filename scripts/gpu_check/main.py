@@ -71,7 +71,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     console.print(escape(f"{machine}\n{plan_of(parts, machine, factor)}"), highlight=False, soft_wrap=True)
     for part in parts:
         console.print(f"{part.name}: {part.about} ...", highlight=False)
-        verdict = judge(part, setting, part.limit_s * factor)
+        try:
+            verdict = judge(part, setting, part.limit_s * factor)
+        except KeyboardInterrupt:
+            print("interrupted: what ran is ended, its memory is removed", file=sys.stderr)
+            return 130
         verdicts.append(verdict)
         write_summary(setting, verdict)
         console.print(escape(f"{part.name}: {verdict.outcome.value}, {verdict.seconds:.0f} s"), highlight=False)

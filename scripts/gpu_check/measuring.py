@@ -8,6 +8,8 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping, Sequence
 
+from left_behind import temporary_store
+
 from gpu_check.part import CheckFailed, Figures, Finding, NotRun, Setting, execute, need_gpus, need_store
 
 SANITIZED_CASES = "each_source_alignment or pieces_that_share or scatter_brings"
@@ -81,8 +83,9 @@ def run_link(question: str) -> Callable[[Setting], Finding]:
 
 def run_arena(setting: Setting) -> Finding:
     """A large arena: seconds to make and to pin it."""
-    flags = ["--store", str(setting.store), *([] if setting.on_gpu else ["--device", "model:0", "--mib", "64"])]
-    figures = measure(setting, "arena", "gpu_arena", flags)
+    flags = [] if setting.on_gpu else ["--device", "model:0", "--mib", "64"]
+    with temporary_store(setting.store, "check") as store:
+        figures = measure(setting, "arena", "gpu_arena", ["--store", str(store), *flags])
     if all(f["value"] is None for f in figures):
         raise NotRun(f"neither memory nor {setting.store} has room for one; see arena/log.txt")
     return told(figures)
@@ -115,9 +118,10 @@ def step(
         seconds = min(seconds, TOY_STEP_S)
     if seconds < STEP_START_S:
         raise NotRun(f"{max(seconds, 0):.0f} s are left, too few to measure a step in")
-    flags = ["--model", model, "--seconds", f"{seconds:.0f}", "--store", str(setting.store)]
-    flags += ["--device", "gpu" if setting.on_gpu else "cpu"]
-    figures = measure(setting, name, "gpu_step", flags, {"GLOO_SOCKET_IFNAME": "lo", **environment})
+    flags = ["--model", model, "--seconds", f"{seconds:.0f}", "--device", "gpu" if setting.on_gpu else "cpu"]
+    with temporary_store(setting.store, "check") as store:
+        variables = {"GLOO_SOCKET_IFNAME": "lo", **environment}
+        figures = measure(setting, name, "gpu_step", ["--store", str(store), *flags], variables)
     if not any(f["value"] is not None for f in figures if "over none" in str(f["name"])):
         raise NotRun(f"no mode's arena has room; see {name}/log.txt")
     return figures

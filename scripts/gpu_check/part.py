@@ -13,7 +13,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import processes
+from left_behind import end
 
 from gpu_check.machine import Machine
 
@@ -148,7 +148,7 @@ def execute(
         except subprocess.TimeoutExpired as late:
             raise Late(f"stopped, not done in time; see {log.relative_to(log.parents[1])}") from late
         finally:
-            processes.end(process)
+            end(process)
     text = log.read_text(errors="replace")
     if code and not may_fail:
         said = [line for line in text.splitlines() if line.strip(" =-")] or ["no output"]
@@ -166,9 +166,7 @@ def need_gpus(setting: Setting, number: int = 1) -> None:
     """``NotRun`` where the machine has fewer."""
     have = len(setting.machine.gpus)
     if have < number:
-        raise NotRun(
-            "needs a GPU" if number == 1 else f"needs {number} GPUs, here {'is' if have == 1 else 'are'} {have}"
-        )
+        raise NotRun("needs a GPU" if number == 1 else f"needs {number} GPUs, this machine has {have}")
 
 
 def need_store(setting: Setting, nbytes: int) -> None:

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 import shutil
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+from left_behind import temporary_store
 
 from gpu_check.part import ROOT, CheckFailed, Finding, Setting, execute, need_gpus, need_store, read_lines
 
@@ -135,7 +135,7 @@ def compare(name: str, found: Run, reference: Run) -> None:
 def train(setting: Setting, name: str, flags: Sequence[str], layout: Layout = ONE_RANK) -> Run:
     """A run to the end, on this check's device; with ``--moetion`` it is killed once and must have recovered."""
     folder = fresh_folder(setting, name)
-    with temporary_store(setting) as store:
+    with temporary_store(setting.store, "check") as store:
         ours = [] if not flags else [*flags, *moetion_flags(store, name, folder), "--moetion-replicas", "0"]
         if flags:
             ours += ["--moetion-inject-fault", f"0:0:{FAULT_AT}:mid-pack"]
@@ -153,7 +153,7 @@ def lose_node(setting: Setting, layout: Layout) -> Run:
     """A run that is killed, loses the memory of node 1, is launched again, and ends."""
     name = f"{layout.name}-{layout.mode}"
     folder, lost_rank = fresh_folder(setting, name), layout.ranks_per_node
-    with temporary_store(setting) as store:
+    with temporary_store(setting.store, "check") as store:
         ours = ["--moetion", "--moetion-mode", layout.mode, *moetion_flags(store, name, folder)]
         ours += ["--moetion-ranks-per-node", str(layout.ranks_per_node)]
         fault = ["--moetion-inject-fault", f"0:{lost_rank}:{FAULT_AT}:mid-pack"]
@@ -165,7 +165,7 @@ def lose_node(setting: Setting, layout: Layout) -> Run:
             raise CheckFailed(f"{name}: no memory of node 1 to lose, see train-{name}/first.txt")
         shutil.rmtree(node)
         second = torchrun(setting, layout, folder, ours, max_restarts=0)
-        said += execute(second, folder / "log.txt", setting.left_s, environment)
+        said += "\n" + execute(second, folder / "log.txt", setting.left_s, environment)
     if setting.on_gpu:
         require_gpu(name, said, attempts=2)
     return read_run(folder)
@@ -177,16 +177,6 @@ def fresh_folder(setting: Setting, name: str) -> Path:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     return folder
-
-
-@contextmanager
-def temporary_store(setting: Setting) -> Iterator[Path]:
-    """A folder for arenas, gone afterwards."""
-    store = Path(tempfile.mkdtemp(prefix="moetion-check-", dir=setting.store))
-    try:
-        yield store
-    finally:
-        shutil.rmtree(store, ignore_errors=True)
 
 
 def moetion_flags(store: Path, name: str, folder: Path) -> list[str]:

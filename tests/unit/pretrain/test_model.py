@@ -9,14 +9,15 @@ import sys
 from types import SimpleNamespace
 from typing import Any
 
-import gpu_check
 import pytest
 import torch
+from gpu_check import training
 from megatron.core.models.common.embeddings import rope_utils
 from megatron.core.transformer.mlp import MLP, MLPSubmodules
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.moe.shared_experts import SharedExpertMLP
 
+from benchmarks import gpu_step
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
@@ -120,10 +121,40 @@ def test_what_the_flags_allow_megatron_builds_and_runs(engine: None) -> None:
     assert every - allowed == {("--transformer-impl local", GRID["parallel"][1])}
 
 
-@pytest.mark.parametrize("implementation", GRID["implementation"])
-def test_the_check_of_a_gpu_machine_asks_for_a_model_that_can_be_built(engine: None, implementation: str) -> None:
-    machine = Machine(world_size=1, has_gpu=True, packages=GPUS.packages)
-    transformer_config(parse_arguments([*gpu_check.MODEL_FLAGS, *implementation.split()], machine))
+CHECKED = {
+    "train": (training.MODEL_FLAGS, 1),
+    **{layout.name: ([*training.MODEL_FLAGS, *layout.flags], layout.ranks) for layout in training.LAYOUTS},
+    **{f"step, {name}": (f"{gpu_step.COMMON} {m.flags}".split(), 1) for name, m in gpu_step.MODELS.items()},
+}
+"""Every model that ``gpu_check`` trains, and on how many ranks."""
+
+
+ENGINE = "transformer_engine"
+INSTALLED = [("local", ()), ("local", (ENGINE,)), ("local", ("grouped_gemm", "apex")), (ENGINE, (ENGINE,))]
+"""An implementation, and what is installed beside torch."""
+
+
+@pytest.mark.parametrize(("implementation", "packages"), INSTALLED)
+@pytest.mark.parametrize("model", CHECKED)
+def test_the_check_of_a_gpu_machine_asks_for_models_that_can_be_built(
+    engine: None, model: str, implementation: str, packages: tuple[str, ...]
+) -> None:
+    flags, ranks = CHECKED[model]
+    machine = Machine(world_size=ranks, has_gpu=True, packages=frozenset(packages))
+    args = parse_arguments([*flags, "--transformer-impl", implementation], machine)
+    with torch.compiler.set_stance("force_eager"):
+        transformer_config(args)
+
+
+def test_the_step_of_the_check_has_a_model_of_more_than_a_billion_parameters() -> None:
+    def parameters(model: str) -> int:
+        flags = f"{gpu_step.COMMON} {gpu_step.MODELS[model].flags}".split()
+        args = parse_arguments(flags, Machine(world_size=1, has_gpu=True))
+        experts = args.num_experts * 2 * args.hidden_size * args.moe_ffn_hidden_size
+        return int(args.num_layers * (experts + 4 * args.hidden_size**2))
+
+    assert parameters("whole") >= 10**9
+    assert parameters("small") >= 10**8
 
 
 def test_fusions_are_on_where_they_exist(engine: None) -> None:
@@ -174,7 +205,7 @@ def test_the_first_router_runs_on_a_gpu_without_transformer_engine(tmp_path: Any
     """The launch of a rank with a GPU, up to the model: nothing of the CPU path may be needed for it."""
     (tmp_path / "0000:01:00.0").touch()
     done = subprocess.run(
-        [sys.executable, "-c", FIRST_ROUTER_FORWARD, str(tmp_path), *gpu_check.MODEL_FLAGS],
+        [sys.executable, "-c", FIRST_ROUTER_FORWARD, str(tmp_path), *training.MODEL_FLAGS],
         capture_output=True,
         text=True,
         timeout=120,

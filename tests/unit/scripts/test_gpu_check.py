@@ -1,213 +1,223 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What ``gpu_check`` makes of its steps. Where those need a GPU, its tools and the trainer are stood in for."""
+"""What ``gpu_check`` makes of its parts: verdicts, limits, the plan, the table and ``summary.json``."""
 
 from __future__ import annotations
 
-import json
 import os
-import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import threading
+import time
+from dataclasses import replace
 from pathlib import Path
 
-import gpu_check
 import pytest
-from gpu_check import CheckFailed, NotRun, Options, Run, judge
+from gpu_check import main as command
+from gpu_check.machine import NoGpu, commit_of, machine_here
+from gpu_check.part import (
+    CheckFailed,
+    Finding,
+    Late,
+    NotRun,
+    Outcome,
+    Part,
+    Setting,
+    execute,
+    judge,
+    need_gpus,
+    need_store,
+)
+from gpu_check_support import fake_torch, figure, machine, parts_of, setting, tool
 
 ROOT = Path(__file__).parents[3]
 
 
-def options(folder: Path, *, on_gpu: bool = False) -> Options:
-    return Options(results=folder, quick=True, on_gpu=on_gpu)
+def part(action: object, **changes: object) -> Part:
+    return replace(Part(name="one", about="", limit_s=60, action=action), **changes)  # type: ignore[arg-type]
 
 
-def run(curve: dict[int, tuple[str, float]], lost_tokens: int = 0) -> Run:
-    return Run(curve=curve, resumed_from=10, lost_tokens=lost_tokens, plt=0.01)
+def raising(error: Exception) -> object:
+    def action(setting: Setting) -> Finding:
+        raise error
+
+    return action
 
 
-WHOLE = {i: (f"0x{i:x}", 1.0) for i in range(1, gpu_check.ITERATIONS + 1)}
+def test_a_part_ends_in_one_of_five_ways(tmp_path: Path) -> None:
+    fine = Finding(text="fine", figures=(figure("speed", 1.0, True), figure("for information", 2.0)))
+    slow = Finding(text="slow", figures=(figure("speed", 9.0, False),))
+    actions = [
+        lambda s: fine, lambda s: slow, raising(CheckFailed("wrong")), raising(Late("stopped")), raising(NotRun("none"))
+    ]  # fmt: skip
+    verdicts = [judge(part(action), setting(tmp_path), 5.0) for action in actions]
+    assert [v.outcome for v in verdicts] == list(Outcome)
+    assert [v.finding for v in verdicts] == ["fine", "slow", "wrong", "stopped", "none"]
+    assert [v.outcome.is_good for v in verdicts] == [True, False, False, False, True]
+    assert verdicts[0].figures == fine.figures
 
 
-def trained(monkeypatch: pytest.MonkeyPatch, full: Run, popularity: Run) -> None:
-    found = {"reference": run(WHOLE), "full": full, "exact": run(WHOLE), "popularity": popularity}
-    monkeypatch.setattr(gpu_check, "train", lambda options, name, flags: found[name])
+def test_a_part_learns_its_deadline(tmp_path: Path) -> None:
+    left: list[float] = []
+    judge(part(lambda s: left.append(s.left_s) or Finding(text="")), setting(tmp_path), 5.0)
+    assert 4.0 < left[0] <= 5.0
 
 
-def test_training_passes_only_bitwise_and_with_its_losses_counted(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    trained(monkeypatch, run(WHOLE), run(WHOLE, lost_tokens=5))
-    assert "full resumed from 10, exact from 10, all 20 losses bitwise" in gpu_check.run_training(options(tmp_path))
-    trained(monkeypatch, run(WHOLE | {13: ("0xff", 1.0)}), run(WHOLE, lost_tokens=5))
-    with pytest.raises(CheckFailed, match=r"full: 1 of 20 iterations differ from the reference, first \[13\]"):
-        gpu_check.run_training(options(tmp_path))
-    trained(monkeypatch, run(WHOLE), run({i: v for i, v in WHOLE.items() if i < 20}, lost_tokens=5))
-    with pytest.raises(CheckFailed, match="reached 19"):
-        gpu_check.run_training(options(tmp_path))
-
-
-def test_a_verdict_is_passed_failed_or_not_run(tmp_path: Path) -> None:
-    def fails(options: Options) -> str:
-        raise CheckFailed("wrong bytes")
-
-    def missing(options: Options) -> str:
-        raise NotRun("no tool")
-
-    found = [judge("s", action, options(tmp_path)) for action in (lambda o: "fine", fails, missing)]
-    assert [(v.passed, v.finding) for v in found] == [(True, "fine"), (False, "wrong bytes"), (None, "no tool")]
-
-
-def test_a_command_that_fails_or_hangs_is_named_with_its_log(tmp_path: Path) -> None:
+def test_a_command_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     log = tmp_path / "step" / "log.txt"
-    shout = "print('error: too hot'); print('====='); raise SystemExit(3)"
+    shout = [sys.executable, "-c", "print('error: too hot'); print('====='); raise SystemExit(3)"]
     with pytest.raises(CheckFailed, match=r"exit code 3, see step/log.txt: error: too hot"):
-        gpu_check.execute([sys.executable, "-c", shout], log, 30)
-    with pytest.raises(CheckFailed, match="not done after 0 s"):
-        gpu_check.execute([sys.executable, "-c", "import time; time.sleep(30)"], log, 0.2)
+        execute(shout, log, 30)
+    assert "too hot" in execute(shout, log, 30, may_fail=True)
+    with pytest.raises(CheckFailed, match="exit code 4, .*: no output"):
+        execute([sys.executable, "-c", "raise SystemExit(4)"], log, 30)
 
 
-def test_a_run_without_losses_is_no_run(tmp_path: Path) -> None:
-    with pytest.raises(CheckFailed, match="no losses"):
-        gpu_check.read_run(tmp_path)
+def is_running(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except OSError:
+        return False
+    return state != "Z"
 
 
-def test_the_table_is_kept_and_a_failure_is_the_exit_code(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    trained(monkeypatch, run(WHOLE), run(WHOLE, lost_tokens=0))
-    arguments = [str(tmp_path), "--without-gpu", "--only", "train", "--only", "tests"]
-    assert gpu_check.main(arguments) == 1
-    steps = json.loads((tmp_path / "summary.json").read_text())["steps"]
-    assert [(s["step"], s["passed"]) for s in steps] == [("train", False), ("tests", None)]
-    trained(monkeypatch, run(WHOLE), run(WHOLE, lost_tokens=4))
-    assert gpu_check.main(arguments) == 0
+def test_a_late_command_is_ended_with_all_that_it_started(tmp_path: Path) -> None:
+    """Its child has a session of its own, as the ranks of torchrun have."""
+    child = "import os, pathlib, sys, time; pathlib.Path(sys.argv[1]).write_text(str(os.getpid())); time.sleep(60)"
+    parent = (
+        "import subprocess, sys, time;"
+        f"subprocess.Popen([sys.executable, '-c', {child!r}, sys.argv[1]], start_new_session=True); time.sleep(60)"
+    )
+    note = tmp_path / "pid"
+
+    class AfterTheChild(threading.Thread):
+        def run(self) -> None:
+            while not note.exists() or not note.read_text():
+                time.sleep(0.01)
+
+    waiter = AfterTheChild()
+    waiter.start()
+    with pytest.raises(Late, match=r"not done in time; see step/log.txt"):
+        execute([sys.executable, "-c", parent, str(note)], tmp_path / "step" / "log.txt", 2.0)
+    waiter.join(10)
+    deadline = time.monotonic() + 10
+    while is_running(int(note.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert not is_running(int(note.read_text()))
 
 
-ON_GPU = "> GPU path on node0: 1 rank(s), NVIDIA H200"
-PINNED = "[moetion] rank 0 iteration -1: arena pinned; captures land in it, packed on 8 SMs, small ones by kernel"
-UNPINNED = "[moetion] rank 0 iteration -1: the arena could not be pinned (out of memory): captures go by way of 64 MiB"
-WHOLE_RUN = [ON_GPU, PINNED, "RuntimeError: killed", ON_GPU, PINNED]
+@pytest.mark.parametrize(("gpus", "needed", "reason"), [(0, 1, "needs a GPU"), (1, 2, "needs 2 GPUs, this machine has 1")])
+def test_what_needs_more_gpus_is_not_run(tmp_path: Path, gpus: int, needed: int, reason: str) -> None:
+    with pytest.raises(NotRun, match=reason):
+        need_gpus(setting(tmp_path, gpus=gpus), needed)
+    need_gpus(setting(tmp_path, gpus=needed), needed)
 
 
-def trainer(said: Sequence[str]) -> Callable[..., str]:
-    """In place of ``execute``: the trainer, with what a run that was killed once leaves behind."""
-
-    def execute(command: Sequence[str], log: Path, limit_s: float, environment: Mapping[str, str] | None = None) -> str:
-        assert command[-2:] == ["--device", "gpu"]
-        log.parent.mkdir(parents=True)
-        steps = [{"iteration": i, "loss_hex": h, "grad_norm": n} for i, (h, n) in WHOLE.items()]
-        (log.parent / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
-        if "--moetion" not in command:
-            return "\n".join(line for line in said[:1] if line != PINNED)
-        lost = 0 if "--moetion-mode" in command else 7
-        events = [{"event": "recovered", "iteration": 10, "lost_tokens": lost}, {"event": "summary", "plt": 0.01}]
-        (log.parent / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
-        return "\n".join(said)
-
-    return execute
+def test_a_store_without_room_is_named(tmp_path: Path) -> None:
+    need_store(setting(tmp_path), 1)
+    with pytest.raises(NotRun, match=r"MiB free and the arenas need .*--shm-size.*--store"):
+        need_store(setting(tmp_path), 1 << 60)
 
 
-def test_training_on_a_gpu_passes_where_the_runs_say_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(gpu_check, "execute", trainer(WHOLE_RUN))
-    assert "7 tokens lost" in gpu_check.run_training(options(tmp_path, on_gpu=True))
+# -- the machine ---------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("said", "finding"),
-    [
-        (["> CPU path on node0: 1 rank(s), no GPU", *WHOLE_RUN[1:]], "reference: 0 of 1 attempts say"),
-        ([ON_GPU, PINNED], "full: 1 of 2 attempts say that they were on a GPU"),
-        ([*WHOLE_RUN[:3], "> CPU path on node0: 1 rank(s), no GPU"], "full: 1 of 2 attempts say"),
-        ([*WHOLE_RUN, "> CPU path on node0: 1 rank(s), no GPU"], "full: 2 of 2 attempts say"),
-        ([*WHOLE_RUN[:4], UNPINNED], r"full: the arena was pinned in 1 of 2 attempts: .*out of memory"),
-        ([ON_GPU, ON_GPU], "full: the arena was pinned in 0 of 2 attempts: no line says so"),
-    ],
-)
-def test_training_on_anything_else_fails(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, said: list[str], finding: str
+@pytest.mark.parametrize("gpus", [1, 2, 8])
+def test_gpus_are_those_that_torch_can_use(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
 ) -> None:
-    monkeypatch.setattr(gpu_check, "execute", trainer(said))
-    with pytest.raises(CheckFailed, match=finding):
-        gpu_check.run_training(options(tmp_path, on_gpu=True))
+    tool(tmp_path / "nvidia-smi", "echo 580.1")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(gpus))
+    found = machine_here(on_gpu=True)
+    assert (found, found.on_gpu) == (machine(gpus), True)
+    assert str(found) == f"{gpus} x NVIDIA H200, driver 580.1, torch 2.11.0+cu130 (CUDA 13.0)"
+    assert not machine_here(on_gpu=False).on_gpu
+
+
+def test_a_gpu_that_torch_cannot_use_is_refused_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Before the parts, of which some would train on the CPU."""
+    tool(tmp_path / "nvidia-smi", "echo 'NVIDIA H200'")
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    monkeypatch.setitem(sys.modules, "torch", fake_torch(0))
+    with pytest.raises(NoGpu, match=r"built for CUDA 13.0, can use no GPU of this machine \(nvidia-smi: NVIDIA H200\)"):
+        machine_here(on_gpu=True)
+    tool(tmp_path / "nvidia-smi", "exit 9")
+    with pytest.raises(SystemExit) as left:
+        command.main([str(tmp_path / "results")])
+    assert left.value.code == 2
+    assert "nvidia-smi: none" in capsys.readouterr().err
+
+
+def test_a_copy_of_the_tree_without_git_has_no_commit(tmp_path: Path) -> None:
+    assert commit_of(tmp_path) is None
+    assert commit_of(ROOT) is None or len(commit_of(ROOT) or "") >= 40
+
+
+# -- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_all_parts_but_the_long_ones_run_within_eight_minutes_on_one_gpu() -> None:
+    parts = command.chosen(None)
+    assert [p.name for p in parts] == [
+        "tests", "sanitizer", "engines", "speed", "sms", "arena", "step", "connections", "train", "multi"
+    ]  # fmt: skip
+    assert sum(p.limit_s for p in parts if p.name != "multi") <= 480
+    plan = command.plan_of(parts, machine(1), 1.0)
+    assert plan.startswith("seconds at most: tests 60, sanitizer 40, ")
+    assert "multi" not in plan
+    assert plan.endswith("together 480")
+    assert "multi 300" in command.plan_of(parts, machine(2), 2.0)
+
+
+def test_parts_run_alone_in_their_own_order() -> None:
+    assert [p.name for p in command.chosen(["train", "tests"])] == ["tests", "train"]
+    assert [p.name for p in command.chosen(["host_pack"])] == ["host_pack"]
 
 
 @pytest.fixture
-def tools(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder of tools that comes first in PATH; its ``nvidia-smi`` claims a GPU."""
-    folder = tmp_path / "tools"
-    folder.mkdir()
-    tool(folder / "nvidia-smi", "echo 'NVIDIA H200, 580.1, 143771 MiB'")
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-def tool(path: Path, script: str) -> None:
-    path.write_text(f"#!/bin/sh\n{script}\n")
-    path.chmod(0o755)
-
-
-def found(results: Path) -> dict[str, tuple[bool | None, str]]:
-    steps = json.loads((results / "summary.json").read_text())["steps"]
-    return {s["step"]: (s["passed"], s["finding"]) for s in steps}
-
-
-def test_no_step_passes_where_no_gpu_can_be_used(tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The real steps, on a machine of which only ``nvidia-smi`` says that it has a GPU."""
-    tool(tools / "compute-sanitizer", 'shift 4; exec "$@"')
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    results = tmp_path / "results"
-    steps = ["tests", "sanitizer", "train", "device_pack"]
-    assert gpu_check.main([str(results), "--quick", *(f for step in steps for f in ("--only", step))]) == 1
-    verdicts = found(results)
-    assert [verdicts[step][0] for step in steps] == [False] * 4
-    assert "MOETION_REQUIRE_GPU=1, but" in (results / "tests.log").read_text()
-    assert "MOETION_REQUIRE_GPU=1, but" in (results / "sanitizer.log").read_text()
-    assert "can use no GPU of this machine" in verdicts["train"][1]
-    assert "nothing was measured" in verdicts["device_pack"][1]
-    assert json.loads((results / "summary.json").read_text())["machine"].startswith("NVIDIA H200")
-
-
-def test_the_sanitizer_must_say_what_it_found(tmp_path: Path, tools: Path) -> None:
-    tool(tools / "compute-sanitizer", "echo '========= ERROR SUMMARY: 0 errors'")
-    assert gpu_check.run_sanitizer(options(tmp_path, on_gpu=True)) == "ERROR SUMMARY: 0 errors"
-    tool(tools / "compute-sanitizer", "echo '12 passed'")
-    with pytest.raises(CheckFailed, match="no summary"):
-        gpu_check.run_sanitizer(options(tmp_path, on_gpu=True))
-    tool(tools / "compute-sanitizer", "exit 9")
-    with pytest.raises(CheckFailed, match=r"exit code 9, see .*/sanitizer.log: no output"):
-        gpu_check.run_sanitizer(options(tmp_path, on_gpu=True))
-
-
-def test_targets_are_counted_and_those_missed_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def execute(command: Sequence[str], log: Path, limit_s: float) -> str:
-        figures = [("fast", 1.0, True), ("slow", 9.0, False), ("for information", 3.0, None)]
-        document = {"results": [{"name": n, "value": v, "met": m} for n, v, m in figures]}
-        Path(command[command.index("--json") + 1]).write_text(json.dumps(document))
-        return ""
-
-    monkeypatch.setattr(gpu_check, "execute", execute)
-    step = gpu_check.run_benchmark("device_pack")
-    assert step(options(tmp_path, on_gpu=True)) == "1 of 2 targets met; missed: slow"
-
-
-def test_steps_that_need_a_gpu_are_not_run_without_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
-    arguments = [str(tmp_path), "--without-gpu", "--quick"]
-    assert gpu_check.main([*arguments, "--only", "tests", "--only", "sanitizer", "--only", "device_pack"]) == 0
-    assert {passed for passed, _ in found(tmp_path).values()} == {None}
-
-
-def test_a_machine_without_the_driver_is_refused_at_once(
-    tmp_path: Path, tools: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    """Before the steps, which take an hour, and not after them."""
-    tool(tools / "nvidia-smi", "exit 9")
-    with pytest.raises(SystemExit):
-        gpu_check.main([str(tmp_path)])
-    assert "no GPU to check" in capsys.readouterr().err
-    done = subprocess.run(
-        ["bash", str(ROOT / "scripts" / "gpu_check.sh"), str(tmp_path / "results")],
-        capture_output=True,
-        text=True,
-        timeout=60,
+def two_parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
+    """``good`` and ``other``, whose actions a test may change."""
+    actions: dict[str, object] = {"good": lambda s: Finding(text="well [sic]"), "other": raising(NotRun("no GPU"))}
+    made = tuple(
+        part(lambda s, name=name: actions[name](s), name=name) for name in actions  # type: ignore[operator, misc]
     )
-    assert done.returncode == 2
-    assert "no NVIDIA GPU" in done.stderr
+    monkeypatch.setattr(command, "PARTS", made)
+    return actions
+
+
+def test_a_verdict_that_is_bad_is_the_exit_code(tmp_path: Path, two_parts: dict[str, object]) -> None:
+    arguments = [str(tmp_path), "--without-gpu", "--store", str(tmp_path)]
+    assert command.main(arguments) == 0
+    for bad in (raising(CheckFailed("x")), raising(Late("x")), lambda s: Finding(text="", figures=(figure("f", 2, False),))):
+        two_parts["other"] = bad
+        assert command.main(arguments) == 1
+
+
+def test_the_summary_keeps_the_parts_of_earlier_calls(tmp_path: Path, two_parts: dict[str, object]) -> None:
+    arguments = [str(tmp_path), "--without-gpu", "--store", str(tmp_path), "--quick"]
+    assert command.main([*arguments, "--only", "good"]) == 0
+    assert list(parts_of(tmp_path)) == ["good"]
+    assert command.main([*arguments, "--only", "other"]) == 0
+    found = parts_of(tmp_path)
+    assert {name: entry["outcome"] for name, entry in found.items()} == {"good": "passed", "other": "not run"}
+    assert found["other"]["finding"] == "no GPU"
+    for entry in found.values():
+        assert entry["hardware"]["gpus"] == []
+        assert entry["versions"]["torch"]
+        assert {"date", "commit", "command", "quick", "limit_s", "seconds", "figures"} <= entry.keys()
+
+
+def test_a_part_that_is_interrupted_is_the_last(tmp_path: Path, two_parts: dict[str, object]) -> None:
+    def interrupted(setting: Setting) -> Finding:
+        raise KeyboardInterrupt
+
+    two_parts["good"] = interrupted
+    assert command.main([str(tmp_path), "--without-gpu", "--store", str(tmp_path)]) == 130
+    assert not (tmp_path / "summary.json").exists()
+
+
+def test_a_store_that_cannot_be_written_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        command.main([str(tmp_path), "--without-gpu", "--store", str(tmp_path / "nowhere")])
+    assert "nowhere: no folder that can be written" in capsys.readouterr().err
