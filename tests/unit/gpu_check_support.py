@@ -29,9 +29,7 @@ def setting(folder: Path, *, gpus: int = 0, quick: bool = False, left_s: float =
 
 def fake_torch(gpus: int) -> Any:
     """In place of torch, as far as ``gpu_check`` itself asks it."""
-    cuda = SimpleNamespace(
-        is_available=lambda: gpus > 0, device_count=lambda: gpus, get_device_name=lambda index: GPU
-    )
+    cuda = SimpleNamespace(is_available=lambda: gpus > 0, device_count=lambda: gpus, get_device_name=lambda index: GPU)
     return SimpleNamespace(__version__="2.11.0+cu130", version=SimpleNamespace(cuda="13.0"), cuda=cuda)
 
 

@@ -67,7 +67,7 @@ def test_a_command_that_fails_is_named_with_its_log(tmp_path: Path) -> None:
     with pytest.raises(CheckFailed, match=r"exit code 3, see step/log.txt: error: too hot"):
         execute(shout, log, 30)
     assert "too hot" in execute(shout, log, 30, may_fail=True)
-    with pytest.raises(CheckFailed, match="exit code 4, .*: no output"):
+    with pytest.raises(CheckFailed, match=r"exit code 4, .*: no output"):
         execute([sys.executable, "-c", "raise SystemExit(4)"], log, 30)
 
 
@@ -104,7 +104,9 @@ def test_a_late_command_is_ended_with_all_that_it_started(tmp_path: Path) -> Non
     assert not is_running(int(note.read_text()))
 
 
-@pytest.mark.parametrize(("gpus", "needed", "reason"), [(0, 1, "needs a GPU"), (1, 2, "needs 2 GPUs, this machine has 1")])
+@pytest.mark.parametrize(
+    ("gpus", "needed", "reason"), [(0, 1, "needs a GPU"), (1, 2, "needs 2 GPUs, this machine has 1")]
+)
 def test_what_needs_more_gpus_is_not_run(tmp_path: Path, gpus: int, needed: int, reason: str) -> None:
     with pytest.raises(NotRun, match=reason):
         need_gpus(setting(tmp_path, gpus=gpus), needed)
@@ -121,9 +123,7 @@ def test_a_store_without_room_is_named(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("gpus", [1, 2, 8])
-def test_gpus_are_those_that_torch_can_use(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int
-) -> None:
+def test_gpus_are_those_that_torch_can_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gpus: int) -> None:
     tool(tmp_path / "nvidia-smi", "echo 580.1")
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     monkeypatch.setitem(sys.modules, "torch", fake_torch(gpus))
@@ -180,7 +180,8 @@ def two_parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
     """``good`` and ``other``, whose actions a test may change."""
     actions: dict[str, object] = {"good": lambda s: Finding(text="well [sic]"), "other": raising(NotRun("no GPU"))}
     made = tuple(
-        part(lambda s, name=name: actions[name](s), name=name) for name in actions  # type: ignore[operator, misc]
+        part(lambda s, name=name: actions[name](s), name=name)
+        for name in actions  # type: ignore[operator, misc]
     )
     monkeypatch.setattr(command, "PARTS", made)
     return actions
@@ -189,7 +190,8 @@ def two_parts(monkeypatch: pytest.MonkeyPatch) -> dict[str, object]:
 def test_a_verdict_that_is_bad_is_the_exit_code(tmp_path: Path, two_parts: dict[str, object]) -> None:
     arguments = [str(tmp_path), "--without-gpu", "--store", str(tmp_path)]
     assert command.main(arguments) == 0
-    for bad in (raising(CheckFailed("x")), raising(Late("x")), lambda s: Finding(text="", figures=(figure("f", 2, False),))):
+    missed = Finding(text="", figures=(figure("f", 2, False),))
+    for bad in (raising(CheckFailed("x")), raising(Late("x")), lambda s: missed):
         two_parts["other"] = bad
         assert command.main(arguments) == 1
 

@@ -83,7 +83,7 @@ def test_the_sanitizer_must_say_what_it_found(tmp_path: Path, sanitizer: Path) -
 
 
 @pytest.mark.parametrize("said", ["Error: Device not supported. Please refer to", "Error: LibraryNotLoaded"])
-def test_a_machine_that_the_sanitizer_does_not_support_is_no_failure(tmp_path: Path, sanitizer: Path, said: str) -> None:
+def test_an_unsupported_machine_is_no_failure_of_the_sanitizer(tmp_path: Path, sanitizer: Path, said: str) -> None:
     tool(sanitizer, f"echo '========= {said}'; echo '========= ERROR SUMMARY: 3 errors'; exit 9")
     with pytest.raises(NotRun, match=f"cannot work on this machine: {said}"):
         measuring.run_sanitizer(setting(tmp_path, gpus=1))
@@ -170,7 +170,7 @@ def test_the_step_is_measured_in_each_environment(tmp_path: Path, monkeypatch: p
 
 def test_a_step_without_time_or_memory_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     installed(monkeypatch, figure("none: iteration, median", 0.3), figure("full: iteration over none, median", None))
-    with pytest.raises(NotRun, match="no mode's arena has room; see step/log.txt"):
+    with pytest.raises(NotRun, match=r"no mode's arena has room; see step/log.txt"):
         measuring.run_step(setting(tmp_path, gpus=1))
     with pytest.raises(NotRun, match="too few to measure a step in"):
         measuring.run_step(setting(tmp_path, gpus=1, left_s=10.0))

@@ -179,13 +179,15 @@ def test_an_environment_made_from_another_one_sees_its_torch(tmp_path: Path) -> 
     (packages,) = theirs.glob("lib/python*/site-packages")
     (packages / "torch").mkdir()
     (packages / "torch-2.11.0.dist-info").mkdir()
-    (packages / "torch-2.11.0.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n")
+    metadata = "Metadata-Version: 2.1\nName: torch\nVersion: 2.11.0\n"
+    (packages / "torch-2.11.0.dist-info" / "METADATA").write_text(metadata)
     tool(tmp_path / "bin" / "nvidia-smi", "echo 'GPU 0: NVIDIA H200'")
+    path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
     make = f'source scripts/_setup.sh; make_venv "{theirs}/bin/python"; usable_torch "$VENV_PYTHON"'
     done = subprocess.run(
         ["bash", "-c", make],
         cwd=ROOT,
-        env={**os.environ, **NO_REGISTRY, "MOETION_VENV": str(ours), "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"},
+        env={**os.environ, **NO_REGISTRY, "MOETION_VENV": str(ours), "PATH": path},
         capture_output=True,
         text=True,
         timeout=120,

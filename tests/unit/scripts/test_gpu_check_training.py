@@ -21,7 +21,7 @@ UNPINNED = "[moetion] rank 1 iteration -1: the arena could not be pinned (out of
 
 
 class Trainer:
-    """In place of ``execute``: a trainer that writes its files. Each launch with ``--moetion`` is one or two attempts."""
+    """In place of ``execute``: a trainer that writes its files. A launch with ``--moetion`` has one or two attempts."""
 
     def __init__(self, **curves: Mapping[int, tuple[str, float]]) -> None:
         self.curves = curves
@@ -33,7 +33,13 @@ class Trainer:
         self.environments: list[Mapping[str, str]] = []
 
     def __call__(
-        self, command: Sequence[str], log: Path, limit_s: float, environment: Mapping[str, str], *, may_fail: bool = False
+        self,
+        command: Sequence[str],
+        log: Path,
+        limit_s: float,
+        environment: Mapping[str, str],
+        *,
+        may_fail: bool = False,
     ) -> str:
         assert limit_s > 0
         self.commands.append(command)
@@ -91,8 +97,8 @@ def test_popularity_must_reach_the_end_and_count_its_losses(tmp_path: Path, monk
         ([ON_GPU, PINNED], "full: 1 of 2 attempts say that they were on a GPU"),
         ([ON_GPU, PINNED, "killed", ON_CPU], "full: 1 of 2 attempts say"),
         ([ON_GPU, PINNED, "killed", ON_GPU, PINNED, ON_CPU], "full: 2 of 2 attempts say"),
-        ([ON_GPU, PINNED, "killed", ON_GPU, UNPINNED], r"full: the arena was pinned in 1 of 2 attempts: .*out of memory"),
-        ([ON_GPU, PINNED, "killed", ON_GPU, PINNED, UNPINNED], r"full: the arena was pinned in 2 of 2 attempts: .*rank 1"),
+        ([ON_GPU, PINNED, "killed", ON_GPU, UNPINNED], r"full: the arena was pinned in 1 of 2 .*out of memory"),
+        ([ON_GPU, PINNED, "killed", ON_GPU, PINNED, UNPINNED], r"full: the arena was pinned in 2 of 2 .*rank 1"),
         ([ON_GPU, ON_GPU], "full: the arena was pinned in 0 of 2 attempts: no line says so"),
     ],
 )
@@ -174,7 +180,7 @@ def test_a_first_launch_that_never_trained_is_no_lost_node(tmp_path: Path, monke
             return "error" if may_fail else super().__call__(*args, **changes)  # type: ignore[arg-type]
 
     installed(monkeypatch, Broken())
-    with pytest.raises(CheckFailed, match="no memory of node 1 to lose, see train-ep2-full/first.txt"):
+    with pytest.raises(CheckFailed, match=r"no memory of node 1 to lose, see train-ep2-full/first.txt"):
         run_several(setting(tmp_path, gpus=2))
 
 
