@@ -21,12 +21,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import one_answer
 from left_behind import end, temporary_store
 from quickstart_summary import Fault, Run, RunError, check, read_json_lines, read_run, summarise
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+from megatron_moetion._C import built_with_cuda
 from megatron_moetion.pretrain.launch import visible_gpus
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -75,7 +77,7 @@ class Job:
         command = [
             sys.executable, "-m", "torch.distributed.run", "--standalone", "--local-addr", "127.0.0.1",
             "--nproc-per-node", str(RANKS), "--max-restarts", "3", str(ROOT / "pretrain_gpt_moe.py"),
-            *MODEL_FLAGS, "--device", "cpu" if 0 < visible_gpus(os.environ) < RANKS else "auto",
+            *MODEL_FLAGS, "--device", device_for(visible_gpus(os.environ), built_with_cuda()),
             "--train-iters", str(self.iterations), "--eval-interval", str(self.iterations),
             "--metrics-path", str(self.folder / "metrics.jsonl"),
         ]  # fmt: skip
@@ -88,8 +90,13 @@ class Job:
         return command
 
     def environment(self) -> dict[str, str]:
-        """One thread a rank, and gloo on the loopback: the name of this machine need not resolve."""
-        return {"OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"} | dict(os.environ)
+        """The same bits each time, and gloo on the loopback: the name of this machine need not resolve."""
+        return one_answer.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo", "PYTHONUNBUFFERED": "1"} | dict(os.environ)
+
+
+def device_for(gpus: int, with_kernels: bool) -> str:
+    """``--device`` of the runs: GPUs are left alone where there is not one for each rank, or no kernels were built."""
+    return "cpu" if gpus and (gpus < RANKS or not with_kernels) else "auto"
 
 
 class Display:

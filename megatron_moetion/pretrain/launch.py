@@ -28,13 +28,18 @@ from megatron_moetion.mcore.arguments import moetion_config, read_arguments
 from megatron_moetion.pretrain.process import Process
 
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
+DEVICE_FOLDER = Path("/dev")
 SPEAKER_LIMIT_S = 5.0
 """For the one rank of a node that says what all its ranks have found."""
 
 
-def visible_gpus(environ: Mapping[str, str], folder: Path = GPU_FOLDER) -> int:
-    """GPUs that the driver shows and ``CUDA_VISIBLE_DEVICES`` leaves: those before the first entry that is none."""
-    present = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+def visible_gpus(environ: Mapping[str, str], folder: Path = GPU_FOLDER, devices: Path = DEVICE_FOLDER) -> int:
+    """GPUs that the driver shows and ``CUDA_VISIBLE_DEVICES`` leaves: those before the first entry that is none.
+
+    Sandboxes that have no ``/proc/driver`` have device files.
+    """
+    listed = sum(1 for _ in folder.iterdir()) if folder.is_dir() else 0
+    present = max(listed, sum(1 for _ in devices.glob("nvidia[0-9]*")))
     chosen = environ.get("CUDA_VISIBLE_DEVICES")
     if chosen is None:
         return present

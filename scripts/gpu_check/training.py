@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+import one_answer
 from left_behind import temporary_store
 
 from gpu_check.part import ROOT, CheckFailed, Finding, Setting, execute, need_gpus, need_store, read_lines
@@ -31,16 +32,6 @@ MODEL_FLAGS = f"""
 """.split()
 ARENA_BYTES = 512 << 20
 """Of one run of this model, all ranks and replicas, in any mode; at most."""
-ONE_ANSWER = {
-    # Attention kernels, cuBLAS with several streams, and NCCL's trees may add in another order each time.
-    "NVTE_ALLOW_NONDETERMINISTIC_ALGO": "0",
-    "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
-    "NCCL_ALGO": "Ring",
-    # The name of a bare machine need not resolve.
-    "GLOO_SOCKET_IFNAME": "lo",
-    "OMP_NUM_THREADS": "1",
-}
-"""Environment in which the same program computes the same bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,7 +190,9 @@ def torchrun(setting: Setting, layout: Layout, folder: Path, flags: Sequence[str
 
 def environment_of(setting: Setting) -> dict[str, str]:
     """Of a run: the same bits each time, on this check's device."""
-    return ONE_ANSWER | ({} if setting.on_gpu else {"CUDA_VISIBLE_DEVICES": ""})
+    hidden = {} if setting.on_gpu else {"CUDA_VISIBLE_DEVICES": ""}
+    # The name of a bare machine need not resolve.
+    return one_answer.ENVIRONMENT | {"GLOO_SOCKET_IFNAME": "lo"} | hidden
 
 
 def read_run(folder: Path) -> Run:

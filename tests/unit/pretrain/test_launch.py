@@ -48,8 +48,16 @@ def test_gpus_are_counted_as_cuda_does(tmp_path: Path, chosen: str | None, expec
     for device in range(4):
         (tmp_path / str(device)).touch()
     environ = {} if chosen is None else {"CUDA_VISIBLE_DEVICES": chosen}
-    assert visible_gpus(environ, tmp_path) == expected
-    assert visible_gpus(environ, tmp_path / "absent") == 0
+    absent = tmp_path / "absent"
+    assert visible_gpus(environ, tmp_path, absent) == expected
+    assert visible_gpus(environ, absent, absent) == 0
+
+
+def test_a_sandbox_without_the_drivers_folder_has_device_files(tmp_path: Path) -> None:
+    for name in ("nvidia0", "nvidia11", "nvidiactl", "nvidia-uvm", "null"):
+        (tmp_path / name).touch()
+    assert visible_gpus({}, tmp_path / "absent", tmp_path) == 2
+    assert visible_gpus({"CUDA_VISIBLE_DEVICES": "1"}, tmp_path / "absent", tmp_path) == 1
 
 
 def test_a_node_with_a_gpu_missing_is_refused_with_the_counts() -> None:

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import quickstart
 import torch
 from gpu_check import training
 from megatron.core.models.common.embeddings import rope_utils
@@ -122,11 +123,12 @@ def test_what_the_flags_allow_megatron_builds_and_runs(engine: None) -> None:
 
 
 CHECKED = {
+    "quickstart": ([*quickstart.MODEL_FLAGS, "--train-iters", "60"], quickstart.RANKS),
     "train": (training.MODEL_FLAGS, 1),
     **{layout.name: ([*training.MODEL_FLAGS, *layout.flags], layout.ranks) for layout in training.LAYOUTS},
     **{f"step, {name}": (f"{gpu_step.COMMON} {m.flags}".split(), 1) for name, m in gpu_step.MODELS.items()},
 }
-"""Every model that ``gpu_check`` trains, and on how many ranks."""
+"""Every model that the scripts train on a GPU machine, and on how many ranks."""
 
 
 ENGINE = "transformer_engine"
@@ -136,7 +138,7 @@ INSTALLED = [("local", ()), ("local", (ENGINE,)), ("local", ("grouped_gemm", "ap
 
 @pytest.mark.parametrize(("implementation", "packages"), INSTALLED)
 @pytest.mark.parametrize("model", CHECKED)
-def test_the_check_of_a_gpu_machine_asks_for_models_that_can_be_built(
+def test_scripts_ask_a_gpu_machine_for_models_that_can_be_built(
     engine: None, model: str, implementation: str, packages: tuple[str, ...]
 ) -> None:
     flags, ranks = CHECKED[model]
@@ -177,7 +179,7 @@ import torch
 from megatron_moetion.mcore import cpu_device
 from megatron_moetion.pretrain import launch
 
-launch.visible_gpus.__defaults__ = (Path(sys.argv[1]),)
+launch.visible_gpus.__defaults__ = (Path(sys.argv[1]), Path(sys.argv[1]))
 os.environ.pop("CUDA_VISIBLE_DEVICES", None)
 torch.cuda.is_available = lambda: True
 torch.cuda.device_count = lambda: 1

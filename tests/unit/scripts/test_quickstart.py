@@ -227,3 +227,10 @@ def test_a_failed_run_ends_with_its_log_and_exit_code_1(tmp_path):
     assert "error: run 'fault-free' ended with exit code" in done.stderr
     assert "log.txt" in done.stderr
     assert not (tmp_path / "summary.json").exists()
+
+
+def test_gpus_are_used_where_there_is_one_for_each_rank_and_the_kernels_are_built() -> None:
+    chosen = {(gpus, built): quickstart.device_for(gpus, built) for gpus in (0, 1, 3, 4, 8) for built in (False, True)}
+    assert {use for use, device in chosen.items() if device == "cpu"} == {
+        (1, False), (1, True), (3, False), (3, True), (4, False), (8, False)
+    }  # fmt: skip
