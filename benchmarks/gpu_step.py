@@ -156,6 +156,16 @@ def shortage(need: int, store: Path, available: int) -> str | None:
     return None
 
 
+def no_time(need_bytes: int, before: Sequence[Arm], iteration_s: float, counted: int, left_s: float) -> str | None:
+    """Why there is no time for a mode, by what arenas have taken ``before``; None if there is, or nobody knows."""
+    known = [arm.start_s / arm.arena_bytes for arm in before if arm.start_s]
+    if not known:
+        return None
+    cycles_s = FEWEST_CYCLES * 2 * (counted + PERIOD + 4) * iteration_s
+    need_s = need_bytes * max(known) + cycles_s
+    return f"it takes some {need_s:.0f} s, and {max(left_s, 0):.0f} s are left" if need_s > left_s else None
+
+
 def run_block(trainer: Any, attached: Any, skipped: int, counted: int) -> list[float]:
     """Seconds of each counted iteration of a block; with ``attached`` there is a snapshot of each."""
     seconds = []
@@ -173,11 +183,7 @@ def measure_arm(trainer: Any, arm: Arm, store: Path, model: Model, until: float)
     """Attach, let blocks with and without snapshots take turns, detach. ``until``: of the monotonic clock."""
     from megatron_moetion.mcore.attach import attach
 
-    config, state = config_of(arm.mode, store), state_of(trainer)
-    arm.arena_bytes = arena_bytes(arm.mode, state, config)
-    arm.problem = shortage(arm.arena_bytes, store, available_memory_bytes())
-    if arm.problem is not None:
-        return
+    config = config_of(arm.mode, store)
     began = time.monotonic()
     try:
         attached = attach(
@@ -290,8 +296,13 @@ def main() -> int:
         none = run_block(trainer, None, 1, model.counted)
         for number, arm in enumerate(arms):
             now = time.monotonic()
-            measure_arm(trainer, arm, store, model, now + (end - now) / (len(arms) - number))
-            none += run_block(trainer, None, 1, model.counted)
+            arm.arena_bytes = arena_bytes(arm.mode, state_of(trainer), config_of(arm.mode, store))
+            arm.problem = shortage(arm.arena_bytes, store, available_memory_bytes()) or no_time(
+                arm.arena_bytes, arms[:number], median(none), model.counted, end - now
+            )
+            if arm.problem is None:
+                measure_arm(trainer, arm, store, model, now + (end - now) / (len(arms) - number))
+                none += run_block(trainer, None, 1, model.counted)
             print(f"{arm.mode}: {arm.problem or f'{len(arm.active)} iterations'}", flush=True)
     finally:
         shutil.rmtree(store, ignore_errors=True)

@@ -79,6 +79,17 @@ def test_an_arena_without_room_is_refused_before_it_is_made(tmp_path: Path, monk
     )
 
 
+def test_a_mode_is_left_out_where_the_arenas_before_it_took_too_long() -> None:
+    """Figures of some modes are better than a process that is stopped before it has written any."""
+    slow = Arm(mode="full", arena_bytes=30 * GIB, start_s=30.0)
+    times: dict[str, Any] = {"iteration_s": 0.5, "counted": 4}
+    assert gpu_step.no_time(40 * GIB, [], left_s=1.0, **times) is None, "nobody knows"
+    assert gpu_step.no_time(40 * GIB, [slow], left_s=61.0, **times) is None
+    assert gpu_step.no_time(40 * GIB, [slow], left_s=59.0, **times) == "it takes some 60 s, and 59 s are left"
+    refused = Arm(mode="full", arena_bytes=30 * GIB, problem="no room")
+    assert gpu_step.no_time(40 * GIB, [refused], left_s=1.0, **times) is None
+
+
 def test_memory_is_what_a_container_may_take(tmp_path: Path) -> None:
     (tmp_path / "meminfo").write_text("MemTotal: 100 kB\nMemAvailable: 50 kB\n")
     assert available_memory_bytes(tmp_path, tmp_path) == 50 << 10
@@ -140,4 +151,38 @@ def test_a_small_arena_is_made_and_registered_with_the_model(tmp_path: Path) -> 
     )
     assert found["arena"]["value"] == 1 / 32
     assert found["pinned"]["value"] is not None
+    assert list(store.iterdir()) == []
+
+
+ON_A_GPU = """
+import sys
+import torch
+from megatron_moetion.mcore import cpu_device
+
+cpu_device.install()  # stands in for a GPU: everything of torch that has "cuda" in its name
+torch.cuda.is_available = lambda: True
+from megatron_moetion.pretrain import startup
+from megatron_moetion.pretrain.rendezvous import Device
+
+startup._device = lambda process: Device(host="here", index=None)  # gloo in place of NCCL
+from benchmarks import _common, gpu_step
+
+_common._gpus = lambda: ["a GPU"]
+sys.argv = ["gpu_step.py", *sys.argv[1:]]
+sys.exit(gpu_step.main())
+"""
+
+
+def test_the_step_runs_as_on_a_gpu(tmp_path: Path) -> None:
+    """All that this process does on a GPU machine, the GPU stood in for."""
+    store = tmp_path / "store"
+    store.mkdir()
+    found = document(
+        tmp_path / "s.json", "-c", ON_A_GPU, "--model", "toy", "--seconds", "1", "--store", str(store), "--quick"
+    )
+    for mode in gpu_step.ARMS:
+        assert found[f"{mode}: iteration over none, median"]["met"] in (True, False)
+        assert found[f"{mode}: iterations counted"]["value"] >= gpu_step.FEWEST_CYCLES * 4
+        assert found[f"{mode}: arena pinned"]["met"] is False, "this is no GPU, and it must not look like one"
+        assert found[f"{mode}: snapshots dropped"]["value"] < 1
     assert list(store.iterdir()) == []

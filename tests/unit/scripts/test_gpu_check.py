@@ -164,7 +164,7 @@ def test_all_parts_but_the_long_ones_run_within_eight_minutes_on_one_gpu() -> No
     ]  # fmt: skip
     assert sum(p.limit_s for p in parts if p.name != "multi") <= 480
     plan = command.plan_of(parts, machine(1), 1.0)
-    assert plan.startswith("seconds at most: tests 60, sanitizer 40, ")
+    assert plan.startswith("seconds at most: tests 60, sanitizer 35, ")
     assert "multi" not in plan
     assert plan.endswith("together 480")
     assert "multi 300" in command.plan_of(parts, machine(2), 2.0)
