@@ -168,6 +168,7 @@ startup._device = lambda process: Device(host="here", index=None)  # gloo in pla
 from benchmarks import _common, gpu_step
 
 _common._gpus = lambda: ["a GPU"]
+gpu_step.no_time = lambda *args: None  # each mode gets its fewest cycles
 sys.argv = ["gpu_step.py", *sys.argv[1:]]
 sys.exit(gpu_step.main())
 """
