@@ -27,12 +27,12 @@ from gpu_check.part import ROOT, Outcome, Part, Setting, Verdict, judge
 
 PARTS = (
     Part(name="tests", about="tests/gpu", limit_s=60, action=measuring.run_tests),
-    Part(name="sanitizer", about="memcheck on some kernels", limit_s=35, action=measuring.run_sanitizer),
+    Part(name="sanitizer", about="memcheck on some kernels", limit_s=50, action=measuring.run_sanitizer),
     Part(name="engines", about="the choice of an engine, 5 times", limit_s=18, action=measuring.run_link("engines")),
     Part(name="speed", about="snapshots against the link", limit_s=18, action=measuring.run_link("speed")),
     Part(name="sms", about="census of multiprocessors", limit_s=14, action=measuring.run_link("sms")),
-    Part(name="arena", about="32 GiB, pinned", limit_s=40, action=measuring.run_arena),
-    Part(name="step", about="iteration with and without snapshots", limit_s=150, action=measuring.run_step),
+    Part(name="arena", about="32 GiB, pinned", limit_s=35, action=measuring.run_arena),
+    Part(name="step", about="iteration with and without snapshots", limit_s=140, action=measuring.run_step),
     Part(name="connections", about="the same in other environments", limit_s=80, action=measuring.run_connections),
     Part(name="train", about="kill and bitwise resume", limit_s=65, action=training.run_training),
     Part(name="multi", about="NCCL, EP, PP, replicas", limit_s=150, action=training.run_several),

@@ -23,7 +23,6 @@ CONNECTIONS: Mapping[str, Mapping[str, str]] = {
     "expandable segments": {
         "CUDA_DEVICE_MAX_CONNECTIONS": "8",
         "PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True",
-        "PYTORCH_ALLOC_CONF": "expandable_segments:True",
     },
 }
 """Environments of the step: hardware queues that streams share, and the allocator that moves its memory."""

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import Enum
@@ -119,6 +120,11 @@ def judge(part: Part, setting: Setting, limit_s: float) -> Verdict:
         outcome, text = Outcome.LATE, str(late)
     except CheckFailed as failure:
         outcome, text = Outcome.FAILED, str(failure)
+    except Exception as bug:  # of the check itself: the parts that are left may never have this machine again
+        folder = setting.results / part.name
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "traceback.txt").write_text(traceback.format_exc())
+        outcome, text = Outcome.FAILED, f"{type(bug).__name__}: {bug}; see {part.name}/traceback.txt"
     return Verdict(
         part=part.name, outcome=outcome, seconds=time.monotonic() - started, limit_s=limit_s, finding=text,
         figures=figures,

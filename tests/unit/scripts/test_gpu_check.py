@@ -55,6 +55,12 @@ def test_a_part_ends_in_one_of_five_ways(tmp_path: Path) -> None:
     assert verdicts[0].figures == fine.figures
 
 
+def test_a_bug_of_the_check_ends_one_part_only(tmp_path: Path) -> None:
+    verdict = judge(part(raising(KeyError("results"))), setting(tmp_path), 5.0)
+    assert (verdict.outcome, verdict.finding) == (Outcome.FAILED, "KeyError: 'results'; see one/traceback.txt")
+    assert "raise error" in (tmp_path / "one" / "traceback.txt").read_text()
+
+
 def test_a_part_learns_its_deadline(tmp_path: Path) -> None:
     left: list[float] = []
     judge(part(lambda s: left.append(s.left_s) or Finding(text="")), setting(tmp_path), 5.0)
@@ -164,7 +170,7 @@ def test_all_parts_but_the_long_ones_run_within_eight_minutes_on_one_gpu() -> No
     ]  # fmt: skip
     assert sum(p.limit_s for p in parts if p.name != "multi") <= 480
     plan = command.plan_of(parts, machine(1), 1.0)
-    assert plan.startswith("seconds at most: tests 60, sanitizer 35, ")
+    assert plan.startswith("seconds at most: tests 60, sanitizer 50, ")
     assert "multi" not in plan
     assert plan.endswith("together 480")
     assert "multi 300" in command.plan_of(parts, machine(2), 2.0)
