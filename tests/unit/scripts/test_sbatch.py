@@ -151,6 +151,20 @@ def test_one_node(tmp_path):
     assert slurm.calls[0] == step, "memory is kept until training is over"
 
 
+def test_gpus_that_slurm_gave_are_demanded(tmp_path):
+    """A node whose driver is broken would train on its CPU, for as long as nobody looks."""
+    slurm = Slurm(tmp_path, nodes=1)
+    slurm.run("--num-layers", "4")
+    assert value(slurm.step, "--device") == "gpu"
+    slurm.run("--device", "cpu")
+    words = json.loads(slurm.calls_path.read_text().splitlines()[-2])
+    assert [words[i + 1] for i, word in enumerate(words) if word == "--device"] == ["gpu", "cpu"], "the last one wins"
+    del slurm.environment["SLURM_GPUS_ON_NODE"]
+    slurm.calls_path.unlink()
+    slurm.run()
+    assert "--device" not in slurm.step
+
+
 def test_four_nodes(tmp_path):
     slurm = Slurm(tmp_path, nodes=4)
     code, output = slurm.run()
@@ -292,7 +306,7 @@ def test_settings_can_be_overridden(tmp_path):
     assert value(step, "--save-interval") == "50"
     assert value(step, "--rdzv-endpoint") == "n0:1234"
     entry = step.index("pretrain_gpt_moe.py")
-    assert step[entry + 1 : entry + 6] == ["--num-layers", "2", "--bf16", "--seed", "7"]
+    assert step[entry + 1 : entry + 8] == ["--device", "gpu", "--num-layers", "2", "--bf16", "--seed", "7"]
 
 
 @pytest.mark.parametrize("spares", ["2", "-1"])
