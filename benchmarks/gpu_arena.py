@@ -17,12 +17,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks._common import Result, available_memory_bytes, parser, report
 from megatron_moetion import _C
+from megatron_moetion.store.hostmemory import HostMemory
 from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.numa import numa_node
 from megatron_moetion.store.sharedfile import create_arena, free_bytes
 from megatron_moetion.store.spec import ArenaIdentity, ArenaSpec
 from megatron_moetion.units import ALIGNMENT_BYTES, Inventory, Region, Role, Unit, UnitKind
 
 SLOTS = 32
+THREADS_MAX = 16
+"""That populate the arena; a run has as many, or its share of the cores."""
 MEMORY_SHARE = 0.6
 """Of what is free, what the arena may take: a GPU node's memory is its trainer's too."""
 
@@ -47,28 +51,33 @@ def spec_of(nbytes: int) -> ArenaSpec:
     return ArenaSpec.of(identity, inventory, {"all": SLOTS})
 
 
-def measure(device: str, store: Path, nbytes: int) -> list[Result]:
-    """Make, pin, let go."""
+def measure(device: str, store: Path, nbytes: int) -> tuple[list[Result], str]:
+    """Make, pin, let go; and how the arena got its memory."""
     pool = _C.DevicePool(device, rank=0, max_pieces=1, max_chunks=1)
+    memory = HostMemory(num_threads=min(THREADS_MAX, len(os.sched_getaffinity(0))), node=numa_node(pool.pci_bus_id))
     store.mkdir(parents=True)
     try:
         began = time.perf_counter()
-        arena = create_arena(store / "rank0.arena", spec_of(nbytes), Page())
+        arena = create_arena(store / "rank0.arena", spec_of(nbytes), Page(), memory)
         made = time.perf_counter()
         registration = pool.register(arena.memory.ctypes.data, arena.memory.nbytes)
         pinned = time.perf_counter()
         registration.close()
         closed = time.perf_counter()
+        population = arena.population
         del arena
     finally:
         shutil.rmtree(store, ignore_errors=True)
-    return [
+    results = [
         Result(name="arena", value=nbytes / 2**30, unit="GiB"),
-        Result(name="made (allocated and mapped)", value=made - began, unit="s"),
+        Result(name="made", value=made - began, unit="s"),
+        Result(name="made: of it, populated", value=population.seconds, unit="s"),
+        Result(name="in huge pages", value=population.huge_bytes / population.nbytes, unit="share"),
         Result(name="pinned", value=pinned - made, unit="s"),
         Result(name="unpinned", value=closed - pinned, unit="s"),
         Result(name="made and pinned", value=nbytes / (pinned - began) / 1e9, unit="GB/s"),
     ]
+    return results, str(population)
 
 
 def main() -> int:
@@ -85,7 +94,8 @@ def main() -> int:
         report("gpu_arena", results, args.json, [f"{args.store} or memory has no room for {SLOTS} MiB"])
         return 0
     notes = [] if nbytes == wanted else [f"of {wanted / 2**30:g} GiB: no more memory is free"]
-    report("gpu_arena", measure(args.device, args.store / f"moetion-arena-{os.getpid()}", nbytes), args.json, notes)
+    results, how = measure(args.device, args.store / f"moetion-arena-{os.getpid()}", nbytes)
+    report("gpu_arena", results, args.json, [*notes, how])
     return 0
 
 

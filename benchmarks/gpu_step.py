@@ -100,6 +100,8 @@ class Arm:
     ratios: list[float] = field(default_factory=list)
     """Median of a block with snapshots over that of the idle block beside it, one a cycle."""
     start_s: float = 0.0
+    populated_s: float = 0.0
+    """Of the start: until the arena had its memory."""
     arena_bytes: int = 0
     snapshot_bytes: float = 0.0
     dropped: int = 0
@@ -233,6 +235,7 @@ def note_counts(arm: Arm, attached: Any) -> None:
     counts = running.pipeline.counts
     arm.snapshot_bytes = counts.bytes_committed / max(counts.committed, 1)
     arm.waited_s = counts.waited_s
+    arm.populated_s = running.arenas.own.population.seconds
     arm.pinned = "arena pinned" in running.packer.note
 
 
@@ -257,6 +260,7 @@ def arm_results(arm: Arm, none: Sequence[float], on_gpu: bool) -> list[Result]:
         Result(name=f"{arm.mode}: training waited for snapshots", value=arm.waited_s, unit="s"),
         Result(name=f"{arm.mode}: arena", value=arm.arena_bytes / 2**30, unit="GiB"),
         Result(name=f"{arm.mode}: attach and start", value=arm.start_s, unit="s"),
+        Result(name=f"{arm.mode}: of it, the arena got its memory", value=arm.populated_s, unit="s"),
     ]
     if on_gpu:
         results.append(at_least(f"{arm.mode}: arena pinned", float(arm.pinned), "", 1))

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import gpu_arena, gpu_step
+from benchmarks import gpu_arena, gpu_link, gpu_step
 from benchmarks._common import Result, available_memory_bytes
 from benchmarks.gpu_step import Arm, Model, arena_bytes, arm_results, config_of, measure_cycles, shortage
 from megatron_moetion.plan.costs import RankState
@@ -187,3 +187,61 @@ def test_the_step_runs_as_on_a_gpu(tmp_path: Path) -> None:
         assert found[f"{mode}: arena pinned"]["met"] is False, "this is no GPU, and it must not look like one"
         assert found[f"{mode}: snapshots dropped"]["value"] < 1
     assert list(store.iterdir()) == []
+
+
+LINK_OF_A_GPU = """
+import contextlib, sys, time, types
+import torch
+from megatron_moetion import _C
+from megatron_moetion.mcore import cpu_device
+
+cpu_device.install()  # stands in for a GPU
+empty = torch.empty
+torch.empty = lambda *sizes, pin_memory=False, **settings: empty(*sizes, **settings)
+
+class Event:
+    def __init__(self, enable_timing): assert enable_timing
+    def record(self): self.at = time.perf_counter()
+    def synchronize(self): pass
+    def elapsed_time(self, end): return 1e3 * (end.at - self.at)
+
+torch.cuda.Event = Event
+from benchmarks import _common, gpu_link
+
+def pool(device, **settings):
+    assert device == "cuda:0"
+    return _C.DevicePool("model:0", **settings)
+
+gpu_link._C = types.SimpleNamespace(DevicePool=pool)
+gpu_link.engines.SAMPLE_BYTES = gpu_link.engines.SIZES_BYTES[-1]
+gpu_link.SPEED_BYTES = 64 << 20
+_common._gpus = lambda: ["a GPU"]
+sys.argv = ["gpu_link.py", *sys.argv[1:]]
+sys.exit(gpu_link.main())
+"""
+
+
+@pytest.mark.parametrize(
+    "command", [["-c", LINK_OF_A_GPU], ["benchmarks/gpu_link.py", "--device", "model:0"]], ids=["as on a GPU", "model"]
+)
+def test_the_link_is_asked_its_questions(tmp_path: Path, command: list[str]) -> None:
+    """All that this process does on a GPU machine, the GPU stood in for; and the same with the model of a device."""
+    found = document(tmp_path / "l.json", *command, "--quick")
+    assert found["different choices in 5"]["met"] in (True, False)
+    assert found["link: plain copy to pinned memory"]["value"] > 0
+    for label in gpu_link.SEGMENTS:
+        assert found[f"snapshot of segments of {label}"]["value"] > 0
+    for limit in gpu_link.LIMITS:
+        assert found[f"multiprocessors of a kernel that may use {limit}"]["met"] is True
+
+
+def test_pieces_and_chunks_bring_all_bytes_in_another_order() -> None:
+    memory = gpu_link.Memory("model:0", 4 << 20)
+    pieces, chunks = gpu_link.tables(memory, 64 << 10)
+    assert pieces[:, 2].sum() == chunks[:, 1].sum() == memory.nbytes
+    assert sorted(pieces[:, 0] - memory.source) == sorted(pieces[:, 1] - memory.target)
+    assert (pieces[:, 0] - memory.source != pieces[:, 1] - memory.target).any()
+    rows = len(pieces)
+    pool = gpu_link._C.DevicePool("model:0", rank=0, max_pieces=rows, max_chunks=rows)
+    with gpu_link.packed(pool, pieces, chunks, 0, None):
+        pass
