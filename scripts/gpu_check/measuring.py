@@ -26,7 +26,7 @@ CONNECTIONS: Mapping[str, Mapping[str, str]] = {
     },
 }
 """Environments of the step: hardware queues that streams share, and the allocator that moves its memory."""
-TOY_STEP_S = 40.0
+TOY_STEP_S = 16.0
 """On a CPU, where the figures mean nothing."""
 STEP_START_S = 15.0
 """Less than this is no time to measure a step in."""
