@@ -30,8 +30,8 @@ MODEL_FLAGS = f"""
 --hidden-dropout 0.1 --lr 3e-3 --lr-decay-style cosine --lr-warmup-iters 2 --train-iters {ITERATIONS}
 --log-interval 1 --eval-interval {ITERATIONS} --eval-iters 2 --seed 1234
 """.split()
-ARENA_BYTES = 512 << 20
-"""Of one run of this model, all ranks and replicas, in any mode; at most."""
+ARENA_BYTES = 1600 << 20
+"""At most, of all runs of a part that train at once, with all ranks and replicas."""
 
 
 @dataclass(frozen=True, kw_only=True)
