@@ -151,6 +151,8 @@ class DevicePacker:
                 self._check_place(region.tensor, region.address, region.nbytes)
         self._engines = engines
         self._registration: Registration | None = None
+        self._abandoned: list[Registration] = []
+        """Of memory that a late or failed device may still write: ended with the process."""
         self._buffers: tuple[Bytes, ...] = ()
         self._staging: Any = None
         self._aside = ""
@@ -261,12 +263,17 @@ class DevicePacker:
         return self._registration is not None
 
     def release(self) -> None:
-        """Undo ``adopt``, after what is under way."""
-        if self._registration is not None:
-            with suppress(DeviceError):
-                self._drain(Cancel(), _RELEASE_TIMEOUT_S)
+        """Undo ``adopt``, after what is under way. Memory that the device may still write stays pinned."""
+        if self._registration is None:
+            return
+        is_quiet = False
+        with suppress(DeviceError):
+            is_quiet = self._drain(Cancel(), _RELEASE_TIMEOUT_S)
+        if is_quiet:
             self._registration.close()
-            self._registration = None
+        else:
+            self._abandoned.append(self._registration)
+        self._registration = None
 
     def freeze(self, rows: Int64s) -> bool:
         """Enqueue copies (source, destination, nbytes) after all that is enqueued on the current stream.

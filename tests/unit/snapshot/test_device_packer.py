@@ -120,6 +120,27 @@ def test_a_freeze_waits_for_nothing_and_what_it_copies_is_waited_for_where_it_is
     assert rig.packer.settle()
 
 
+@pytest.mark.parametrize("is_done", [True, False])
+def test_an_arena_stays_pinned_while_the_device_may_write_to_it(tmp_path: Path, is_done: bool) -> None:
+    ended: list[int] = []
+    rig = Gradients(tmp_path)
+
+    class Registration:
+        def __init__(self, address: int) -> None:
+            self.address = address
+
+        def close(self) -> None:
+            ended.append(self.address)
+
+    rig.pools[0].register = lambda address, nbytes: Registration(address)
+    rig.packer.adopt(rig.arena.memory)
+    rig.packer.freeze(b"host")
+    rig.pools[0].is_done = is_done
+    rig.packer.close()
+    assert ended == [rig.arena.memory.ctypes.data] * is_done
+    assert not rig.packer.is_direct
+
+
 def test_a_freeze_is_refused_without_waiting_while_earlier_work_is_not_done(tmp_path: Path) -> None:
     rig = Gradients(tmp_path, timeout_s=0.05)
     rig.packer.freeze(b"host")
