@@ -478,7 +478,7 @@ def _replaced(trainer: Trainer, store: Path) -> dict[str, Any]:
         optimizer=trainer.optimizer,
         opt_param_scheduler=trainer.scheduler,
         config=MoetionConfig(
-            mode="exact", period=2, store=str(store), run_id="run", ranks_per_node=2, pack_threads=1, timeout_s=30
+            mode="exact", period=2, store=str(store), run_id="run", ranks_per_node=1, pack_threads=1, timeout_s=30
         ),
         user_state=trainer.state,
     )

@@ -27,7 +27,7 @@ from support import ToyState, _region, blueprint, scheduler
 from torch import distributed as dist
 
 from megatron_moetion.clock import SystemClock
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ChannelError, MoetionError
 from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.modes.exact import ExactBlueprint
@@ -390,7 +390,7 @@ def _train(
     settings = MoetionConfig(**config)
     state = trainee(toy, rank, attempt)
     trouble = Trouble(toy if toy.concerns(rank) else Toy(), state)
-    timing = scheduler(settings.schedule)
+    timing = scheduler(resolved_schedule(settings.schedule, on_device=False))
     fabric = GlooFabric.connect(
         timeout_s=settings.timeout_s,
         in_flight_bytes=settings.in_flight_bytes,
