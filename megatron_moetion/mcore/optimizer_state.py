@@ -90,9 +90,13 @@ def plain(value: Any) -> Any:
 
 def steps(link: MegatronOptimizer) -> float | None:
     """The one step count of a torch optimizer that keeps it per parameter; None where groups hold it."""
-    counts = [s["step"] for s in link.optimizer.state.values() if "step" in s]
+    counts: dict[torch.device, list[torch.Tensor]] = {}
+    for state in link.optimizer.state.values():
+        if "step" in state:
+            count = torch.as_tensor(state["step"]).reshape(())
+            counts.setdefault(count.device, []).append(count)
     # Fused and capturable optimizers keep them on the GPU: all of them are read by one wait for it.
-    found = {float(n) for n in torch.stack([torch.as_tensor(n) for n in counts]).tolist()} if counts else set()
+    found = {float(n) for of_device in counts.values() for n in torch.stack(of_device).tolist()}
     if len(found) > 1:
         raise UnsupportedState(
             f"parameters of one optimizer have taken different numbers of steps: {sorted(found)[:4]}"

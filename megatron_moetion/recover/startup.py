@@ -104,7 +104,8 @@ class Startup:
                 "node": self._node.key,
                 "attempt": attempt,
                 "spec": self._spec.to_json().decode(),
-                "settings": {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK},
+                "settings": {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK}
+                | {"trace_dir": bool(self._config.trace_dir)},  # the folder may differ; hooks on all ranks or on none
                 "nonce": self._nonce,
             }
         )

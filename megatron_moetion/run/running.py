@@ -8,6 +8,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import DeviceFault
 from megatron_moetion.framework import StateAdapter
 from megatron_moetion.modes.mode import SnapshotMode
 from megatron_moetion.observe.journal import Journal
@@ -112,8 +113,14 @@ class Prepared:
         return sum(u.nbytes for u in self.mode.inventory.units if u.kind is not UnitKind.LOG)
 
     def freeze(self) -> None:
-        """Copy the state that changes before the next optimizer step. Raises ``UnsupportedState``, ``DeviceFault``."""
+        """Copy the state that changes before the next optimizer step, and wait until it is there.
+
+        Raises ``UnsupportedState``, and ``DeviceFault`` where the device fails or is late: a start goes on from counts
+        that are in the copy.
+        """
         freeze(self.packer, self.adapter, self.mode)
+        if not self.packer.settle():
+            raise DeviceFault("the device is late with the first copy of state that changes between steps")
 
     def begin(self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int) -> Running:
         """Start the threads of a run whose stable iteration is ``iteration``; takes over ``arenas``."""

@@ -7,6 +7,7 @@ faster. The kernel digests their source meanwhile.
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
@@ -164,6 +165,7 @@ def measure(
             for _ in range(1 + REPEATS):  # the first one warms up
                 ticket = pool.pack(pieces, chunks, stream=stream, copy_engine_bytes=engine)
                 if not pool.wait(ticket, timeout_s=timeout_s):
+                    ctypes.pythonapi.Py_IncRef(ctypes.py_object(destination))  # never freed: the device may write there
                     raise DeviceError(f"{nbytes} bytes are not moved after {timeout_s:.0f} s")
                 seconds.append(pool.device_seconds(ticket))
                 pool.finish(ticket)

@@ -159,7 +159,7 @@ class Packer:
         """The bytes of an ``at_once`` region as of the last ``freeze``.
 
         Waits for a device, as long as its limit allows; for this thread, before ``pack`` begins in another one. Where
-        it is late, or has failed, the bytes are those of some earlier ``freeze`` and ``pack`` packs nothing.
+        it is late, or has failed, the bytes are those of some earlier ``freeze``, or torn, and ``pack`` packs nothing.
         """
         if self._device is not None and unit in self._on_device and self._is_frozen:
             began = self._clock.monotonic()

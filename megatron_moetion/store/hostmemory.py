@@ -99,22 +99,27 @@ class HostMemory:
         """Back every page of a mapping of the whole file ``fd``, which keeps what it holds.
 
         ``OSError`` where memory is short. After that no access to the mapping can fail while the file keeps its size.
+        A file that has all its memory is as good where the kernel refuses to map it ahead: that is a note.
         """
         began = self.clock.monotonic()
         problem = self._prefer(address, nbytes)
         with suppress(OSError):  # a kernel without huge pages
             self.kernel.advise(address, nbytes, mmap.MADV_HUGEPAGE)
+        has_memory = _is_allocated(fd)
         parts = [(address + at, min(self.part_bytes, nbytes - at)) for at in range(0, nbytes, self.part_bytes)]
         try:
             # Reading maps many pages a fault. Only writing makes new ones stay, even if nobody ever writes to them.
-            self._run(parts, partial(self._advise, _MADV_POPULATE_READ if _is_allocated(fd) else _MADV_POPULATE_WRITE))
+            self._run(parts, partial(self._advise, _MADV_POPULATE_READ if has_memory else _MADV_POPULATE_WRITE))
         except OSError as error:
             if error.errno == errno.EFAULT:  # what would be a SIGBUS in an access
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)) from error
-            if error.errno != errno.EINVAL:
+            if error.errno == errno.EINVAL:  # a kernel from before 5.14
+                os.posix_fallocate(fd, 0, nbytes)
+                self._run(parts, _touch)
+            elif has_memory:
+                problem = "; ".join(filter(None, (problem, f"its pages are not mapped ahead: {error.strerror}")))
+            else:
                 raise
-            os.posix_fallocate(fd, 0, nbytes)  # a kernel from before 5.14
-            self._run(parts, _touch)
         if not _is_allocated(fd):  # a file system that puts it off
             os.posix_fallocate(fd, 0, nbytes)
         seconds = self.clock.monotonic() - began
@@ -147,9 +152,13 @@ class HostMemory:
                 if self.node.cpus:
                     self.kernel.run_on(self.node.cpus)
 
-        with ThreadPoolExecutor(self.num_threads, "moetion-populate", settle) as threads:
-            for _ in threads.map(call, *zip(*parts, strict=True)):
-                pass
+        try:
+            with ThreadPoolExecutor(self.num_threads, "moetion-populate", settle) as threads:
+                for _ in threads.map(call, *zip(*parts, strict=True)):
+                    pass
+        except RuntimeError:  # this process may start no more threads
+            for part in parts:
+                call(*part)
 
     def _advise(self, advice: int, address: int, nbytes: int) -> None:
         self.kernel.advise(address, nbytes, advice)

@@ -21,7 +21,7 @@ class Population:
     numa: str
     """Where the memory is, for a person; "" where that makes no difference."""
     problem: str | None
-    """Why the kernel did not take the wish for a NUMA node."""
+    """What the kernel refused: the wish for a NUMA node, or to map pages ahead."""
 
     def __str__(self) -> str:
         share = self.huge_bytes / self.nbytes

@@ -37,8 +37,10 @@ SEVERAL = 6
 def run_tests(setting: Setting) -> Finding:
     """All tests that need a GPU."""
     need_gpus(setting)
+    need_store(setting, 128 << 20)
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "gpu", "tests/gpu"]
-    text = execute(command, setting.results / "tests" / "log.txt", setting.left_s, {"MOETION_REQUIRE_GPU": "1"})
+    environment = {"MOETION_REQUIRE_GPU": "1", "MOETION_TEST_STORE": str(setting.store)}
+    text = execute(command, setting.results / "tests" / "log.txt", setting.left_s, environment)
     return Finding(text=text.strip().splitlines()[-1].strip("= "))
 
 

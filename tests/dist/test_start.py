@@ -158,6 +158,7 @@ DIFFERENT = {
     "interval": ({"interval": 2}, "interval is 1 on one and 2 on the other"),
     "replicas": ({"replicas": 0}, "replicas is 1 on one and 0 on the other"),
     "slices": ({"in_flight_bytes": 1 << 20}, "in_flight_bytes is 67108864 on one and 1048576 on the other"),
+    "traces": ({"trace_dir": "traces"}, "trace_dir is False on one and True on the other"),
     "allow_fresh": ({"allow_fresh": True}, "allow_fresh is False on one and True on the other"),
 }
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import threading
 import time
@@ -57,7 +58,10 @@ class GpuState:
 def arena(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Arena]:
     units = GpuState().inventory
     spec = ArenaSpec.of(identity(layout=units.fingerprint), units, {u.name: 2 for u in units.units})
-    path = Path("/dev/shm") / f"moetion-gpu-test-{tmp_path_factory.getbasetemp().name}.arena"
+    path = (
+        Path(os.environ.get("MOETION_TEST_STORE", "/dev/shm"))
+        / f"moetion-gpu-test-{tmp_path_factory.getbasetemp().name}.arena"
+    )
     found = create_arena(path, spec, Page())
     yield found
     found.remove()
@@ -124,6 +128,8 @@ def test_a_capture_holds_what_the_training_stream_had_done_by_then(arena: Arena)
 def test_a_freeze_does_not_wait_for_training_and_its_copies_are_those_of_that_moment() -> None:
     state = GpuState()
     packer = make_packer(state.inventory, 2)
+    packer.freeze(b"")  # loads the kernel, which may wait for the device
+    packer.settle()
     torch.cuda.synchronize()
     torch.cuda._sleep(1_000_000_000)
     state.counter.add_(100)

@@ -228,3 +228,25 @@ def test_what_is_recovered_is_what_training_had_whatever_order_its_device_chose(
     assert resumed.iteration > 0
     assert tuple(s.image() for s in second.states) == images[resumed.iteration - 1]
     second.crash()
+
+
+@pytest.mark.parametrize("restarted", [False, True])
+def test_a_start_does_not_go_on_from_counts_that_are_not_there(tmp_path: Path, restarted: bool) -> None:
+    """A recovery adds up tokens from the first copy: of a device that is late it would be what was there before."""
+    settings = {"state": OnDevice, "mode": "popularity", "experts_per_snapshot": 2}
+    if restarted:
+        first = Job(tmp_path, **settings)
+        first.start()
+        first.train(3)
+        first.crash()
+
+    class Late(Device):
+        """Late from the first copies on training's stream."""
+
+        def scatter(self, rows: Any, **options: Any) -> int:
+            self.is_late = options["copy_engine_bytes"] is not None  # a freeze's; what is written back comes without
+            return int(super().__getattr__("scatter")(rows, **options))
+
+    job = Job(tmp_path, attempt=int(restarted), device={0: {"watch": Late, **FAST}, 1: {}}, **settings)
+    with pytest.raises(DeviceFault, match="late with the first copy"):
+        job.start()

@@ -133,6 +133,25 @@ def test_a_kernel_that_cannot_populate_gets_the_pages_touched() -> None:
     populated(HostMemory(num_threads=2, kernel=kernel, part_bytes=16 * PAGE))
 
 
+@pytest.mark.parametrize("refused", [errno.ENOMEM, errno.EAGAIN])
+def test_memory_that_is_there_is_as_good_where_the_kernel_does_not_map_it_ahead(refused: int) -> None:
+    with file_of(4 * PAGE) as fd:
+        MappedFile(fd, 4 * PAGE).array()[:] = 7
+        found = MappedFile(fd, 4 * PAGE, HostMemory(kernel=Calls(refused=refused)))
+        assert (found.array() == 7).all()
+    assert found.population.problem == f"its pages are not mapped ahead: {os.strerror(refused)}"
+
+
+def test_a_process_that_may_start_no_more_threads_does_the_work_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    kernel = Calls()
+    assert populated(HostMemory(num_threads=4, kernel=kernel, part_bytes=16 * PAGE)).problem is None
+    assert kernel.threads == {threading.get_ident()}
+
+
 @pytest.mark.parametrize(("refused", "raised"), [(errno.EFAULT, errno.ENOSPC), (errno.ENOMEM, errno.ENOMEM)])
 def test_memory_that_is_short_is_an_error(refused: int, raised: int) -> None:
     with pytest.raises(OSError, match=os.strerror(raised)) as error:
