@@ -13,7 +13,7 @@ import pytest
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE))
 
-from build import Toolkit, build, find_toolkit  # noqa: E402
+from builder import Toolkit, build, find_toolkit  # noqa: E402
 
 INSIDE = "MOETION_TEST_ON_EMULATED_GPU"
 collect_ignore = [] if INSIDE in os.environ else ["inside"]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from build import Toolkit, find_toolkit
+from builder import Toolkit, find_toolkit
 
 
 def test_without_nvcc_there_is_no_toolkit(monkeypatch: pytest.MonkeyPatch) -> None:
