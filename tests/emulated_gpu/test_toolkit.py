@@ -7,7 +7,6 @@ import shutil
 from pathlib import Path
 
 import pytest
-
 from builder import Toolkit, find_toolkit
 
 
