@@ -9,6 +9,7 @@ time and no snapshot.
 from __future__ import annotations
 
 import threading
+from abc import ABC, abstractmethod
 from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -93,7 +94,7 @@ class Eager(Meter):
         self._moved(posted_s, self._now(), nbytes)
 
 
-class Paced(Meter):
+class Paced(Meter, ABC):
     """A ``Gate`` with a deadline, one slice at a time. All its waits are on ``condition``.
 
     What it waits for before the deadline is its subclasses' to say.
@@ -186,13 +187,13 @@ class Paced(Meter):
         """How long a slice should occupy the link, in seconds."""
         return SLICES_S[0]
 
+    @abstractmethod
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         """How long to wait before looking again, 0 to go; and whether our last slice is not the reason."""
-        raise NotImplementedError
 
+    @abstractmethod
     def _is_late(self, now: float, nbytes: int) -> bool:
         """Whether bytes that go now go when they were not to."""
-        raise NotImplementedError
 
     def _left_s(self, now: float) -> float:
         """Until the deadline; 0 where nothing is to be held back."""

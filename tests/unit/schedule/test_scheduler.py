@@ -306,6 +306,20 @@ def test_a_trace_shows_every_iteration() -> None:
         assert scheduler.newest_timeline.iteration == number
 
 
+def alone(folder: Path, state: ToyState, scheduler: Scheduler) -> Session:
+    """A run of one rank in mode ``full``, without replicas."""
+    prepared = prepare(
+        config=MoetionConfig(mode="full", run_id="r", store=str(folder), replicas=0, pack_threads=1),
+        adapter=state,
+        blueprint=FullBlueprint(),
+        fabric=ToyFabric(Network(1), 0),
+        topology="toy",
+        scheduler=scheduler,
+        host=Host(environment={}),
+    )
+    return Session(Starter(prepared).start()[0])
+
+
 class Unreadable(HostStopwatch):
     """A stopwatch whose stamps cannot be read while something is wrong."""
 
@@ -322,23 +336,15 @@ def test_timelines_that_cannot_be_read_cost_one_line_and_snapshots_go_on(
 ) -> None:
     """A run whose stopwatch is broken for some iterations, and works again."""
     state, stopwatch = ToyState(), Unreadable(SystemClock())
-    prepared = prepare(
-        config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
-        adapter=state,
-        blueprint=FullBlueprint(),
-        fabric=ToyFabric(Network(1), 0),
-        topology="toy",
-        scheduler=Scheduler(
-            "bubble",
-            stopwatch,
-            clock=SystemClock(),
-            condition=threading.Condition(),
-            eager_slice_bytes=1 << 20,
-            draw=no_drawing,
-        ),
-        host=Host(environment={}),
+    scheduler = Scheduler(
+        "bubble",
+        stopwatch,
+        clock=SystemClock(),
+        condition=threading.Condition(),
+        eager_slice_bytes=1 << 20,
+        draw=no_drawing,
     )
-    session = Session(Starter(prepared).start()[0])
+    session = alone(tmp_path, state, scheduler)
     for iteration in range(1, 10):
         stopwatch.is_broken = 3 <= iteration < 6
         session.before_optimizer_step()
@@ -366,23 +372,15 @@ class FastLink(Scheduler):
 def test_a_fast_device_has_no_snapshot_dropped_for_the_budget(tmp_path: Path) -> None:
     state, clock = ToyState(num_experts=0, elements=100_000), ManualClock()
     nbytes = state.inventory().nbytes
-    prepared = prepare(
-        config=MoetionConfig(mode="full", run_id="r", store=str(tmp_path), replicas=0, pack_threads=1),
-        adapter=state,
-        blueprint=FullBlueprint(),
-        fabric=ToyFabric(Network(1), 0),
-        topology="toy",
-        scheduler=FastLink(
-            "bubble",
-            HostStopwatch(clock),
-            clock=SystemClock(),
-            condition=threading.Condition(),
-            eager_slice_bytes=1 << 20,
-            draw=no_drawing,
-        ),
-        host=Host(environment={}),
+    scheduler = FastLink(
+        "bubble",
+        HostStopwatch(clock),
+        clock=SystemClock(),
+        condition=threading.Condition(),
+        eager_slice_bytes=1 << 20,
+        draw=no_drawing,
     )
-    session = Session(Starter(prepared).start()[0])
+    session = alone(tmp_path, state, scheduler)
     for iteration in range(1, 31):
         clock.now_s += nbytes / 5e9
         session.before_optimizer_step()
