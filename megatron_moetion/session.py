@@ -47,14 +47,18 @@ class Session:
         if self._is_open:
             self.running.pipeline.finish_packing(self.running.max_stall_s)
 
-    def on_step_end(self, iteration: int) -> None:
+    def on_step_end(self, iteration: int, *, healthy: bool = True) -> None:
         """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
 
         ``iteration`` counts completed steps and must be the same on all ranks. Everything that draws random numbers or
         moves the position in the data between two steps, an evaluation for instance, comes before it: a resume does not
         repeat it. Does not raise for a failed snapshot, which is dropped, counted and logged once; raises
         ``ProtectionLost`` where snapshots have stopped for good and ``max_unprotected_iterations`` have passed,
-        ``ConfigError`` after ``close``.
+        ``ConfigError`` after ``close``. Waits for no other rank.
+
+        ``healthy``: False where the loss or the gradients of this iteration are not what they should be, on this rank
+        at least. Neither the state after this iteration, nor the one before it, from which the loss came, becomes
+        stable then, unless it is.
 
         The order of events is a contract (``docs/architecture.md`` says why each stands where it does):
 
@@ -64,11 +68,11 @@ class Session:
         4. ``pipeline.finish``: the last snapshot is packed or dropped.
         5. ``upkeep.check``: deleted files are put back while no thread packs.
         6. ``mode.packed``, then for modes that wait ``pipeline.catch_up``.
-        7. ``agreement.finish``, ``mode.settle``: the result of the last agreement is read.
+        7. ``agreement.poll``: all results that have come, each with ``mode.settle``.
         8. ``mode.exchange``: other messages between ranks.
         9. ``mode.note_step``: the optimizer's step enters the log, and with it the host state.
         10. ``packer.freeze``: state that changes before the next optimizer step is copied.
-        11. ``mode.counts``, ``mode.recoverable``, ``mode.vote``, ``agreement.start``.
+        11. ``mode.recoverable``, ``mode.vote``, ``agreement.start``, ``mode.contributed``.
         12. ``summary.state_hash``, where one is due.
         13. ``mode.contents``: the snapshot's units are chosen.
         14. ``adapter.moved``: addresses are checked right before they are read.
@@ -79,24 +83,21 @@ class Session:
             text = f"a timeline of training cannot be read and is left out, as others will be: {unread}"
             run.journal.warn_once("timeline", iteration, text)
         run.adapter.after_step()
-        run.protection.watch(iteration, run.agreement.stable, run.agreement.failed or run.pipeline.ended)
-        if iteration % run.interval or run.agreement.failed is not None:
+        run.protection.watch(iteration, run.agreement.stable, run.pipeline.ended)
+        if not healthy:
+            run.agreement.veto((iteration - 1, iteration))
+        if iteration % run.interval:
             return
         captured = run.pipeline.finish()
         run.upkeep.check(iteration)
         run.mode.packed(captured)
         if run.mode.waits_for_replication:
-            # A dropped snapshot breaks all chains; where replication is too slow for good, none would ever be whole.
             with run.scheduler.urgent():
                 run.pipeline.catch_up(run.max_stall_s)
-        try:
-            problem, release = self._agree(iteration)
-        except ChannelError as error:
-            run.agreement.fail(str(error))
-            run.journal.warn_once(
-                "agreement", iteration, f"snapshots stop, iteration {run.agreement.stable} stays: {error}"
-            )
-            return
+        release = self._learn(iteration)
+        problem = self._agree(iteration)
+        if not healthy:
+            problem = Skip(reason="unhealthy")
         run.probe("before-select", iteration)
         contents, remark = run.mode.contents(iteration)
         self._say(iteration, remark)
@@ -104,31 +105,47 @@ class Session:
             if problem is None and (moved := run.adapter.moved()):
                 problem = Skip(reason="moved", details=moved)
             if problem is not None:
-                text = f"snapshots are dropped, iteration {run.agreement.stable} stays: {problem.details}"
+                why = problem.details or problem.reason
+                text = f"snapshots are dropped, iteration {run.agreement.stable} stays: {why}"
                 run.journal.warn_once(problem.reason, iteration, text)
                 contents = problem
         run.pipeline.submit(iteration, contents, release)
-        run.summary.drops(iteration, run.pipeline, run.agreement.stable)
+        run.summary.drops(iteration, run.pipeline)
 
-    def _agree(self, iteration: int) -> tuple[Skip | None, Settled | None]:
-        """Why this step cannot be captured, None if it can, and the captures that arenas may release."""
+    def _learn(self, iteration: int) -> Settled | None:
+        """What the results of agreements that have come allow arenas to release; None without news."""
         run = self.running
-        agreed = run.agreement.finish()
-        settled = run.mode.settle(agreed) if agreed is not None else None
+        release: Settled | None = None
+        for agreed in run.agreement.poll():
+            settled = run.mode.settle(agreed)
+            if agreed.is_news:
+                release = settled if release is None else release.followed_by(settled)
+            run.journal.hear(iteration, agreed.notes)
+        return release
+
+    def _agree(self, iteration: int) -> Skip | None:
+        """Why this step cannot be captured, None if it can."""
+        run = self.running
         run.mode.exchange(iteration)
         missed = run.mode.note_step(iteration, run.agreement.newest)
         unfrozen = self._freeze()
-        counts = run.mode.counts(run.packer)
         rounds = run.pipeline.rounds
         recoverable = run.mode.recoverable(rounds)
         vote = run.mode.vote(run.scheduler.carries(run.replicas))
         self._say(iteration, vote.remark)
-        run.agreement.start(iteration, rounds=rounds, recoverable=recoverable, vote=vote.mask, counts=counts)
+        number = run.agreement.start(
+            iteration,
+            rounds=rounds,
+            recoverable=recoverable,
+            vote=vote.mask,
+            redundancy=run.pipeline.redundancy(run.agreement.stable),
+            notes=run.journal.take_notes(),
+        )
+        run.mode.contributed(number, run.packer)
         run.summary.state_hash(iteration, run.adapter)
-        release = settled if agreed is not None and agreed.is_news else None
         if unfrozen is not None:
-            return Skip(reason="freeze", details=unfrozen), release
-        return Skip(reason="missed", details=missed) if missed is not None else None, release
+            return Skip(reason="freeze", details=unfrozen)
+        return Skip(reason="missed", details=missed) if missed is not None else None
 
     def _freeze(self) -> str | None:
         """Copy the state that cannot wait; returns why that is not possible, None if it is."""
@@ -145,6 +162,8 @@ class Session:
         counts = run.pipeline.counts
         return {
             "moetion/stable-lag-iterations": float(run.agreement.newest - run.agreement.stable),
+            "moetion/redundancy": float(run.pipeline.redundancy(run.agreement.stable)),
+            "moetion/redundancy-least": float(run.agreement.redundancy),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
             "moetion/zero-bytes": counts.zero_bytes / max(counts.committed, 1),

@@ -105,7 +105,7 @@ class Blueprint(Protocol):
 class SnapshotMode(Protocol):
     """One rank's snapshots, from the first to the last. Used by the training thread alone.
 
-    The order of a step is ``Session.on_step_end``'s. No method talks to another rank except ``exchange`` and
+    The order of a step is ``Session.on_step_end``'s. No method waits for another rank except ``recovered`` and
     ``resume``, which are collective. The defaults are those of a mode that captures all state anew each time.
     """
 
@@ -132,20 +132,16 @@ class SnapshotMode(Protocol):
         return
 
     def settle(self, agreed: Agreed) -> Settled:
-        """Learn the result of the last agreement; returns the captures that arenas may release now."""
+        """Learn the result of a round, of all rounds in order; returns the captures that arenas may release now."""
         return Settled(stable=agreed.stable, whole=agreed.recoverable)
 
     def exchange(self, iteration: int) -> None:
-        """Other messages between ranks, now and then. Collective; ``ChannelError`` on a lost peer."""
+        """Other messages between ranks, now and then. Does not wait."""
         return
 
     def note_step(self, iteration: int, before: int) -> str | None:
         """An optimizer step is over, the first after the snapshot of ``before``; why it cannot be captured, if so."""
         return None
-
-    def counts(self, staged: Staged) -> list[int]:
-        """Tokens that each expert has processed on this rank, to be summed over the ranks that share the experts."""
-        return []
 
     def recoverable(self, rounds: Mapping[int, bool]) -> Iterable[int]:
         """The iterations that this rank can recover; ``rounds``: whether recent snapshots are whole here."""
@@ -154,6 +150,10 @@ class SnapshotMode(Protocol):
     def vote(self, carried: Carried) -> Vote:
         """The largest snapshot that this rank's links afford."""
         ...
+
+    def contributed(self, number: int, staged: Staged) -> None:
+        """What ``recoverable`` returned has been said in this round; the mode's own words to other ranks follow."""
+        return
 
     def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """The contents of this iteration's snapshot; ``Skip`` where there must be none."""

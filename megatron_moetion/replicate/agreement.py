@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How ranks agree on the stable iteration: a bitmask of whole iterations, AND-ed over all ranks.
+"""How ranks agree on the stable iteration: bitmasks of recoverable iterations, AND-ed over all ranks.
 
 A minimum over ranks would be wrong once snapshots can be dropped: one rank may hold {8, 10} and another
 {8, 9}. Bits stand for snapshots in the order in which they were begun, which is the same on all ranks, and not for
-iterations: however far apart those are, the last ``WINDOW`` snapshots can be agreed on. Bit k is the k-th newest one:
-set if it is whole. Bit ``WINDOW + k`` is set once the fate of that snapshot is known, so that all ranks learn of a
-snapshot that one of them dropped, and free it, also while no newer one becomes stable.
+iterations: however far apart those are, the last ``WINDOW`` snapshots can be agreed on. Bit k of a round's masks is the
+k-th snapshot before the round's own.
 
-``recent`` below are the iterations of the last snapshots, the newest first; those beyond ``WINDOW`` are ignored.
+There are two masks: the snapshots that a rank can recover, and those that it has not given up. One rank that gives a
+snapshot up settles it for all of them, so that they free it, also while no newer one becomes stable.
+
+Nothing here waits. A round's result comes when it comes, the same and in the same order on all ranks, at different
+moments. So a rank that has said that it can recover an iteration must be able to, until a later round, in which it no
+longer said so, has its result.
 """
 
 from __future__ import annotations
@@ -15,67 +19,62 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.channel import Note, Reduced, Reducer
 
 WINDOW = 31
-"""Snapshots that one mask covers; twice as many bits fit in a signed 64-bit integer."""
+"""Snapshots that one mask covers."""
+_ROUNDS = 64
+"""Rounds whose results may be on their way; of older ones the result is of no use."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Agreed:
-    """The result of an agreement, one snapshot old. Equal on all ranks, except for ``totals``."""
+    """The result of one round. Equal on all ranks."""
 
+    number: int
+    """Of the round."""
     stable: int
     recoverable: Mapping[int, bool]
-    """Of each iteration whose fate has been settled by now: whether all ranks can recover it."""
-    whole: Mapping[int, bool]
-    """Of the same iterations: whether their snapshots are whole on all ranks, at least."""
+    """Of each iteration whose fate this round has settled: whether all ranks can recover it."""
     votes: int
     """The AND of all ranks' votes."""
-    totals: Sequence[int]
-    """Token counts summed over the ranks that share this rank's experts."""
+    redundancy: int
+    """Of the rank that has the least: node losses that its state survives."""
+    notes: Mapping[str, Note]
+    """Trouble that ranks have had, by kind."""
     is_news: bool
     """Whether anything has been settled, or ``stable`` has moved."""
 
 
 class Agreement:
-    """One rank's knowledge of the stable iteration, and its words to the others. Used by the training thread."""
+    """One rank's knowledge of the stable iteration, and its words to the others. Used by the training thread.
 
-    def __init__(self, fabric: Fabric, iteration: int) -> None:
-        self._fabric = fabric
-        self._recent = [iteration]
+    ``reducer`` combines with ``combine_words`` over all ranks. ``iteration``: all ranks begin with it, as stable.
+    """
+
+    def __init__(self, reducer: Reducer, iteration: int) -> None:
+        self._reducer = reducer
+        self._iterations = {-1: iteration}
+        """The iteration of each snapshot, by number, as far back as a result may reach."""
         self._open: set[int] = set()
+        self._vetoed: set[int] = set()
         self.stable = iteration
-        """The newest iteration that is whole on every rank and its replicas, as far as is known here."""
-        self.failed: str | None = None
-        """Why ranks cannot agree any more: this rank is out of step with the others for good."""
+        """The newest iteration that every rank can recover from its nodes, as far as is known here."""
+        self.redundancy = 0
+        """As of the last result; see ``Agreed``."""
 
     @property
     def newest(self) -> int:
         """The iteration of the last snapshot."""
-        return self._recent[0]
+        return self._iterations[self._number]
 
-    def finish(self) -> Agreed | None:
-        """The result of the last ``start``; None before the first one. ``ChannelError`` on a lost peer."""
-        totals = self._fabric.finish_sum()
-        found = self._fabric.finish_agreement()
-        if totals is None or found is None:
-            return None
-        mask, votes, whole_mask = found
-        recoverable = fates(mask, self._recent, self._open)
-        newest = newest_common(mask, self._recent)
-        stable = max(self.stable, -1 if newest is None else newest)
-        is_news = stable != self.stable or bool(recoverable)
-        self.stable = stable
-        self._open -= recoverable.keys()
-        return Agreed(
-            stable=stable,
-            recoverable=recoverable,
-            whole=fates(whole_mask, self._recent, recoverable),
-            votes=votes,
-            totals=totals,
-            is_news=is_news,
-        )
+    @property
+    def _number(self) -> int:
+        return max(self._iterations)
+
+    def poll(self) -> list[Agreed]:
+        """All results that have arrived since the last call, in order. Does not wait."""
+        return [self._learn(result) for result in self._reducer.results()]
 
     def start(
         self,
@@ -84,56 +83,87 @@ class Agreement:
         rounds: Mapping[int, bool],
         recoverable: Iterable[int],
         vote: int,
-        counts: Sequence[int],
-    ) -> None:
-        """Begin to agree, at the snapshot of ``iteration``. ``ChannelError`` on a lost peer.
+        redundancy: int,
+        notes: Mapping[str, Note] | None = None,
+    ) -> int:
+        """Begin to agree, at the snapshot of ``iteration``; returns the number of the round.
 
-        ``rounds``: whether recent snapshots are whole here and on all replicas; ``recoverable``: the iterations that
-        this rank can recover; ``counts``: tokens by expert, to be summed.
+        ``rounds``: the iterations of recent snapshots whose fate is known here; ``recoverable``: of these, the ones
+        that this rank can recover. The others are given up.
         """
-        self._fabric.start_sum(counts)
-        self._recent = [iteration, *self._recent][:WINDOW]
-        whole = [i for i, is_whole in rounds.items() if is_whole]
-        self._fabric.start_agreement(
-            mask_of(recoverable, self._recent, rounds), vote, mask_of(whole, self._recent, rounds)
-        )
+        number = self._number + 1
+        self._iterations[number] = iteration
+        self._iterations = {n: i for n, i in self._iterations.items() if n > number - _ROUNDS - WINDOW}
+        recent = self._recent(number)
+        self._vetoed &= set(recent)
+        able = set(recoverable) - self._vetoed
+        dead = (rounds.keys() | self._vetoed) - able
+        alive = set(recent) - dead
         self._open.add(iteration)
+        self._reducer.contribute(number, (bits_of(able, recent), bits_of(alive, recent), vote, redundancy), notes)
+        return number
 
-    def fail(self, why: str) -> None:
-        """Nothing can be agreed on from now on."""
-        self.failed = why
+    def veto(self, iterations: Iterable[int]) -> None:
+        """Keep these from ever becoming stable, unless they are; no round may have begun after the newest of them."""
+        self._vetoed |= {i for i in iterations if i > self.stable}
+
+    def _recent(self, number: int) -> list[int]:
+        """The iterations that the masks of a round stand for, the newest first."""
+        wanted = range(number, number - WINDOW, -1)
+        return [self._iterations[n] for n in wanted if n in self._iterations]
+
+    def _learn(self, result: Reduced) -> Agreed:
+        able, alive, votes, redundancy = result.words
+        recent = self._recent(result.number)
+        newest = newest_common(able, recent)
+        stable = self.stable if newest is None else max(self.stable, newest)
+        settled = fates(able, alive, recent, self._open)
+        is_news = stable != self.stable or bool(settled)
+        self.stable, self.redundancy = stable, redundancy
+        self._open -= settled.keys()
+        return Agreed(
+            number=result.number,
+            stable=stable,
+            recoverable=settled,
+            votes=votes,
+            redundancy=redundancy,
+            notes=result.notes,
+            is_news=is_news,
+        )
 
 
-def mask_of(whole: Iterable[int], recent: Sequence[int], decided: Iterable[int] = ()) -> int:
-    """The bits of the iterations that are whole here and on all replicas, and of those that are whole or dropped."""
-    return _bits(whole, recent) | _bits(decided, recent) << WINDOW
+def combine_words(mine: Sequence[int], theirs: Sequence[int]) -> Sequence[int]:
+    """Of two ranks' words: what both say, and the smaller redundancy."""
+    *masks, redundancy = zip(mine, theirs, strict=True)
+    return [*(a & b for a, b in masks), min(redundancy)]
+
+
+def bits_of(iterations: Iterable[int], recent: Sequence[int]) -> int:
+    """A mask: bit k is set if the k-th of ``recent`` is among the iterations."""
+    among = set(iterations)
+    return sum(1 << k for k, iteration in enumerate(recent[:WINDOW]) if iteration in among)
 
 
 def newest_common(mask: int, recent: Sequence[int]) -> int | None:
-    """The newest iteration that is whole everywhere, or None."""
+    """The newest iteration that every rank can recover, or None."""
     return next((iteration for k, iteration in enumerate(recent[:WINDOW]) if mask >> k & 1), None)
 
 
-def fates(mask: int, recent: Sequence[int], known: Iterable[int]) -> dict[int, bool]:
-    """Whether each of the ``known`` iterations is whole everywhere, as far as that is settled.
+def fates(able: int, alive: int, recent: Sequence[int], known: Iterable[int]) -> dict[int, bool]:
+    """Whether each of the ``known`` iterations can be recovered by all ranks, as far as that is settled.
 
-    It is settled if every rank has decided; and up to the newest common one, because replication keeps the order
-    of iterations, so what is not whole by then never will be. What is no longer among the last ``WINDOW`` cannot be
-    agreed on any more: it counts as dropped.
+    It is settled once some rank has given the iteration up; and up to the newest common one, because replication keeps
+    the order of iterations. What is no longer among the last ``WINDOW`` cannot be agreed on any more: it counts as
+    given up.
     """
-    newest = newest_common(mask, recent)
+    newest = newest_common(able, recent)
     places = {iteration: k for k, iteration in enumerate(recent[:WINDOW])}
     found = {}
     for iteration in known:
         place = places.get(iteration)
         if place is None:
-            if iteration < recent[0]:
+            if recent and iteration < recent[0]:
                 found[iteration] = False
-        elif mask >> (WINDOW + place) & 1 or (newest is not None and iteration <= newest):
-            found[iteration] = bool(mask >> place & 1)
+        elif not alive >> place & 1 or (newest is not None and iteration <= newest):
+            found[iteration] = bool(able >> place & 1)
     return found
-
-
-def _bits(iterations: Iterable[int], recent: Sequence[int]) -> int:
-    among = set(iterations)
-    return sum(1 << k for k, iteration in enumerate(recent[:WINDOW]) if iteration in among)

@@ -7,7 +7,7 @@ An owner's arenas, its own and its replicas, follow one rule, so that the same c
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -32,6 +32,10 @@ class Settled:
     """The newest iteration whose snapshot is not whole on some rank: no chain of gradients leads over it."""
     unreachable: frozenset[int] = frozenset()
     """Later iterations that are whole and cannot be recovered, because some chain has not begun anew yet."""
+
+    def followed_by(self, later: Settled) -> Settled:
+        """This and what was agreed on afterwards, as one."""
+        return replace(later, whole={**self.whole, **later.whole})
 
 
 class Retention(Protocol):
