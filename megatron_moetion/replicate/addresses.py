@@ -6,8 +6,9 @@ from __future__ import annotations
 import json
 import secrets
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 
 import psutil
 from torch import distributed as dist
@@ -16,6 +17,8 @@ from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError, ConfigError
 
 _PREFIX = "moetion/net"
+_LOOPBACK = "127.0.0.1"
+_STORE_TIMEOUT = timedelta(seconds=20)
 _PAUSE_S = (0.01, 1.0)
 """First and longest pause between two looks for a key that is not there yet."""
 
@@ -77,12 +80,30 @@ class Directory:
         return str(self._store.get(name).decode())
 
 
+def job_store(environment: Mapping[str, str]) -> dist.Store:
+    """The rendezvous store of this attempt: torch's own, else the one that the launcher names.
+
+    ``ChannelError`` where there is none.
+    """
+    group = dist.group.WORLD
+    store = group.get_group_store() if group is not None else None
+    if store is not None:
+        return store
+    attempt = environment.get("TORCHELASTIC_RESTART_COUNT", "0")
+    try:
+        host, port = environment["MASTER_ADDR"], int(environment["MASTER_PORT"])
+        found = dist.TCPStore(host, port, is_master=False, timeout=_STORE_TIMEOUT, wait_for_workers=False)
+    except (KeyError, ValueError, RuntimeError) as error:  # torch raises nothing narrower where nobody listens
+        raise ChannelError(f"no rendezvous store at MASTER_ADDR and MASTER_PORT: {error}") from error
+    return dist.PrefixStore(f"moetion/attempt{attempt}", found)
+
+
 def own_address(interface: str | None, master: str, *, is_one_host: bool) -> str:
     """The address at which other ranks reach this one.
 
-    That of the interface, if one is named; else the local end of the route to ``master``, the host of the rendezvous,
-    or what the name of this host stands for. A loopback address serves only where all ranks run on one host.
-    ``ConfigError`` where the interface has no address.
+    That of the interface, if one is named; the loopback, where all ranks run on one host; else the local end of the route
+    to ``master``, the host of the rendezvous, or what the name of this host stands for. ``ConfigError`` where the
+    interface has no address.
     """
     if interface:
         name = interface.split(",")[0].strip()
@@ -95,10 +116,9 @@ def own_address(interface: str | None, master: str, *, is_one_host: bool) -> str
         if not found:
             raise ConfigError(f"GLOO_SOCKET_IFNAME names {name!r}, which has no address on {socket.gethostname()}")
         return str(found[0])
-    candidates = list(_candidates(master))
-    if not is_one_host:
-        candidates = [each for each in candidates if not each.startswith("127.") and each != "::1"] or candidates
-    return next(iter(candidates), "127.0.0.1")
+    if is_one_host:
+        return _LOOPBACK
+    return next((a for a in _candidates(master) if not a.startswith("127.") and a != "::1"), _LOOPBACK)
 
 
 def _candidates(master: str) -> Iterator[str]:

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import reduce
 from typing import Any
@@ -18,7 +17,7 @@ from megatron_moetion.replicate.channel import Channel, Combine, Connection, Mes
 from megatron_moetion.replicate.control import HEARTBEAT_S, Control
 from megatron_moetion.replicate.exchange import SocketChannel
 from megatron_moetion.replicate.reducer import TreeReducer
-from megatron_moetion.replicate.sockets import NO_CUTS, PROGRESS_S, Cuts, SocketMesh
+from megatron_moetion.replicate.sockets import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts, SocketMesh
 from megatron_moetion.replicate.worker import Threads
 
 _COLLECTIVES_KEPT = 4
@@ -41,6 +40,7 @@ class SocketFabric:
         clock: Clock,
         threads: Threads,
         interface: str | None = None,
+        master: str = "",
         cuts: Cuts = NO_CUTS,
         heartbeat_s: float = HEARTBEAT_S,
         progress_s: float = PROGRESS_S,
@@ -48,16 +48,25 @@ class SocketFabric:
         """Listen, and join the ranks of this store: all of them call this equally often. Waits for rank 0 only.
 
         ``ranks_per_host`` is rank 0's to say. ``interface`` names the network interface whose address the others get;
-        without one it is found out. ``in_flight_bytes``: at most so much is handed to the kernel at once.
+        without one the route to ``master``, the host of the rendezvous, decides. ``in_flight_bytes``: at most so much
+        waits in the kernel to be taken by TCP.
         ``ChannelError`` where rank 0 or the store does not answer within ``timeout_s``; ``ConfigError`` where the
         interface has no address.
         """
         if world_size == 1:
             control = Control(None, rank, ranks_per_host=1, clock=clock, threads=threads)
             return cls(rank, 1, AloneMesh(), AloneChannel(), control, timeout_s, ())
-        host = own_address(interface, os.environ.get("MASTER_ADDR", ""), is_one_host=world_size <= ranks_per_host)
+        host = own_address(interface, master, is_one_host=world_size <= ranks_per_host)
         directory = Directory(store, rank, clock)
-        mesh = SocketMesh(rank, world_size, directory, clock=clock, progress_s=min(timeout_s, progress_s), cuts=cuts)
+        mesh = SocketMesh(
+            rank,
+            world_size,
+            directory,
+            clock=clock,
+            progress_s=min(timeout_s, progress_s),
+            unsent_bytes=min(UNSENT_BYTES, in_flight_bytes),
+            cuts=cuts,
+        )
         try:
             job = directory.join(host, mesh.port, ranks_per_host, timeout_s)
             control = Control(

@@ -98,12 +98,21 @@ NO_CUTS = NoCuts()
 class SocketConnection:
     """``Connection`` over one TCP socket, which it owns.
 
-    What is handed to the kernel and not yet taken by TCP is bounded by ``UNSENT_BYTES``, with a gate by its slice if
-    that is less. A longer queue would carry no more, and on a slow link training's messages would wait behind it.
+    What is handed to the kernel and not yet taken by TCP is bounded by ``unsent_bytes``, with a gate by its slice if that
+    is less. A longer queue would carry no more, and on a slow link training's messages would wait behind it.
     """
 
     def __init__(
-        self, sock: socket.socket, rank: int, peer: int, purpose: str, *, clock: Clock, progress_s: float, cuts: Cuts
+        self,
+        sock: socket.socket,
+        rank: int,
+        peer: int,
+        purpose: str,
+        *,
+        clock: Clock,
+        progress_s: float,
+        unsent_bytes: int,
+        cuts: Cuts,
     ) -> None:
         self.rank = rank
         self.peer = peer
@@ -115,10 +124,11 @@ class SocketConnection:
         self._lock = threading.Lock()
         self._users = 0
         self._is_closed = False
+        self._most_unsent_bytes = unsent_bytes
         self._unsent_bytes = 0
         sock.setblocking(False)
         _tune(sock, progress_s)
-        self._allow_unsent(UNSENT_BYTES)
+        self._allow_unsent(unsent_bytes)
 
     def send(self, parts: Sequence[Bytes], *, gate: Gate | None = None) -> None:
         """See ``Connection``."""
@@ -173,6 +183,7 @@ class SocketConnection:
             self.purpose,
             clock=self._clock,
             progress_s=self._progress_s,
+            unsent_bytes=self._most_unsent_bytes,
             cuts=self._cuts,
         )
 
@@ -199,7 +210,7 @@ class SocketConnection:
 
     def _send_gated(self, part: Bytes, gate: Gate) -> None:
         slice_bytes = max(1, min(gate.slice_bytes(), gate.in_flight_bytes()))
-        self._allow_unsent(min(slice_bytes, UNSENT_BYTES))
+        self._allow_unsent(min(slice_bytes, self._most_unsent_bytes))
         for start in range(0, part.nbytes, slice_bytes):
             piece = part[start : start + slice_bytes]
             gate.admit(piece.nbytes)
@@ -264,6 +275,7 @@ class SocketMesh:
         *,
         clock: Clock,
         progress_s: float = PROGRESS_S,
+        unsent_bytes: int = UNSENT_BYTES,
         cuts: Cuts = NO_CUTS,
     ) -> None:
         self.rank = rank
@@ -271,6 +283,7 @@ class SocketMesh:
         self._directory = directory
         self._clock = clock
         self._progress_s = progress_s
+        self._unsent_bytes = unsent_bytes
         self._cuts = cuts
         self._handlers: dict[str, Callable[[SocketConnection], None]] = {}
         self._lock = threading.Lock()
@@ -344,7 +357,14 @@ class SocketMesh:
 
     def _take(self, sock: socket.socket, peer: int, purpose: str) -> SocketConnection:
         connection = SocketConnection(
-            sock, self.rank, peer, purpose, clock=self._clock, progress_s=self._progress_s, cuts=self._cuts
+            sock,
+            self.rank,
+            peer,
+            purpose,
+            clock=self._clock,
+            progress_s=self._progress_s,
+            unsent_bytes=self._unsent_bytes,
+            cuts=self._cuts,
         )
         with self._lock:
             self._open = {each for each in self._open if each.fileno() >= 0} | {connection}
