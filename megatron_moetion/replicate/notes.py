@@ -5,12 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from megatron_moetion.replicate.channel import Note
-
-KINDS = 16
-"""Most kinds in one round."""
-TEXT_CHARS = 500
-"""Longest text of a note."""
+from megatron_moetion.observe.notes import KINDS, Note
 
 
 def merge_notes(mine: Mapping[str, Note], theirs: Mapping[str, Note]) -> dict[str, Note]:

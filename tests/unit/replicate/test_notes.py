@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import random
 
-from megatron_moetion.replicate.channel import Note
-from megatron_moetion.replicate.notes import KINDS, merge_notes
+from megatron_moetion.observe.notes import KINDS, Note
+from megatron_moetion.replicate.notes import merge_notes
 
 
 def note(rank: int, text: str = "") -> Note:
