@@ -94,7 +94,7 @@ class Session:
         if run.mode.waits_for_replication:
             with run.scheduler.urgent():
                 run.pipeline.catch_up(run.max_stall_s)
-        release = self._learn(iteration)
+        release = self._learn()
         problem = self._agree(iteration)
         if not healthy:
             problem = Skip(reason="unhealthy")
@@ -112,7 +112,7 @@ class Session:
         run.pipeline.submit(iteration, contents, release)
         run.summary.drops(iteration, run.pipeline)
 
-    def _learn(self, iteration: int) -> Settled | None:
+    def _learn(self) -> Settled | None:
         """What the results of agreements that have come allow arenas to release; None without news."""
         run = self.running
         release: Settled | None = None
@@ -120,7 +120,7 @@ class Session:
             settled = run.mode.settle(agreed)
             if agreed.is_news:
                 release = settled if release is None else release.followed_by(settled)
-            run.journal.hear(iteration, agreed.notes)
+            run.journal.hear(agreed.notes)
         return release
 
     def _agree(self, iteration: int) -> Skip | None:
@@ -216,6 +216,7 @@ class Session:
             return True
         self._is_open = False
         run = self.running
+        run.journal.unshare()
         run.undo.pop_all()
         is_done = run.pipeline.abandon(wait_s)
         run.fabric.abandon()
