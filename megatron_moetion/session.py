@@ -111,6 +111,8 @@ class Session:
                 contents = problem
         run.pipeline.submit(iteration, contents, release)
         run.summary.drops(iteration, run.pipeline)
+        for kind, text in run.pipeline.remarks():
+            run.journal.warn_once(f"{kind} {iteration}", iteration, text)
 
     def _learn(self) -> Settled | None:
         """What the results of agreements that have come allow arenas to release; None without news."""
