@@ -172,11 +172,20 @@ def test_a_combination_that_fails_ends_this_tree_and_no_other(caplog: pytest.Log
 def test_a_call_that_timed_out_names_the_missing_and_the_next_one_works() -> None:
     with loopback_fabrics(3, timeout_s=0.3) as fabrics:
         for _ in range(2):
-            with pytest.raises(ChannelError, match=r"a rank was lost .* no word from rank\(s\) \[2\] within 0.3 s"):
+            with pytest.raises(ChannelError, match=r"a rank was lost .* no word from rank\(s\) \[2\], .* within 0.3 s"):
                 together(*(lambda f=f: f.gather(f.rank) for f in fabrics[:2]))
         for _ in range(2):  # its first two calls belong to the first two of the others
             assert fabrics[2].gather(2) == [0, 1, 2]
         assert together(*(lambda f=f: f.gather(f.rank) for f in fabrics)) == [[0, 1, 2]] * 3
+
+
+def test_a_call_names_the_silent_rank_and_not_the_one_that_it_speaks_through() -> None:
+    store = dist.HashStore()
+    with Fabrics(loopback_fabric(store, rank, 3, arity=1, timeout_s=1.0, **BEAT) for rank in range(2)) as fabrics:
+        for fabric in fabrics:
+            eventually(lambda f=fabric: set(f.silent()) == {2})
+        with pytest.raises(ChannelError, match=r"rank\(s\) \[2\] have been silent"):
+            together(*(lambda f=f: f.gather(f.rank) for f in fabrics))
 
 
 def test_a_rank_too_many_calls_behind_is_told_so() -> None:
