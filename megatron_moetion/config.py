@@ -134,6 +134,12 @@ class MoetionConfig:
         minimum=1,
     )
     timeout_s: int = setting(120, "limit for every wait on a peer", minimum=1)
+    hang_timeout_s: int = setting(
+        120,
+        "how long a rank may be silent, and no step end, until the other ranks' processes end so that their supervisor "
+        "restarts the job; 0: they never end for that",
+        minimum=0,
+    )
     max_unprotected_iterations: int = setting(
         -1,
         "after snapshots have stopped for good: iterations until the process ends, so that its supervisor restarts the "

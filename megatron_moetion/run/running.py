@@ -65,6 +65,8 @@ class Running:
     replicas: int
     max_stall_s: float
     undo: ExitStack
+    leaving: ExitStack
+    """Stops the threads without waiting for other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,4 +195,5 @@ class Prepared:
             replicas=config.replicas,
             max_stall_s=config.max_stall_ms / 1000,
             undo=self.undo,
+            leaving=self.leaving,
         )
