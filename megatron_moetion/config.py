@@ -140,6 +140,12 @@ class MoetionConfig:
         "restarts the job; 0: they never end for that",
         minimum=0,
     )
+    holder_patience: int = setting(
+        30,
+        "snapshots that a rank waits for another node that holds its replicas and takes none: then it asks other nodes "
+        "for room, and goes on with fewer replicas until one has all of them",
+        minimum=1,
+    )
     max_unprotected_iterations: int = setting(
         -1,
         "after snapshots have stopped for good: iterations until the process ends, so that its supervisor restarts the "

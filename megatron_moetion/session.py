@@ -112,6 +112,8 @@ class Session:
                 contents = problem
         run.pipeline.submit(iteration, contents, release)
         run.summary.drops(iteration, run.pipeline)
+        for kind, text in run.pipeline.remarks():
+            run.journal.warn_once(f"{kind} {iteration}", iteration, text)
 
     def _learn(self) -> Settled | None:
         """What the results of agreements that have come allow arenas to release; None without news."""
@@ -181,10 +183,12 @@ class Session:
         return self.running.mode.experts()
 
     def drain(self) -> None:
-        """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
+        """Wait until every snapshot that was begun is whole or dropped, and agreed on as far as it was. Bounded."""
         if self._is_open:
-            with self.running.scheduler.urgent():  # no iteration goes on, in which there would be windows
-                self.running.pipeline.drain()
+            run = self.running
+            with run.scheduler.urgent():  # no iteration goes on, in which there would be windows
+                run.pipeline.drain()
+            run.agreement.wait(run.timeout_s)
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.

@@ -227,8 +227,7 @@ class Startup:
         own = take(rank)
         self._pin(own)
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
-        retentions = {owner: self._retention(findings.specs[owner]) for owner in (rank, *held)}
-        arenas = OpenArenas(own=own, held=held, retentions=retentions)
+        arenas = OpenArenas(own=own, held=held, retention=self._retention(findings.specs[rank]))
         wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
         leftovers = {owner: self._opened.take(arena_name(owner)) for owner in wanted}
         self._opened.close_all()

@@ -173,9 +173,8 @@ def lost_peer(channel: Channel, rank: int) -> None:
 def _as_gloo_rank(rank: int, store: Path, results: Path) -> None:
     from datetime import timedelta
 
-    from torch import distributed as dist
-
     from megatron_moetion.replicate.gloo import GlooFabric
+    from torch import distributed as dist
 
     dist.init_process_group(
         "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
