@@ -108,10 +108,12 @@ class Watchdog:
         clock: Clock,
         threads: Threads,
         poll_s: float = POLL_S,
+        last_words_s: float = LAST_WORDS_S,
     ) -> None:
         """``steps`` counts the steps that have ended, ``hosts`` has the machine of each rank, ``say`` logs a line.
 
-        ``last_words`` does all that must be done before the process ends, in a bounded time, and ``end`` ends it.
+        ``last_words`` does all that should be done before the process ends, which waits ``last_words_s`` for it;
+        ``end`` ends it.
         """
         self._fabric = fabric
         self._patience = Patience(limit_s)
@@ -123,6 +125,7 @@ class Watchdog:
         self._clock = clock
         self._threads = threads
         self._poll_s = poll_s
+        self._last_words_s = last_words_s
         self._closed = threads.event()
         self._worker = threads.worker("moetion-watchdog")
         self._worker.submit(self._watch)
@@ -151,11 +154,13 @@ class Watchdog:
         said = self._threads.event()
 
         def speak() -> None:
-            self._last_words(hang)
-            said.set()
+            try:
+                self._last_words(hang)
+            finally:
+                said.set()
 
         self._threads.worker("moetion-last-words").submit(speak)
-        said.wait(LAST_WORDS_S)
+        said.wait(self._last_words_s)
         if not self._closed.is_set():  # somebody has closed the session meanwhile: it ends by itself
             self._end()
 
