@@ -16,6 +16,7 @@ from megatron_moetion.recover.startup import Fetched, Findings, Startup
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.pipeline import SnapshotCounts
 from megatron_moetion.replicate.witness import Past
+from megatron_moetion.run.health import ended_before, watch
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.select.book import share_lost
 from megatron_moetion.snapshot.host_state import decode
@@ -83,7 +84,10 @@ class Starter:
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
         self._announce(running, findings)
+        for stack in (self._run.undo, self._run.leaving):
+            stack.callback(self._run.journal.unshare)
         self._run.journal.share()
+        watch(self._run, running)
         return running, resumed
 
     # -- recovering -----------------------------------------------------------------------------------
@@ -106,6 +110,8 @@ class Starter:
             lost[name] = lost.get(name, 0) + tokens
         self._run.mode.resume(plan.iteration, lost)
         phases.done("resync")
+        started_s = self._run.host.process_start()
+        hang = ended_before(self._run.fabric, self._run.node)
         choices = plan.choices[self._run.fabric.rank]
         home = findings.placement.node_of[self._run.fabric.rank]
         resumed = Resumed(
@@ -113,7 +119,7 @@ class Starter:
             epoch=plan.epoch,
             local_units=sum(c.node == home for c in choices),
             fetched_units=sum(c.node != home for c in choices),
-            seconds=phases.seconds,
+            seconds={**(hang.phases(started_s) if hang is not None else {}), **phases.seconds},
             lost_tokens=sum(lost.values()),
             plt=share_lost([m["layers"] for m in everyone]),
             replayed_steps=replayed,
