@@ -33,7 +33,7 @@ from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.replicate.channel import Channel, Message
-from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.replicate.fabric import SocketFabric
 from megatron_moetion.replicate.worker import SystemThreads
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.prepare import prepare
@@ -391,14 +391,17 @@ def _train(
     state = trainee(toy, rank, attempt)
     trouble = Trouble(toy if toy.concerns(rank) else Toy(), state)
     timing = scheduler(resolved_schedule(settings.schedule, on_device=False))
-    fabric = GlooFabric.connect(
+    fabric = SocketFabric.connect(
+        store=store,
+        rank=rank,
+        world_size=toy.world_size,
+        ranks_per_host=int(environment["LOCAL_WORLD_SIZE"]),
         timeout_s=settings.timeout_s,
         in_flight_bytes=settings.in_flight_bytes,
-        gate=timing.gate,
         clock=SystemClock(),
         threads=SystemThreads(),
+        interface=environment.get("GLOO_SOCKET_IFNAME"),
     )
-    fabric.join_experts(state.expert_peers())
     fabric.channel = TroubledChannel(fabric.channel, trouble)
     prepared = prepare(
         config=settings,
