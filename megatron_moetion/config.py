@@ -134,6 +134,12 @@ class MoetionConfig:
         minimum=1,
     )
     timeout_s: int = setting(120, "limit for every wait on a peer", minimum=1)
+    holder_patience: int = setting(
+        30,
+        "snapshots that a rank waits for another node that holds its replicas and takes none: then it asks other nodes "
+        "for room, and goes on with fewer replicas until one has all of them",
+        minimum=1,
+    )
     max_unprotected_iterations: int = setting(
         -1,
         "after snapshots have stopped for good: iterations until the process ends, so that its supervisor restarts the "

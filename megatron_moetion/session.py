@@ -94,7 +94,7 @@ class Session:
         if run.mode.waits_for_replication:
             with run.scheduler.urgent():
                 run.pipeline.catch_up(run.max_stall_s)
-        release = self._learn(iteration)
+        release = self._learn()
         problem = self._agree(iteration)
         if not healthy:
             problem = Skip(reason="unhealthy")
@@ -111,8 +111,10 @@ class Session:
                 contents = problem
         run.pipeline.submit(iteration, contents, release)
         run.summary.drops(iteration, run.pipeline)
+        for kind, text in run.pipeline.remarks():
+            run.journal.warn_once(f"{kind} {iteration}", iteration, text)
 
-    def _learn(self, iteration: int) -> Settled | None:
+    def _learn(self) -> Settled | None:
         """What the results of agreements that have come allow arenas to release; None without news."""
         run = self.running
         release: Settled | None = None
@@ -120,7 +122,7 @@ class Session:
             settled = run.mode.settle(agreed)
             if agreed.is_news:
                 release = settled if release is None else release.followed_by(settled)
-            run.journal.hear(iteration, agreed.notes)
+            run.journal.hear(agreed.notes)
         return release
 
     def _agree(self, iteration: int) -> Skip | None:
@@ -179,10 +181,12 @@ class Session:
         return self.running.mode.experts()
 
     def drain(self) -> None:
-        """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
+        """Wait until every snapshot that was begun is whole or dropped, and agreed on as far as it was. Bounded."""
         if self._is_open:
-            with self.running.scheduler.urgent():  # no iteration goes on, in which there would be windows
-                self.running.pipeline.drain()
+            run = self.running
+            with run.scheduler.urgent():  # no iteration goes on, in which there would be windows
+                run.pipeline.drain()
+            run.agreement.wait(run.timeout_s)
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.
@@ -214,6 +218,7 @@ class Session:
             return True
         self._is_open = False
         run = self.running
+        run.journal.unshare()
         run.undo.pop_all()
         is_done = run.pipeline.abandon(wait_s)
         run.fabric.abandon()

@@ -405,8 +405,7 @@ class Startup:
         own = take(rank)
         self._pin(own)
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
-        retentions = {owner: self._retention(arena.spec) for owner, arena in [(rank, own), *held.items()]}
-        arenas = OpenArenas(own=own, held=held, retentions=retentions)
+        arenas = OpenArenas(own=own, held=held, retention=self._retention(self._spec))
         leftovers = {owner: self._opened.take(arena_name(owner)) for owner in kept - {rank, *held}}
         self._opened.close_all()
         return arenas, leftovers

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_moetion.arrays import Bytes
+from megatron_moetion.observe.notes import Note as Note
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -94,16 +95,6 @@ class Channel(Protocol):
         after which the channel must not be used again. Bytes in flight are bounded.
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """Something that ranks have to say, once a job: how many say it, and the text of the lowest one."""
-
-    ranks: int
-    rank: int
-    iteration: int
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

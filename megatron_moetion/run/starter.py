@@ -128,6 +128,7 @@ class Starter:
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
         self._announce(running, findings)
+        self._run.journal.share()
         return running, resumed
 
     def _without_fruitless(self, plan: RecoveryPlan | NoPlan) -> RecoveryPlan | None:

@@ -32,7 +32,7 @@ class Summary:
             self._journal.info(iteration, f"state hash {whole}")
         self._journal.event("state_hash", iteration=iteration, hash=whole)
 
-    def drops(self, iteration: int, pipeline: Pipeline, stable: int) -> None:
+    def drops(self, iteration: int, pipeline: Pipeline) -> None:
         """Log the first dropped snapshot of each kind; counts have the others."""
         for reason, count in pipeline.counts.dropped.copy().items():  # other threads add to it
             if count:
@@ -45,10 +45,6 @@ class Summary:
                 f"left-out-{reason}",
                 iteration,
                 f"captures were left out ({reason}); the snapshot is whole without them",
-            )
-        if pipeline.broken is not None:
-            self._journal.warn_once(
-                "channel", iteration, f"replication stopped, iteration {stable} stays: {pipeline.broken}"
             )
 
     def at_end(self, pipeline: Pipeline, layers: Mapping[str, tuple[int, int]], stable: int) -> None:

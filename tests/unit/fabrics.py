@@ -64,12 +64,19 @@ class Faults:
 
         self._next(times, rank, peer, purpose, fail)
 
-    def flip(self, times: int, rank: int | None = None, peer: int | None = None, purpose: str | None = None) -> None:
-        """The last byte of the next sends of ``rank`` to ``peer`` arrives damaged."""
+    def flip(
+        self,
+        times: int,
+        rank: int | None = None,
+        peer: int | None = None,
+        purpose: str | None = None,
+        position: int = -1,
+    ) -> None:
+        """In the next sends of ``rank`` to ``peer`` one byte of the last part arrives damaged."""
 
         def flip(parts: Sequence[Bytes]) -> Sequence[Bytes]:
             damaged = parts[-1].copy()
-            damaged[-1] ^= 1
+            damaged[position] ^= 1
             return [*parts[:-1], damaged]
 
         self._next(times, rank, peer, purpose, flip)

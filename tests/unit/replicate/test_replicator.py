@@ -8,12 +8,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from megatron_moetion.replicate.replicator import Replicator
 from support import POOL, Network, ToyState, capture, find, make_arena, make_packer, no_probe, scheduler, together
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Message
 from megatron_moetion.replicate.placement import place
-from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.snapshot.reference import capture_digest
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, RECORD, Record, Records
