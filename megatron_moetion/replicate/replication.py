@@ -125,9 +125,7 @@ class Replication:
         An error in a link's thread that is no fault of a peer is raised here.
         """
         with self._changed:
-            for run in [r for r in self._runs if r.done()]:
-                self._runs.remove(run)
-                run.result()
+            self._raise_bugs()
             listed = set(np.unique(self._own.page.records.table["iteration"]).tolist())
             self._offered = [i for i in self._offered if i in listed][1 - WINDOW :] + ([iteration] if is_there else [])
             self._lose_patience()
@@ -178,6 +176,7 @@ class Replication:
                 return is_lost or not self._behind(link.state)
 
             self._changed.wait_for(lambda: all(is_done(link) for link in self._active()), timeout_s)
+            self._raise_bugs()
             return not any(self._behind(link.state) for link in self._active())
 
     # -- for people ------------------------------------------------------------------------------------
@@ -233,6 +232,12 @@ class Replication:
                 link.close()
 
     # -- links; all with ``_changed`` held -------------------------------------------------------------
+
+    def _raise_bugs(self) -> None:
+        """Faults are handled where they happen; an error that ends a link's thread is a bug, and must show."""
+        for run in [r for r in self._runs if r.done()]:
+            self._runs.remove(run)
+            run.result()
 
     def _active(self) -> list[Link]:
         return [self._links[s.holder] for s in self._seats if s.holder is not None]
