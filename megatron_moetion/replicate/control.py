@@ -53,7 +53,7 @@ QUEUED_BYTES_MAX = 2 * FRAME_BYTES_MAX
 DIAL_S = 5.0
 FLUSH_S = 2.0
 """What a fabric that is closed gives its last words to leave."""
-_REDIAL_S = (0.1, 2.0)
+_REDIAL_S = (0.05, 1.0)
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<III")
 _BODY = struct.Struct("<BQqq")
@@ -249,12 +249,12 @@ class Control:
         with self.changed:
             neighbour.is_dialling = False
             if connection is not None:
-                neighbour.pause_s = _REDIAL_S[0]
                 self._connect(neighbour, connection)
         self._wake()
 
     def _connect(self, neighbour: _Neighbour, connection: SocketConnection) -> None:
-        self._lose(neighbour)
+        if neighbour.socket is not None:
+            self._lose(neighbour)
         if self.is_closed:
             return connection.close()
         try:
@@ -364,6 +364,7 @@ class Control:
             if zlib.crc32(body) != checksum:
                 return False
             start = stop
+            neighbour.pause_s = _REDIAL_S[0]
             self._take(neighbour, body)
             if neighbour.socket is None:
                 return False
