@@ -57,7 +57,7 @@ class Connection(Protocol):
     def receive(self, parts: Sequence[Bytes], timeout_s: float | None = None) -> None:
         """Fill the parts, one behind the other. ``ChannelError`` where the peer is lost or nothing arrives in time.
 
-        ``timeout_s``: until the first byte; None: as long as for every other wait.
+        ``timeout_s``: for each wait without a byte, since a sender's gate may make pauses; None: as for every other.
         """
         ...
 

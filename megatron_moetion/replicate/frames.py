@@ -19,7 +19,7 @@ chunk digests stand in the update.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import IntEnum
 
 import numpy as np
@@ -37,7 +37,6 @@ PURPOSE = "hold"
 HEADER_BYTES = 8 * 8
 OPENING_BYTES_MAX = 64 << 20
 _REASON_BYTES_MAX = 1000
-_NO_BODY = np.empty(0, dtype=np.uint8)
 
 
 class Kind(IntEnum):
@@ -61,7 +60,7 @@ class Frame:
     stable: int = 0
     dropped: int = 0
     added: int = 0
-    body: Bytes = _NO_BODY
+    body: Bytes = field(default_factory=lambda: np.empty(0, dtype=np.uint8))
 
     @property
     def reason(self) -> str:

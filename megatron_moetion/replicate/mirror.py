@@ -181,5 +181,5 @@ def keys_of(records: Records) -> Int64s:
 
 def _words(records: Records) -> Digests:
     """The table's bytes, uint64[n, 6]."""
-    words: Digests = np.ascontiguousarray(records.table).view(np.uint64).reshape(len(records), -1)
+    words: Digests = np.ascontiguousarray(records.table).view(np.uint64).reshape(len(records), RECORD.itemsize // 8)
     return words

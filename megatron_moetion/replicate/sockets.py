@@ -147,7 +147,7 @@ class SocketConnection:
                 while len(view):
                     taken = self.receive_some(view)
                     if taken:
-                        view, wait_s = view[taken:], self._progress_s
+                        view = view[taken:]
                     else:
                         self._wait(select.POLLIN, wait_s)
 
