@@ -14,6 +14,7 @@ from fabrics import Fabrics, Faults, eventually, loopback_fabric, loopback_fabri
 from support import together
 from torch import distributed as dist
 
+from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Note, Reducer
 from megatron_moetion.replicate.reducer import merge_notes, pack, unpack
@@ -164,6 +165,29 @@ def test_a_combination_that_fails_ends_this_tree_and_no_other(caplog: pytest.Log
         trees = reducers(fabrics)
         contribute(trees, 0)
         check(trees, [0])
+
+
+class Buggy(Faults):
+    """Raises what nobody expects, a few times."""
+
+    bugs = 0
+
+    def sending(self, rank: int, peer: int, purpose: str, parts: Sequence[Bytes]) -> Sequence[Bytes]:
+        if self.bugs and parts:
+            self.bugs -= 1
+            raise ZeroDivisionError
+        return parts
+
+
+def test_a_bug_in_the_control_plane_is_said_once_and_survived(caplog: pytest.LogCaptureFixture) -> None:
+    cuts = Buggy()
+    with loopback_fabrics(2, cuts=cuts, **BEAT) as fabrics:
+        trees = reducers(fabrics)
+        cuts.bugs = 5
+        eventually(lambda: not cuts.bugs)
+        contribute(trees, 0)
+        check(trees, [0])
+    assert 1 <= caplog.text.count("the control plane begins anew") <= 2
 
 
 # -- collective calls ----------------------------------------------------------------------------------------

@@ -3,20 +3,14 @@
 
 from __future__ import annotations
 
-import random
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-import pytest
 from mirrors import Ranks, eventually, running
-from support import no_probe
 
-from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
-from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.substitutes import ASKED_MAX, substitutes_of
-from megatron_moetion.units import UnitKind
 
 PATIENCE = 5
 
