@@ -21,10 +21,12 @@ def swap(channel: Channel, outgoing: Mapping[int, bytes], senders: Collection[in
 
     All ranks of these pairs call together. ``ChannelError`` on a lost peer, and where a document arrives damaged.
     """
-    sealed = {peer: np.frombuffer(data + _digest(data), dtype=np.uint8) for peer, data in sorted(outgoing.items())}
+    if not outgoing and not senders:
+        return {}
+    leaving = {peer: np.frombuffer(sealed(data), dtype=np.uint8) for peer, data in sorted(outgoing.items())}
     sizes = {peer: np.zeros(1, dtype=np.int64) for peer in sorted(senders)}
     channel.exchange(
-        [Message(peer=p, data=np.array([data.nbytes], dtype=np.int64).view(np.uint8)) for p, data in sealed.items()],
+        [Message(peer=p, data=np.array([data.nbytes], dtype=np.int64).view(np.uint8)) for p, data in leaving.items()],
         [Message(peer=p, data=size.view(np.uint8)) for p, size in sizes.items()],
     )
     for peer, size in sizes.items():
@@ -32,16 +34,20 @@ def swap(channel: Channel, outgoing: Mapping[int, bytes], senders: Collection[in
             raise ChannelError(f"rank {peer} announces a document of {size[0]} bytes; restart to try again")
     arrived = {peer: np.empty(int(size[0]), dtype=np.uint8) for peer, size in sizes.items()}
     channel.exchange(
-        [Message(peer=p, data=data) for p, data in sealed.items()],
+        [Message(peer=p, data=data) for p, data in leaving.items()],
         [Message(peer=p, data=data) for p, data in arrived.items()],
     )
     found = {}
     for peer, document in arrived.items():
-        data = document.tobytes()
-        found[peer] = data[:-_DIGEST_BYTES]
-        if data[-_DIGEST_BYTES:] != _digest(found[peer]):
+        found[peer] = document[:-_DIGEST_BYTES].tobytes()
+        if document.tobytes() != sealed(found[peer]):
             raise ChannelError(f"a document of rank {peer} arrived damaged; restart to try again")
     return found
+
+
+def sealed(document: bytes) -> bytes:
+    """As it travels: with its digest behind it."""
+    return document + hashlib.blake2b(document, digest_size=_DIGEST_BYTES).digest()
 
 
 class Meeting:
@@ -72,7 +78,3 @@ class Meeting:
 def add(mine: Sequence[int], theirs: Sequence[int]) -> list[int]:
     """Two ranks' counts to one."""
     return [a + b for a, b in zip(mine, theirs, strict=True)]
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=_DIGEST_BYTES).digest()

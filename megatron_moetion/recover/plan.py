@@ -200,9 +200,7 @@ def no_arena(summary: Summary) -> NoPlan:
     return NoPlan(reason=listed or "no arena of this run was found on any node", began=summary.began)
 
 
-def what_is_missing(
-    rank: int, units: Units, held: Held, choose: Choose, iterations: Sequence[int]
-) -> dict[str, str]:
+def what_is_missing(rank: int, units: Units, held: Held, choose: Choose, iterations: Sequence[int]) -> dict[str, str]:
     """By iteration, as a JSON-able key: what this rank lacks of those that it cannot reach."""
     found = {str(i): choose(units, held, i) for i in iterations}
     return {i: f"rank {rank} has {missing}" for i, missing in found.items() if isinstance(missing, str)}
@@ -323,6 +321,15 @@ class Leg:
 
 Keepers = Mapping[int, Mapping[int, int]]
 """By owner and node: the rank that keeps the owner's arena of that node open while the run starts."""
+
+
+def keepers_of(kept: Iterable[Sequence[int]], placement: Placement) -> dict[int, dict[int, int]]:
+    """From the owners of the arenas that each rank keeps open, by rank: see ``Keepers``."""
+    found: dict[int, dict[int, int]] = {}
+    for keeper, owners in enumerate(kept):
+        for owner in owners:
+            found.setdefault(owner, {})[placement.node_of[keeper]] = keeper
+    return found
 
 
 def fetches_of(order: Order, keepers: Keepers, placement: Placement) -> list[Leg]:

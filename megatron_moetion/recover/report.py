@@ -137,8 +137,6 @@ def of_history(reports: Sequence[ArenaReport], newest: History) -> tuple[ArenaRe
     """The reports; those of a history that did not go on in ``newest`` are marked as of no use."""
     why = "belongs to a history of this run that did not go on"
     return tuple(
-        r
-        if r.problem or r.history.goes_on_in(newest)
-        else replace(r, problem=f"{r.path} {why}", records=NO_RECORDS)
+        r if r.problem or r.history.goes_on_in(newest) else replace(r, problem=f"{r.path} {why}", records=NO_RECORDS)
         for r in reports
     )

@@ -32,6 +32,7 @@ from megatron_moetion.recover.plan import (
     copies_of,
     fetches_of,
     held_of,
+    keepers_of,
     legs_at,
     no_arena,
     no_plan,
@@ -218,12 +219,12 @@ class Startup:
         """Owners learn from their arenas' keepers what is left of them, and all agree on the iteration."""
         reports = of_history(findings.reports, newest)
         placement, rank = findings.placement, self._fabric.rank
-        tables = {r.owner: r.records.where(in_history(r.records, newest.branches, newest.epoch)) for r in reports}
-        tables = {r.owner: tables[r.owner] for r in reports if not r.problem}
-        keepers: dict[int, dict[int, int]] = {}
-        for keeper, owners in enumerate(self._fabric.gather(sorted(tables))):
-            for owner in owners:
-                keepers.setdefault(owner, {})[placement.node_of[keeper]] = keeper
+        tables = {
+            r.owner: r.records.where(in_history(r.records, newest.branches, newest.epoch))
+            for r in reports
+            if not r.problem
+        }
+        keepers = keepers_of(self._fabric.gather(sorted(tables)), placement)
         mine = {keeper: node for node, keeper in keepers.get(rank, {}).items()}
         told = swap(
             self._fabric.channel,
@@ -254,7 +255,7 @@ class Startup:
         if not key:
             return {}
         members = [rank for rank, other in enumerate(facts.experts) if other == key]
-        meeting = Meeting(self._fabric, f"experts {key}", members, common, self._config.timeout_s)
+        meeting = Meeting(self._fabric, f"captures of experts {key}", members, common, self._config.timeout_s)
         captured = {name: held.get(number, set()) for number, (name, _) in enumerate(self._units)}
         return iterations_of(self._shared, meeting.combine(words_of(self._shared, captured)))
 
@@ -285,12 +286,15 @@ class Startup:
         assert not isinstance(chosen, str), f"rank {rank} said that it reaches iteration {plan.iteration}: {chosen}"
         orders = self._tell(order_of(rank, chosen, findings.copies, placement), findings)
         specs = self._tell_specs(placement, findings.keepers)
-        page = Page(
-            epoch=plan.history_epoch, stable=plan.safe, lineage=plan.lineage, branches=plan.branches[:-1]
-        )
+        page = Page(epoch=plan.history_epoch, stable=plan.safe, lineage=plan.lineage, branches=plan.branches[:-1])
         kept = {report.owner for report in findings.reports if not report.problem}
-        arenas, leftovers = on_all_ranks(self._fabric, lambda: self._open(placement, specs, kept, page))
-        on_all_ranks(self._fabric, lambda: self._remove_damaged(findings))
+
+        def open_arenas() -> tuple[OpenArenas, dict[int, Arena]]:
+            opened = self._open(placement, specs, kept, page)
+            self._remove_damaged(findings)
+            return opened
+
+        arenas, leftovers = on_all_ranks(self._fabric, open_arenas)
         opened = {rank: arenas.own, **arenas.held, **leftovers}
         mover = Mover(
             rank=rank,
@@ -401,8 +405,7 @@ class Startup:
         own = take(rank)
         self._pin(own)
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
-        retentions = {owner: self._retention(arena.spec) for owner, arena in [(rank, own), *held.items()]}
-        arenas = OpenArenas(own=own, held=held, retentions=retentions)
+        arenas = OpenArenas(own=own, held=held, retention=self._retention(self._spec))
         leftovers = {owner: self._opened.take(arena_name(owner)) for owner in kept - {rank, *held}}
         self._opened.close_all()
         return arenas, leftovers

@@ -41,7 +41,8 @@ def survey_store(
     """Verify the arenas of these names; those without a problem stay open.
 
     ``ours`` is the surveying rank's identity, ``shapes[r]`` what rank r's arena must match. Arenas of other settings
-    that never held anything are left over from a start that failed: they are passed over.
+    that never held anything are left over from a start that failed: they are passed over, and so is an arena under
+    another rank's name, which nobody would find again.
     """
     reports = []
     for name in names:
@@ -66,6 +67,8 @@ def _report(
     try:
         owner = arena.spec.identity.owner
         check_identity(arena.spec, ours, shapes[owner] if owner < len(shapes) else None, path)
+        if name != arena_name(owner):
+            return None
         page = arena.page
         sound = page.records.where(intact(arena, page.records, pool))
         return ArenaReport(

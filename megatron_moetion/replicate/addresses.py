@@ -101,9 +101,9 @@ def job_store(environment: Mapping[str, str]) -> dist.Store:
 def own_address(interface: str | None, master: str, *, is_one_host: bool) -> str:
     """The address at which other ranks reach this one.
 
-    That of the interface, if one is named; the loopback, where all ranks run on one host; else the local end of the route
-    to ``master``, the host of the rendezvous, or what the name of this host stands for. ``ConfigError`` where the
-    interface has no address.
+    That of the interface, if one is named; the loopback, where all ranks run on one host; else the local end of the
+    route to ``master``, the host of the rendezvous, or what the name of this host stands for. ``ConfigError`` where
+    the interface has no address.
     """
     if interface:
         name = interface.split(",")[0].strip()

@@ -5,8 +5,9 @@ A child dials its parent, again and again if need be. A frame is
 
 | bytes | field |
 | --- | --- |
-| 4 | bytes that follow the next field |
-| 4 | CRC-32 of these |
+| 4 | bytes that follow the head of 12 bytes |
+| 4 | CRC-32 of the four bytes before |
+| 4 | CRC-32 of the bytes that follow |
 | 1 | kind: 0 a heartbeat, else a ``Kind`` |
 | 8 | tree: digest of its name and members |
 | 8, 8 | number, floor |
@@ -26,7 +27,7 @@ import struct
 import threading
 import zlib
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
 
@@ -37,7 +38,7 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.replicate.rounds import KEPT, Kind, Merge, Rounds, Say
 from megatron_moetion.replicate.sockets import JOIN_S, NO_CUTS, Cuts, SocketConnection, SocketMesh
-from megatron_moetion.replicate.tree import place_of
+from megatron_moetion.replicate.tree import ARITY, place_of
 from megatron_moetion.replicate.worker import Threads
 
 PURPOSE = "control"
@@ -52,8 +53,9 @@ QUEUED_BYTES_MAX = 2 * FRAME_BYTES_MAX
 DIAL_S = 5.0
 FLUSH_S = 2.0
 """What a fabric that is closed gives its last words to leave."""
-_REDIAL_S = (0.1, 2.0)
-_HEAD = struct.Struct("<II")
+_REDIAL_S = (0.05, 1.0)
+_LENGTH = struct.Struct("<I")
+_HEAD = struct.Struct("<III")
 _BODY = struct.Struct("<BQqq")
 _BEAT = 0
 _SILENT = np.dtype([("rank", "<u4"), ("seconds", "<f4")])
@@ -79,7 +81,10 @@ class Tree:
             is_first = not before and self._rounds.given_up
         if is_first:
             _logger.warning(
-                "[moetion] rank %d: %d rounds have no result: older ones are given up", self._control.rank, KEPT
+                "[moetion] rank %d: no word from rank(s) %s for %d rounds of agreement; older ones are given up",
+                self._control.rank,
+                self.missing(number),
+                self._rounds.kept,
             )
 
     def results(self) -> list[tuple[int, bytes]]:
@@ -137,6 +142,7 @@ class Control:
         clock: Clock,
         threads: Threads,
         heartbeat_s: float = HEARTBEAT_S,
+        arity: int = ARITY,
         cuts: Cuts = NO_CUTS,
     ) -> None:
         """Without a mesh there are no other ranks."""
@@ -148,6 +154,7 @@ class Control:
         self._ranks_per_host = ranks_per_host
         self._clock = clock
         self._heartbeat_s = heartbeat_s
+        self._arity = arity
         self._cuts = cuts
         self._trees: dict[int, Tree] = {}
         self._neighbours: dict[int, _Neighbour] = {}
@@ -173,7 +180,7 @@ class Control:
             text = f"{name}:{self._ranks_per_host}:{','.join(map(str, ordered))}"
             key = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
             assert key not in self._trees, f"there is a tree {name!r} already"
-            place = place_of(self.rank, ordered, self._ranks_per_host)
+            place = place_of(self.rank, ordered, self._ranks_per_host, self._arity)
             tree = self._trees[key] = Tree(self, key, Rounds(place, merge, kept))
             for peer in (*place.children, *([place.parent] if place.parent is not None else [])):
                 neighbour = self._neighbour(peer)
@@ -188,20 +195,18 @@ class Control:
         with self.changed:
             return dict(self._silent)
 
-    def act(self, key: int, change: object) -> None:
+    def act(self, key: int, change: Callable[[Rounds], Sequence[Say]]) -> None:
         """Change a tree, and say what comes of it. The caller holds ``changed``."""
         tree = self._trees[key]
         if tree.failure is not None:
             return
         before = tree.rounds.last
         try:
-            said: Iterable[Say] = change(tree.rounds)  # type: ignore[operator]
-        except Exception as error:  # a bug of ``merge``; whoever waits for this tree gets it
+            for say in change(tree.rounds):
+                self._queue(self._neighbours[say.peer], _frame(say.kind, key, say.number, say.floor, say.payload))
+        except Exception as error:  # a bug of ``merge``, or too much to say; whoever waits for this tree gets it
             tree.failure = error
             _logger.exception("[moetion] rank %d: cannot combine", self.rank)
-            said = ()
-        for each in said:
-            self._queue(self._neighbours[each.peer], _frame(each.kind, key, each.number, each.floor, each.payload))
         if tree.rounds.last != before or tree.failure is not None:
             self.changed.notify_all()
 
@@ -246,18 +251,19 @@ class Control:
         with self.changed:
             neighbour.is_dialling = False
             if connection is not None:
-                neighbour.pause_s = _REDIAL_S[0]
                 self._connect(neighbour, connection)
         self._wake()
 
     def _connect(self, neighbour: _Neighbour, connection: SocketConnection) -> None:
-        self._lose(neighbour)
+        if neighbour.socket is not None:
+            self._lose(neighbour)
         if self.is_closed:
             return connection.close()
         try:
             neighbour.socket = connection.detach()
         except ChannelError:
             return None
+        neighbour.heard_s = self._clock.monotonic()
         self._selector.register(neighbour.socket, selectors.EVENT_READ, neighbour)
         for key, tree in self._trees.items():
             if tree.rounds.place.parent == neighbour.peer:
@@ -287,6 +293,8 @@ class Control:
             self._selector.unregister(neighbour.socket)
             neighbour.socket.close()
             neighbour.socket = None
+            for tree in self._trees.values():
+                tree.rounds.child_lost(neighbour.peer)
         neighbour.arrived.clear()
         neighbour.queued.clear()
         neighbour.queued_bytes = 0
@@ -326,8 +334,8 @@ class Control:
 
     def _dial_if_due(self, neighbour: _Neighbour, now_s: float) -> None:
         if self._wants_dial(neighbour) and now_s >= neighbour.dial_at_s and self._mesh is not None:
-            neighbour.is_dialling = True
-            self._mesh.start(lambda: self._dial(neighbour), "moetion-dial")
+            neighbour.dial_at_s = now_s + neighbour.pause_s
+            neighbour.is_dialling = self._mesh.start(lambda: self._dial(neighbour), "moetion-dial")
 
     def _read(self, neighbour: _Neighbour) -> None:
         assert neighbour.socket is not None
@@ -348,8 +356,8 @@ class Control:
         """Act on what has arrived whole; False where it is damaged."""
         arrived, start = neighbour.arrived, 0
         while len(arrived) - start >= _HEAD.size:
-            length, checksum = _HEAD.unpack_from(arrived, start)
-            if not _BODY.size <= length <= FRAME_BYTES_MAX:
+            length, length_checksum, checksum = _HEAD.unpack_from(arrived, start)
+            if zlib.crc32(_LENGTH.pack(length)) != length_checksum:
                 return False
             stop = start + _HEAD.size + length
             if len(arrived) < stop:
@@ -358,6 +366,7 @@ class Control:
             if zlib.crc32(body) != checksum:
                 return False
             start = stop
+            neighbour.pause_s = _REDIAL_S[0]
             self._take(neighbour, body)
             if neighbour.socket is None:
                 return False
@@ -446,7 +455,9 @@ class Control:
 
 
 def _frame(kind: int, key: int, number: int, floor: int, payload: bytes) -> bytes:
+    """``ChannelError`` where it is too long."""
+    length = _BODY.size + len(payload)
+    if length > FRAME_BYTES_MAX:
+        raise ChannelError(f"a control message of {length} bytes; at most {FRAME_BYTES_MAX} can be sent")
     body = _BODY.pack(kind, key, number, floor) + payload
-    if len(body) > FRAME_BYTES_MAX:
-        raise ChannelError(f"a control message of {len(body)} bytes; at most {FRAME_BYTES_MAX} can be sent")
-    return _HEAD.pack(len(body), zlib.crc32(body)) + body
+    return _HEAD.pack(length, zlib.crc32(_LENGTH.pack(length)), zlib.crc32(body)) + body

@@ -55,11 +55,12 @@ class Rounds:
     def __init__(self, place: Place, merge: Merge, kept: int = KEPT) -> None:
         self.place = place
         self._merge = merge
-        self._kept = kept
+        self.kept = kept
         self._own: dict[int, bytes] = {}
         self._below: dict[int, dict[int, bytes]] = {child: {} for child in place.children}
         self._said: dict[int, bytes] = {}
         """What has gone up and has no result yet."""
+        self._listening: set[int] = set()
         self._next = 0
         self._floor = 0
         self._history: deque[tuple[int, bytes]] = deque(maxlen=kept)
@@ -84,9 +85,9 @@ class Rounds:
         if number <= self.last or number < self._floor:
             return []
         self._own[number] = payload
-        if number - self._kept > self.last and number - self._kept + 1 > self._floor:
-            self.given_up += number - self._kept + 1 - self._floor if self._floor else 1
-            self._raise_floor(number - self._kept + 1)
+        oldest = number - self.kept + 1
+        self.given_up += sum(n < oldest for n in (*self._own, *self._said))
+        self._raise_floor(oldest)
         return self._advance()
 
     def from_child(self, child: int, number: int, floor: int, payload: bytes) -> list[Say]:
@@ -94,7 +95,7 @@ class Rounds:
         if child not in self._below:
             return []
         self._raise_floor(min(floor, number))
-        if self._next <= number <= self.last + 2 * self._kept:
+        if self._next <= number < self._floor + 2 * self.kept:
             self._below[child][number] = payload
         return self._advance()
 
@@ -103,10 +104,15 @@ class Rounds:
         return self._finish(number, payload) if number > self.last else []
 
     def child_again(self, child: int, last: int) -> list[Say]:
-        """``AGAIN`` has come: the results that this child has missed."""
+        """``AGAIN`` has come: the results that this child has missed. From now on it gets all others."""
         if child not in self._below:
             return []
+        self._listening.add(child)
         return [Say(peer=child, kind=Kind.DOWN, number=n, payload=p) for n, p in self._history if n > last]
+
+    def child_lost(self, child: int) -> None:
+        """The connection to this child has ended: it gets no results until it has said which it had last."""
+        self._listening.discard(child)
 
     def again(self) -> list[Say]:
         """The parent is connected, or has come to know this tree."""
@@ -144,7 +150,7 @@ class Rounds:
         self._history.append((number, payload))
         self._results.append((number, payload))
         self._raise_floor(number + 1)
-        return [Say(peer=c, kind=Kind.DOWN, number=number, payload=payload) for c in self.place.children]
+        return [Say(peer=c, kind=Kind.DOWN, number=number, payload=payload) for c in sorted(self._listening)]
 
     def _raise_floor(self, floor: int) -> None:
         """Rounds before this one have a result or are void."""

@@ -33,8 +33,6 @@ from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Protocol
 
-import numpy as np
-
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
@@ -98,8 +96,8 @@ NO_CUTS = NoCuts()
 class SocketConnection:
     """``Connection`` over one TCP socket, which it owns.
 
-    What is handed to the kernel and not yet taken by TCP is bounded by ``unsent_bytes``, with a gate by its slice if that
-    is less. A longer queue would carry no more, and on a slow link training's messages would wait behind it.
+    What is handed to the kernel and not yet taken by TCP is bounded by ``unsent_bytes``, with a gate by its slice if
+    that is less. A longer queue would carry no more, and on a slow link training's messages would wait behind it.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class SocketConnection:
         self._clock = clock
         self._progress_s = progress_s
         self._cuts = cuts
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._users = 0
         self._is_closed = False
         self._most_unsent_bytes = unsent_bytes
@@ -136,9 +134,8 @@ class SocketConnection:
             parts = self._cuts.sending(self.rank, self.peer, self.purpose, parts)
             if gate is None:
                 self._send_all([part.data for part in parts if part.nbytes])
-                return
-            for part in parts:
-                self._send_gated(part, gate)
+            else:
+                self._send_gated(parts, gate)
 
     def receive(self, parts: Sequence[Bytes], timeout_s: float | None = None) -> None:
         """See ``Connection``."""
@@ -150,7 +147,7 @@ class SocketConnection:
                 while len(view):
                     taken = self.receive_some(view)
                     if taken:
-                        view, wait_s = view[taken:], self._progress_s
+                        view = view[taken:]
                     else:
                         self._wait(select.POLLIN, wait_s)
 
@@ -208,15 +205,15 @@ class SocketConnection:
             raise ConnectionResetError("the peer has closed the connection")
         return taken
 
-    def _send_gated(self, part: Bytes, gate: Gate) -> None:
+    def _send_gated(self, parts: Sequence[Bytes], gate: Gate) -> None:
         slice_bytes = max(1, min(gate.slice_bytes(), gate.in_flight_bytes()))
         self._allow_unsent(min(slice_bytes, self._most_unsent_bytes))
-        for start in range(0, part.nbytes, slice_bytes):
-            piece = part[start : start + slice_bytes]
-            gate.admit(piece.nbytes)
+        for views in _slices(parts, slice_bytes):
+            nbytes = sum(map(len, views))
+            gate.admit(nbytes)
             posted_s = self._clock.monotonic()
-            self._send_all([piece.data])
-            gate.left(piece.nbytes, posted_s)
+            self._send_all(views)
+            gate.left(nbytes, posted_s)
 
     def _send_all(self, views: list[memoryview]) -> None:
         first = 0
@@ -265,7 +262,7 @@ class SocketConnection:
 
 
 class SocketMesh:
-    """``Mesh`` over TCP. ``directory`` knows where the ranks listen; ``publish`` has been called by nobody yet."""
+    """``Mesh`` over TCP. ``directory`` knows where the ranks listen; whoever makes a mesh lets it tell this rank's."""
 
     def __init__(
         self,
@@ -275,6 +272,7 @@ class SocketMesh:
         *,
         clock: Clock,
         progress_s: float = PROGRESS_S,
+        hello_s: float = HELLO_S,
         unsent_bytes: int = UNSENT_BYTES,
         cuts: Cuts = NO_CUTS,
     ) -> None:
@@ -283,10 +281,11 @@ class SocketMesh:
         self._directory = directory
         self._clock = clock
         self._progress_s = progress_s
+        self._hello_s = hello_s
         self._unsent_bytes = unsent_bytes
         self._cuts = cuts
         self._handlers: dict[str, Callable[[SocketConnection], None]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._open: set[SocketConnection] = set()
         self._threads: set[threading.Thread] = set()
         self._strangers = 0
@@ -335,11 +334,12 @@ class SocketMesh:
 
     def _dial_once(self, peer: int, purpose: str, timeout_s: float) -> SocketConnection:
         place = self._directory.find(peer, timeout_s)
-        sock = socket.create_connection(place, timeout=min(timeout_s, HELLO_S))
+        limit_s = min(timeout_s, self._hello_s)
+        sock = socket.create_connection(place, timeout=limit_s)
         try:
-            sock.settimeout(min(timeout_s, HELLO_S))
+            deadline_s = self._clock.monotonic() + limit_s
             sock.sendall(hello := self._hello(peer, purpose))
-            answer = _read(sock, _MAC_BYTES)
+            answer = self._read(sock, _MAC_BYTES, deadline_s)
             if not hmac.compare_digest(answer, self._mac(hello[-_MAC_BYTES:])):
                 raise ConnectionError("somebody else answers there")
             return self._take(sock, peer, purpose)
@@ -386,10 +386,8 @@ class SocketMesh:
             with self._lock:
                 is_crowded = self._strangers >= _STRANGERS
                 self._strangers += not is_crowded
-            if is_crowded:
+            if is_crowded or not self.start(partial(self._welcome, sock), "moetion-serve"):
                 sock.close()
-            else:
-                self.start(partial(self._welcome, sock), "moetion-serve")
         self._listener.close()
 
     def _welcome(self, sock: socket.socket) -> None:
@@ -415,12 +413,12 @@ class SocketMesh:
 
     def _known(self, sock: socket.socket) -> tuple[SocketConnection, Callable[[SocketConnection], None]]:
         """The connection of a rank of this job, and who serves its purpose. ``OSError`` where it is none."""
-        sock.settimeout(HELLO_S)
-        head = _read(sock, _HEAD.size)
+        deadline_s = self._clock.monotonic() + self._hello_s
+        head = self._read(sock, _HEAD.size, deadline_s)
         magic, peer, to, _, length = _HEAD.unpack(head)
         if magic != MAGIC or to != self.rank or not 0 <= peer < self.world_size:
             raise ConnectionError("not a rank of this job")
-        name, mac = _read(sock, length), _read(sock, _MAC_BYTES)
+        name, mac = (self._read(sock, nbytes, deadline_s) for nbytes in (length, _MAC_BYTES))
         if not hmac.compare_digest(mac, self._mac(head + name)):
             raise ConnectionError("not a rank of this job")
         purpose = name.decode("ascii")
@@ -430,17 +428,43 @@ class SocketMesh:
         sock.sendall(self._mac(mac))
         return self._take(sock, peer, purpose), handler
 
-    def start(self, call: Callable[[], None], name: str) -> None:
-        """Call this in a thread that gets a moment to end when the mesh is closed."""
+    def _read(self, sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
+        """Exactly so many bytes of a socket that blocks. ``OSError`` where they do not arrive in time."""
+        found = bytearray()
+        while len(found) < nbytes:
+            sock.settimeout(max(0.001, deadline_s - self._clock.monotonic()))
+            part = sock.recv(nbytes - len(found))
+            if not part:
+                raise ConnectionResetError("the peer has closed the connection")
+            found += part
+        return bytes(found)
+
+    def start(self, call: Callable[[], None], name: str) -> bool:
+        """Call this in a thread that gets a moment to end when the mesh is closed; False where the process ends."""
         thread = threading.Thread(target=call, name=name, daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:  # the interpreter ends, or the system has no thread to give
+            return False
         with self._lock:
             self._threads = {each for each in self._threads if each.is_alive()} | {thread}
-            thread.start()
+        return True
 
 
-def copied(data: bytes) -> Bytes:
-    """Bytes as an array, uint8[len(data)], of memory of its own."""
-    return np.frombuffer(bytearray(data), dtype=np.uint8)
+def _slices(parts: Sequence[Bytes], slice_bytes: int) -> Iterator[list[memoryview]]:
+    """The parts, one behind the other, cut into slices of this size; the last one may be shorter."""
+    views: list[memoryview] = []
+    room = slice_bytes
+    for part in parts:
+        view = part.data
+        while len(view):
+            views.append(view[:room])
+            view, room = view[room:], room - len(views[-1])
+            if not room:
+                yield views
+                views, room = [], slice_bytes
+    if views:
+        yield views
 
 
 def _listen() -> socket.socket:
@@ -459,14 +483,3 @@ def _tune(sock: socket.socket, progress_s: float) -> None:
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, max(1, int(progress_s / 2)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, max(1, int(progress_s / 4)))
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPCNT, 2)
-
-
-def _read(sock: socket.socket, nbytes: int) -> bytes:
-    """Exactly so many bytes of a blocking socket, within its timeout each."""
-    found = bytearray()
-    while len(found) < nbytes:
-        part = sock.recv(nbytes - len(found))
-        if not part:
-            raise ConnectionResetError("the peer has closed the connection")
-        found += part
-    return bytes(found)

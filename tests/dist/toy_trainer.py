@@ -32,6 +32,7 @@ from megatron_moetion.errors import ChannelError, MoetionError
 from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.observe.fault import make_probe, parse_faults
+from megatron_moetion.replicate.addresses import job_store
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.replicate.fabric import SocketFabric
 from megatron_moetion.replicate.worker import SystemThreads
@@ -392,7 +393,7 @@ def _train(
     trouble = Trouble(toy if toy.concerns(rank) else Toy(), state)
     timing = scheduler(resolved_schedule(settings.schedule, on_device=False))
     fabric = SocketFabric.connect(
-        store=store,
+        store=job_store(environment),
         rank=rank,
         world_size=toy.world_size,
         ranks_per_host=int(environment["LOCAL_WORLD_SIZE"]),

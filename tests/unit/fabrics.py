@@ -64,12 +64,19 @@ class Faults:
 
         self._next(times, rank, peer, purpose, fail)
 
-    def flip(self, times: int, rank: int | None = None, peer: int | None = None, purpose: str | None = None) -> None:
-        """The last byte of the next sends of ``rank`` to ``peer`` arrives damaged."""
+    def flip(
+        self,
+        times: int,
+        rank: int | None = None,
+        peer: int | None = None,
+        purpose: str | None = None,
+        position: int = -1,
+    ) -> None:
+        """In the next sends of ``rank`` to ``peer`` one byte of the last part arrives damaged."""
 
         def flip(parts: Sequence[Bytes]) -> Sequence[Bytes]:
             damaged = parts[-1].copy()
-            damaged[-1] ^= 1
+            damaged[position] ^= 1
             return [*parts[:-1], damaged]
 
         self._next(times, rank, peer, purpose, flip)
@@ -165,3 +172,11 @@ def loopback_fabric(store: dist.Store, rank: int, world_size: int, **options: An
         "interface": "lo",
     }
     return SocketFabric.connect(store=store, rank=rank, world_size=world_size, **(settings | options))
+
+
+def eventually(holds: Callable[[], bool], limit_s: float = 20.0) -> None:
+    """Return once it holds; fail where it does not for so long."""
+    deadline_s = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline_s, "it has not come about"
+        time.sleep(0.01)

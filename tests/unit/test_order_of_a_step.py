@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import Network, ToyFabric, ToyState, blueprint, scheduler
+from fabrics import loopback_fabrics
+from support import ToyState, blueprint, scheduler
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, UnsupportedState
@@ -85,7 +86,7 @@ def run(folder: Path, mode: str = "popularity", **settings: Any) -> Iterator[tup
         config=MoetionConfig(mode=mode, run_id="r", store=str(folder), replicas=0, pack_threads=1, **settings),
         adapter=state,
         blueprint=blueprint(mode, state),
-        fabric=ToyFabric(Network(1), 0),
+        fabric=loopback_fabrics(1)[0],
         topology="toy",
         scheduler=scheduler(),
         host=Host(environment={}),

@@ -17,6 +17,7 @@ import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from megatron_moetion.replicate.replicator import Replicator
 from support import POOL, Network, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
 
 from megatron_moetion.framework import StepNote
@@ -25,7 +26,6 @@ from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.survey import survey_store
-from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.select.rotation import Rotation
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.snapshot.packer import Packer

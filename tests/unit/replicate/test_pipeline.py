@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from megatron_moetion.replicate.replicator import Replicator
 from session_job import Job
 from support import (
     POOL,
@@ -31,7 +32,6 @@ from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.pipeline import Pipeline, Skip
-from megatron_moetion.replicate.replicator import Replicator
 from megatron_moetion.replicate.worker import SystemThreads, Threads, Worker
 from megatron_moetion.schedule.pace import EvenPace
 from megatron_moetion.snapshot.capture import Contents
