@@ -82,9 +82,9 @@ def choose(
 
     ``shares``: with more than one rank, no rank sends more than ``shares.busiest_bytes`` of K while others have less to
     send. The bytes of each rank are reserved as the places are, so that what is due later does not lie on one rank, and
-    an expert is passed over while a rank of its has no room left. Where the cap calls for it, or K is not reached, that
-    bound gives way; what arenas have room for does not, and then fewer than K are taken. O(E D) without shares, with D
-    different values of staleness; O(E (D + K) N) with N ranks.
+    an expert is passed over while a rank of its has no room left, also if fewer than K are taken then. The bound gives
+    way where the cap calls for it, or R are not reached; what arenas have room for does not. O(E D) without shares,
+    with D different values of staleness; O(E (D + K) N) with N ranks.
     """
     taking = _Taking(order, shares)
     left = cap + 1 - _array(staleness)[_array(order)]
@@ -104,11 +104,9 @@ def choose(
             if column == _PLACES:
                 taking.take(places, widest, column, missing)
     everyone = np.arange(len(order))
-    while taking.take(everyone, limits, _PLACES, num_experts - taking.places) > 0:
-        wider = taking.wider(limits, widest)
-        if wider is None:
-            break
-        limits = wider
+    taking.take(everyone, limits, _PLACES, num_experts - taking.places)
+    while taking.places < reserved and (wider := taking.wider(limits, widest)) is not None:
+        taking.take(everyone, wider, _PLACES, reserved - taking.places)
     return [order[place] for place in taking.chosen]
 
 

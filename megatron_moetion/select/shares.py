@@ -27,13 +27,13 @@ class Shares:
     def of(cls, nbytes: Int64s, usual: int, most: int) -> Shares:
         """For snapshots of usually so many of all experts, and at most so many.
 
-        A rank has room for as large a part of its shards as ``most`` is of the experts, to the nearest whole shard, and
-        at least for ``usual``.
+        A rank has room for as large a part of its shards as ``most`` is of the experts: all of them, or to the nearest
+        whole shard, and at least for ``usual``.
         """
         each, total = nbytes.max(axis=0, initial=1), nbytes.sum(axis=0)
         whole = max(len(nbytes), 1) * each
         shards = np.maximum((2 * total * most + whole - 1) // (2 * whole), -(-total * usual // whole))
-        return cls(nbytes=nbytes, most_bytes=shards * each)
+        return cls(nbytes=nbytes, most_bytes=total if most >= len(nbytes) else shards * each)
 
     @property
     def ranks(self) -> int:

@@ -26,11 +26,8 @@ from megatron_moetion.units import UnitKind
 
 EXPERTS = 6
 GROUPS = ((0, 1), (2, 3, 4))
-UNITS = (
-    ("dense", UnitKind.DENSE),
-    *((f"experts.{e}", UnitKind.EXPERT) for e in range(EXPERTS)),
-    ("host", UnitKind.HOST),
-)
+NAMES = tuple(f"experts.{e}" for e in range(EXPERTS))
+UNITS = (("dense", UnitKind.DENSE), *((name, UnitKind.EXPERT) for name in NAMES), ("host", UnitKind.HOST))
 ALWAYS = (0, EXPERTS + 1)
 
 
@@ -79,7 +76,7 @@ class Rank:
         self.rank, self.draw = rank, draw
         self.group = group.member(rank)
         rules = Rules(policy="unsaved-tokens", reserved=2, most=4, staleness_cap=4, interval=1, lost_token_budget=0.2)
-        self.book = ExpertBook(names=[n for n, _ in UNITS[1:-1]], layers=["dense"] * EXPERTS, rules=rules)
+        self.book = ExpertBook(names=NAMES, layers=["dense"] * EXPERTS, rules=rules)
         self.choices = Choices(self.book, Sizes(2, 3), interval=1)
         self.agreement = Agreement(world.member(rank), 0)
         self.counts = [0] * EXPERTS
@@ -186,3 +183,20 @@ def test_a_rank_that_hears_late_leaves_its_snapshots_out_and_comes_back() -> Non
     assert late.agreement.stable > stood + 8
     assert first.book.ledger.staleness == late.book.ledger.staleness
     assert first.book.ledger.unsaved == late.book.ledger.unsaved
+
+
+def test_rounds_without_a_result_are_passed_over() -> None:
+    """A rank that was away for long gives its oldest rounds up, and then nobody has a result of them."""
+    rules = Rules(policy="unsaved-tokens", reserved=1, most=1, staleness_cap=9, interval=1)
+    book = ExpertBook(names=NAMES, layers=["dense"] * EXPERTS, rules=rules)
+    choices = Choices(book, Sizes(1, 1), interval=1)
+    results = {
+        2: [Reduced(number=1, words=(0, 0, 0, 9, 0, 0, 0))],
+        7: [Reduced(number=6, words=(5, 9, 9, 9, 9, 99, 9))],
+    }
+    known = []
+    for number in range(9):
+        choices.choose(number, number + 1, [0] * EXPERTS, results.get(number, ()))
+        known.append(choices.is_known(number))
+    assert known == [True, False, True, False, False, False, False, True, False]
+    assert book.ledger.totals == [9, 9, 9, 9, 99, 9]
