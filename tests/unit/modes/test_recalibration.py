@@ -114,9 +114,7 @@ def test_layers_are_added_up_over_the_ranks_that_run_them() -> None:
 
 def test_a_look_waits_for_nobody_and_is_said_when_the_last_rank_has_been_heard(tmp_path: Path) -> None:
     with loopback_fabrics(2) as fabrics:
-        first, second = (
-            make(tmp_path, tokens, fabric) for tokens, fabric in zip((Layers(), Layers()), fabrics, strict=True)
-        )
+        first, second = (make(tmp_path, Layers(), fabric) for fabric in fabrics)
         together(lambda: first.begin(100, {}), lambda: second.begin(100, {}))
         for iteration in (110, 120):
             first.on_step_end(iteration)
