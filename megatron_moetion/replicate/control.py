@@ -81,10 +81,10 @@ class Tree:
             is_first = not before and self._rounds.given_up
         if is_first:
             _logger.warning(
-                "[moetion] rank %d: no word from rank(s) %s for %d rounds of agreement; older ones are given up",
+                "[moetion] rank %d: %d rounds without a result; older ones are given up. Ranks that are silent: %s",
                 self._control.rank,
-                self.missing(number),
                 self._rounds.kept,
+                sorted(self._control.silent()) or "none",
             )
 
     def results(self) -> list[tuple[int, bytes]]:
