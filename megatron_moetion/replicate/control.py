@@ -74,10 +74,15 @@ class Tree:
         """What ``merge`` raised; there are no results after it."""
 
     def contribute(self, number: int, payload: bytes) -> None:
-        """This rank's contribution to a round. Does not wait."""
+        """This rank's contribution to a round. Does not wait.
+
+        What there is to say is with the kernel when this returns, as long as it takes anything: so a process may end
+        as soon as it has a result, and the others get it too.
+        """
         with self._control.changed:
             before = self._rounds.given_up
             self._control.act(self._key, lambda rounds: rounds.contribute(number, payload))
+            self._control.write()
             is_first = not before and self._rounds.given_up
         if is_first:
             _logger.warning(
@@ -211,6 +216,11 @@ class Control:
         if tree.rounds.last != before or tree.failure is not None:
             self.changed.notify_all()
 
+    def write(self) -> None:
+        """Hand to the kernel what it takes. The caller holds ``changed``."""
+        for neighbour in self._neighbours.values():
+            self._write(neighbour)
+
     def close(self) -> None:
         """End; what has been said leaves first, within ``FLUSH_S``."""
         self._end(FLUSH_S)
@@ -282,7 +292,6 @@ class Control:
             return
         neighbour.queued.append(memoryview(frame))
         neighbour.queued_bytes += len(frame)
-        self._wake()
 
     def _wake(self) -> None:
         if self._thread is not None and threading.current_thread() is not self._thread:
@@ -296,6 +305,7 @@ class Control:
             neighbour.socket = None
             for tree in self._trees.values():
                 tree.rounds.child_lost(neighbour.peer)
+            self._wake()
         neighbour.arrived.clear()
         neighbour.queued.clear()
         neighbour.queued_bytes = 0
@@ -335,7 +345,7 @@ class Control:
                 self._beat_s = now_s + self._heartbeat_s
             for neighbour in self._neighbours.values():
                 self._dial_if_due(neighbour, now_s)
-                self._write(neighbour)
+            self.write()
 
     def _until(self) -> float:
         """Seconds until something is due."""
