@@ -38,7 +38,7 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.replicate.rounds import KEPT, Kind, Merge, Rounds, Say
 from megatron_moetion.replicate.sockets import JOIN_S, NO_CUTS, Cuts, SocketConnection, SocketMesh
-from megatron_moetion.replicate.tree import place_of
+from megatron_moetion.replicate.tree import ARITY, place_of
 from megatron_moetion.replicate.worker import Threads
 
 PURPOSE = "control"
@@ -53,7 +53,7 @@ QUEUED_BYTES_MAX = 2 * FRAME_BYTES_MAX
 DIAL_S = 5.0
 FLUSH_S = 2.0
 """What a fabric that is closed gives its last words to leave."""
-_REDIAL_S = (0.1, 2.0)
+_REDIAL_S = (0.05, 1.0)
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<III")
 _BODY = struct.Struct("<BQqq")
@@ -142,6 +142,7 @@ class Control:
         clock: Clock,
         threads: Threads,
         heartbeat_s: float = HEARTBEAT_S,
+        arity: int = ARITY,
         cuts: Cuts = NO_CUTS,
     ) -> None:
         """Without a mesh there are no other ranks."""
@@ -153,6 +154,7 @@ class Control:
         self._ranks_per_host = ranks_per_host
         self._clock = clock
         self._heartbeat_s = heartbeat_s
+        self._arity = arity
         self._cuts = cuts
         self._trees: dict[int, Tree] = {}
         self._neighbours: dict[int, _Neighbour] = {}
@@ -178,7 +180,7 @@ class Control:
             text = f"{name}:{self._ranks_per_host}:{','.join(map(str, ordered))}"
             key = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
             assert key not in self._trees, f"there is a tree {name!r} already"
-            place = place_of(self.rank, ordered, self._ranks_per_host)
+            place = place_of(self.rank, ordered, self._ranks_per_host, self._arity)
             tree = self._trees[key] = Tree(self, key, Rounds(place, merge, kept))
             for peer in (*place.children, *([place.parent] if place.parent is not None else [])):
                 neighbour = self._neighbour(peer)
@@ -249,12 +251,12 @@ class Control:
         with self.changed:
             neighbour.is_dialling = False
             if connection is not None:
-                neighbour.pause_s = _REDIAL_S[0]
                 self._connect(neighbour, connection)
         self._wake()
 
     def _connect(self, neighbour: _Neighbour, connection: SocketConnection) -> None:
-        self._lose(neighbour)
+        if neighbour.socket is not None:
+            self._lose(neighbour)
         if self.is_closed:
             return connection.close()
         try:
@@ -364,6 +366,7 @@ class Control:
             if zlib.crc32(body) != checksum:
                 return False
             start = stop
+            neighbour.pause_s = _REDIAL_S[0]
             self._take(neighbour, body)
             if neighbour.socket is None:
                 return False

@@ -172,3 +172,11 @@ def loopback_fabric(store: dist.Store, rank: int, world_size: int, **options: An
         "interface": "lo",
     }
     return SocketFabric.connect(store=store, rank=rank, world_size=world_size, **(settings | options))
+
+
+def eventually(holds: Callable[[], bool], limit_s: float = 20.0) -> None:
+    """Return once it holds; fail where it does not for so long."""
+    deadline_s = time.monotonic() + limit_s
+    while not holds():
+        assert time.monotonic() < deadline_s, "it has not come about"
+        time.sleep(0.01)
