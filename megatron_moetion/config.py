@@ -134,6 +134,12 @@ class MoetionConfig:
         minimum=1,
     )
     timeout_s: int = setting(120, "limit for every wait on a peer", minimum=1)
+    hang_timeout_s: int = setting(
+        120,
+        "how long a rank may be silent, and no step end, until the other ranks' processes end so that their supervisor "
+        "restarts the job; 0: they never end for that",
+        minimum=0,
+    )
     holder_patience: int = setting(
         30,
         "snapshots that a rank waits for another node that holds its replicas and takes none: then it asks other nodes "

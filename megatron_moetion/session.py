@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_moetion.errors import ChannelError, ConfigError, DeviceFault, UnsupportedState
+from megatron_moetion.errors import ConfigError, DeviceFault, UnsupportedState
 from megatron_moetion.modes.mode import Remark
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.run.running import Running, freeze
@@ -85,6 +85,7 @@ class Session:
         run.adapter.after_step()
         run.protection.watch(iteration, run.agreement.stable, run.pipeline.ended)
         if not healthy:
+            run.protection.note_unhealthy(iteration)
             run.agreement.veto((iteration - 1, iteration))
         if iteration % run.interval:
             return
@@ -168,6 +169,7 @@ class Session:
             "moetion/redundancy-least": float(run.agreement.redundancy),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
+            "moetion/unhealthy-iterations": float(run.protection.unhealthy),
             "moetion/zero-bytes": counts.zero_bytes / max(counts.committed, 1),
             "moetion/captures-left-out": float(sum(counts.left_out.values())),
             "moetion/waited-s": counts.waited_s,
@@ -201,12 +203,10 @@ class Session:
         self._is_open = False
         run = self.running
         with run.undo:
-            try:
-                with run.scheduler.urgent():
-                    run.pipeline.drain()
-                run.summary.at_end(run.pipeline, run.mode.layers(run.packer), run.agreement.stable)
-            except ChannelError as error:
-                run.journal.warn_once("summary", run.agreement.newest, f"the summary is missing: {error}")
+            with run.scheduler.urgent():
+                run.pipeline.drain()
+            newest, stable = run.agreement.newest, run.agreement.stable
+            run.summary.at_end(newest, run.pipeline, run.mode.layers(run.packer), stable)
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """Stop without waiting for other ranks, in a process that is about to end.
@@ -218,9 +218,9 @@ class Session:
             return True
         self._is_open = False
         run = self.running
-        run.journal.unshare()
         run.undo.pop_all()
         is_done = run.pipeline.abandon(wait_s)
+        run.leaving.close()
         run.fabric.abandon()
         return is_done
 

@@ -121,9 +121,9 @@ class Attached:
             raise ConfigError("call start() before on_step_end()")
         return self._session
 
-    def on_step_end(self, iteration: int) -> None:
+    def on_step_end(self, iteration: int, *, healthy: bool = True) -> None:
         """See ``Session.on_step_end``."""
-        self.session.on_step_end(iteration)
+        self.session.on_step_end(iteration, healthy=healthy)
 
     def experts(self) -> tuple[ExpertState, ...]:
         """See ``Session.experts``."""

@@ -17,6 +17,8 @@ from megatron_moetion.output import Output
 PATIENCE_S = 60.0
 """How long a rank waits for its trouble to be said for all ranks, before it says it by itself."""
 
+_KEPT = 1024
+"""Kinds of trouble that are remembered; of more, the oldest may be said again."""
 _logger = logging.getLogger("megatron_moetion")
 
 
@@ -34,7 +36,7 @@ class Journal:
         self._attempt = attempt
         self._events = events
         self._is_shared = False
-        self._warned: set[str] = set()
+        self._warned: dict[str, None] = {}
         self._untold: dict[str, Note] = {}
         """This rank's trouble by kind, which no other rank knows of."""
         self._told: dict[str, tuple[Note, float]] = {}
@@ -61,7 +63,8 @@ class Journal:
         """Trouble that is reported once for each ``kind``; counters show the rest."""
         if kind in self._warned:
             return
-        self._warned.add(kind)
+        self._warned[kind] = None
+        _forget(self._warned)
         if self._is_shared:
             self._untold[kind] = Note(ranks=1, rank=self._rank, iteration=iteration, text=text[:TEXT_CHARS])
         else:
@@ -105,8 +108,10 @@ class Journal:
         for kind, note in notes.items():
             self._told.pop(kind, None)
             ranks = self._ranks[kind] = self._ranks.get(kind, 0) + note.ranks
+            _forget(self._ranks)
             if self._rank == 0 and ranks >= 2 * self._said.get(kind, 0):
                 self._said[kind] = ranks
+                _forget(self._said)
                 self._say(kind, note, ranks)
 
     def _say(self, kind: str, note: Note, ranks: int) -> None:
@@ -119,10 +124,13 @@ class Journal:
         self.event("trouble", kind=kind, ranks=ranks, first=note.rank, iteration=note.iteration, text=note.text)
 
     def _say_alone(self, kind: str) -> None:
-        note = self._told.pop(kind)[0] if kind in self._told else self._untold.pop(kind)
-        self._ranks[kind] = self._ranks.get(kind, 0) + 1
-        self._said[kind] = self._ranks[kind]
-        self._say(kind, note, 1)
+        self._say(kind, self._told.pop(kind)[0] if kind in self._told else self._untold.pop(kind), 1)
+
+
+def _forget(kinds: dict[str, Any]) -> None:
+    """Bound what is remembered, the oldest first."""
+    while len(kinds) > _KEPT:
+        del kinds[next(iter(kinds))]
 
 
 class Phases:

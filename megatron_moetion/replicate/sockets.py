@@ -119,7 +119,7 @@ class SocketConnection:
         self._clock = clock
         self._progress_s = progress_s
         self._cuts = cuts
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._users = 0
         self._is_closed = False
         self._most_unsent_bytes = unsent_bytes
@@ -285,7 +285,7 @@ class SocketMesh:
         self._unsent_bytes = unsent_bytes
         self._cuts = cuts
         self._handlers: dict[str, Callable[[SocketConnection], None]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._open: set[SocketConnection] = set()
         self._threads: set[threading.Thread] = set()
         self._strangers = 0

@@ -67,6 +67,8 @@ class Running:
     max_stall_s: float
     timeout_s: float
     undo: ExitStack
+    leaving: ExitStack
+    """Stops the threads without waiting for other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -187,6 +189,7 @@ class Prepared:
             max_stall_s=config.max_stall_ms / 1000,
             timeout_s=config.timeout_s,
             undo=self.undo,
+            leaving=self.leaving,
         )
 
     def _replication(self, arenas: OpenArenas, placement: Placement) -> Replication:

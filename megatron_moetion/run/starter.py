@@ -21,6 +21,7 @@ from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.pipeline import SnapshotCounts
 from megatron_moetion.replicate.witness import Past
+from megatron_moetion.run.health import ended_before, watch
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.select.book import share_lost
 from megatron_moetion.snapshot.host_state import decode
@@ -128,7 +129,10 @@ class Starter:
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
         self._announce(running, findings)
+        for stack in (self._run.undo, self._run.leaving):
+            stack.callback(self._run.journal.unshare)
         self._run.journal.share()
+        watch(self._run, running)
         return running, resumed
 
     def _without_fruitless(self, plan: RecoveryPlan | NoPlan) -> RecoveryPlan | None:
@@ -178,12 +182,14 @@ class Starter:
         total = Total.of(self._run.fabric, mine, num_local, num_fetched)
         mode.resume(plan.iteration, total.lost)
         phases.done("resync")
+        started_s = self._run.host.process_start()
+        hang = ended_before(self._run.fabric, self._run.node)
         resumed = Resumed(
             iteration=plan.iteration,
             epoch=plan.epoch,
             local_units=num_local,
             fetched_units=num_fetched,
-            seconds=phases.seconds,
+            seconds={**(hang.phases(started_s) if hang is not None else {}), **phases.seconds},
             lost_tokens=sum(total.lost.values()),
             plt=share_lost([total.layers]),
             replayed_steps=replayed,

@@ -28,7 +28,7 @@ from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Newest, Retention, Settled
 
-TIMING = Timing(answer_s=2.0, dial_s=0.3, pause_min_s=0.01, pause_max_s=0.05)
+TIMING = Timing(answer_s=2.0, dial_s=0.3, pause_min_s=0.01, pause_max_s=0.05, away_s=0.2)
 """Bounds that tests can wait for."""
 LONG_S = 20.0
 """The most that a test waits for what must come."""
