@@ -152,6 +152,13 @@ class MoetionConfig:
         "job from the stable iteration; 0: it never ends for that. -1: 20 if torchrun has restarts left, else never",
         minimum=-1,
     )
+    max_fruitless_recoveries: int = setting(
+        3,
+        "recoveries in a row from memory, without a newer stable iteration in between, after which memory's state "
+        "counts as what makes training fail: a restart then loads the checkpoint of --load, however old, or stops; "
+        "0: no limit",
+        minimum=0,
+    )
     in_flight_bytes: int = setting(
         64 << 20, "most bytes handed to the network at once by one rank", minimum=1, metavar="BYTES", expert=True
     )

@@ -14,7 +14,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.framework import TokenSource
 from megatron_moetion.modes.mode import Losses, Remark, Site, SnapshotMode, Staged, Vote
 from megatron_moetion.modes.recalibration import Recalibration
-from megatron_moetion.recover.plan import RecoveryPlan, choose_newest_experts
+from megatron_moetion.recover.plan import choose_newest_experts
 from megatron_moetion.replicate.agreement import WINDOW, Agreed
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
@@ -105,6 +105,7 @@ class PopularityMode(SnapshotMode):
         note: str | None,
     ) -> None:
         counters = tokens.token_counters()
+        self.shared = [c.expert for c in counters]
         self.inventory = inventory
         self.spec = spec
         self.note = note
@@ -184,23 +185,18 @@ class PopularityMode(SnapshotMode):
 
     def recovered(
         self,
-        plan: RecoveryPlan,
-        specs: Sequence[ArenaSpec],
+        iteration: int,
+        captured_at: Mapping[str, int],
         state: Mapping[str, Any],
         staged: Staged,
-        add_up: Callable[[Sequence[int]], list[int]],
+        add_up: Callable[[Sequence[int]], Sequence[int]],
     ) -> Losses:
         """See ``SnapshotMode``. Lost are the tokens that an expert was trained on after the capture it comes from.
 
         Every rank counts its own tokens, also of experts whose state other ranks hold.
         """
         now = self._counted(staged)
-        captured_at = {
-            spec.units[choice.unit][0]: choice.iteration
-            for spec, choices in zip(specs, plan.choices, strict=True)
-            for choice in choices
-        }
-        losses = self._book.losses(state, captured_at, plan.iteration, now)
+        losses = self._book.losses(state, captured_at, iteration, now)
         totals, lost, before = (add_up(counts) for counts in (now, losses.lost, lost_until(state)))
         self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before)
         counted = zip(self._book.names, losses.lost, strict=True) if self._tokens.counts_tokens() else ()

@@ -38,7 +38,7 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.replicate.rounds import KEPT, Kind, Merge, Rounds, Say
 from megatron_moetion.replicate.sockets import JOIN_S, NO_CUTS, Cuts, SocketConnection, SocketMesh
-from megatron_moetion.replicate.tree import place_of
+from megatron_moetion.replicate.tree import ARITY, place_of
 from megatron_moetion.replicate.worker import Threads
 
 PURPOSE = "control"
@@ -142,6 +142,7 @@ class Control:
         clock: Clock,
         threads: Threads,
         heartbeat_s: float = HEARTBEAT_S,
+        arity: int = ARITY,
         cuts: Cuts = NO_CUTS,
     ) -> None:
         """Without a mesh there are no other ranks."""
@@ -153,6 +154,7 @@ class Control:
         self._ranks_per_host = ranks_per_host
         self._clock = clock
         self._heartbeat_s = heartbeat_s
+        self._arity = arity
         self._cuts = cuts
         self._trees: dict[int, Tree] = {}
         self._neighbours: dict[int, _Neighbour] = {}
@@ -178,7 +180,7 @@ class Control:
             text = f"{name}:{self._ranks_per_host}:{','.join(map(str, ordered))}"
             key = int.from_bytes(blake2b(text.encode(), digest_size=8).digest(), "little")
             assert key not in self._trees, f"there is a tree {name!r} already"
-            place = place_of(self.rank, ordered, self._ranks_per_host)
+            place = place_of(self.rank, ordered, self._ranks_per_host, self._arity)
             tree = self._trees[key] = Tree(self, key, Rounds(place, merge, kept))
             for peer in (*place.children, *([place.parent] if place.parent is not None else [])):
                 neighbour = self._neighbour(peer)

@@ -18,6 +18,7 @@ from megatron_moetion.replicate.control import HEARTBEAT_S, Control
 from megatron_moetion.replicate.exchange import SocketChannel
 from megatron_moetion.replicate.reducer import TreeReducer
 from megatron_moetion.replicate.sockets import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts, SocketMesh
+from megatron_moetion.replicate.tree import ARITY
 from megatron_moetion.replicate.worker import Threads
 
 _COLLECTIVES_KEPT = 4
@@ -43,6 +44,7 @@ class SocketFabric:
         master: str = "",
         cuts: Cuts = NO_CUTS,
         heartbeat_s: float = HEARTBEAT_S,
+        arity: int = ARITY,
         progress_s: float = PROGRESS_S,
     ) -> SocketFabric:
         """Listen, and join the ranks of this store: all of them call this equally often. Waits for rank 0 only.
@@ -76,6 +78,7 @@ class SocketFabric:
                 clock=clock,
                 threads=threads,
                 heartbeat_s=heartbeat_s,
+                arity=arity,
                 cuts=cuts,
             )
         except BaseException:

@@ -35,7 +35,7 @@ from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import NO_SLOT, Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
-from megatron_moetion.store.spec import ArenaSpec, arena_name, check_identity
+from megatron_moetion.store.spec import ArenaShape, ArenaSpec, arena_name, check_identity
 
 SPARE_SHARE = 4
 """A node has room for another rank's arena where a part of its size, one in so many, would still be free afterwards."""
@@ -60,6 +60,8 @@ class Holder:
         idle_s: float = 3600.0,
     ) -> None:
         self._arenas = arenas
+        self._placed = frozenset(arenas.held)
+        """Owners whose arenas this node had from the start."""
         self._node = node
         self._pool = pool
         self._probe = probe
@@ -172,11 +174,11 @@ class Holder:
         spec = opening.spec
         if spec.identity.owner != owner:
             raise IdentityMismatch(f"rank {owner} opens the arena of rank {spec.identity.owner}")
-        check_identity(spec, self._arenas.own.spec, f"the arena that rank {owner} opens")
+        check_identity(spec, self._arenas.own.spec.identity, None, f"the arena that rank {owner} opens")
         held = self._arenas.held.get(owner)
         if held is None:
             return self._make(spec, opening.page)
-        check_identity(held.spec, spec, held.name)
+        check_identity(held.spec, spec.identity, ArenaShape.of(spec), held.name)
         if not opening.is_history_of(held.page):
             raise IdentityMismatch(
                 f"{held.name} is of epoch {held.page.epoch}, rank {owner} of epoch {opening.page.epoch}, or of another "
@@ -186,7 +188,7 @@ class Holder:
 
     def _make(self, spec: ArenaSpec, page: Page) -> Arena:
         free, owner = self._node.free_bytes(), spec.identity.owner
-        if free < spec.nbytes + spec.nbytes // SPARE_SHARE:
+        if free < spec.nbytes + (0 if owner in self._placed else spec.nbytes // SPARE_SHARE):
             raise StoreError(f"there is no room for {spec.nbytes} bytes of rank {owner}: {free} are free")
         arena = self._node.create_arena(arena_name(owner), spec, page)
         self._arenas.add(arena)

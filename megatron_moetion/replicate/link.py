@@ -58,6 +58,8 @@ class Timing:
     pause_min_s: float = 0.1
     """After the first failure in a row."""
     pause_max_s: float = 5.0
+    away_s: float = 2.0
+    """No holder counts as away before, however many snapshots come in that time."""
 
     def pause_s(self, failures: int, chance: float) -> float:
         """Until the next attempt, after so many failures in a row. ``chance`` (0 to 1) spreads ranks over time."""
@@ -100,8 +102,12 @@ class LinkState:
     """Whether there has ever been one."""
     whole: frozenset[int] = frozenset()
     """Iterations up to which the holder has had everything that the arena lists, and of which it still lists some."""
+    lacking: frozenset[int] = frozenset()
+    """Iterations of which the holder lacked something that the arena listed, when last looked at."""
+    looked: int = -1
+    """The sequence number of the arena's page then."""
     is_level: bool = False
-    """Whether the holder had everything when last looked at."""
+    """Whether the holder listed exactly what the arena did then."""
     updates: int = 0
     """That the holder has acknowledged."""
     failures: int = 0
@@ -235,8 +241,12 @@ class Link:
     def _look(self) -> tuple[Page, Difference]:
         page = self._own.page
         found = difference(page.records, self._mirror)
-        if (found.whole, found.is_empty) != (self.state.whole, self.state.is_level):
-            self._set(whole=found.whole, is_level=found.is_empty)
+        self._set(
+            whole=found.whole,
+            lacking=frozenset(found.iterations),
+            looked=page.sequence,
+            is_level=found.is_empty,
+        )
         return page, found
 
     def _catch_up(self, connection: Connection, page: Page, found: Difference) -> None:

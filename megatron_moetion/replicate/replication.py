@@ -58,8 +58,9 @@ class _Seat:
 
 @dataclass
 class _Watch:
-    """How long a holder has taken nothing, in snapshots."""
+    """How long a holder has taken nothing, in snapshots and since when (monotonic clock)."""
 
+    since_s: float
     updates: int = 0
     snapshots: int = 0
 
@@ -108,8 +109,8 @@ class Replication:
         self._runs: list[Future[None]] = []
         self._watches: dict[int, _Watch] = {}
         self._seats = [_Seat(home=h, holder=h) for h in placement.holders[rank]]
-        self._offered: list[int] = []
-        """Snapshots of which the arena still lists something, in their order."""
+        self._offered: dict[int, int] = {}
+        """Recent snapshots of which the arena still lists something, and the page's number when it listed them."""
         self._whole: dict[int, float] = {}
         self._remarks: deque[tuple[str, str]] = deque(maxlen=_REMARKS_MAX)
         self._is_closed = False
@@ -127,7 +128,9 @@ class Replication:
         with self._changed:
             self._raise_bugs()
             listed = set(np.unique(self._own.page.records.table["iteration"]).tolist())
-            self._offered = [i for i in self._offered if i in listed][1 - WINDOW :] + ([iteration] if is_there else [])
+            recent = {i: n for i, n in self._offered.items() if i in listed}
+            recent |= {iteration: self._own.page.sequence} if is_there else {}
+            self._offered = dict(list(recent.items())[-WINDOW:])
             self._lose_patience()
             self._on_news()
             self._changed.notify_all()
@@ -243,7 +246,11 @@ class Replication:
         return [self._links[s.holder] for s in self._seats if s.holder is not None]
 
     def _behind(self, state: LinkState) -> int:
-        return sum(i not in state.whole for i in self._offered)
+        """Snapshots that a holder lacks."""
+        return sum(
+            i not in state.whole and (i in state.lacking or state.looked < number)
+            for i, number in self._offered.items()
+        )
 
     def _is_complete(self, rank: int | None) -> bool:
         """Whether a holder can be reached and has everything."""
@@ -254,7 +261,7 @@ class Replication:
 
     def _connect(self, rank: int) -> None:
         """Have a link to this rank, and a wanted one."""
-        self._watches[rank] = _Watch()
+        self._watches[rank] = _Watch(since_s=self._clock.monotonic())
         if rank in self._links:
             self._links[rank].keep()
             return
@@ -276,16 +283,22 @@ class Replication:
 
     def _lose_patience(self) -> None:
         """One more snapshot has come."""
+        now = self._clock.monotonic()
         for seat in self._seats:
             for rank in _ranks(seat.holder, seat.candidate):
                 watch, state = self._watches[rank], self._links[rank].state
-                is_moving = state.updates != watch.updates or (state.is_level and not self._behind(state))
-                watch.snapshots = 0 if is_moving else watch.snapshots + 1
-                watch.updates = state.updates
-            if seat.holder is not None and self._watches[seat.holder].snapshots >= self._patience:
+                if state.updates != watch.updates or (state.is_level and not self._behind(state)):
+                    self._watches[rank] = _Watch(since_s=now, updates=state.updates)
+                else:
+                    watch.snapshots += 1
+            if seat.holder is not None and self._is_away(seat.holder, now):
                 self._do_without(seat, seat.holder)
-            elif seat.candidate is not None and self._watches[seat.candidate].snapshots >= self._patience:
+            elif seat.candidate is not None and self._is_away(seat.candidate, now):
                 self._ask_next(seat, f"does not get on: {self._links[seat.candidate].state.problem}")
+
+    def _is_away(self, rank: int, now: float) -> bool:
+        watch = self._watches[rank]
+        return watch.snapshots >= self._patience and now - watch.since_s >= self._timing.away_s
 
     def _on_news(self) -> None:
         """The state of some link has changed, or a snapshot has come."""
@@ -354,7 +367,7 @@ class Replication:
                     self._links[other].retire()
                 seat.candidate = None
                 seat.to_ask.clear()
-                self._watches[rank] = _Watch(updates=self._links[rank].state.updates)
+                self._watches[rank] = _Watch(since_s=self._clock.monotonic(), updates=self._links[rank].state.updates)
                 self._say("holder", f"{self._name(rank)} has all of this rank's snapshots from now on")
                 return
         if seat.candidate is not None and (refusal := self._links[seat.candidate].state.refusal) is not None:

@@ -119,7 +119,7 @@ class SocketConnection:
         self._clock = clock
         self._progress_s = progress_s
         self._cuts = cuts
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._users = 0
         self._is_closed = False
         self._most_unsent_bytes = unsent_bytes
@@ -262,7 +262,7 @@ class SocketConnection:
 
 
 class SocketMesh:
-    """``Mesh`` over TCP. ``directory`` knows where the ranks listen; ``publish`` has been called by nobody yet."""
+    """``Mesh`` over TCP. ``directory`` knows where the ranks listen; whoever makes a mesh lets it tell this rank's."""
 
     def __init__(
         self,
@@ -272,6 +272,7 @@ class SocketMesh:
         *,
         clock: Clock,
         progress_s: float = PROGRESS_S,
+        hello_s: float = HELLO_S,
         unsent_bytes: int = UNSENT_BYTES,
         cuts: Cuts = NO_CUTS,
     ) -> None:
@@ -280,10 +281,11 @@ class SocketMesh:
         self._directory = directory
         self._clock = clock
         self._progress_s = progress_s
+        self._hello_s = hello_s
         self._unsent_bytes = unsent_bytes
         self._cuts = cuts
         self._handlers: dict[str, Callable[[SocketConnection], None]] = {}
-        self._lock = threading.Lock()
+        self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._open: set[SocketConnection] = set()
         self._threads: set[threading.Thread] = set()
         self._strangers = 0
@@ -332,7 +334,7 @@ class SocketMesh:
 
     def _dial_once(self, peer: int, purpose: str, timeout_s: float) -> SocketConnection:
         place = self._directory.find(peer, timeout_s)
-        limit_s = min(timeout_s, HELLO_S)
+        limit_s = min(timeout_s, self._hello_s)
         sock = socket.create_connection(place, timeout=limit_s)
         try:
             deadline_s = self._clock.monotonic() + limit_s
@@ -411,7 +413,7 @@ class SocketMesh:
 
     def _known(self, sock: socket.socket) -> tuple[SocketConnection, Callable[[SocketConnection], None]]:
         """The connection of a rank of this job, and who serves its purpose. ``OSError`` where it is none."""
-        deadline_s = self._clock.monotonic() + HELLO_S
+        deadline_s = self._clock.monotonic() + self._hello_s
         head = self._read(sock, _HEAD.size, deadline_s)
         magic, peer, to, _, length = _HEAD.unpack(head)
         if magic != MAGIC or to != self.rank or not 0 <= peer < self.world_size:

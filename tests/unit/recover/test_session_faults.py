@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from session_job import Adapter, Job
 
@@ -126,6 +128,79 @@ def test_a_checkpoint_that_turns_out_to_be_older_leaves_memory_the_winner(
     assert [s.image() for s in second.states] == expected
     assert lines(caplog, f"disk should have held iteration 30 and gave {loaded}")
     second.crash()
+
+
+# -- state that makes training fail --------------------------------------------------------------------------------
+
+
+def poisoned(folder: Path, good_steps: int, attempt: int = 0, **settings: object) -> int:
+    """One attempt: good iterations, one after which some value is not a number, and the crash that comes of it.
+
+    Returns the iteration that it went on from.
+    """
+    job = Job(folder, attempt=attempt, **settings)  # type: ignore[arg-type]
+    resumed = job.start()[0]
+    if resumed is None or good_steps:
+        job.train(good_steps)
+        job.states[1].arrays["dense"][7] = float("nan")
+        job.train(1)  # the snapshot of this iteration has it
+    assert np.isnan(job.states[1].arrays["dense"][7]), "the next step would fail"
+    job.crash()
+    return resumed.iteration if resumed is not None else 0
+
+
+def test_state_that_makes_training_fail_is_not_recovered_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad value in a moment: three recoveries of the same iteration, then the older checkpoint on disk."""
+    report = tmp_path / "report.jsonl"
+    poisoned(tmp_path, 4)
+    assert [poisoned(tmp_path, 0, attempt=n, report=str(report)) for n in (1, 2, 3)] == [5, 5, 5]
+    events = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [e["fruitless"] for e in events if e["event"] == "recovered"] == [0, 1, 2]
+    caplog.clear()
+    fourth = Job(tmp_path, attempt=4)
+    assert fourth.start(lambda: 2, lambda: 2) == [None, None]
+    assert fourth.iteration == fourth.sessions[0].stable_iteration == 2
+    (said,) = lines(caplog, "times without getting further")
+    assert "iteration 5, which memory holds, 3 times" in said
+    images = fourth.train(2)
+    fourth.crash()
+    fifth = Job(tmp_path, attempt=5)  # the checkpoint on disk is older than what memory has now
+    resumed = fifth.start(lambda: 2, lambda: 2)[0]
+    assert resumed is not None
+    assert resumed.iteration == 4
+    assert [s.image() for s in fifth.states] == images
+    fifth.crash()
+
+
+def test_iterations_that_became_stable_in_between_begin_the_count_anew(tmp_path: Path) -> None:
+    poisoned(tmp_path, 1)
+    found = [poisoned(tmp_path, steps, attempt=n + 1) for n, steps in enumerate((0, 0, 2, 0, 0, 0))]
+    assert found == [2, 2, 2, 5, 5, 5]
+    with pytest.raises(NothingRecoverable):
+        Job(tmp_path, attempt=7).start()
+
+
+def test_without_a_checkpoint_on_disk_the_job_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
+    poisoned(tmp_path, 4)
+    for attempt in (1, 2, 3):
+        poisoned(tmp_path, 0, attempt=attempt)
+    fourth = Job(tmp_path, attempt=4)
+    for error in all_errors(*starts(fourth, Disk(load=lambda: None, newest=lambda: None))):
+        assert isinstance(error, NothingRecoverable)
+        assert error.shared
+        assert error.exit_code == 3
+        assert "iteration 5, which memory holds, 3 times" in str(error)
+        assert "--moetion-max-fruitless-recoveries 0 tries it again" in str(error)
+        assert f"delete {tmp_path / 'job'} on every node" in str(error)
+    for each in fourth.prepared:
+        each.close()
+    fifth = Job(tmp_path, attempt=5, max_fruitless_recoveries=0)
+    resumed = fifth.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 5
+    fifth.crash()
 
 
 # -- never silently from zero -----------------------------------------------------------------------------------
@@ -269,7 +344,7 @@ def starts(job: Job, disk: Disk | None = None) -> list[Callable[[], object]]:
 
 
 ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
-    "survey": (startup, "survey_store", lambda store, names, node, rank, *_: rank == 1),
+    "survey": (startup, "survey_store", lambda opened, names, ours, *_: ours.owner == 1),
     "open": (startup, "OpenArenas", lambda own, **_: Path(own.name).parent.name == "node1"),
     "verify": (starter, "verified", lambda pool, arena, *_: arena.spec.identity.owner == 1),
     "model": (Adapter, "copy_to_model", lambda self: self.rank == 1),

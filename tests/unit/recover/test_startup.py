@@ -64,13 +64,13 @@ def test_two_faults_in_a_row_with_a_dead_history_about(tmp_path: Path) -> None:
     last.crash()
 
 
-def test_a_crash_loop_loses_nothing(tmp_path: Path) -> None:
+def test_a_crash_loop_of_any_length_loses_nothing_where_it_is_not_limited(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.start()
     images = job.train(3)
     job.crash()
     for attempt in range(1, 36):
-        job = Job(tmp_path, attempt=attempt)
+        job = Job(tmp_path, attempt=attempt, max_fruitless_recoveries=0)
         resumed = job.start()[0]
         assert resumed is not None
         assert (resumed.iteration, resumed.epoch) == (3, attempt)
