@@ -7,11 +7,15 @@ experts. So most experts lie on one rank as a whole, and a snapshot is as late a
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 from megatron_moetion.arrays import Int64s
+
+_SLACK = 0.1
+"""Shards that a rank may fall short of its part: spans begin within an expert, so parts are no round numbers."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -41,8 +45,9 @@ class Shares:
         return int(self.nbytes.shape[1])
 
     def busiest_bytes(self, num_experts: int) -> int:
-        """The most that any rank has to send of so many experts, if they are spread over the ranks."""
-        if not self.nbytes.any():
+        """The most that any rank has to send of so many experts, if they are spread over the ranks: whole shards."""
+        if not num_experts or not self.nbytes.any():
             return 0
         each, total = int(self.nbytes.max()), int(self.nbytes.sum(axis=0).max())
-        return -(-total * num_experts // (len(self.nbytes) * each)) * each
+        shards = total * num_experts / (len(self.nbytes) * each)
+        return max(1, math.ceil(shards - _SLACK)) * each

@@ -158,7 +158,7 @@ def test_an_unhealthy_iteration_and_the_one_before_it_are_vetoed_and_not_capture
             running.pipeline.drain()
         assert running.pipeline.counts.dropped["unhealthy"] == 1
         assert running.agreement.stable == 2
-        for iteration in (6, 7):
+        for iteration in (6, 7, 8):
             Session(running).on_step_end(iteration)
             running.pipeline.drain()
         assert running.agreement.stable == 6
