@@ -100,8 +100,9 @@ class MoetionConfig:
     )
     max_experts_per_snapshot: int = setting(
         0,
-        "most experts that K may grow to for --moetion-lost-token-budget; 0: all, for which the arenas hold three "
-        "copies of each. Fewer save memory",
+        "most experts that K may grow to for --moetion-lost-token-budget; 0: half of them (or K, if that is more), for "
+        "which arenas hold two captures of each on average, where those of mode 'full' hold three. More take more "
+        "memory",
         minimum=0,
     )
     capacity_recalibration: str = setting(
@@ -134,11 +135,30 @@ class MoetionConfig:
         minimum=1,
     )
     timeout_s: int = setting(120, "limit for every wait on a peer", minimum=1)
+    hang_timeout_s: int = setting(
+        120,
+        "how long a rank may be silent, and no step end, until the other ranks' processes end so that their supervisor "
+        "restarts the job; 0: they never end for that",
+        minimum=0,
+    )
+    holder_patience: int = setting(
+        30,
+        "snapshots that a rank waits for another node that holds its replicas and takes none: then it asks other nodes "
+        "for room, and goes on with fewer replicas until one has all of them",
+        minimum=1,
+    )
     max_unprotected_iterations: int = setting(
         -1,
         "after snapshots have stopped for good: iterations until the process ends, so that its supervisor restarts the "
         "job from the stable iteration; 0: it never ends for that. -1: 20 if torchrun has restarts left, else never",
         minimum=-1,
+    )
+    max_fruitless_recoveries: int = setting(
+        3,
+        "recoveries in a row from memory, without a newer stable iteration in between, after which memory's state "
+        "counts as what makes training fail: a restart then loads the checkpoint of --load, however old, or stops; "
+        "0: no limit",
+        minimum=0,
     )
     in_flight_bytes: int = setting(
         64 << 20, "most bytes handed to the network at once by one rank", minimum=1, metavar="BYTES", expert=True

@@ -61,3 +61,9 @@ class ProtectionLost(MoetionError):
     """Snapshots have stopped for good and training has gone on long enough without; a restart brings them back."""
 
     exit_code = 4
+
+
+class HungPeer(MoetionError):
+    """A rank has been silent for so long that this process ends, so that its supervisor restarts the job."""
+
+    exit_code = 5

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 
-from megatron_moetion.errors import ChannelError, ConfigError, DeviceFault, UnsupportedState
+from megatron_moetion.errors import ConfigError, DeviceFault, UnsupportedState
 from megatron_moetion.modes.mode import Remark
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.run.running import Running, freeze
@@ -85,6 +85,7 @@ class Session:
         run.adapter.after_step()
         run.protection.watch(iteration, run.agreement.stable, run.pipeline.ended)
         if not healthy:
+            run.protection.note_unhealthy(iteration)
             run.agreement.veto((iteration - 1, iteration))
         if iteration % run.interval:
             return
@@ -94,7 +95,7 @@ class Session:
         if run.mode.waits_for_replication:
             with run.scheduler.urgent():
                 run.pipeline.catch_up(run.max_stall_s)
-        release = self._learn(iteration)
+        release = self._learn()
         problem = self._agree(iteration)
         if not healthy:
             problem = Skip(reason="unhealthy")
@@ -111,8 +112,10 @@ class Session:
                 contents = problem
         run.pipeline.submit(iteration, contents, release)
         run.summary.drops(iteration, run.pipeline)
+        for kind, text in run.pipeline.remarks():
+            run.journal.warn_once(f"{kind} {iteration}", iteration, text)
 
-    def _learn(self, iteration: int) -> Settled | None:
+    def _learn(self) -> Settled | None:
         """What the results of agreements that have come allow arenas to release; None without news."""
         run = self.running
         release: Settled | None = None
@@ -120,7 +123,7 @@ class Session:
             settled = run.mode.settle(agreed)
             if agreed.is_news:
                 release = settled if release is None else release.followed_by(settled)
-            run.journal.hear(iteration, agreed.notes)
+            run.journal.hear(agreed.notes)
         return release
 
     def _agree(self, iteration: int) -> Skip | None:
@@ -166,6 +169,7 @@ class Session:
             "moetion/redundancy-least": float(run.agreement.redundancy),
             "moetion/snapshot-bytes": counts.bytes_committed / max(counts.committed, 1),
             "moetion/snapshots-dropped": float(sum(counts.dropped.values())),
+            "moetion/unhealthy-iterations": float(run.protection.unhealthy),
             "moetion/zero-bytes": counts.zero_bytes / max(counts.committed, 1),
             "moetion/captures-left-out": float(sum(counts.left_out.values())),
             "moetion/waited-s": counts.waited_s,
@@ -179,10 +183,12 @@ class Session:
         return self.running.mode.experts()
 
     def drain(self) -> None:
-        """Wait until every snapshot that was begun is whole or dropped. Bounded by ``timeout_s`` a wait."""
+        """Wait until every snapshot that was begun is whole or dropped, and agreed on as far as it was. Bounded."""
         if self._is_open:
-            with self.running.scheduler.urgent():  # no iteration goes on, in which there would be windows
-                self.running.pipeline.drain()
+            run = self.running
+            with run.scheduler.urgent():  # no iteration goes on, in which there would be windows
+                run.pipeline.drain()
+            run.agreement.wait(run.timeout_s)
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.
@@ -197,12 +203,10 @@ class Session:
         self._is_open = False
         run = self.running
         with run.undo:
-            try:
-                with run.scheduler.urgent():
-                    run.pipeline.drain()
-                run.summary.at_end(run.pipeline, run.mode.layers(run.packer), run.agreement.stable)
-            except ChannelError as error:
-                run.journal.warn_once("summary", run.agreement.newest, f"the summary is missing: {error}")
+            with run.scheduler.urgent():
+                run.pipeline.drain()
+            newest, stable = run.agreement.newest, run.agreement.stable
+            run.summary.at_end(newest, run.pipeline, run.mode.layers(run.packer), stable)
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """Stop without waiting for other ranks, in a process that is about to end.
@@ -216,6 +220,7 @@ class Session:
         run = self.running
         run.undo.pop_all()
         is_done = run.pipeline.abandon(wait_s)
+        run.leaving.close()
         run.fabric.abandon()
         return is_done
 

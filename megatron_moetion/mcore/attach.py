@@ -32,8 +32,9 @@ from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.recover.disk import Disk
+from megatron_moetion.replicate.addresses import job_store
 from megatron_moetion.replicate.collective import on_all_ranks
-from megatron_moetion.replicate.gloo import GlooFabric
+from megatron_moetion.replicate.fabric import SocketFabric
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
@@ -120,9 +121,9 @@ class Attached:
             raise ConfigError("call start() before on_step_end()")
         return self._session
 
-    def on_step_end(self, iteration: int) -> None:
+    def on_step_end(self, iteration: int, *, healthy: bool = True) -> None:
         """See ``Session.on_step_end``."""
-        self.session.on_step_end(iteration)
+        self.session.on_step_end(iteration, healthy=healthy)
 
     def experts(self) -> tuple[ExpertState, ...]:
         """See ``Session.experts``."""
@@ -212,12 +213,17 @@ def attach(
             draw=trace.add if trace is not None else no_drawing,
             is_waited_for=config.mode == "exact",
         )
-        fabric = GlooFabric.connect(
+        fabric = SocketFabric.connect(
+            store=job_store(host.environment),
+            rank=torch.distributed.get_rank(),
+            world_size=torch.distributed.get_world_size(),
+            ranks_per_host=int(host.environment.get("LOCAL_WORLD_SIZE", 1)),
             timeout_s=config.timeout_s,
             in_flight_bytes=config.in_flight_bytes,
-            gate=scheduler.gate,
             clock=host.clock,
             threads=host.threads,
+            interface=host.environment.get("GLOO_SOCKET_IFNAME"),
+            master=host.environment.get("MASTER_ADDR", ""),
         )
         unless_attached.callback(fabric.close)  # else it is the run's to close
 
@@ -227,7 +233,6 @@ def attach(
             return state, blueprint
 
         state, blueprint = on_all_ranks(fabric, make_state)
-        fabric.join_experts(state.expert_peers())
         prepared = prepare(
             config=config,
             adapter=state,

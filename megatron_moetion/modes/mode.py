@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.observe.journal import Journal
-from megatron_moetion.recover.plan import Choose, RecoveryPlan
+from megatron_moetion.recover.plan import Choose
 from megatron_moetion.replicate.agreement import Agreed
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.pipeline import Skip
@@ -80,7 +80,9 @@ class Site:
     local_ranks: int
     """Ranks of this machine."""
     fabric: Fabric
-    """For modes that talk to other ranks in ``exchange`` and ``resume``."""
+    """For modes that have something of their own to say to other ranks."""
+    expert_peers: tuple[int, ...]
+    """See ``StateAdapter``."""
     journal: Journal
 
 
@@ -119,7 +121,12 @@ class SnapshotMode(Protocol):
     waits_for_replication: bool = False
     """Whether training waits for the last snapshot to be replicated, for at most ``max_stall_ms``."""
     choose: Choose
-    """Which captures a recovery loads."""
+    """Which captures a recovery loads of one rank."""
+    shared: Sequence[str] = ()
+    """Experts of which a recovery loads the newest capture that all their shards have, by unit name.
+
+    In the same order on all ranks that share them, also those of which this rank has no shard.
+    """
 
     def retention(self, spec: ArenaSpec) -> Retention:
         """Which captures of an arena with this specification must stay."""
@@ -182,16 +189,17 @@ class SnapshotMode(Protocol):
 
     def recovered(
         self,
-        plan: RecoveryPlan,
-        specs: Sequence[ArenaSpec],
+        iteration: int,
+        captured_at: Mapping[str, int],
         state: Mapping[str, Any],
         staged: Staged,
-        add_up: Callable[[Sequence[int]], list[int]],
+        add_up: Callable[[Sequence[int]], Sequence[int]],
     ) -> Losses:
-        """Live state is at ``plan.iteration`` on all ranks; returns this rank's losses.
+        """Live state is at ``iteration`` on all ranks; returns this rank's losses.
 
-        ``specs`` are all ranks' arenas, ``state`` is what ``host_state`` returned at that iteration, and ``add_up``
-        adds counts over the ranks that share experts: every rank calls it equally often.
+        ``captured_at``: the iteration that each of the ``shared`` experts comes from; ``state`` is what ``host_state``
+        returned at ``iteration``; ``add_up`` adds counts over the ranks that share experts: every rank calls it
+        equally often.
         """
         return Losses()
 

@@ -16,6 +16,7 @@ from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.transformer.moe.moe_utils import clear_aux_losses_tracker, track_moe_metrics
 from torch import distributed as dist
 
+from megatron_moetion.errors import ProtectionLost
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
 from megatron_moetion.pretrain import checkpoint, flags
@@ -26,6 +27,8 @@ from megatron_moetion.pretrain.progress import Progress, RunState
 from megatron_moetion.pretrain.report import Reporter, StepResult, say
 from megatron_moetion.pretrain.startup import build_source, initialize
 
+UNHEALTHY_MAX = 4
+"""Iterations in a row without a finite loss: enough for all ranks to have given up the first ones as a way back."""
 AUX_LOSS_NAMES = {
     "aux_loss": "load_balancing_loss",
     "seq_aux_loss": "seq_load_balancing_loss",
@@ -57,6 +60,8 @@ class Trainer:
         self.progress = Progress()
         self.state = RunState(self.progress, flags.record(args))
         self._saved = -1
+        self._unhealthy = 0
+        """Iterations in a row whose loss or gradients were no numbers."""
         self.model = build_model(args, source.vocab_size)
         self.optimizer, self.scheduler = build_optimizer(args, self.model)
         if args.save is not None or args.load is not None:
@@ -109,12 +114,23 @@ class Trainer:
             if args.eval_iters and progress.iteration % args.eval_interval == 0:
                 self.evaluate()
             if session is not None:
-                session.on_step_end(progress.iteration)
+                session.on_step_end(progress.iteration, healthy=result.is_healthy)
                 self.reporter.scalars(progress, session.scalars)
+                self._leave_if_lost(result, session)
             self._save_if_due()
             if args.exit_interval is not None and progress.iteration % args.exit_interval == 0:
                 say(f"> leaving at iteration {progress.iteration}, a multiple of --exit-interval")
                 break
+
+    def _leave_if_lost(self, result: StepResult, session: Any) -> None:
+        """Raise ``ProtectionLost`` where the state is no number any more: a restart goes back to before that."""
+        self._unhealthy = 0 if result.is_healthy else self._unhealthy + 1
+        if self._unhealthy == UNHEALTHY_MAX:
+            since = self.progress.iteration - UNHEALTHY_MAX + 1
+            raise ProtectionLost(
+                f"the loss or the norm of the gradients is no finite number since iteration {since}: this process ends "
+                f"so that its supervisor restarts the job from iteration {session.stable_iteration}"
+            )
 
     def _attach(self) -> Any:
         """The checkpointing session, not started; None without ``--moetion``."""

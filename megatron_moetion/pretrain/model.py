@@ -129,8 +129,9 @@ def build_model(args: argparse.Namespace, vocab_size: int) -> list[DistributedDa
         use_distributed_optimizer=args.use_distributed_optimizer,
         overlap_param_gather=args.overlap_param_gather,
         align_param_gather=args.overlap_param_gather and len(stages) > 1,
-        # With a loss scaler an overflow is an ordinary event: the step is skipped.
-        check_for_nan_in_grad=not args.fp16,
+        # With a loss scaler an overflow is an ordinary event: the step is skipped. With checkpoints in memory the loop
+        # looks itself, after the step: a process that ended here could not keep the state before from being recovered.
+        check_for_nan_in_grad=not (args.fp16 or args.moetion),
     )
     chunks = []
     for index, stage in enumerate(stages):

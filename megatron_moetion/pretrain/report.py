@@ -41,6 +41,11 @@ class StepResult:
         """Whether any loss is not a finite number."""
         return not all(math.isfinite(loss) for loss in self.losses.values())
 
+    @property
+    def is_healthy(self) -> bool:
+        """Whether losses and gradients are finite. Where a loss scaler skipped the step, the state is as before it."""
+        return not self.is_nan and (self.skipped or self.grad_norm is None or math.isfinite(self.grad_norm))
+
 
 class Scalars:
     """A ``SummaryWriter`` whose failures, which it raises at whatever call comes next, stop no step."""

@@ -3,14 +3,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
 
 from megatron_moetion.errors import StoreError, shared
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
+
+_RANKS_NAMED = 8
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,6 +26,38 @@ class Disk:
     """The iteration that ``load`` would return, without loading. Without it, disk is asked only if memory is empty."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class Seen:
+    """The newest checkpoint that some ranks see on disk; -1: none."""
+
+    newest: int
+    ranks: int
+    behind: int = 0
+    """Of these ranks, those that see none or an older one."""
+    named: tuple[int, ...] = ()
+    """The first of them."""
+    first: int = 0
+    """The lowest of these ranks, which are neighbours."""
+
+    def followed_by(self, later: Seen) -> Seen:
+        """This, of lower ranks, and what later ranks see, as one."""
+        newest = max(self.newest, later.newest)
+        mine, theirs = self._against(newest), later._against(newest)
+        return Seen(
+            newest=newest,
+            ranks=self.ranks + later.ranks,
+            behind=mine.behind + theirs.behind,
+            named=(*mine.named, *theirs.named)[:_RANKS_NAMED],
+            first=self.first,
+        )
+
+    def _against(self, newest: int) -> Seen:
+        if self.newest == newest:
+            return self
+        named = range(self.first, self.first + min(self.ranks, _RANKS_NAMED))
+        return Seen(newest=newest, ranks=self.ranks, behind=self.ranks, named=tuple(named), first=self.first)
+
+
 def newest_on_disk(fabric: Fabric, disk: Disk, plan: RecoveryPlan | NoPlan) -> int:
     """The iteration of the newest checkpoint on disk, -1 without one.
 
@@ -30,29 +65,26 @@ def newest_on_disk(fabric: Fabric, disk: Disk, plan: RecoveryPlan | NoPlan) -> i
     would undo work, and loading from disk would fail.
     """
     found = on_all_ranks(fabric, disk.newest) if disk.newest is not None else None
-    seen = [-1 if n is None else n for n in fabric.gather(found)]
-    newest = max(seen)
-    if isinstance(plan, RecoveryPlan) and newest > plan.iteration and len(set(seen)) > 1:
-        others = [rank for rank, n in enumerate(seen) if n != newest]
+    mine = Seen(newest=-1 if found is None else found, ranks=1, first=fabric.rank)
+    seen = _seen(fabric.reduce(asdict(mine), _both_seen))
+    if isinstance(plan, RecoveryPlan) and seen.newest > plan.iteration and seen.behind:
         raise shared(
             StoreError(
-                f"disk has a checkpoint of iteration {newest}, memory one of {plan.iteration}, and "
-                f"{len(others)} ranks ({others[:8]}) see none or an older one: mount the folder of "
+                f"disk has a checkpoint of iteration {seen.newest}, memory one of {plan.iteration}, and "
+                f"{seen.behind} ranks ({list(seen.named)}) see none or an older one: mount the folder of "
                 f"--load there, or leave --load out to go on from memory"
             )
         )
-    return newest
+    return seen.newest
 
 
-def load_from_disk(
-    fabric: Fabric, disk: Disk, plan: RecoveryPlan | NoPlan, newest: int, journal: Journal
-) -> int | None:
+def load_from_disk(fabric: Fabric, disk: Disk, in_memory: int | None, newest: int, journal: Journal) -> int | None:
     """Load from disk where it is newer than memory or memory has nothing; the iteration, None if nothing was loaded.
 
-    ``newest`` is the result of ``newest_on_disk``. The loaded checkpoint may still turn out to be older than memory.
-    ``StoreError`` where ranks loaded different checkpoints.
+    ``in_memory`` is the iteration that memory has, None without one; ``newest`` the result of ``newest_on_disk``. The
+    loaded checkpoint may still turn out to be older than memory. ``StoreError`` where ranks loaded different
+    checkpoints.
     """
-    in_memory = plan.iteration if isinstance(plan, RecoveryPlan) else None
     if disk.load is None or (in_memory is not None and newest <= in_memory):
         return None
     if in_memory is not None and fabric.rank == 0:
@@ -60,10 +92,9 @@ def load_from_disk(
             in_memory, f"memory holds iteration {in_memory}, disk {newest}: the newer one is loaded, from disk"
         )
     loaded = on_all_ranks(fabric, disk.load)
-    everyone = set(fabric.gather(loaded))
+    everyone = fabric.reduce([loaded], _different)
     if len(everyone) > 1:
-        iterations = sorted(everyone, key=str)
-        raise shared(StoreError(f"ranks loaded different persistent checkpoints: iterations {iterations}"))
+        raise shared(StoreError(f"ranks loaded different persistent checkpoints: iterations {everyone}"))
     if in_memory is not None and fabric.rank == 0 and (loaded is None or loaded < newest):
         journal.warn_once(
             "disk",
@@ -71,3 +102,15 @@ def load_from_disk(
             f"disk should have held iteration {newest} and gave {loaded}; the newer of it and memory is taken",
         )
     return loaded
+
+
+def _seen(raw: Mapping[str, Any]) -> Seen:
+    return Seen(**{**raw, "named": tuple(raw["named"])})
+
+
+def _both_seen(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return asdict(_seen(mine).followed_by(_seen(theirs)))
+
+
+def _different(mine: Sequence[int | None], theirs: Sequence[int | None]) -> list[int | None]:
+    return sorted({*mine, *theirs}, key=str)[:_RANKS_NAMED]

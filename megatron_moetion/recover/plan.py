@@ -1,77 +1,165 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where every rank's state comes from after a failure. Pure: reports in, a plan or an explanation out.
+"""Where every rank's state comes from after a failure. Pure: what surveys found in, a plan or an explanation out.
 
-The plan names the newest iteration T that all ranks can reach, for each unit of each rank the capture to load (in mode
-``exact`` also the gradients since then) and the node to load it from. Loading part of a state is never planned.
+All ranks agree on the newest iteration T that each of them can reach, from the iterations that each one reaches. Then
+every owner orders what it needs to get there: for each unit the capture to load (in mode ``exact`` also the gradients
+since then), the node to load it from, and the holders that lack it. Loading part of a state is never planned.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import defaultdict
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from typing import Any
 
-from megatron_moetion.recover.report import ArenaReport
+import numpy as np
+
+from megatron_moetion.arrays import Flags, Int64s
+from megatron_moetion.recover.report import History, Summary
+from megatron_moetion.recover.shared import ITERATIONS_MAX
 from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.store.chains import base_of, log_units
-from megatron_moetion.store.manifest import Branch, Record, in_history
+from megatron_moetion.store.manifest import RECORD, Branch, Records
 from megatron_moetion.units import UnitKind
+
+Units = Sequence[tuple[str, UnitKind]]
+"""One rank's units by number: names and kinds."""
+Held = Mapping[int, Collection[int]]
+"""The iterations of a rank's captures that are left anywhere, by unit. A unit without any may be missing."""
+Choose = Callable[[Units, Held, int], "list[tuple[int, int]] | str"]
+"""The captures of one rank that lead to an iteration, as unit and iteration, sorted; or the text of which is missing.
+
+Each mode has its own rule. Of experts that several ranks share, ``Held`` has what all their shards have.
+"""
+
+_RANKS_NAMED = 8
+ORDER = np.dtype([("record", RECORD), ("node", "<i8"), ("lacking", "<u8")])
+HOLDERS_MAX = 64
+"""Bits of ``lacking``."""
+
+
+# -- which iteration --------------------------------------------------------------------------------------------
+
+
+def choose_same_iteration(units: Units, held: Held, iteration: int) -> list[tuple[int, int]] | str:
+    """Every unit as it was at T; what never changes may be older (mode ``full``)."""
+    return _choose_units(units, held, iteration, may_be_older=(UnitKind.FROZEN,))
+
+
+def choose_newest_experts(units: Units, held: Held, iteration: int) -> list[tuple[int, int]] | str:
+    """Experts as they were at the newest iteration up to T that all their shards have; the rest as at T."""
+    return _choose_units(units, held, iteration, may_be_older=(UnitKind.FROZEN, UnitKind.EXPERT))
+
+
+def _choose_units(
+    units: Units, held: Held, iteration: int, may_be_older: Collection[UnitKind]
+) -> list[tuple[int, int]] | str:
+    chosen = []
+    for number, (name, kind) in enumerate(units):
+        found = _newest(held.get(number, ()), iteration, may_be_older=kind in may_be_older)
+        if found is None:
+            is_shared = kind is UnitKind.EXPERT and kind in may_be_older
+            return f"no iteration of {name} that all its shards have" if is_shared else f"no copy of {name}"
+        chosen.append((number, found))
+    return chosen
+
+
+def choose_chains(units: Units, held: Held, iteration: int) -> list[tuple[int, int]] | str:
+    """Of every slice the newest capture from which all gradients to T are there, and these gradients."""
+    chosen: list[tuple[int, int]] = []
+    log_of = log_units(units)
+    for number, (name, kind) in enumerate(units):
+        if kind is UnitKind.LOG:
+            continue
+        found = held.get(number, ())
+        if number in log_of:
+            base = base_of(found, held.get(log_of[number], ()), iteration)
+            if base is None:
+                return f"no captures and gradients of {name} that reach it"
+            chosen.extend((log_of[number], i) for i in range(base + 1, iteration + 1))
+        else:
+            base = _newest(found, iteration, may_be_older=kind is UnitKind.FROZEN)
+            if base is None:
+                return f"no copy of {name}"
+        chosen.append((number, base))
+    return sorted(chosen)
+
+
+def _newest(found: Collection[int], iteration: int, *, may_be_older: bool) -> int | None:
+    if iteration in found:
+        return iteration
+    return max((i for i in found if i <= iteration), default=None) if may_be_older else None
 
 
 @dataclass(frozen=True, kw_only=True)
-class RankFacts:
-    """What the plan needs to know of one rank: its units as (name, kind), by unit number."""
+class Reach:
+    """The iterations that some ranks can reach, each of them. The same size for any number of ranks."""
 
-    rank: int
-    units: tuple[tuple[str, UnitKind], ...]
+    hosts: tuple[int, ...]
+    """Of these every rank has its host state; the newest first."""
+    iterations: tuple[int, ...]
+    """Of these, the ones that every rank can reach."""
+    lost: int = 0
+    """Ranks of which no copy is left."""
+    named: tuple[int, ...] = ()
+    """The first of them."""
 
+    @classmethod
+    def of(cls, rank: int, units: Units, held: Held, choose: Choose) -> Reach:
+        """One rank's."""
+        host = next(number for number, (_, kind) in enumerate(units) if kind is UnitKind.HOST)
+        hosts = sorted(held.get(host, ()), reverse=True)[:ITERATIONS_MAX]
+        is_lost = not any(held.values())
+        return cls(
+            hosts=tuple(hosts),
+            iterations=tuple(i for i in hosts if not isinstance(choose(units, held, i), str)),
+            lost=int(is_lost),
+            named=(rank,) if is_lost else (),
+        )
 
-@dataclass(frozen=True, kw_only=True, order=True)
-class Choice:
-    """One capture to be loaded."""
+    def followed_by(self, later: Reach) -> Reach:
+        """This, of lower ranks, and that of later ranks, as one."""
+        return Reach(
+            hosts=tuple(i for i in self.hosts if i in later.hosts),
+            iterations=tuple(i for i in self.iterations if i in later.iterations),
+            lost=self.lost + later.lost,
+            named=(*self.named, *later.named)[:_RANKS_NAMED],
+        )
 
-    unit: int
-    iteration: int
-    node: int
-    """The node that it is read from."""
-    digest: int
-    tokens: int
-    is_zero: bool = False
-    """All bytes are zero, and none of them is kept."""
+    def to_json(self) -> dict[str, Any]:
+        """A JSON-able form."""
+        return asdict(self)
 
-
-@dataclass(frozen=True, kw_only=True, order=True)
-class Transfer:
-    """One capture of ``owner`` that travels from rank ``source`` to rank ``target``."""
-
-    owner: int
-    unit: int
-    iteration: int
-    source: int
-    target: int
+    @classmethod
+    def from_json(cls, raw: Mapping[str, Any]) -> Reach:
+        """Inverse of ``to_json``."""
+        hosts, iterations, named = (tuple(raw[name]) for name in ("hosts", "iterations", "named"))
+        return cls(hosts=hosts, iterations=iterations, lost=raw["lost"], named=named)
 
 
 @dataclass(frozen=True, kw_only=True)
 class RecoveryPlan:
-    """One consistent recovery. Equal on all ranks, which compare ``digest`` before they move a byte."""
+    """One consistent recovery, as far as all ranks agree on it."""
 
     iteration: int
     epoch: int
     """The epoch that begins with this recovery."""
+    lineage: int
     branches: tuple[Branch, ...]
     """All recoveries of this run, this one included."""
     history_epoch: int
     """Epoch of the history that is recovered from."""
     safe: int
     """Newest iteration known to be whole on all replicas: kept until T is. T may be newer and on its owners only."""
-    choices: tuple[tuple[Choice, ...], ...]
-    """For each owner, by unit number: one choice a unit, of a ``LOG`` unit one for each iteration that is replayed."""
-    fetches: tuple[Transfer, ...]
-    """From other nodes to the owners."""
-    copies: tuple[Transfer, ...]
-    """From owners to buddies that lack a capture, so that redundancy is complete again."""
+    fruitless: int = 0
+    """Recoveries in a row, before this one, from which the run has not come further than T."""
+
+    @property
+    def history(self) -> History:
+        """The history that begins with this recovery."""
+        return History(lineage=self.lineage, epoch=self.epoch, stable=self.iteration, branches=self.branches)
 
     @property
     def digest(self) -> str:
@@ -85,44 +173,53 @@ class NoPlan:
 
     reason: str
     began: bool
-    """Whether this run had trained: False only if every arena found was still waiting for its first baseline."""
-    last_epoch: int
+    """Whether this run had trained."""
 
 
-Available = dict[int, dict[int, dict[int, dict[int, Record]]]]
-"""owner -> unit -> iteration -> node -> record"""
-
-
-def plan_recovery(
-    facts: Sequence[RankFacts], reports: Sequence[ArenaReport], placement: Placement, choose: Choose, nonce: int = 0
-) -> RecoveryPlan | NoPlan:
-    """The newest iteration that every rank can reach, or why there is none. Reads nothing but its arguments.
-
-    ``choose`` is the rule of the mode; ``nonce``: see ``Branch``.
-    """
-    sound = [r for r in reports if not r.problem]
-    if not sound:
-        problems = "; ".join(r.problem for r in reports if r.problem) or "no arena of this run was found on any node"
-        return NoPlan(reason=problems, began=bool(reports), last_epoch=0)
-    newest = max(sound, key=lambda r: (r.epoch, len(r.branches)))
-    available = _available(sound, newest.branches, newest.epoch)
-    missing: list[str] = []
-    for iteration in _candidates(facts, available):
-        chosen = choose(facts, available, iteration)
-        if isinstance(chosen, str):
-            missing.append(f"iteration {iteration}: {chosen}")
-            continue
-        safe = max(r.stable for r in sound if r.epoch == newest.epoch)
-        branch = Branch(epoch=newest.epoch + 1, iteration=iteration, nonce=nonce)
-        return _plan(branch, min(iteration, safe), newest, facts, chosen, available, placement)
-    without = [f.rank for f in facts if f.rank not in available]
-    reason = "; ".join(missing[:3]) or (
-        f"no copy of rank(s) {_short(without)} is left on any node"
-        if without
-        else "there is no iteration of which every rank has its host state"
+def plan_of(reach: Reach, newest: History, nonce: int) -> RecoveryPlan | None:
+    """The newest iteration that all ranks can reach in this history; ``nonce``: see ``Branch``."""
+    if not reach.iterations:
+        return None
+    iteration = reach.iterations[0]
+    branch = Branch(epoch=newest.epoch + 1, iteration=iteration, nonce=nonce)
+    return RecoveryPlan(
+        iteration=iteration,
+        epoch=branch.epoch,
+        lineage=newest.lineage,
+        branches=(*newest.branches, branch),
+        history_epoch=newest.epoch,
+        safe=min(iteration, newest.stable),
+        fruitless=newest.fruitless(iteration),
     )
-    began = any(r.stable >= 0 for r in sound) or any(r.problem for r in reports)
-    return NoPlan(reason=reason, began=began, last_epoch=newest.epoch)
+
+
+def no_arena(summary: Summary) -> NoPlan:
+    """Where no sound arena was found."""
+    more = summary.problems - len(summary.texts)
+    listed = "; ".join(summary.texts) + (f"; and {more} more" if more else "")
+    return NoPlan(reason=listed or "no arena of this run was found on any node", began=summary.began)
+
+
+def what_is_missing(rank: int, units: Units, held: Held, choose: Choose, iterations: Sequence[int]) -> dict[str, str]:
+    """By iteration, as a JSON-able key: what this rank lacks of those that it cannot reach."""
+    found = {str(i): choose(units, held, i) for i in iterations}
+    return {i: f"rank {rank} has {missing}" for i, missing in found.items() if isinstance(missing, str)}
+
+
+def no_plan(reach: Reach, missing: Mapping[str, str], *, began: bool) -> NoPlan:
+    """Where there are arenas, and no iteration that every rank can reach. ``missing``: of all ranks."""
+    texts = [f"iteration {i}: {missing[i]}" for i in sorted(missing, key=int, reverse=True)]
+    without = f"no copy of rank(s) {_short(reach.named, reach.lost)} is left on any node" if reach.lost else None
+    nothing = "there is no iteration of which every rank has its host state"
+    return NoPlan(reason="; ".join(texts) or without or nothing, began=began)
+
+
+def _short(named: Sequence[int], count: int) -> str:
+    listed = ", ".join(str(r) for r in named)
+    return listed + (f" and {count - len(named)} more" if count > len(named) else "")
+
+
+# -- from where -------------------------------------------------------------------------------------------------
 
 
 def custodian(owner: int, node: int, placement: Placement) -> int:
@@ -136,142 +233,129 @@ def custodian(owner: int, node: int, placement: Placement) -> int:
     return ranks[owner % len(ranks)]
 
 
-def _available(reports: Sequence[ArenaReport], branches: Sequence[Branch], epoch: int) -> Available:
-    available: Available = defaultdict(lambda: defaultdict(lambda: defaultdict(dict)))
-    for report in reports:
-        for record in report.captures:
-            if in_history(record, branches, epoch):
-                available[report.owner][record.unit][record.iteration][report.node] = record
-    return available
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Order:
+    """What is loaded of one owner, and what travels for that. Made by the owner, and told to those concerned.
+
+    ``table`` is a read-only array of ``ORDER``, sorted by unit and iteration: the capture (its ``slot`` says only
+    whether it is one of zeros), the node that it is read from, and a bit for each of the owner's holders that lacks it.
+    """
+
+    owner: int
+    table: np.ndarray[Any, np.dtype[np.void]]
+
+    @property
+    def records(self) -> Records:
+        """The captures; of a ``LOG`` unit one for each iteration that is replayed, of other units one."""
+        return Records(self.table["record"])
+
+    @property
+    def nodes(self) -> Int64s:
+        """The node that each is read from."""
+        found: Int64s = self.table["node"]
+        return found
+
+    def lacked_by(self, number: int) -> Flags:
+        """Whether the owner's n-th holder lacks each."""
+        found: Flags = (self.table["lacking"] >> np.uint64(number)) & np.uint64(1) == 1
+        return found
+
+    def to_bytes(self) -> bytes:
+        """The table."""
+        data: bytes = self.table.tobytes()
+        return data
+
+    @classmethod
+    def from_bytes(cls, owner: int, data: bytes) -> Order:
+        """Inverse of ``to_bytes``."""
+        return cls(owner=owner, table=np.frombuffer(data, dtype=ORDER))
 
 
-def _candidates(facts: Sequence[RankFacts], available: Available) -> list[int]:
-    """Iterations of which every rank has its host state, newest first."""
-    common: set[int] | None = None
-    for rank in facts:
-        host = next(i for i, (_, kind) in enumerate(rank.units) if kind is UnitKind.HOST)
-        found = set(available[rank.rank][host]) if rank.rank in available else set()
-        common = found if common is None else common & found
-    return sorted(common or (), reverse=True)
+def held_of(copies: Mapping[int, Records]) -> dict[int, set[int]]:
+    """By unit: the iterations of one owner's captures on any node. ``copies``: its captures, by node."""
+    found: dict[int, set[int]] = {}
+    for records in copies.values():
+        for unit, iteration in records.keys:
+            found.setdefault(unit, set()).add(iteration)
+    return found
 
 
-Chosen = dict[int, list[tuple[int, int]]]
-"""For each rank: unit numbers, in order, and the iterations of their captures."""
-Choose = Callable[[Sequence[RankFacts], Available, int], Chosen | str]
-"""The captures that lead to an iteration, or the text of which is missing. Each mode has its own rule."""
+def order_of(
+    owner: int, chosen: Sequence[tuple[int, int]], copies: Mapping[int, Records], placement: Placement
+) -> Order:
+    """Of each chosen capture (unit, iteration) where it is loaded from: local memory, else the first node that has it.
+
+    ``copies``: the owner's captures, by node.
+    """
+    home = placement.node_of[owner]
+    places = {node: {key: row for row, key in enumerate(records.keys)} for node, records in copies.items()}
+    nearest = sorted(places, key=lambda node: (node != home, node))
+    holders = [placement.node_of[holder] for holder in placement.holders[owner]]
+    assert len(holders) <= HOLDERS_MAX, f"{len(holders)} replicas"
+    sources = [next(node for node in nearest if key in places[node]) for key in chosen]
+    table = np.zeros(len(chosen), dtype=ORDER)
+    table["node"] = sources
+    table["lacking"] = [
+        sum(1 << n for n, node in enumerate(holders) if key not in places.get(node, ())) for key in chosen
+    ]
+    for node in set(sources):
+        rows = np.flatnonzero(table["node"] == node)
+        table["record"][rows] = copies[node].table[[places[node][chosen[row]] for row in rows.tolist()]]
+    return Order(owner=owner, table=table)
 
 
-def choose_same_iteration(facts: Sequence[RankFacts], available: Available, iteration: int) -> Chosen | str:
-    """Every unit as it was at T; what never changes may be older (mode ``full``)."""
-    return _choose_units(facts, available, iteration, shared=())
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Leg:
+    """Captures of ``owner`` that travel from rank ``source`` to rank ``target``: rows of the owner's order."""
+
+    owner: int
+    source: int
+    target: int
+    rows: Int64s
+
+    @property
+    def key(self) -> tuple[int, int, int]:
+        """By this all ranks order what travels between two of them."""
+        return (self.owner, self.source, self.target)
 
 
-def choose_newest_experts(facts: Sequence[RankFacts], available: Available, iteration: int) -> Chosen | str:
-    """Experts as they were at the newest iteration up to T that all their shards have; the rest as at T."""
-    return _choose_units(facts, available, iteration, shared=(UnitKind.EXPERT,))
+Keepers = Mapping[int, Mapping[int, int]]
+"""By owner and node: the rank that keeps the owner's arena of that node open while the run starts."""
 
 
-def _choose_units(
-    facts: Sequence[RankFacts], available: Available, iteration: int, shared: Collection[UnitKind]
-) -> Chosen | str:
-    shards: dict[str, list[tuple[int, int]]] = defaultdict(list)
-    chosen: dict[int, list[int]] = {f.rank: [-1] * len(f.units) for f in facts}
-    for rank in facts:
-        for number, (name, kind) in enumerate(rank.units):
-            if kind in shared:
-                shards[name].append((rank.rank, number))
-                continue
-            found = available[rank.rank][number]
-            usable = [i for i in found if i == iteration or (kind is UnitKind.FROZEN and i <= iteration)]
-            if not usable:
-                return f"unit {name} of rank {rank.rank} has no copy"
-            chosen[rank.rank][number] = max(usable)
-    for name, places in shards.items():
-        common = set.intersection(*(set(available[rank][number]) for rank, number in places))
-        usable = [i for i in common if i <= iteration]
-        if not usable:
-            return f"expert {name} has no iteration that ranks {_short([r for r, _ in places])} all hold"
-        for rank_number, number in places:
-            chosen[rank_number][number] = max(usable)
-    return {rank: list(enumerate(row)) for rank, row in chosen.items()}
+def keepers_of(kept: Iterable[Sequence[int]], placement: Placement) -> dict[int, dict[int, int]]:
+    """From the owners of the arenas that each rank keeps open, by rank: see ``Keepers``."""
+    found: dict[int, dict[int, int]] = {}
+    for keeper, owners in enumerate(kept):
+        for owner in owners:
+            found.setdefault(owner, {})[placement.node_of[keeper]] = keeper
+    return found
 
 
-def choose_chains(facts: Sequence[RankFacts], available: Available, iteration: int) -> Chosen | str:
-    """Of every slice the newest capture from which all gradients to T are there, and these gradients."""
-    chosen: Chosen = {}
-    for rank in facts:
-        row: list[tuple[int, int]] = []
-        found = available[rank.rank]
-        log_of = log_units(rank.units)
-        for number, (name, kind) in enumerate(rank.units):
-            if kind is UnitKind.LOG:
-                continue
-            if number in log_of:
-                base = base_of(found[number], found[log_of[number]], iteration)
-                if base is None:
-                    return f"the captures and gradients of {name} of rank {rank.rank} do not reach it"
-                row.extend((log_of[number], i) for i in range(base + 1, iteration + 1))
-            elif kind is UnitKind.FROZEN:
-                base = max((i for i in found[number] if i <= iteration), default=None)
-            else:
-                base = iteration if iteration in found[number] else None
-            if base is None:
-                return f"unit {name} of rank {rank.rank} has no copy"
-            row.append((number, base))
-        chosen[rank.rank] = sorted(row)
-    return chosen
+def fetches_of(order: Order, keepers: Keepers, placement: Placement) -> list[Leg]:
+    """From other nodes to the owner."""
+    home = placement.node_of[order.owner]
+    return [
+        Leg(
+            owner=order.owner,
+            source=keepers[order.owner][node],
+            target=order.owner,
+            rows=np.flatnonzero(order.nodes == node),
+        )
+        for node in np.unique(order.nodes).tolist()
+        if node != home
+    ]
 
 
-def _plan(
-    branch: Branch,
-    safe: int,
-    newest: ArenaReport,
-    facts: Sequence[RankFacts],
-    chosen: Chosen,
-    available: Available,
-    placement: Placement,
-) -> RecoveryPlan:
-    choices: list[tuple[Choice, ...]] = []
-    fetches: list[Transfer] = []
-    copies: list[Transfer] = []
-    for rank in facts:
-        owner, home = rank.rank, placement.node_of[rank.rank]
-        row = []
-        for unit, at in chosen[owner]:
-            nodes = available[owner][unit][at]
-            node = home if home in nodes else min(nodes)
-            record = nodes[node]
-            row.append(
-                Choice(
-                    unit=unit,
-                    iteration=at,
-                    node=node,
-                    digest=record.digest,
-                    tokens=record.tokens,
-                    is_zero=record.is_zero,
-                )
-            )
-            move = {"owner": owner, "unit": unit, "iteration": at}
-            if node != home:
-                fetches.append(Transfer(**move, source=custodian(owner, node, placement), target=owner))
-            copies.extend(
-                Transfer(**move, source=owner, target=holder)
-                for holder in placement.holders[owner]
-                if placement.node_of[holder] not in nodes
-            )
-        choices.append(tuple(row))
-    return RecoveryPlan(
-        iteration=branch.iteration,
-        epoch=branch.epoch,
-        branches=(*newest.branches, branch),
-        history_epoch=newest.epoch,
-        safe=safe,
-        choices=tuple(choices),
-        fetches=tuple(fetches),
-        copies=tuple(copies),
+def copies_of(order: Order, placement: Placement) -> list[Leg]:
+    """From the owner to holders that lack a capture, so that redundancy is complete again."""
+    legs = (
+        Leg(owner=order.owner, source=order.owner, target=holder, rows=np.flatnonzero(order.lacked_by(number)))
+        for number, holder in enumerate(placement.holders[order.owner])
     )
+    return [leg for leg in legs if len(leg.rows)]
 
 
-def _short(ranks: Sequence[int]) -> str:
-    listed = ", ".join(str(r) for r in ranks[:8])
-    return listed + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")
+def legs_at(rank: int, legs: Iterable[Leg]) -> list[Leg]:
+    """Those that a rank takes part in, in the order in which each pair of ranks carries them out."""
+    return sorted((leg for leg in legs if rank in (leg.source, leg.target)), key=lambda leg: leg.key)

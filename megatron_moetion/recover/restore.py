@@ -3,21 +3,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 
+from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ChannelError, CorruptArena
-from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
+from megatron_moetion.recover.plan import Leg, Order, RecoveryPlan
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.replicate.channel import Channel, Message
-from megatron_moetion.snapshot.digest import is_intact
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import NO_SLOT, Page, Record, Records, in_history
+from megatron_moetion.store.manifest import NO_SLOT, Page, Records, in_history
 from megatron_moetion.store.retention import Retention, Settled
 
 
@@ -30,126 +29,136 @@ class Mover:
     channel: Channel
     pool: HostPool
     plan: RecoveryPlan
+    orders: Mapping[int, Order]
+    """By owner, as for all below."""
     retentions: Mapping[int, Retention]
-    """By owner."""
 
-    def make_room(self, transfers: Sequence[Transfer]) -> None:
+    def make_room(self, legs: Sequence[Leg]) -> None:
         """Before receiving: drop from the receiving arenas what neither T nor the last safe iteration needs.
 
         T may be newer than what replicas hold. Until every replica has T, a node may still be lost, and then
         the safe iteration is what remains.
         """
-        for owner in {t.owner for t in transfers if t.target == self.rank}:
-            arena = self.arenas[owner]
-            wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
+        for owner in {leg.owner for leg in legs if leg.target == self.rank}:
+            order = self.orders[owner]
+            here = [leg for leg in legs if (leg.owner, leg.target) == (owner, self.rank)]
             # What is about to arrive is missing here or damaged; a damaged one makes way.
-            coming = {(t.unit, t.iteration) for t in transfers if (t.owner, t.target) == (owner, self.rank)}
-            there = (r for r in arena.page.records if r.key not in coming)
-            live = [r for r in there if in_history(r, self.plan.branches, self.plan.epoch)]
-            old = Records.of(r for r in live if r.iteration <= self.plan.safe)
-            safe = self.retentions[owner].keep(old, Settled(stable=self.plan.safe))
-            arena.edit(partial(_only, {*safe.keys, *(r.key for r in live if r.key in wanted)}))
+            coming = {key for leg in here for key in self._records(leg).keys}
+            wanted = set(order.records.keys)
 
-    def move(self, transfers: Sequence[Transfer]) -> int:
-        """Take part in the transfers, in the plan's order, which is the same on all ranks; returns bytes received.
+            def change(
+                page: Page,
+                owner: int = owner,
+                coming: set[tuple[int, int]] = coming,
+                wanted: set[tuple[int, int]] = wanted,
+            ) -> dict[str, Any]:
+                there = _among(page.records, coming, but=True)
+                live = there.where(in_history(there, self.plan.branches, self.plan.epoch))
+                old = live.where(live.table["iteration"] <= self.plan.safe)
+                safe = self.retentions[owner].keep(old, Settled(stable=self.plan.safe))
+                return {"records": _among(live, {*safe.keys, *wanted})}
 
-        What has arrived is committed at the end, all of an arena's at once.
+            self.arenas[owner].edit(change)
+
+    def move(self, legs: Sequence[Leg]) -> int:
+        """Take part in these legs, all at once; returns bytes received.
+
+        ``legs`` are in the order of their keys, which is the same on all ranks. What has arrived is committed at the
+        end, if all of it is whole: all of an arena's at once. Else ``ChannelError``.
         """
-        listed = {
-            (owner, *record.key): record
-            for owner in {t.owner for t in transfers if t.source == self.rank}
-            for record in self.arenas[owner].page.records
-        }
-        coming = {t.owner for t in transfers if t.target == self.rank}
-        choices = {(owner, c.unit, c.iteration): c for owner in coming for c in self.plan.choices[owner]}
-        arrived: dict[int, list[Record]] = {owner: [] for owner in coming}
-        for transfer in transfers:
-            key = (transfer.owner, transfer.unit, transfer.iteration)
-            if transfer.source == self.rank:
-                assert key in listed, f"the plan reads {transfer} from an arena that lacks it"
-                self._send(transfer, listed[key])
-            elif transfer.target == self.rank:
-                arrived[transfer.owner].append(self._receive(transfer, choices[key]))
-        for owner, records in arrived.items():
-            self.arenas[owner].add(records)
-        return sum(r.nbytes for records in arrived.values() for r in records)
-
-    def _send(self, transfer: Transfer, record: Record) -> None:
-        parts = [np.array([record.epoch, record.digest], dtype=np.uint64).view(np.uint8)]
-        if not record.is_zero:
-            arena = self.arenas[transfer.owner]
-            parts += [arena.digests(record.slot).view(np.uint8), arena.payload(record.slot)]
-        for part in parts:
-            self.channel.exchange([Message(peer=transfer.target, data=part)], [])
-
-    def _receive(self, transfer: Transfer, choice: Choice) -> Record:
-        arena = self.arenas[transfer.owner]
-        nbytes = 0 if choice.is_zero else arena.spec.units[transfer.unit][2]
-        slot = NO_SLOT if choice.is_zero else arena.acquire(nbytes)
-        assert slot is not None, f"no free slot of {nbytes} bytes in {arena.name}, although room was made"
-        head = np.zeros(2, dtype=np.uint64)
-        parts = [head.view(np.uint8)]
-        if not choice.is_zero:
-            parts += [arena.digests(slot).view(np.uint8), arena.payload(slot)]
-        for part in parts:
-            self.channel.exchange([], [Message(peer=transfer.source, data=part)])
-        chunk_bytes = arena.spec.identity.chunk_bytes
-        if not choice.is_zero and not is_intact(
-            self.pool, chunk_bytes, arena.payload(slot), arena.digests(slot), choice.digest
-        ):
-            arena.release([slot])
-            raise ChannelError(
-                f"unit {arena.spec.units[transfer.unit][0]} of rank {transfer.owner} arrived damaged from rank "
-                f"{transfer.source}; nothing was loaded, restart to try again"
-            )
-        return Record(
-            unit=transfer.unit,
-            iteration=transfer.iteration,
-            epoch=int(head[0]),
-            slot=slot,
-            nbytes=nbytes,
-            digest=choice.digest,
-            tokens=choice.tokens,
-        )
+        coming = [(leg, self._targets(leg)) for leg in legs if leg.target == self.rank]
+        sends = [
+            Message(peer=leg.target, data=part)
+            for leg in legs
+            if leg.source == self.rank
+            for part in self._parts(leg.owner, self._sources(leg))
+        ]
+        receives = [
+            Message(peer=leg.source, data=part) for leg, records in coming for part in self._parts(leg.owner, records)
+        ]
+        self.channel.exchange(sends, receives)
+        for leg, records in coming:
+            self._require_intact(leg, records)
+        for owner in {leg.owner for leg, _ in coming}:
+            arrived = [records for leg, records in coming if leg.owner == owner]
+            self.arenas[owner].add(Records(np.concatenate([records.table for records in arrived])))
+        return sum(int(records.table["nbytes"].sum()) for _, records in coming)
 
     def begin_epoch(self) -> None:
         """Durably: the new epoch, T stable, and only what T needs, in every arena that stays in use.
 
         The captures enter the new epoch, so that they outlive any number of recoveries.
         """
-        epoch = self.plan.epoch
         for owner, arena in self.arenas.items():
-            wanted = {(c.unit, c.iteration) for c in self.plan.choices[owner]}
+            wanted = set(self.orders[owner].records.keys)
 
             def change(page: Page, wanted: set[tuple[int, int]] = wanted) -> dict[str, Any]:
                 return {
-                    "records": _only(wanted, page)["records"].replace(epoch=epoch),
-                    "epoch": epoch,
+                    "records": _among(page.records, wanted).replace(epoch=self.plan.epoch),
+                    "epoch": self.plan.epoch,
                     "stable": self.plan.iteration,
                     "branches": self.plan.branches,
                 }
 
             arena.edit(change)
 
+    def _records(self, leg: Leg) -> Records:
+        return Records(self.orders[leg.owner].records.table[leg.rows])
 
-def _only(wanted: set[tuple[int, int]], page: Page) -> dict[str, Any]:
-    """The page with no other captures than the wanted ones."""
-    is_wanted = np.array([key in wanted for key in page.records.keys], dtype=bool)
-    return {"records": page.records.where(is_wanted)}
+    def _sources(self, leg: Leg) -> Records:
+        """The records of a leg in this rank's arena."""
+        listed = self.arenas[leg.owner].page.records
+        places = {key: row for row, key in enumerate(listed.keys)}
+        wanted = self._records(leg).keys
+        missing = [key for key in wanted if key not in places]
+        assert not missing, f"rank {leg.owner} has {missing[:3]} fetched from an arena that lacks it"
+        return Records(listed.table[[places[key] for key in wanted]])
+
+    def _targets(self, leg: Leg) -> Records:
+        """The records of a leg, each in a free slot of this rank's arena."""
+        arena, records = self.arenas[leg.owner], self._records(leg)
+        stored = ~records.is_zero
+        sizes = records.table["nbytes"][stored].astype(np.int64)
+        assert (sizes == arena.unit_bytes[records.table["unit"][stored]]).all(), f"{arena.name}: sizes of other units"
+        slots = arena.acquire_all(sizes)
+        assert slots is not None, f"no free slots for {len(sizes)} captures in {arena.name}, although room was made"
+        found = np.full(len(records), NO_SLOT, dtype=np.int64)
+        found[stored] = slots
+        return records.replace(slot=found)
+
+    def _parts(self, owner: int, records: Records) -> list[Bytes]:
+        """The chunk digests and the bytes of each capture that is not zero."""
+        arena = self.arenas[owner]
+        slots = records.table["slot"][~records.is_zero].tolist()
+        return [part for slot in slots for part in (arena.digests(slot).view(np.uint8), arena.payload(slot))]
+
+    def _require_intact(self, leg: Leg, records: Records) -> None:
+        arena = self.arenas[leg.owner]
+        damaged = np.flatnonzero(~intact(arena, records, self.pool))
+        if len(damaged):
+            name = arena.spec.units[records[int(damaged[0])].unit][0]
+            raise ChannelError(
+                f"unit {name} of rank {leg.owner} arrived damaged from rank {leg.source}; nothing was loaded, restart "
+                f"to try again"
+            )
 
 
-def verified(pool: HostPool, arena: Arena, choices: Sequence[Choice]) -> Records:
-    """The chosen captures, every byte of them verified once more. Nothing has been written yet."""
+def _among(records: Records, keys: Collection[tuple[int, int]], *, but: bool = False) -> Records:
+    """The records with these units and iterations; ``but``: all others."""
+    return records.where(np.array([(key in keys) is not but for key in records.keys], dtype=bool))
+
+
+def verified(pool: HostPool, arena: Arena, order: Order) -> Records:
+    """The captures that an order names, every byte of them verified once more. Nothing has been written yet."""
     places = {key: n for n, key in enumerate(arena.page.records.keys)}
-    for choice in choices:
-        if (choice.unit, choice.iteration) not in places:
-            name = arena.spec.units[choice.unit][0]
-            raise CorruptArena(f"{arena.name}: the capture of {name} at iteration {choice.iteration} has gone")
-    chosen = np.array([places[c.unit, c.iteration] for c in choices], dtype=np.int64)
-    records = Records(arena.page.records.table[chosen])
-    surveyed = records.replace(digest=np.array([c.digest for c in choices], dtype=np.uint64))
-    damaged = np.flatnonzero(~intact(arena, surveyed, pool))
+    wanted = order.records
+    for unit, iteration in wanted.keys:
+        if (unit, iteration) not in places:
+            name = arena.spec.units[unit][0]
+            raise CorruptArena(f"{arena.name}: the capture of {name} at iteration {iteration} has gone")
+    records = Records(arena.page.records.table[[places[key] for key in wanted.keys]])
+    damaged = np.flatnonzero(~intact(arena, records.replace(digest=wanted.table["digest"]), pool))
     if len(damaged):
-        name = arena.spec.units[choices[damaged[0]].unit][0]
+        name = arena.spec.units[wanted[int(damaged[0])].unit][0]
         raise CorruptArena(f"{arena.name}: the capture of {name} changed after it was surveyed; restart to try again")
     return records

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """From a new process to open arenas: survey every node, then recover or begin anew.
 
-All methods are collective. The plan itself is made in ``plan.py``; here it is carried out.
+All methods are collective. What is planned is decided in ``plan.py``; here it is asked for and carried out. All ranks
+hear summaries only. Tables of captures and specifications go to the owner, its holders, and whoever has its arenas.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -15,38 +17,69 @@ from megatron_moetion.clock import Clock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
+from megatron_moetion.recover.exchange import Meeting, swap
 from megatron_moetion.recover.opened import Opened
 from megatron_moetion.recover.pinning import Pinning
-from megatron_moetion.recover.plan import Choose, NoPlan, RankFacts, RecoveryPlan, Transfer, custodian, plan_recovery
-from megatron_moetion.recover.report import ArenaReport, current_history
+from megatron_moetion.recover.plan import (
+    Choose,
+    Keepers,
+    Leg,
+    NoPlan,
+    Order,
+    Reach,
+    RecoveryPlan,
+    Units,
+    copies_of,
+    fetches_of,
+    held_of,
+    keepers_of,
+    legs_at,
+    no_arena,
+    no_plan,
+    order_of,
+    plan_of,
+    what_is_missing,
+)
+from megatron_moetion.recover.report import ArenaReport, History, Summary, of_history
 from megatron_moetion.recover.restore import Mover
+from megatron_moetion.recover.shared import captured_at, common, iterations_of, words_of
 from megatron_moetion.recover.survey import share_of, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Page
+from megatron_moetion.store.manifest import Page, Records, in_history
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Retention
-from megatron_moetion.store.spec import ArenaSpec, arena_name
+from megatron_moetion.store.spec import ArenaShape, ArenaSpec, arena_name
 from megatron_moetion.units import UnitKind
 
 _OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault",
                 "max_unprotected_iterations")  # fmt: skip
 """Settings that may differ between ranks."""
+_REASONS_MAX = 3
+"""Iterations of which it is said why they cannot be recovered."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Findings:
-    """The result of a survey by all ranks; equal on all of them."""
+    """The result of a survey by all ranks. What is not marked as this rank's is equal on all of them."""
 
-    specs: tuple[ArenaSpec, ...]
     placement: Placement
-    reports: tuple[ArenaReport, ...]
+    summary: Summary
     outcome: RecoveryPlan | NoPlan
     restarted: bool
+    reports: tuple[ArenaReport, ...]
+    """Of the arenas that this rank has surveyed; those of a dead history are marked as of no use."""
+    keepers: Keepers
+    copies: Mapping[int, Records]
+    """This rank's own captures that are left, by node."""
+    held: Mapping[int, set[int]]
+    """Their iterations, by unit; of shared experts those that all shards have."""
+    shared: Mapping[str, tuple[int, ...]]
+    """By name: the iterations of the experts that this rank shares with others, the newest first."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,11 +89,25 @@ class Fetched:
     arenas: OpenArenas
     leftovers: Mapping[int, Arena]
     """By owner: arenas on this node that are of no use once the recovery is complete."""
+    order: Order
+    """Of this rank's own captures."""
+    captured_at: Mapping[str, int]
+    """The iterations that the experts come from which this rank shares with others, by name."""
     mover: Mover
 
 
+@dataclass(frozen=True, kw_only=True)
+class _Facts:
+    """What every rank says of itself to all others, in some 120 bytes."""
+
+    nodes: Sequence[str]
+    shapes: Sequence[ArenaShape]
+    experts: Sequence[str]
+    """A digest of the names of the experts that the rank shares with others."""
+
+
 class Startup:
-    """One rank's part in starting a run. ``choose`` and ``retention`` are the mode's."""
+    """One rank's part in starting a run. ``choose``, ``shared`` and ``retention`` are the mode's."""
 
     def __init__(
         self,
@@ -72,6 +119,7 @@ class Startup:
         pool: HostPool,
         pinning: Pinning,
         choose: Choose,
+        shared: Sequence[str],
         retention: Callable[[ArenaSpec], Retention],
         phases: Phases,
         probe: Callable[[str, int], None],
@@ -82,15 +130,19 @@ class Startup:
         self._fabric = fabric
         self._node = node
         self._spec = spec
+        self._units: Units = [(name, UnitKind(kind)) for name, kind, _ in spec.units]
         self._pool = pool
         self._pinning = pinning
         self._opened = Opened(node, self._pin)
         self._choose = choose
+        self._shared = shared
         self._retention = retention
         self._phases = phases
         self._probe = probe
         self._clock = clock
         self._nonce = nonce
+
+    # -- survey and plan --------------------------------------------------------------------------------
 
     def survey(self, attempt: int) -> Findings:
         """Survey every node and plan. Raises the errors of ``on_all_ranks``.
@@ -99,46 +151,127 @@ class Startup:
         store cannot be read, ``ChannelError`` on a lost peer.
         """
         rank = self._fabric.rank
-        notes = self._fabric.gather(
-            {
-                "node": self._node.key,
-                "attempt": attempt,
-                "spec": self._spec.to_json().decode(),
-                "settings": {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK}
-                | {"trace_dir": bool(self._config.trace_dir)},  # the folder may differ; hooks on all ranks or on none
-                "nonce": self._nonce,
-            }
-        )
-        specs = tuple(ArenaSpec.from_json(n["spec"].encode()) for n in notes)
-        _require_one_run([n["settings"] for n in notes], specs)
+        nonce, last_attempt = self._require_one_run(attempt)
+        facts = self._facts()
         try:
-            placement = place([n["node"] for n in notes], self._config.replicas)
+            placement = place(facts.nodes, self._config.replicas)
         except ConfigError as error:
             raise shared(error) from None
-        node = placement.node_of[rank]
-        mine = share_of(rank, self._node.arenas(), node, placement)
+        mine = share_of(rank, self._node.arenas(), placement.node_of[rank], placement)
         self._probe("survey", -1)
-        found = on_all_ranks(
-            self._fabric,
-            lambda: [r.to_json() for r in survey_store(self._opened, mine, node, rank, specs, self._pool)],
-        )
-        reports = current_history([ArenaReport.from_json(r) for each in self._fabric.gather(found) for r in each])
-        foreign = [r.problem for r in reports if r.foreign and r.problem]
-        if foreign:
-            raise shared(IdentityMismatch(foreign[0]))
-        facts = [
-            RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in spec.units))
-            for r, spec in enumerate(specs)
-        ]
-        outcome = plan_recovery(facts, reports, placement, self._choose, notes[0]["nonce"])
-        self._phases.done("survey")
-        return Findings(
-            specs=specs,
+        ours = self._spec.identity
+        survey = partial(survey_store, self._opened, mine, ours, facts.shapes, self._pool)
+        reports = tuple(on_all_ranks(self._fabric, survey))
+        summary = self._sum_up(reports)
+        if summary.foreign is not None:
+            raise shared(IdentityMismatch(summary.foreign))
+        findings = Findings(
             placement=placement,
+            summary=summary,
+            outcome=no_arena(summary),
+            restarted=last_attempt > 0,
             reports=reports,
-            outcome=outcome,
-            restarted=max(n["attempt"] for n in notes) > 0,
+            keepers={},
+            copies={},
+            held={},
+            shared={},
         )
+        if summary.newest is not None:
+            findings = self._plan(findings, summary.newest, facts, nonce)
+        self._phases.done("survey")
+        return findings
+
+    def _require_one_run(self, attempt: int) -> tuple[int, int]:
+        """Rank 0's nonce, and the highest attempt; ``ConfigError`` where ranks were started differently."""
+        config = {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK}
+        config["trace_dir"] = bool(self._config.trace_dir)  # the folder may differ; hooks on all ranks or on none
+        identity = {k: v for k, v in asdict(self._spec.identity).items() if k not in ("owner", "layout")}
+        mine = {"rank": self._fabric.rank, "settings": {**config, **identity}}
+        document = {"first": mine, "other": None, "nonce": self._nonce, "attempt": attempt}
+        found = self._fabric.reduce(document, _first_difference)
+        if found["other"] is not None:
+            first, other = found["first"], found["other"]
+            name = next(k for k, v in first["settings"].items() if other["settings"].get(k) != v)
+            # Ranks that replicate at other iterations, or in other slices, would never agree on anything.
+            raise shared(
+                ConfigError(
+                    f"ranks {first['rank']} and {other['rank']} were started differently: {name} is "
+                    f"{first['settings'][name]!r} on one and {other['settings'].get(name)!r} on the other; give all "
+                    f"ranks the same settings"
+                )
+            )
+        return found["nonce"], found["attempt"]
+
+    def _facts(self) -> _Facts:
+        shape = ArenaShape.of(self._spec)
+        names = hashlib.blake2b("\n".join(self._shared).encode(), digest_size=8).hexdigest() if self._shared else ""
+        rows = self._fabric.gather([self._node.key, shape.layout, shape.slots, shape.experts, names])
+        return _Facts(
+            nodes=[row[0] for row in rows],
+            shapes=[ArenaShape(layout=row[1], slots=row[2], experts=row[3]) for row in rows],
+            experts=[row[4] for row in rows],
+        )
+
+    def _sum_up(self, reports: Sequence[ArenaReport]) -> Summary:
+        return Summary.from_json(self._fabric.reduce(Summary.of(reports).to_json(), _both_summaries))
+
+    def _plan(self, findings: Findings, newest: History, facts: _Facts, nonce: int) -> Findings:
+        """Owners learn from their arenas' keepers what is left of them, and all agree on the iteration."""
+        reports = of_history(findings.reports, newest)
+        placement, rank = findings.placement, self._fabric.rank
+        tables = {
+            r.owner: r.records.where(in_history(r.records, newest.branches, newest.epoch))
+            for r in reports
+            if not r.problem
+        }
+        keepers = keepers_of(self._fabric.gather(sorted(tables)), placement)
+        mine = {keeper: node for node, keeper in keepers.get(rank, {}).items()}
+        told = swap(
+            self._fabric.channel,
+            {owner: records.table.tobytes() for owner, records in tables.items() if owner != rank},
+            mine.keys() - {rank},
+        )
+        copies = {mine[keeper]: Records.from_bytes(data) for keeper, data in told.items()}
+        if rank in tables:
+            copies[placement.node_of[rank]] = tables[rank]
+        held = held_of(copies)
+        common_iterations = self._meet(held, facts)
+        for number, (name, _) in enumerate(self._units):
+            if name in common_iterations:
+                held[number] = set(common_iterations[name])
+        return replace(
+            findings,
+            outcome=self._agree(held, newest, nonce, began=findings.summary.began),
+            reports=reports,
+            keepers=keepers,
+            copies=copies,
+            held=held,
+            shared=common_iterations,
+        )
+
+    def _meet(self, held: Mapping[int, set[int]], facts: _Facts) -> dict[str, tuple[int, ...]]:
+        """With the ranks that share this one's experts: the iterations that all their shards have."""
+        key = facts.experts[self._fabric.rank]
+        if not key:
+            return {}
+        members = [rank for rank, other in enumerate(facts.experts) if other == key]
+        meeting = Meeting(self._fabric, f"captures of experts {key}", members, common, self._config.timeout_s)
+        captured = {name: held.get(number, set()) for number, (name, _) in enumerate(self._units)}
+        return iterations_of(self._shared, meeting.combine(words_of(self._shared, captured)))
+
+    def _agree(
+        self, held: Mapping[int, set[int]], newest: History, nonce: int, *, began: bool
+    ) -> RecoveryPlan | NoPlan:
+        mine = Reach.of(self._fabric.rank, self._units, held, self._choose)
+        reach = Reach.from_json(self._fabric.reduce(mine.to_json(), _both_reaches))
+        plan = plan_of(reach, newest, nonce)
+        if plan is not None:
+            return plan
+        wanted = reach.hosts[:_REASONS_MAX]
+        missing = what_is_missing(self._fabric.rank, self._units, held, self._choose, wanted)
+        return no_plan(reach, self._fabric.reduce(missing, _earlier_first), began=began)
+
+    # -- recover ----------------------------------------------------------------------------------------
 
     def fetch(self, findings: Findings, plan: RecoveryPlan) -> Fetched:
         """Open the arenas and move the plan's captures into them. Raises the errors of ``on_all_ranks``.
@@ -146,28 +279,44 @@ class Startup:
         Nothing that T needs is dropped before it is complete everywhere again: a failure at any moment leaves T
         recoverable. ``ChannelError`` where a capture arrives damaged.
         """
-        if len(set(self._fabric.gather(plan.digest))) != 1:
-            raise AssertionError("ranks made different recovery plans from the same reports")
-        rank = self._fabric.rank
-        page = Page(
-            epoch=plan.history_epoch,
-            stable=plan.safe,
-            lineage=max(r.lineage for r in findings.reports),
-            branches=plan.branches[:-1],
-        )
-        arenas, leftovers = on_all_ranks(self._fabric, lambda: self._open(findings, page))
+        if not self._fabric.reduce(plan.digest, _same):
+            raise AssertionError("ranks made different recovery plans from the same summaries")
+        rank, placement = self._fabric.rank, findings.placement
+        chosen = self._choose(self._units, findings.held, plan.iteration)
+        assert not isinstance(chosen, str), f"rank {rank} said that it reaches iteration {plan.iteration}: {chosen}"
+        orders = self._tell(order_of(rank, chosen, findings.copies, placement), findings)
+        specs = self._tell_specs(placement, findings.keepers)
+        page = Page(epoch=plan.history_epoch, stable=plan.safe, lineage=plan.lineage, branches=plan.branches[:-1])
+        kept = {report.owner for report in findings.reports if not report.problem}
+
+        def open_arenas() -> tuple[OpenArenas, dict[int, Arena]]:
+            opened = self._open(placement, specs, kept, page)
+            self._remove_damaged(findings)
+            return opened
+
+        arenas, leftovers = on_all_ranks(self._fabric, open_arenas)
+        opened = {rank: arenas.own, **arenas.held, **leftovers}
         mover = Mover(
             rank=rank,
-            arenas={rank: arenas.own, **arenas.held, **leftovers},
+            arenas=opened,
             channel=self._fabric.channel,
             pool=self._pool,
             plan=plan,
-            retentions={owner: self._retention(spec) for owner, spec in enumerate(findings.specs)},
+            orders=orders,
+            retentions={owner: self._retention(arena.spec) for owner, arena in opened.items()},
         )
-        for phase, transfers in (("fetch", plan.fetches), ("replicate", plan.copies)):
-            on_all_ranks(self._fabric, partial(self._move, mover, transfers))
+        fetches = [leg for order in orders.values() for leg in fetches_of(order, findings.keepers, placement)]
+        copies = [leg for order in orders.values() for leg in copies_of(order, placement)]
+        for phase, legs in (("fetch", fetches), ("replicate", copies)):
+            on_all_ranks(self._fabric, partial(self._move, mover, legs_at(rank, legs)))
             self._phases.done(phase)
-        return Fetched(arenas=arenas, leftovers=leftovers, mover=mover)
+        return Fetched(
+            arenas=arenas,
+            leftovers=leftovers,
+            order=orders[rank],
+            captured_at=captured_at(findings.shared, plan.iteration),
+            mover=mover,
+        )
 
     def commit(self, fetched: Fetched) -> None:
         """T is loaded on every rank: write the new epoch everywhere before any rank trains on."""
@@ -178,18 +327,47 @@ class Startup:
             arena.remove()
         self._phases.done("epoch")
 
-    def _move(self, mover: Mover, transfers: Sequence[Transfer]) -> None:
-        mover.make_room(transfers)
+    def _tell(self, order: Order, findings: Findings) -> dict[int, Order]:
+        """This rank's order to its holders and the keepers of its arenas; the orders that concern it, its own too."""
+        rank, placement, keepers = self._fabric.rank, findings.placement, findings.keepers
+        concerned = {*placement.holders[rank], *keepers[rank].values()} - {rank}
+        kept = {report.owner for report in findings.reports if not report.problem}
+        owners = {*placement.owners_held_by(rank), *kept} - {rank}
+        data = order.to_bytes()
+        told = swap(self._fabric.channel, dict.fromkeys(concerned, data), owners)
+        return {rank: order, **{owner: Order.from_bytes(owner, table) for owner, table in told.items()}}
+
+    def _tell_specs(self, placement: Placement, keepers: Keepers) -> dict[int, ArenaSpec]:
+        """The specifications of the arenas that are missing here. Others are told that lack this rank's."""
+        rank = self._fabric.rank
+
+        def is_missing(owner: int, holder: int) -> bool:
+            return placement.node_of[holder] not in keepers.get(owner, {})
+
+        told = swap(
+            self._fabric.channel,
+            dict.fromkeys((h for h in placement.holders[rank] if is_missing(rank, h)), self._spec.to_json()),
+            [owner for owner in placement.owners_held_by(rank) if is_missing(owner, rank)],
+        )
+        return {rank: self._spec, **{owner: ArenaSpec.from_json(data) for owner, data in told.items()}}
+
+    def _move(self, mover: Mover, legs: Sequence[Leg]) -> None:
+        mover.make_room(legs)
         self._probe("fetch", -1)
-        mover.move(transfers)
+        mover.move(legs)
+
+    # -- begin ------------------------------------------------------------------------------------------
 
     def begin(self, findings: Findings) -> OpenArenas:
         """New, empty arenas, of a new lineage, for state that was initialised or loaded from disk."""
-        on_all_ranks(self._fabric, lambda: self._clear_node(findings.placement))
-        newest = max((r.lineage for r in findings.reports), default=0)  # a clock may have been ahead then
-        lineage = max(*self._fabric.gather(self._clock.unix_ns()), newest + 1)
+        placement = findings.placement
+        on_all_ranks(self._fabric, lambda: self._clear_node(placement))
+        newest = findings.summary.newest
+        before = newest.lineage if newest is not None else 0  # a clock may have been ahead then
+        lineage = self._fabric.reduce(max(self._clock.unix_ns(), before + 1), max)
+        specs = self._tell_specs(placement, {})
         page = Page(lineage=lineage)
-        arenas, _ = on_all_ranks(self._fabric, lambda: self._open(replace(findings, reports=()), page))
+        arenas, _ = on_all_ranks(self._fabric, lambda: self._open(placement, specs, set(), page))
         return arenas
 
     def close(self) -> None:
@@ -209,51 +387,59 @@ class Startup:
             for name in self._node.arenas():
                 self._node.clear_arena(name)
 
-    def _open(self, findings: Findings, page: Page) -> tuple[OpenArenas, dict[int, Arena]]:
-        """Open the arenas that the survey found sound and make missing ones; leftovers are only read from."""
-        rank, placement = self._fabric.rank, findings.placement
-        node = placement.node_of[rank]
-        sound = {r.owner for r in findings.reports if r.node == node and not r.problem}
+    def _open(
+        self, placement: Placement, specs: Mapping[int, ArenaSpec], kept: set[int], page: Page
+    ) -> tuple[OpenArenas, dict[int, Arena]]:
+        """Open the arenas of the owners ``kept`` and make those that are missing; leftovers are only read from."""
+        rank = self._fabric.rank
 
         def take(owner: int) -> Arena:
             name = arena_name(owner)
-            if owner in sound:
+            if owner in kept:
                 return self._opened.take(name)
             self._opened.close(name)
-            return self._node.create_arena(name, findings.specs[owner], page)
+            return self._node.create_arena(name, specs[owner], page)
 
-        if rank not in sound:
+        if rank not in kept:
             self._pinning.drop()
         own = take(rank)
         self._pin(own)
         held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
-        retentions = {owner: self._retention(findings.specs[owner]) for owner in (rank, *held)}
-        arenas = OpenArenas(own=own, held=held, retentions=retentions)
-        wanted = {owner for owner in sound if custodian(owner, node, placement) == rank} - {rank, *held}
-        leftovers = {owner: self._opened.take(arena_name(owner)) for owner in wanted}
+        arenas = OpenArenas(own=own, held=held, retention=self._retention(self._spec))
+        leftovers = {owner: self._opened.take(arena_name(owner)) for owner in kept - {rank, *held}}
         self._opened.close_all()
-        self._remove_damaged(findings.reports, placement, node)
         return arenas, leftovers
 
-    def _remove_damaged(self, reports: Sequence[ArenaReport], placement: Placement, node: int) -> None:
+    def _remove_damaged(self, findings: Findings) -> None:
         """Remove arenas that do not verify at all, except names in use here: their ranks make those anew."""
-        ours = {arena_name(o) for r in placement.ranks_on(node) for o in (r, *placement.owners_held_by(r))}
-        for report in reports:
+        placement = findings.placement
+        here = placement.ranks_on(placement.node_of[self._fabric.rank])
+        ours = {arena_name(o) for r in here for o in (r, *placement.owners_held_by(r))}
+        for report in findings.reports:
             name = report.path.rpartition("/")[2]
-            if report.problem and report.node == node and name not in ours:
+            if report.problem and name not in ours:
                 self._node.clear_arena(name)
 
 
-def _require_one_run(settings: Sequence[Mapping[str, Any]], specs: Sequence[ArenaSpec]) -> None:
-    """Ranks that replicate at other iterations, to other holders or in other slices would wait for each other."""
-    sides = [{**s, **asdict(spec.identity)} for s, spec in zip(settings, specs, strict=True)]
-    first = sides[0]
-    for rank, other in enumerate(sides):
-        differing = [k for k in first if k not in ("owner", "layout") and first[k] != other[k]]
-        if differing:
-            raise shared(
-                ConfigError(
-                    f"ranks 0 and {rank} were started differently: {differing[0]} is {first[differing[0]]!r} on one "
-                    f"and {other[differing[0]]!r} on the other; give all ranks the same settings"
-                )
-            )
+def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings of neighbouring ranks to one document: the first rank's, and of the first rank that differs from it."""
+    other = mine["other"]
+    if other is None:
+        other = theirs["first"] if theirs["first"]["settings"] != mine["first"]["settings"] else theirs["other"]
+    return {**mine, "other": other, "attempt": max(mine["attempt"], theirs["attempt"])}
+
+
+def _both_summaries(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return Summary.from_json(mine).followed_by(Summary.from_json(theirs)).to_json()
+
+
+def _both_reaches(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return Reach.from_json(mine).followed_by(Reach.from_json(theirs)).to_json()
+
+
+def _earlier_first(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return {**theirs, **mine}
+
+
+def _same(mine: str, theirs: str) -> str:
+    return mine if mine == theirs else ""

@@ -14,13 +14,13 @@ from megatron_moetion.arrays import Flags
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
 from megatron_moetion.recover.opened import Opened
 from megatron_moetion.recover.plan import custodian
-from megatron_moetion.recover.report import ArenaReport
+from megatron_moetion.recover.report import ArenaReport, History
 from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.snapshot.digest import gather_digests, num_chunks_of, verify
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
-from megatron_moetion.store.spec import ArenaSpec, arena_name, check_identity
+from megatron_moetion.store.spec import ArenaIdentity, ArenaShape, arena_name, check_identity
 
 
 def share_of(rank: int, names: Sequence[str], node: int, placement: Placement) -> list[str]:
@@ -36,16 +36,17 @@ def share_of(rank: int, names: Sequence[str], node: int, placement: Placement) -
 
 
 def survey_store(
-    opened: Opened, names: Sequence[str], node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+    opened: Opened, names: Sequence[str], ours: ArenaIdentity, shapes: Sequence[ArenaShape], pool: HostPool
 ) -> list[ArenaReport]:
-    """Verify the arenas of these names, on node number ``node``; those without a problem stay open.
+    """Verify the arenas of these names; those without a problem stay open.
 
-    ``specs[r]`` is what rank r's arena must match, and ``rank`` is the surveying rank. Arenas of other settings that
-    never held anything are left over from a start that failed: they are passed over.
+    ``ours`` is the surveying rank's identity, ``shapes[r]`` what rank r's arena must match. Arenas of other settings
+    that never held anything are left over from a start that failed: they are passed over, and so is an arena under
+    another rank's name, which nobody would find again.
     """
     reports = []
     for name in names:
-        report = _report(opened, name, node, rank, specs, pool)
+        report = _report(opened, name, ours, shapes, pool)
         if report is None or report.problem:
             opened.close(name)
         if report is not None:
@@ -54,35 +55,33 @@ def survey_store(
 
 
 def _report(
-    opened: Opened, name: str, node: int, rank: int, specs: Sequence[ArenaSpec], pool: HostPool
+    opened: Opened, name: str, ours: ArenaIdentity, shapes: Sequence[ArenaShape], pool: HostPool
 ) -> ArenaReport | None:
     path = opened.node.describe(name)
     try:
         arena = opened.open(name)
     except IdentityMismatch as error:
-        return ArenaReport(path=path, node=node, problem=str(error), foreign=True)
+        return ArenaReport(path=path, problem=str(error), foreign=True)
     except (CorruptArena, OSError) as error:
-        return ArenaReport(path=path, node=node, problem=str(error))
+        return ArenaReport(path=path, problem=str(error))
     try:
         owner = arena.spec.identity.owner
-        check_identity(arena.spec, specs[owner if owner < len(specs) else rank], path)
+        check_identity(arena.spec, ours, shapes[owner] if owner < len(shapes) else None, path)
+        if name != arena_name(owner):
+            return None
         page = arena.page
         sound = page.records.where(intact(arena, page.records, pool))
         return ArenaReport(
             path=path,
-            node=node,
             owner=owner,
-            epoch=page.epoch,
-            stable=page.stable,
-            lineage=page.lineage,
-            branches=page.branches,
-            captures=tuple(sound),
+            history=History.of(page),
+            records=sound,
             damaged=len(page.records) - len(sound),
         )
     except IdentityMismatch as error:
         if arena.page.stable < 0 and not arena.page.records:
             return None
-        return ArenaReport(path=path, node=node, problem=str(error), foreign=True)
+        return ArenaReport(path=path, problem=str(error), foreign=True)
 
 
 def intact(arena: Arena, records: Records, pool: HostPool) -> Flags:

@@ -76,6 +76,10 @@ class Agreement:
         """All results that have arrived since the last call, in order. Does not wait."""
         return [self._learn(result) for result in self._reducer.results()]
 
+    def wait(self, timeout_s: float) -> bool:
+        """Return once the results of all rounds so far have come, or after the timeout; whether they have."""
+        return self._number < 0 or self._reducer.wait(self._number, timeout_s)
+
     def start(
         self,
         iteration: int,

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from megatron_moetion.arrays import Bytes
+from megatron_moetion.observe.notes import Note as Note
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -56,7 +57,7 @@ class Connection(Protocol):
     def receive(self, parts: Sequence[Bytes], timeout_s: float | None = None) -> None:
         """Fill the parts, one behind the other. ``ChannelError`` where the peer is lost or nothing arrives in time.
 
-        ``timeout_s``: until the first byte; None: as long as for every other wait.
+        ``timeout_s``: for each wait without a byte, since a sender's gate may make pauses; None: as for every other.
         """
         ...
 
@@ -94,16 +95,6 @@ class Channel(Protocol):
         after which the channel must not be used again. Bytes in flight are bounded.
         """
         ...
-
-
-@dataclass(frozen=True, kw_only=True)
-class Note:
-    """Something that ranks have to say, once a job: how many say it, and the text of the lowest one."""
-
-    ranks: int
-    rank: int
-    iteration: int
-    text: str
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,13 +5,15 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from megatron_moetion import errors
 from megatron_moetion.errors import ChannelError, MoetionError, shared
 from megatron_moetion.replicate.channel import Fabric
 
 T = TypeVar("T")
+_TEXT_MAX = 4000
+"""Characters of an error that others hear."""
 
 
 def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
@@ -21,7 +23,7 @@ def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
     everywhere; an error that is not ours is raised as it is where it arose, and as a ``MoetionError`` elsewhere.
     """
     problem: Exception | None = None
-    note: dict[str, str] = {}
+    mine: dict[str, Any] | None = None
     try:
         result = action()
     except ChannelError:
@@ -29,18 +31,26 @@ def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
     except Exception as error:  # whatever it is, the others hear of it before it goes on
         problem = error
         ours = isinstance(error, MoetionError)
-        note = {
-            "kind": type(error).__name__ if ours else MoetionError.__name__,
-            "text": str(error) if ours else f"{type(error).__name__}: {error}",
+        text = str(error) if ours else f"{type(error).__name__}: {error}"
+        mine = {
+            "rank": fabric.rank,
             "host": socket.gethostname(),
+            "kind": type(error).__name__ if ours else MoetionError.__name__,
+            "text": text[:_TEXT_MAX],
+            "ranks": 1,
         }
-    notes = fabric.gather(note)
-    failed = [rank for rank, found in enumerate(notes) if found]
-    if not failed:
+    first = fabric.reduce(mine, _first)
+    if first is None:
         return result
     if problem is not None and not isinstance(problem, MoetionError):
         raise problem
-    first = notes[failed[0]]
-    others = f" (and {len(failed) - 1} more ranks failed)" if len(failed) > 1 else ""
+    others = f" (and {first['ranks'] - 1} more ranks failed)" if first["ranks"] > 1 else ""
     kind: type[MoetionError] = getattr(errors, first["kind"])
-    raise shared(kind(f"rank {failed[0]} on {first['host']}: {first['text']}{others}")) from problem
+    raise shared(kind(f"rank {first['rank']} on {first['host']}: {first['text']}{others}")) from problem
+
+
+def _first(lower: dict[str, Any] | None, higher: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Of the failures of two sets of ranks: that of the lowest rank, and how many ranks have failed."""
+    if lower is None or higher is None:
+        return lower or higher
+    return {**lower, "ranks": lower["ranks"] + higher["ranks"]}

@@ -1,28 +1,27 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Snapshots on their way: packed by one thread, replicated by another, each iteration in its order.
+"""Snapshots on their way: packed by one thread, replicated by others, each iteration in its order.
 
 The main thread only begins a snapshot and, before the optimizer steps, makes sure that live state is read before it
-is written. A snapshot that finds no free slot, is late, or is not accepted by a buddy is dropped and counted;
-its replication round still takes place, empty, so that all ranks stay in step.
+is written. A snapshot that finds no free slot or is late is dropped and counted. One that is committed is replicated as
+soon as its holders can be reached, while its captures stand in the arena.
 """
 
 from __future__ import annotations
 
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import dataclass, field
 
 from megatron_moetion.clock import Clock
-from megatron_moetion.errors import ChannelError, DeviceFault
+from megatron_moetion.errors import DeviceFault
 from megatron_moetion.replicate.agreement import WINDOW
-from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.replicate.replication import HolderState, Replication
 from megatron_moetion.replicate.worker import Threads
 from megatron_moetion.snapshot.capture import Captured, Capturer, Contents, SnapshotPace
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
@@ -38,7 +37,8 @@ class SnapshotCounts:
     dropped: Counter[str] = field(default_factory=Counter)
     """By reason: ``no-slot``, ``late``, ``moved``, ``missed`` (a step), ``freeze`` (host state or device), ``device``,
     ``budget`` (made rarer to fit the links), ``gap`` (on purpose: only that ends a chain that has grown too long),
-    ``refused`` (a buddy had no room), ``channel``."""
+    ``agreement`` (ranks do not yet know what to choose), ``unhealthy`` (loss or gradients are not what they should be).
+    """
     left_out: Counter[str] = field(default_factory=Counter)
     """Captures that snapshots can do without, by reason: ``no-slot``, ``late``."""
     zero_bytes: int = 0
@@ -51,7 +51,7 @@ class SnapshotCounts:
 
 @dataclass(frozen=True, kw_only=True)
 class Skip:
-    """There is no snapshot of an iteration on this rank; its round takes place, empty."""
+    """There is no snapshot of an iteration on this rank."""
 
     reason: str
     """One of those of ``SnapshotCounts.dropped``."""
@@ -60,7 +60,10 @@ class Skip:
 
 
 class Pipeline:
-    """Owns the two threads. ``replicator`` is None where no replicas are kept. ``Capturer`` has the other arguments."""
+    """Owns the packing thread and takes over ``replication``, which is None where no replicas are kept.
+
+    ``Capturer`` has the other arguments.
+    """
 
     def __init__(
         self,
@@ -68,7 +71,7 @@ class Pipeline:
         packer: Packer,
         inventory: Inventory,
         arenas: OpenArenas,
-        replicator: Replicator | None,
+        replication: Replication | None,
         epoch: int,
         probe: Callable[[str, int], None],
         packed: Callable[[float, float, int], None],
@@ -79,7 +82,7 @@ class Pipeline:
         self._packer = packer
         self._inventory = inventory
         self._arenas = arenas
-        self._replicator = replicator
+        self._replication = replication
         self._clock = clock
         self._threads = threads
         self._pace = pace
@@ -87,12 +90,12 @@ class Pipeline:
             packer=packer, arena=arenas.own, epoch=epoch, probe=probe, packed=packed, pace=pace, clock=clock
         )
         self._packing = threads.worker("moetion-pack")
-        self._sending = threads.worker("moetion-send")
         self._pack: Future[None] | None = None
-        self._sends: list[Future[None]] = []
         self._lock = threading.Lock()
-        self._rounds: dict[int, float | None] = {}
-        """When the snapshots of recent iterations became whole; None: they never will."""
+        self._dropped: set[int] = set()
+        """Recent iterations of which there is no snapshot here."""
+        self._alone: dict[int, float] = {}
+        """Recent iterations that are whole here, and since when, where no replicas are kept."""
         self._live_is_read = threads.event()
         self._is_released = threads.event()
         self._is_released.set()
@@ -102,8 +105,6 @@ class Pipeline:
         self.counts = SnapshotCounts()
         self.details: dict[str, str] = {}
         """More about a reason for which snapshots are dropped, for a person."""
-        self.broken: str | None = None
-        """Why nothing is replicated any more; None while all is well."""
 
     def submit(self, iteration: int, contents: Contents | Skip, release: Settled | None = None) -> None:
         """Begin to capture units as they are now; live state is read before ``finish_packing`` returns.
@@ -155,66 +156,95 @@ class Pipeline:
     @property
     def ended(self) -> str | None:
         """Why no snapshot of this rank will be whole any more; None while all is well."""
-        return self.broken or self.details.get("device") or self._packer.fault
+        return self.details.get("device") or self._packer.fault
 
     def wait_until_released(self) -> None:
         """Return once arenas have released the captures that the last ``submit`` named, which is done first."""
         self._is_released.wait()
 
     def catch_up(self, max_stall_s: float) -> None:
-        """Wait until all snapshots are replicated, at most this long.
+        """Wait while a holder that can be reached lacks two snapshots or more, at most this long.
 
         For mode ``exact``, where a dropped snapshot breaks every chain. Call it after ``finish``. The time is added to
         ``counts``.
         """
+        if self._replication is None:
+            return
         began = self._clock.monotonic()
-        self._threads.wait(self._sends, max_stall_s)
+        self._replication.catch_up(max_stall_s)
         self.counts.waited_s += self._clock.monotonic() - began
 
     def drain(self) -> None:
-        """Wait until everything begun is packed and replicated or dropped. Bounded by the channel's time limits."""
+        """Wait until everything begun is packed, and replicated or dropped. See ``Replication.drain``."""
         self.finish()
-        for send in self._sends:
-            send.result()
-        self._sends.clear()
+        if self._replication is not None:
+            self._replication.drain()
 
     @property
     def whole(self) -> frozenset[int]:
-        """Recent iterations that are whole here and on all replicas."""
-        return frozenset(i for i, whole in self.rounds.items() if whole)
+        """Recent iterations that are whole here and on all active holders."""
+        return frozenset(self.whole_since)
 
     @property
     def rounds(self) -> dict[int, bool]:
-        """Recent iterations whose fate is known here: whether they are whole here and on all replicas."""
+        """Recent iterations whose fate is known here: whether they are whole here and on all active holders."""
+        whole = self.whole_since
         with self._lock:
-            return {i: moment_s is not None for i, moment_s in self._rounds.items()}
+            return dict.fromkeys(self._dropped, False) | dict.fromkeys(whole, True)
 
     @property
-    def whole_since(self) -> dict[int, float]:
-        """Recent iterations that are whole here and on all replicas, and since when (monotonic clock, seconds)."""
+    def whole_since(self) -> Mapping[int, float]:
+        """Recent iterations that are whole here and on all holders, and since when (monotonic clock, seconds)."""
+        if self._replication is not None:
+            return self._replication.whole
         with self._lock:
-            return {i: moment_s for i, moment_s in self._rounds.items() if moment_s is not None}
+            return dict(self._alone)
+
+    def redundancy(self, iteration: int) -> int:
+        """Losses of nodes that this iteration survives, as far as is known; see ``Replication.redundancy``."""
+        return 0 if self._replication is None else self._replication.redundancy(iteration)
+
+    @property
+    def pending(self) -> int:
+        """Recent snapshots that are committed here and that some active holder lacks."""
+        return 0 if self._replication is None else self._replication.pending
+
+    def holders(self) -> tuple[HolderState, ...]:
+        """See ``Replication.states``."""
+        return () if self._replication is None else self._replication.states()
+
+    def remarks(self) -> list[tuple[str, str]]:
+        """What has changed around the holders since the last call: a kind and a text each."""
+        return [] if self._replication is None else self._replication.remarks()
+
+    def quiet(self) -> AbstractContextManager[bool]:
+        """While it is entered, after ``drain``, no thread writes to the arenas. False: one still may."""
+        return nullcontext(True) if self._replication is None else self._replication.quiet()
 
     def close(self) -> None:
-        """Stop both threads after the calls under way."""
+        """Stop all threads after the calls under way."""
         self._packer.cancel()
         self._pace.hurry()
         self._packing.close()
-        self._sending.close()
+        if self._replication is not None:
+            self._replication.close()
 
     def abandon(self, wait_s: float) -> bool:
-        """Stop both threads without waiting for peers; ``wait_s`` is for what is under way. Whether all of it was done.
+        """Stop all threads without waiting for peers; ``wait_s`` is for what is under way. Whether all of it was done.
 
-        Afterwards nothing may be expected of the packer, the arenas or the channel.
+        Afterwards nothing may be expected of the packer or the arenas.
         """
         until = self._clock.monotonic() + wait_s
         pack = [self._pack] if self._pack is not None else []
         self._pace.hurry()
-        is_packed = self._threads.wait(pack, wait_s)  # a snapshot's replication is submitted when it is packed
-        is_done = is_packed and self._threads.wait(self._sends, max(0.0, until - self._clock.monotonic()))
+        is_done = self._threads.wait(pack, wait_s)
+        if self._replication is not None:
+            left_s = max(0.0, until - self._clock.monotonic())
+            is_done = is_done and self._replication.wait(left_s)
         self._packer.cancel()
         self._packing.abandon()
-        self._sending.abandon()
+        if self._replication is not None:
+            self._replication.abandon()
         return is_done
 
     def _capture(self, iteration: int, contents: Contents | None, release: Settled | None) -> None:
@@ -228,18 +258,11 @@ class Pipeline:
             else:
                 with suppress(DeviceFault):  # so that the host is never an iteration ahead; ``freeze`` meets the fault
                     self._packer.settle()
-            records = self._outcome.records
         finally:
             self._is_released.set()
             self._is_settled.set()
             self._release_live()
-        for send in self._sends:
-            if send.done():
-                send.result()  # faults are handled where they happen; an error here is a bug, and must show
-        self._sends = [s for s in self._sends if not s.done()]
-        if len(self._sends) >= WINDOW and not self.broken:
-            self.broken = f"{len(self._sends)} snapshots wait to be replicated"
-        self._sends.append(self._sending.submit(self._replicate, iteration, records))
+        self._mark(iteration, self._outcome.is_there)
 
     def _release_live(self) -> None:
         with self._lock:  # a cancellation is for the reading of live state, and for nothing after it
@@ -258,33 +281,18 @@ class Pipeline:
             self.counts.zero_bytes += sum(self._inventory.units[u].nbytes for u in captured.zero)
             self.counts.bytes_committed += int(captured.records.table["nbytes"].sum())
 
-    def _replicate(self, iteration: int, records: Records) -> None:
-        if self.broken:
-            self._drop("channel", records)
-            return
-        if self._replicator is None:
-            self._mark(iteration, bool(records))
-            return
-        try:
-            whole = self._replicator.replicate(iteration, records)
-        except ChannelError as error:
-            self.broken = str(error)
-            self._drop("channel", records)
-            return
-        if not whole:
-            self._drop("refused", records)
-        self._mark(iteration, whole)
-
-    def _drop(self, reason: str, records: Records) -> None:
-        if records:  # else it was dropped before, for another reason
-            self._count(reason)
-
     def _count(self, reason: str) -> None:
         with self._lock:
             self.counts.dropped[reason] += 1
 
-    def _mark(self, iteration: int, whole: bool) -> None:
+    def _mark(self, iteration: int, is_there: bool) -> None:
+        """The snapshot is committed, or there is none."""
         with self._lock:
-            self._rounds[iteration] = self._clock.monotonic() if whole else None
-            while len(self._rounds) > WINDOW:
-                del self._rounds[min(self._rounds)]
+            if not is_there:
+                self._dropped.add(iteration)
+            elif self._replication is None:
+                self._alone[iteration] = self._clock.monotonic()
+            self._dropped = set(sorted(self._dropped)[-WINDOW:])
+            self._alone = dict(sorted(self._alone.items())[-WINDOW:])
+        if self._replication is not None:
+            self._replication.offer(iteration, is_there=is_there)

@@ -9,8 +9,10 @@ and shows that it maximises the odds of surviving simultaneous losses.)
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 from megatron_moetion.errors import ConfigError
 
@@ -29,15 +31,23 @@ class Placement:
     @property
     def num_nodes(self) -> int:
         """Nodes of the run."""
-        return len(set(self.node_of))
+        return len(self._ranks)
 
     def ranks_on(self, node: int) -> tuple[int, ...]:
         """Ranks of one node, in order."""
-        return tuple(r for r, n in enumerate(self.node_of) if n == node)
+        return self._ranks[node]
 
     def owners_held_by(self, rank: int) -> tuple[int, ...]:
         """Ranks whose replicas this rank holds."""
-        return tuple(owner for owner, holders in enumerate(self.holders) if rank in holders)
+        return self._owners.get(rank, ())
+
+    @cached_property
+    def _ranks(self) -> Mapping[int, tuple[int, ...]]:
+        return _by_value((node, rank) for rank, node in enumerate(self.node_of))
+
+    @cached_property
+    def _owners(self) -> Mapping[int, tuple[int, ...]]:
+        return _by_value((holder, owner) for owner, holders in enumerate(self.holders) for holder in holders)
 
 
 def place(node_keys: Sequence[str], replicas: int) -> Placement:
@@ -45,8 +55,8 @@ def place(node_keys: Sequence[str], replicas: int) -> Placement:
     order = {key: number for number, key in enumerate(dict.fromkeys(node_keys))}
     node_of = tuple(order[key] for key in node_keys)
     num_nodes = len(order)
-    members = [tuple(r for r, n in enumerate(node_of) if n == node) for node in range(num_nodes)]
-    sizes = {len(m) for m in members}
+    members = _by_value((node, rank) for rank, node in enumerate(node_of))
+    sizes = {len(m) for m in members.values()}
     if len(sizes) != 1:
         listed = ", ".join(f"{key}: {len(members[n])}" for key, n in order.items())
         raise ConfigError(f"nodes must run equally many ranks; they run {listed}")
@@ -65,6 +75,14 @@ def place(node_keys: Sequence[str], replicas: int) -> Placement:
                     members[group[(position + step) % len(group)]][local] for step in range(1, replicas + 1)
                 )
     return Placement(node_of=node_of, holders=tuple(holders), groups=groups)
+
+
+def _by_value(pairs: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
+    """For each first number of a pair the second ones, in order."""
+    found: dict[int, list[int]] = defaultdict(list)
+    for first, second in pairs:
+        found[first].append(second)
+    return {first: tuple(seconds) for first, seconds in found.items()}
 
 
 def _groups(num_nodes: int, replicas: int) -> tuple[tuple[int, ...], ...]:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Watches the distance to the stable iteration: logs it as it grows, and ends a run that is unprotected for good."""
+"""Watches the distance to the stable iteration: logs it as it grows, and ends a run that is unprotected for good.
+
+Replication comes back by itself. What ends snapshots for good is a device that has failed, on its rank alone.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +12,7 @@ from megatron_moetion.errors import ProtectionLost
 from megatron_moetion.observe.journal import Journal
 
 USUAL_LIMIT = 20
-"""Iterations. Replication does not repair itself, so waiting longer only makes the restart lose more."""
+"""Iterations. A device that has failed stays so; waiting longer only makes the restart lose more."""
 _FIRST = 4
 """Iterations behind at which it is said for the second time; then each time the distance has doubled."""
 _QUIET_LAG = 64
@@ -59,7 +62,7 @@ class Distance:
 
 
 class Protection:
-    """Watches the distance on one rank. ``started``: the stable iteration that this attempt began with."""
+    """Watches the steps of one rank. ``started``: the stable iteration that this attempt began with."""
 
     def __init__(
         self, *, journal: Journal, rank: int, attempt: int, started: int, interval: int, distance: Distance
@@ -70,12 +73,30 @@ class Protection:
         self._started = started
         self._distance = distance
         self._said = self._quiet = _QUIET_LAG * interval
+        self.steps = 0
+        """Steps that have ended in this attempt. Other threads may read it."""
+        self.iteration = started
+        """The last one."""
+        self.unhealthy = 0
+        """Iterations that this rank's training did not call healthy."""
+
+    def note_unhealthy(self, iteration: int) -> None:
+        """Count an iteration whose loss or gradients are not what they should be; the first one is said."""
+        self.unhealthy += 1
+        self._journal.warn_once(
+            "unhealthy",
+            iteration,
+            f"the loss or the gradients of this iteration are not healthy: neither it nor iteration {iteration - 1}, "
+            f"from which they come, becomes stable; moetion/unhealthy-iterations counts them",
+        )
 
     def watch(self, iteration: int, stable: int, broken: str | None) -> None:
         """Say how far ``stable`` is behind. ``broken``: why it will never move again, None while it can.
 
         ``ProtectionLost`` where it is broken, ``max_unprotected_iterations`` have passed and a restart would help.
         """
+        self.steps += 1
+        self.iteration = iteration
         behind = iteration - stable
         if broken is None:
             self._watch_lag(iteration, stable, behind)
@@ -98,5 +119,5 @@ class Protection:
             self._journal.warn(
                 iteration,
                 f"iteration {stable} stays, {behind} iterations back: some rank's snapshots are dropped or "
-                f"do not reach their replicas; its lines say why",
+                f"do not reach their replicas; the lines before say why",
             )

@@ -13,12 +13,13 @@ from megatron_moetion.framework import StateAdapter
 from megatron_moetion.modes.mode import SnapshotMode
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.pinning import Pinning
-from megatron_moetion.replicate.agreement import Agreement
+from megatron_moetion.replicate.agreement import Agreement, combine_words
 from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.holder import Holder
 from megatron_moetion.replicate.pipeline import Pipeline
 from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.replicate.protection import Distance, Protection, limit_of
-from megatron_moetion.replicate.replicator import Replicator
+from megatron_moetion.replicate.replication import Replication
 from megatron_moetion.replicate.witness import Witness
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.summary import Summary
@@ -64,7 +65,10 @@ class Running:
     """Iterations between snapshots."""
     replicas: int
     max_stall_s: float
+    timeout_s: float
     undo: ExitStack
+    leaving: ExitStack
+    """Stops the threads without waiting for other ranks."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -125,21 +129,11 @@ class Prepared:
     def begin(self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int) -> Running:
         """Start the threads of a run whose stable iteration is ``iteration``; takes over ``arenas``."""
         config, rank = self.config, self.fabric.rank
-        replicator = Replicator(
-            channel=self.fabric.channel,
-            own=arenas.own,
-            holders=placement.holders[rank],
-            held=arenas.held,
-            pool=self.pool,
-            epoch=epoch,
-            probe=self.probe,
-            pacing=self.scheduler,
-        )
         pipeline = Pipeline(
             packer=self.packer,
             inventory=self.mode.inventory,
             arenas=arenas,
-            replicator=replicator if config.replicas else None,
+            replication=self._replication(arenas, placement) if config.replicas else None,
             epoch=epoch,
             probe=self.probe,
             packed=self.scheduler.packed,
@@ -147,6 +141,7 @@ class Prepared:
             clock=self.host.clock,
             threads=self.host.threads,
         )
+        reducer = self.fabric.reducer("agreement", range(self.fabric.world_size), combine_words)
         for close in (arenas.close, self.packer.close, pipeline.close):
             self.undo.callback(close)
         self.leaving.callback(pipeline.abandon, 0.0)
@@ -182,7 +177,7 @@ class Prepared:
             packer=self.packer,
             arenas=arenas,
             pipeline=pipeline,
-            agreement=Agreement(self.fabric, iteration),
+            agreement=Agreement(reducer, iteration),
             protection=protection,
             upkeep=upkeep,
             summary=summary,
@@ -192,5 +187,32 @@ class Prepared:
             interval=config.interval,
             replicas=config.replicas,
             max_stall_s=config.max_stall_ms / 1000,
+            timeout_s=config.timeout_s,
             undo=self.undo,
+            leaving=self.leaving,
+        )
+
+    def _replication(self, arenas: OpenArenas, placement: Placement) -> Replication:
+        """This rank's links to its holders, and what serves those that it is a holder of."""
+        holder = Holder(
+            mesh=self.fabric.mesh,
+            arenas=arenas,
+            node=self.node,
+            pool=self.pool,
+            probe=self.probe,
+            timeout_s=self.config.timeout_s,
+        )
+        return Replication(
+            mesh=self.fabric.mesh,
+            own=arenas.own,
+            holder=holder,
+            placement=placement,
+            pool=self.pool,
+            probe=self.probe,
+            pacing=self.scheduler,
+            patience=self.config.holder_patience,
+            timeout_s=self.config.timeout_s,
+            clock=self.host.clock,
+            threads=self.host.threads,
+            timing=self.host.links,
         )

@@ -5,17 +5,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from operator import and_
 from typing import Any
 
+from megatron_moetion.config import flag_of
 from megatron_moetion.errors import NothingRecoverable, StoreError, shared
+from megatron_moetion.modes.mode import Losses
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.disk import Disk, load_from_disk, newest_on_disk
-from megatron_moetion.recover.plan import RecoveryPlan
+from megatron_moetion.recover.exchange import Meeting, add
+from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
 from megatron_moetion.recover.restore import verified
 from megatron_moetion.recover.startup import Fetched, Findings, Startup
+from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.pipeline import SnapshotCounts
 from megatron_moetion.replicate.witness import Past
+from megatron_moetion.run.health import ended_before, watch
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.select.book import share_lost
 from megatron_moetion.snapshot.host_state import decode
@@ -36,6 +42,41 @@ class Resumed:
     plt: float
     replayed_steps: int
     """Optimizer steps of this rank that were replayed; 0 except in mode ``exact``."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Total:
+    """The cost of a recovery, over all ranks."""
+
+    lost: Mapping[str, int]
+    """Tokens by expert."""
+    layers: Mapping[str, Sequence[int]]
+    """By layer: tokens lost to all faults so far, and tokens routed."""
+    local: int
+    """Captures that were read on their owners' nodes."""
+    fetched: int
+    """Captures that came from others."""
+
+    @classmethod
+    def of(cls, fabric: Fabric, losses: Losses, local: int, fetched: int) -> Total:
+        """From this rank's part. Collective."""
+        layers = {layer: list(tokens) for layer, tokens in losses.layers.items()}
+        mine = cls(lost=dict(losses.by_expert), layers=layers, local=local, fetched=fetched)
+        return cls(**fabric.reduce(asdict(mine), _added))
+
+
+def _added(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    lost, layers = dict(mine["lost"]), dict(mine["layers"])
+    for name, tokens in theirs["lost"].items():
+        lost[name] = lost.get(name, 0) + tokens
+    for name, tokens in theirs["layers"].items():
+        layers[name] = add(layers.get(name, (0, 0)), tokens)
+    local, fetched = (mine[key] + theirs[key] for key in ("local", "fetched"))
+    return {"lost": lost, "layers": layers, "local": local, "fetched": fetched}
+
+
+def _first(mine: Any, theirs: Any) -> Any:
+    return mine
 
 
 class Starter:
@@ -62,6 +103,7 @@ class Starter:
             pool=self._run.pool,
             pinning=self._run.pinning,
             choose=self._run.mode.choose,
+            shared=self._run.mode.shared,
             retention=self._run.mode.retention,
             phases=phases,
             probe=self._run.probe,
@@ -74,16 +116,49 @@ class Starter:
         if self._run.fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
             self._run.witness.note_baseline()  # before a fault of this attempt can destroy it
         newest = newest_on_disk(self._run.fabric, disk, plan)
-        loaded = load_from_disk(self._run.fabric, disk, plan, newest, self._run.journal)
+        source = self._without_fruitless(plan)
+        in_memory = source.iteration if source is not None else None
+        loaded = load_from_disk(self._run.fabric, disk, in_memory, newest, self._run.journal)
+        if source is None and isinstance(plan, RecoveryPlan) and loaded is None:
+            raise self._no_way_on(plan)
         resumed = None
-        if isinstance(plan, RecoveryPlan) and (loaded is None or loaded <= plan.iteration):
-            running, resumed = self._recover(startup, findings, plan, phases, newest)
+        if source is not None and (loaded is None or loaded <= source.iteration):
+            running, resumed = self._recover(startup, findings, source, phases, newest)
         else:
             running = self._begin(startup, findings, loaded, phases)
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
         self._announce(running, findings)
+        for stack in (self._run.undo, self._run.leaving):
+            stack.callback(self._run.journal.unshare)
+        self._run.journal.share()
+        watch(self._run, running)
         return running, resumed
+
+    def _without_fruitless(self, plan: RecoveryPlan | NoPlan) -> RecoveryPlan | None:
+        """The plan, if there is one that has not been carried out in vain too often."""
+        if not isinstance(plan, RecoveryPlan):
+            return None
+        if not 0 < self._run.config.max_fruitless_recoveries <= plan.fruitless:
+            return plan
+        if self._run.fabric.rank == 0:
+            self._run.journal.warn(
+                plan.iteration,
+                f"the run has gone on from iteration {plan.iteration}, which memory holds, {plan.fruitless} times "
+                f"without getting further: its state may be what makes training fail. The checkpoint on disk is taken "
+                f"instead, however old it is",
+            )
+        return None
+
+    def _no_way_on(self, plan: RecoveryPlan) -> NothingRecoverable:
+        return shared(
+            NothingRecoverable(
+                f"the run has gone on from iteration {plan.iteration}, which memory holds, {plan.fruitless} times "
+                f"without getting further, and there is no persistent checkpoint to fall back to (--load). "
+                f"{flag_of('moetion_max_fruitless_recoveries')} 0 tries it again. To discard what memory holds, delete "
+                f"{self._run.node.path.parent} on every node, or take another --moetion-run-id"
+            )
+        )
 
     # -- recovering -----------------------------------------------------------------------------------
 
@@ -98,32 +173,34 @@ class Starter:
         self._run.adapter.resync()
         running = self._run.begin(fetched.arenas, findings.placement, plan.iteration, plan.epoch)
         on_all_ranks(self._run.fabric, self._run.freeze)
-        mine = self._run.mode.recovered(plan, findings.specs, state, self._run.packer, self._add_up)
-        everyone = self._run.fabric.gather({"lost": mine.by_expert, "layers": mine.layers})
-        lost: dict[str, int] = {}
-        for name, tokens in (item for m in everyone for item in m["lost"].items()):
-            lost[name] = lost.get(name, 0) + tokens
-        self._run.mode.resume(plan.iteration, lost)
+        peers = self._run.adapter.expert_peers() or (self._run.fabric.rank,)
+        meeting = Meeting(self._run.fabric, "tokens of shared experts", peers, add, self._run.config.timeout_s)
+        mode, packer = self._run.mode, self._run.packer
+        mine = mode.recovered(plan.iteration, fetched.captured_at, state, packer, meeting.combine)
+        num_fetched = int((fetched.order.nodes != findings.placement.node_of[self._run.fabric.rank]).sum())
+        num_local = len(fetched.order.nodes) - num_fetched
+        total = Total.of(self._run.fabric, mine, num_local, num_fetched)
+        mode.resume(plan.iteration, total.lost)
         phases.done("resync")
-        choices = plan.choices[self._run.fabric.rank]
-        home = findings.placement.node_of[self._run.fabric.rank]
+        started_s = self._run.host.process_start()
+        hang = ended_before(self._run.fabric, self._run.node)
         resumed = Resumed(
             iteration=plan.iteration,
             epoch=plan.epoch,
-            local_units=sum(c.node == home for c in choices),
-            fetched_units=sum(c.node != home for c in choices),
-            seconds=phases.seconds,
-            lost_tokens=sum(lost.values()),
-            plt=share_lost([m["layers"] for m in everyone]),
+            local_units=num_local,
+            fetched_units=num_fetched,
+            seconds={**(hang.phases(started_s) if hang is not None else {}), **phases.seconds},
+            lost_tokens=sum(total.lost.values()),
+            plt=share_lost([total.layers]),
             replayed_steps=replayed,
         )
-        self._say_recovered(resumed, findings, plan, on_disk, lost)
+        self._say_recovered(resumed, findings, plan, on_disk, total)
         return running, resumed
 
     def _restore(self, fetched: Fetched, plan: RecoveryPlan, phases: Phases) -> tuple[int, Mapping[str, Any]]:
         """Verify every byte once more, then load it; the steps replayed, and the mode's part of the host state."""
         own = fetched.arenas.own
-        records = verified(self._run.pool, own, plan.choices[self._run.fabric.rank])
+        records = verified(self._run.pool, own, fetched.order)
         (host_unit,) = self._run.mode.inventory.of_kind(UnitKind.HOST)
         slot = next(r.slot for r in records if r.unit == host_unit)
         phases.done("verify")
@@ -136,22 +213,18 @@ class Starter:
         phases.done("restore")
         return replayed, state["session"]
 
-    def _add_up(self, counts: Sequence[int]) -> list[int]:
-        self._run.fabric.start_sum(counts)
-        return self._run.fabric.finish_sum() or []
-
     def _say_recovered(
-        self, resumed: Resumed, findings: Findings, plan: RecoveryPlan, on_disk: int, lost: Mapping[str, int]
+        self, resumed: Resumed, findings: Findings, plan: RecoveryPlan, on_disk: int, total: Total
     ) -> None:
         if self._run.fabric.rank == 0:
             spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in resumed.seconds.items())
-            units = sum(len(c) for c in plan.choices)
             disk = f" (disk holds iteration {on_disk})" if on_disk >= 0 else ""
+            again = f", recovery {plan.fruitless + 1} in a row from here" if plan.fruitless else ""
             replayed = f"{resumed.replayed_steps} optimizer steps replayed; " if resumed.replayed_steps else ""
             self._run.journal.info(
                 plan.iteration,
-                f"recovered, epoch {plan.epoch}{disk}: "
-                f"{units - len(plan.fetches)} units from their own nodes' memory, {len(plan.fetches)} from others; "
+                f"recovered, epoch {plan.epoch}{again}{disk}: "
+                f"{total.local} units from their own nodes' memory, {total.fetched} from others; "
                 f"{replayed}{resumed.lost_tokens} tokens lost, PLT {resumed.plt:.3%}; "
                 f"{spent}",
             )
@@ -159,13 +232,14 @@ class Starter:
             "recovered",
             iteration=plan.iteration,
             epoch=plan.epoch,
+            fruitless=plan.fruitless,
             phases_s=dict(resumed.seconds),
             lost_tokens=resumed.lost_tokens,
             plt=resumed.plt,
-            lost_tokens_by_expert=dict(lost),
+            lost_tokens_by_expert=dict(total.lost),
             replayed_steps=resumed.replayed_steps,
-            fetched_units=len(plan.fetches),
-            damaged=sum(r.damaged for r in findings.reports),
+            fetched_units=total.fetched,
+            damaged=findings.summary.damaged,
             process_start=self._run.host.process_start(),
         )
 
@@ -195,7 +269,7 @@ class Starter:
         on_all_ranks(self._run.fabric, self._run.freeze)
         pipeline.submit(iteration, self._run.mode.baseline(iteration, self._run.packer))
         pipeline.drain()
-        if not all(self._run.fabric.gather(iteration in pipeline.whole)):
+        if not self._run.fabric.reduce(iteration in pipeline.whole, and_):
             raise StoreError(
                 "the first snapshot could not be made whole on every rank: "
                 f"{pipeline.ended or dict(pipeline.counts.dropped)}"
@@ -203,7 +277,7 @@ class Starter:
         pipeline.counts = SnapshotCounts()  # the baseline is no steady-state snapshot
         for arena in arenas.all():
             arena.edit(lambda page: {"stable": iteration})
-        self._run.fabric.gather("baseline")
+        self._run.fabric.reduce("baseline", _first)  # nobody trains before all have it
         phases.done("baseline")
         self._run.journal.event("began", iteration=iteration, phases_s=dict(phases.seconds))
         return running
@@ -211,9 +285,9 @@ class Starter:
     def _lost(self, findings: Findings) -> str | None:
         """Why state that this run once had is gone; None where there never was any. Collective."""
         seen = self._run.witness.past() if self._run.fabric.rank == 0 else Past()
-        past = Past(**self._run.fabric.gather(asdict(seen))[0])
+        past = Past(**self._run.fabric.reduce(asdict(seen), _first))
         # Arenas of which none has had a first baseline show that no step was ever taken.
-        is_unknown = findings.restarted and not findings.reports and not past.is_known
+        is_unknown = findings.restarted and not findings.summary.found and not past.is_known
         outcome = findings.outcome
         if isinstance(outcome, RecoveryPlan) or not (outcome.began or past.had_baseline or is_unknown):
             return None

@@ -5,10 +5,15 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from dataclasses import asdict
+from typing import Any
 
+from megatron_moetion.errors import ChannelError
 from megatron_moetion.framework import StateAdapter
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.observe.notes import Note
 from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.notes import merge_notes
 from megatron_moetion.replicate.pipeline import Pipeline
 from megatron_moetion.select.book import share_lost
 
@@ -23,17 +28,24 @@ class Summary:
         self._hash_interval = hash_interval
 
     def state_hash(self, iteration: int, adapter: StateAdapter) -> None:
-        """Where one is due: log a hash over the state of all ranks, to compare runs by. Collective then."""
+        """Where one is due: log a hash over the state of all ranks, to compare runs by. Collective then.
+
+        On a lost peer there is none.
+        """
         if not self._hash_interval or iteration % self._hash_interval:
             return
-        ranks = self._fabric.gather(adapter.state_hash())
+        try:
+            ranks = self._fabric.gather(adapter.state_hash())
+        except ChannelError as error:
+            self._journal.warn_once("state-hash", iteration, f"there is no state hash of this iteration: {error}")
+            return
         whole = hashlib.blake2b("".join(ranks).encode(), digest_size=16).hexdigest()
         if self._fabric.rank == 0:
             self._journal.info(iteration, f"state hash {whole}")
         self._journal.event("state_hash", iteration=iteration, hash=whole)
 
-    def drops(self, iteration: int, pipeline: Pipeline, stable: int) -> None:
-        """Log the first dropped snapshot of each kind; counts have the others."""
+    def drops(self, iteration: int, pipeline: Pipeline) -> None:
+        """Report the first dropped snapshot of each kind; counts have the others."""
         for reason, count in pipeline.counts.dropped.copy().items():  # other threads add to it
             if count:
                 why = ": ".join(filter(None, (reason, pipeline.details.get(reason))))
@@ -46,29 +58,51 @@ class Summary:
                 iteration,
                 f"captures were left out ({reason}); the snapshot is whole without them",
             )
-        if pipeline.broken is not None:
-            self._journal.warn_once(
-                "channel", iteration, f"replication stopped, iteration {stable} stays: {pipeline.broken}"
-            )
 
-    def at_end(self, pipeline: Pipeline, layers: Mapping[str, tuple[int, int]], stable: int) -> None:
-        """Totals over all ranks, as an event. Collective; ``ChannelError`` on a lost peer."""
+    def at_end(self, iteration: int, pipeline: Pipeline, layers: Mapping[str, tuple[int, int]], stable: int) -> None:
+        """Totals over all ranks, as an event, and what is left to be said. Collective.
+
+        On a lost peer there is no summary.
+        """
         counts = pipeline.counts
-        totals = self._fabric.gather(
-            {
-                "committed": counts.committed,
-                "bytes": counts.bytes_committed,
-                "full": self._state_bytes,
-                "dropped": dict(counts.dropped),
-                "layers": layers,
-            }
-        )
+        mine = {
+            "snapshots": counts.committed,
+            "dropped": sum(counts.dropped.values()),
+            "full": self._state_bytes,
+            "mean": counts.bytes_committed / max(counts.committed, 1),
+            "layers": layers,
+            "notes": {kind: asdict(note) for kind, note in self._journal.take_notes().items()},
+        }
+        try:
+            total = self._fabric.reduce(mine, add)
+        except ChannelError as error:
+            self._journal.warn_once("summary", iteration, f"the summary is missing: {error}")
+            return
+        self._journal.hear(_notes(total))
         self._journal.event(
             "summary",
-            snapshots=min(t["committed"] for t in totals),
-            dropped=sum(sum(t["dropped"].values()) for t in totals),
-            snapshot_bytes_full=sum(t["full"] for t in totals),
-            snapshot_bytes_mean=sum(t["bytes"] / max(t["committed"], 1) for t in totals),
-            plt=share_lost([t["layers"] for t in totals]),
+            snapshots=total["snapshots"],
+            dropped=total["dropped"],
+            snapshot_bytes_full=total["full"],
+            snapshot_bytes_mean=total["mean"],
+            plt=share_lost([total["layers"]]),
             stable=stable,
         )
+
+
+def add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """The totals of two sets of ranks together. Associative, but for the rounding of the mean."""
+    layers: dict[str, tuple[int, int]] = {}
+    for layer, (lost, routed) in (*one["layers"].items(), *other["layers"].items()):
+        before = layers.get(layer, (0, 0))
+        layers[layer] = before[0] + lost, before[1] + routed
+    return {
+        "snapshots": min(one["snapshots"], other["snapshots"]),
+        **{name: one[name] + other[name] for name in ("dropped", "full", "mean")},
+        "layers": layers,
+        "notes": {kind: asdict(note) for kind, note in merge_notes(_notes(one), _notes(other)).items()},
+    }
+
+
+def _notes(totals: Mapping[str, Any]) -> dict[str, Note]:
+    return {kind: Note(**note) for kind, note in totals["notes"].items()}

@@ -3,10 +3,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from megatron_moetion.errors import DeviceFault, StoreError
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.pipeline import Pipeline
 from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder, write_pid
 from megatron_moetion.store.open import OpenArenas
@@ -50,7 +53,16 @@ class Upkeep:
             return
         what = f"{len(gone)} of this rank's {len(self._arenas.all())} arenas" if gone else "the lock"
         said = f"{what} in {self._node.path} were deleted while training runs"
-        self._pipeline.drain()  # bounded; then no thread uses the arenas
+        self._pipeline.drain()  # bounded; then this rank's own threads do not use the arenas
+        with self._pipeline.quiet() as is_quiet:
+            if is_quiet:
+                self._make_again(iteration, gone, said)
+            else:
+                self._tried_in = TRY_AGAIN
+                self._journal.warn(iteration, f"{said}; they are in use, and it is tried again later to make them")
+
+    def _make_again(self, iteration: int, gone: Sequence[Arena], said: str) -> None:
+        """No thread uses the arenas."""
         self._packer.close()
         try:
             self._node.make_again(self._lock)

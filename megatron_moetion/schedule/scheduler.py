@@ -158,15 +158,18 @@ class Scheduler:
         return self._timelines[-1] if self._timelines else Timeline(iteration=0, begin_s=0.0, duration_s=0.0)
 
     @contextmanager
-    def transfer(self, nbytes: int) -> Iterator[None]:
-        """Wrap the transfer of a snapshot of ``nbytes``. Its deadline counts from now on."""
+    def transfer(self, nbytes: int, turns: int = 1) -> Iterator[None]:
+        """Wrap the transfer of a snapshot of ``nbytes``. Its deadline counts from now on.
+
+        ``turns``: so many like it, to one holder after the other, share the time.
+        """
         timelines = tuple(self._timelines)
         typical_s = typical_duration(timelines) if timelines else 0.0
         if self._paced is not None and typical_s > 0 and nbytes:
             since_s = (self._clock.monotonic() - self._origin_s) % typical_s
             windows = self._windows(timelines, typical_s)
-            iterations = 1 if self._is_waited_for else iterations_for(nbytes, windows, self._paced.bytes_per_s)
-            deadline_s = self._deadline_s(since_s, typical_s) + (iterations - 1) * typical_s
+            iterations = 1 if self._is_waited_for else iterations_for(nbytes * turns, windows, self._paced.bytes_per_s)
+            deadline_s = (self._deadline_s(since_s, typical_s) + (iterations - 1) * typical_s) / turns
             self._paced.follow(nbytes, deadline_s)
             self._unplaced_bytes = planner.unplaced_bytes(
                 windows_after(since_s, windows, typical_s, iterations),

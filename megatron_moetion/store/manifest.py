@@ -29,6 +29,9 @@ MAX_BRANCHES = 32
 NO_SLOT = 0xFFFFFFFF
 """In place of a slot: every byte of the capture is zero, so it needs none."""
 
+_LAST = (1 << 63) - 1
+"""No iteration is later."""
+
 RECORD = np.dtype(
     [
         ("unit", "<u4"),
@@ -252,17 +255,18 @@ def current_page(pages: Iterable[Page | None]) -> Page | None:
     return max((p for p in pages if p is not None), key=lambda p: p.sequence, default=None)
 
 
-def in_history(record: Record, branches: Iterable[Branch], epoch: int) -> bool:
-    """Whether a capture belongs to the history of ``epoch``, whose recoveries are ``branches``.
+def in_history(records: Records, branches: Sequence[Branch], epoch: int) -> Flags:
+    """Whether each capture belongs to the history of ``epoch``, whose recoveries are ``branches``; bool[n].
 
     A capture of an older epoch survives the later recoveries only if none of them went back to before it.
     """
-    if record.epoch > epoch:
-        return False
-    later = [b for b in branches if record.epoch < b.epoch <= epoch]
-    if len(later) < epoch - record.epoch:
-        return False  # recoveries in between are no longer remembered
-    return all(record.iteration <= b.iteration for b in later)
+    found = np.zeros(len(records), dtype=bool)
+    for old in np.unique(records.table["epoch"]).tolist():
+        later = [b.iteration for b in branches if old < b.epoch <= epoch]
+        if old <= epoch and len(later) >= epoch - old:  # else recoveries in between are no longer remembered
+            is_old = records.table["epoch"] == old
+            found[is_old] = records.table["iteration"][is_old] <= min(later, default=_LAST)
+    return found
 
 
 def successor(page: Page, **changes: object) -> Page:

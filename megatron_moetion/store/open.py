@@ -1,10 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The arenas that a rank writes while it trains, and what they release."""
+"""The arenas that a rank writes while it trains, and what its own one releases."""
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any
 
 from megatron_moetion.store.arena import Arena
@@ -12,29 +12,45 @@ from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.retention import Retention, Settled
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
 class OpenArenas:
-    """One rank's arena, and those of the ranks that it is a buddy of."""
+    """One rank's arena, and those that it keeps for other ranks. May be used from any thread.
 
-    own: Arena
-    held: Mapping[int, Arena]
-    """By owner: those that this rank is a buddy of."""
-    retentions: Mapping[int, Retention]
-    """By owner: what that owner's arenas must keep."""
+    ``held``: arenas by owner. ``retention``: what this rank's own arena must keep; the others mirror their owners'.
+    """
+
+    def __init__(self, *, own: Arena, held: Mapping[int, Arena], retention: Retention) -> None:
+        self.own = own
+        self._retention = retention
+        self._held = dict(held)
+        self._lock = threading.Lock()
+
+    @property
+    def held(self) -> Mapping[int, Arena]:
+        """By owner: the arenas that this rank keeps for others at this moment."""
+        with self._lock:
+            return dict(self._held)
 
     def all(self) -> list[Arena]:
         """Own first."""
         return [self.own, *self.held.values()]
 
+    def add(self, arena: Arena) -> None:
+        """From now on this rank keeps this arena for its owner."""
+        with self._lock:
+            self._held[arena.spec.identity.owner] = arena
+
+    def take_out(self, owner: int) -> Arena | None:
+        """The arena of ``owner``, which is the caller's from now on; None where there is none."""
+        with self._lock:
+            return self._held.pop(owner, None)
+
     def release(self, settled: Settled) -> None:
-        """Drop the captures that recovery no longer needs, and write the stable iteration down."""
-        for arena in self.all():
-            retention = self.retentions[arena.spec.identity.owner]
+        """Drop the captures of this rank that recovery no longer needs, and write the stable iteration down."""
 
-            def change(page: Page, retention: Retention = retention) -> dict[str, Any]:
-                return {"records": retention.keep(page.records, settled), "stable": settled.stable}
+        def change(page: Page) -> dict[str, Any]:
+            return {"records": self._retention.keep(page.records, settled), "stable": settled.stable}
 
-            arena.edit(change)
+        self.own.edit(change)
 
     def close(self) -> None:
         """Close all files; they stay."""

@@ -6,6 +6,7 @@ The arena itself is in ``store/arena.py``.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections import Counter
 from collections.abc import Mapping
@@ -23,6 +24,8 @@ from megatron_moetion.units import Inventory, UnitKind, align_up
 FORMAT_VERSION = 1
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
+_SHAPE_BYTES = 8
+"""Of each of the two digests of a shape."""
 _SIZE_MAX = 1 << 48
 """Bytes, or slots. Sums of such sizes over all units of a rank fit in 64 bits."""
 _SPELLED = {name: flag_of(f"moetion_{name}") for name in ("run_id", "mode", "chunk_bytes", "period")}
@@ -116,6 +119,23 @@ class ArenaSpec:
         return found
 
 
+@dataclass(frozen=True, kw_only=True)
+class ArenaShape:
+    """What of a specification follows from its owner, in some 40 bytes: for ranks that do not have all of it."""
+
+    layout: str
+    """The beginning of the layout's fingerprint."""
+    slots: str
+    """A digest."""
+    experts: int
+
+    @classmethod
+    def of(cls, spec: ArenaSpec) -> ArenaShape:
+        """The shape of such an arena."""
+        slots = hashlib.blake2b(json.dumps(spec.slots).encode(), digest_size=_SHAPE_BYTES).hexdigest()
+        return cls(layout=spec.identity.layout[: 2 * _SHAPE_BYTES], slots=slots, experts=spec.experts)
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Layout:
     """Byte offsets inside an arena, slots by number. The chunk digests of a capture follow its bytes."""
@@ -163,19 +183,19 @@ def num_chunks(nbytes: int, chunk_bytes: int) -> int:
     return -(-nbytes // chunk_bytes)
 
 
-def check_identity(found: ArenaSpec, expected: ArenaSpec, path: str) -> None:
-    """Raise ``IdentityMismatch``, naming both sides, unless the two belong together.
+def check_identity(found: ArenaSpec, ours: ArenaIdentity, shape: ArenaShape | None, path: str) -> None:
+    """Raise ``IdentityMismatch``, naming both sides, unless an arena belongs to this run.
 
-    Arenas of different owners differ in layout and slots; those are compared only where the owner is the same.
+    ``ours`` is the identity of any rank of the run, ``shape`` that of the arena of ``found``'s owner.
     """
-    ours, theirs = asdict(expected.identity), asdict(found.identity)
+    mine, theirs = asdict(ours), asdict(found.identity)
     sides = [
-        f"{_SPELLED.get(k, k)}: the arena has {theirs[k]!r}, this run has {ours[k]!r}"
-        for k in ours
-        if k not in ("owner", "layout") and ours[k] != theirs[k]
+        f"{_SPELLED.get(k, k)}: the arena has {theirs[k]!r}, this run has {mine[k]!r}"
+        for k in mine
+        if k not in ("owner", "layout") and mine[k] != theirs[k]
     ]
-    if not sides and found.identity.owner == expected.identity.owner:
-        sides = _other_shape(found, expected)  # where settings differ, this follows from them
+    if not sides and shape is not None:
+        sides = _other_shape(ArenaShape.of(found), shape)  # where settings differ, this follows from them
     if sides:
         raise IdentityMismatch(
             f"{path} belongs to something else ({'; '.join(sides)}). Go back to what it was made with, take another "
@@ -192,9 +212,9 @@ def _stride(nbytes: int, chunk_bytes: int) -> int:
     return _round(nbytes + 8 * num_chunks(nbytes, chunk_bytes))
 
 
-def _other_shape(found: ArenaSpec, expected: ArenaSpec) -> list[str]:
+def _other_shape(found: ArenaShape, expected: ArenaShape) -> list[str]:
     """How two arenas of one owner differ, by what a user may have changed."""
-    if found.identity.layout != expected.identity.layout:
+    if found.layout != expected.layout:
         return ["layout: the model, or how it is spread over ranks, is another one"]
     if found.slots == expected.slots:
         return []

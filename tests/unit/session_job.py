@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole job of two ranks in one process, one a node, over queues."""
+"""A whole job of two ranks in one process, one a node, over the loopback."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from support import Network, ToyFabric, ToyState, blueprint, make_device, on_device, scheduler, together
+from fabrics import Faults, loopback_fabrics
+from support import ToyState, blueprint, make_device, on_device, scheduler, together
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.recover.disk import Disk
@@ -37,14 +38,12 @@ class OnDevice(Adapter):
 
 @dataclass
 class Disturbance:
-    """What goes wrong on one rank; read by its packer and its channel as they are used."""
+    """What goes wrong on one rank; read by its packer as it is used."""
 
     pack: Callable[[], bool] | None = None
     """Before units are packed: False cancels, an error is the device's."""
     freeze: Callable[[], object] | None = None
     """Before state is frozen."""
-    is_cut_off: Callable[[], bool] | None = None
-    """Whether replication does nothing and claims nothing."""
 
 
 class TroubledPacker(Packer):
@@ -79,7 +78,7 @@ class Job:
         **settings: object,
     ) -> None:
         ranks = 2
-        self.network = Network(ranks, timeout_s=5)
+        self.network = Faults()
         self.states = [(state or Adapter)(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
         for rank, each in enumerate(self.states):
             if isinstance(each, Adapter):
@@ -90,7 +89,7 @@ class Job:
         self.max_restarts = max_restarts
         self.config = MoetionConfig(**fields)  # type: ignore[arg-type]
         self.disturbances = [Disturbance() for _ in range(ranks)]
-        self.fabrics = [ToyFabric(self.network, r, tuple(range(ranks))) for r in range(ranks)]
+        self.fabrics = loopback_fabrics(ranks, timeout_s=self.config.timeout_s, cuts=self.network)
         self._host = host or {}
         self._device = device or {}
         self.prepared: list[Prepared] = together(*(lambda r=r: self._prepare(r, attempt) for r in range(ranks)))  # type: ignore[misc]
@@ -153,6 +152,7 @@ class Job:
         for session in self.sessions:
             session.running.pipeline.close()
             session.running.arenas.close()
+        self.fabrics.close()
 
     def drop(self, rank: int, iterations: set[int]) -> None:
         """That rank's packs are late at these iterations."""

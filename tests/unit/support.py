@@ -7,7 +7,7 @@ import hashlib
 import json
 import queue
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
@@ -24,7 +24,6 @@ from megatron_moetion.framework import StateAdapter, TokenCounter, TokenSource
 from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
-from megatron_moetion.recover.report import ArenaReport
 from megatron_moetion.replicate.channel import Channel, Fabric, Message
 from megatron_moetion.schedule.recorder import HostStopwatch, OpenSpan, Recorder
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
@@ -287,23 +286,6 @@ def is_whole(arena: Arena, record: Record) -> bool:
     """Whether a capture's bytes are what was captured."""
     payload, digests = arena.payload(record.slot), arena.digests(record.slot)
     return is_intact(POOL, arena.spec.identity.chunk_bytes, payload, digests, record.digest)
-
-
-def reports_of(arenas: Mapping[tuple[int, int], Any], lost_nodes: Collection[int] = ()) -> list[ArenaReport]:
-    """What a survey would report of arenas on paper, by (owner, node), with these nodes gone."""
-    return [
-        ArenaReport(
-            path=f"{node}/{owner}",
-            node=node,
-            owner=owner,
-            epoch=arena.page.epoch,
-            stable=arena.page.stable,
-            branches=arena.page.branches,
-            captures=arena.page.records,
-        )
-        for (owner, node), arena in arenas.items()
-        if node not in lost_nodes
-    ]
 
 
 class Network:

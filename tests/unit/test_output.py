@@ -10,7 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support import Network, ToyFabric, ToyState
+from fabrics import loopback_fabrics
+from support import ToyState
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
@@ -57,7 +58,7 @@ def test_a_full_disk_costs_what_is_told_and_no_snapshot(
         ),
         adapter=state,
         blueprint=FullBlueprint(),
-        fabric=ToyFabric(Network(1), 0),
+        fabric=loopback_fabrics(1)[0],
         topology="toy",
         scheduler=Scheduler(
             "bubble", HostStopwatch(clock), clock=clock, condition=threading.Condition(), eager_slice_bytes=1 << 20,

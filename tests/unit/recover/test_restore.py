@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 from support import POOL, Network, ToyState, capture, find, make_arena, make_packer, node_folder, spec_of, together
+from world import Left, World, plan_world
 
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.recover.opened import Opened
-from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
+from megatron_moetion.recover.plan import choose_same_iteration
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.placement import place
@@ -18,6 +19,7 @@ from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Branch
 from megatron_moetion.store.retention import Newest
 from megatron_moetion.store.sharedfile import open_arena
+from megatron_moetion.store.spec import ArenaShape
 from megatron_moetion.units import UnitKind
 
 PLACEMENT = place(["a", "b"], 1)
@@ -54,39 +56,33 @@ class TwoNodes:
             if empty:
                 self.arenas[node, owner] = make_arena(self.folder / str(node), self.states[owner], owner)
 
-    def plan(self) -> RecoveryPlan:
-        reports = []
+    def plan(self) -> World:
+        left = []
         for (node, _), arena in self.arenas.items():
             arena.close()
-            opened = Opened(node_folder(Path(arena.name).parent), lambda arena: None)
-            reports += survey_store(opened, [Path(arena.name).name], node, node, self.specs, POOL)
+            path = Path(arena.name)
+            opened = Opened(node_folder(path.parent), lambda arena: None)
+            shapes = [ArenaShape.of(spec) for spec in self.specs]
+            reports = survey_store(opened, [path.name], self.specs[node].identity, shapes, POOL)
+            left += [Left(node=node, report=report) for report in reports]
         self.arenas = {at: open_arena(Path(a.name)) for at, a in self.arenas.items()}
-        facts = [
-            RankFacts(rank=r, units=tuple((name, UnitKind(kind)) for name, kind, _ in s.units))
-            for r, s in enumerate(self.specs)
-        ]
-        plan = plan_recovery(facts, [r for r in reports if r.captures], PLACEMENT, choose_same_iteration)
-        assert isinstance(plan, RecoveryPlan), plan
+        units = [[(name, UnitKind(kind)) for name, kind, _ in s.units] for s in self.specs]
+        plan = plan_world(units, [each for each in left if each.report.records], PLACEMENT, choose_same_iteration)
+        assert isinstance(plan, World), plan
         return plan
 
-    def mover(self, rank: int, plan: RecoveryPlan) -> Mover:
+    def mover(self, rank: int, plan: World) -> Mover:
         arenas = {owner: a for (node, owner), a in self.arenas.items() if node == rank}
-        return Mover(
-            rank=rank,
-            arenas=arenas,
-            channel=self.network.channel(rank),
-            pool=POOL,
-            plan=plan,
-            retentions=dict.fromkeys(arenas, Newest()),
-        )
+        return plan.mover(rank, arenas, dict.fromkeys(arenas, Newest()), self.network.channel(rank))
 
-    def carry_out(self, plan: RecoveryPlan) -> list[int]:
+    def carry_out(self, plan: World) -> list[int]:
         movers = [self.mover(r, plan) for r in range(2)]
         received = [0, 0]
-        for transfers in (plan.fetches, plan.copies):
-            for mover in movers:
-                mover.make_room(transfers)
-            moved = together(*(lambda m=m, t=transfers: m.move(t) for m in movers))  # type: ignore[misc]
+        for phase in range(2):
+            legs = [plan.legs_at(r)[phase] for r in range(2)]
+            for mover, mine in zip(movers, legs, strict=True):
+                mover.make_room(mine)
+            moved = together(*(lambda m=m, t=t: m.move(t) for m, t in zip(movers, legs, strict=True)))  # type: ignore[misc]
             received = [a + b for a, b in zip(received, moved, strict=True)]
         return received
 
@@ -110,7 +106,7 @@ def test_every_rank_comes_back_bit_for_bit(tmp_path: Path, lost: int | None) -> 
         for array in state.arrays.values():
             array[:] = -1
         own = nodes.arenas[rank, rank]
-        records = verified(POOL, own, plan.choices[rank])
+        records = verified(POOL, own, plan.orders[rank])
         for record in records:
             packer.scatter(record.unit, own.payload(record.slot))
         host = bytes(own.payload(next(r.slot for r in records if r.unit == HOST_UNIT)))
@@ -118,7 +114,7 @@ def test_every_rank_comes_back_bit_for_bit(tmp_path: Path, lost: int | None) -> 
         assert host.rstrip(b"\0") == f"host state of {target}".encode()
         nodes.mover(rank, plan).begin_epoch()
     again = nodes.plan()
-    assert (again.iteration, again.history_epoch, again.fetches, again.copies) == (target, 1, (), ())
+    assert (again.iteration, again.plan.history_epoch, again.fetches, again.copies) == (target, 1, [], [])
     for arena in nodes.arenas.values():
         assert (arena.page.epoch, arena.page.stable, arena.page.branches) == (
             1, target, (Branch(epoch=1, iteration=target),),
@@ -131,9 +127,9 @@ def test_a_node_lost_while_replicas_catch_up_leaves_the_stable_iteration(tmp_pat
     """T = 2 is on its owners only. Room was made on the buddies, nothing has arrived, and a node goes (G6)."""
     nodes = TwoNodes(tmp_path)
     plan = nodes.plan()
-    assert (plan.iteration, plan.safe) == (2, 1)
+    assert (plan.iteration, plan.plan.safe) == (2, 1)
     for rank in range(2):
-        nodes.mover(rank, plan).make_room(plan.copies)
+        nodes.mover(rank, plan).make_room(plan.legs_at(rank)[1])
     nodes.lose(lost, empty=False)
     assert nodes.plan().iteration == 1
 
@@ -165,8 +161,8 @@ def test_nothing_is_written_back_unless_everything_verifies(tmp_path: Path) -> N
     state.arrays["dense"][:] = 5
     wrong = image(state)
     with pytest.raises(CorruptArena, match="the capture of host changed after it was surveyed"):
-        verified(POOL, arena, plan.choices[0])
+        verified(POOL, arena, plan.orders[0])
     assert image(state) == wrong != before
     arena.edit(lambda page: {"records": ()})
     with pytest.raises(CorruptArena, match="has gone"):
-        verified(POOL, arena, plan.choices[0])
+        verified(POOL, arena, plan.orders[0])

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import shutil
@@ -13,6 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+import numpy as np
 import pytest
 from session_job import Adapter, Job
 
@@ -126,6 +128,79 @@ def test_a_checkpoint_that_turns_out_to_be_older_leaves_memory_the_winner(
     assert [s.image() for s in second.states] == expected
     assert lines(caplog, f"disk should have held iteration 30 and gave {loaded}")
     second.crash()
+
+
+# -- state that makes training fail --------------------------------------------------------------------------------
+
+
+def poisoned(folder: Path, good_steps: int, attempt: int = 0, **settings: object) -> int:
+    """One attempt: good iterations, one after which some value is not a number, and the crash that comes of it.
+
+    Returns the iteration that it went on from.
+    """
+    job = Job(folder, attempt=attempt, **settings)  # type: ignore[arg-type]
+    resumed = job.start()[0]
+    if resumed is None or good_steps:
+        job.train(good_steps)
+        job.states[1].arrays["dense"][7] = float("nan")
+        job.train(1)  # the snapshot of this iteration has it
+    assert np.isnan(job.states[1].arrays["dense"][7]), "the next step would fail"
+    job.crash()
+    return resumed.iteration if resumed is not None else 0
+
+
+def test_state_that_makes_training_fail_is_not_recovered_for_ever(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One bad value in a moment: three recoveries of the same iteration, then the older checkpoint on disk."""
+    report = tmp_path / "report.jsonl"
+    poisoned(tmp_path, 4)
+    assert [poisoned(tmp_path, 0, attempt=n, report=str(report)) for n in (1, 2, 3)] == [5, 5, 5]
+    events = [json.loads(line) for line in report.read_text().splitlines()]
+    assert [e["fruitless"] for e in events if e["event"] == "recovered"] == [0, 1, 2]
+    caplog.clear()
+    fourth = Job(tmp_path, attempt=4)
+    assert fourth.start(lambda: 2, lambda: 2) == [None, None]
+    assert fourth.iteration == fourth.sessions[0].stable_iteration == 2
+    (said,) = lines(caplog, "times without getting further")
+    assert "iteration 5, which memory holds, 3 times" in said
+    images = fourth.train(2)
+    fourth.crash()
+    fifth = Job(tmp_path, attempt=5)  # the checkpoint on disk is older than what memory has now
+    resumed = fifth.start(lambda: 2, lambda: 2)[0]
+    assert resumed is not None
+    assert resumed.iteration == 4
+    assert [s.image() for s in fifth.states] == images
+    fifth.crash()
+
+
+def test_iterations_that_became_stable_in_between_begin_the_count_anew(tmp_path: Path) -> None:
+    poisoned(tmp_path, 1)
+    found = [poisoned(tmp_path, steps, attempt=n + 1) for n, steps in enumerate((0, 0, 2, 0, 0, 0))]
+    assert found == [2, 2, 2, 5, 5, 5]
+    with pytest.raises(NothingRecoverable):
+        Job(tmp_path, attempt=7).start()
+
+
+def test_without_a_checkpoint_on_disk_the_job_stops_and_says_how_to_go_on(tmp_path: Path) -> None:
+    poisoned(tmp_path, 4)
+    for attempt in (1, 2, 3):
+        poisoned(tmp_path, 0, attempt=attempt)
+    fourth = Job(tmp_path, attempt=4)
+    for error in all_errors(*starts(fourth, Disk(load=lambda: None, newest=lambda: None))):
+        assert isinstance(error, NothingRecoverable)
+        assert error.shared
+        assert error.exit_code == 3
+        assert "iteration 5, which memory holds, 3 times" in str(error)
+        assert "--moetion-max-fruitless-recoveries 0 tries it again" in str(error)
+        assert f"delete {tmp_path / 'job'} on every node" in str(error)
+    for each in fourth.prepared:
+        each.close()
+    fifth = Job(tmp_path, attempt=5, max_fruitless_recoveries=0)
+    resumed = fifth.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 5
+    fifth.crash()
 
 
 # -- never silently from zero -----------------------------------------------------------------------------------
@@ -269,7 +344,7 @@ def starts(job: Job, disk: Disk | None = None) -> list[Callable[[], object]]:
 
 
 ON_RANK_1: dict[str, tuple[object, str, Callable[..., bool]]] = {
-    "survey": (startup, "survey_store", lambda store, names, node, rank, *_: rank == 1),
+    "survey": (startup, "survey_store", lambda opened, names, ours, *_: ours.owner == 1),
     "open": (startup, "OpenArenas", lambda own, **_: Path(own.name).parent.name == "node1"),
     "verify": (starter, "verified", lambda pool, arena, *_: arena.spec.identity.owner == 1),
     "model": (Adapter, "copy_to_model", lambda self: self.rank == 1),
@@ -428,11 +503,21 @@ def test_a_deleted_store_that_cannot_be_made_again_is_said_and_tried_again(
 # -- snapshots that stop for good -------------------------------------------------------------------------------
 
 
+def fail_devices(job: Job) -> None:
+    """From now on no rank can pack."""
+
+    def fail() -> NoReturn:
+        raise DeviceFault("an illegal address")
+
+    for each in job.disturbances:
+        each.pack = fail
+
+
 def test_a_run_that_lost_its_protection_says_so_again_and_ends_where_it_can_be_restarted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = trained(tmp_path, 4, max_restarts=3)
-    job.network.dead |= {0, 1}
+    fail_devices(job)
     with pytest.raises(ProtectionLost, match=r"stable iteration is still \d.*supervisor restarts") as end:
         job.train(60)
     assert end.value.exit_code == 4
@@ -453,7 +538,7 @@ def test_a_restart_that_ended_unprotected_in_the_same_place_does_not_end_the_pro
     trained(tmp_path, 4, max_restarts=3).crash()
     second = Job(tmp_path, attempt=1, max_restarts=3)
     second.start()
-    second.network.dead |= {0, 1}
+    fail_devices(second)
     second.train(60)
     assert second.iteration == 64
     second.crash()
@@ -477,7 +562,7 @@ def test_without_a_restart_at_hand_training_goes_on_unprotected(
     tmp_path: Path, setting: int, max_restarts: int
 ) -> None:
     job = trained(tmp_path, 4, max_restarts=max_restarts, max_unprotected_iterations=setting)
-    job.network.dead |= {0, 1}
+    fail_devices(job)
     job.train(60)
     assert job.iteration == 64
     job.crash()
@@ -514,8 +599,7 @@ def test_close_after_a_start_that_failed_lets_go_of_everything(tmp_path: Path, m
 
 
 def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) -> None:
-    job = trained(tmp_path)
-    job.network.timeout_s = 60
+    job = trained(tmp_path, timeout_s=60)
     session_0, state = job.sessions[0], job.states[0]
 
     def lone_step() -> None:
@@ -539,8 +623,7 @@ def test_close_while_an_exception_is_handled_waits_for_nobody(tmp_path: Path) ->
 
 
 def test_close_after_a_start_that_failed_waits_for_nobody_while_the_error_is_handled(tmp_path: Path) -> None:
-    job = Job(tmp_path)
-    job.network.timeout_s = 60
+    job = Job(tmp_path, timeout_s=60)
     job.disturbances[0].freeze = lambda: (_ for _ in ()).throw(RuntimeError("CUDA out of memory, say"))
     left = threading.Event()
 
@@ -555,7 +638,6 @@ def test_close_after_a_start_that_failed_waits_for_nobody_while_the_error_is_han
     with pytest.raises(MoetionError, match=r"rank 0 on .*CUDA out of memory"):
         job.start_rank(1)
     assert left.wait(5)
-    assert job.fabrics[0].is_abandoned
     job.prepared[1].abandon()
 
 

@@ -13,21 +13,25 @@ import pytest
 from support import POOL, ToyState, capture, make_arena, make_packer, node_folder, spec_of
 
 from megatron_moetion.recover.opened import Opened
-from megatron_moetion.recover.report import ArenaReport
+from megatron_moetion.recover.report import ArenaReport, History, Summary
 from megatron_moetion.recover.survey import share_of, survey_store
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Branch
-from megatron_moetion.store.spec import arena_name
+from megatron_moetion.store.spec import ArenaShape, arena_name
 
 
 def opened(folder: Path, on_open: Callable[[Arena], None] = lambda arena: None) -> Opened:
     return Opened(node_folder(folder), on_open)
 
 
-def survey(path: Path, state: ToyState, rank: int = 0, **changes: str) -> ArenaReport:
-    specs = [spec_of(state, owner, **changes) for owner in range(2)]
-    (found,) = survey_store(opened(path.parent), [path.name], node=3, rank=rank, specs=specs, pool=POOL)
+def survey_all(here: Opened, state: ToyState, **changes: str) -> list[ArenaReport]:
+    shapes = [ArenaShape.of(spec_of(state, owner, **changes)) for owner in range(2)]
+    return survey_store(here, here.node.arenas(), spec_of(state, **changes).identity, shapes, POOL)
+
+
+def survey(path: Path, state: ToyState, **changes: str) -> ArenaReport:
+    (found,) = survey_all(opened(path.parent), state, **changes)
     return found
 
 
@@ -39,11 +43,11 @@ def test_what_is_whole_is_reported(tmp_path: Path) -> None:
     arena.edit(lambda page: {"epoch": 4, "stable": 1, "branches": (Branch(epoch=4, iteration=1),)})
     arena.close()
     found = survey(Path(arena.name), state)
-    assert (found.node, found.owner, found.epoch, found.stable, found.damaged) == (3, 0, 4, 1, 0)
-    assert found.branches == (Branch(epoch=4, iteration=1),)
-    assert set(found.captures) == set(records)
-    assert not found.problem
-    assert ArenaReport.from_json(json.loads(json.dumps(found.to_json()))) == found
+    assert (found.owner, found.damaged, found.problem) == (0, 0, None)
+    assert found.history == History(epoch=4, stable=1, branches=(Branch(epoch=4, iteration=1),))
+    assert set(found.records) == set(records)
+    summary = Summary.of([found])
+    assert Summary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
 
 
 def test_a_damaged_capture_is_not_reported_and_counted(tmp_path: Path) -> None:
@@ -55,7 +59,7 @@ def test_a_damaged_capture_is_not_reported_and_counted(tmp_path: Path) -> None:
     arena.close()
     found = survey(Path(arena.name), state)
     assert found.damaged == 2
-    assert set(found.captures) == set(records) - {records[1], records[2]}
+    assert set(found.records) == set(records) - {records[1], records[2]}
 
 
 def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
@@ -75,7 +79,7 @@ def test_records_that_point_nowhere_are_damage(tmp_path: Path) -> None:
     arena.close()
     found = survey(Path(arena.name), state)
     assert found.damaged == len(wrong)
-    assert set(found.captures) == set(good)
+    assert set(found.records) == set(good)
 
 
 def test_a_foreign_arena_is_flagged_and_both_sides_are_named(tmp_path: Path) -> None:
@@ -86,15 +90,15 @@ def test_a_foreign_arena_is_flagged_and_both_sides_are_named(tmp_path: Path) -> 
     found = survey(Path(arena.name), state, run_id="ours")
     assert found.foreign
     assert "the arena has 'theirs', this run has 'ours'" in found.problem
-    assert found.captures == ()
+    assert not found.records
 
 
 def test_another_ranks_arena_is_held_against_that_rank(tmp_path: Path) -> None:
-    """The model of rank 1 changed; the rank that happens to look at its arena is rank 0."""
+    """The model of rank 1 changed, and rank 0 happens to look at its arena."""
     arena = make_arena(tmp_path, ToyState(elements=900), owner=1)
     arena.edit(lambda page: {"stable": 0})
     arena.close()
-    found = survey(Path(arena.name), ToyState(elements=1500), rank=0)
+    found = survey(Path(arena.name), ToyState(elements=1500))
     assert found.foreign
     assert "layout" in found.problem
 
@@ -104,10 +108,19 @@ def test_what_never_held_anything_and_is_of_other_settings_is_passed_over(tmp_pa
     arena = make_arena(tmp_path, state, chunk_bytes=8192)
     arena.close()
     here = opened(tmp_path)
-    assert survey_store(here, here.node.arenas(), 0, 0, [spec_of(state)], POOL) == []
+    assert survey_all(here, state) == []
     ours = make_arena(tmp_path, state)
     ours.close()
-    assert [r.problem for r in survey_store(here, here.node.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
+    assert [r.problem for r in survey_all(here, state)] == [None]
+
+
+def test_an_arena_under_another_ranks_name_is_passed_over_and_stays(tmp_path: Path) -> None:
+    state = ToyState()
+    make_arena(tmp_path, state).close()
+    (tmp_path / "rank00000.arena").rename(tmp_path / "rank00001.arena")
+    here = opened(tmp_path)
+    assert survey_all(here, state) == []
+    assert here.node.arenas() == ["rank00001.arena"]
 
 
 def test_a_file_that_is_no_arena_is_a_problem_and_not_foreign(tmp_path: Path) -> None:
@@ -151,7 +164,7 @@ def test_what_is_sound_stays_open_for_whoever_takes_it(tmp_path: Path) -> None:
     make_arena(tmp_path, state).close()
     seen: list[str] = []
     here = opened(tmp_path, lambda arena: seen.append(Path(arena.name).name))
-    assert [r.problem for r in survey_store(here, here.node.arenas(), 0, 0, [spec_of(state)], POOL)] == [None]
+    assert [r.problem for r in survey_all(here, state)] == [None]
     arena = here.take("rank00000.arena")
     assert seen == ["rank00000.arena"], "mapped once"
     here.close_all()
@@ -169,7 +182,7 @@ def test_what_is_not_used_is_let_go(tmp_path: Path, problem: str) -> None:
     arena.close()
     del arena
     here = opened(tmp_path)
-    found = survey_store(here, here.node.arenas(), 0, 0, [spec_of(state, run_id="ours")], POOL)
+    found = survey_all(here, state, run_id="ours")
     if problem == "not taken":
         assert is_mapped(tmp_path)
         here.close_all()

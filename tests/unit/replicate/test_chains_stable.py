@@ -15,24 +15,23 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, reduce
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import POOL, reports_of
+from world import Transfer, World, found_in, plan_world
 
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, choose_chains, plan_recovery
+from megatron_moetion.recover.plan import NoPlan, Units, choose_chains
 from megatron_moetion.recover.restore import Mover
 from megatron_moetion.replicate.agreement import WINDOW, Agreement, combine_words
-from megatron_moetion.replicate.channel import Channel, Note, Reduced
+from megatron_moetion.replicate.channel import Note, Reduced
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.select.budget import exact_copies
 from megatron_moetion.select.rotation import Rotation, Turn
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import ChainLayout, chain_layout, log_units
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record, Records, successor
 from megatron_moetion.store.retention import Chains
@@ -78,11 +77,8 @@ def log_of_rank(rank: int, period: int, gradient: str = "float32") -> GradientLo
 
 
 @cache
-def facts(period: int) -> tuple[RankFacts, ...]:
-    return tuple(
-        RankFacts(rank=r, units=tuple((u.name, u.kind) for u in log_of_rank(r, period).inventory.units))
-        for r in range(RANKS)
-    )
+def units_of(period: int) -> tuple[Units, ...]:
+    return tuple(tuple((u.name, u.kind) for u in log_of_rank(r, period).inventory.units) for r in range(RANKS))
 
 
 @cache
@@ -388,12 +384,12 @@ class Cluster:
 
     # -- what would be recovered -------------------------------------------------------------------------
 
-    def plan(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan | NoPlan:
-        return plan_recovery(facts(self.period), reports_of(self.arenas, lost_nodes), PLACEMENT, choose_chains)
+    def plan(self, lost_nodes: frozenset[int] = NO_NODE) -> World | NoPlan:
+        return plan_world(units_of(self.period), found_in(self.arenas, lost_nodes), PLACEMENT, choose_chains)
 
-    def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan:
+    def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> World:
         plan = self.plan(lost_nodes)
-        assert isinstance(plan, RecoveryPlan), f"without nodes {set(lost_nodes)}: {plan}"
+        assert isinstance(plan, World), f"without nodes {set(lost_nodes)}: {plan}"
         return plan
 
     def check(self, losses: Sequence[frozenset[int]] = LOSSES) -> None:
@@ -402,7 +398,7 @@ class Cluster:
             assert plan.iteration >= self.stable, f"without nodes {set(lost)}"
             self.check_plan(plan, lost)
 
-    def check_plan(self, plan: RecoveryPlan, lost: frozenset[int] = NO_NODE) -> None:
+    def check_plan(self, plan: World, lost: frozenset[int] = NO_NODE) -> None:
         """Of every slice one capture and all gradients since; all else as of T; each from where it really is."""
         keys = {home: {r.key for r in arena.page.records} for home, arena in self.arenas.items()}
         for owner, choices in enumerate(plan.choices):
@@ -411,7 +407,7 @@ class Cluster:
                 found[choice.unit].append(choice.iteration)
                 assert choice.node not in lost
                 assert (choice.unit, choice.iteration) in keys[owner, choice.node]
-            units = facts(self.period)[owner].units
+            units = units_of(self.period)[owner]
             logs = log_units(units)
             for number, (_, kind) in enumerate(units):
                 if number in logs:
@@ -430,12 +426,11 @@ class Cluster:
 
     # -- recovery ----------------------------------------------------------------------------------------
 
-    def mover(self, node: int, plan: RecoveryPlan) -> Mover:
-        mine = {owner: cast(Arena, a) for (owner, where), a in self.arenas.items() if where == node}
-        chains = {owner: Chains(layout_of(owner, self.period)) for owner in range(RANKS)}
-        return Mover(rank=node, arenas=mine, channel=cast(Channel, None), pool=POOL, plan=plan, retentions=chains)
+    def mover(self, node: int, plan: World) -> Mover:
+        mine = {owner: arena for (owner, where), arena in self.arenas.items() if where == node}
+        return plan.mover(node, mine, {owner: Chains(layout_of(owner, self.period)) for owner in range(RANKS)})
 
-    def lose(self, lost: frozenset[int], plan: RecoveryPlan) -> None:
+    def lose(self, lost: frozenset[int], plan: World) -> None:
         """These nodes are replaced; their arenas are made anew."""
         page = Page(epoch=plan.history_epoch, stable=plan.safe, branches=plan.branches[:-1])
         for owner, node in self.arenas:
@@ -449,13 +444,13 @@ class Cluster:
             assert target.has_room([record]), "room was made"
             target.add([record])
 
-    def recover(self, lost: frozenset[int]) -> RecoveryPlan:
+    def recover(self, lost: frozenset[int]) -> World:
         """Every rank begins again from the newest iteration that can be recovered."""
         plan = self.plan_of(lost)
         self.lose(lost, plan)
-        for transfers in (plan.fetches, plan.copies):
+        for legs, transfers in ((plan.fetch_legs, plan.fetches), (plan.copy_legs, plan.copies)):
             for node in range(RANKS):
-                self.mover(node, plan).make_room(transfers)
+                self.mover(node, plan).make_room(legs)
             self.move(transfers)
         for node in range(RANKS):
             self.mover(node, plan).begin_epoch()
@@ -529,8 +524,8 @@ def test_a_run_that_recovers_goes_on_and_recovers_again(seed: int, period: int, 
         assert (again.iteration, again.history_epoch, again.fetches, again.copies) == (
             plan.iteration,
             plan.epoch,
-            (),
-            (),
+            [],
+            [],
         )
         cluster.check()
 
@@ -544,7 +539,7 @@ def test_a_node_lost_while_a_recovery_makes_room_leaves_a_plan(seed: int, period
     plan = cluster.plan_of()
     prepared = [node for node in range(RANKS) if cluster.draw.random() < 0.8]
     for node in prepared:
-        cluster.mover(node, plan).make_room(plan.copies)
+        cluster.mover(node, plan).make_room(plan.copy_legs)
     cluster.check()
     coming = [t for t in plan.copies if t.target in prepared]
     cluster.move(coming[: cluster.draw.randint(0, len(coming))])
@@ -560,7 +555,7 @@ def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(
     cluster.run(3 * period + 8, storm, at_some_event(cluster, 300))
     plan = cluster.plan_of()
     for node in range(RANKS):
-        cluster.mover(node, plan).make_room(plan.copies)
+        cluster.mover(node, plan).make_room(plan.copy_legs)
     cluster.move(plan.copies)
     written = [n for n in range(RANKS) if cluster.draw.random() < 0.5]
     for node in written:

@@ -8,7 +8,8 @@ import threading
 from pathlib import Path
 
 import pytest
-from support import ManualClock, ManualCondition, Network, ToyFabric, ToyState, spanning
+from fabrics import loopback_fabrics
+from support import ManualClock, ManualCondition, ToyState, spanning
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
@@ -312,7 +313,7 @@ def alone(folder: Path, state: ToyState, scheduler: Scheduler) -> Session:
         config=MoetionConfig(mode="full", run_id="r", store=str(folder), replicas=0, pack_threads=1),
         adapter=state,
         blueprint=FullBlueprint(),
-        fabric=ToyFabric(Network(1), 0),
+        fabric=loopback_fabrics(1)[0],
         topology="toy",
         scheduler=scheduler,
         host=Host(environment={}),

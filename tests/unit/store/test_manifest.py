@@ -131,18 +131,20 @@ def test_histories_agree_with_a_run_that_is_replayed(events: list[int | float]) 
             epoch += 1
             branches.append(Branch(epoch=epoch, iteration=now))
             alive = {(e, i) for e, i in alive if i <= now}
-    found = {(e, i) for e, i in ever if in_history(record(0, i, epoch=e), branches, epoch)}
-    assert found == alive
+    known = sorted(ever)
+    is_alive = in_history(Records.of(record(0, i, epoch=e) for e, i in known), branches, epoch)
+    assert {each for each, found in zip(known, is_alive.tolist(), strict=True) if found} == alive
 
 
 def test_a_capture_from_the_future_is_refused() -> None:
-    assert not in_history(record(0, 1, epoch=3), [Branch(epoch=1, iteration=9), Branch(epoch=2, iteration=9)], 2)
+    branches = [Branch(epoch=1, iteration=9), Branch(epoch=2, iteration=9)]
+    assert in_history(Records.of([record(0, 1, epoch=3)]), branches, 2).tolist() == [False]
 
 
 def test_a_capture_from_before_the_remembered_branches_is_refused() -> None:
     branches = [Branch(epoch=e, iteration=9) for e in (2, 3)]
-    assert not in_history(record(0, 1, epoch=0), branches, 3)
-    assert in_history(record(0, 1, epoch=1), branches, 3)
+    records = Records.of([record(0, 1, epoch=0), record(0, 1, epoch=1)])
+    assert in_history(records, branches, 3).tolist() == [False, True]
 
 
 # -- records --------------------------------------------------------------------------------------------------

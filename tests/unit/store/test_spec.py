@@ -9,10 +9,11 @@ import pytest
 from support import identity
 
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
-from megatron_moetion.store.spec import ArenaSpec, Layout, arena_name, check_identity
+from megatron_moetion.store.spec import ArenaShape, ArenaSpec, Layout, arena_name, check_identity
 
 SMALL, LARGE = 64, 8192
 SPEC = ArenaSpec(identity=identity(), units=(("small", 1, SMALL), ("large", 1, LARGE)), slots=((SMALL, 4), (LARGE, 2)))
+SHAPE = ArenaShape.of(SPEC)
 
 
 def test_an_arena_is_named_after_its_owner() -> None:
@@ -38,7 +39,7 @@ def test_a_stranger_is_refused_and_both_sides_are_named(field: str, theirs: obje
     found = ArenaSpec(identity=identity(layout="ffff", **{field: theirs}), units=SPEC.units, slots=((SMALL, 5),))
     ours = getattr(SPEC.identity, field)
     with pytest.raises(IdentityMismatch) as refusal:
-        check_identity(found, SPEC, "/store/rank00000.arena")
+        check_identity(found, SPEC.identity, SHAPE, "/store/rank00000.arena")
     flag = f"--moetion-{field.replace('_', '-')}" if field in ("run_id", "mode", "chunk_bytes") else field
     assert f"({flag}: the arena has {theirs!r}, this run has {ours!r})" in str(refusal.value)
     assert len(str(refusal.value)) < 300
@@ -66,21 +67,22 @@ def test_another_model_is_refused_in_words() -> None:
     with pytest.raises(
         IdentityMismatch, match=r"\(layout: the model, or how it is spread over ranks, is another one\)"
     ):
-        check_identity(found, SPEC, "/store/rank00000.arena")
+        check_identity(found, SPEC.identity, SHAPE, "/store/rank00000.arena")
 
 
 def test_another_owner_of_this_run_is_no_stranger() -> None:
-    check_identity(ArenaSpec(identity=identity(owner=1, layout="its own"), units=(), slots=()), SPEC, "x")
-    check_identity(SPEC, SPEC, "x")
+    other = ArenaSpec(identity=identity(owner=1, layout="its own"), units=(), slots=())
+    check_identity(other, SPEC.identity, ArenaShape.of(other), "x")
+    check_identity(SPEC, SPEC.identity, SHAPE, "x")
 
 
 def test_the_same_owner_with_other_slots_is_refused() -> None:
     found = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 5),))
     with pytest.raises(IdentityMismatch, match=r"\(slots: room for other captures than this run makes\)"):
-        check_identity(found, SPEC, "x")
+        check_identity(found, SPEC.identity, SHAPE, "x")
     with pytest.raises(IdentityMismatch, match=r"room for 2 experts a snapshot, this run wants 0; .*experts-per"):
-        check_identity(replace(found, experts=2), SPEC, "x")
-    check_identity(ArenaSpec.from_json(replace(SPEC, experts=2).to_json()), SPEC, "x")
+        check_identity(replace(found, experts=2), SPEC.identity, SHAPE, "x")
+    check_identity(ArenaSpec.from_json(replace(SPEC, experts=2).to_json()), SPEC.identity, SHAPE, "x")
 
 
 def test_a_header_of_another_shape_is_corrupt() -> None:
