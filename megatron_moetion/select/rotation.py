@@ -66,6 +66,8 @@ class Rotation:
         self._bases: dict[int, int | None] = {u: bases[u] for u in log.log_of}
         self._gap = -1
         """No chain leads over this iteration."""
+        self._is_late = False
+        """Whether the last snapshot has no captures because they took too long."""
         self._share = 1.0
         """Of the groups without chains, how many begin anew in one snapshot."""
         self._logged = {u: (logged or {}).get(u, 0) for u in log.log_of}
@@ -96,7 +98,7 @@ class Rotation:
             groups = self._anew()
             begun = (u for g in groups for u in self._groups[g] if self._bases[u] is None)
             return Turn(groups=groups, captures=tuple(begun), logs=logs)
-        if any(self._has_missed_turns(u) for u in self._bases):
+        if self._is_late and max(self._logged.values(), default=0) > self._period + MISSED_TURNS:
             return _GAP
         if not self._groups:  # a rank whose parameters are all frozen, or sharded to others
             return Turn(groups=(), captures=(), logs=())
@@ -122,7 +124,9 @@ class Rotation:
         if self._open is None:
             return
         (iteration, turn), self._open = self._open, None
+        self._is_late = late
         if not is_there:
+            self._share = min(2 * self._share, 1.0)
             self._break_at(iteration)
             return
         if late and not self.is_whole:
@@ -171,11 +175,6 @@ class Rotation:
         """No chain leads over this iteration."""
         self._gap = max(self._gap, iteration)
         self._bases |= {u: None for u, base in self._bases.items() if base is not None and base <= iteration}
-
-    def _has_missed_turns(self, unit: int) -> bool:
-        """Whether a slice was not captured again although there was room: its captures have been late."""
-        base = self._bases[unit]
-        return base is not None and base <= self._stable and self._logged[unit] > self._period + MISSED_TURNS
 
     def _is_spared(self, unit: int, iteration: int) -> bool:
         """A slice that had no gradient since its capture is left out, once in a row: its log takes no room."""

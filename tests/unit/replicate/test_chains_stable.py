@@ -17,6 +17,8 @@ from functools import cache, reduce
 from itertools import count
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -31,7 +33,7 @@ from megatron_moetion.select.budget import exact_copies
 from megatron_moetion.select.rotation import Rotation, Turn
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.store.chains import ChainLayout, chain_layout, log_units
-from megatron_moetion.store.manifest import NO_SLOT, Page, Record, successor
+from megatron_moetion.store.manifest import NO_SLOT, Page, Record, Records, successor
 from megatron_moetion.store.retention import Chains
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
@@ -89,24 +91,34 @@ class Paper:
 
     def __init__(self, log: GradientLog, apart: bool, page: Page) -> None:
         copies = exact_copies(log)
-        self.pool_of = [u.name if apart else u.nbytes for u in log.inventory.units]
-        self.slots: Counter[Any] = Counter()
+        pools: dict[Any, int] = {}
+        names = [u.name if apart else u.nbytes for u in log.inventory.units]
+        self.pool_of = np.array([pools.setdefault(name, len(pools)) for name in names])
+        self.slots = np.zeros(len(pools), dtype=np.int64)
         for unit, pool in zip(log.inventory.units, self.pool_of, strict=True):
             self.slots[pool] += copies[unit.name]
-        self.most_records = 2 * self.slots.total()
+        self.most_records = 2 * int(self.slots.sum())
         self.page = page
 
     def has_room(self, records: Sequence[Record]) -> bool:
-        listed = [*self.page.records, *records]
-        held = Counter(self.pool_of[r.unit] for r in listed if not r.is_zero)
-        return len(listed) <= self.most_records and all(taken <= self.slots[pool] for pool, taken in held.items())
+        listed = self.page.records.followed_by(Records.of(records))
+        units = listed.table["unit"][~listed.is_zero]
+        taken = np.bincount(self.pool_of[units], minlength=len(self.slots))
+        return len(listed) <= self.most_records and bool((taken <= self.slots).all())
 
     def edit(self, change: Callable[[Page], Mapping[str, Any]]) -> None:
-        self.page = successor(self.page, **change(self.page))
+        found = successor(self.page, **change(self.page))
+        self.page = replace(found, records=Records.of(found.records))
         assert len(self.page.records) <= self.most_records, "the manifest page is full"
 
     def add(self, records: Sequence[Record]) -> None:
-        self.edit(lambda page: {"records": (*page.records, *records)})
+        self.edit(lambda page: {"records": page.records.followed_by(Records.of(records))})
+
+
+def keys_of(records: Records) -> npt.NDArray[np.int64]:
+    """One number a record."""
+    keys: npt.NDArray[np.int64] = records.table["unit"].astype(np.int64) << 32 | records.table["iteration"]
+    return keys
 
 
 class Tree:
@@ -327,14 +339,14 @@ class Cluster:
         mine, replica = self.arenas[rank, rank].page, self.arenas[rank, holder]
         if side.update is None:
             side.update = mine, list(side.open)
-            listed = {r.key for r in mine.records}
-            kept = tuple(r for r in replica.page.records if r.key in listed)
+            theirs = replica.page.records
+            kept = theirs.where(np.isin(keys_of(theirs), keys_of(mine.records)))
             replica.edit(lambda page: {"records": kept, "stable": mine.stable})
             return
         (page, offered), side.update = side.update, None
-        there, still = {r.key for r in replica.page.records}, {r.key for r in mine.records}
-        coming = [r for r in page.records if r.key not in there]
-        if self.draw.random() < weather.refuse or not {r.key for r in coming} <= still:
+        coming = page.records.where(~np.isin(keys_of(page.records), keys_of(replica.page.records)))
+        are_still_there = np.isin(keys_of(coming), keys_of(mine.records)).all()
+        if self.draw.random() < weather.refuse or not are_still_there:
             return  # a slot that was used again while it was being read: its bytes are not the announced ones
         assert replica.has_room(coming), "it holds nothing that the owner does not hold"
         replica.add(coming)
