@@ -60,6 +60,8 @@ class Holder:
         idle_s: float = 3600.0,
     ) -> None:
         self._arenas = arenas
+        self._placed = frozenset(arenas.held)
+        """Owners whose arenas this node had from the start."""
         self._node = node
         self._pool = pool
         self._probe = probe
@@ -186,7 +188,7 @@ class Holder:
 
     def _make(self, spec: ArenaSpec, page: Page) -> Arena:
         free, owner = self._node.free_bytes(), spec.identity.owner
-        if free < spec.nbytes + spec.nbytes // SPARE_SHARE:
+        if free < spec.nbytes + (0 if owner in self._placed else spec.nbytes // SPARE_SHARE):
             raise StoreError(f"there is no room for {spec.nbytes} bytes of rank {owner}: {free} are free")
         arena = self._node.create_arena(arena_name(owner), spec, page)
         self._arenas.add(arena)

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -157,21 +157,21 @@ class Ranks:
         self.replications[rank].offer(iteration, is_there=True)
         return records
 
-    def take(self, rank: int, iteration: int) -> bool:
+    def take(self, rank: int, iteration: int, units: Sequence[int] | None = None) -> bool:
         """As ``commit``; False where there is no room, as in a run."""
-        if self.own(rank).can_list(len(self.states[rank].inventory().units)):
-            sizes = self.own(rank).unit_bytes
-            slots = self.own(rank).acquire_all(sizes)
-            if slots is not None:
-                self.own(rank).release(slots)
-                self.commit(rank, iteration)
-                return True
+        own = self.own(rank)
+        sizes = own.unit_bytes if units is None else own.unit_bytes[list(units)]
+        slots = own.acquire_all(sizes) if own.can_list(len(sizes)) else None
+        if slots is not None:
+            own.release(slots)
+            self.commit(rank, iteration, units)
+            return True
         self.replications[rank].offer(iteration, is_there=False)
         return False
 
-    def settle(self, rank: int, stable: int, **whole: bool) -> None:
-        """All ranks have agreed on this iteration."""
-        self.arenas[rank].release(Settled(stable=stable))
+    def settle(self, rank: int, stable: int, given_up: Collection[int] = ()) -> None:
+        """All ranks have agreed on this iteration, and to give some up."""
+        self.arenas[rank].release(Settled(stable=stable, whole=dict.fromkeys(given_up, False)))
 
     def step(self, iteration: int) -> None:
         """Every rank takes one snapshot; all wait until it is whole, and make it stable."""
@@ -210,9 +210,10 @@ class Ranks:
 
 
 class Node(NodeFolder):
-    """A node that says whether it has room."""
+    """A node that says whether it has room; without, it has that of the arenas it once had."""
 
     has_room = True
+    had_bytes = 0
 
     @classmethod
     def like(cls, node: NodeFolder, *, has_room: bool) -> Node:
@@ -220,10 +221,11 @@ class Node(NodeFolder):
             path=node.path, key=node.key, position=node.position, num_ranks=node.num_ranks, clock=node.clock
         )  # fmt: skip
         object.__setattr__(found, "has_room", has_room)
+        object.__setattr__(found, "had_bytes", found.bytes_here())
         return found
 
     def free_bytes(self) -> int:
-        return 1 << 40 if self.has_room else 0
+        return 1 << 40 if self.has_room else self.had_bytes - self.bytes_here()
 
 
 @contextmanager

@@ -183,7 +183,7 @@ def test_a_holder_that_dies_in_an_update_leaves_what_was_stable(tmp_path: Path, 
         ranks.commit(0, 4)
         assert died.wait(LONG_S)
         path = ranks.folders[1] / arena_name(0)
-        spec, page = peek_arena(path)
+        _, page = peek_arena(path)
         left = open_arena(path)
         stable = [r for r in page.records if r.iteration == 3]
         assert {r.unit: left.payload(r.slot).tobytes() for r in stable} == expected

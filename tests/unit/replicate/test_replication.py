@@ -3,34 +3,41 @@
 
 from __future__ import annotations
 
+import itertools
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mirrors import Ranks, eventually, running
-from support import no_probe
+from mirrors import TIMING, Ranks, eventually, running
+from world import Left, World, plan_world
 
-from megatron_moetion.recover.plan import RankFacts, RecoveryPlan, choose_same_iteration, plan_recovery
-from megatron_moetion.recover.report import ArenaReport
+from megatron_moetion.recover.plan import choose_newest_experts, choose_same_iteration
+from megatron_moetion.recover.report import ArenaReport, History
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.substitutes import ASKED_MAX, substitutes_of
+from megatron_moetion.store.sharedfile import peek_arena
 from megatron_moetion.units import UnitKind
 
 PATIENCE = 5
 
 
 def go_on(ranks: Ranks, iteration: int, *, but: int = -1) -> None:
-    """Every rank takes a snapshot, if it has room, and settles what is whole; one of them is waited for nowhere."""
+    """Every rank takes a snapshot, and settles it when it is whole; one may have no room, and is not awaited."""
     for rank in range(len(ranks.states)):
+        if rank != but:
+            assert eventually(lambda r=rank: ranks.replications[r].pending == 0)  # type: ignore[misc]
+            ranks.settle(rank, max(ranks.replications[rank].whole))
         ranks.states[rank].step(iteration)
-        ranks.take(rank, iteration)
+        assert ranks.take(rank, iteration) or rank == but
     for rank in range(len(ranks.states)):
         if rank != but:
             assert ranks.becomes_whole(rank, iteration), ranks.replications[rank].states()
-        if whole := ranks.replications[rank].whole:
-            ranks.settle(rank, max(whole))
+            ranks.settle(rank, iteration)
 
 
 def go_on_alone(ranks: Ranks, iteration: int) -> None:
@@ -86,7 +93,7 @@ def test_a_holder_that_stays_away_costs_a_copy_and_is_taken_back(tmp_path: Path)
         assert eventually(lambda: active(ranks) == [1])
         assert eventually(lambda: ranks.replications[0].redundancy(5000) == 1)
         assert "holder: rank 1 (node 1) has all of this rank's snapshots from now on" in texts(ranks)
-        ranks.step(5001)
+        go_on(ranks, 5001)
 
 
 def test_another_node_with_room_takes_over_and_the_first_holder_drops_its_copy_when_it_is_back(tmp_path: Path) -> None:
@@ -105,7 +112,7 @@ def test_another_node_with_room_takes_over_and_the_first_holder_drops_its_copy_w
         assert eventually(lambda: 0 not in ranks.arenas[1].held)
         assert not (ranks.folders[1] / "rank00000.arena").exists()
         assert eventually(lambda: [s.rank for s in ranks.replications[0].states()] == [3])
-        ranks.step(5001)
+        go_on(ranks, 5001)
         assert ranks.replications[0].redundancy(5001) == 1
 
 
@@ -120,7 +127,7 @@ def test_a_substitute_that_stays_away_too_gives_way_to_the_first_holder(tmp_path
             go_on(ranks, 10000, but=2)
             assert 10000 in ranks.listed(1, 0)
         assert eventually(lambda: 0 not in ranks.arenas[2].held)
-        ranks.step(10001)
+        go_on(ranks, 10001)
 
 
 def test_the_first_holder_that_is_back_before_a_substitute_has_everything_stays(tmp_path: Path) -> None:
@@ -130,7 +137,99 @@ def test_the_first_holder_that_is_back_before_a_substitute_has_everything_stays(
             with ranks.faults.cut([0], [1], "hold"):
                 go_on_until(ranks, 2, lambda: active(ranks) == [])
             assert eventually(lambda: active(ranks) == [1])
-            ranks.step(5000)
-        ranks.step(5001)
+            go_on(ranks, 5000)
+        go_on(ranks, 5001)
         assert eventually(lambda: [s.rank for s in ranks.replications[0].states()] == [1])
         assert 0 not in ranks.arenas[2].held
+
+
+class Job:
+    """Ranks that take snapshots and agree on what is stable, each of them learning of it when it likes."""
+
+    def __init__(self, ranks: Ranks, rng: random.Random, *, popular: bool) -> None:
+        self.ranks, self.rng, self.popular = ranks, rng, popular
+        self.iteration = self.stable = 1
+        self.given_up: set[int] = set()
+        self.ever_whole: list[set[int]] = [{1} for _ in ranks.states]
+
+    def snapshot(self) -> None:
+        self.iteration += 1
+        units = [0, 1 + self.iteration % 2, 3] if self.popular else None
+        for rank, state in enumerate(self.ranks.states):
+            state.step(self.iteration)
+            if not self.ranks.take(rank, self.iteration, units):
+                self.given_up.add(self.iteration)
+        time.sleep(self.rng.choice([0.0, 0.002, 0.01]))
+        for rank, replication in enumerate(self.ranks.replications):
+            self.ever_whole[rank] |= replication.whole.keys()
+        self.stable = max(set.intersection(*self.ever_whole) - self.given_up | {self.stable})
+        for rank in range(len(self.ranks.states)):
+            if self.rng.random() < 0.8:
+                self.ranks.settle(rank, self.stable, self.given_up)
+
+    def check(self) -> int:
+        """Losing any nodes that redundancy says may be lost leaves an iteration as new as the stable one."""
+        stable = self.stable
+        redundancy = min(r.redundancy(stable) for r in self.ranks.replications)
+        nodes = range(len(self.ranks.states))
+        left = self.left()
+        for lost in itertools.combinations(nodes, redundancy):
+            found = recovered([each for each in left if each.node not in lost], self.ranks, popular=self.popular)
+            assert (found or -1) >= stable, f"{lost} lost, {stable} was stable with {redundancy}"
+        return redundancy
+
+    def left(self) -> list[Left]:
+        """What surveys would find, if all processes ended now."""
+        found = []
+        for node, folder in enumerate(self.ranks.folders):
+            for path in sorted(folder.glob("*.arena")):
+                spec, page = peek_arena(path)
+                report = ArenaReport(
+                    path=str(path), owner=spec.identity.owner, history=History.of(page), records=page.records
+                )
+                found.append(Left(node=node, report=report))
+        return found
+
+
+def recovered(left: list[Left], ranks: Ranks, *, popular: bool) -> int | None:
+    """The iteration that a recovery from these arenas goes back to."""
+    units = [tuple((u.name, UnitKind(u.kind)) for u in state.inventory().units) for state in ranks.states]
+    choose = choose_newest_experts if popular else choose_same_iteration
+    world = plan_world(units, left, ranks.placement, choose)
+    return world.iteration if isinstance(world, World) else None
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_redundancy_is_never_said_to_be_more_than_it_is(tmp_path: Path, seed: int) -> None:
+    """Faults at random; at random moments all arenas are looked at, and nodes are lost on paper."""
+    rng = random.Random(seed)
+    replicas, popular = 1 + seed % 2, seed % 3 == 0
+    room = [r for r in range(4) if rng.random() < 0.7]
+    seen: Counter[int] = Counter()
+    with running(tmp_path, 4, replicas, patience=3, room=room, copies=4, timing=replace(TIMING, away_s=0.05)) as ranks:
+        for rank in range(4):
+            ranks.commit(rank, 1)
+        for rank in range(4):
+            assert ranks.becomes_whole(rank, 1)
+            ranks.settle(rank, 1)
+        job = Job(ranks, rng, popular=popular)
+        for _ in range(12):
+            with ExitStack() as faults:
+                for _ in range(rng.randrange(3)):
+                    a, b = rng.sample(range(4), 2)
+                    faults.enter_context(ranks.faults.cut([a], [b], "hold"))
+                for _ in range(rng.randrange(4)):
+                    ranks.faults.reset(1, rng.randrange(4), None, "hold")
+                for _ in range(rng.randrange(1, 12)):
+                    job.snapshot()
+                    if rng.random() < 0.5:
+                        seen[job.check()] += 1
+        healed = job.iteration
+        for _ in range(2000):
+            job.snapshot()
+            if job.stable > healed and job.check() == replicas:
+                break
+        else:
+            states = [r.states() for r in ranks.replications]
+            raise AssertionError(f"stable {job.stable} of {job.iteration}, redundancy {seen}: {states}")
+    assert seen[replicas], "it is never less than it is either"
