@@ -188,7 +188,8 @@ class Session:
             run = self.running
             with run.scheduler.urgent():  # no iteration goes on, in which there would be windows
                 run.pipeline.drain()
-            run.agreement.wait(run.timeout_s)
+            if run.agreement.wait(run.timeout_s):  # else a rank is away, and one wait is enough
+                run.mode.wait(run.timeout_s)
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.

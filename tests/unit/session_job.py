@@ -28,6 +28,9 @@ class Adapter(ToyState):
 
     rank = 0
 
+    def expert_peers(self) -> tuple[int, ...]:
+        return (0, 1)
+
 
 class OnDevice(Adapter):
     """An adapter whose state lies in the memory of the model of a device."""
