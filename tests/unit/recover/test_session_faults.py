@@ -435,8 +435,9 @@ def test_a_deleted_store_is_noticed_at_the_next_snapshot_and_made_again(
     else:
         path.unlink()
     job.train(1)
-    assert lines(caplog, "were deleted while training runs; they were made again")
+    assert path.exists()
     images = job.train(2)
+    assert lines(caplog, "were deleted while training runs; they were made again")
     caplog.clear()
     job.train(0)
     assert not lines(caplog, "deleted")
@@ -503,11 +504,21 @@ def test_a_deleted_store_that_cannot_be_made_again_is_said_and_tried_again(
 # -- snapshots that stop for good -------------------------------------------------------------------------------
 
 
+def lose_devices(job: Job) -> None:
+    """All ranks' devices fail at the next snapshot, for good."""
+
+    def fail() -> NoReturn:
+        raise DeviceFault("an illegal address")
+
+    for disturbance in job.disturbances:
+        disturbance.pack = fail
+
+
 def test_a_run_that_lost_its_protection_says_so_again_and_ends_where_it_can_be_restarted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     job = trained(tmp_path, 4, max_restarts=3)
-    job.network.dead |= {0, 1}
+    lose_devices(job)
     with pytest.raises(ProtectionLost, match=r"stable iteration is still \d.*supervisor restarts") as end:
         job.train(60)
     assert end.value.exit_code == 4
@@ -528,7 +539,7 @@ def test_a_restart_that_ended_unprotected_in_the_same_place_does_not_end_the_pro
     trained(tmp_path, 4, max_restarts=3).crash()
     second = Job(tmp_path, attempt=1, max_restarts=3)
     second.start()
-    second.network.dead |= {0, 1}
+    lose_devices(second)
     second.train(60)
     assert second.iteration == 64
     second.crash()
@@ -552,7 +563,7 @@ def test_without_a_restart_at_hand_training_goes_on_unprotected(
     tmp_path: Path, setting: int, max_restarts: int
 ) -> None:
     job = trained(tmp_path, 4, max_restarts=max_restarts, max_unprotected_iterations=setting)
-    job.network.dead |= {0, 1}
+    lose_devices(job)
     job.train(60)
     assert job.iteration == 64
     job.crash()

@@ -34,7 +34,7 @@ def test_a_rank_that_is_silent_while_no_step_ends_is_a_hang() -> None:
 
 @pytest.mark.parametrize("pause_s", [5, 30, 90])
 def test_a_rank_that_goes_on_in_time_is_none(pause_s: int) -> None:
-    silent_s = lambda second: second % 200 if second % 200 <= pause_s else 0  # noqa: E731
+    silent_s = lambda second: second % 200 if second % 200 <= pause_s else 0
     assert hang_after(Patience(LIMIT_S), silent_s, lambda second: 0) is None
 
 
@@ -42,7 +42,7 @@ def test_a_rank_that_is_cut_off_while_steps_end_is_none_however_long_a_step_take
     assert hang_after(Patience(LIMIT_S), lambda second: second, lambda second: second // 10) is None
     assert hang_after(Patience(LIMIT_S), lambda second: second, lambda second: second // 110) is None
     patience = Patience(LIMIT_S)
-    steps = lambda second: second // 172 if second < 600 else 3  # noqa: E731
+    steps = lambda second: second // 172 if second < 600 else 3
     assert hang_after(patience, lambda second: max(0, second - 300), steps) == pytest.approx(4 * 172 + LIMIT_S, abs=3)
 
 
