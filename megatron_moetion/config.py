@@ -100,8 +100,9 @@ class MoetionConfig:
     )
     max_experts_per_snapshot: int = setting(
         0,
-        "most experts that K may grow to for --moetion-lost-token-budget; 0: all, for which the arenas hold three "
-        "copies of each. Fewer save memory",
+        "most experts that K may grow to for --moetion-lost-token-budget; 0: half of them (or K, if that is more), for "
+        "which arenas hold two captures of each on average, where those of mode 'full' hold three. More take more "
+        "memory",
         minimum=0,
     )
     capacity_recalibration: str = setting(

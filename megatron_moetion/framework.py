@@ -112,9 +112,9 @@ class StepNote:
     """What became of an iteration's optimizer step."""
 
     skipped: bool = False
-    """There was none: gradients overflowed, and state is as it was."""
+    """There was none, because gradients overflowed or the loop took none, and state is as it was."""
     problem: str | None = None
-    """Why it cannot be replayed (two steps, another state), for a person; None if it can."""
+    """Why it cannot be replayed (there were two), for a person; None if it can."""
     check: Callable[[], str | None] = lambda: None
     """The same of gradients that are gone. Asked by any thread, when the device has done what the step enqueued."""
 

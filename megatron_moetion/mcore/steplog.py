@@ -57,6 +57,7 @@ class StepLog:
         """Whether the gradients of the last step were overwritten before ``note_step``; a device writes it."""
         self._inputs: list[dict[str, Any]] = [{} for _ in links]
         self._num_steps = [0] * len(links)
+        self._has_seen_steps = False
         self._log: deque[tuple[int, list[dict[str, Any]] | None]] = deque(maxlen=1)
         self._norm: float | None = None
         self._undo = ExitStack()
@@ -91,14 +92,18 @@ class StepLog:
         self._log = deque(self._log, maxlen=steps)
 
     def note_step(self, iteration: int) -> StepNote:
-        """Enter the step of ``iteration``."""
+        """Enter the step of ``iteration``, or that there was none.
+
+        Hooks that have never seen a step are not believed, unless a loss scaler may have skipped all of them.
+        """
         times, self._num_steps = self._num_steps, [0] * len(self._links)
-        if not any(times) and any(getattr(link, "grad_scaler", None) is not None for link in self._links):
+        self._has_seen_steps |= any(times)
+        may_skip = self._has_seen_steps or any(getattr(link, "grad_scaler", None) is not None for link in self._links)
+        if not any(times) and may_skip:
             self._log.append((iteration, None))
             return StepNote(skipped=True)
         if any(n != 1 for n in times):
-            steps_taken = " and ".join(map(str, times))
-            return StepNote(problem=f"{steps_taken} optimizer steps were taken: on_step_end must follow each one")
+            return StepNote(problem=f"{' and '.join(map(str, times))} optimizer steps were taken in one iteration")
         self._log.append((iteration, list(self._inputs)))
         self._enqueue_comparison()
         return StepNote(check=self._overwritten)

@@ -148,17 +148,22 @@ class ExactMode(SnapshotMode):
         self._rotation.packed(is_there=captured.is_there, captured=is_complete, late=is_late, zero=captured.zero)
 
     def settle(self, agreed: Agreed) -> Settled:
-        """See ``SnapshotMode``; a snapshot that is not whole on some rank breaks the chains of all."""
+        """See ``SnapshotMode``."""
         if agreed.is_news:
-            self._rotation.settle(agreed.stable, agreed.recoverable, agreed.whole)
+            self._rotation.settle(agreed.stable, agreed.recoverable)
         return self._rotation.settled
 
     def note_step(self, iteration: int, before: int) -> str | None:
-        """Enter the optimizer's step into the log."""
+        """Enter the optimizer's step into the log. Where it cannot be replayed, all state is captured anew."""
         self._step = self._replayer.note_step(iteration)
+        if iteration <= before:
+            return f"after iteration {before} came {iteration}"
         if self._step.problem is None and iteration != before + 1:
-            return f"after iteration {before} came {iteration}; mode 'exact' needs every one of them"
-        return self._step.problem
+            problem = f"after iteration {before} came {iteration}: the steps between are not in the log"
+            self._step = StepNote(problem=problem)
+        if self._step.problem is not None:
+            self._rotation.interrupt(iteration)
+        return None
 
     def recoverable(self, rounds: Mapping[int, bool]) -> Iterable[int]:
         """See ``Rotation.reachable``."""
@@ -176,10 +181,14 @@ class ExactMode(SnapshotMode):
         """A group of slices in turn, all gradients, and the units of every snapshot."""
         turn = self._rotation.turn(iteration)
         self._rotation.begin(iteration, turn)
+        problem = self._step.problem
+        remark = Remark(kind="missed", text=f"all state is captured anew: {problem}") if problem is not None else None
         if turn.is_gap:
-            return Skip(reason="gap"), None
+            return Skip(reason="gap"), remark
         contents = Contents(staged=self._log.always, optional=turn.captures, problem=self._step.check)
-        return replace(contents, zero=turn.logs) if self._step.skipped else replace(contents, logs=turn.logs), None
+        if self._step.skipped:
+            return replace(contents, zero=turn.logs), remark
+        return replace(contents, logs=turn.logs), remark
 
     def baseline(self, iteration: int, staged: Staged) -> Contents:
         """All units except gradients."""

@@ -46,6 +46,7 @@ class FullMode(SnapshotMode):
         self._units = tuple(u for u in range(len(self.inventory.units)) if u not in frozen)
         self._nbytes = sum(self.inventory.units[u].nbytes for u in self._units)
         self._sizes = Sizes(0, 0)
+        self._interval = site.config.interval
 
     def retention(self, spec: ArenaSpec) -> Retention:
         """The newest whole capture of each unit, and all later ones."""
@@ -58,13 +59,13 @@ class FullMode(SnapshotMode):
 
     def vote(self, carried: Carried) -> Vote:
         """See ``SnapshotMode``. Snapshots cannot be smaller, only rarer."""
-        mask, smaller = self._sizes.vote(carried.nbytes, self._nbytes, 0)
+        mask, smaller = self._sizes.vote(carried.nbytes, lambda _: self._nbytes)
         text = f"snapshots are made to fit ({smaller} here): {carried.why}"
-        return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller else None)
+        return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller is not None else None)
 
     def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """All units that ever change."""
-        if self._sizes.skips_next():
+        if self._sizes.skips(iteration // self._interval):
             return Skip(reason="budget"), None
         return Contents(units=self._units), None
 

@@ -80,7 +80,9 @@ class Site:
     local_ranks: int
     """Ranks of this machine."""
     fabric: Fabric
-    """For modes that talk to other ranks in ``exchange`` and ``resume``."""
+    """For modes that have something of their own to say to other ranks."""
+    expert_peers: tuple[int, ...]
+    """See ``StateAdapter``."""
     journal: Journal
 
 

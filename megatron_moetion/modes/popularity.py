@@ -10,24 +10,30 @@ from typing import Any
 
 import numpy as np
 
+from megatron_moetion.arrays import Int64s
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.framework import TokenSource
+from megatron_moetion.modes.choices import Choices, combine_counts
 from megatron_moetion.modes.mode import Losses, Remark, Site, SnapshotMode, Staged, Vote
 from megatron_moetion.modes.recalibration import Recalibration
+from megatron_moetion.recover.exchange import Meeting, add
 from megatron_moetion.recover.plan import choose_newest_experts
-from megatron_moetion.replicate.agreement import WINDOW, Agreed
+from megatron_moetion.replicate.agreement import Agreed
+from megatron_moetion.replicate.channel import Reducer
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until
 from megatron_moetion.select.budget import Limits, affordable_experts, experts_per_snapshot, popularity_copies
+from megatron_moetion.select.popularity import OPEN_MAX
+from megatron_moetion.select.shares import Shares
 from megatron_moetion.snapshot.capture import Contents
 from megatron_moetion.snapshot.host_state import size_bound
 from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import Inventory, UnitKind
 
-_CAPTURES_REMEMBERED = WINDOW + 1
+_CAPTURES_REMEMBERED = OPEN_MAX + 1
 """Captures of one expert in the host state: those that are not agreed on yet, and the one before."""
 
 
@@ -38,29 +44,23 @@ class PopularityBlueprint:
         self._tokens = tokens
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """The experts of this rank that fit ``snapshot_bytes``, where that is set, and why capacity stays."""
-        facts: dict[str, Any] = {}
-        if site.config.recalibrates and (problem := self._tokens.capacity_problem()):
-            facts["capacity"] = problem
-        counters = self._tokens.token_counters()
-        if site.config.snapshot_bytes and counters:
-            inventory = _with_book(site.inventory, len(counters))
-            fits = affordable_experts(inventory.units, len(counters), site.config.snapshot_bytes)
-            facts |= {} if fits == math.inf else {"experts": fits}
-        return facts
+        """Why capacity stays as it is on this rank, where it is to be raised."""
+        problem = self._tokens.capacity_problem() if site.config.recalibrates else None
+        return {"capacity": problem} if problem else {}
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> PopularityMode:
-        """See ``Blueprint``."""
+        """See ``Blueprint``. Collective among the ranks that share experts; ``ChannelError`` on a lost one."""
         num_experts = len(self._tokens.token_counters())
-        experts = min((f["experts"] for f in facts if "experts" in f), default=math.inf)
-        limits = experts_per_snapshot(site.config, num_experts, experts)
         inventory = _with_book(site.inventory, num_experts)
-        spec = ArenaSpec.of(
-            replace(site.identity, layout=inventory.fingerprint),
-            inventory,
-            popularity_copies(inventory.units, limits.most),
-            limits.most,
-        )
+        nbytes, always = self._bytes_of_all(site, inventory)
+        affordable: float = math.inf
+        if site.config.snapshot_bytes and nbytes.any():
+            affordable = affordable_experts(Shares.of(nbytes, 0, 0), always, site.config.snapshot_bytes)
+        limits = experts_per_snapshot(site.config, num_experts, affordable)
+        shares = Shares.of(nbytes, limits.usual, limits.most)
+        most_bytes = int(shares.most_bytes[site.expert_peers.index(site.identity.owner)])
+        copies = popularity_copies(inventory.units, limits.most, most_bytes if shares.ranks > 1 else math.inf)
+        spec = ArenaSpec.of(replace(site.identity, layout=inventory.fingerprint), inventory, copies, limits.most)
         problem = next((f["capacity"] for f in facts if "capacity" in f), None)
         recalibration = Recalibration(
             self._tokens,
@@ -74,10 +74,24 @@ class PopularityBlueprint:
             inventory=inventory,
             spec=spec,
             limits=limits,
+            shares=shares,
             tokens=self._tokens,
+            reducer=site.fabric.reducer("popularity", site.expert_peers, combine_counts),
             recalibration=recalibration,
             note=f"--moetion-capacity-recalibration on does nothing here: {problem}" if problem is not None else None,
         )
+
+    def _bytes_of_all(self, site: Site, inventory: Inventory) -> tuple[Int64s, list[int]]:
+        """Bytes of each expert on each rank that shares it, int64[experts, ranks]; then of what every snapshot has."""
+        peers = site.expert_peers
+        mine = [inventory.units[u].nbytes for u in _always(inventory)]
+        table = np.zeros((1 + len(self._tokens.token_counters()), len(peers)), dtype=np.int64)
+        sizes = {u.name: u.nbytes for u in inventory.units}
+        experts = [sizes.get(c.expert, 0) for c in self._tokens.token_counters()]
+        table[:, peers.index(site.identity.owner)] = [sum(mine), *experts]
+        meeting = Meeting(site.fabric, "bytes of shared experts", peers, add, site.config.timeout_s)
+        found = np.array(meeting.combine(table.ravel().tolist()), dtype=np.int64).reshape(table.shape)
+        return found[1:], found[0].tolist()
 
 
 def _with_book(inventory: Inventory, num_experts: int) -> Inventory:
@@ -100,7 +114,9 @@ class PopularityMode(SnapshotMode):
         inventory: Inventory,
         spec: ArenaSpec,
         limits: Limits,
+        shares: Shares,
         tokens: TokenSource,
+        reducer: Reducer,
         recalibration: Recalibration,
         note: str | None,
     ) -> None:
@@ -116,13 +132,16 @@ class PopularityMode(SnapshotMode):
         self._positions = [_position(inventory, c.unit, c.tensor, c.position) for c in counters]
         self._units = [inventory.index.get(c.expert) for c in counters]
         """The unit of each expert; None where its optimizer state is another rank's."""
-        self._always = (*inventory.of_kind(UnitKind.DENSE), *inventory.of_kind(UnitKind.HOST))
+        self._always = _always(inventory)
         self._always_bytes = sum(inventory.units[u].nbytes for u in self._always)
-        sizes = [inventory.units[u].nbytes for u in self._units if u is not None]
-        self._expert_bytes = sum(sizes) / max(len(self._units), 1)
-        self._sizes = Sizes(limits.fewest, limits.usual)
+        self._expert_bytes = sum(inventory.units[u].nbytes for u in self._units if u is not None)
+        self._shares = shares
+        self._reducer = reducer
+        self._number = 0
+        """Of the last snapshot's round."""
         self._counts = [0] * len(counters)
-        """Tokens by expert as of the last freeze."""
+        """Tokens by expert then."""
+        self._sizes = Sizes(limits.fewest, limits.usual)
         self._book = ExpertBook(
             names=[c.expert for c in counters],
             layers=[c.unit for c in counters],
@@ -133,41 +152,44 @@ class PopularityMode(SnapshotMode):
                 staleness_cap=config.staleness_cap,
                 interval=config.interval,
                 lost_token_budget=config.lost_token_budget,
+                shares=shares,
             ),
         )
+        self._choices = Choices(self._book, self._sizes, config.interval)
 
     def retention(self, spec: ArenaSpec) -> Retention:
         """The newest whole capture of each unit, and all later ones."""
         return Newest()
 
     def settle(self, agreed: Agreed) -> Settled:
-        """See ``SnapshotMode``; the book learns the counts of other ranks, and which snapshots are whole."""
-        self._book.ledger.update(agreed.totals)
-        self._sizes.agree(agreed.votes)
-        for iteration, is_whole in sorted(agreed.recoverable.items()):
-            self._book.ledger.settle(iteration, is_whole)
+        """See ``SnapshotMode``. What concerns the choice of experts waits until all that share them know it."""
+        self._choices.hear(agreed)
         return super().settle(agreed)
 
     def exchange(self, iteration: int) -> None:
         """See ``Recalibration.on_step_end``."""
         self._recalibration.on_step_end(iteration)
 
-    def counts(self, staged: Staged) -> list[int]:
-        """See ``SnapshotMode``; they are kept for ``contents``."""
+    def contributed(self, number: int, staged: Staged) -> None:
+        """Tell the ranks that share experts how many tokens they have processed here."""
+        self._number = number
         self._counts = self._counted(staged)
-        return self._counts
+        self._reducer.contribute(number, self._choices.words(self._counts))
 
     def vote(self, carried: Carried) -> Vote:
         """See ``SnapshotMode``: first fewer experts, then rarer snapshots."""
-        mask, smaller = self._sizes.vote(carried.nbytes, self._always_bytes, self._expert_bytes)
+        mask, smaller = self._sizes.vote(carried.nbytes, self._snapshot_bytes)
         text = f"snapshots are made to fit ({smaller} here): {carried.why}"
-        return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller else None)
+        return Vote(mask=mask, remark=Remark(kind="budget", text=text) if smaller is not None else None)
 
     def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """The dense units and the chosen experts: the same ones on all ranks that share them, each its shards."""
-        if self._sizes.skips_next():
+        self._choices.choose(self._number, iteration, self._counts, self._reducer.results())
+        if not self._choices.is_known(self._number):
+            return Skip(reason="agreement", details="the counts of the ranks that share experts are late"), None
+        chosen = self._choices.chosen(self._number)
+        if chosen is None:
             return Skip(reason="budget"), None
-        chosen = self._book.choose(iteration, self._counts, self._sizes.now.experts)
         excess = self._book.past_budget
         units = (unit for e in chosen if (unit := self._units[e]) is not None)
         contents = Contents(units=(*self._always, *units), tokens=self._by_unit(self._counts))
@@ -227,9 +249,17 @@ class PopularityMode(SnapshotMode):
 
     def describe(self) -> str:
         """See ``SnapshotMode``."""
-        most = self._limits.most
-        more = f" (as many as {most} to keep the budget of lost tokens)" if most > self._limits.usual else ""
-        return f", {self._sizes.experts_text} of {len(self._units)} experts each{more}, {self._config.selection}"
+        parts = [f"{self._sizes.experts_text} of {len(self._units)} experts each"]
+        if self._limits.most > self._limits.usual:
+            parts[0] += f" (up to {self._limits.most}, as arenas have room for, to keep the budget of lost tokens)"
+        if self._shares.ranks > 1:
+            busiest = self._shares.busiest_bytes(self._limits.usual) / 2**20
+            parts.append(f"at most {busiest:.1f} MiB of them on each of {self._shares.ranks} ranks")
+        return ", " + ", ".join([*parts, self._config.selection])
+
+    def _snapshot_bytes(self, num_experts: int) -> int:
+        """Of a snapshot of this rank, at most: what it holds of experts is spread over all that share them."""
+        return self._always_bytes + min(self._shares.busiest_bytes(num_experts), self._expert_bytes)
 
     def _counted(self, staged: Staged) -> list[int]:
         """Tokens processed by each expert of this rank's layers as of the last freeze.
@@ -243,6 +273,11 @@ class PopularityMode(SnapshotMode):
 
     def _by_unit(self, counts: Sequence[int]) -> dict[int, int]:
         return {u: tokens for u, tokens in zip(self._units, counts, strict=True) if u is not None}
+
+
+def _always(inventory: Inventory) -> tuple[int, ...]:
+    """The units of every snapshot."""
+    return (*inventory.of_kind(UnitKind.DENSE), *inventory.of_kind(UnitKind.HOST))
 
 
 def _position(inventory: Inventory, unit: str, tensor: str, position: int) -> tuple[int, int, int]:

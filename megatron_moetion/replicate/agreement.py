@@ -119,6 +119,7 @@ class Agreement:
     def _learn(self, result: Reduced) -> Agreed:
         able, alive, votes, redundancy = result.words
         recent = self._recent(result.number)
+        able &= bits_of(self._open, recent)  # what was given up stays so: its captures may be gone
         newest = newest_common(able, recent)
         stable = self.stable if newest is None else max(self.stable, newest)
         settled = fates(able, alive, recent, self._open)

@@ -81,10 +81,10 @@ class Tree:
             is_first = not before and self._rounds.given_up
         if is_first:
             _logger.warning(
-                "[moetion] rank %d: no word from rank(s) %s for %d rounds of agreement; older ones are given up",
+                "[moetion] rank %d: %d rounds without a result; older ones are given up. Ranks that are silent: %s",
                 self._control.rank,
-                self.missing(number),
                 self._rounds.kept,
+                sorted(self._control.silent()) or "none",
             )
 
     def results(self) -> list[tuple[int, bytes]]:
@@ -159,6 +159,7 @@ class Control:
         self._trees: dict[int, Tree] = {}
         self._neighbours: dict[int, _Neighbour] = {}
         self._silent: dict[int, float] = {}
+        self._beat_s = clock.monotonic()
         self._flush_s = 0.0
         self._thread: threading.Thread | None = None
         if mesh is not None:
@@ -304,30 +305,43 @@ class Control:
     # -- the thread ------------------------------------------------------------------------------------
 
     def _run(self) -> None:
-        beat_s = self._clock.monotonic()
+        is_known = False
         while not self.is_closed:
-            found = self._selector.select(self._until(beat_s))
-            with self.changed:
-                for key, _ in found:
-                    if key.data is None:
-                        with contextlib.suppress(OSError):
-                            self._wake_out.recv(1 << 12)
-                    elif key.fileobj is key.data.socket:
-                        self._read(key.data)
-                now_s = self._clock.monotonic()
-                if now_s >= beat_s:
-                    self._beat(now_s, was_away=now_s - beat_s > SILENT_BEATS / 2 * self._heartbeat_s)
-                    beat_s = now_s + self._heartbeat_s
-                for neighbour in self._neighbours.values():
-                    self._dial_if_due(neighbour, now_s)
-                    self._write(neighbour)
+            try:
+                self._turn()
+            except Exception:  # a bug: all begin anew with this rank, which they cannot do without
+                if not is_known:
+                    _logger.exception("[moetion] rank %d: the control plane begins anew", self.rank)
+                is_known = True
+                with self.changed:
+                    for neighbour in self._neighbours.values():
+                        self._lose(neighbour)
+                self._clock.sleep(self._heartbeat_s)
         self._flush()
 
-    def _until(self, beat_s: float) -> float:
+    def _turn(self) -> None:
+        """Wait until something is due, and do it."""
+        found = self._selector.select(self._until())
+        with self.changed:
+            for key, _ in found:
+                if key.data is None:
+                    with contextlib.suppress(OSError):
+                        self._wake_out.recv(1 << 12)
+                elif key.fileobj is key.data.socket:
+                    self._read(key.data)
+            now_s = self._clock.monotonic()
+            if now_s >= self._beat_s:
+                self._beat(now_s, was_away=now_s - self._beat_s > SILENT_BEATS / 2 * self._heartbeat_s)
+                self._beat_s = now_s + self._heartbeat_s
+            for neighbour in self._neighbours.values():
+                self._dial_if_due(neighbour, now_s)
+                self._write(neighbour)
+
+    def _until(self) -> float:
         """Seconds until something is due."""
         with self.changed:
             due = [n.dial_at_s for n in self._neighbours.values() if self._wants_dial(n)]
-        return max(0.0, min([beat_s, *due]) - self._clock.monotonic())
+        return max(0.0, min([self._beat_s, *due]) - self._clock.monotonic())
 
     def _wants_dial(self, neighbour: _Neighbour) -> bool:
         return neighbour.is_parent and neighbour.socket is None and not neighbour.is_dialling

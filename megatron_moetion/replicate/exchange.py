@@ -5,7 +5,8 @@ from __future__ import annotations
 
 import selectors
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
@@ -33,49 +34,40 @@ class SocketChannel:
         out, into = _by_peer(sends), _by_peer(receives)
         peers = sorted(out.keys() | into.keys())
         connections = {peer: self._connection(peer) for peer in peers}
-        try:
-            with selectors.DefaultSelector() as selector:
-                for peer, connection in connections.items():
-                    self._watch(selector, connection, out.get(peer), into.get(peer))
-                while selector.get_map():
-                    found = selector.select(self._timeout_s)
-                    if not found:
-                        raise TimeoutError(f"nothing moved for {self._timeout_s:g} s")
-                    for key, events in found:
-                        connection = connections[key.data]
-                        if events & selectors.EVENT_READ:
-                            _advance(into[key.data], connection.receive_some(into[key.data][0][:_CHUNK_BYTES]))
-                        if events & selectors.EVENT_WRITE:
-                            views = [view[:_CHUNK_BYTES] for view in list(out[key.data])[:1]]
-                            _advance(out[key.data], connection.send_some(views))
-                        self._watch(selector, connection, out.get(key.data), into.get(key.data))
-        except (OSError, ChannelError) as error:
+        with ExitStack() as stack:
             for connection in connections.values():
-                connection.close()
-            late = sorted(p for p in peers if out.get(p) or into.get(p))
-            raise ChannelError(f"transfer with rank(s) {late} failed: {error}") from error
+                stack.enter_context(connection.in_use("exchange with"))
+            try:
+                self._move(connections, out, into)
+            except OSError as error:
+                late = [p for p in peers if out.get(p) or into.get(p)]
+                raise ChannelError(f"transfer with rank(s) {late} failed: {error}") from error
+
+    def _move(
+        self,
+        connections: Mapping[int, SocketConnection],
+        out: Mapping[int, deque[memoryview]],
+        into: Mapping[int, deque[memoryview]],
+    ) -> None:
+        with selectors.DefaultSelector() as selector:
+            for peer, connection in connections.items():
+                _watch(selector, connection, out.get(peer), into.get(peer))
+            while selector.get_map():
+                found = selector.select(self._timeout_s)
+                if not found:
+                    raise TimeoutError(f"nothing moved for {self._timeout_s:g} s")
+                for key, events in found:
+                    connection, peer = connections[key.data], key.data
+                    if events & selectors.EVENT_READ:
+                        _advance(into[peer], connection.receive_some(into[peer][0][:_CHUNK_BYTES]))
+                    if events & selectors.EVENT_WRITE:
+                        _advance(out[peer], connection.send_some([out[peer][0][:_CHUNK_BYTES]]))
+                    _watch(selector, connection, out.get(peer), into.get(peer))
 
     def close(self) -> None:
         """Let go of every peer."""
         for connection in list(self._connections.values()):
             connection.close()
-
-    def _watch(
-        self,
-        selector: selectors.BaseSelector,
-        connection: SocketConnection,
-        out: deque[memoryview] | None,
-        into: deque[memoryview] | None,
-    ) -> None:
-        wanted = (selectors.EVENT_WRITE if out else 0) | (selectors.EVENT_READ if into else 0)
-        is_known = connection.fileno() in selector.get_map()
-        if wanted and is_known:
-            if selector.get_key(connection).events != wanted:
-                selector.modify(connection, wanted, connection.peer)
-        elif wanted:
-            selector.register(connection, wanted, connection.peer)
-        elif is_known:
-            selector.unregister(connection)
 
     def _connection(self, peer: int) -> SocketConnection:
         if self._mesh.rank < peer and peer not in self._connections:
@@ -91,6 +83,24 @@ class SocketChannel:
         with self._arrived:
             self._connections[connection.peer] = connection.handed_over()
             self._arrived.notify_all()
+
+
+def _watch(
+    selector: selectors.BaseSelector,
+    connection: SocketConnection,
+    out: deque[memoryview] | None,
+    into: deque[memoryview] | None,
+) -> None:
+    """Wait for what this connection still has to do."""
+    wanted = (selectors.EVENT_WRITE if out else 0) | (selectors.EVENT_READ if into else 0)
+    is_known = connection.fileno() in selector.get_map()
+    if wanted and is_known:
+        if selector.get_key(connection).events != wanted:
+            selector.modify(connection, wanted, connection.peer)
+    elif wanted:
+        selector.register(connection, wanted, connection.peer)
+    elif is_known:
+        selector.unregister(connection)
 
 
 def _by_peer(messages: Sequence[Message]) -> dict[int, deque[memoryview]]:

@@ -162,14 +162,19 @@ class SocketFabric:
         if self._tree.failure is not None:
             raise self._tree.failure
         if found is None:
-            missing = self._tree.missing(number)
-            raise ChannelError(
-                f"a rank was lost while ranks compared notes: no word from rank(s) {missing or 'that gave it up'} "
-                f"within {self._timeout_s:g} s"
-            )
+            raise ChannelError(f"a rank was lost while ranks compared notes: {self._culprits(number)}")
         if found[:1] != kind:
             raise ChannelError("ranks make different collective calls at once")
         return found[1:]
+
+    def _culprits(self, number: int) -> str:
+        """Why a collective call has no result."""
+        if silent := self._control.silent():
+            return f"rank(s) {sorted(silent)} have been silent for up to {max(silent.values()):.0f} s"
+        missing = self._tree.missing(number)
+        if not missing:
+            return "other ranks have given it up"
+        return f"no word from rank(s) {missing}, or those that speak through them, within {self._timeout_s:g} s"
 
     def _merge(self, number: int, payloads: Sequence[bytes]) -> bytes:
         return self._merges[number](payloads)

@@ -159,7 +159,7 @@ def decode_update(
         digest=table["digest"],
         tokens=table["tokens"],
     )
-    if any(not in_history(r, branches, epoch) for r in records.where(records.table["epoch"] != epoch)):
+    if not in_history(records, branches, epoch).all():
         raise ChannelError(f"captures of iteration {iteration} belong to a history that a recovery has ended")
     keys = gone["unit"].astype(np.int64) * _ITERATIONS_MAX + gone["iteration"]
     digests = body[first + second :].copy().view(np.uint64)

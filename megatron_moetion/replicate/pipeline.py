@@ -190,7 +190,7 @@ class Pipeline:
         """Recent iterations whose fate is known here: whether they are whole here and on all active holders."""
         whole = self.whole_since
         with self._lock:
-            return {i: False for i in self._dropped} | {i: True for i in whole}
+            return dict.fromkeys(self._dropped, False) | dict.fromkeys(whole, True)
 
     @property
     def whole_since(self) -> Mapping[int, float]:

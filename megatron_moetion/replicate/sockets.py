@@ -130,7 +130,7 @@ class SocketConnection:
 
     def send(self, parts: Sequence[Bytes], *, gate: Gate | None = None) -> None:
         """See ``Connection``."""
-        with self._use("send to"):
+        with self.in_use("send to"):
             parts = self._cuts.sending(self.rank, self.peer, self.purpose, parts)
             if gate is None:
                 self._send_all([part.data for part in parts if part.nbytes])
@@ -139,7 +139,7 @@ class SocketConnection:
 
     def receive(self, parts: Sequence[Bytes], timeout_s: float | None = None) -> None:
         """See ``Connection``."""
-        with self._use("receive from"):
+        with self.in_use("receive from"):
             self._cuts.receiving(self.rank, self.peer, self.purpose)
             wait_s = self._progress_s if timeout_s is None else timeout_s
             for part in parts:
@@ -183,6 +183,27 @@ class SocketConnection:
             unsent_bytes=self._most_unsent_bytes,
             cuts=self._cuts,
         )
+
+    @contextlib.contextmanager
+    def in_use(self, what: str) -> Iterator[None]:
+        """The socket stays open, if shut down, while this lasts. Any error within closes the connection for good.
+
+        ``what``: for the ``ChannelError`` that a lost peer becomes, as in "cannot ``what`` rank(s) [3]".
+        """
+        with self._lock:
+            if self._is_closed:
+                raise ChannelError(f"cannot {what} rank(s) [{self.peer}]: the connection is closed")
+            self._users += 1
+        try:
+            yield
+        except OSError as error:
+            self.close()
+            raise ChannelError(f"cannot {what} rank(s) [{self.peer}]: {error}") from error
+        except BaseException:  # what was under way has been torn
+            self.close()
+            raise
+        finally:
+            self._leave()
 
     def fileno(self) -> int:
         """For ``select``; -1 once closed."""
@@ -237,22 +258,6 @@ class SocketConnection:
         if nbytes != self._unsent_bytes:
             self._unsent_bytes = nbytes
             self._socket.setsockopt(socket.IPPROTO_TCP, socket.TCP_NOTSENT_LOWAT, nbytes)
-
-    @contextlib.contextmanager
-    def _use(self, what: str) -> Iterator[None]:
-        with self._lock:
-            if self._is_closed:
-                raise ChannelError(f"cannot {what} rank(s) [{self.peer}]: the connection is closed")
-            self._users += 1
-        try:
-            yield
-        except (OSError, ChannelError) as error:
-            self.close()
-            if isinstance(error, ChannelError):
-                raise
-            raise ChannelError(f"cannot {what} rank(s) [{self.peer}]: {error}") from error
-        finally:
-            self._leave()
 
     def _leave(self) -> None:
         with self._lock:

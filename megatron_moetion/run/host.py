@@ -12,6 +12,7 @@ from megatron_moetion.clock import Clock, SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.process import process_start
+from megatron_moetion.replicate.link import Timing
 from megatron_moetion.replicate.worker import SystemThreads, Threads
 from megatron_moetion.snapshot.packer import HostPool, Packer, device_packer
 from megatron_moetion.store.hostmemory import HostMemory
@@ -53,6 +54,8 @@ class Host:
     """From the address of this rank's GPU on the PCI bus ("" without one) and a number of threads."""
     make_probe: Callable[[MoetionConfig, int, int], Probe] = _make_probe
     """From settings, attempt and rank."""
+    links: Timing | None = None
+    """Bounds of the waits of replication; None: as settings say."""
     nonce: Callable[[], int] = lambda: secrets.randbits(32)
     process_start: Callable[[], float] = process_start
     """Unix time, seconds."""

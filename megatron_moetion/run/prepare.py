@@ -80,6 +80,7 @@ def prepare(
             node=node,
             local_ranks=int(host.environment.get("LOCAL_WORLD_SIZE", "1")),
             fabric=fabric,
+            expert_peers=adapter.expert_peers() or (rank,),
             journal=journal,
         )
         # One gather for all modes, so that ranks with different modes still meet in it and are refused later.

@@ -214,4 +214,5 @@ class Prepared:
             timeout_s=self.config.timeout_s,
             clock=self.host.clock,
             threads=self.host.threads,
+            timing=self.host.links,
         )

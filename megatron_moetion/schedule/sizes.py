@@ -7,12 +7,16 @@ size that all have agreed on.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 RARER = (8, 4, 2)
 LEVELS = 16
 """Sizes that a snapshot can take, on every rank alike: ``RARER`` ones, then from the fewest to the most experts."""
+
+
+SnapshotBytes = Callable[[int], float]
+"""Bytes of a snapshot, by its number of experts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,9 +26,9 @@ class Rung:
     experts: int
     every: int
 
-    def bytes_per_snapshot(self, dense_bytes: int, expert_bytes: float) -> float:
+    def bytes_an_iteration(self, snapshot_bytes: SnapshotBytes) -> float:
         """What one iteration must carry on average."""
-        return (dense_bytes + self.experts * expert_bytes) / self.every
+        return snapshot_bytes(self.experts) / self.every
 
 
 def ladder(experts_min: int, experts_max: int) -> tuple[Rung, ...]:
@@ -38,9 +42,9 @@ def ladder(experts_min: int, experts_max: int) -> tuple[Rung, ...]:
     return (*rarer, *(Rung(experts=k, every=1) for k in counts))
 
 
-def affordable(rungs: Sequence[Rung], capacity_bytes: float, dense_bytes: int, expert_bytes: float) -> int:
+def affordable(rungs: Sequence[Rung], capacity_bytes: float, snapshot_bytes: SnapshotBytes) -> int:
     """The highest level whose bytes fit the capacity of an iteration; the lowest one if none does."""
-    fits = [i for i, r in enumerate(rungs) if r.bytes_per_snapshot(dense_bytes, expert_bytes) <= capacity_bytes]
+    fits = [i for i, r in enumerate(rungs) if r.bytes_an_iteration(snapshot_bytes) <= capacity_bytes]
     return max(fits, default=0)
 
 
@@ -66,7 +70,6 @@ class Sizes:
     def __init__(self, experts_min: int, experts_max: int) -> None:
         self._rungs = ladder(experts_min, experts_max)
         self._level = len(self._rungs) - 1
-        self._snapshots = 0
 
     @property
     def now(self) -> Rung:
@@ -79,14 +82,14 @@ class Sizes:
         fewest, most = self._rungs[0].experts, self._rungs[-1].experts
         return str(most) if fewest == most else f"{fewest} to {most}"
 
-    def vote(self, carried_bytes: float, dense_bytes: int, expert_bytes: float) -> tuple[int, str]:
-        """This rank's vote, and how much smaller than the largest its snapshots are to be (empty if they are not).
+    def vote(self, carried_bytes: float, snapshot_bytes: SnapshotBytes) -> tuple[int, str | None]:
+        """This rank's vote, and how much smaller than the largest its snapshots are to be; None: they are not.
 
         ``carried_bytes``: what an iteration's windows carry; see ``Scheduler.carries``.
         """
-        level = affordable(self._rungs, carried_bytes, dense_bytes, expert_bytes)
+        level = affordable(self._rungs, carried_bytes, snapshot_bytes)
         if level == len(self._rungs) - 1:
-            return vote(level), ""
+            return vote(level), None
         rung = self._rungs[level]
         return vote(level), f"{rung.experts} experts" if rung.every == 1 else f"one in {rung.every} snapshots"
 
@@ -94,7 +97,10 @@ class Sizes:
         """Move towards the size that all ranks can afford; ``votes`` is the AND of all votes."""
         self._level = next_level(self._level, level_of(votes))
 
-    def skips_next(self) -> bool:
-        """Whether the next snapshot is left out, because snapshots are made rarer. Ask once a snapshot."""
-        self._snapshots += 1
-        return self._snapshots % self.now.every != 0
+    def skips(self, snapshot: int) -> bool:
+        """Whether a snapshot is left out, because they are made rarer.
+
+        ``snapshot`` is its iteration, counted in intervals between snapshots: so all ranks leave out the same ones,
+        whenever each of them began to.
+        """
+        return snapshot % self.now.every != 0

@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from megatron_moetion.select.policies import POLICIES, Popularity, choose, grow
 from megatron_moetion.select.popularity import Ledger, tokens_lost_share
+from megatron_moetion.select.shares import Shares
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,8 @@ class Rules:
     """Iterations between snapshots."""
     lost_token_budget: float = 0.0
     """Most tokens that faults may have cost, as a share of those processed; 0: no limit."""
+    shares: Shares | None = None
+    """Where the experts' state lies; None: on one rank."""
 
 
 class ExpertBook:
@@ -91,13 +94,14 @@ class ExpertBook:
         ledger, rules = self.ledger, self._rules
         unsaved, staleness = ledger.unsaved, ledger.staleness
         seen = Popularity(unsaved=unsaved, staleness=staleness, average=ledger.average, turn=self._turn)
-        chosen = choose(POLICIES[rules.policy](seen), staleness, num_experts, rules.reserved, rules.staleness_cap)
+        order = POLICIES[rules.policy](seen)
+        chosen = choose(order, staleness, num_experts, rules.reserved, rules.staleness_cap, rules.shares)
         if rules.lost_token_budget:
             # Counts are one snapshot old, at most an interval behind the losses: K errs on the large side.
             at_risk = [a + b for a, b in zip(unsaved, ledger.recent, strict=True)]
             processed = sum(ledger.totals)  # nothing is known of the first snapshot's tokens yet: take all
             allowance = int(rules.lost_token_budget * processed) - sum(self._lost_everywhere) if processed else -1
-            chosen = grow(chosen, at_risk, allowance, rules.most)
+            chosen = grow(chosen, at_risk, allowance, rules.most, rules.shares)
         self._open_tokens = sum(unsaved) - sum(unsaved[e] for e in chosen)
         self.num_chosen = len(chosen)
         found = tuple(sorted(chosen))
@@ -116,7 +120,7 @@ class ExpertBook:
 
     @property
     def past_budget(self) -> Excess | None:
-        """Why the budget of lost tokens does not hold; None while it does."""
+        """Why the budget of lost tokens does not hold; None while it does, or in a run so young that it cannot."""
         budget = self._rules.lost_token_budget
         if not budget or self.projected_share <= budget:
             return None
@@ -128,6 +132,8 @@ class ExpertBook:
                 f"--moetion-lost-token-budget {budget:.2%}: from here on every snapshot takes as many experts as it "
                 f"can, and the share falls again as training goes on",
             )
+        if sum(self.ledger.recent) > budget * processed:
+            return None  # the run has just begun: the tokens of one interval are more than the budget
         return Excess(
             kind="at-risk",
             text=f"a fault now could cost {self.projected_share:.2%} of the tokens of this rank's experts, more than "

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD, MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.select.rotation import SPARE_LOGS, STATE_SLOTS
+from megatron_moetion.select.shares import Shares
 from megatron_moetion.snapshot.gradlog import GradientLog
 from megatron_moetion.units import Unit, UnitKind
 
@@ -31,9 +32,11 @@ class Limits:
 def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = math.inf) -> Limits:
     """The K of a rank whose layers hold ``total`` experts.
 
-    A number fixes K, and so does ``affordable``, the experts that fit ``--moetion-snapshot-bytes`` on every rank. Where
-    the user gave neither, K moves between the staleness cap's need and twice that, of which half follows popularity.
-    ``ConfigError`` where the cap cannot be kept.
+    A number fixes K, and so does ``affordable``, the experts that fit ``--moetion-snapshot-bytes`` on every rank that
+    shares them. Where the user gave neither, K moves between the staleness cap's need and twice that, of which half
+    follows popularity. The budget of lost tokens may ask for as many as the user says, else for half of the experts:
+    then arenas hold two captures of an expert on average, and mode ``full`` three. ``ConfigError`` where the cap cannot
+    be kept.
     """
     needed = -(-total // config.staleness_cap)
     given = f"--moetion-experts-per-snapshot {config.experts_per_snapshot}"
@@ -50,18 +53,18 @@ def experts_per_snapshot(config: MoetionConfig, total: int, affordable: float = 
     usual = fewest if chosen else min(-(-2 * total // config.staleness_cap), total)
     most = usual
     if config.lost_token_budget and not config.snapshot_bytes:
-        most = max(usual, min(config.max_experts_per_snapshot or total, total))
+        most = max(usual, min(config.max_experts_per_snapshot or total // 2, total))
     return Limits(fewest=fewest, usual=usual, most=most)
 
 
-def affordable_experts(units: Sequence[Unit], num_experts: int, snapshot_bytes: int) -> float:
-    """How many of a rank's ``num_experts`` fit into a snapshot with the units of every snapshot; may be negative.
+def affordable_experts(shares: Shares, always_bytes: Sequence[int], snapshot_bytes: int) -> int:
+    """How many experts fit into a snapshot on every rank that shares them; -1 if even none does not.
 
-    ``num_experts`` counts those of the rank's layers, also where their state is shared with other ranks.
+    ``always_bytes``: by rank, the units of every snapshot.
     """
-    experts = sum(u.nbytes for u in units if u.kind is UnitKind.EXPERT)
-    always = sum(u.nbytes for u in units if u.kind in (UnitKind.DENSE, UnitKind.HOST))
-    return math.inf if not experts else (snapshot_bytes - always) / (experts / num_experts)
+    room = snapshot_bytes - max(always_bytes)
+    numbers = range(len(shares.nbytes) + 1)
+    return max((k for k in numbers if shares.busiest_bytes(k) <= room), default=-1)
 
 
 def full_copies(units: Sequence[Unit]) -> dict[str, int]:
@@ -69,17 +72,17 @@ def full_copies(units: Sequence[Unit]) -> dict[str, int]:
     return {u.name: 1 if u.kind is UnitKind.FROZEN else _IN_EVERY_SNAPSHOT for u in units}
 
 
-def popularity_copies(units: Sequence[Unit], num_experts: int) -> dict[str, int]:
+def popularity_copies(units: Sequence[Unit], num_experts: int, expert_bytes: float = math.inf) -> dict[str, int]:
     """Slots per unit name in mode ``popularity``; ``num_experts`` are the most that a snapshot takes.
 
-    Each expert has one, and two selections' worth are shared among experts of one size. Other units as in mode
-    ``full``.
+    Each expert has one, and two selections' worth are shared among experts of one size; ``expert_bytes`` is the most
+    that a selection has on this rank. Other units as in mode ``full``.
     """
     found = full_copies(units)
     shared: dict[int, int] = {}
     for unit in (u for u in units if u.kind is UnitKind.EXPERT):
         taken = shared.get(unit.nbytes, 0)
-        extra = min(2, 2 * num_experts - taken)
+        extra = min(2, 2 * int(min(num_experts, expert_bytes // unit.nbytes)) - taken)
         shared[unit.nbytes] = taken + extra
         found[unit.name] = 1 + extra
     return found

@@ -13,6 +13,8 @@ import numpy as np
 
 from megatron_moetion.arrays import Int64s
 
+OPEN_MAX = 31
+"""Snapshots whose fate may be unknown at once; the oldest of more counts as dropped."""
 AVERAGED_OVER = 10
 """Snapshots that the moving average of an expert's tokens looks back, about."""
 
@@ -135,6 +137,8 @@ class Ledger:
                 local=_array(local)[taken],
             )
         )
+        if len(self._open) > OPEN_MAX:
+            self.settle(self._open[0].iteration, whole=False)
 
     def settle(self, iteration: int, whole: bool) -> None:
         """The fate of a snapshot: whole on all ranks, or dropped on one and therefore worth nothing."""

@@ -1,11 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose turn it is in mode ``exact``: which slices a snapshot captures anew, and which gradients it logs. Pure.
 
-In the steady state the groups take turns, one an iteration, so that no log is longer than the period. A snapshot that
-was not whole on some rank breaks the chains of all slices, on all ranks. They begin anew with one snapshot of all
-state, on all ranks the same one, since all learn of the gap in the same iteration. It needs no gradient to be reached;
-so there is room for the old chains, which are needed until then, and for new ones. Where the copy of all state takes
-too long for one iteration, the next ones take half of it, a quarter and so on.
+In the steady state the groups take turns, one an iteration, so that no log is longer than the period. A snapshot that is
+not there breaks the chains of all slices of this rank, and of no other rank. What the old chains lead to stays until it
+is stable, or given up by some rank; then there is room, and the chains begin anew with one snapshot of all state, which
+needs no gradient to be reached. Where the copy of all state takes too long for one iteration, the next ones take half
+of it, a quarter and so on.
+
+Where the stable iteration stands still, because of another rank, logs grow until there is no room for the next one.
+That is a gap like any other: what was logged until then waits for the stable iteration, or is given up with it.
 """
 
 from __future__ import annotations
@@ -37,7 +40,11 @@ class Turn:
     """Slices of these groups; all of them, or none where there is no room or no time."""
     logs: tuple[int, ...]
     is_gap: bool = False
-    """There must be no snapshot: a chain has grown so long, because turns were missed, that only a gap can end it."""
+    """There must be no snapshot: no chain leads to it, or one has grown so long, because turns were missed, that only a
+    gap can end it."""
+
+
+_GAP = Turn(groups=(), captures=(), logs=(), is_gap=True)
 
 
 class Rotation:
@@ -58,19 +65,20 @@ class Rotation:
         """When each group had its last turn."""
         self._bases: dict[int, int | None] = {u: bases[u] for u in log.log_of}
         self._gap = -1
-        """The newest snapshot that was dropped here. Until all ranks know of it, nothing begins anew."""
+        """No chain leads over this iteration."""
         self._share = 1.0
         """Of the groups without chains, how many begin anew in one snapshot."""
         self._logged = {u: (logged or {}).get(u, 0) for u in log.log_of}
         """Gradients that are not zero since a slice's capture."""
         self._quiet = dict.fromkeys(log.log_of, False)
         """Whether a slice's gradients have been zero in every iteration since its capture."""
-        self._roots: dict[int, int | None] = {iteration: min(bases.values(), default=iteration)}
-        """For recent iterations the oldest capture that one of them needs; None: it cannot be reached."""
+        self._reachable = {iteration}
+        """The iterations, from the stable one on, that can be recovered here: their captures and gradients stay."""
+        self._unreachable: set[int] = set()
+        """Those after it that cannot be, here or on another rank."""
         self._open: tuple[int, Turn] | None = None
         self._stable = iteration
         self._broken = -1
-        self._unreachable: set[int] = set()
         self.spared_bytes = 0
         """Of captures that were left out because the slice had no gradient since the last one."""
 
@@ -83,21 +91,28 @@ class Rotation:
         """What the snapshot of ``iteration`` should hold."""
         logs = tuple(self._log.log_of[u] for u, base in self._bases.items() if base is not None)
         if not self.is_whole:
-            groups = self._anew() if self._gap <= self._broken else ()
+            if self._gap > self._broken:  # the captures that lead to earlier iterations take the room of new ones
+                return _GAP
+            groups = self._anew()
             begun = (u for g in groups for u in self._groups[g] if self._bases[u] is None)
             return Turn(groups=groups, captures=tuple(begun), logs=logs)
-        waits = self._stable < self._broken  # for ranks whose chains are not whole yet: a gap would only set them back
-        if not waits and any(logged > self._period + MISSED_TURNS for logged in self._logged.values()):
-            return Turn(groups=(), captures=(), logs=(), is_gap=True)
+        if any(self._has_missed_turns(u) for u in self._bases):
+            return _GAP
         if not self._groups:  # a rank whose parameters are all frozen, or sharded to others
             return Turn(groups=(), captures=(), logs=())
         longest = min(range(len(self._groups)), key=lambda g: (self._turned[g], g))
+        if self._turned[longest] > self._stable:  # it has two captures, and both are needed
+            return Turn(groups=(), captures=(), logs=logs)
         captures = tuple(u for u in self._groups[longest] if not self._is_spared(u, iteration))
         return Turn(groups=(longest,), captures=captures, logs=logs)
 
     def begin(self, iteration: int, turn: Turn) -> None:
         """The snapshot of ``iteration`` is being made."""
         self._open = (iteration, turn)
+
+    def interrupt(self, iteration: int) -> None:
+        """No log tells what led to this iteration: chains begin anew with its snapshot, if there is room, or later."""
+        self._break_at(iteration - 1)
 
     def packed(self, *, is_there: bool, captured: bool, late: bool, zero: frozenset[int]) -> None:
         """The fate of the last snapshot on this rank.
@@ -108,7 +123,6 @@ class Rotation:
             return
         (iteration, turn), self._open = self._open, None
         if not is_there:
-            self._gap = iteration
             self._break_at(iteration)
             return
         if late and not self.is_whole:
@@ -127,44 +141,41 @@ class Rotation:
                 self._bases[unit] = iteration
                 self._quiet[unit] = True
                 self._logged[unit] = 0
-        self._roots[iteration] = None
         if self.is_whole:
             self._share = 1.0
-            self._roots[iteration] = min((b for b in self._bases.values() if b is not None), default=iteration)
+        root = min((iteration if b is None else b for b in self._bases.values()), default=iteration)
+        is_reachable = self.is_whole and iteration - root <= longest_chain(self._period)
+        (self._reachable if is_reachable else self._unreachable).add(iteration)
 
     def reachable(self, rounds: Mapping[int, bool]) -> list[int]:
-        """The iterations that can be recovered on this rank; ``rounds``: whether recent snapshots are whole here."""
-        found = []
-        broken = self._broken
-        for iteration, is_whole in sorted(rounds.items()):
-            root = self._roots.get(iteration)
-            if not is_whole:
-                broken = max(broken, iteration)
-            elif root is not None and root > broken and iteration - root <= longest_chain(self._period):
-                found.append(iteration)
-        return found
+        """The iterations that can be recovered on this rank; ``rounds``: whether recent snapshots are whole."""
+        return sorted(i for i in self._reachable if rounds.get(i, False))
 
-    def settle(self, stable: int, reachable: Mapping[int, bool], whole: Mapping[int, bool]) -> None:
-        """The result of an agreement: whether snapshots can be recovered, and whether they are whole at least."""
-        for iteration, is_whole in whole.items():
-            if not is_whole:
-                self._broken = max(self._broken, iteration)
-                self._share = 1.0
-                self._break_at(iteration)
-        self._unreachable |= {i for i, found in reachable.items() if not found}
+    def settle(self, stable: int, recoverable: Mapping[int, bool]) -> None:
+        """The result of an agreement: the stable iteration, and whether all ranks can recover the others."""
+        given_up = {i for i, is_recoverable in recoverable.items() if not is_recoverable}
         self._stable = stable
-        stale = max(stable, self._broken)
-        self._unreachable = {i for i in self._unreachable if i > stale}
-        self._roots = {i: root for i, root in self._roots.items() if i >= stable}
+        self._reachable = {i for i in self._reachable - given_up if i >= stable}
+        self._unreachable = {i for i in self._unreachable | given_up if i > stable}
+        if not self.is_whole and self._reachable <= {stable}:
+            self._broken = self._gap
 
     @property
     def settled(self) -> Settled:
         """The results of ``settle`` so far, which retention depends on."""
-        return Settled(stable=self._stable, broken=self._broken, unreachable=frozenset(self._unreachable))
+        stale = max(self._stable, self._broken)
+        unreachable = frozenset(i for i in self._unreachable if i > stale)
+        return Settled(stable=self._stable, broken=self._broken, unreachable=unreachable)
 
     def _break_at(self, iteration: int) -> None:
         """No chain leads over this iteration."""
+        self._gap = max(self._gap, iteration)
         self._bases |= {u: None for u, base in self._bases.items() if base is not None and base <= iteration}
+
+    def _has_missed_turns(self, unit: int) -> bool:
+        """Whether a slice was not captured again although there was room: its captures have been late."""
+        base = self._bases[unit]
+        return base is not None and base <= self._stable and self._logged[unit] > self._period + MISSED_TURNS
 
     def _is_spared(self, unit: int, iteration: int) -> bool:
         """A slice that had no gradient since its capture is left out, once in a row: its log takes no room."""

@@ -1,8 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Which captures recovery may still need. Pure.
-
-An owner's arenas, its own and its replicas, follow one rule, so that the same captures are kept everywhere.
-"""
+"""Which captures of a rank's own arena recovery may still need. Pure. Replicas follow the owner's arena."""
 
 from __future__ import annotations
 
@@ -29,9 +26,10 @@ class Settled:
     whole: Mapping[int, bool] = field(default_factory=dict)
     """For iterations settled just now: whether the snapshot is whole on every rank. Others were settled before."""
     broken: int = -1
-    """The newest iteration whose snapshot is not whole on some rank: no chain of gradients leads over it."""
+    """No chain of gradients of this rank leads over this iteration, and after the stable one nothing until then is of
+    use."""
     unreachable: frozenset[int] = frozenset()
-    """Later iterations that are whole and cannot be recovered, because some chain has not begun anew yet."""
+    """Later iterations that cannot be recovered, here or on another rank; chains may lead over them."""
 
     def followed_by(self, later: Settled) -> Settled:
         """This and what was agreed on afterwards, as one."""
@@ -66,8 +64,8 @@ class Newest:
 class Chains:
     """Of each slice what leads to the stable iteration and beyond it: captures, and the gradients since then.
 
-    What lies between the stable iteration and a later snapshot that is not whole is of no use. What every snapshot
-    holds stays for the iterations that can be recovered, and what never changes stays for good.
+    What lies between the stable iteration and the one that broke all chains is of no use. What every snapshot holds
+    stays for the iterations that can be recovered, and what never changes stays for good.
     """
 
     def __init__(self, layout: ChainLayout) -> None:

@@ -78,7 +78,6 @@ def test_random_kills_again_and_again(job: MakeJob, seed: int, period: int) -> N
 @pytest.mark.parametrize(
     ("reason", "rank", "trouble"),
     [
-        ("refused", 3, {"damaged_payload": FAILING}),
         ("moved", 1, {"moved": FAILING}),
         ("freeze", 1, {"grown_host": FAILING}),
     ],

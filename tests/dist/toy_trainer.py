@@ -26,6 +26,7 @@ import torch
 from support import ToyState, _region, blueprint, scheduler
 from torch import distributed as dist
 
+from megatron_moetion.arrays import Bytes
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ChannelError, MoetionError
@@ -33,8 +34,8 @@ from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.replicate.addresses import job_store
-from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.replicate.fabric import SocketFabric
+from megatron_moetion.replicate.frames import PURPOSE
 from megatron_moetion.replicate.worker import SystemThreads
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.prepare import prepare
@@ -75,9 +76,11 @@ class Toy:
     slow_send: tuple[int, ...] = ()
     """Iterations whose replication takes long."""
     damaged_payload: tuple[int, ...] = ()
-    """Iterations of which a byte is flipped on its way to this rank."""
-    broken_send_after: int = 0
-    """From this iteration on, nothing can be sent or received any more."""
+    """Iterations of which a byte is flipped on its way from this rank, once."""
+    cut_off_from: int = 0
+    """From this iteration on, the network carries no replication from or to this rank; 0: it always does."""
+    cut_off_until: int = 1 << 30
+    """From this iteration on, it does again."""
     second_fetch: bool = False
     """A kill at "fetch" waits for the second time, when buddies' copies are completed, and until all are there."""
     odd_ranks: tuple[int, ...] = ()
@@ -178,6 +181,10 @@ class Trainee(ToyState):
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         super().load_host_state(state)
         self._iteration = state["iteration"]
+
+    @property
+    def iteration(self) -> int:
+        return self._iteration
 
     def now(self, iterations: Sequence[int]) -> bool:
         return self._iteration in iterations and self._toy.concerns(self._rank)
@@ -402,8 +409,8 @@ def _train(
         clock=SystemClock(),
         threads=SystemThreads(),
         interface=environment.get("GLOO_SOCKET_IFNAME"),
+        cuts=TroubledWire(trouble),
     )
-    fabric.channel = TroubledChannel(fabric.channel, trouble)
     prepared = prepare(
         config=settings,
         adapter=state,
@@ -469,12 +476,13 @@ def _gather(mark: int, world_size: int) -> list[int]:
 
 
 class Trouble:
-    """What goes wrong on this rank. Its probe, its packer and its channel ask here."""
+    """What goes wrong on this rank. Its probe, its packer and its connections ask here."""
 
     def __init__(self, toy: Toy, state: Trainee) -> None:
         self._toy = toy
         self._state = state
         self._fetches = 0
+        self._to_damage: list[int] = list(toy.damaged_payload)
         self._damages_next = False
 
     def make_probe(self, config: MoetionConfig, attempt: int, rank: int) -> Probe:
@@ -500,19 +508,31 @@ class Trouble:
         if self._state.now(self._toy.slow_pack):
             time.sleep(0.2)
 
-    def exchanged(self, receives: Sequence[Message]) -> None:
-        """These bytes have arrived."""
-        if self._damages_next and receives:
-            receives[0].data[-1] ^= 1
+    def is_cut_off(self, iteration: int) -> bool:
+        """Whether the network carries no replication while this iteration is trained."""
+        return bool(self._toy.cut_off_from) and self._toy.cut_off_from <= iteration < self._toy.cut_off_until
+
+    def passes(self) -> None:
+        """Something is about to pass."""
+        if self.is_cut_off(self._state.iteration):
+            raise ChannelError("the network is gone")
+
+    def sent(self, parts: Sequence[Bytes]) -> Sequence[Bytes]:
+        """What is sent in place of these parts."""
+        if not self._damages_next:
+            return parts
         self._damages_next = False
+        damaged = parts[-1].copy()
+        damaged[-1] ^= 1
+        return [*parts[:-1], damaged]
 
     def _replicate(self, iteration: int) -> None:
-        """The captures of that iteration are what is exchanged next."""
-        if self._toy.broken_send_after and iteration >= self._toy.broken_send_after:
-            raise ChannelError("the network is gone")
+        """The captures of that iteration are what is sent next."""
         if iteration in self._toy.slow_send:
             time.sleep(0.1)
-        self._damages_next = iteration in self._toy.damaged_payload
+        if iteration in self._to_damage:
+            self._to_damage.remove(iteration)
+            self._damages_next = True
 
 
 class TroubledPacker(Packer):
@@ -527,16 +547,25 @@ class TroubledPacker(Packer):
         return super().pack(targets, between, *rest)
 
 
-class TroubledChannel:
-    """A channel that may damage what arrives."""
+class TroubledWire:
+    """``Cuts`` of what replication sends and receives."""
 
-    def __init__(self, channel: Channel, trouble: Trouble) -> None:
-        self._channel = channel
+    def __init__(self, trouble: Trouble) -> None:
         self._trouble = trouble
 
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        self._channel.exchange(sends, receives)
-        self._trouble.exchanged(receives)
+    def dialling(self, rank: int, peer: int, purpose: str) -> None:
+        if purpose == PURPOSE:
+            self._trouble.passes()
+
+    def sending(self, rank: int, peer: int, purpose: str, parts: Sequence[Bytes]) -> Sequence[Bytes]:
+        if purpose != PURPOSE:
+            return parts
+        self._trouble.passes()
+        return self._trouble.sent(parts)
+
+    def receiving(self, rank: int, peer: int, purpose: str) -> None:
+        if purpose == PURPOSE:
+            self._trouble.passes()
 
 
 def misbehave(store: Path) -> None:

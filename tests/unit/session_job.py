@@ -89,7 +89,7 @@ class Job:
         self.max_restarts = max_restarts
         self.config = MoetionConfig(**fields)  # type: ignore[arg-type]
         self.disturbances = [Disturbance() for _ in range(ranks)]
-        self.fabrics = loopback_fabrics(ranks, timeout_s=5, cuts=self.network)
+        self.fabrics = loopback_fabrics(ranks, timeout_s=self.config.timeout_s, cuts=self.network)
         self._host = host or {}
         self._device = device or {}
         self.prepared: list[Prepared] = together(*(lambda r=r: self._prepare(r, attempt) for r in range(ranks)))  # type: ignore[misc]

@@ -38,7 +38,7 @@ def test_the_table_has_a_row_for_each_mode_and_ends_with_a_sentence(capsys: pyte
     ]  # fmt: skip
     assert rows[0][1:] == ["17.9", "100%", "107", "35.8", "0.00", "71.5", "858", "0.00", "0"]
     assert rows[4][2:] == ["8.20", "46%", "238", "35.8", "95.4", "107", "1,907", "5.96", "8"]
-    assert "popularity: 2 of 8 experts a snapshot, up to 8 for the budget of lost tokens" in "\n".join(lines)
+    assert "popularity: 2 of 8 experts a snapshot, up to 4 for the budget of lost tokens" in "\n".join(lines)
     assert lines[-1].startswith("To learn which mode and period fit, give --iteration-s")
 
 
@@ -69,7 +69,7 @@ def test_json_is_one_document_in_bytes(capsys: pytest.CaptureFixture[str]) -> No
         "host_state_bytes": 2 << 20, "replicas": 2, "ranks_per_node": 4,
     }  # fmt: skip
     assert found["resources"] == {"link_bytes": None, "node_bytes": None}
-    assert found["most_experts_per_snapshot"] == 8
+    assert found["most_experts_per_snapshot"] == 4
     assert [(m["mode"], m["period"]) for m in found["modes"]] == [
         ("full", 0), ("popularity", 0), ("exact", 2), ("exact", 4), ("exact", 8), ("exact", 16), ("exact", 32),
     ]  # fmt: skip

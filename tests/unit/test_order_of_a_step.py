@@ -17,7 +17,7 @@ from fabrics import loopback_fabrics
 from support import ToyState, blueprint, scheduler
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ChannelError, UnsupportedState
+from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
@@ -33,24 +33,25 @@ STEP = [
     "pipeline.finish",  # before anything uses what the packing thread uses
     "upkeep.check",  # while no thread packs, and before an arena is used again
     "mode.packed",  # before the mode says what this rank can recover
-    "agreement.finish",  # before the next agreement starts, and before anything depends on the stable iteration
+    "agreement.poll",  # before the next round starts, and before anything depends on the stable iteration
     "mode.settle",  # before the vote, the contents and the release that follow from it
-    "mode.exchange",  # between two agreements: ranks speak one language at a time
+    "mode.exchange",  # before the freeze: what it learns may be part of the host state
     "mode.note_step",  # before the freeze: the step is part of the host state
     "adapter.host_state",
     "mode.host_state",
     "packer.freeze",  # before counts and gradients are read, and before training goes on
-    "mode.counts",  # as of the freeze
     "mode.recoverable",  # after ``packed``
     "scheduler.carries",  # after ``cut``: over the windows that this step's packing will have
     "mode.vote",
     "agreement.start",  # as early as possible: it hides behind the next iteration
+    "mode.contributed",  # what ``recoverable`` returned has been said; counts are as of the freeze
     "summary.state_hash",
     "probe before-select",  # an injected fault strikes when ranks have begun to agree and nothing is chosen yet
     "mode.contents",  # after ``settle``, ``counts`` and ``freeze``
     "adapter.moved",  # last, right before addresses are read
     "pipeline.submit",  # after the freeze; releases what ``settle`` allowed first
     "summary.drops",
+    "pipeline.remarks",  # what the snapshots before have brought about
 ]
 
 
@@ -74,7 +75,7 @@ class Written:
 
 
 WATCHED = ("scheduler", "adapter", "protection", "pipeline", "upkeep", "mode", "agreement", "packer", "summary")
-SILENT = {"packer.staged", "pipeline.rounds"}
+SILENT = {"packer.staged", "pipeline.rounds", "pipeline.redundancy"}
 """Asked by parts, at any time."""
 
 
@@ -127,7 +128,7 @@ def test_a_mode_that_waits_does_so_when_the_last_snapshot_is_packed_and_before_a
         found = events(running, waits=True)
         after = found.index("mode.packed")
         assert found[after : after + 4] == [
-            "mode.packed", "scheduler.urgent", "pipeline.catch_up", "agreement.finish",
+            "mode.packed", "scheduler.urgent", "pipeline.catch_up", "agreement.poll",
         ]  # fmt: skip
 
 
@@ -137,18 +138,33 @@ def test_where_no_snapshot_is_due_only_the_distance_is_watched(tmp_path: Path) -
         assert events(running, 3) == [e for e in STEP if e != "mode.settle"]
 
 
-def test_where_ranks_no_longer_agree_only_the_distance_is_watched(tmp_path: Path) -> None:
-    def lost(*_: Any) -> None:
-        raise ChannelError("a peer has gone")
-
+def test_without_results_a_step_is_the_same_and_waits_for_none(tmp_path: Path) -> None:
     with run(tmp_path) as (running, _):
-        last = STEP.index("agreement.finish")
-        assert events(running, 1, agreement__finish=lost) == [*STEP[: last + 1], "agreement.fail"]
-        assert running.agreement.failed == "a peer has gone"
-        assert events(running, 2) == STEP[:3]
+        for iteration in (1, 2, 3):
+            assert events(running, iteration, agreement__poll=list) == [e for e in STEP if e != "mode.settle"]
 
 
-def test_a_step_without_a_snapshot_still_agrees_and_takes_its_round(tmp_path: Path) -> None:
+def test_several_results_that_come_at_once_are_settled_one_after_the_other(tmp_path: Path) -> None:
+    with run(tmp_path, "full") as (running, _):
+        for iteration in (1, 2, 3):
+            events(running, iteration, agreement__poll=list)
+        assert events(running, 4).count("mode.settle") == 3
+
+
+def test_an_unhealthy_iteration_and_the_one_before_it_are_vetoed_and_not_captured(tmp_path: Path) -> None:
+    with run(tmp_path, "full") as (running, _):
+        for iteration in range(1, 6):
+            Session(running).on_step_end(iteration, healthy=iteration != 4)
+            running.pipeline.drain()
+        assert running.pipeline.counts.dropped["unhealthy"] == 1
+        assert running.agreement.stable == 2
+        for iteration in (6, 7, 8):
+            Session(running).on_step_end(iteration)
+            running.pipeline.drain()
+        assert running.agreement.stable == 6
+
+
+def test_a_step_without_a_snapshot_still_agrees(tmp_path: Path) -> None:
     def no_state(*_: Any) -> None:
         raise UnsupportedState("a set")
 

@@ -46,6 +46,7 @@ PURE = [
     "select/budget.py",
     "select/policies.py",
     "select/popularity.py",
+    "select/shares.py",
     "snapshot/plan.py",
     "observe/lanes.py",
     "observe/notes.py",
@@ -59,6 +60,7 @@ PURE = [
     "recover/report.py",
     "recover/capacity.py",
     "pretrain/flags.py",
+    "modes/choices.py",
     "plan/costs.py",
     "plan/advice.py",
 ]

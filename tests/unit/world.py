@@ -39,7 +39,7 @@ from megatron_moetion.recover.shared import captured_at, common, iterations_of, 
 from megatron_moetion.replicate.channel import Channel
 from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Records, in_history
+from megatron_moetion.store.manifest import Branch, Records, in_history
 from megatron_moetion.store.retention import Retention
 from megatron_moetion.units import UnitKind
 
@@ -90,6 +90,22 @@ class World:
     @property
     def iteration(self) -> int:
         return self.plan.iteration
+
+    @property
+    def epoch(self) -> int:
+        return self.plan.epoch
+
+    @property
+    def history_epoch(self) -> int:
+        return self.plan.history_epoch
+
+    @property
+    def safe(self) -> int:
+        return self.plan.safe
+
+    @property
+    def branches(self) -> tuple[Branch, ...]:
+        return self.plan.branches
 
     @property
     def choices(self) -> list[list[Choice]]:

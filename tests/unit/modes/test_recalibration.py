@@ -4,26 +4,20 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import pytest
+from fabrics import loopback_fabrics
 from session_job import Job
-from support import ToyState
+from support import ToyState, together
 
 from megatron_moetion.clock import SystemClock
-from megatron_moetion.errors import ChannelError
 from megatron_moetion.modes.recalibration import Recalibration, over_ranks
 from megatron_moetion.observe.journal import Journal
-
-
-class Alone:
-    """The part of a fabric that is used, of a job of one rank."""
-
-    rank = 0
-
-    def gather(self, document: Any) -> list[Any]:
-        return [document]
+from megatron_moetion.replicate.channel import Fabric
 
 
 class Layers(ToyState):
@@ -33,15 +27,30 @@ class Layers(ToyState):
         return {"layers.0.dense": {"routed": 10.0, "processed": 7.0, "debt": 2.0}}
 
 
-def make(folder: Path, tokens: ToyState, is_on: bool = True) -> Recalibration:
-    journal = Journal(0, 0, folder / "events.jsonl", SystemClock())
-    return Recalibration(tokens, cast(Any, Alone()), journal, iterations=50, is_on=is_on)
+def make(folder: Path, tokens: ToyState, fabric: Fabric | None = None, is_on: bool = True) -> Recalibration:
+    """Of a job of one rank, unless told."""
+    fabric = fabric if fabric is not None else loopback_fabrics(1)[0]
+    journal = Journal(fabric.rank, 0, folder / "events.jsonl" if fabric.rank == 0 else None, SystemClock())
+    return Recalibration(tokens, fabric, journal, iterations=50, is_on=is_on)
+
+
+def events(folder: Path) -> list[dict[str, Any]]:
+    path = folder / "events.jsonl"
+    found = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    return [e for e in found if e["event"] == "layer_tokens"]
 
 
 def looks(folder: Path) -> list[tuple[int, str]]:
-    path = folder / "events.jsonl"
-    events = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
-    return [(e["iteration"], e["when"]) for e in events if e["event"] == "layer_tokens"]
+    return [(e["iteration"], e["when"]) for e in events(folder)]
+
+
+def until(is_done: Callable[[], bool]) -> None:
+    """Wait for it, at most a minute."""
+    for _ in range(6000):
+        if is_done():
+            return
+        time.sleep(0.01)
+    raise AssertionError("it did not happen")
 
 
 @pytest.mark.parametrize(("every", "after", "repaid"), [(1, 110, 160), (7, 112, 161), (1000, 1000, 2000)])
@@ -103,24 +112,39 @@ def test_layers_are_added_up_over_the_ranks_that_run_them() -> None:
     }
 
 
-def test_a_fabric_that_fails_in_a_look_is_not_used_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What the other rank hears next, on a fabric that has lost step, would be taken for something else."""
-    first = Job(tmp_path, mode="popularity")
-    first.start()
-    first.train(2)
-    first.crash()
-    job = Job(tmp_path, 1, mode="popularity", capacity_recalibration="on", recalibration_iterations=5)
-    job.start()  # looks again one iteration after the recovery
-    job.network.timeout_s = 0.5
-    broken = job.fabrics[1]
-    said: list[str] = []
+def test_a_look_waits_for_nobody_and_is_said_when_the_last_rank_has_been_heard(tmp_path: Path) -> None:
+    with loopback_fabrics(2) as fabrics:
+        first, second = (make(tmp_path, Layers(), fabric) for fabric in fabrics)
+        together(lambda: first.begin(100, {}), lambda: second.begin(100, {}))
+        for iteration in (110, 120):
+            first.on_step_end(iteration)
+        assert looks(tmp_path) == [(100, "before")]
+        second.on_step_end(111)
+        until(lambda: bool(first.on_step_end(130) or looks(tmp_path)[1:]))
+        assert looks(tmp_path) == [(100, "before"), (110, "after")]
+        (event,) = [e for e in events(tmp_path) if e.get("when") == "after"]
+        layer = {"routed": 20.0, "processed": 14.0, "debt": 2.0, "dropped": 6.0}
+        assert event["layers"] == {"layers.0.dense": layer}, "both ranks'"
 
-    def fail(document: Any) -> list[Any]:
-        raise ChannelError("only here")
 
-    monkeypatch.setattr(broken, "gather", fail)
-    monkeypatch.setattr(broken, "start_agreement", lambda *masks: said.append("agreement"))
-    monkeypatch.setattr(broken, "start_sum", lambda counts: said.append("sum"))
-    job.train(4)
-    assert said == []
-    job.crash()
+def test_ranks_with_other_layers_are_heard_too(tmp_path: Path) -> None:
+    class OtherLayers(ToyState):
+        def layer_tokens(self) -> dict[str, dict[str, float]]:
+            return {"layers.1.dense": {"routed": 4.5, "processed": 4.5, "debt": 0.0}}
+
+    with loopback_fabrics(3) as fabrics:
+        states = (OtherLayers(), Layers(), ToyState())
+        ranks = [make(tmp_path, tokens, fabric) for tokens, fabric in zip(states, fabrics, strict=True)]
+        together(*(lambda rank=rank: rank.begin(100, {}) for rank in ranks))  # type: ignore[misc]
+        for rank in ranks[::-1]:
+            rank.on_step_end(110)
+        until(lambda: bool(ranks[0].on_step_end(111) or looks(tmp_path)[1:]))
+        before, after = (e["layers"] for e in events(tmp_path))
+        assert (
+            before
+            == after
+            == {
+                "layers.0.dense": {"routed": 10.0, "processed": 7.0, "debt": 2.0, "dropped": 3.0},
+                "layers.1.dense": {"routed": 4.5, "processed": 4.5, "debt": 0.0, "dropped": 0.0},
+            }
+        )

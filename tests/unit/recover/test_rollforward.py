@@ -15,26 +15,33 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import pytest
+from fabrics import loopback_fabrics
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from megatron_moetion.replicate.replicator import Replicator
-from support import POOL, Network, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
+from mirrors import LONG_S, TIMING, Wires, eventually
+from support import POOL, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.framework import StepNote
 from megatron_moetion.recover.opened import Opened
-from megatron_moetion.recover.plan import Choice, RecoveryPlan, Transfer
+from megatron_moetion.recover.plan import RecoveryPlan, fetches_of, order_of
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.survey import survey_store
+from megatron_moetion.replicate.holder import Holder
+from megatron_moetion.replicate.placement import place
+from megatron_moetion.replicate.replication import Replication
+from megatron_moetion.replicate.worker import SystemThreads
 from megatron_moetion.select.rotation import Rotation
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.snapshot.packer import Packer
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import base_of, chain_layout
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record, Records
+from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Chains
 from megatron_moetion.store.sharedfile import create_arena, open_arena
-from megatron_moetion.store.spec import ArenaSpec
+from megatron_moetion.store.spec import ArenaShape, ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 PERIOD = 3
@@ -384,10 +391,10 @@ def test_a_survey_reports_zeros_and_what_is_wrong_with_them(run: Run) -> None:
     run.arena.close()
     name = Path(run.arena.name)
     opened = Opened(node_folder(name.parent), lambda arena: None)
-    (found,) = survey_store(opened, [name.name], node=0, rank=0, specs=[run.spec], pool=POOL)
+    (found,) = survey_store(opened, [name.name], run.spec.identity, [ArenaShape.of(run.spec)], POOL)
     assert not found.problem
-    assert set(found.captures) == set(good)
-    assert sum(r.is_zero for r in found.captures) == 2
+    assert set(found.records) == set(good)
+    assert sum(r.is_zero for r in found.records) == 2
     assert found.damaged == len(wrong)
 
 
@@ -396,123 +403,131 @@ def test_what_was_verified_of_zeros_is_that_they_are_listed(run: Run) -> None:
     run.train(1, (), quiet=(b, c))
     records = run.choose(1)
     assert records is not None
-    choices = [
-        Choice(unit=r.unit, iteration=r.iteration, node=0, digest=r.digest, tokens=0, is_zero=r.is_zero)
-        for r in records
-    ]
-    assert verified(POOL, run.arena, choices) == records
+    order = order_of(0, [r.key for r in records], {0: Records.of(records)}, place(["node0", "node1"], 1))
+    assert verified(POOL, run.arena, order) == records
 
 
 class Buddies:
-    """Two ranks, each with its own arena and one for the other."""
+    """Two ranks, each with its own arena and one for the other, and mirrors between them."""
 
     def __init__(self, folder: Path) -> None:
-        self.runs = [Run(folder / str(r), owner=r, seed=r) for r in range(2)]
-        self.held = [self.runs[1 - r].make_arena(folder / f"held{r}") for r in range(2)]
-        self.network = Network(2, timeout_s=5)
-        self.replicators = [
-            Replicator(
-                channel=self.network.channel(r),
-                own=self.runs[r].arena,
-                holders=(1 - r,),
-                held={1 - r: self.held[r]},
-                pool=POOL,
-                epoch=0,
-                probe=no_probe,
-                pacing=scheduler(),
-            )
-            for r in range(2)
-        ]
+        self.runs = [Run(folder / f"node{r}", owner=r, seed=r) for r in range(2)]
+        self.held = [self.runs[1 - r].make_arena(folder / f"node{r}") for r in range(2)]
+        self.wires = Wires()
+        self.fabrics = loopback_fabrics(2, cuts=self.wires)
+        self.replications = [self._replication(folder / f"node{r}", r) for r in range(2)]
+        for rank in range(2):
+            self.offer(rank, 0)  # the captures that a run begins with
 
-    def round(self, iteration: int, records: Sequence[Sequence[Record]]) -> list[bool]:
-        sent, send = [Records.of(r) for r in records], self.network.send
-        payloads = {r.nbytes for each in sent for r in each if not r.is_zero}
-        self.sent: list[list[int]] = [[], []]
+    def _replication(self, folder: Path, rank: int) -> Replication:
+        layout = chain_layout(self.runs[rank].spec.units)
+        arenas = OpenArenas(own=self.runs[rank].arena, held={1 - rank: self.held[rank]}, retention=Chains(layout))
+        holder = Holder(
+            mesh=self.fabrics[rank].mesh,
+            arenas=arenas,
+            node=node_folder(folder),
+            pool=POOL,
+            probe=no_probe,
+            timeout_s=TIMING.answer_s,
+        )
+        return Replication(
+            mesh=self.fabrics[rank].mesh,
+            own=arenas.own,
+            holder=holder,
+            placement=place(["node0", "node1"], 1),
+            pool=POOL,
+            probe=no_probe,
+            pacing=scheduler(),
+            patience=1000,
+            timeout_s=LONG_S,
+            clock=SystemClock(),
+            threads=SystemThreads(),
+            timing=TIMING,
+        )
 
-        def listen(source: int, target: int, data: bytes) -> None:
-            if len(data) in payloads:
-                self.sent[source].append(len(data))
-            send(source, target, data)
+    def offer(self, rank: int, iteration: int) -> dict[tuple[int, int], Record]:
+        """The rank's captures of an iteration, once its holder has them."""
+        self.replications[rank].offer(iteration, is_there=True)
+        assert eventually(lambda: iteration in self.replications[rank].whole), self.replications[rank].states()
+        return {r.key: r for r in self.runs[rank].arena.page.records if r.iteration == iteration}
 
-        self.network.send = listen  # type: ignore[method-assign]
-        whole = together(*(lambda r=r: self.replicators[r].replicate(iteration, sent[r]) for r in range(2)))  # type: ignore[misc]
-        self.network.send = send  # type: ignore[method-assign]
-        self.sent = [sorted(sizes) for sizes in self.sent]
-        return whole
-
-    def snapshot(self, rank: int, iteration: int) -> tuple[Record, ...]:
+    def snapshot(self, rank: int, iteration: int) -> dict[tuple[int, int], Record]:
         """One slice's capture and gradient, and zeros for the others."""
         run = self.runs[rank]
         first, *others = run.slices
         run.train(iteration, (first,), quiet=others)
-        return tuple(r for r in run.arena.page.records if r.iteration == iteration)
+        return self.offer(rank, iteration)
+
+    def mirrored(self, rank: int, iteration: int) -> dict[tuple[int, int], Record]:
+        return {r.key: r for r in self.held[1 - rank].page.records if r.iteration == iteration}
+
+    def close(self) -> None:
+        for replication in self.replications:
+            replication.close()
+        self.fabrics.close()
 
 
-def test_zeros_reach_a_buddy_without_a_byte_of_payload(tmp_path: Path) -> None:
-    pair = Buddies(tmp_path)
-    records = [pair.snapshot(r, 1) for r in range(2)]
-    assert pair.round(1, records) == [True, True]
-    for rank, held in enumerate(pair.held):
-        theirs = records[1 - rank]
-        assert [replace(r, slot=0) for r in held.page.records] == [replace(r, slot=0) for r in theirs]
-        assert [r.is_zero for r in held.page.records] == [r.is_zero for r in theirs]
-        for own, copy in zip(theirs, held.page.records, strict=True):
+@pytest.fixture
+def pair(tmp_path: Path) -> Iterator[Buddies]:
+    buddies = Buddies(tmp_path)
+    yield buddies
+    buddies.close()
+
+
+def test_zeros_reach_a_buddy_without_a_byte_of_payload(pair: Buddies) -> None:
+    before = dict(pair.wires.sent)
+    for rank in range(2):
+        ours, run = pair.snapshot(rank, 1), pair.runs[rank]
+        copies = pair.mirrored(rank, 1)
+        assert {k: replace(r, slot=0) for k, r in copies.items()} == {k: replace(r, slot=0) for k, r in ours.items()}
+        for key, own in ours.items():
+            assert copies[key].is_zero == own.is_zero
             if not own.is_zero:
-                assert held.payload(copy.slot).tobytes() == pair.runs[1 - rank].arena.payload(own.slot).tobytes()
-        assert pair.sent[1 - rank] == sorted(r.nbytes for r in theirs if not r.is_zero)
+                assert pair.held[1 - rank].payload(copies[key].slot).tobytes() == run.arena.payload(own.slot).tobytes()
+        payload = sum(r.nbytes for r in ours.values())
+        zeros = sum(run.spec.units[unit][2] for (unit, _), r in ours.items() if r.is_zero)
+        assert payload <= pair.wires.sent[rank, 1 - rank] - before[rank, 1 - rank] < payload + zeros
 
 
-def test_a_snapshot_of_nothing_but_zeros_is_whole(tmp_path: Path) -> None:
-    pair = Buddies(tmp_path)
+def test_a_snapshot_of_nothing_but_zeros_is_whole(pair: Buddies) -> None:
     zeros = [zero_record(u, 1) for u in pair.runs[0].log.log_of.values()]
     pair.runs[0].arena.add(zeros)
-    assert pair.round(1, [zeros, ()]) == [True, False]
-    assert pair.held[1].page.records == tuple(zeros)
-    assert pair.sent[0] == []
+    assert pair.offer(0, 1) == pair.mirrored(0, 1) == {r.key: r for r in zeros}
 
 
-def test_zeros_go_with_a_snapshot_that_is_refused_or_damaged(tmp_path: Path) -> None:
-    pair = Buddies(tmp_path)
-    held = pair.held[1]
-    size = max(nbytes for _, _, nbytes in pair.runs[0].spec.units)
-    pair.network.damage = lambda source, _, sent: 5 if (source, sent) == (0, size) else None
-    assert pair.round(1, [pair.snapshot(0, 1), ()]) == [False, False]
-    assert held.page.records == ()
-    pair.network.damage = lambda source, target, sent: None
-    slots = [held.acquire(size) for _ in range(dict(held.spec.slots)[size])]
-    assert None not in slots, "the slots of the damaged one are free again"
-    assert pair.round(2, [pair.snapshot(0, 2), ()]) == [False, False]
-    assert held.page.records == ()
+def test_zeros_go_with_a_snapshot_that_is_refused_or_damaged(pair: Buddies) -> None:
+    held, run = pair.held[1], pair.runs[0]
+    size = max(nbytes for _, _, nbytes in run.spec.units)
+    slots = [held.acquire(size) for _ in range(held.spec.num_slots)]
+    run.train(1, run.slices[:1], quiet=run.slices[1:])
+    pair.replications[0].offer(1, is_there=True)
+    assert eventually(lambda: pair.replications[0].states()[0].problem is not None), "there is no room"
+    assert pair.mirrored(0, 1) == {}
+    pair.wires.damage(0, 2, 5)
     held.release([s for s in slots if s is not None])
-    third = pair.snapshot(0, 3)
-    assert pair.round(3, [third, ()]) == [True, False]
-    assert [r.key for r in held.page.records] == [r.key for r in third]
+    assert eventually(lambda: 1 in pair.replications[0].whole)
+    assert pair.mirrored(0, 1).keys() == {r.key for r in run.arena.page.records if r.iteration == 1}
 
 
-def test_zeros_are_fetched_by_their_record_alone(tmp_path: Path) -> None:
-    pair = Buddies(tmp_path)
+def test_zeros_are_fetched_by_their_record_alone(pair: Buddies) -> None:
     run, log = pair.runs[0], pair.runs[0].log.log_of[pair.runs[0].slices[0]]
-    pair.held[1].add([replace(zero_record(log, 1), epoch=2)])
-    plan = RecoveryPlan(
-        iteration=1,
-        epoch=3,
-        branches=(),
-        history_epoch=2,
-        safe=1,
-        choices=((Choice(unit=log, iteration=1, node=1, digest=0, tokens=0, is_zero=True),), ()),
-        fetches=(Transfer(owner=0, unit=log, iteration=1, source=1, target=0),),
-        copies=(),
-    )
+    zero = replace(zero_record(log, 1), epoch=2)
+    pair.held[1].add([zero])
+    placement = place(["node0", "node1"], 1)
+    plan = RecoveryPlan(iteration=1, epoch=3, lineage=0, branches=(), history_epoch=2, safe=1)
+    order = order_of(0, [zero.key], {1: Records.of([zero])}, placement)
+    (leg,) = fetches_of(order, {0: {1: 1}}, placement)
     movers = [
         Mover(
             rank=r,
             arenas={0: arena},
-            channel=pair.network.channel(r),
+            channel=pair.fabrics[r].channel,
             pool=POOL,
             plan=plan,
+            orders={0: order},
             retentions={0: Chains(chain_layout(arena.spec.units))},
         )
         for r, arena in enumerate((run.arena, pair.held[1]))
     ]
-    assert together(*(lambda m=m: m.move(plan.fetches) for m in movers)) == [0, 0]  # type: ignore[misc]
-    assert find(run.arena, log, 1) == replace(zero_record(log, 1), epoch=2)
+    assert together(*(lambda m=m: m.move([leg]) for m in movers)) == [0, 0]  # type: ignore[misc]
+    assert find(run.arena, log, 1) == zero

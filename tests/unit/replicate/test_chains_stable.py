@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safety and progress of the bookkeeping in mode ``exact``: whatever is dropped, the stable iteration can be recovered.
 
-A model of the steady state on paper, event by event: ranks take turns of captures and log gradients, drop, replicate,
-agree one iteration late, and free what their rotation gives up, one arena at a time. The real rotation, agreement,
-retention, placement, planning and making of room are what is tested; the planner is the oracle.
+A model on paper, event by event: ranks take turns of captures and log gradients, drop, learn results of agreements each
+in its own time, and free what their rotation gives up; each owner's replica becomes like the owner's arena, some time
+later, first without what was dropped and then with what was added. The real rotation, agreement, retention, placement,
+planning and making of room are what is tested; the planner is the oracle.
 """
 
 from __future__ import annotations
@@ -14,22 +15,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, reduce
 from itertools import count
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import POOL, reports_of
+from world import Transfer, World, found_in, plan_world
 
-from megatron_moetion.recover.plan import NoPlan, RankFacts, RecoveryPlan, Transfer, choose_chains, plan_recovery
+from megatron_moetion.recover.plan import NoPlan, Units, choose_chains
 from megatron_moetion.recover.restore import Mover
-from megatron_moetion.replicate.agreement import WINDOW, fates, mask_of, newest_common
-from megatron_moetion.replicate.channel import Channel
+from megatron_moetion.replicate.agreement import WINDOW, Agreement, combine_words
+from megatron_moetion.replicate.channel import Channel, Note, Reduced
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.select.budget import exact_copies
 from megatron_moetion.select.rotation import Rotation, Turn
 from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import ChainLayout, chain_layout, log_units
 from megatron_moetion.store.manifest import NO_SLOT, Page, Record, successor
 from megatron_moetion.store.retention import Chains
@@ -75,11 +75,8 @@ def log_of_rank(rank: int, period: int, gradient: str = "float32") -> GradientLo
 
 
 @cache
-def facts(period: int) -> tuple[RankFacts, ...]:
-    return tuple(
-        RankFacts(rank=r, units=tuple((u.name, u.kind) for u in log_of_rank(r, period).inventory.units))
-        for r in range(RANKS)
-    )
+def units_of(period: int) -> tuple[Units, ...]:
+    return tuple(tuple((u.name, u.kind) for u in log_of_rank(r, period).inventory.units) for r in range(RANKS))
 
 
 @cache
@@ -112,19 +109,62 @@ class Paper:
         self.edit(lambda page: {"records": (*page.records, *records)})
 
 
+class Tree:
+    """Combines the words of all ranks, round by round; each rank hears of a result in its own time."""
+
+    def __init__(self, draw: random.Random) -> None:
+        self.draw = draw
+        self.said: dict[int, dict[int, Sequence[int]]] = defaultdict(dict)
+        self.results: list[Reduced] = []
+        self.is_cut = False
+        self.heard_at_once = 1.0
+
+    def say(self, rank: int, number: int, words: Sequence[int]) -> None:
+        self.said[number][rank] = words
+        while len(words := self.said[len(self.results)]) == RANKS:
+            combined = tuple(reduce(combine_words, words.values()))  # type: ignore[arg-type]
+            self.results.append(Reduced(number=len(self.results), words=combined))
+
+
+class Branch:
+    """One rank's ``Reducer``."""
+
+    def __init__(self, tree: Tree, rank: int) -> None:
+        self.tree, self.rank = tree, rank
+        self.heard = 0
+
+    def contribute(self, number: int, words: Sequence[int], notes: Mapping[str, Note] | None = None) -> None:
+        self.tree.say(self.rank, number, words)
+
+    def results(self) -> list[Reduced]:
+        first, tree = self.heard, self.tree
+        while self.heard < len(tree.results) and not tree.is_cut and tree.draw.random() < tree.heard_at_once:
+            self.heard += 1
+        return tree.results[first : self.heard]
+
+    def wait(self, number: int, timeout_s: float) -> bool:
+        raise NotImplementedError
+
+
 @dataclass(frozen=True, kw_only=True)
 class Weather:
-    """How often things go wrong; where replication is not ``prompt``, how soon the next round takes place."""
+    """How often things go wrong; where links are not ``prompt``, how fast they are, and how soon results are heard."""
 
     drop: float = 0.0
     refuse: float = 0.0
+    """Updates of replicas that come to nothing and are tried again."""
     late: float = 0.0
     """Snapshots without their turn's captures."""
+    hole: float = 0.0
+    """Iterations whose step cannot be logged."""
+    sick: float = 0.0
+    """Iterations that a rank calls unhealthy."""
     zero: float = 0.0
     """Gradients of zeros: of a third of the units never, of a third half as often as of the last one."""
     skipped: float = 0.0
     prompt: bool = True
     speed: float = 1.0
+    heard: float = 1.0
 
 
 CALM = Weather()
@@ -133,10 +173,13 @@ STORMS = st.builds(
     drop=st.sampled_from((0.0, 0.05, 0.3)),
     refuse=st.sampled_from((0.0, 0.05, 0.3)),
     late=st.sampled_from((0.0, 0.1, 0.5)),
+    hole=st.sampled_from((0.0, 0.05, 0.5)),
+    sick=st.sampled_from((0.0, 0.05)),
     zero=st.sampled_from((0.0, 0.25, 0.5)),
     skipped=st.sampled_from((0.0, 0.05)),
     prompt=st.just(False),
     speed=st.sampled_from((0.1, 0.3, 0.7, 1.0)),
+    heard=st.sampled_from((0.1, 0.3, 0.7, 1.0)),
 )
 SHOWERS = st.builds(
     Weather,
@@ -146,6 +189,7 @@ SHOWERS = st.builds(
     skipped=st.sampled_from((0.0, 0.05)),
     prompt=st.just(False),
     speed=st.sampled_from((0.3, 0.7, 1.0)),
+    heard=st.sampled_from((0.7, 1.0)),
 )
 """In which the newest snapshots of all ranks are often newer than the stable one."""
 
@@ -155,11 +199,12 @@ class Side:
     """One rank: what its session knows, and for the tests what became of its snapshots."""
 
     rotation: Rotation
-    stable: int
-    recent: list[int]
-    rounds: dict[int, bool]
-    open: set[int] = field(default_factory=set)
-    queue: list[tuple[int, tuple[Record, ...]]] = field(default_factory=list)
+    agreement: Agreement
+    rounds: dict[int, bool] = field(default_factory=dict)
+    open: list[int] = field(default_factory=list)
+    """Snapshots that are there, and not yet on the replica."""
+    update: tuple[Page, list[int]] | None = None
+    """The page that the replica is becoming like, which has dropped already what is not in it; and what was open."""
     last: tuple[bool, bool, bool, frozenset[int]] = (False, False, False, frozenset())
     """Of the newest snapshot: whether it is there, with its captures, and whether these were late."""
     turns: dict[int, Turn] = field(default_factory=dict)
@@ -168,7 +213,7 @@ class Side:
 
 
 class Cluster:
-    """Ranks on one node each, with their own arena and those that they hold for others."""
+    """Ranks on one node each, with their own arena and the one that they hold for another."""
 
     def __init__(self, period: int, draw: random.Random, apart: bool = False, gradient: str = "float32") -> None:
         self.period, self.draw, self.apart = period, draw, apart
@@ -177,22 +222,25 @@ class Cluster:
         """More in one snapshot are always late."""
         self.forced: set[tuple[int, int]] = set()
         """Snapshots (rank, iteration) that are dropped whatever the weather."""
+        self.holes: set[tuple[int, int]] = set()
+        """Of these the step cannot be logged."""
+        self.cut_off: set[int] = set()
+        """Owners whose replicas get nothing."""
         self.epoch = 0
         homes = [(r, n) for r in range(RANKS) for n in (r, *PLACEMENT.holders[r])]  # owner, node
         self.arenas = {home: Paper(self.logs[home[0]], apart, Page(stable=0)) for home in homes}
         for (owner, _), arena in self.arenas.items():
             logs = set(self.logs[owner].log_of.values())
             arena.add([self.record(owner, u, 0) for u in range(len(self.logs[owner].inventory.units)) if u not in logs])
-        self.begin(0, [dict.fromkeys(log.log_of, 0) for log in self.logs], {0: True})
+        self.begin(0, [dict.fromkeys(log.log_of, 0) for log in self.logs])
 
-    def begin(self, iteration: int, bases: Sequence[Mapping[int, int]], rounds: Mapping[int, bool]) -> None:
+    def begin(self, iteration: int, bases: Sequence[Mapping[int, int]]) -> None:
+        self.began = iteration
+        self.tree = Tree(self.draw)
         self.sides = [
-            Side(rotation=Rotation(log, iteration, b), stable=iteration, recent=[iteration], rounds=dict(rounds))
-            for log, b in zip(self.logs, bases, strict=True)
+            Side(rotation=Rotation(log, iteration, b), agreement=Agreement(Branch(self.tree, r), iteration))
+            for r, (log, b) in enumerate(zip(self.logs, bases, strict=True))
         ]
-        self.masks: dict[int, list[tuple[int, int]]] = defaultdict(list)
-        """By iteration what each rank has said: what can be recovered, what is whole."""
-        self.masks[iteration] = [(0, 0)] * RANKS
 
     @property
     def stable(self) -> int:
@@ -202,7 +250,7 @@ class Cluster:
     @property
     def now(self) -> int:
         """The last iteration that all ranks have begun a snapshot of."""
-        return min(max(side.turns, default=side.recent[-1]) for side in self.sides)
+        return min(max(side.turns, default=self.began) for side in self.sides)
 
     def record(self, owner: int, unit: int, iteration: int, zero: bool = False) -> Record:
         key = {"unit": unit, "iteration": iteration, "epoch": self.epoch}
@@ -215,92 +263,96 @@ class Cluster:
     def on_step_end(self, rank: int, iteration: int, weather: Weather) -> Iterator[None]:
         """``Session.on_step_end``; yields after each thing that others may see."""
         side = self.sides[rank]
+        is_sick = self.draw.random() < weather.sick
+        if is_sick:
+            side.agreement.veto((iteration - 1, iteration))
         is_there, captured, late, zero = side.last
         side.rotation.packed(is_there=is_there, captured=captured, late=late, zero=zero)
-        learned = self.learn(rank, iteration)
-        side.recent = [iteration, *side.recent][:WINDOW]
+        release = False
+        for agreed in side.agreement.poll():
+            if agreed.is_news:
+                side.rotation.settle(agreed.stable, agreed.recoverable)
+                release = True
+        if (rank, iteration) in self.holes or self.draw.random() < weather.hole:
+            side.rotation.interrupt(iteration)
         rounds = dict(sorted(side.rounds.items())[-WINDOW:])
-        whole = [i for i in rounds if rounds[i]]
-        can_be_recovered = side.rotation.reachable(rounds)
-        self.masks[iteration].append(
-            (mask_of(can_be_recovered, side.recent, rounds), mask_of(whole, side.recent, rounds))
-        )
+        recoverable = side.rotation.reachable(rounds)
+        side.agreement.start(iteration, rounds=rounds, recoverable=recoverable, vote=0, redundancy=1)
         yield
-        for (owner, node), arena in self.arenas.items():
-            if learned and node == rank:
-                kept = Chains(layout_of(owner, self.period)).keep(arena.page.records, side.rotation.settled)
-                arena.edit(lambda page, kept=kept: {"records": kept, "stable": side.stable})  # type: ignore[misc]
-                yield
-        side.open.add(iteration)
-        self.snapshot(rank, iteration, weather)
-        yield
-
-    def learn(self, rank: int, iteration: int) -> bool:
-        """``Session._learn``: whether there is something new."""
-        side = self.sides[rank]
-        mask, whole = (reduce(int.__and__, column) for column in zip(*self.masks[iteration - 1], strict=True))
-        settled = fates(mask, side.recent, side.open)
-        stable = max(side.stable, newest_common(mask, side.recent) or 0)
-        if stable == side.stable and not settled:
-            return False
-        side.stable = stable
-        side.open -= settled.keys()
-        side.rotation.settle(stable, settled, fates(whole, side.recent, settled))
-        return True
-
-    def snapshot(self, rank: int, iteration: int, weather: Weather) -> None:
-        """``Session._select`` and ``Pipeline``."""
-        side, log, arena = self.sides[rank], self.logs[rank], self.arenas[rank, rank]
         turn = side.turns[iteration] = side.rotation.turn(iteration)
+        side.rotation.begin(iteration, turn)
+        if release:
+            settled = side.rotation.settled
+            arena = self.arenas[rank, rank]
+            kept = Chains(layout_of(rank, self.period)).keep(arena.page.records, settled)
+            arena.edit(lambda page: {"records": kept, "stable": settled.stable})
+            yield
+        self.snapshot(rank, iteration, turn, weather, is_sick)
+        yield
+
+    def snapshot(self, rank: int, iteration: int, turn: Turn, weather: Weather, is_dropped: bool) -> None:
+        """The packing thread."""
+        side, log, arena = self.sides[rank], self.logs[rank], self.arenas[rank, rank]
         skipped = self.draw.random() < weather.skipped
         zero = frozenset(u for u in turn.logs if skipped or self.draw.random() < weather.zero * (u % 3))
-        side.rotation.begin(iteration, turn)
         staged = [self.record(rank, u, iteration) for u in (*log.always, *turn.logs) if u not in zero]
         optional = [self.record(rank, u, iteration) for u in turn.captures]
         zeros = [self.record(rank, u, iteration, zero=True) for u in sorted(zero)]
-        dropped = turn.is_gap or (rank, iteration) in self.forced or self.draw.random() < weather.drop
-        if not dropped and not arena.has_room([*staged, *zeros]):
+        is_dropped |= turn.is_gap or (rank, iteration) in self.forced or self.draw.random() < weather.drop
+        if not is_dropped and not arena.has_room([*staged, *zeros]):
             side.no_room.append(iteration)
-            dropped = True
+            is_dropped = True
         late = self.draw.random() < weather.late or len(turn.groups) > self.most_groups
-        if not dropped and not arena.has_room([*staged, *zeros, *optional]):
+        if not is_dropped and not arena.has_room([*staged, *zeros, *optional]):
             side.left_out.append(iteration)
             captured = late = False
         else:
             captured = not late
-        records = () if dropped else (*staged, *(optional if captured else ()), *zeros)
-        arena.add(records)
-        side.last = (not dropped, captured and not dropped, late and not dropped, zero)
-        side.queue.append((iteration, records))
+        side.last = (not is_dropped, captured and not is_dropped, late and not is_dropped, zero)
+        if is_dropped:
+            side.rounds[iteration] = False
+        else:
+            arena.add([*staged, *(optional if captured else ()), *zeros])
+            side.open.append(iteration)
 
-    def is_round_open(self, rank: int) -> bool:
-        """Buddies take part in the round of an iteration once they have begun, or dropped, their own snapshot of it."""
-        side = self.sides[rank]
-        buddies = (*PLACEMENT.holders[rank], *PLACEMENT.owners_held_by(rank))
-        return bool(side.queue) and all(side.queue[0][0] in self.sides[b].turns for b in buddies)
+    def is_behind(self, rank: int) -> bool:
+        """Whether this rank's replica can be brought on."""
+        mine, (holder,) = self.arenas[rank, rank].page, PLACEMENT.holders[rank]
+        theirs = self.arenas[rank, holder].page
+        return rank not in self.cut_off and (bool(self.sides[rank].open) or mine.stable != theirs.stable)
 
     def replicate(self, rank: int, weather: Weather) -> None:
-        """The oldest snapshot that waits is sent, or refused."""
-        side = self.sides[rank]
-        iteration, records = side.queue.pop(0)
-        held = [self.arenas[rank, holder] for holder in PLACEMENT.holders[rank]]
-        whole = bool(records) and self.draw.random() >= weather.refuse
-        if whole and not all(a.has_room(records) for a in held):
-            side.no_room.append(iteration)
-            whole = False
-        for arena in held if whole else ():
-            arena.add(records)
-        side.rounds[iteration] = whole
+        """Half of an update of this rank's replica: first it drops what the owner has dropped, then the rest comes."""
+        side, (holder,) = self.sides[rank], PLACEMENT.holders[rank]
+        mine, replica = self.arenas[rank, rank].page, self.arenas[rank, holder]
+        if side.update is None:
+            side.update = mine, list(side.open)
+            listed = {r.key for r in mine.records}
+            kept = tuple(r for r in replica.page.records if r.key in listed)
+            replica.edit(lambda page: {"records": kept, "stable": mine.stable})
+            return
+        (page, offered), side.update = side.update, None
+        there, still = {r.key for r in replica.page.records}, {r.key for r in mine.records}
+        coming = [r for r in page.records if r.key not in there]
+        if self.draw.random() < weather.refuse or not {r.key for r in coming} <= still:
+            return  # a slot that was used again while it was being read: its bytes are not the announced ones
+        assert replica.has_room(coming), "it holds nothing that the owner does not hold"
+        replica.add(coming)
+        side.rounds |= dict.fromkeys(offered, True)
+        side.open = [i for i in side.open if i not in offered]
 
     # -- time --------------------------------------------------------------------------------------------
 
     def run(self, steps: int, weather: Weather, after_event: Callable[[], bool] = lambda: False) -> None:
-        """All ranks go on, as far apart as agreement allows, or until ``after_event`` says that they failed."""
+        """All ranks go on, as far apart as training allows, or until ``after_event`` says that they failed."""
         iterations = range(self.now + 1, self.now + 1 + steps)
+        self.tree.heard_at_once = weather.heard
 
         def train(rank: int) -> Iterator[None]:
             for iteration in iterations:
-                while len(self.masks[iteration - 1]) < RANKS or (weather.prompt and not self.is_done(iteration - 1)):
+                while not all(iteration - 1 in (self.began, *side.turns) for side in self.sides) or (
+                    weather.prompt and any(map(self.is_behind, range(RANKS)))
+                ):
                     yield
                 yield from self.on_step_end(rank, iteration, weather)
 
@@ -310,27 +362,22 @@ class Cluster:
             if next(training[rank], self) is self:
                 del training[rank]
             rank = self.draw.randrange(RANKS)
-            while self.is_round_open(rank) and (weather.prompt or self.draw.random() < weather.speed):
+            while self.is_behind(rank) and (weather.prompt or self.draw.random() < weather.speed):
                 self.replicate(rank, weather)
             if after_event():
                 return
-        while weather.prompt and not self.is_done(iterations[-1]):
-            for rank in filter(self.is_round_open, range(RANKS)):
+        while weather.prompt and any(map(self.is_behind, range(RANKS))):
+            for rank in filter(self.is_behind, range(RANKS)):
                 self.replicate(rank, weather)
-
-    def is_done(self, iteration: int) -> bool:
-        """Whether all snapshots until then are replicated or dropped."""
-        waiting = (i for side in self.sides for i, _ in side.queue[:1])
-        return self.now >= iteration and min(waiting, default=iteration + 1) > iteration
 
     # -- what would be recovered -------------------------------------------------------------------------
 
-    def plan(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan | NoPlan:
-        return plan_recovery(facts(self.period), reports_of(self.arenas, lost_nodes), PLACEMENT, choose_chains)
+    def plan(self, lost_nodes: frozenset[int] = NO_NODE) -> World | NoPlan:
+        return plan_world(units_of(self.period), found_in(self.arenas, lost_nodes), PLACEMENT, choose_chains)
 
-    def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> RecoveryPlan:
+    def plan_of(self, lost_nodes: frozenset[int] = NO_NODE) -> World:
         plan = self.plan(lost_nodes)
-        assert isinstance(plan, RecoveryPlan), f"without nodes {set(lost_nodes)}: {plan}"
+        assert isinstance(plan, World), f"without nodes {set(lost_nodes)}: {plan}"
         return plan
 
     def check(self, losses: Sequence[frozenset[int]] = LOSSES) -> None:
@@ -339,7 +386,7 @@ class Cluster:
             assert plan.iteration >= self.stable, f"without nodes {set(lost)}"
             self.check_plan(plan, lost)
 
-    def check_plan(self, plan: RecoveryPlan, lost: frozenset[int] = NO_NODE) -> None:
+    def check_plan(self, plan: World, lost: frozenset[int] = NO_NODE) -> None:
         """Of every slice one capture and all gradients since; all else as of T; each from where it really is."""
         keys = {home: {r.key for r in arena.page.records} for home, arena in self.arenas.items()}
         for owner, choices in enumerate(plan.choices):
@@ -348,7 +395,7 @@ class Cluster:
                 found[choice.unit].append(choice.iteration)
                 assert choice.node not in lost
                 assert (choice.unit, choice.iteration) in keys[owner, choice.node]
-            units = facts(self.period)[owner].units
+            units = units_of(self.period)[owner]
             logs = log_units(units)
             for number, (_, kind) in enumerate(units):
                 if number in logs:
@@ -367,12 +414,11 @@ class Cluster:
 
     # -- recovery ----------------------------------------------------------------------------------------
 
-    def mover(self, node: int, plan: RecoveryPlan) -> Mover:
-        mine = {owner: cast(Arena, a) for (owner, where), a in self.arenas.items() if where == node}
-        chains = {owner: Chains(layout_of(owner, self.period)) for owner in range(RANKS)}
-        return Mover(rank=node, arenas=mine, channel=cast(Channel, None), pool=POOL, plan=plan, retentions=chains)
+    def mover(self, node: int, plan: World) -> Mover:
+        mine = {owner: arena for (owner, where), arena in self.arenas.items() if where == node}
+        return plan.mover(node, mine, {owner: Chains(layout_of(owner, self.period)) for owner in range(RANKS)})
 
-    def lose(self, lost: frozenset[int], plan: RecoveryPlan) -> None:
+    def lose(self, lost: frozenset[int], plan: World) -> None:
         """These nodes are replaced; their arenas are made anew."""
         page = Page(epoch=plan.history_epoch, stable=plan.safe, branches=plan.branches[:-1])
         for owner, node in self.arenas:
@@ -386,20 +432,20 @@ class Cluster:
             assert target.has_room([record]), "room was made"
             target.add([record])
 
-    def recover(self, lost: frozenset[int]) -> RecoveryPlan:
+    def recover(self, lost: frozenset[int]) -> World:
         """Every rank begins again from the newest iteration that can be recovered."""
         plan = self.plan_of(lost)
         self.lose(lost, plan)
-        for transfers in (plan.fetches, plan.copies):
+        for legs, transfers in ((plan.fetch_legs, plan.fetches), (plan.copy_legs, plan.copies)):
             for node in range(RANKS):
-                self.mover(node, plan).make_room(transfers)
+                self.mover(node, plan).make_room(legs)
             self.move(transfers)
         for node in range(RANKS):
             self.mover(node, plan).begin_epoch()
         self.epoch = plan.epoch
         slices = [log.log_of for log in self.logs]
         bases = [{c.unit: c.iteration for c in row if c.unit in s} for row, s in zip(plan.choices, slices, strict=True)]
-        self.begin(plan.iteration, bases, {})
+        self.begin(plan.iteration, bases)
         for side, log, row in zip(self.sides, self.logs, plan.choices, strict=True):
             slice_of = {number: unit for unit, number in log.log_of.items()}
             logged = Counter(slice_of[c.unit] for c in row if c.unit in slice_of and not c.is_zero)
@@ -466,8 +512,8 @@ def test_a_run_that_recovers_goes_on_and_recovers_again(seed: int, period: int, 
         assert (again.iteration, again.history_epoch, again.fetches, again.copies) == (
             plan.iteration,
             plan.epoch,
-            (),
-            (),
+            [],
+            [],
         )
         cluster.check()
 
@@ -481,7 +527,7 @@ def test_a_node_lost_while_a_recovery_makes_room_leaves_a_plan(seed: int, period
     plan = cluster.plan_of()
     prepared = [node for node in range(RANKS) if cluster.draw.random() < 0.8]
     for node in prepared:
-        cluster.mover(node, plan).make_room(plan.copies)
+        cluster.mover(node, plan).make_room(plan.copy_legs)
     cluster.check()
     coming = [t for t in plan.copies if t.target in prepared]
     cluster.move(coming[: cluster.draw.randint(0, len(coming))])
@@ -497,7 +543,7 @@ def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(
     cluster.run(3 * period + 8, storm, at_some_event(cluster, 300))
     plan = cluster.plan_of()
     for node in range(RANKS):
-        cluster.mover(node, plan).make_room(plan.copies)
+        cluster.mover(node, plan).make_room(plan.copy_legs)
     cluster.move(plan.copies)
     written = [n for n in range(RANKS) if cluster.draw.random() < 0.5]
     for node in written:

@@ -14,15 +14,10 @@ from pathlib import Path
 
 import pytest
 from mirrors import TIMING, Ranks, eventually, running
+from world import Left, World, plan_world
 
-from megatron_moetion.recover.plan import (
-    RankFacts,
-    RecoveryPlan,
-    choose_newest_experts,
-    choose_same_iteration,
-    plan_recovery,
-)
-from megatron_moetion.recover.report import ArenaReport
+from megatron_moetion.recover.plan import choose_newest_experts, choose_same_iteration
+from megatron_moetion.recover.report import ArenaReport, History
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.substitutes import ASKED_MAX, substitutes_of
 from megatron_moetion.store.sharedfile import peek_arena
@@ -177,41 +172,31 @@ class Job:
         stable = self.stable
         redundancy = min(r.redundancy(stable) for r in self.ranks.replications)
         nodes = range(len(self.ranks.states))
-        reports = self.reports()
+        left = self.left()
         for lost in itertools.combinations(nodes, redundancy):
-            found = recovered([r for r in reports if r.node not in lost], self.ranks, popular=self.popular)
+            found = recovered([each for each in left if each.node not in lost], self.ranks, popular=self.popular)
             assert (found or -1) >= stable, f"{lost} lost, {stable} was stable with {redundancy}"
         return redundancy
 
-    def reports(self) -> list[ArenaReport]:
-        """What a survey would find, if all processes ended now."""
+    def left(self) -> list[Left]:
+        """What surveys would find, if all processes ended now."""
         found = []
         for node, folder in enumerate(self.ranks.folders):
             for path in sorted(folder.glob("*.arena")):
                 spec, page = peek_arena(path)
-                found.append(
-                    ArenaReport(
-                        path=str(path),
-                        node=node,
-                        owner=spec.identity.owner,
-                        epoch=page.epoch,
-                        stable=page.stable,
-                        branches=page.branches,
-                        captures=page.records,
-                    )
+                report = ArenaReport(
+                    path=str(path), owner=spec.identity.owner, history=History.of(page), records=page.records
                 )
+                found.append(Left(node=node, report=report))
         return found
 
 
-def recovered(reports: list[ArenaReport], ranks: Ranks, *, popular: bool) -> int | None:
+def recovered(left: list[Left], ranks: Ranks, *, popular: bool) -> int | None:
     """The iteration that a recovery from these arenas goes back to."""
-    facts = [
-        RankFacts(rank=r, units=tuple((u.name, UnitKind(u.kind)) for u in state.inventory().units))
-        for r, state in enumerate(ranks.states)
-    ]
+    units = [tuple((u.name, UnitKind(u.kind)) for u in state.inventory().units) for state in ranks.states]
     choose = choose_newest_experts if popular else choose_same_iteration
-    plan = plan_recovery(facts, reports, ranks.placement, choose)
-    return plan.iteration if isinstance(plan, RecoveryPlan) else None
+    world = plan_world(units, left, ranks.placement, choose)
+    return world.iteration if isinstance(world, World) else None
 
 
 @pytest.mark.parametrize("seed", range(6))

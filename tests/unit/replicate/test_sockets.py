@@ -133,7 +133,7 @@ def test_little_waits_in_the_kernel_while_the_peer_reads_nothing() -> None:
         done()
 
 
-def test_a_receiver_waits_as_long_as_it_says_for_the_first_byte(pair: Fabrics) -> None:
+def test_a_receiver_waits_as_long_as_it_says(pair: Fabrics) -> None:
     here, there, done = connected(pair)
     sender = threading.Timer(1.0, lambda: there.send([content(1, 10)]))
     sender.start()
@@ -143,7 +143,7 @@ def test_a_receiver_waits_as_long_as_it_says_for_the_first_byte(pair: Fabrics) -
     sender.join()
     there.send([empty(3)])
     with pytest.raises(ChannelError, match=r"cannot receive from rank\(s\) \[1\]: nothing moved for 0.5 s"):
-        here.receive([empty(10)], timeout_s=10.0)
+        here.receive([empty(10)])
     with pytest.raises(ChannelError, match="the connection is closed"):
         here.send([empty(1)])
     done()

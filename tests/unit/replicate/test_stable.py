@@ -1,37 +1,31 @@
 # SPDX-License-Identifier: Apache-2.0
 """Safety of the whole bookkeeping: whatever is dropped and however late, the stable iteration can be recovered.
 
-A model of the steady state on paper: ranks commit, drop and replicate, agree one iteration late, and free what
-retention gives up; the real placement, agreement, retention, planning and making of room are what is tested. The
-planner is the oracle: after every event and with any one node gone it must find the stable iteration or a newer one.
+A model of the steady state on paper: ranks commit and drop, their holders' arenas become like theirs some time later,
+each rank hears results of agreements in its own time, and frees what retention gives up; the real placement, agreement,
+retention, planning and making of room are what is tested. The planner is the oracle: after every event and with any one
+node gone it must find the stable iteration or a newer one.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import reduce
-from typing import Any, cast
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from support import POOL, reports_of
+from world import World, found_in, plan_world
 
-from megatron_moetion.recover.plan import (
-    NoPlan,
-    RankFacts,
-    RecoveryPlan,
-    choose_newest_experts,
-    choose_same_iteration,
-    plan_recovery,
-)
+from megatron_moetion.recover.plan import NoPlan, Units, choose_newest_experts, choose_same_iteration
 from megatron_moetion.recover.restore import Mover
-from megatron_moetion.replicate.agreement import fates, mask_of, newest_common
-from megatron_moetion.replicate.channel import Channel
+from megatron_moetion.replicate.agreement import WINDOW, Agreement, combine_words
+from megatron_moetion.replicate.channel import Note, Reduced
 from megatron_moetion.replicate.placement import place
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Page, Record, successor
 from megatron_moetion.store.retention import Newest, Settled
 from megatron_moetion.units import UnitKind
@@ -40,15 +34,12 @@ RANKS = 4
 EXPERTS = 3
 MOST_SELECTED = 2
 PLACEMENT = place([f"node{r}" for r in range(RANKS)], 1)
-FACTS = [
-    RankFacts(
-        rank=r,
-        units=(
-            ("dense", UnitKind.DENSE),
-            # Ranks 0 and 1 hold shards of the same experts, ranks 2 and 3 of others.
-            *((f"layers.{r // 2}.experts.{e}", UnitKind.EXPERT) for e in range(EXPERTS)),
-            ("host", UnitKind.HOST),
-        ),
+UNITS: list[Units] = [
+    (
+        ("dense", UnitKind.DENSE),
+        # Ranks 0 and 1 hold shards of the same experts, ranks 2 and 3 of others.
+        *((f"layers.{r // 2}.experts.{e}", UnitKind.EXPERT) for e in range(EXPERTS)),
+        ("host", UnitKind.HOST),
     )
     for r in range(RANKS)
 ]
@@ -77,6 +68,51 @@ class Paper:
 CHOOSE = {"full": choose_same_iteration, "popularity": choose_newest_experts}
 
 
+class Tree:
+    """Combines the words of all ranks, round by round."""
+
+    def __init__(self) -> None:
+        self.said: dict[int, dict[int, Sequence[int]]] = defaultdict(dict)
+        self.results: list[Reduced] = []
+
+    def say(self, rank: int, number: int, words: Sequence[int]) -> None:
+        self.said[number][rank] = words
+        if len(self.said[number]) == RANKS:
+            found = reduce(combine_words, self.said.pop(number).values())
+            self.results.append(Reduced(number=number, words=tuple(found)))
+
+
+class Branch:
+    """One rank's ``Reducer``: it hears of so many results."""
+
+    def __init__(self, tree: Tree, rank: int) -> None:
+        self.tree, self.rank = tree, rank
+        self.heard = self.allowed = 0
+
+    def contribute(self, number: int, words: Sequence[int], notes: Mapping[str, Note] | None = None) -> None:
+        self.tree.say(self.rank, number, words)
+
+    def results(self) -> list[Reduced]:
+        found = self.tree.results[self.heard : self.allowed]
+        self.heard += len(found)
+        return found
+
+    def wait(self, number: int, timeout_s: float) -> bool:
+        raise NotImplementedError
+
+
+@dataclass
+class Side:
+    """What one rank knows."""
+
+    branch: Branch
+    agreement: Agreement
+    rounds: dict[int, bool] = field(default_factory=dict)
+    """Whether recent snapshots are whole here, as far as that is settled."""
+    open: set[int] = field(default_factory=set)
+    """Snapshots that are in the own arena, and not yet in the holders'."""
+
+
 class Cluster:
     """Ranks on one node each, with their own arena and those that they hold for others."""
 
@@ -86,14 +122,16 @@ class Cluster:
         slots = 3 * EXPERTS if mode == "full" else EXPERTS + 2 * MOST_SELECTED
         homes = [(r, n) for r in range(RANKS) for n in (r, *PLACEMENT.holders[r])]  # owner, node
         self.arenas = {home: Paper(slots) for home in homes}
-        self.queues: list[list[tuple[int, tuple[Record, ...]]]] = [[] for _ in range(RANKS)]
-        self.rounds: list[dict[int, bool]] = [{0: True} for _ in range(RANKS)]
-        self.open: set[int] = set()
-        self.masks: list[int] = []
-        self.recent = [0]
-        self.stable = 0
+        tree = Tree()
+        branches = [Branch(tree, rank) for rank in range(RANKS)]
+        self.sides = [Side(branch, Agreement(branch, 0)) for branch in branches]
         for (owner, _), arena in self.arenas.items():
             arena.add(tuple(self.record(owner, u, 0) for u in range(HOST + 1)))
+
+    @property
+    def stable(self) -> int:
+        """The newest iteration that any rank calls stable."""
+        return max(side.agreement.stable for side in self.sides)
 
     def record(self, owner: int, unit: int, iteration: int) -> Record:
         digest = owner << 20 | unit << 10 | iteration
@@ -101,57 +139,69 @@ class Cluster:
 
     def snapshot(self, iteration: int, drop_rate: float) -> None:
         """All ranks begin a snapshot; some drop it. Those that share experts select the same ones."""
-        self.recent = [iteration, *self.recent]
-        self.masks = [mask_of((i for i in r if r[i]), self.recent, r) for r in self.rounds]
-        self.open.add(iteration)
         names = range(1, EXPERTS + 1)
         chosen = [self.draw.sample(names, self.draw.randint(0, MOST_SELECTED)) for _ in range(RANKS // 2)]
-        for rank in range(RANKS):
+        for rank, side in enumerate(self.sides):
+            side.agreement.start(
+                iteration,
+                rounds=side.rounds,
+                recoverable=[i for i, is_whole in side.rounds.items() if is_whole],
+                vote=0,
+                redundancy=1,
+            )
             experts = names if self.mode == "full" else chosen[rank // 2]
             records = tuple(self.record(rank, u, iteration) for u in (*ALWAYS, *experts))
             if self.draw.random() < drop_rate or not self.arenas[rank, rank].has_room(records):
-                records = ()
-            self.arenas[rank, rank].add(records)
-            self.queues[rank].append((iteration, records))
+                side.rounds[iteration] = False
+            else:
+                self.arenas[rank, rank].add(records)
+                side.open.add(iteration)
 
     def replicate(self, rank: int, refuse_rate: float) -> None:
-        """The oldest snapshot that waits is sent, or refused."""
-        iteration, records = self.queues[rank].pop(0)
-        held = [self.arenas[rank, holder] for holder in PLACEMENT.holders[rank]]
-        whole = bool(records) and self.draw.random() >= refuse_rate and all(a.has_room(records) for a in held)
-        for arena in held if whole else ():
-            arena.add(records)
-        self.rounds[rank][iteration] = whole
+        """The holders' arenas become like the rank's: first nothing is in them that is not in its own."""
+        side, page = self.sides[rank], self.arenas[rank, rank].page
+        for holder in PLACEMENT.holders[rank]:
+            arena = self.arenas[rank, holder]
+            arena.edit(lambda held: {"records": [r for r in held.records if r.key in page.records.keys]})
+            if self.draw.random() < refuse_rate:
+                return
+            arena.edit(lambda held: {"records": page.records, "stable": page.stable})
+        for iteration in side.open:
+            side.rounds[iteration] = (HOST, iteration) in page.records.keys
+        side.open.clear()
 
-    def learn(self) -> list[Callable[[], None]]:
-        """What the agreement of one snapshot ago lets each rank free, one step a rank: they do not free in step."""
-        mask = reduce(int.__and__, self.masks) if self.masks else 0
-        settled = fates(mask, self.recent, self.open)
-        self.open -= settled.keys()
-        stable = self.stable = max(self.stable, newest_common(mask, self.recent) or 0)
+    def learn(self, hears: Callable[[], bool] = lambda: True) -> list[Callable[[], None]]:
+        """Results that a rank hears let it free captures, one step a rank: they do not free in step."""
 
-        def free(arena: Paper) -> None:
-            kept = Newest().keep(arena.page.records, Settled(stable=stable, whole=settled))
-            arena.edit(lambda page: {"records": kept, "stable": stable})
+        def free(rank: int, settled: Settled) -> None:
+            arena = self.arenas[rank, rank]
+            arena.edit(lambda page: {"records": Newest().keep(page.records, settled), "stable": settled.stable})
 
-        return [lambda arena=arena: free(arena) for arena in self.arenas.values()]  # type: ignore[misc]
+        steps = []
+        for rank, side in enumerate(self.sides):
+            while side.branch.allowed < len(side.branch.tree.results) and hears():
+                side.branch.allowed += 1
+            for agreed in side.agreement.poll():
+                settled = Settled(stable=agreed.stable, whole=agreed.recoverable)
+                side.rounds = {i: w for i, w in side.rounds.items() if i > agreed.stable - WINDOW}
+                steps.append(lambda rank=rank, settled=settled: free(rank, settled))
+        return steps  # type: ignore[return-value]
 
-    def plan(self, lost_nodes: set[int]) -> RecoveryPlan | NoPlan:
-        return plan_recovery(FACTS, reports_of(self.arenas, lost_nodes), PLACEMENT, CHOOSE[self.mode])
+    def plan(self, lost_nodes: set[int]) -> World | NoPlan:
+        return plan_world(UNITS, found_in(self.arenas, lost_nodes), PLACEMENT, CHOOSE[self.mode])
 
     def check(self) -> None:
         for lost in (set[int](), *({n} for n in range(RANKS))):
             plan = self.plan(lost)
-            assert isinstance(plan, RecoveryPlan), f"without nodes {lost}: {plan}"
+            assert isinstance(plan, World), f"without nodes {lost}: {plan}"
             assert plan.iteration >= self.stable, f"without nodes {lost}"
-            check_plan(plan, self.mode)
 
 
-def check_plan(plan: RecoveryPlan, mode: str) -> None:
+def check_plan(plan: World, mode: str) -> None:
     """G2: dense units and host state at T, an expert at one iteration over all its shards."""
     experts: dict[str, set[int]] = {}
-    for facts, choices in zip(FACTS, plan.choices, strict=True):
-        for (name, kind), choice in zip(facts.units, choices, strict=True):
+    for units, choices in zip(UNITS, plan.choices, strict=True):
+        for (name, kind), choice in zip(units, choices, strict=True):
             if kind is UnitKind.EXPERT and mode != "full":
                 experts.setdefault(name, set()).add(choice.iteration)
                 assert choice.iteration <= plan.iteration
@@ -161,15 +211,16 @@ def check_plan(plan: RecoveryPlan, mode: str) -> None:
 
 
 def run(cluster: Cluster, steps: int, drop_rate: float, check: bool, first: int = 1, prompt: bool = False) -> None:
-    """``prompt``: replication keeps up with every step."""
+    """``prompt``: replication keeps up with every step, and results come at once."""
+    draw = cluster.draw
     for iteration in range(first, first + steps):
-        for free in cluster.learn():
+        for free in cluster.learn(lambda: prompt or draw.random() < 0.7):
             free()
-            if check and cluster.draw.random() < 0.2:
+            if check and draw.random() < 0.2:
                 cluster.check()
         cluster.snapshot(iteration, drop_rate)
         for rank in range(RANKS):
-            while cluster.queues[rank] and (prompt or cluster.draw.random() < 0.7):
+            if prompt or draw.random() < 0.7:
                 cluster.replicate(rank, drop_rate)
         if check:
             cluster.check()
@@ -191,13 +242,13 @@ def test_a_node_lost_while_a_recovery_makes_room_leaves_a_plan(
     """Processes fail, all memory is there; room is made for what replicas lack; then a node is lost (G6)."""
     cluster = Cluster(mode, random.Random(seed))
     run(cluster, steps, drop_rate, check=False)
-    for free in cluster.learn()[: cluster.draw.randint(1, len(cluster.arenas))]:
+    for free in cluster.learn(lambda: cluster.draw.random() < 0.5):
         free()
     plan = cluster.plan(set())
-    assert isinstance(plan, RecoveryPlan)
+    assert isinstance(plan, World)
     for node in range(RANKS):
         if cluster.draw.random() < 0.8:
-            _mover(cluster, node, plan).make_room(plan.copies)
+            _mover(cluster, node, plan).make_room(plan.copy_legs)
     cluster.check()
 
 
@@ -218,7 +269,7 @@ def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(seed:
     cluster = Cluster("popularity", random.Random(seed))
     run(cluster, steps, 0.2, check=False)
     plan = cluster.plan(set())
-    assert isinstance(plan, RecoveryPlan)
+    assert isinstance(plan, World)
     for transfer in plan.copies:
         found = next(r for r in cluster.arenas[transfer.owner, transfer.owner].page.records
                      if r.key == (transfer.unit, transfer.iteration))  # fmt: skip
@@ -227,7 +278,7 @@ def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(seed:
     for node in written:
         _mover(cluster, node, plan).begin_epoch()
     again = cluster.plan(set())
-    assert isinstance(again, RecoveryPlan)
+    assert isinstance(again, World)
     check_plan(again, "popularity")
     if written:
         assert (again.iteration, again.history_epoch) == (plan.iteration, plan.epoch)
@@ -236,13 +287,6 @@ def test_an_epoch_that_was_written_on_some_ranks_only_is_no_second_history(seed:
         ]
 
 
-def _mover(cluster: Cluster, node: int, plan: RecoveryPlan) -> Mover:
-    mine = {owner: cast(Arena, a) for (owner, where), a in cluster.arenas.items() if where == node}
-    return Mover(
-        rank=node,
-        arenas=mine,
-        channel=cast(Channel, None),
-        pool=POOL,
-        plan=plan,
-        retentions=dict.fromkeys(range(RANKS), Newest()),
-    )
+def _mover(cluster: Cluster, node: int, plan: World) -> Mover:
+    mine = {owner: arena for (owner, where), arena in cluster.arenas.items() if where == node}
+    return plan.mover(node, mine, dict.fromkeys(range(RANKS), Newest()))

@@ -189,6 +189,10 @@ def test_what_no_growth_can_keep_is_said() -> None:
     tight.choose_all(0, [0, 0, 0])
     tight.ledger.update([10, 10, 10])
     assert len(tight.choose(1, [10, 10, 10], 1)) == 1
+    assert tight.past_budget is None, "one interval's tokens are more than the budget: nothing could keep it yet"
+    for iteration in range(2, 30):
+        tight.ledger.update([10 * iteration] * 3)
+    assert len(tight.choose(30, [290, 290, 290], 1)) == 1
     at_risk = tight.past_budget
     assert at_risk is not None
     assert at_risk.kind == "at-risk"

@@ -4,8 +4,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 from support import ToyState
 
@@ -18,6 +20,8 @@ from megatron_moetion.select.budget import (
     full_copies,
     popularity_copies,
 )
+from megatron_moetion.select.shares import Shares
+from megatron_moetion.units import Unit, UnitKind
 
 
 def limits(total: int, affordable: float = math.inf, **settings: Any) -> tuple[int, int, int]:
@@ -30,12 +34,14 @@ def limits(total: int, affordable: float = math.inf, **settings: Any) -> tuple[i
 )
 def test_the_default_is_what_the_cap_needs_up_to_twice_that(total: int, cap: int, usual: int) -> None:
     needed = -(-total // cap)
-    assert limits(total, staleness_cap=cap) == (needed, usual, total)
+    assert limits(total, staleness_cap=cap) == (needed, usual, max(usual, total // 2))
     assert limits(total, staleness_cap=cap, lost_token_budget=0.0) == (needed, usual, usual)
 
 
 def test_the_budget_of_lost_tokens_may_ask_for_more_but_not_for_more_than_there_is_room_for() -> None:
-    assert limits(64, experts_per_snapshot=8) == (8, 8, 64)
+    assert limits(64, experts_per_snapshot=8) == (8, 8, 32), "half of them"
+    assert limits(64, experts_per_snapshot=40) == (40, 40, 40)
+    assert limits(64, experts_per_snapshot=8, max_experts_per_snapshot=64) == (8, 8, 64)
     assert limits(64, experts_per_snapshot=8, max_experts_per_snapshot=20) == (8, 8, 20)
     assert limits(64, max_experts_per_snapshot=4) == (8, 16, 16), "what the windows may call for has room"
 
@@ -55,14 +61,50 @@ def test_k_from_a_budget_of_bytes() -> None:
         limits(16, -2.0, snapshot_bytes=1000)
 
 
+def shares(*nbytes: Sequence[int], usual: int = 1, most: int = 1) -> Shares:
+    return Shares.of(np.array(nbytes, dtype=np.int64), usual, most)
+
+
 def test_experts_that_fit_beside_what_every_snapshot_has() -> None:
-    units = ToyState(num_experts=6, frozen=True).inventory().units
-    experts = [u.nbytes for u in units if u.expert is not None]
-    always = sum(u.nbytes for u in units if u.expert is None and u.name != "frozen")
-    assert affordable_experts(units, 6, always) == 0
-    assert affordable_experts(units, 6, always + 2 * experts[0]) == pytest.approx(2)
-    assert affordable_experts(units, 12, always + 2 * experts[0]) == pytest.approx(4), "half of each is on another rank"
-    assert affordable_experts([u for u in units if u.expert is None], 0, 1) == math.inf
+    alone = shares([8], [8], [8], [8], [8], [8])
+    assert [affordable_experts(alone, [100], n) for n in (99, 100, 107, 108, 116, 1000)] == [-1, 0, 0, 1, 2, 6]
+    assert affordable_experts(alone, [100, 90], 116) == 2, "the rank with more of what every snapshot has decides"
+
+
+def test_one_expert_on_each_of_two_ranks_takes_no_longer_than_one_alone() -> None:
+    halves = shares([8, 0], [8, 0], [0, 8], [0, 8])
+    assert [halves.busiest_bytes(k) for k in range(5)] == [0, 8, 8, 16, 16]
+    assert [affordable_experts(halves, [0, 0], n) for n in (7, 8, 16)] == [0, 2, 4]
+    assert shares([0], [0]).busiest_bytes(2) == 0
+
+
+def test_mode_popularity_takes_two_thirds_of_the_memory_that_full_takes_for_experts() -> None:
+    for total in (2, 14, 64):
+        units = ToyState(num_experts=total).inventory().units
+        experts = [u.name for u in units if u.expert is not None]
+        most = experts_per_snapshot(MoetionConfig(), total).most
+        found, full = popularity_copies(units, most), full_copies(units)
+        assert sum(found[name] for name in experts) <= 2 / 3 * sum(full[name] for name in experts)
+
+
+@pytest.mark.parametrize("row", [[8, 0], [8, 8]])
+def test_a_rank_has_room_for_its_part_of_the_most_experts(row: Sequence[int]) -> None:
+    """Four of eight experts on each of two ranks, or a shard of each expert on both."""
+    table = [row, row[::-1]] * 4
+    found = shares(*table, usual=2, most=4)
+    own = sum(each for each, _ in table)
+    assert found.most_bytes.tolist() == [own // 2] * 2
+    units = [
+        Unit(name=str(e), kind=UnitKind.EXPERT, layer=0, expert=e, regions=(), reserved_bytes=64)
+        for e in range(own // 8)
+    ]
+    copies = popularity_copies(units, 4, 8 * found.most_bytes[0])
+    assert sum(copies.values()) == 2 * len(units), "one of each, and two halves"
+
+
+def test_a_rank_with_a_single_expert_has_room_for_it() -> None:
+    assert shares([8, 0], [0, 8], usual=1, most=1).most_bytes.tolist() == [8, 8]
+    assert shares([8, 0], [8, 0], [8, 0], [0, 8], usual=1, most=2).most_bytes.tolist() == [8, 8]
 
 
 def test_slots_for_what_is_stable_awaiting_and_in_flight() -> None:

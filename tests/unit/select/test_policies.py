@@ -6,12 +6,15 @@ from __future__ import annotations
 import random
 import time
 
+import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.select import policies
 from megatron_moetion.select.policies import POLICIES, Popularity, grow
 from megatron_moetion.select.popularity import Ledger
+from megatron_moetion.select.shares import Shares
 
 DEFAULT = "unsaved-tokens"
 SIZES = st.tuples(st.integers(1, 24), st.integers(1, 8)).flatmap(
@@ -28,11 +31,27 @@ def seen(unsaved: list[int], staleness: list[int], average: list[float] | None =
 
 
 def choose(
-    unsaved: list[int], staleness: list[int], num_experts: int, cap: int, reserved: int = 0, policy: str = DEFAULT
+    unsaved: list[int],
+    staleness: list[int],
+    num_experts: int,
+    cap: int,
+    reserved: int = 0,
+    policy: str = DEFAULT,
+    shares: Shares | None = None,
 ) -> tuple[int, ...]:
     """In order of position; with a K that stays as it is, unless ``reserved`` says otherwise."""
     order = POLICIES[policy](seen(unsaved, staleness))
-    return tuple(sorted(policies.choose(order, staleness, num_experts, reserved or num_experts, cap)))
+    return tuple(sorted(policies.choose(order, staleness, num_experts, reserved or num_experts, cap, shares)))
+
+
+def spans(total: int, ranks: int, usual: int, most: int = 0) -> Shares:
+    """As Megatron's distributed optimizer shares experts of 48 bytes: a contiguous span of all of them each."""
+    each, span = 48, 48 * total // ranks
+    table = [
+        [max(0, min(each * (e + 1), span * (r + 1)) - max(each * e, span * r)) for r in range(ranks)]
+        for e in range(total)
+    ]
+    return Shares.of(np.array(table, dtype=np.int64), usual, most or total)
 
 
 def skewed_tokens(num_experts: int, seed: int) -> list[int]:
@@ -199,3 +218,61 @@ def test_it_grows_no_more_than_the_allowance_needs(at_risk: list[int], start: in
     assert left <= allowance or len(grown) == min(most, len(at_risk))
     if len(grown) > len(chosen):
         assert left + at_risk[grown[-1]] > allowance, "one less would not have been enough"
+
+
+# -- experts whose state several ranks share ------------------------------------------------------------------
+
+
+def test_the_busiest_rank_sends_no_more_than_the_others() -> None:
+    hot = [90, 80, 70, 60, 4, 3, 2, 1]
+    assert choose(hot, [1] * 8, 4, 8) == (0, 1, 2, 3), "all of it is the first of two ranks'"
+    assert choose(hot, [1] * 8, 4, 8, shares=spans(8, 2, usual=4)) == (0, 1, 4, 5)
+    assert choose(hot, [1] * 8, 4, 8, shares=spans(8, 1, usual=4)) == (0, 1, 2, 3), "nobody to share with"
+    assert choose(hot, [1] * 8, 4, 8, shares=spans(8, 8, usual=4)) == (0, 1, 2, 3), "each is another rank's"
+
+
+def test_an_expert_of_two_ranks_needs_room_on_both() -> None:
+    thirds = spans(3, 2, usual=1)
+    assert thirds.nbytes.tolist() == [[48, 0], [24, 24], [0, 48]]
+    assert choose([1, 9, 1], [1] * 3, 1, 8, shares=thirds) == (1,)
+    assert choose([5, 9, 1], [1] * 3, 2, 8, reserved=1, shares=spans(3, 2, usual=2)) == (1,)
+    assert choose([5, 9, 1], [1] * 3, 2, 8, shares=spans(3, 2, usual=2)) == (0, 1), "the least that a snapshot takes"
+
+
+def test_the_cap_goes_before_the_bound_of_bytes() -> None:
+    shares = spans(8, 2, usual=2)
+    assert choose([9, 9, 9, 9, 9, 9, 9, 9], [8, 8, 1, 1, 1, 1, 1, 1], 2, 8, shares=shares) == (0, 1)
+
+
+def test_what_arenas_have_no_room_for_is_not_taken() -> None:
+    shares = spans(8, 2, usual=2, most=4)
+    assert shares.most_bytes.tolist() == [96, 96]
+    assert choose([9, 9, 9, 9, 0, 0, 0, 0], [8, 8, 8, 8, 1, 1, 1, 1], 4, 8, shares=shares) == (0, 1, 4, 5)
+    assert grow([0], [9, 8, 7, 6, 5, 4, 3, 2], 0, 8, shares) == [0, 1, 4, 5]
+    assert grow([0], [9, 8, 7, 6, 5, 4, 3, 2], 14, 8, shares) == [0, 1, 4, 5], "no more can be done"
+    assert grow([0], [9, 8, 7, 6, 5, 4, 3, 2], 30, 8, shares) == [0, 1]
+    assert grow([0, 4], [0] * 8, 0, 8, shares) == [0, 4]
+
+
+@pytest.mark.parametrize("total", [14, 16, 30, 64])
+@pytest.mark.parametrize("ranks", [2, 3, 4, 8, 16])
+@pytest.mark.parametrize("policy", sorted(POLICIES))
+def test_shared_experts_keep_the_cap_and_the_busiest_rank_its_bound(total: int, ranks: int, policy: str) -> None:
+    cap = 8
+    fewest, usual = -(-total // cap), -(-2 * total // cap)
+    shares = spans(total, ranks, usual, total // 2)
+    bound = shares.busiest_bytes(usual)
+    ledger = Ledger(total)
+    totals = [0] * total
+    ledger.captured(0, range(total), totals)
+    busiest = []
+    for iteration in range(1, 120):
+        totals = [t + n for t, n in zip(totals, skewed_tokens(total, iteration // 20), strict=True)]
+        ledger.update(totals)
+        assert max(ledger.staleness) <= cap, f"snapshot {iteration}"
+        chosen = choose(ledger.unsaved, ledger.staleness, usual, cap, fewest, policy, shares)
+        ledger.captured(iteration, chosen, totals)
+        ledger.settle(iteration, whole=True)
+        busiest.append(int(shares.nbytes[list(chosen)].sum(axis=0).max()))
+        assert (shares.nbytes[list(chosen)].sum(axis=0) <= shares.most_bytes).all()
+    assert sum(b <= bound for b in busiest) >= 0.95 * len(busiest), f"{busiest} of {bound}"
