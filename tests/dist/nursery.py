@@ -128,7 +128,7 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
 def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import bundled_trainer
 
-    return bundled_trainer.main(request["argv"], request["die_in_save"], environment)
+    return bundled_trainer.main(request["argv"], request["die_in_save"], request["poison"], environment)
 
 
 if __name__ == "__main__":

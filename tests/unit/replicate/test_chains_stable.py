@@ -25,7 +25,7 @@ from world import Transfer, World, found_in, plan_world
 from megatron_moetion.recover.plan import NoPlan, Units, choose_chains
 from megatron_moetion.recover.restore import Mover
 from megatron_moetion.replicate.agreement import WINDOW, Agreement, combine_words
-from megatron_moetion.replicate.channel import Channel, Note, Reduced
+from megatron_moetion.replicate.channel import Note, Reduced
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.select.budget import exact_copies
 from megatron_moetion.select.rotation import Rotation, Turn
