@@ -153,6 +153,7 @@ class Job:
     def crash(self) -> None:
         """The processes end; what they wrote stays."""
         for session in self.sessions:
+            session.running.leaving.close()
             session.running.pipeline.close()
             session.running.arenas.close()
         self.fabrics.close()
