@@ -115,7 +115,7 @@ class Ranks:
                 node=cast(NodeFolder, self.nodes[rank]),
                 local_ranks=2,
                 fabric=cast(Fabric, None),
-            expert_peers=(rank,),
+                expert_peers=(rank,),
                 journal=cast(Journal, None),
             )
             for rank in range(2)

@@ -147,7 +147,9 @@ def test_within_the_budget_of_lost_tokens_k_grows_and_the_loss_stays_small(tmp_p
     first.start()
     first.train(9)
     first.crash()
-    second = Job(tmp_path, attempt=1, mode="popularity", staleness_cap=4, lost_token_budget=0.01, max_experts_per_snapshot=4)
+    second = Job(
+        tmp_path, attempt=1, mode="popularity", staleness_cap=4, lost_token_budget=0.01, max_experts_per_snapshot=4
+    )
     resumed = second.start()[0]
     assert resumed is not None
     assert resumed.plt <= 0.01
