@@ -132,7 +132,7 @@ class Session:
         run.mode.exchange(iteration)
         missed = run.mode.note_step(iteration, run.agreement.newest)
         unfrozen = self._freeze()
-        rounds = run.pipeline.rounds
+        rounds = run.pipeline.rounds | dict.fromkeys(run.mode.given_up(), False)
         recoverable = run.mode.recoverable(rounds)
         vote = run.mode.vote(run.scheduler.carries(run.replicas))
         self._say(iteration, vote.remark)
