@@ -45,7 +45,7 @@ from megatron_moetion.recover.restore import Mover
 from megatron_moetion.recover.shared import captured_at, common, iterations_of, words_of
 from megatron_moetion.recover.survey import share_of, survey_store
 from megatron_moetion.replicate.channel import Fabric
-from megatron_moetion.replicate.collective import on_all_ranks
+from megatron_moetion.replicate.collective import on_all_ranks, require_same
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
@@ -186,21 +186,10 @@ class Startup:
         config = {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK}
         config["trace_dir"] = bool(self._config.trace_dir)  # the folder may differ; hooks on all ranks or on none
         identity = {k: v for k, v in asdict(self._spec.identity).items() if k not in ("owner", "layout")}
-        mine = {"rank": self._fabric.rank, "settings": {**config, **identity}}
-        document = {"first": mine, "other": None, "nonce": self._nonce, "attempt": attempt}
-        found = self._fabric.reduce(document, _first_difference)
-        if found["other"] is not None:
-            first, other = found["first"], found["other"]
-            name = next(k for k, v in first["settings"].items() if other["settings"].get(k) != v)
-            # Ranks that replicate at other iterations, or in other slices, would never agree on anything.
-            raise shared(
-                ConfigError(
-                    f"ranks {first['rank']} and {other['rank']} were started differently: {name} is "
-                    f"{first['settings'][name]!r} on one and {other['settings'].get(name)!r} on the other; give all "
-                    f"ranks the same settings"
-                )
-            )
-        return found["nonce"], found["attempt"]
+        # Ranks that replicate at other iterations, or in other slices, would never agree on anything.
+        require_same(self._fabric, {**config, **identity})
+        found = self._fabric.reduce([self._nonce, attempt], lambda lower, higher: [lower[0], max(lower[1], higher[1])])
+        return int(found[0]), int(found[1])
 
     def _facts(self) -> _Facts:
         shape = ArenaShape.of(self._spec)
@@ -419,14 +408,6 @@ class Startup:
             name = report.path.rpartition("/")[2]
             if report.problem and name not in ours:
                 self._node.clear_arena(name)
-
-
-def _first_difference(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of neighbouring ranks to one document: the first rank's, and of the first rank that differs from it."""
-    other = mine["other"]
-    if other is None:
-        other = theirs["first"] if theirs["first"]["settings"] != mine["first"]["settings"] else theirs["other"]
-    return {**mine, "other": other, "attempt": max(mine["attempt"], theirs["attempt"])}
 
 
 def _both_summaries(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -4,11 +4,11 @@
 from __future__ import annotations
 
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from megatron_moetion import errors
-from megatron_moetion.errors import ChannelError, MoetionError, shared
+from megatron_moetion.errors import ChannelError, ConfigError, MoetionError, shared
 from megatron_moetion.replicate.channel import Fabric
 
 T = TypeVar("T")
@@ -47,6 +47,35 @@ def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
     others = f" (and {first['ranks'] - 1} more ranks failed)" if first["ranks"] > 1 else ""
     kind: type[MoetionError] = getattr(errors, first["kind"])
     raise shared(kind(f"rank {first['rank']} on {first['host']}: {first['text']}{others}")) from problem
+
+
+def require_same(fabric: Fabric, settings: Mapping[str, Any]) -> None:
+    """Raise ``ConfigError`` on all ranks where these JSON-able settings are not the same on all. Collective.
+
+    The error names the lowest rank, the lowest one that differs from it, and the first setting in which they differ.
+    """
+    mine = {"rank": fabric.rank, "settings": dict(settings)}
+    found = fabric.reduce({"first": mine, "other": None}, _first_difference)
+    first, other = found["first"], found["other"]
+    if other is None:
+        return
+    name = next(k for k, v in first["settings"].items() if other["settings"].get(k) != v)
+    raise shared(
+        ConfigError(
+            f"ranks {first['rank']} and {other['rank']} were started differently: {name} is "
+            f"{first['settings'][name]!r} on one and {other['settings'].get(name)!r} on the other; give all ranks the "
+            f"same settings"
+        )
+    )
+
+
+def _first_difference(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
+    """Of two sets of neighbouring ranks: the first rank, and the first one that differs from it."""
+    other = lower["other"]
+    if other is None:
+        is_same = higher["first"]["settings"] == lower["first"]["settings"]
+        other = higher["other"] if is_same else higher["first"]
+    return {"first": lower["first"], "other": other}
 
 
 def _first(lower: dict[str, Any] | None, higher: dict[str, Any] | None) -> dict[str, Any] | None:

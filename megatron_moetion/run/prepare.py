@@ -15,7 +15,7 @@ from megatron_moetion.modes.mode import Blueprint, Site
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.channel import Fabric
-from megatron_moetion.replicate.collective import on_all_ranks
+from megatron_moetion.replicate.collective import on_all_ranks, require_same
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.running import Prepared
@@ -83,7 +83,7 @@ def prepare(
             expert_peers=adapter.expert_peers() or (rank,),
             journal=journal,
         )
-        # One gather for all modes, so that ranks with different modes still meet in it and are refused later.
+        require_same(fabric, {"mode": config.mode})  # what follows is a mode's own, and some of it collective
         facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
         mode = on_all_ranks(fabric, lambda: blueprint.build(site, facts))
         pool = HostPool(_pack_threads(config, site.local_ranks))

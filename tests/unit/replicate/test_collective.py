@@ -10,7 +10,7 @@ from fabrics import Fabrics, loopback_fabrics
 from support import together
 
 from megatron_moetion.errors import ChannelError, ConfigError, MoetionError, StoreError
-from megatron_moetion.replicate.collective import on_all_ranks
+from megatron_moetion.replicate.collective import on_all_ranks, require_same
 
 
 def outcomes(fabrics: Fabrics, action: Callable[[int], int]) -> list[int | Exception]:
@@ -74,3 +74,24 @@ def test_a_rank_that_is_lost_is_a_channel_error_elsewhere(lost: int) -> None:
         fabrics[lost].abandon()
         with pytest.raises(ChannelError):
             on_all_ranks(fabrics[1 - lost], lambda: 1)
+
+
+def test_the_first_rank_that_differs_is_named_with_the_setting() -> None:
+    def attempt(fabrics: Fabrics, settings: list[dict[str, object]]) -> list[str]:
+        def call(rank: int) -> str:
+            try:
+                require_same(fabrics[rank], settings[rank])
+            except ConfigError as error:
+                return str(error)
+            return ""
+
+        return together(*(lambda r=r: call(r) for r in range(len(fabrics))))
+
+    with loopback_fabrics(5, ranks_per_host=2) as fabrics:
+        assert attempt(fabrics, [{"mode": "full", "interval": 1}] * 5) == [""] * 5
+        settings: list[dict[str, object]] = [{"mode": "full", "interval": 1} for _ in range(5)]
+        settings[3] = {"mode": "full", "interval": 2}
+        settings[4] = {"mode": "exact", "interval": 1}
+        said = attempt(fabrics, settings)
+        assert len(set(said)) == 1
+        assert said[0].startswith("ranks 0 and 3 were started differently: interval is 1 on one and 2 on the other")
