@@ -36,8 +36,9 @@ import numpy as np
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection
+from megatron_moetion.replicate.connection import NO_CUTS, Cuts, SocketConnection
 from megatron_moetion.replicate.rounds import KEPT, Kind, Merge, Rounds, Say
-from megatron_moetion.replicate.sockets import JOIN_S, NO_CUTS, Cuts, SocketConnection, SocketMesh
+from megatron_moetion.replicate.sockets import JOIN_S, SocketMesh
 from megatron_moetion.replicate.tree import ARITY, place_of
 from megatron_moetion.replicate.worker import Threads
 

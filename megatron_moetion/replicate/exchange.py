@@ -11,7 +11,8 @@ from contextlib import ExitStack
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection, Message
-from megatron_moetion.replicate.sockets import SocketConnection, SocketMesh
+from megatron_moetion.replicate.connection import SocketConnection
+from megatron_moetion.replicate.sockets import SocketMesh
 from megatron_moetion.replicate.worker import Threads
 
 PURPOSE = "exchange"

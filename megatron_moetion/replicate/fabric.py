@@ -14,10 +14,11 @@ from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.addresses import Directory, own_address
 from megatron_moetion.replicate.channel import Channel, Combine, Connection, Mesh, Message
+from megatron_moetion.replicate.connection import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts
 from megatron_moetion.replicate.control import HEARTBEAT_S, Control
 from megatron_moetion.replicate.exchange import SocketChannel
 from megatron_moetion.replicate.reducer import TreeReducer
-from megatron_moetion.replicate.sockets import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts, SocketMesh
+from megatron_moetion.replicate.sockets import SocketMesh
 from megatron_moetion.replicate.tree import ARITY
 from megatron_moetion.replicate.worker import Threads
 
