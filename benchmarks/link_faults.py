@@ -105,6 +105,7 @@ def main() -> int:
     """Run each fault in each mode and report."""
     options = parser(__doc__ or "")
     options.add_argument("--modes", nargs="+", choices=MODES, help="default: all; with --quick 'full'")
+    options.add_argument("--only", default="", metavar="TEXT", help="faults whose name has this in it")
     options.add_argument("--worker", type=int, metavar="RANK", help=argparse.SUPPRESS)
     options.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = options.parse_args()
@@ -115,7 +116,7 @@ def main() -> int:
     results: list[Result] = []
     for mode in args.modes or (MODES[:1] if args.quick else MODES):
         for fault in QUICK_FAULTS if args.quick else FAULTS:
-            if missing and fault.kind == "link":
+            if args.only not in fault.name or (missing and fault.kind == "link"):
                 continue
             print(f"{mode}, {fault.name} ...", flush=True)
             results += measure(mode, fault, on_testbed=not missing)

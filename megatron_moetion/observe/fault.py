@@ -10,8 +10,13 @@ from dataclasses import dataclass
 
 from megatron_moetion.errors import ConfigError
 
-POINTS = ("before-select", "mid-pack", "before-commit", "mid-replication", "survey", "fetch", "restore", "restored")
-"""Where a fault can be injected; the last four are phases of a recovery, at whatever iteration."""
+POINTS = (
+    *("before-select", "mid-pack", "before-commit", "mid-replication"),
+    *("held-dropped", "held-received", "held-listed"),
+    *("survey", "fetch", "restore", "restored"),
+)
+"""Where a fault can be injected. The second row is of a holder that mirrors another rank's iteration; the last four are
+phases of a recovery, at whatever iteration."""
 
 
 @dataclass(frozen=True, kw_only=True)

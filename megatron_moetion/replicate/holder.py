@@ -187,7 +187,7 @@ class Holder:
         return held
 
     def _make(self, spec: ArenaSpec, page: Page) -> Arena:
-        free, owner = self._node.free_bytes(), spec.identity.owner
+        free, owner = self._node.spare_bytes(), spec.identity.owner
         if free < spec.nbytes + (0 if owner in self._placed else spec.nbytes // SPARE_SHARE):
             raise StoreError(f"there is no room for {spec.nbytes} bytes of rank {owner}: {free} are free")
         arena = self._node.create_arena(arena_name(owner), spec, page)

@@ -17,10 +17,8 @@ from megatron_moetion.snapshot.digest import num_chunks_of
 from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, RECORD, Branch, Records, in_history
 from megatron_moetion.store.spec import ArenaSpec
 
-_ADDED = np.dtype(
-    [("unit", "<u4"), ("is_zero", "<u4"), ("epoch", "<u4"), ("reserved", "<u4"), ("digest", "<u8"), ("tokens", "<u8")]
-)
-_DROPPED = np.dtype([("unit", "<u4"), ("reserved", "<u4"), ("iteration", "<i8")])
+_ADDED = np.dtype([("unit", "<u4"), ("is_zero", "<u4"), ("epoch", "<u4"), ("digest", "<u8"), ("tokens", "<u8")])
+_DROPPED = np.dtype([("unit", "<u4"), ("iteration", "<i8")])
 _ITERATIONS_MAX = 1 << 40
 
 
@@ -28,7 +26,7 @@ def plain(records: Records) -> Records:
     """The same captures by unit and iteration, wherever their bytes are; of slots it stays whether there is one."""
     table = records.table
     order = np.argsort(keys_of(records), kind="stable")
-    return Records(table[order]).replace(slot=np.where(records.is_zero[order], NO_SLOT, 0), reserved=0)
+    return _without_slots(Records(table[order]))
 
 
 def among(records: Records, others: Records) -> Flags:
@@ -68,14 +66,15 @@ def difference(page: Records, mirror: Records) -> Difference:
     """``page``: what the owner lists; ``mirror``: what the holder lists, ``plain``."""
     order = np.argsort(keys_of(page), kind="stable")
     wanted = Records(page.table[order])
-    there = among(plain(wanted), mirror)
+    comparable = _without_slots(wanted)
+    there = among(comparable, mirror)
     missing = wanted.where(~there)
     iterations = np.unique(wanted.table["iteration"])
     if missing:
         iterations = iterations[iterations < missing.table["iteration"].min()]
     return Difference(
         missing=missing,
-        stale=mirror.where(~among(mirror, plain(wanted))),
+        stale=mirror.where(~among(mirror, comparable)),
         whole=frozenset(iterations.tolist()),
     )
 
@@ -177,6 +176,10 @@ def keys_of(records: Records) -> Int64s:
     """One number for unit and iteration, by which both are in order; int64[n]."""
     keys: Int64s = records.table["unit"].astype(np.int64) * _ITERATIONS_MAX + records.table["iteration"]
     return keys
+
+
+def _without_slots(records: Records) -> Records:
+    return records.replace(slot=np.where(records.is_zero, NO_SLOT, 0), reserved=0)
 
 
 def _words(records: Records) -> Digests:

@@ -3,13 +3,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from megatron_moetion.errors import DeviceFault, StoreError
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.pipeline import Pipeline
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder, write_pid
 from megatron_moetion.store.open import OpenArenas
@@ -59,15 +56,16 @@ class Upkeep:
         self._pipeline.drain()  # bounded; then this rank's own threads do not use the arenas
         with self._pipeline.quiet() as is_quiet:
             if is_quiet:
-                self._make_again(iteration, gone, said)
+                self._make_again(iteration, said)
             else:
                 self._tried_in = TRY_AGAIN
                 self._report(
                     "made-again", iteration, f"{said}; they are in use, and it is tried again later to make them"
                 )
 
-    def _make_again(self, iteration: int, gone: Sequence[Arena], said: str) -> None:
-        """No thread uses the arenas."""
+    def _make_again(self, iteration: int, said: str) -> None:
+        """No thread uses the arenas. One that its owner has taken elsewhere meanwhile is no longer among them."""
+        gone = [a for a in self._arenas.all() if not a.has_file]
         self._packer.close()
         try:
             self._node.make_again(self._lock)

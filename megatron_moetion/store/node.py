@@ -20,7 +20,7 @@ from megatron_moetion.store.files import clear, open_regular
 from megatron_moetion.store.hostmemory import PLAIN, HostMemory
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.manifest import Page
-from megatron_moetion.store.sharedfile import create_arena, free_bytes, open_arena, peek_arena
+from megatron_moetion.store.sharedfile import available_bytes, create_arena, free_bytes, open_arena, peek_arena
 from megatron_moetion.store.spec import ArenaSpec
 
 _MARKER = "node.id"
@@ -93,6 +93,10 @@ class NodeFolder:
     def free_bytes(self) -> int:
         """Memory that is left for arenas."""
         return free_bytes(self.path)
+
+    def spare_bytes(self) -> int:
+        """Memory that one more arena may take while training runs."""
+        return min(self.free_bytes(), available_bytes())
 
     def make_again(self, lock: NodeLock) -> None:
         """Put back what makes the folder this node's, after somebody deleted it. ``StoreError`` where that fails."""

@@ -139,6 +139,17 @@ def free_bytes(folder: Path) -> int:
     return stat.f_bavail * stat.f_frsize
 
 
+def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
+    """Memory that may be taken without another process losing its own: the kernel's word, and a container's limit."""
+    lines = (proc / "meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
+    try:
+        most, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return free
+    return free if most == "max" else min(free, max(0, int(most) - int(used)))
+
+
 def _no_space(folder: Path, need: int) -> StoreError:
     have = free_bytes(folder)
     return StoreError(

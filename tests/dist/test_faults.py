@@ -23,7 +23,7 @@ from megatron_moetion.observe.fault import POINTS
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 MakeJob = Callable[..., Job]
-OF_A_STEP, OF_A_RECOVERY = POINTS[:4], POINTS[4:]
+OF_A_STEP, OF_A_HOLDER, OF_A_RECOVERY = POINTS[:4], POINTS[4:7], POINTS[7:]
 SPARSE = {"mode": "popularity", "experts_per_snapshot": 1, "staleness_cap": 4, "lost_token_budget": 0.0}
 EXACT = {"mode": "exact", "period": 3}
 SETTINGS: dict[str, dict[str, Any]] = {"full": {"mode": "full"}, "popularity": SPARSE, "exact": EXACT}
@@ -76,7 +76,7 @@ def kill_at_random(run: Job, rng: random.Random, *, ahead: int) -> None:
             reached = max((max(book, default=0) for book in run.book), default=0)
             point = rng.choice(POINTS)
             soon = at(rank, reached + rng.randrange(1, ahead + 1), point)
-            ended = run.attempt(soon if point in OF_A_STEP else [(rank, -1, point)])
+            ended = run.attempt([(rank, -1, point)] if point in OF_A_RECOVERY else soon)
         run.follow(ended)
         # Redundancy is complete again once a recovery is over; until then no second node may go.
         whole = whole or all(ended.of("started", r) for r in range(4))
@@ -301,6 +301,31 @@ def test_a_rank_that_was_cut_off_for_a_while_is_protected_again_without_a_restar
     assert all(n["stable"] <= 5 for n in ended.of("saved") if n["iteration"] < 9)
     assert run.finish().iteration > 40
     assert_undisturbed(run)
+
+
+@pytest.mark.parametrize("mode", SETTINGS)
+@pytest.mark.parametrize("point", OF_A_HOLDER)
+def test_a_holder_that_dies_in_an_update_is_still_worth_what_it_was(job: MakeJob, mode: str, point: str) -> None:
+    """Rank 0 dies while it mirrors rank 2's iteration 7; then rank 2's node is lost."""
+    run = job(**SETTINGS[mode], calm=True)
+    run.fail(at(0, 7, point))
+    run.lose(1)
+    assert run.finish().iteration in (6, 7)
+    assert_undisturbed(run)
+
+
+def test_another_node_takes_the_place_of_a_holder_that_cannot_be_reached(job: MakeJob) -> None:
+    """Rank 2 holds rank 1's replica; while nobody reaches rank 2, rank 0 does. Then rank 1's node is lost."""
+    run = job(
+        world_size=3, ranks_per_node=1, holder_patience=5, cut_off_from=5, odd_ranks=(2,), iterations=160, step_s=0.05
+    )
+    assert run.arena(1, 2) != run.arena(1, 0)
+    ended = run.fail(at(0, 120, "before-select"))
+    assert run.arena(1, 0).exists()
+    assert max(n["stable"] for n in ended.of("saved")) > 60, "the job is protected with what there is"
+    run.lose(1)
+    assert run.finish(cut_off_from=0).iteration > 60
+    run.assert_as_if_nothing_had_happened()
 
 
 @pytest.mark.parametrize("mode", SETTINGS)

@@ -224,7 +224,7 @@ class Node(NodeFolder):
         object.__setattr__(found, "had_bytes", found.bytes_here())
         return found
 
-    def free_bytes(self) -> int:
+    def spare_bytes(self) -> int:
         return 1 << 40 if self.has_room else self.had_bytes - self.bytes_here()
 
 

@@ -107,6 +107,23 @@ def test_a_snapshot_that_one_iteration_does_not_carry_goes_on_in_the_next_window
     scheduler.recorder.end(blocked)
 
 
+@pytest.mark.parametrize("schedule", ["bubble", "steady"])
+def test_transfers_to_several_holders_share_the_time_of_one(schedule: str) -> None:
+    scheduler, clock, _ = make(schedule)
+    with scheduler.transfer(1 << 20):
+        clock.sleep(0.1)
+    for number in range(3):
+        iterate(scheduler, clock, number, 1.0)
+    blocked = scheduler.recorder.begin(Lane.GRADIENT, 10, 10)
+    began = clock.monotonic()
+    for _ in range(2):
+        with scheduler.transfer(1 << 20, 2):
+            for _ in range(16):
+                scheduler.gate.admit(1 << 16)
+    assert clock.monotonic() - began <= DEADLINE_SHARE
+    scheduler.recorder.end(blocked)
+
+
 def test_computing_is_what_is_left() -> None:
     spans = tuple(Span(lane=Lane.WAIT, begin_s=b, end_s=e) for b, e in ((0.2, 0.4), (0.3, 0.5), (0.9, 1.0)))
     assert computing(Timeline(iteration=1, begin_s=0, duration_s=1.0, spans=spans)) == [(0.0, 0.2), (0.5, 0.9)]
