@@ -1,11 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whose turn it is in mode ``exact``: which slices a snapshot captures anew, and which gradients it logs. Pure.
 
-In the steady state the groups take turns, one an iteration, so that no log is longer than the period. A snapshot that is
-not there breaks the chains of all slices of this rank, and of no other rank. What the old chains lead to stays until it
-is stable, or given up by some rank; then there is room, and the chains begin anew with one snapshot of all state, which
-needs no gradient to be reached. Where the copy of all state takes too long for one iteration, the next ones take half
-of it, a quarter and so on.
+In the steady state the groups take turns, one an iteration, so that no log is longer than the period. A snapshot that
+is not there breaks the chains of all slices of this rank, and of no other rank. What the old chains lead to stays until
+it is stable, or given up by some rank; then there is room, and the chains begin anew with one snapshot of all state,
+which needs no gradient to be reached. Where the copy of all state takes too long for one iteration, the next ones take
+half of it, a quarter and so on.
 
 Where the stable iteration stands still, because of another rank, logs grow until there is no room for the next one.
 That is a gap like any other: what was logged until then waits for the stable iteration, or is given up with it.
