@@ -47,7 +47,7 @@ def test_every_bit_is_what_it_would_have_been(exact_nursery: Nursery, store: Pat
     assert codes == [0] * 4, logs(tmp_path)
     ranks = [notes_in(tmp_path / f"rank{rank:05d}.0.jsonl")[0] for rank in range(4)]
     for found in ranks:
-        assert found["wrong"] == []
+        assert found["wrong"] == [], (found["wrong"], found["lost"])
         assert len(found["lost"]) == FAULTS
         assert max(found["lost"]) <= 1
         assert max(found["replayed"]) >= PERIOD - 1
