@@ -72,7 +72,7 @@ class Session:
         8. ``mode.exchange``: other messages between ranks.
         9. ``mode.note_step``: the optimizer's step enters the log, and with it the host state.
         10. ``packer.freeze``: state that changes before the next optimizer step is copied.
-        11. ``mode.recoverable``, ``mode.vote``, ``agreement.start``, ``mode.contributed``.
+        11. ``mode.given_up``, ``mode.recoverable``, ``mode.vote``, ``agreement.start``, ``mode.contributed``.
         12. ``summary.state_hash``, where one is due.
         13. ``mode.contents``: the snapshot's units are chosen.
         14. ``adapter.moved``: addresses are checked right before they are read.
@@ -188,7 +188,8 @@ class Session:
             run = self.running
             with run.scheduler.urgent():  # no iteration goes on, in which there would be windows
                 run.pipeline.drain()
-            run.agreement.wait(run.timeout_s)
+            if run.agreement.wait(run.timeout_s):  # else a rank is away, and one wait is enough
+                run.mode.wait(run.timeout_s)
 
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.

@@ -149,6 +149,11 @@ class Testbed:
         if silent:
             self._unplug(host)
 
+    def set_link(self, host: int, *, up: bool) -> None:
+        """Cut the host's link, or mend it; its processes and its memory stay."""
+        self._demand_up(host)
+        call("ip", "-n", self._switch, "link", "set", f"p{host}", "up" if up else "down")
+
     def restore(self, host: int) -> None:
         """An empty machine takes the place, name and addresses of a lost one."""
         if self.is_up(host):

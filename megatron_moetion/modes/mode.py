@@ -107,8 +107,9 @@ class Blueprint(Protocol):
 class SnapshotMode(Protocol):
     """One rank's snapshots, from the first to the last. Used by the training thread alone.
 
-    The order of a step is ``Session.on_step_end``'s. No method waits for another rank except ``recovered`` and
-    ``resume``, which are collective. The defaults are those of a mode that captures all state anew each time.
+    The order of a step is ``Session.on_step_end``'s. No method waits for another rank except ``wait``, and
+    ``recovered`` and ``resume``, which are collective. The defaults are those of a mode that captures all state anew
+    each time.
     """
 
     name: str
@@ -173,6 +174,10 @@ class SnapshotMode(Protocol):
     def host_state(self) -> dict[str, Any]:
         """The part of the mode that has to survive a fault; travels with the adapter's host state."""
         return {}
+
+    def wait(self, timeout_s: float) -> None:
+        """Return once the mode has heard what other ranks had to say so far, or after the timeout."""
+        return
 
     # -- start and recovery ---------------------------------------------------------------------------
 

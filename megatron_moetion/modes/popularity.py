@@ -137,7 +137,7 @@ class PopularityMode(SnapshotMode):
         self._expert_bytes = sum(inventory.units[u].nbytes for u in self._units if u is not None)
         self._shares = shares
         self._reducer = reducer
-        self._number = 0
+        self._number: int | None = None
         """Of the last snapshot's round."""
         self._counts = [0] * len(counters)
         """Tokens by expert then."""
@@ -184,16 +184,23 @@ class PopularityMode(SnapshotMode):
 
     def contents(self, iteration: int) -> tuple[Contents | Skip, Remark | None]:
         """The dense units and the chosen experts: the same ones on all ranks that share them, each its shards."""
-        self._choices.choose(self._number, iteration, self._counts, self._reducer.results())
-        if not self._choices.is_known(self._number):
+        number = self._number
+        assert number is not None, "a snapshot's contents come after its contribution"
+        self._choices.choose(number, iteration, self._counts, self._reducer.results())
+        if not self._choices.is_known(number):
             return Skip(reason="agreement", details="the counts of the ranks that share experts are late"), None
-        chosen = self._choices.chosen(self._number)
+        chosen = self._choices.chosen(number)
         if chosen is None:
             return Skip(reason="budget"), None
         excess = self._book.past_budget
         units = (unit for e in chosen if (unit := self._units[e]) is not None)
         contents = Contents(units=(*self._always, *units), tokens=self._by_unit(self._counts))
         return contents, Remark(kind=excess.kind, text=excess.text) if excess is not None else None
+
+    def wait(self, timeout_s: float) -> None:
+        """See ``SnapshotMode``: the counts of the ranks that share experts."""
+        if self._number is not None:
+            self._reducer.wait(self._number, timeout_s)
 
     def host_state(self) -> dict[str, Any]:
         """See ``ExpertBook.state``."""

@@ -8,7 +8,7 @@ A child dials its parent, again and again if need be. A frame is
 | 4 | bytes that follow the head of 12 bytes |
 | 4 | CRC-32 of the four bytes before |
 | 4 | CRC-32 of the bytes that follow |
-| 1 | kind: 0 a heartbeat, else a ``Kind`` |
+| 1 | kind: 0 a heartbeat, 255 a farewell, else a ``Kind`` |
 | 8 | tree: digest of its name and members |
 | 8, 8 | number, floor |
 | n | payload; of a heartbeat: pairs of uint32 rank and float32 seconds of silence |
@@ -57,7 +57,7 @@ _REDIAL_S = (0.05, 1.0)
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<III")
 _BODY = struct.Struct("<BQqq")
-_BEAT = 0
+_BEAT, _FAREWELL = 0, 255
 _SILENT = np.dtype([("rank", "<u4"), ("seconds", "<f4")])
 _READ_BYTES = 1 << 18
 _logger = logging.getLogger("megatron_moetion")
@@ -74,10 +74,15 @@ class Tree:
         """What ``merge`` raised; there are no results after it."""
 
     def contribute(self, number: int, payload: bytes) -> None:
-        """This rank's contribution to a round. Does not wait."""
+        """This rank's contribution to a round. Does not wait.
+
+        What there is to say is with the kernel when this returns, as long as it takes anything: so a process may end
+        as soon as it has a result, and the others get it too.
+        """
         with self._control.changed:
             before = self._rounds.given_up
             self._control.act(self._key, lambda rounds: rounds.contribute(number, payload))
+            self._control.write()
             is_first = not before and self._rounds.given_up
         if is_first:
             _logger.warning(
@@ -211,6 +216,11 @@ class Control:
         if tree.rounds.last != before or tree.failure is not None:
             self.changed.notify_all()
 
+    def write(self) -> None:
+        """Hand to the kernel what it takes. The caller holds ``changed``."""
+        for neighbour in self._neighbours.values():
+            self._write(neighbour)
+
     def close(self) -> None:
         """End; what has been said leaves first, within ``FLUSH_S``."""
         self._end(FLUSH_S)
@@ -282,7 +292,6 @@ class Control:
             return
         neighbour.queued.append(memoryview(frame))
         neighbour.queued_bytes += len(frame)
-        self._wake()
 
     def _wake(self) -> None:
         if self._thread is not None and threading.current_thread() is not self._thread:
@@ -296,6 +305,7 @@ class Control:
             neighbour.socket = None
             for tree in self._trees.values():
                 tree.rounds.child_lost(neighbour.peer)
+            self._wake()
         neighbour.arrived.clear()
         neighbour.queued.clear()
         neighbour.queued_bytes = 0
@@ -335,7 +345,7 @@ class Control:
                 self._beat_s = now_s + self._heartbeat_s
             for neighbour in self._neighbours.values():
                 self._dial_if_due(neighbour, now_s)
-                self._write(neighbour)
+            self.write()
 
     def _until(self) -> float:
         """Seconds until something is due."""
@@ -394,6 +404,8 @@ class Control:
             now_s = self._clock.monotonic()
             told = np.frombuffer(payload, dtype=_SILENT)
             neighbour.reported = {int(r): now_s - float(s) for r, s in zip(told["rank"], told["seconds"], strict=True)}
+        elif kind == _FAREWELL:  # it is closed in good order, and silent from now on
+            neighbour.is_watched, neighbour.reported = False, {}
         elif key in self._trees:  # else this rank has yet to join it, and will say so
             place = self._trees[key].rounds.place
             if kind == Kind.HERE and peer == place.parent:
@@ -454,6 +466,9 @@ class Control:
         """Let what was said leave, then close: a peer reads all of it before it notices."""
         with self.changed:
             open_ones = [n for n in self._neighbours.values() if n.socket is not None]
+            if self._clock.monotonic() < self._flush_s:
+                for neighbour in open_ones:
+                    self._queue(neighbour, _frame(_FAREWELL, 0, 0, 0, b""))
             while any(n.queued for n in open_ones) and self._clock.monotonic() < self._flush_s:
                 for neighbour in open_ones:
                     self._write(neighbour)

@@ -42,6 +42,8 @@ class Upkeep:
         self._rank = rank
         self._attempt = attempt
         self._tried_in = 0
+        self._times = 0
+        """How often files were found deleted: trouble that comes back is reported again."""
 
     def check(self, iteration: int) -> None:
         """Once a snapshot, when the last one is packed. A failure is logged, and tried again later."""
@@ -52,6 +54,7 @@ class Upkeep:
             self._tried_in -= 1
             return
         what = f"{len(gone)} of this rank's {len(self._arenas.all())} arenas" if gone else "the lock"
+        self._times += 1
         said = f"{what} in {self._node.path} were deleted while training runs"
         self._pipeline.drain()  # bounded; then this rank's own threads do not use the arenas
         with self._pipeline.quiet() as is_quiet:
@@ -59,7 +62,9 @@ class Upkeep:
                 self._make_again(iteration, gone, said)
             else:
                 self._tried_in = TRY_AGAIN
-                self._journal.warn(iteration, f"{said}; they are in use, and it is tried again later to make them")
+                self._report(
+                    "made-again", iteration, f"{said}; they are in use, and it is tried again later to make them"
+                )
 
     def _make_again(self, iteration: int, gone: Sequence[Arena], said: str) -> None:
         """No thread uses the arenas."""
@@ -71,13 +76,17 @@ class Upkeep:
                 arena.make_file_again()
         except (StoreError, OSError) as error:
             self._tried_in = TRY_AGAIN
-            self._journal.warn(
+            self._report(
+                "lost",
                 iteration,
                 f"{said} and cannot be made again: {error}. A restart finds nothing in this node's memory",
             )
         else:
-            self._journal.warn(iteration, f"{said}; they were made again, and protect as before")
+            self._report("made-again", iteration, f"{said}; they were made again, and protect as before")
         try:
             self._packer.adopt(self._arenas.own.memory)
         except DeviceFault as error:
-            self._journal.warn(iteration, f"the arena was made again and could not be pinned: {error}")
+            self._report("unpinned", iteration, f"the arena was made again and could not be pinned: {error}")
+
+    def _report(self, kind: str, iteration: int, text: str) -> None:
+        self._journal.warn_once(f"store-{kind}-{self._times}", iteration, text)

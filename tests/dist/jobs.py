@@ -172,6 +172,7 @@ class Job:
         faults: Iterable[tuple[int, int, str]] = (),
         *,
         kill: tuple[int, int, float] | None = None,
+        stop: tuple[int, int, float] | None = None,
         places: Sequence[int] | None = None,
         limit_s: float = 60,
         restarts: int | None = None,
@@ -180,6 +181,7 @@ class Job:
     ) -> Outcome:
         """Start all ranks once more. ``faults``: (rank, iteration, point) of this attempt. ``places``: the place of
         each rank in the row of nodes. ``kill``: (rank, steps, seconds), a SIGKILL so long after so many of its steps.
+        ``stop``: (rank, steps, seconds), a SIGSTOP after so many of its steps, for so long.
         ``changes``: settings of this attempt, of the toy or the runtime."""
         self._attempt += 1
         toy = {f.name: changes.pop(f.name) for f in dataclasses.fields(Toy) if f.name in changes}
@@ -206,6 +208,8 @@ class Job:
             ranks=environments,
             kill=kill
             and {**dict(zip(("rank", "steps", "delay_s"), kill, strict=True)), "notes": str(self._notes(kill[0]))},
+            stop=stop
+            and {**dict(zip(("rank", "steps", "seconds"), stop, strict=True)), "notes": str(self._notes(stop[0]))},
         )
         return Outcome(codes, [notes_in(self._notes(rank)) for rank in range(world)])
 

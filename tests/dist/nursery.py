@@ -43,7 +43,8 @@ def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], M
     codes: dict[int, int] = {}
     now = time.monotonic()
     limit, late = now + request["limit_s"], False
-    kill = request.get("kill")
+    kill, stop = request.get("kill"), request.get("stop")
+    stopped, resume_at = 0, 0.0
     while len(codes) < len(ranks):
         for pid in [p for p in ranks if ranks[p] not in codes]:
             done, status = os.waitpid(pid, os.WNOHANG)
@@ -56,6 +57,13 @@ def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], M
             time.sleep(kill["delay_s"])
             os.kill(next(p for p, r in ranks.items() if r == kill["rank"]), signal.SIGKILL)
             kill = None
+        if stop and _steps(Path(stop["notes"])) >= stop["steps"]:
+            stopped = next(p for p, r in ranks.items() if r == stop["rank"])
+            os.kill(stopped, signal.SIGSTOP)
+            resume_at, stop = time.monotonic() + stop["seconds"], None
+        if stopped and time.monotonic() > resume_at:
+            os.kill(stopped, signal.SIGCONT)
+            stopped = 0
         if time.monotonic() > limit:
             late = late or not any(code for code in codes.values())
             for pid in (p for p in ranks if ranks[p] not in codes):
@@ -120,7 +128,7 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
 def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import bundled_trainer
 
-    return bundled_trainer.main(request["argv"], request["die_in_save"], environment)
+    return bundled_trainer.main(request["argv"], request["die_in_save"], request["poison"], environment)
 
 
 if __name__ == "__main__":

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from jobs import Nursery, content, logs
 
+from megatron_moetion.pretrain.loop import UNHEALTHY_MAX
+
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
 MODEL = (
@@ -62,7 +64,9 @@ class Run:
         self._flags = flags
         self.attempts = 0
 
-    def attempt(self, flags: str = "", *, die_in_save: int | None = None) -> Attempt:
+    def attempt(
+        self, flags: str = "", *, die_in_save: int | None = None, poison: tuple[int, int] | None = None
+    ) -> Attempt:
         folder = self.folder / str(self.attempts)
         folder.mkdir(parents=True)
         where = f"--moetion-store {self.store} --moetion-run-id restarts" if "--moetion " in self._flags else ""
@@ -79,7 +83,8 @@ class Run:
             for rank in range(WORLD_SIZE)
         ]  # fmt: skip
         self.attempts += 1
-        codes = self._nursery.launch(100, folder=str(folder), argv=argv, die_in_save=die_in_save, ranks=environments)
+        faults = {"die_in_save": die_in_save, "poison": poison}
+        codes = self._nursery.launch(100, folder=str(folder), argv=argv, ranks=environments, **faults)
         path = folder / "metrics.jsonl"
         metrics = [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
         output = "".join(p.read_text() for p in sorted(folder.glob("rank*.log")))
@@ -251,3 +256,22 @@ def test_what_was_saved_and_evaluated_at_the_end_is_not_repeated(runs: Any, tmp_
     third = run.finish()
     assert (third.evaluations, third.losses) == ([], {})
     assert "saved the checkpoint" not in third.output
+
+
+# -- a state that is lost -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_parameter_that_is_no_number_is_not_what_a_restart_begins_with(runs: Any, mode: str) -> None:
+    """After iteration 5 one rank has a NaN, and all hear of it in the next loss."""
+    run = runs(mode, "--lr 1e-2")
+    poisoned = run.attempt(poison=(1, 5))
+    assert 4 in poisoned.codes, (poisoned.codes, poisoned.output[-3000:])
+    assert set(poisoned.codes) <= {4, -9}
+    assert max(poisoned.losses) == 5 + UNHEALTHY_MAX
+    assert len(re.findall("the loss or the gradients of this iteration are not healthy", poisoned.output)) <= 2
+    healed = run.finish()
+    assert min(healed.losses) == 5
+    if not mode.startswith("popularity"):
+        undisturbed = runs(mode, "--lr 1e-2").finish()
+        assert healed.losses == {i: v for i, v in undisturbed.losses.items() if i >= 5}

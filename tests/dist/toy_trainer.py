@@ -12,6 +12,7 @@ import hashlib
 import json
 import mmap
 import os
+import random
 import time
 import zlib
 from collections.abc import Mapping, Sequence
@@ -81,6 +82,12 @@ class Toy:
     """From this iteration on, the network carries no replication from or to this rank; 0: it always does."""
     cut_off_until: int = 1 << 30
     """From this iteration on, it does again."""
+    resets: tuple[int, ...] = ()
+    """Iterations from which on one connection of replication from this rank is lost, each time one is named."""
+    lost_share: float = 0.0
+    """Share of this rank's messages of replication that are lost, each with its connection."""
+    collective_s: int = 30
+    """How long ranks wait for each other in a step."""
     second_fetch: bool = False
     """A kill at "fetch" waits for the second time, when buddies' copies are completed, and until all are there."""
     odd_ranks: tuple[int, ...] = ()
@@ -361,7 +368,8 @@ class Notes:
         self._fd = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
 
     def write(self, event: str, **fields: Any) -> None:
-        os.write(self._fd, (json.dumps({"event": event, "attempt": self.attempt, **fields}) + "\n").encode())
+        found = {"event": event, "attempt": self.attempt, "time": time.time(), **fields}
+        os.write(self._fd, (json.dumps(found) + "\n").encode())
 
 
 def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping[str, str]) -> int:
@@ -372,7 +380,7 @@ def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping
     try:
         store = dist.FileStore(str(folder / f"rendezvous{attempt}"), toy.world_size)
         dist.init_process_group(
-            "gloo", store=store, rank=rank, world_size=toy.world_size, timeout=timedelta(seconds=30)
+            "gloo", store=store, rank=rank, world_size=toy.world_size, timeout=timedelta(seconds=toy.collective_s)
         )
         if toy.audit:
             from store_audit import listen
@@ -484,6 +492,8 @@ class Trouble:
         self._fetches = 0
         self._to_damage: list[int] = list(toy.damaged_payload)
         self._damages_next = False
+        self._resets = sorted(toy.resets)
+        self._draw = random.Random(0)
 
     def make_probe(self, config: MoetionConfig, attempt: int, rank: int) -> Probe:
         kill = make_probe(parse_faults(config.inject_fault), attempt, rank)
@@ -519,6 +529,11 @@ class Trouble:
 
     def sent(self, parts: Sequence[Bytes]) -> Sequence[Bytes]:
         """What is sent in place of these parts."""
+        if self._resets and self._state.iteration >= self._resets[0]:
+            del self._resets[0]
+            raise ChannelError("a reset")
+        if self._draw.random() < self._toy.lost_share:
+            raise ChannelError("lost on the way")
         if not self._damages_next:
             return parts
         self._damages_next = False

@@ -28,6 +28,9 @@ class Adapter(ToyState):
 
     rank = 0
 
+    def expert_peers(self) -> tuple[int, ...]:
+        return (0, 1)
+
 
 class OnDevice(Adapter):
     """An adapter whose state lies in the memory of the model of a device."""
@@ -150,6 +153,7 @@ class Job:
     def crash(self) -> None:
         """The processes end; what they wrote stays."""
         for session in self.sessions:
+            session.running.leaving.close()
             session.running.pipeline.close()
             session.running.arenas.close()
         self.fabrics.close()

@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,7 +23,7 @@ from megatron_moetion.framework import StateAdapter, TokenCounter, TokenSource
 from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
-from megatron_moetion.replicate.channel import Channel, Fabric, Message
+from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.schedule.recorder import HostStopwatch, OpenSpan, Recorder
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.schedule.timeline import Lane
@@ -299,8 +298,6 @@ class Network:
         self._queues: dict[tuple[int, int], queue.Queue[bytes]] = {
             (a, b): queue.Queue() for a in range(world_size) for b in range(world_size)
         }
-        self._rounds: dict[tuple[str, int, tuple[int, ...]], dict[int, Any]] = {}
-        self._changed = threading.Condition()
 
     def channel(self, rank: int) -> Channel:
         return _QueueChannel(self, rank)
@@ -319,19 +316,6 @@ class Network:
         except queue.Empty:
             raise ChannelError(f"transfer with rank(s) [{source}] failed: timed out") from None
 
-    def post(self, kind: str, turn: int, members: tuple[int, ...], rank: int, value: Any) -> None:
-        with self._changed:
-            self._rounds.setdefault((kind, turn, members), {})[rank] = value
-            self._changed.notify_all()
-
-    def collect(self, kind: str, turn: int, members: tuple[int, ...]) -> list[Any]:
-        """What every member posted, by rank."""
-        key = (kind, turn, members)
-        with self._changed:
-            if not self._changed.wait_for(lambda: len(self._rounds.get(key, ())) == len(members), self.timeout_s):
-                raise ChannelError(f"{kind} {turn}: {sorted(self._rounds.get(key, ()))} of {members} came")
-            return [self._rounds[key][m] for m in members]
-
 
 class _QueueChannel:
     def __init__(self, network: Network, rank: int) -> None:
@@ -347,56 +331,6 @@ class _QueueChannel:
             data = np.frombuffer(self._network.receive(message.peer, self._rank), dtype=np.uint8)
             assert data.nbytes == message.data.nbytes, "the two sides' messages do not match"
             message.data[:] = data
-
-
-class ToyFabric:
-    """A ``Fabric`` over a ``Network``."""
-
-    def __init__(self, network: Network, rank: int, expert_peers: Sequence[int] = ()) -> None:
-        self.rank = rank
-        self.world_size = network.world_size
-        self.channel = network.channel(rank)
-        self.is_abandoned = False
-        self._network = network
-        self._all = tuple(range(network.world_size))
-        self._peers = tuple(expert_peers) or (rank,)
-        self._turns = {"gather": 0, "and": 0, "sum": 0}
-        self._open: dict[str, int | None] = {"and": None, "sum": None}
-
-    def gather(self, document: Any) -> list[Any]:
-        turn = self._post("gather", self._all, json.loads(json.dumps(document)))
-        return list(self._network.collect("gather", turn, self._all))
-
-    def start_agreement(self, *masks: int) -> None:
-        self._open["and"] = self._post("and", self._all, masks)
-
-    def finish_agreement(self) -> tuple[int, ...] | None:
-        turn, self._open["and"] = self._open["and"], None
-        if turn is None:
-            return None
-        columns = zip(*self._network.collect("and", turn, self._all), strict=True)
-        return tuple(int(np.bitwise_and.reduce(np.array(masks, dtype=np.int64))) for masks in columns)
-
-    def start_sum(self, counts: Sequence[int]) -> None:
-        self._open["sum"] = self._post("sum", self._peers, list(counts))
-
-    def finish_sum(self) -> list[int] | None:
-        turn, self._open["sum"] = self._open["sum"], None
-        if turn is None:
-            return None
-        return [sum(column) for column in zip(*self._network.collect("sum", turn, self._peers), strict=True)]
-
-    def abandon(self) -> None:
-        self.is_abandoned = True
-
-    def close(self) -> None:
-        pass
-
-    def _post(self, kind: str, members: tuple[int, ...], value: Any) -> int:
-        turn = self._turns[kind]
-        self._turns[kind] += 1
-        self._network.post(kind, turn, members, self.rank, value)
-        return turn
 
 
 def together(*calls: Callable[[], T]) -> list[T]:
@@ -467,7 +401,6 @@ def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
 
 ADAPTER: type[StateAdapter] = ToyState
 TOKENS: type[TokenSource] = ToyState
-FABRIC: type[Fabric] = ToyFabric
 MEMORY: type[Memory] = SharedFile
 """Type checking holds what stands for the real ones to their protocols."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from pathlib import Path
 
@@ -46,6 +47,29 @@ def test_each_step_is_a_line_and_scalars(tmp_path: Path) -> None:
         events.Tags()["scalars"]
     )
     assert [e.step for e in events.Scalars("lm loss")] == [1, 2, 3]
+
+
+@pytest.mark.parametrize(
+    ("losses", "grad_norm", "skipped", "healthy"),
+    [
+        ({"lm loss": 1.5}, 2.0, False, True),
+        ({}, 2.0, False, True),  # not the last stage of a pipeline
+        ({"lm loss": 1.5}, None, False, True),
+        ({"lm loss": math.nan}, 2.0, False, False),
+        ({"lm loss": 1.5, "load_balancing_loss": math.inf}, 2.0, False, False),
+        ({}, math.nan, False, False),
+        ({"lm loss": 1.5}, math.inf, False, False),
+        ({"lm loss": 1.5}, math.inf, True, True),  # gradients that overflow are a loss scaler's business
+        ({"lm loss": math.nan}, None, True, False),  # a state that is lost overflows each time
+    ],
+)
+def test_an_iteration_is_healthy_whose_loss_and_gradients_are_numbers(
+    losses: dict[str, float], grad_norm: float | None, skipped: bool, healthy: bool
+) -> None:
+    result = StepResult(
+        losses=losses, grad_norm=grad_norm, learning_rate=1e-3, loss_scale=1.0, skipped=skipped, seconds=0.1
+    )
+    assert result.is_healthy is healthy
 
 
 def test_a_full_disk_stops_no_step(

@@ -435,8 +435,9 @@ def test_a_deleted_store_is_noticed_at_the_next_snapshot_and_made_again(
     else:
         path.unlink()
     job.train(1)
-    assert lines(caplog, "were deleted while training runs; they were made again")
+    assert path.exists()
     images = job.train(2)
+    assert lines(caplog, "were deleted while training runs; they were made again")
     caplog.clear()
     job.train(0)
     assert not lines(caplog, "deleted")

@@ -6,7 +6,9 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,8 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Note, Reducer
 from megatron_moetion.replicate.reducer import merge_notes, pack, unpack
 
+PATHS = [str(Path(__file__).resolve().parents[n]) for n in (1, 3)]
+"""Of what a process of its own imports."""
 BEAT = {"heartbeat_s": 0.05}
 """A rank is silent after a quarter of a second."""
 
@@ -253,6 +257,34 @@ def test_what_a_rank_said_last_arrives_although_it_closes_at_once() -> None:
         assert together(*(lambda r=r: last_word(r) for r in range(4))) == [list(range(4))] * 4
 
 
+_LAST = """
+import os, sys
+sys.path[:0] = {paths!r}
+from torch import distributed as dist
+from fabrics import loopback_fabric
+fabric = loopback_fabric(dist.FileStore({store!r}, 2), 0, 2)
+fabric.gather("here")
+sys.stdin.readline()
+found = fabric.gather("last")
+os._exit(0)
+"""
+
+
+@pytest.mark.dist
+def test_a_process_may_end_as_soon_as_it_has_a_result_and_the_others_get_it_too(tmp_path: Path) -> None:
+    for turn in range(5):
+        store = str(tmp_path / f"store{turn}")
+        program = _LAST.format(paths=PATHS, store=store)
+        with subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, text=True) as root:
+            fabric = loopback_fabric(dist.FileStore(store, 2), 1, 2)
+            assert fabric.gather("here") == ["here", "here"]
+            answer = ThreadPoolExecutor(1).submit(fabric.gather, "last")  # it waits for the root
+            time.sleep(0.1)
+            root.communicate("now\n")
+            assert answer.result(20) == ["last", "last"]
+            fabric.close()
+
+
 def test_nobody_waits_for_a_fabric_that_is_abandoned() -> None:
     with loopback_fabrics(2, timeout_s=60) as fabrics, pytest.raises(ChannelError):
         together(lambda: fabrics[0].gather(0), fabrics[0].abandon)
@@ -279,9 +311,7 @@ fabric.close()
 
 @pytest.mark.dist
 def test_a_stopped_process_is_named_and_goes_on(tmp_path: Path) -> None:
-    here = Path(__file__).resolve()
-    paths = [str(here.parents[1]), str(here.parents[3])]
-    program = _CHILD.format(paths=paths, store=str(tmp_path / "store"))
+    program = _CHILD.format(paths=PATHS, store=str(tmp_path / "store"))
     child = subprocess.Popen(
         [sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
     )

@@ -1,0 +1,54 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Ranks that are stopped, and go on later or never: four real processes."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable
+
+import pytest
+from jobs import Job, logs
+
+from megatron_moetion.errors import HungPeer
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow, pytest.mark.timeout(180)]
+
+HUNG = HungPeer.exit_code
+
+
+@pytest.mark.parametrize("stopped", [0, 3])
+def test_the_others_end_in_time_and_the_restart_goes_on_as_if_nothing_had_happened(
+    job: Callable[..., Job], stopped: int
+) -> None:
+    run = job(iterations=20, hang_timeout_s=4)
+    outcome = run.attempt(stop=(stopped, 8, 3600))
+    run.follow(outcome)
+    expected = [HUNG] * 4
+    expected[stopped] = -signal.SIGKILL  # the supervisor's
+    assert outcome.codes == expected, logs(run.folder)
+    said = [line for line in logs(run.folder).splitlines() if "ends with exit code 5" in line]
+    assert len(said) == 2, "one line a node"
+    assert f"rank {stopped} on " in said[0]
+    done = run.finish()
+    assert done.iteration >= 6
+    run.assert_as_if_nothing_had_happened()
+    (recovered,) = [e for e in run.events if e["event"] == "recovered"]
+    assert list(recovered["phases_s"])[:2] == ["detect", "restart"]
+    assert recovered["phases_s"]["detect"] >= 4
+
+
+def test_a_rank_that_goes_on_in_time_ends_nothing(job: Callable[..., Job]) -> None:
+    run = job(iterations=30, hang_timeout_s=12)
+    outcome = run.finish(stop=(2, 8, 6))
+    assert all(outcome.one("end", rank)["stable"] >= 28 for rank in range(4))
+    run.assert_as_if_nothing_had_happened()
+
+
+def test_a_rank_that_goes_on_too_late_finds_its_peers_gone_and_ends_by_itself(job: Callable[..., Job]) -> None:
+    run = job(iterations=20, hang_timeout_s=4)
+    outcome = run.attempt(stop=(1, 8, 12))
+    run.follow(outcome)
+    assert [code for rank, code in enumerate(outcome.codes) if rank != 1] == [HUNG] * 3
+    assert outcome.codes[1] not in (0, -signal.SIGKILL), (outcome.codes, logs(run.folder))
+    run.finish()
+    run.assert_as_if_nothing_had_happened()
