@@ -48,6 +48,8 @@ UNSENT_BYTES = 128 << 10
 """Bytes that may wait in the kernel of this machine before TCP takes them."""
 JOIN_S = 0.3
 """What threads get to end when a mesh is closed or abandoned, all of them together."""
+_CHANCE = random.SystemRandom()
+"""Training's own generators are part of its state: nothing may be drawn from them here."""
 _HEAD = struct.Struct("<8sII16sB")
 _PARTS = 64
 """Parts handed to the kernel in one call; it takes at most 1024."""
@@ -310,7 +312,7 @@ class SocketMesh:
                 return self._dial_once(peer, purpose, max(0.05, left_s))
             except (OSError, ChannelError) as error:
                 pause_s = min(longest_s, pause_s * 2)
-                wait_s = pause_s * random.uniform(0.5, 1.0)
+                wait_s = pause_s * _CHANCE.uniform(0.5, 1.0)
                 if self._is_closed.is_set() or self._clock.monotonic() + wait_s >= deadline_s:
                     raise ChannelError(f"rank(s) [{peer}] cannot be reached: {error}") from error
             self._is_closed.wait(wait_s)

@@ -12,7 +12,7 @@ from jobs import Nursery, logs, notes_in
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 PERIOD = 3
-FAULTS = 7
+FAULTS = 9
 CASES = (
     "pp2 ep2, bf16, distributed",
     "ep2 dp2, bf16, distributed, overlapped",
