@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mode ``exact`` in sessions of two ranks: what one rank lacks is made up for by that rank, and comes back bit by bit."""
+"""Mode ``exact`` in sessions of two ranks: what one rank lacks is its own affair, and all comes back bit by bit."""
 
 from __future__ import annotations
 
