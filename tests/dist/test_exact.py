@@ -58,4 +58,4 @@ def test_every_bit_is_what_it_would_have_been(exact_nursery: Nursery, store: Pat
             assert twice.startswith("2")
         assert good is None
         assert found["hashes"] == 1, "a state's hash is the same with and without faults"
-    assert any(found["zeros"] > 0 for found in ranks) == ("without tokens" in case or "skipped" in case)
+    assert all(found["zeros"] > 0 for found in ranks), "of the iteration without a step"
