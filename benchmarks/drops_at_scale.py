@@ -40,7 +40,7 @@ from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, Uni
 PERIOD = 8
 CHANCES = (1e-4, 1e-5)
 RANKS = (1024, 16384)
-ITERATIONS, QUICK_ITERATIONS = 4000, 400
+ITERATIONS, QUICK_ITERATIONS = 2000, 400
 WARM_UP = 20
 
 

@@ -49,7 +49,7 @@ def test_every_bit_is_what_it_would_have_been(exact_nursery: Nursery, store: Pat
     for found in ranks:
         assert found["wrong"] == [], (found["wrong"], found["lost"])
         assert len(found["lost"]) == FAULTS
-        assert max(found["lost"]) <= 1
+        assert max(found["lost"]) <= 2, "one, and the iteration of two steps"
         assert max(found["replayed"]) >= PERIOD - 1
         assert (found["skipped"] > 0) == ("skipped" in case)
         zeroed, twice, good = found["careless"]
