@@ -54,6 +54,8 @@ QUEUED_BYTES_MAX = 2 * FRAME_BYTES_MAX
 DIAL_S = 5.0
 FLUSH_S = 2.0
 """What a fabric that is closed gives its last words to leave."""
+_CHANCE = random.SystemRandom()
+"""Training's own generators are part of its state: nothing may be drawn from them here."""
 _REDIAL_S = (0.05, 1.0)
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<III")
@@ -310,7 +312,7 @@ class Control:
         neighbour.arrived.clear()
         neighbour.queued.clear()
         neighbour.queued_bytes = 0
-        neighbour.dial_at_s = self._clock.monotonic() + neighbour.pause_s * random.uniform(0.5, 1.0)
+        neighbour.dial_at_s = self._clock.monotonic() + neighbour.pause_s * _CHANCE.uniform(0.5, 1.0)
         neighbour.pause_s = min(_REDIAL_S[1], neighbour.pause_s * 2)
 
     # -- the thread ------------------------------------------------------------------------------------

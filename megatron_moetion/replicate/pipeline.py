@@ -36,7 +36,8 @@ class SnapshotCounts:
     committed: int = 0
     dropped: Counter[str] = field(default_factory=Counter)
     """By reason: ``no-slot``, ``late``, ``moved``, ``missed`` (a step), ``freeze`` (host state or device), ``device``,
-    ``budget`` (made rarer to fit the links), ``gap`` (on purpose: only that ends a chain that has grown too long),
+    ``budget`` (made rarer to fit the links), ``gap`` (no chain of gradients leads to it, and there is no room yet to
+    begin anew; or one has grown too long),
     ``agreement`` (ranks do not yet know what to choose), ``unhealthy`` (loss or gradients are not what they should be).
     """
     left_out: Counter[str] = field(default_factory=Counter)

@@ -42,6 +42,8 @@ HELLO_S = 5.0
 """What a hello, or its answer, may take."""
 JOIN_S = 0.3
 """What threads get to end when a mesh is closed or abandoned, all of them together."""
+_CHANCE = random.SystemRandom()
+"""Training's own generators are part of its state: nothing may be drawn from them here."""
 _HEAD = struct.Struct("<8sII16sB")
 _BACKLOG = 1024
 _STRANGERS = 256
@@ -96,7 +98,7 @@ class SocketMesh:
                 return self._dial_once(peer, purpose, max(0.05, left_s))
             except (OSError, ChannelError) as error:
                 pause_s = min(longest_s, pause_s * 2)
-                wait_s = pause_s * random.uniform(0.5, 1.0)
+                wait_s = pause_s * _CHANCE.uniform(0.5, 1.0)
                 if self._is_closed.is_set() or self._clock.monotonic() + wait_s >= deadline_s:
                     raise ChannelError(f"rank(s) [{peer}] cannot be reached: {error}") from error
             self._is_closed.wait(wait_s)

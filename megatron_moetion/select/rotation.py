@@ -24,6 +24,9 @@ STATE_SLOTS = 2
 """Captures of one slice that there is room for: the base of the stable iteration, and the next one."""
 MISSED_TURNS = 2
 """Iterations that a turn may be late, as it is after a gap, before only a gap can end the chain."""
+STANDSTILL = 8
+"""Where the stable iteration is further behind, all ranks that can begin their chains anew do so together, at multiples
+of this number: else some rank or other would always be out of room, and none would become stable."""
 SPARE_LOGS = MISSED_TURNS + 4
 """Gradients of one slice that there is room for beyond the period: those of turns that were missed, one until the
 capture is there, and three for the time after a gap, when the old chain is needed and the new one must last until it is
@@ -98,6 +101,8 @@ class Rotation:
             groups = self._anew()
             begun = (u for g in groups for u in self._groups[g] if self._bases[u] is None)
             return Turn(groups=groups, captures=tuple(begun), logs=logs)
+        if iteration - self._stable > STANDSTILL and iteration % STANDSTILL == 0:
+            return _GAP
         if self._is_late and max(self._logged.values(), default=0) > self._period + MISSED_TURNS:
             return _GAP
         if not self._groups:  # a rank whose parameters are all frozen, or sharded to others

@@ -30,8 +30,10 @@ from megatron_moetion.pretrain import model as model_module
 PERIOD = 3
 _RUN = "exact"
 ITERATIONS = 16
-FAULTS = ((4, None), (5, 1), (6, None), (6, 0), (9, None), (10, 1), (11, None))
+FAULTS = ((4, None), (5, 1), (6, None), (6, 0), (9, None), (10, 1), (11, None), (13, None), (14, 1))
 """After which iteration, and which node's memory goes with the processes. Three in a row meet every phase."""
+WITHOUT_STEP, OF_TWO_STEPS = 8, 13
+"""Iterations in which the loop takes no step of the optimizer, and two."""
 
 _PP = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
 _DP = "--expert-model-parallel-size 2"
@@ -126,7 +128,7 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
         wrong += _differences(expected[iteration], trainer, state, f"{iteration}, recovered")
         trainer.pipeline_arguments = attached.pipeline_arguments
         while iteration < ITERATIONS and not (faults and faults[0][0] <= iteration):
-            step = _step(trainer)
+            step = _iterate(trainer)
             iteration += 1
             if step["losses"] != losses[iteration]:
                 wrong.append(f"{iteration}: loss")
@@ -149,8 +151,20 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
     }  # fmt: skip
 
 
+def _iterate(trainer: Trainer) -> dict[str, Any]:
+    """An iteration: one step, except where the loop takes none or two."""
+    iteration = trainer.progress.iteration + 1
+    if iteration == WITHOUT_STEP:
+        trainer.progress.iteration = iteration
+        return {"losses": {}, "skipped": False}
+    if iteration == OF_TWO_STEPS:
+        _step(trainer)
+        trainer.progress.iteration = iteration - 1
+    return _step(trainer)
+
+
 def _careless(trainer: Trainer, state: MegatronState) -> list[str | None]:
-    """What is said of a loop that zeroes gradients too early, and of one that leaves out a step; and of a good one."""
+    """What is said of a loop that zeroes gradients too early, and of one that takes two steps; and of a good one."""
     assert state.step_log is not None
     found = []
     for steps, zeroed in ((1, True), (2, False), (1, False)):
@@ -176,7 +190,7 @@ def _reference(rank: int, flags: str) -> tuple[dict[int, dict[str, str]], dict[i
     losses: dict[int, Any] = {}
     skipped = 0
     for iteration in range(1, ITERATIONS + 1):
-        step = _step(trainer)
+        step = _iterate(trainer)
         losses[iteration] = step["losses"]
         skipped += step["skipped"]
         images[iteration] = _gathered_image(trainer, state)

@@ -12,7 +12,7 @@ from jobs import Nursery, logs, notes_in
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
 
 PERIOD = 3
-FAULTS = 7
+FAULTS = 9
 CASES = (
     "pp2 ep2, bf16, distributed",
     "ep2 dp2, bf16, distributed, overlapped",
@@ -47,9 +47,9 @@ def test_every_bit_is_what_it_would_have_been(exact_nursery: Nursery, store: Pat
     assert codes == [0] * 4, logs(tmp_path)
     ranks = [notes_in(tmp_path / f"rank{rank:05d}.0.jsonl")[0] for rank in range(4)]
     for found in ranks:
-        assert found["wrong"] == []
+        assert found["wrong"] == [], (found["wrong"], found["lost"])
         assert len(found["lost"]) == FAULTS
-        assert max(found["lost"]) <= 1
+        assert max(found["lost"]) <= 2, "one, and the iteration of two steps"
         assert max(found["replayed"]) >= PERIOD - 1
         assert (found["skipped"] > 0) == ("skipped" in case)
         zeroed, twice, good = found["careless"]
@@ -58,4 +58,4 @@ def test_every_bit_is_what_it_would_have_been(exact_nursery: Nursery, store: Pat
             assert twice.startswith("2")
         assert good is None
         assert found["hashes"] == 1, "a state's hash is the same with and without faults"
-    assert any(found["zeros"] > 0 for found in ranks) == ("without tokens" in case or "skipped" in case)
+    assert all(found["zeros"] > 0 for found in ranks), "of the iteration without a step"

@@ -11,7 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,8 @@ import numpy.typing as npt
 from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.framework import StateAdapter, TokenCounter, TokenSource
+from megatron_moetion.framework import StateAdapter, StepReplayer, TokenCounter, TokenSource
+from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
@@ -394,7 +395,9 @@ class ManualCondition(threading.Condition):
 
 
 def blueprint(mode: str, tokens: TokenSource) -> Blueprint:
-    """A mode's, for a state without gradients."""
+    """A mode's, for a state that counts tokens; in mode ``exact`` it replays steps too."""
+    if mode == "exact":
+        return ExactBlueprint(cast(StepReplayer, tokens))
     found: dict[str, Blueprint] = {"full": FullBlueprint(), "popularity": PopularityBlueprint(tokens)}
     return found[mode]
 

@@ -195,3 +195,16 @@ def test_the_runtime_never_speaks_in_a_group_of_trainings(file: str) -> None:
         groups = [ast.unparse(k.value) for k in call.keywords if k.arg == "group"]
         assert groups, f"{file}:{call.lineno} speaks in the default group, which is training's"
         assert re.fullmatch(OWN_GROUPS, groups[0]), f"{file}:{call.lineno} speaks in {groups[0]}"
+
+
+@pytest.mark.parametrize("file", [f for f in files() if f.split("/")[0] not in ("mcore", "pretrain")])
+def test_nothing_is_drawn_from_the_generators_of_training(file: str) -> None:
+    """They are captured and put back: a draw of ours, at a moment of its own, would make every run another one."""
+    drawn = [
+        f"{file}:{node.lineno}"
+        for node in ast.walk(ast.parse((PACKAGE / file).read_text()))
+        if isinstance(node, ast.Attribute)
+        and ast.unparse(node.value) in ("random", "np.random", "torch.random")
+        and node.attr not in ("Random", "SystemRandom", "Generator", "default_rng")
+    ]
+    assert not drawn

@@ -164,6 +164,16 @@ def test_a_vetoed_iteration_never_becomes_stable_and_is_settled_at_once() -> Non
     assert (agreed.stable, agreed.recoverable) == (4, {4: True})
 
 
+def test_what_was_given_up_is_not_taken_back() -> None:
+    """Some rank may have freed it."""
+    network = Late(1)
+    agreement = Agreement(network.of(0), 0)
+    step(agreement, network, 1, {})
+    assert step(agreement, network, 2, {1: False})[-1].recoverable == {1: False}
+    assert step(agreement, network, 3, {1: True})[-1].stable == 0
+    assert step(agreement, network, 4, {1: True, 2: True})[-1].stable == 2
+
+
 def test_what_is_stable_cannot_be_vetoed_any_more() -> None:
     network = Late(1)
     agreement = Agreement(network.of(0), 0)

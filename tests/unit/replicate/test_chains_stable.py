@@ -687,6 +687,65 @@ def test_one_dropped_snapshot_leads_to_no_other_whatever_the_period(period: int,
     assert all(not side.no_room for side in cluster.sides)
 
 
+SHORT_GAP = 5
+"""Snapshots in a row that one rank may lack without a consequence for any other."""
+
+
+@pytest.mark.parametrize("missing", [2, SHORT_GAP, 8, 20, 60])
+@pytest.mark.parametrize("period", [2, 8])
+def test_a_long_gap_of_one_rank_is_over_when_its_snapshots_are_there_again(period: int, missing: int) -> None:
+    for rank in (0, RANKS - 1):
+        for at in range(2 * period + 1, 3 * period + 1, max(1, period // 3)):
+            cluster = Cluster(period, random.Random(at))
+            cluster.forced = {(rank, at + k) for k in range(missing)}
+            cluster.run(at + missing - 1, CALM, sometimes(cluster, 0.01))
+            assert cluster.stable >= at - 1
+            assert until_current(cluster, CALM, 2 * period + 8) is not None
+            others = [side for r, side in enumerate(cluster.sides) if r != rank]
+            assert missing > SHORT_GAP or not any(side.no_room for side in others)
+
+
+@given(
+    seed=st.integers(0, 10**6),
+    period=st.sampled_from((2, 3, 8)),
+    storm=SHOWERS,
+    still=st.integers(1, 60),
+    owners=st.frozensets(st.integers(0, RANKS - 1)),
+)
+@settings(max_examples=20)
+def test_while_nothing_becomes_stable_nothing_is_lost_and_afterwards_it_goes_on(
+    seed: int, period: int, storm: Weather, still: int, owners: frozenset[int]
+) -> None:
+    """Some replicas, or without ``owners`` the results of agreements, do not come for a long time."""
+    cluster = Cluster(period, random.Random(seed))
+    cluster.run(period + 3, storm)
+    before = cluster.stable
+    cluster.cut_off, cluster.tree.is_cut = set(owners), not owners
+    cluster.run(still, storm, sometimes(cluster, 0.02))
+    cluster.check()
+    assert cluster.stable >= before
+    cluster.cut_off, cluster.tree.is_cut = set(), False
+    assert until_current(cluster, CALM, 3 * period + 8) is not None
+
+
+@pytest.mark.parametrize("period", [2, 8])
+def test_a_step_that_cannot_be_logged_costs_its_own_iteration(period: int) -> None:
+    for rank in (0, RANKS - 1):
+        at = 2 * period + 1
+        cluster = Cluster(period, random.Random(at))
+        cluster.holes = {(rank, at)}
+        cluster.run(at + 3, CALM)
+        assert cluster.stable == at + 1
+        assert not any(side.no_room or side.left_out for side in cluster.sides)
+
+
+def test_where_no_step_can_be_logged_every_second_iteration_becomes_stable() -> None:
+    cluster = Cluster(4, random.Random(0))
+    cluster.run(20, replace(CALM, hole=1.0))
+    assert cluster.now - cluster.stable <= 3
+    cluster.check()
+
+
 @given(seed=st.integers(0, 10**6), period=st.sampled_from((2, 3)))
 @settings(max_examples=20)
 def test_one_dropped_snapshot_leads_to_no_other_where_slices_are_quiet(seed: int, period: int) -> None:
