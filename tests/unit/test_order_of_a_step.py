@@ -194,7 +194,7 @@ def test_who_waits_for_all_snapshots_waits_for_no_window(tmp_path: Path) -> None
         log: list[str] = []
         parts: dict[str, Any] = {name: Written(name, getattr(running, name), log, {}) for name in WATCHED}
         Session(replace(running, **parts)).drain()
-        assert log == ["scheduler.urgent", "pipeline.drain"]
+        assert log == ["scheduler.urgent", "pipeline.drain", "agreement.wait", "mode.wait"]
 
 
 def test_the_docstring_names_the_events_in_this_order() -> None:
