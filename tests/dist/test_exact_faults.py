@@ -70,7 +70,7 @@ def test_faults_in_a_row(job: MakeJob) -> None:
 @pytest.mark.parametrize("period", [2, 5, 8])
 @pytest.mark.parametrize("seed", range(2))
 def test_random_kills_again_and_again(job: MakeJob, seed: int, period: int) -> None:
-    run = job(mode="exact", period=period, iterations=36)
+    run = job(mode="exact", period=period, iterations=36, max_fruitless_recoveries=0)
     kill_at_random(run, random.Random(100 * period + seed), ahead=6)
 
 

@@ -225,7 +225,7 @@ def test_faults_in_a_row(job: MakeJob, mode: str) -> None:
 def test_random_kills_again_and_again(job: MakeJob, seed: int) -> None:
     """At named points and at any moment, in training and in recovery, with and without the loss of a node."""
     rng = random.Random(seed)
-    run = job(**SETTINGS[rng.choice(["full", "popularity"])], iterations=30)
+    run = job(**SETTINGS[rng.choice(["full", "popularity"])], iterations=30, max_fruitless_recoveries=0)
     kill_at_random(run, rng, ahead=3)
 
 

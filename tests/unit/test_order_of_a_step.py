@@ -40,6 +40,7 @@ STEP = [
     "adapter.host_state",
     "mode.host_state",
     "packer.freeze",  # before counts and gradients are read, and before training goes on
+    "mode.given_up",
     "mode.recoverable",  # after ``packed``
     "scheduler.carries",  # after ``cut``: over the windows that this step's packing will have
     "mode.vote",
