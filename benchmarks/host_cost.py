@@ -1,34 +1,34 @@
 # SPDX-License-Identifier: Apache-2.0
 """How much CPU time does a snapshot cost the host, by the number of units?
 
-One real ``Session`` takes a snapshot of every iteration and replicates it. It is rank 0 of a job of two ranks, one a
-node; rank 1 is its mirror image: it says what rank 0 says and sends what rank 0 sends. So rank 0 does all of its work,
-for its own arena and for the one that it holds, and nothing else runs in the process. Every snapshot is whole before
-the next step.
+Two real sessions, of ranks on a node each, take a snapshot of every iteration and hold each other's, over the loopback.
+Both run in this process, and nothing else does; a figure is half of what they take together: of one rank's work, for
+its own arena and for the one that it holds. Every snapshot is whole, and agreed on, before the next step.
 
 A layer has a dense unit of 12 parameters and 64 experts of 2 parameters. A region has 512 bytes, so that what is
 counted is what a unit costs whatever its size; ``host_pack.py`` counts what bytes cost. Each mode has the same units;
 mode ``exact`` cuts and logs them, and a figure a unit is still one of a unit of the model.
 
 CPU time is taken thread by thread, in blocks of iterations; a figure is the median of its blocks. Python threads share
-one lock: what the packing and the sending thread take may delay the training thread.
+one lock: what the other threads take may delay the training thread.
 """
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from torch import distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
@@ -40,14 +40,14 @@ from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
-from megatron_moetion.replicate.channel import Channel, Message
+from megatron_moetion.replicate.fabric import SocketFabric
+from megatron_moetion.replicate.worker import SystemThreads
 from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.starter import Starter
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
-from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 MODES = ("full", "popularity", "exact")
@@ -59,7 +59,9 @@ REGION_ELEMENTS = 128
 STATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 WARM_UP_ITERATIONS = 3 * PERIOD
 """Until as many captures are kept as there ever are."""
-THREADS = {"training": "MainThread", "packing": "moetion-pack", "sending": "moetion-send"}
+RANKS = 2
+THREADS = {"training": "rank", "packing": "moetion-pack", "sending": "moetion-link"}
+"""How the names of threads begin. All others hold the other rank's captures, and agree: ``holding``."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +76,7 @@ FULL_SIZE = Size(layers=(1, 4, 24, 96), blocks=7)
 QUICK_SIZE = Size(layers=(1, 4, 8), blocks=3)
 
 
-# -- one rank of two -----------------------------------------------------------------------------------------
+# -- one of two ranks ---------------------------------------------------------------------------------------
 
 
 class SmallState:
@@ -82,7 +84,8 @@ class SmallState:
 
     bytes_a_step = 300
 
-    def __init__(self, mode: str, layers: int, experts: int) -> None:
+    def __init__(self, rank: int, mode: str, layers: int, experts: int) -> None:
+        self.rank = rank
         roles = (*STATE_ROLES, Role.GRAD) if mode == "exact" else STATE_ROLES
         regions = layers * (DENSE_PARAMETERS + experts * EXPERT_PARAMETERS) * len(roles)
         self._memory = np.ones((regions, REGION_ELEMENTS), dtype=np.float32)
@@ -117,7 +120,7 @@ class SmallState:
         return None
 
     def expert_peers(self) -> tuple[int, ...]:
-        return (0,)
+        return (self.rank,)
 
     def host_state(self) -> dict[str, Any]:
         return {"rng": bytes(5056), "steps": self._steps[-self._remembered :] if self._remembered else []}
@@ -185,54 +188,6 @@ def _region(unit: str, tensor: str | int, role: Role, array: npt.NDArray[Any]) -
     )
 
 
-class MirrorChannel:
-    """What rank 0 sends to rank 1 is what rank 1 sends to rank 0."""
-
-    def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
-        for sent, received in zip(sends, receives, strict=True):
-            received.data[:] = sent.data
-
-
-class MirrorFabric:
-    """Rank 0 of two ranks, of which the other says the same of an arena and a node of its own."""
-
-    rank = 0
-    world_size = 2
-
-    def __init__(self) -> None:
-        self.channel: Channel = MirrorChannel()
-        self._masks: tuple[int, ...] | None = None
-        self._counts: list[int] | None = None
-
-    def gather(self, document: Any) -> list[Any]:
-        mine, mirrored = json.loads(json.dumps(document)), json.loads(json.dumps(document))
-        if isinstance(mirrored, dict) and "spec" in mirrored:
-            spec = ArenaSpec.from_json(mirrored["spec"].encode())
-            spec = replace(spec, identity=replace(spec.identity, owner=1))
-            mirrored |= {"spec": spec.to_json().decode(), "node": f"{mirrored['node']}, mirrored"}
-        return [mine, mirrored]
-
-    def start_agreement(self, *masks: int) -> None:
-        self._masks = masks
-
-    def finish_agreement(self) -> tuple[int, ...] | None:
-        masks, self._masks = self._masks, None
-        return masks
-
-    def start_sum(self, counts: Sequence[int]) -> None:
-        self._counts = list(counts)
-
-    def finish_sum(self) -> list[int] | None:
-        counts, self._counts = self._counts, None
-        return counts
-
-    def abandon(self) -> None:
-        pass
-
-    def close(self) -> None:
-        pass
-
-
 # -- a mode at a size ----------------------------------------------------------------------------------------
 
 
@@ -250,34 +205,47 @@ class Measured:
 
 
 def measure(mode: str, layers: int, blocks: int, experts: int = EXPERTS_PER_LAYER) -> Measured:
-    """Train block after block; in a store of its own, which is removed."""
+    """Train block after block; in stores of their own, which are removed."""
     store = Path(tempfile.mkdtemp(prefix="moetion-host-cost-", dir="/dev/shm"))
+    states = [SmallState(rank, mode, layers, experts) for rank in range(RANKS)]
     try:
-        state = SmallState(mode, layers, experts)
-        session = start(mode, state, store)
-        try:
-            train(session, state, range(1, WARM_UP_ITERATIONS + 1))
-            found: dict[str, list[float]] = {name: [] for name in THREADS}
-            for block in range(blocks):
-                first = WARM_UP_ITERATIONS + block * PERIOD + 1
-                for name, seconds in train(session, state, range(first, first + PERIOD)).items():
-                    found[name].append(seconds)
-            dropped = sum(session.running.pipeline.counts.dropped.values())
-        finally:
-            session.close()
+        with ThreadPoolExecutor(RANKS, thread_name_prefix=THREADS["training"]) as ranks:
+            meeting = dist.HashStore()
+            sessions = list(ranks.map(lambda state: start(mode, state, store, meeting), states))
+            try:
+                found: dict[str, list[float]] = {}
+                train(ranks, sessions, states, range(1, WARM_UP_ITERATIONS + 1))
+                for block in range(blocks):
+                    first = WARM_UP_ITERATIONS + block * PERIOD + 1
+                    for name, cpu_s in train(ranks, sessions, states, range(first, first + PERIOD)).items():
+                        found.setdefault(name, []).append(cpu_s / RANKS)
+                dropped = sum(sum(s.running.pipeline.counts.dropped.values()) for s in sessions)
+            finally:
+                list(ranks.map(Session.close, sessions))
     finally:
         shutil.rmtree(store)
-    return Measured(mode=mode, units=len(state.inventory().units), cpu_s=found, dropped=dropped)
+    return Measured(mode=mode, units=len(states[0].inventory().units), cpu_s=found, dropped=dropped)
 
 
-def start(mode: str, state: SmallState, store: Path) -> Session:
-    """A session whose baseline is whole."""
+def start(mode: str, state: SmallState, store: Path, meeting: dist.Store) -> Session:
+    """A rank's session, whose baseline is whole. Both ranks start at once."""
     blueprints: dict[str, Blueprint] = {
         "full": FullBlueprint(),
         "popularity": PopularityBlueprint(state),
         "exact": ExactBlueprint(state),
     }
     clock = SystemClock()
+    fabric = SocketFabric.connect(
+        store=meeting,
+        rank=state.rank,
+        world_size=RANKS,
+        ranks_per_host=1,
+        timeout_s=60.0,
+        in_flight_bytes=64 << 20,
+        clock=clock,
+        threads=SystemThreads(),
+        interface="lo",
+    )
     prepared = prepare(
         config=MoetionConfig(
             mode=mode,
@@ -290,8 +258,8 @@ def start(mode: str, state: SmallState, store: Path) -> Session:
         ),
         adapter=state,
         blueprint=blueprints[mode],
-        fabric=MirrorFabric(),
-        topology="one rank and its mirror",
+        fabric=fabric,
+        topology="two ranks",
         scheduler=Scheduler(
             "eager",  # with a plan to keep, snapshots would be rarer
             HostStopwatch(clock),
@@ -300,37 +268,47 @@ def start(mode: str, state: SmallState, store: Path) -> Session:
             eager_slice_bytes=1 << 20,
             draw=no_drawing,
         ),
-        host=Host(environment={"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "1"}),
+        host=Host(environment={"LOCAL_RANK": str(state.rank), "LOCAL_WORLD_SIZE": str(RANKS)}),
     )
     running, _ = Starter(prepared).start()
     return Session(running)
 
 
-def train(session: Session, state: SmallState, iterations: range) -> dict[str, float]:
-    """CPU seconds of each thread in these iterations, of which the model's own steps are no part."""
-    noise = np.random.default_rng(iterations.start)
-    training_s = 0.0
-    before = cpu_by_thread()
-    for iteration in iterations:
-        state.tokens += noise.integers(0, 100, state.tokens.shape)
+def train(
+    ranks: ThreadPoolExecutor, sessions: Sequence[Session], states: Sequence[SmallState], iterations: range
+) -> dict[str, float]:
+    """CPU seconds of both ranks' threads in these iterations, of which the model's own steps are no part."""
+
+    def step(rank: int, iteration: int) -> float:
         began_s = time.thread_time()
-        session.before_optimizer_step()
-        session.on_step_end(iteration)
-        session.drain()
-        training_s += time.thread_time() - began_s
-    after = cpu_by_thread()
-    return {
-        name: training_s if name == "training" else after[thread] - before[thread] for name, thread in THREADS.items()
-    }
+        sessions[rank].before_optimizer_step()
+        sessions[rank].on_step_end(iteration)
+        sessions[rank].drain()
+        return time.thread_time() - began_s
+
+    noise = np.random.default_rng(iterations.start)
+    found = dict.fromkeys((*THREADS, "holding"), 0.0)
+    for iteration in iterations:
+        for state in states:
+            state.tokens += noise.integers(0, 100, state.tokens.shape)
+        before, began_s = cpu_by_thread(), time.process_time()
+        training_s = sum(ranks.map(lambda rank, i=iteration: step(rank, i), range(RANKS)))
+        total_s, after = time.process_time() - began_s, cpu_by_thread()
+        named = {n: sum(s - before.get(t, 0.0) for t, s in after.items() if t[0] == n) for n in THREADS}
+        named["training"] = training_s
+        for name, seconds in {**named, "holding": max(0.0, total_s - sum(named.values()))}.items():
+            found[name] += seconds
+    return found
 
 
-def cpu_by_thread() -> dict[str, float]:
-    """CPU seconds so far of each Python thread of this process, by its name."""
-    return {
-        thread.name: time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
-        for thread in threading.enumerate()
-        if thread.ident is not None
-    }
+def cpu_by_thread() -> dict[tuple[str, int], float]:
+    """CPU seconds so far of each Python thread of this process that ``THREADS`` names, by that name and identity."""
+    found = {}
+    for thread in threading.enumerate():
+        name = next((n for n, begins in THREADS.items() if thread.name.startswith(begins)), None)
+        if name is not None and thread.ident is not None:
+            found[name, thread.ident] = time.clock_gettime(time.pthread_getcpuclockid(thread.ident))
+    return found
 
 
 # -- figures -------------------------------------------------------------------------------------------------

@@ -33,6 +33,8 @@ from megatron_moetion.store.retention import Newest, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import Inventory, UnitKind
 
+_CHOOSES = "chooses"
+"""Key of the facts that every rank in this mode gives."""
 _CAPTURES_REMEMBERED = OPEN_MAX + 1
 """Captures of one expert in the host state: those that are not agreed on yet, and the one before."""
 
@@ -44,14 +46,16 @@ class PopularityBlueprint:
         self._tokens = tokens
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """Why capacity stays as it is on this rank, where it is to be raised."""
+        """That this rank's mode is this one; and why capacity stays as it is here, where it is to be raised."""
         problem = self._tokens.capacity_problem() if site.config.recalibrates else None
-        return {"capacity": problem} if problem else {}
+        return {_CHOOSES: True} | ({"capacity": problem} if problem else {})
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> PopularityMode:
         """See ``Blueprint``. Collective among the ranks that share experts; ``ChannelError`` on a lost one."""
         num_experts = len(self._tokens.token_counters())
         inventory = _with_book(site.inventory, num_experts)
+        if not all(_CHOOSES in facts[peer] for peer in site.expert_peers):  # another mode there is refused later
+            site = replace(site, expert_peers=(site.identity.owner,))
         nbytes, always = self._bytes_of_all(site, inventory)
         affordable: float = math.inf
         if site.config.snapshot_bytes and nbytes.any():

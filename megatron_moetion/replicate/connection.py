@@ -105,14 +105,13 @@ class SocketConnection:
         with self.in_use("receive from"):
             self._cuts.receiving(self.rank, self.peer, self.purpose)
             wait_s = self._progress_s if timeout_s is None else timeout_s
-            for part in parts:
-                view = part.data
-                while len(view):
-                    taken = self.receive_some(view)
-                    if taken:
-                        view = view[taken:]
-                    else:
-                        self._wait(select.POLLIN, wait_s)
+            views = [part.data for part in parts if part.nbytes]
+            first = 0
+            while first < len(views):
+                taken = self.receive_some(views[first : first + _PARTS])
+                if not taken:
+                    self._wait(select.POLLIN, wait_s)
+                first = _passed(views, first, taken)
 
     def close(self) -> None:
         """See ``Connection``. Whoever waits for this socket is woken; the last one closes it."""
@@ -179,10 +178,10 @@ class SocketConnection:
         except BlockingIOError:
             return 0
 
-    def receive_some(self, view: memoryview) -> int:
-        """Bytes that had arrived, put into ``view``; 0 if none. ``OSError`` where the peer is lost."""
+    def receive_some(self, views: Sequence[memoryview]) -> int:
+        """Bytes that had arrived, put into these; 0 if none. ``OSError`` where the peer is lost."""
         try:
-            taken = self._socket.recv_into(view)
+            taken = self._socket.recvmsg_into(views[:_PARTS])[0]
         except BlockingIOError:
             return 0
         if not taken:
@@ -205,11 +204,7 @@ class SocketConnection:
             taken = self.send_some(views[first : first + _PARTS])
             if not taken:
                 self._wait(select.POLLOUT, self._progress_s)
-            while first < len(views) and taken >= len(views[first]):
-                taken -= len(views[first])
-                first += 1
-            if taken:
-                views[first] = views[first][taken:]
+            first = _passed(views, first, taken)
 
     def _wait(self, event: int, timeout_s: float) -> None:
         poll = select.poll()
@@ -227,6 +222,16 @@ class SocketConnection:
             self._users -= 1
             if self._is_closed and not self._users:
                 self._socket.close()
+
+
+def _passed(views: list[memoryview], first: int, nbytes: int) -> int:
+    """So many bytes of the views from ``first`` on are done: the view that comes next, begun with what is not."""
+    while first < len(views) and nbytes >= len(views[first]):
+        nbytes -= len(views[first])
+        first += 1
+    if nbytes:
+        views[first] = views[first][nbytes:]
+    return first
 
 
 def _slices(parts: Sequence[Bytes], slice_bytes: int) -> Iterator[list[memoryview]]:

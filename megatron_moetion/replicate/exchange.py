@@ -60,7 +60,7 @@ class SocketChannel:
                 for key, events in found:
                     connection, peer = connections[key.data], key.data
                     if events & selectors.EVENT_READ:
-                        _advance(into[peer], connection.receive_some(into[peer][0][:_CHUNK_BYTES]))
+                        _advance(into[peer], connection.receive_some([into[peer][0][:_CHUNK_BYTES]]))
                     if events & selectors.EVENT_WRITE:
                         _advance(out[peer], connection.send_some([out[peer][0][:_CHUNK_BYTES]]))
                     _watch(selector, connection, out.get(peer), into.get(peer))

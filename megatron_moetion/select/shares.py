@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -46,8 +47,13 @@ class Shares:
 
     def busiest_bytes(self, num_experts: int) -> int:
         """The most that any rank has to send of so many experts, if they are spread over the ranks: whole shards."""
-        if not num_experts or not self.nbytes.any():
+        each, total = self._largest
+        if not num_experts or not total:
             return 0
-        each, total = int(self.nbytes.max()), int(self.nbytes.sum(axis=0).max())
         shards = total * num_experts / (len(self.nbytes) * each)
         return max(1, math.ceil(shards - _SLACK)) * each
+
+    @cached_property
+    def _largest(self) -> tuple[int, int]:
+        """Bytes of the largest shard, and of the rank that holds most."""
+        return int(self.nbytes.max(initial=0)), int(self.nbytes.sum(axis=0).max(initial=0))

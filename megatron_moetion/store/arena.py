@@ -87,6 +87,7 @@ class Arena:
         self._memory = memory
         self._view = view
         self._layout = Layout.of(self.spec)
+        self._max_records = self.spec.num_records
         self._unit_bytes = np.array([nbytes for _, _, nbytes in self.spec.units], dtype=np.int64)
         self._lock = threading.RLock()
         self._next_page = 1 - pages.index(self._page)
@@ -200,7 +201,7 @@ class Arena:
 
     def can_list(self, count: int) -> bool:
         """Whether a page has room for so many more records."""
-        return len(self.page.records) + count <= self.spec.num_records
+        return len(self.page.records) + count <= self._max_records
 
     def release(self, slots: Iterable[int] | Int64s) -> None:
         """Give back slots that were acquired and never committed; ``NO_SLOT`` is passed over."""
@@ -234,7 +235,7 @@ class Arena:
 
     def _write(self, page: Page) -> None:
         start = self._layout.page_starts[self._next_page]
-        data = encode_page(page, self.spec.num_records)
+        data = encode_page(page, self._max_records)
         self._view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
         self._page = page
         self._listed = self._slots_of(page)

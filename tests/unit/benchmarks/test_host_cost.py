@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The mirrored second rank does its part in every mode, and figures are what they say."""
+"""Both ranks take every snapshot in each mode, and figures are what they say."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def test_each_mode_takes_every_snapshot_and_each_thread_its_time(mode: str) -> N
     found = measure(mode, layers=2, blocks=2, experts=4)
     assert found.units == 2 * (1 + 4) + 1
     assert found.dropped == 0
-    assert sorted(found.cpu_s) == ["packing", "sending", "training"]
+    assert sorted(found.cpu_s) == ["holding", "packing", "sending", "training"]
     assert all(len(blocks) == 2 and min(blocks) > 0 for blocks in found.cpu_s.values())
 
 
