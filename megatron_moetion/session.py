@@ -72,7 +72,7 @@ class Session:
         8. ``mode.exchange``: other messages between ranks.
         9. ``mode.note_step``: the optimizer's step enters the log, and with it the host state.
         10. ``packer.freeze``: state that changes before the next optimizer step is copied.
-        11. ``mode.recoverable``, ``mode.vote``, ``agreement.start``, ``mode.contributed``.
+        11. ``mode.given_up``, ``mode.recoverable``, ``mode.vote``, ``agreement.start``, ``mode.contributed``.
         12. ``summary.state_hash``, where one is due.
         13. ``mode.contents``: the snapshot's units are chosen.
         14. ``adapter.moved``: addresses are checked right before they are read.
@@ -132,7 +132,7 @@ class Session:
         run.mode.exchange(iteration)
         missed = run.mode.note_step(iteration, run.agreement.newest)
         unfrozen = self._freeze()
-        rounds = run.pipeline.rounds
+        rounds = run.pipeline.rounds | dict.fromkeys(run.mode.given_up(), False)
         recoverable = run.mode.recoverable(rounds)
         vote = run.mode.vote(run.scheduler.carries(run.replicas))
         self._say(iteration, vote.remark)

@@ -169,6 +169,10 @@ class ExactMode(SnapshotMode):
         """See ``Rotation.reachable``."""
         return self._rotation.reachable(rounds)
 
+    def given_up(self) -> Iterable[int]:
+        """See ``Rotation.unreachable``."""
+        return self._rotation.unreachable
+
     def vote(self, carried: Carried) -> Vote:
         """Snapshots cannot be smaller or rarer; says which period would make them fit."""
         if self._largest_bytes <= carried.nbytes or not carried.is_settled:

@@ -155,6 +155,10 @@ class SnapshotMode(Protocol):
         """The iterations that this rank can recover; ``rounds``: whether recent snapshots are whole here."""
         return [i for i, is_whole in rounds.items() if is_whole]
 
+    def given_up(self) -> Iterable[int]:
+        """Iterations that this rank will never be able to recover, although there are snapshots of them."""
+        return ()
+
     def vote(self, carried: Carried) -> Vote:
         """The largest snapshot that this rank's links afford."""
         ...

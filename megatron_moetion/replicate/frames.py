@@ -24,11 +24,11 @@ from enum import IntEnum
 
 import numpy as np
 
-from megatron_moetion._C import HostPool
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.snapshot.digest import digest_of
+from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.manifest import Branch, Page
 from megatron_moetion.store.spec import ArenaSpec
 

@@ -155,6 +155,11 @@ class Rotation:
         """The iterations that can be recovered on this rank; ``rounds``: whether recent snapshots are whole."""
         return sorted(i for i in self._reachable if rounds.get(i, False))
 
+    @property
+    def unreachable(self) -> frozenset[int]:
+        """Iterations after the stable one that cannot be recovered, here or on another rank."""
+        return frozenset(self._unreachable)
+
     def settle(self, stable: int, recoverable: Mapping[int, bool]) -> None:
         """The result of an agreement: the stable iteration, and whether all ranks can recover the others."""
         given_up = {i for i, is_recoverable in recoverable.items() if not is_recoverable}

@@ -40,6 +40,7 @@ STEP = [
     "adapter.host_state",
     "mode.host_state",
     "packer.freeze",  # before counts and gradients are read, and before training goes on
+    "mode.given_up",
     "mode.recoverable",  # after ``packed``
     "scheduler.carries",  # after ``cut``: over the windows that this step's packing will have
     "mode.vote",
@@ -194,7 +195,7 @@ def test_who_waits_for_all_snapshots_waits_for_no_window(tmp_path: Path) -> None
         log: list[str] = []
         parts: dict[str, Any] = {name: Written(name, getattr(running, name), log, {}) for name in WATCHED}
         Session(replace(running, **parts)).drain()
-        assert log == ["scheduler.urgent", "pipeline.drain"]
+        assert log == ["scheduler.urgent", "pipeline.drain", "agreement.wait", "mode.wait"]
 
 
 def test_the_docstring_names_the_events_in_this_order() -> None:

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -20,7 +20,8 @@ from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.mode import Blueprint, Site, SnapshotMode, Staged
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.agreement import Agreed
-from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.replicate.channel import Combine, Fabric
+from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.select.budget import longer_period, shortest_period
 from megatron_moetion.select.rotation import remembered_steps
 from megatron_moetion.snapshot.capture import Captured, Contents
@@ -34,6 +35,11 @@ from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, Uni
 NO_COPIES = cast(Staged, None)
 A_RECORD = Records.make(1, unit=0, iteration=1, epoch=0, slot=NO_SLOT)
 STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRAD)
+
+
+def agreed(stable: int, recoverable: Mapping[int, bool]) -> Agreed:
+    """The result of a round, as far as this mode looks at it."""
+    return Agreed(number=0, stable=stable, recoverable=recoverable, votes=0, redundancy=1, notes={}, is_news=True)
 
 
 def state(elements: int) -> Inventory:
@@ -62,6 +68,13 @@ class Steps:
 
     def note_step(self, iteration: int) -> StepNote:
         return self.note
+
+
+class NoWords:
+    """A fabric of a rank that has nothing to say."""
+
+    def reducer(self, name: str, members: Sequence[int], combine: Combine) -> None:
+        return None
 
 
 @dataclass
@@ -114,7 +127,7 @@ class Ranks:
                 inventory=state(elements[rank]),
                 node=cast(NodeFolder, self.nodes[rank]),
                 local_ranks=2,
-                fabric=cast(Fabric, None),
+                fabric=cast(Fabric, NoWords()),
                 expert_peers=(rank,),
                 journal=cast(Journal, None),
             )
@@ -227,14 +240,34 @@ def test_what_would_fit_the_links_is_named_with_what_it_takes() -> None:
         assert "no --moetion-period would fit, since gradients are 4.2 MB of it" in none
 
 
-def test_a_step_after_another_one_than_the_last_snapshots_cannot_be_captured(ranks: Ranks) -> None:
+def test_a_step_that_cannot_be_replayed_is_no_reason_to_stop(ranks: Ranks) -> None:
     mode = ranks.settle()[0]
+    mode.baseline(4, NO_COPIES)
     assert mode.note_step(5, before=4) is None
-    for iteration, before in ((6, 4), (4, 4), (3, 4)):
-        problem = mode.note_step(iteration, before)
-        assert problem == f"after iteration {before} came {iteration}; mode 'exact' needs every one of them"
+    contents, remark = mode.contents(5)
+    assert isinstance(contents, Contents)
+    assert remark is None
+    mode.packed(Captured(records=A_RECORD))
+    assert mode.note_step(7, before=5) is None
+    skip, remark = mode.contents(7)
+    assert skip == Skip(reason="gap"), "5 may still become stable"
+    assert remark is not None
+    assert remark.text.startswith("all state is captured anew: after iteration 5 came 7")
+    mode.packed(Captured())
+    mode.settle(agreed(5, {5: True}))
     ranks.steps[0].note = StepNote(problem="two steps")
-    assert mode.note_step(6, before=4) == "two steps"
+    assert mode.note_step(8, before=7) is None
+    contents, remark = mode.contents(8)
+    assert isinstance(contents, Contents)
+    assert (len(contents.optional), contents.logs, contents.zero) == (DEFAULT_PERIOD, (), ())
+    assert remark is not None
+    assert remark.text == "all state is captured anew: two steps"
+
+
+def test_an_iteration_that_was_there_before_cannot_be_captured(ranks: Ranks) -> None:
+    mode = ranks.settle()[0]
+    for iteration, before in ((4, 4), (3, 4)):
+        assert mode.note_step(iteration, before) == f"after iteration {before} came {iteration}"
 
 
 # -- what a snapshot holds -----------------------------------------------------------------------------------
@@ -269,5 +302,5 @@ def test_slices_whose_gradients_turned_out_to_be_zeros_are_left_out_of_a_turn(ra
         mode.note_step(iteration, before=iteration - 1)
         mode.contents(iteration)
         mode.packed(Captured(records=A_RECORD, zero=frozenset(logs if is_zero else ())))
-        mode.settle(Agreed(stable=iteration, votes=0, totals=[], recoverable={iteration: True}, whole={}, is_news=True))
+        mode.settle(agreed(iteration, {iteration: True}))
     assert (mode.scalars()["moetion/spared-bytes"] > 0) == is_zero

@@ -321,10 +321,14 @@ def test_whatever_turns_were_taken_the_newest_iteration_comes_back(seed: int, pe
     with new_run(period) as run:
         rotation = Rotation(run.log, 0, dict.fromkeys(run.slices, 0))
         for iteration in range(1, steps + 1):
+            newest = max(rotation.reachable(dict.fromkeys(range(iteration), True)))
+            rotation.settle(newest, {i: False for i in range(newest + 1, iteration)})
+            if draw.random() < 0.1:
+                rotation.interrupt(iteration)
             turn = rotation.turn(iteration)
             quiet = [u for u in run.slices if draw.random() < 0.3]
             skip = draw.random() < 0.1
-            dropped, late = draw.random() < 0.1, draw.random() < 0.1
+            dropped, late = turn.is_gap or draw.random() < 0.1, draw.random() < 0.1
             run.toy.train(iteration, [run.elements(u) for u in quiet], skip)
             run.images.append(run.toy.image())
             zero = [u for u in turn.logs if skip or u in {run.log.log_of[q] for q in quiet}]

@@ -287,7 +287,8 @@ class Cluster:
                 release = True
         if (rank, iteration) in self.holes or self.draw.random() < weather.hole:
             side.rotation.interrupt(iteration)
-        rounds = dict(sorted(side.rounds.items())[-WINDOW:])
+        given_up = dict.fromkeys(side.rotation.unreachable, False)
+        rounds = dict(sorted(side.rounds.items())[-WINDOW:]) | given_up
         recoverable = side.rotation.reachable(rounds)
         side.agreement.start(iteration, rounds=rounds, recoverable=recoverable, vote=0, redundancy=1)
         yield
@@ -350,8 +351,9 @@ class Cluster:
             return  # a slot that was used again while it was being read: its bytes are not the announced ones
         assert replica.has_room(coming), "it holds nothing that the owner does not hold"
         replica.add(coming)
-        side.rounds |= dict.fromkeys(offered, True)
-        side.open = [i for i in side.open if i not in offered]
+        listed = set(mine.records.table["iteration"].tolist())
+        side.rounds |= dict.fromkeys((i for i in offered if i in listed), True)
+        side.open = [i for i in side.open if i not in offered and i in listed]
 
     # -- time --------------------------------------------------------------------------------------------
 

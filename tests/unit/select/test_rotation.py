@@ -33,32 +33,51 @@ def cut(period: int, sizes: Collection[int]) -> GradientLog:
 
 
 class Rank:
-    """One rotation and what it is told, iteration by iteration."""
+    """One rotation and what it is told, iteration by iteration; others can recover all, as far as they say."""
 
     def __init__(self, log: GradientLog, iteration: int = 0, bases: Mapping[int, int] | None = None) -> None:
         self.log = log
-        self.iteration = iteration
+        self.first = self.iteration = iteration
+        self.stable = iteration
         self.rotation = Rotation(log, iteration, bases or dict.fromkeys(log.log_of, iteration))
         self.turns: dict[int, Turn] = {}
+        self.reached = {iteration}
+        """The iterations that could be recovered at some time."""
 
     def step(
-        self, *, is_there: bool = True, captured: bool = True, late: bool = False, zero: Collection[int] = NONE
+        self,
+        *,
+        is_there: bool = True,
+        captured: bool = True,
+        late: bool = False,
+        zero: Collection[int] = NONE,
+        hears: bool = True,
+        can_be_logged: bool = True,
     ) -> Turn:
-        """One snapshot; ``zero``: slices without a gradient."""
+        """One snapshot; ``zero``: slices without a gradient; ``hears``: of the agreement about the one before last."""
         self.iteration += 1
+        if hears and self.iteration - 2 > self.first:
+            self.hear(self.iteration - 2)
+        if not can_be_logged:
+            self.rotation.interrupt(self.iteration)
         turn = self.turns[self.iteration] = self.rotation.turn(self.iteration)
         self.rotation.begin(self.iteration, turn)
         zeros = frozenset(self.log.log_of[u] for u in zero) & frozenset(turn.logs)
+        is_there = is_there and not turn.is_gap
         self.rotation.packed(is_there=is_there, captured=captured and not late, late=late, zero=zeros)
+        self.reached |= set(self.reachable())
         return turn
 
-    def gap(self) -> None:
-        """A snapshot that is not there; two iterations later all ranks know."""
+    def hear(self, iteration: int, given_up: bool = False) -> None:
+        """All ranks can recover an iteration that this one can, unless one of them has given it up."""
+        is_recoverable = not given_up and iteration in self.reachable()
+        self.stable = iteration if is_recoverable else self.stable
+        self.rotation.settle(self.stable, {iteration: is_recoverable})
+
+    def gap(self) -> Turn:
+        """A snapshot that is not there; the turn after it."""
         self.step(is_there=False)
-        waiting = [self.step() for _ in range(2)]
-        assert waiting == [Turn(groups=(), captures=(), logs=())] * 2
-        at = self.iteration - 2
-        self.rotation.settle(max(0, at - 1), {at: False}, {at: False})
+        return self.step()
 
     def steps(self, number: int) -> list[Turn]:
         return [self.step() for _ in range(number)]
@@ -89,14 +108,14 @@ def test_each_group_has_one_turn_a_period_and_every_gradient_is_logged(period: i
     for number, turn in enumerate(rank.steps(3 * period)):
         assert number < 1 or len(groups) == 1 or turn.captures == groups[number % len(groups)]
         assert turn.logs == tuple(log.log_of.values())
-    assert rank.reachable() == list(range(3 * period + 1))
+    assert rank.reached == set(range(3 * period + 1))
 
 
 def test_after_a_recovery_the_oldest_capture_has_the_first_turn() -> None:
     log = equal_groups(4)
     rank = Rank(log, 20, dict(zip(log.log_of, (19, 17, 20, 18), strict=True)))
     assert rank.groups(5) == [(1,), (3,), (0,), (2,), (1,)]
-    assert rank.reachable() == list(range(20, 26))
+    assert rank.reached == set(range(20, 26))
 
 
 def test_a_group_is_as_old_as_its_newest_capture() -> None:
@@ -112,7 +131,7 @@ def test_captures_that_are_missing_have_their_turn_again() -> None:
     rank.step()
     late = rank.step(captured=False)
     assert [late.groups, *rank.groups(3)] == [(1,), (1,), (2,), (0,)]
-    assert rank.reachable() == [0, 1, 2, 3, 4, 5], "gradients were logged"
+    assert rank.reached == {0, 1, 2, 3, 4, 5}, "gradients were logged"
 
 
 def test_a_rank_without_parameters_has_turns_of_nothing() -> None:
@@ -120,7 +139,7 @@ def test_a_rank_without_parameters_has_turns_of_nothing() -> None:
     assert rank.steps(3) == [Turn(groups=(), captures=(), logs=())] * 3
     rank.step(is_there=False)
     rank.step()
-    assert rank.reachable(4) == [0, 1, 2, 3, 5]
+    assert rank.reached == {0, 1, 2, 3, 5}
 
 
 # -- slices without a gradient --------------------------------------------------------------------------------------
@@ -133,7 +152,7 @@ def test_a_quiet_slice_is_left_out_once_in_a_row() -> None:
     assert captures[0::2] == [rank.log.groups[0]] * 6
     assert captures[1::2] == [quiet, (), quiet, (), quiet, ()]
     assert rank.rotation.spared_bytes == 3 * rank.log.group_bytes[1]
-    assert rank.reachable() == list(range(13))
+    assert rank.reached == set(range(13))
 
 
 def test_one_gradient_since_the_capture_is_enough_for_the_next() -> None:
@@ -179,31 +198,59 @@ def test_only_the_quiet_slices_of_a_group_are_left_out() -> None:
 # -- snapshots that are not whole -------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_that_is_not_there_breaks_every_chain() -> None:
-    rank = Rank(equal_groups(4))
-    rank.steps(5)
-    rank.gap()
-    assert not rank.rotation.is_whole
-    assert rank.reachable(6) == [], "no chain leads over the gap"
+NOTHING = Turn(groups=(), captures=(), logs=(), is_gap=True)
 
 
-@given(st.integers(2, 20), st.integers(1, 40), st.integers(0, 60))
-def test_chains_begin_anew_all_at_once(period: int, size: int, before: int) -> None:
+@given(st.integers(2, 20), st.integers(1, 40), st.integers(1, 60))
+def test_chains_begin_anew_all_at_once_right_after_a_gap(period: int, size: int, before: int) -> None:
     rank = Rank(cut(period, [size, 2 * size, 3 * size]))
     rank.steps(before)
-    rank.gap()
-    turn = rank.step()
+    turn = rank.gap()
     assert (sorted(turn.captures), turn.logs) == (sorted(rank.log.log_of), ())
     assert rank.rotation.is_whole
-    assert rank.reachable(before + 1) == [rank.iteration]
-    taking_turns = [(g,) for g in range(len([g for g in rank.log.groups if g]))]
-    assert rank.groups(len(taking_turns)) == taking_turns
+    assert rank.reached == set(range(before + 3)) - {before + 1}
+
+
+def test_what_old_chains_lead_to_is_not_given_up_for_new_ones() -> None:
+    """While it is not known which iteration is stable, any that was said to be recoverable may be."""
+    rank = Rank(equal_groups(4))
+    rank.steps(5)
+    rank.step(is_there=False, hears=False)
+    assert [rank.step(hears=False) for _ in range(20)] == [NOTHING] * 20
+    assert rank.reachable() == [3, 4, 5]
+    assert rank.rotation.settled.broken == -1
+    rank.hear(4)
+    assert rank.step(hears=False) == NOTHING, "5 may still become stable"
+    assert rank.reachable() == [4, 5]
+    rank.hear(5)
+    assert rank.rotation.settled.broken == rank.iteration
+    assert sorted(rank.step(hears=False).captures) == sorted(rank.log.log_of)
+
+
+def test_what_another_rank_gives_up_is_waited_for_no_longer() -> None:
+    rank = Rank(equal_groups(4))
+    rank.steps(5)
+    rank.step(is_there=False, hears=False)
+    rank.hear(4, given_up=True)
+    assert rank.step(hears=False) == NOTHING
+    rank.hear(5, given_up=True)
+    assert (rank.reachable(), rank.rotation.settled.broken) == ([3], 7)
+    assert sorted(rank.step(hears=False).captures) == sorted(rank.log.log_of)
+
+
+def test_gaps_in_a_row_are_one_gap() -> None:
+    rank = Rank(equal_groups(4))
+    rank.steps(5)
+    for _ in range(30):
+        rank.step(is_there=False)
+    assert sorted(rank.step().captures) == sorted(rank.log.log_of)
+    assert rank.reachable() == [5, 36]
 
 
 def test_where_all_at_once_is_late_they_begin_in_parts() -> None:
     rank = Rank(equal_groups(8))
     rank.steps(8)
-    rank.gap()
+    rank.step(is_there=False)
     counts = []
     while not rank.rotation.is_whole:
         counts.append(len(rank.step(late=not counts or counts[-1] > 2).groups))
@@ -213,81 +260,80 @@ def test_where_all_at_once_is_late_they_begin_in_parts() -> None:
 def test_after_every_gap_all_at_once_is_tried_first() -> None:
     rank = Rank(equal_groups(8))
     rank.steps(8)
-    rank.gap()
+    rank.step(is_there=False)
     assert [len(rank.step(late=late).groups) for late in (True, True, False)] == [8, 4, 2]
-    rank.gap()
-    assert len(rank.step().groups) == 8
+    while not rank.rotation.is_whole:
+        rank.step()
+    rank.steps(3)
+    assert len(rank.gap().groups) == 8
+
+
+def test_after_a_gap_in_between_more_is_tried_at_once() -> None:
+    rank = Rank(equal_groups(8))
+    rank.steps(8)
+    rank.step(is_there=False)
+    assert [len(rank.step(late=True).groups) for _ in range(3)] == [8, 4, 2]
+    assert len(rank.step(is_there=False).groups) == 1
+    assert len(rank.step().groups) == 2
 
 
 def test_captures_that_find_no_room_while_chains_begin_anew_are_tried_again() -> None:
     rank = Rank(equal_groups(4))
     rank.steps(4)
-    rank.gap()
+    rank.step(is_there=False)
     without_room = rank.step(captured=False)
     again = rank.step()
     assert (again.groups, again.logs) == (without_room.groups, ())
 
 
-def test_only_slices_without_a_chain_begin_anew() -> None:
-    """There are two slots a slice: one for the stable iteration, one for the chain that has begun."""
-    rank = Rank(cut(2, [10, 10, 10, 10]))
-    loud, quiet = rank.log.groups[0]
-    rank.step(zero=[quiet])
-    rank.step(zero=[quiet])
-    turn = rank.step(zero=[quiet])
-    assert turn.captures == (loud,)
-    rank.rotation.settle(1, {1: True, 2: False}, {1: True, 2: False})
-    assert set(rank.step().captures) == {quiet, *rank.log.groups[1]}
-    assert rank.rotation.is_whole
+# -- while the stable iteration stands still ------------------------------------------------------------------------
 
 
-# -- what can be recovered --------------------------------------------------------------------------------------------
+def test_each_slice_is_captured_once_more_and_every_gradient_logged() -> None:
+    """There are two slots a slice: one for the stable iteration, and one after it."""
+    rank = Rank(equal_groups(4))
+    rank.steps(4)
+    stable = rank.stable
+    turns = [rank.step(hears=False) for _ in range(10)]
+    taken = [u for turn in [*map(rank.turns.__getitem__, range(stable + 1, 5)), *turns] for u in turn.captures]
+    assert sorted(taken) == sorted(rank.log.log_of)
+    assert all(turn.logs == tuple(rank.log.log_of.values()) for turn in turns)
+    assert rank.reachable() == list(range(stable, rank.iteration + 1))
 
 
-def test_an_iteration_is_reachable_once_every_chain_has_begun_after_the_gap() -> None:
+def test_what_another_rank_has_dropped_breaks_nothing_here() -> None:
     rank = Rank(equal_groups(4))
     rank.steps(5)
-    rank.gap()
-    while not rank.rotation.is_whole:
-        rank.step()
-    first = rank.iteration
-    rank.steps(3)
-    assert rank.reachable(6) == list(range(first, first + 4))
+    for iteration in (4, 5, 6, 7):
+        rank.step(hears=False)
+        rank.hear(iteration, given_up=True)
+    assert rank.reachable() == [3, 8, 9]
+    assert rank.rotation.unreachable == {4, 5, 6, 7}
+    assert len(rank.step(hears=False).logs) == 4
 
 
-def test_a_snapshot_that_a_buddy_refused_is_a_gap_too_before_it_is_settled() -> None:
-    rank = Rank(equal_groups(4))
-    rank.steps(8)
-    assert rank.reachable(5) == [0, 1, 2, 3, 4], "all captures at 5 ... 8, but chains of 8 begin at 5"
-    rank.steps(1)
-    assert rank.reachable(5) == [0, 1, 2, 3, 4, 9]
+# -- steps that cannot be logged ------------------------------------------------------------------------------------
 
 
-def test_a_snapshot_that_another_rank_dropped_breaks_chains_here() -> None:
-    rank = Rank(equal_groups(4))
-    rank.steps(7)
-    rank.rotation.settle(5, {5: True, 6: False}, {5: True, 6: False})
-    assert not rank.rotation.is_whole
-    assert rank.reachable() == [], "what was whole here goes back to before the gap"
-    turn = rank.step()
-    assert turn.logs == tuple(rank.log.log_of[u] for u in rank.turns[7].captures), "begun after the gap"
-    assert not {*turn.groups} & {*rank.turns[7].groups}
-
-
-def test_a_snapshot_that_is_whole_and_cannot_be_recovered_breaks_nothing() -> None:
-    rank = Rank(equal_groups(4))
-    rank.steps(7)
-    rank.rotation.settle(5, {5: True, 6: False}, {5: True, 6: True})
-    assert rank.rotation.is_whole
-    assert rank.reachable() == [5, 6, 7]
-    assert len(rank.step().logs) == 4
-
-
-def test_iterations_before_the_stable_one_are_forgotten() -> None:
+def test_after_such_a_step_all_is_captured_at_the_next_iteration() -> None:
     rank = Rank(equal_groups(4))
     rank.steps(6)
-    rank.rotation.settle(4, {i: True for i in range(1, 5)}, {i: True for i in range(1, 5)})
-    assert rank.reachable() == [4, 5, 6]
+    assert rank.step(can_be_logged=False) == NOTHING, "the second slots are taken until 6 is stable"
+    turn = rank.step()
+    assert (sorted(turn.captures), turn.logs) == (sorted(rank.log.log_of), ())
+    rank.steps(5)
+    assert rank.reached == set(range(14)) - {7}
+
+
+def test_where_no_step_can_be_logged_every_second_iteration_is_captured_as_a_whole() -> None:
+    rank = Rank(equal_groups(4))
+    rank.steps(6)
+    for _ in range(20):
+        rank.step(can_be_logged=False)
+    assert rank.reached == {*range(7), *range(8, 27, 2)}
+
+
+# -- what arenas keep -----------------------------------------------------------------------------------------------
 
 
 def test_what_arenas_retain_follows_what_was_agreed_on() -> None:
@@ -308,9 +354,12 @@ def test_what_arenas_retain_follows_what_was_agreed_on() -> None:
         found = Chains(layout).keep(Records.of(records), rank.rotation.settled)
         return {u: [r.iteration for r in found if r.unit == u] for u in (a, rank.log.log_of[a], b, host)}
 
-    rank.rotation.settle(4, {}, {})
+    rank.rotation.settle(4, {})
     assert kept() == {a: [3, 5, 7], rank.log.log_of[a]: [4, 5, 6, 7], b: [4, 6], host: [4, 5, 6, 7]}
-    rank.rotation.settle(4, {5: False, 6: False}, {5: False, 6: True})
-    assert kept() == {a: [3, 7], rank.log.log_of[a]: [4], b: [4, 6], host: [4, 7]}, "6 is whole, and a chain is not"
-    rank.rotation.settle(7, {7: True}, {7: True})
-    assert kept() == {a: [7], rank.log.log_of[a]: [], b: [6], host: [7]}
+    rank.rotation.settle(4, {6: False})
+    assert kept() == {a: [3, 5, 7], rank.log.log_of[a]: [4, 5, 6, 7], b: [4, 6], host: [4, 5, 7]}, "7 is to come"
+    rank.step(is_there=False, hears=False)
+    rank.rotation.settle(5, {5: True})
+    assert kept() == {a: [5, 7], rank.log.log_of[a]: [6, 7], b: [4, 6], host: [5, 7]}
+    rank.rotation.settle(5, {7: False})
+    assert kept() == {a: [5], rank.log.log_of[a]: [], b: [4], host: [5]}
