@@ -23,7 +23,8 @@ class Disk:
     load: Callable[[], int | None] | None = None
     """Load the newest one and return its iteration; None if there is none."""
     newest: Callable[[], int | None] | None = None
-    """The iteration that ``load`` would return, without loading. Without it, disk is asked only if memory is empty."""
+    """The iteration that ``load`` would return, without loading. Without it, disk is asked only if memory has
+    nothing, or nothing that training gets further from."""
 
 
 @dataclass(frozen=True, kw_only=True)

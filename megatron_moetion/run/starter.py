@@ -145,8 +145,8 @@ class Starter:
             self._run.journal.warn(
                 plan.iteration,
                 f"the run has gone on from iteration {plan.iteration}, which memory holds, {plan.fruitless} times "
-                f"without getting further: its state may be what makes training fail. The checkpoint on disk is taken "
-                f"instead, however old it is",
+                f"without getting further: its state may be what makes training fail. It gives way to the checkpoint "
+                f"on disk, however old that is",
             )
         return None
 

@@ -261,6 +261,25 @@ def test_what_was_saved_and_evaluated_at_the_end_is_not_repeated(runs: Any, tmp_
 # -- a state that is lost -------------------------------------------------------------------------------------------
 
 
+def test_after_recoveries_in_vain_the_checkpoint_on_disk_is_taken_and_the_run_is_as_if_nothing_had_happened(
+    runs: Any, tmp_path: Path
+) -> None:
+    """Killed in iteration 6 each time. What memory has is newer than what disk has, and is given up in the end."""
+    run = runs(MODES[0], f"--lr 1e-2 --save {tmp_path / 'saved'} --load {tmp_path / 'saved'} --save-interval 4")
+    killed = [run.attempt(f"--moetion-inject-fault {run.attempts}:2:6:before-select")]
+    while "without getting further" not in killed[-1].output:
+        assert len(killed) < 6
+        killed.append(run.attempt(f"--moetion-inject-fault {run.attempts}:2:6:before-select"))
+    assert "which memory holds, 3 times without getting further" in killed[-1].output
+    assert sum("recovered, epoch" in attempt.output for attempt in killed) == len(killed) - 2
+    assert min(killed[-1].losses) == 5, "from disk"
+    last = run.finish()
+    assert "without getting further" not in last.output
+    undisturbed = runs("", "--lr 1e-2").finish()
+    assert last.losses == {i: v for i, v in undisturbed.losses.items() if i in last.losses}
+    assert max(last.losses) == 10
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_parameter_that_is_no_number_is_not_what_a_restart_begins_with(runs: Any, mode: str) -> None:
     """After iteration 5 one rank has a NaN, and all hear of it in the next loss."""

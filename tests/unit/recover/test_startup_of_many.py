@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -15,7 +16,7 @@ from world import World, found_in, plan_world
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import IdentityMismatch
+from megatron_moetion.errors import ConfigError, IdentityMismatch
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.recover.plan import Choose, NoPlan, RecoveryPlan, choose_newest_experts, choose_same_iteration
@@ -106,12 +107,12 @@ class Job:
         units = [[(name, UnitKind(kind)) for name, kind, _ in spec.units] for spec in self.specs]
         return plan_world(units, found_in(self.arenas), self.placement, self.choose, nonce=100)
 
-    def ranks(self, fabrics: Fabrics) -> list[Rank]:
+    def ranks(self, fabrics: Fabrics, intervals: Sequence[int] = (1,) * RANKS) -> list[Rank]:
         names = [name for name, kind, _ in self.specs[0].units if kind == UnitKind.EXPERT]
         return [
             Rank(
                 startup=Startup(
-                    config=MoetionConfig(run_id="run", timeout_s=10),
+                    config=MoetionConfig(run_id="run", timeout_s=10, interval=intervals[rank]),
                     fabric=fabrics[rank],
                     node=node_folder(node, self.position[rank], self.num_ranks),
                     spec=self.specs[rank],
@@ -230,3 +231,21 @@ def test_an_arena_of_another_model_is_refused_by_all_whoever_finds_it(tmp_path: 
         said = set(together(*(partial(start, rank) for rank in job.ranks(fabrics))))
     (text,) = said
     assert "node1/rank00001.arena belongs to something else (layout: the model" in text
+
+
+def test_the_first_rank_that_was_started_differently_is_named_by_all(tmp_path: Path) -> None:
+    job = Job(tmp_path, random.Random(0), ranks_a_node=1, choose=choose_same_iteration)
+    job.train(0.0)
+
+    def start(rank: Rank) -> str:
+        with pytest.raises(ConfigError) as refusal:
+            rank.startup.survey(1)
+        rank.startup.close()
+        return str(refusal.value)
+
+    with loopback_fabrics(RANKS) as fabrics:
+        said = set(together(*(partial(start, rank) for rank in job.ranks(fabrics, intervals=(1, 1, 3, 2)))))
+    assert said == {
+        "ranks 0 and 2 were started differently: interval is 1 on one and 3 on the other; give all ranks the same "
+        "settings"
+    }
