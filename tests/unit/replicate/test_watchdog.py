@@ -9,6 +9,7 @@ from collections.abc import Callable
 
 import pytest
 from fabrics import Faults, loopback_fabrics
+from support import together
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.replicate.fabric import SocketFabric
@@ -114,6 +115,7 @@ def test_all_ranks_but_the_silent_one_end() -> None:
 
 def test_a_rank_that_leaves_in_good_order_is_not_silent() -> None:
     with loopback_fabrics(3, heartbeat_s=0.05) as fabrics:
+        together(*(lambda f=fabric: f.gather(0) for fabric in fabrics))  # type: ignore[misc]
         ranks = [Watched(fabric, limit_s=0.5) for fabric in fabrics]
         ranks[2].watchdog.close()
         fabrics[2].close()
