@@ -19,6 +19,9 @@ PATIENCE_S = 60.0
 
 _KEPT = 1024
 """Kinds of trouble that are remembered; of more, the oldest may be said again."""
+_KINDS_KEPT = 1024
+"""Kinds of trouble that a journal remembers; some kinds name an iteration."""
+
 _logger = logging.getLogger("megatron_moetion")
 
 
@@ -108,6 +111,7 @@ class Journal:
         for kind, note in notes.items():
             self._told.pop(kind, None)
             ranks = self._ranks[kind] = self._ranks.get(kind, 0) + note.ranks
+            _forget_oldest(self._ranks)
             _forget(self._ranks)
             if self._rank == 0 and ranks >= 2 * self._said.get(kind, 0):
                 self._said[kind] = ranks
@@ -130,6 +134,11 @@ class Journal:
 def _forget(kinds: dict[str, Any]) -> None:
     """Bound what is remembered, the oldest first."""
     while len(kinds) > _KEPT:
+        del kinds[next(iter(kinds))]
+
+
+def _forget_oldest(kinds: dict[str, Any]) -> None:
+    while len(kinds) > _KINDS_KEPT:
         del kinds[next(iter(kinds))]
 
 

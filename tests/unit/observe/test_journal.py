@@ -134,3 +134,14 @@ def test_no_round_carries_more_kinds_than_its_limit_and_none_is_forgotten() -> N
     first, second = journal.take_notes(), journal.take_notes()
     assert (len(first), len(second)) == (KINDS, 3)
     assert all(len(note.text) == TEXT_CHARS for note in [*first.values(), *second.values()])
+
+
+def test_a_journal_remembers_a_bounded_number_of_kinds(caplog: pytest.LogCaptureFixture) -> None:
+    journal = Journal(0, 0, None, SystemClock())
+    for iteration in range(3000):
+        journal.warn_once(f"holder {iteration}", iteration, "a holder is away")
+    said = len(caplog.records)
+    journal.warn_once("holder 2999", 3000, "a holder is away")
+    assert len(caplog.records) == said == 3000
+    journal.warn_once("holder 0", 3000, "a holder is away")
+    assert len(caplog.records) == said + 1, "forgotten long ago, so it is said again"
