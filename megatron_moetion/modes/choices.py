@@ -16,8 +16,9 @@ from megatron_moetion.replicate.channel import Reduced
 from megatron_moetion.schedule.sizes import Sizes
 from megatron_moetion.select.book import ExpertBook
 
-_ROUNDS = 256
-"""Rounds whose counts wait for a result. Reducers give up far fewer; what is older is not chosen."""
+_ROUNDS = 128
+"""Rounds whose results may be on their way, at most: the last ones, and those that follow the last result. Reducers
+give up far fewer than these; in between a rank that was away for long has given rounds up, and so have all others."""
 
 
 def combine_counts(mine: Sequence[int], theirs: Sequence[int]) -> Sequence[int]:
@@ -40,6 +41,8 @@ class Choices:
         """Results of the job's rounds that do not count in the group yet."""
         self._heard = -1
         self._results: deque[Reduced] = deque()
+        self._last = -1
+        """The group's last round whose result has come."""
         self._snapshots: dict[int, tuple[int, Sequence[int]]] = {}
         """By round: the iteration, and this rank's counts then."""
         self._chosen: dict[int, tuple[int, ...] | None] = {}
@@ -60,12 +63,15 @@ class Choices:
         Call it once for each snapshot. Each result is given once, in order; some may be of this round already.
         """
         self._snapshots[number] = (iteration, counts)
-        self._snapshots.pop(number - _ROUNDS, None)
+        self._snapshots = {
+            n: s for n, s in self._snapshots.items() if n > number - _ROUNDS or self._last < n <= self._last + _ROUNDS
+        }
         self._results.extend(results)
         if number == 0:
             self._choose(0)
         while self._results and self._results[0].number < number:
             result = self._results.popleft()
+            self._last = result.number
             heard, *totals = result.words
             while self._agreed and self._agreed[0].number <= heard:
                 self._apply(self._agreed.popleft())

@@ -24,7 +24,8 @@ from megatron_moetion.replicate.channel import Note, Reduced, Reducer
 WINDOW = 31
 """Snapshots that one mask covers."""
 _ROUNDS = 64
-"""Rounds whose results may be on their way; of older ones the result is of no use."""
+"""Rounds whose results may be on their way: the last ones, and those that follow the last result. In between a rank
+that was away for long has given rounds up, and so have all others."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,6 +57,8 @@ class Agreement:
         self._reducer = reducer
         self._iterations = {-1: iteration}
         """The iteration of each snapshot, by number, as far back as a result may reach."""
+        self._heard = -1
+        """The last round whose result has come."""
         self._open: set[int] = set()
         self._vetoed: set[int] = set()
         self.stable = iteration
@@ -97,7 +100,12 @@ class Agreement:
         """
         number = self._number + 1
         self._iterations[number] = iteration
-        self._iterations = {n: i for n, i in self._iterations.items() if n > number - _ROUNDS - WINDOW}
+        heard = self._heard
+        self._iterations = {
+            n: i
+            for n, i in self._iterations.items()
+            if n > number - _ROUNDS - WINDOW or heard - WINDOW < n <= heard + _ROUNDS
+        }
         recent = self._recent(number)
         self._vetoed &= set(recent)
         able = set(recoverable) - self._vetoed
@@ -118,6 +126,7 @@ class Agreement:
 
     def _learn(self, result: Reduced) -> Agreed:
         able, alive, votes, redundancy = result.words
+        self._heard = result.number
         recent = self._recent(result.number)
         able &= bits_of(self._open, recent)  # what was given up stays so: its captures may be gone
         newest = newest_common(able, recent)

@@ -196,3 +196,29 @@ def test_memory_is_bounded_while_no_result_comes() -> None:
     network.deliver(0, 1000)
     assert agreement.poll()[-1].stable == 0
     assert agreement.newest == 999
+
+
+@pytest.mark.parametrize("away", [40, 64, 95, 100, 500, 5000])
+def test_a_result_that_a_rank_missed_is_understood_however_long_it_was_away(away: int) -> None:
+    """All others have learnt that 20 is stable, and have released what is older; this rank must not give 20 up."""
+    network = Late(2)
+    one, other = (Agreement(network.of(r), 0) for r in range(2))
+
+    def start(agreement: Agreement, iteration: int) -> None:
+        rounds = {i: True for i in range(max(1, iteration - 5), iteration)}
+        agreement.start(iteration, rounds=rounds, recoverable=rounds, vote=0, redundancy=0)
+
+    for i in range(1, 22):
+        start(one, i)
+        start(other, i)
+        network.deliver(0, i)
+        network.deliver(1, min(i, 20))
+        one.poll()
+        other.poll()
+    assert (one.stable, other.stable) == (20, 19)
+    for i in range(22, 22 + away):
+        start(other, i)
+    network.deliver(1, 21)
+    (agreed,) = other.poll()
+    assert agreed.stable == 20
+    assert agreed.recoverable == {20: True}
