@@ -23,7 +23,7 @@ from megatron_moetion.replicate.channel import Reducer
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.schedule.scheduler import Carried
 from megatron_moetion.schedule.sizes import Sizes
-from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until
+from megatron_moetion.select.book import ExpertBook, ExpertState, Rules, lost_until, mean_recent, recent_until
 from megatron_moetion.select.budget import Limits, affordable_experts, experts_per_snapshot, popularity_copies
 from megatron_moetion.select.popularity import OPEN_MAX
 from megatron_moetion.select.shares import Shares
@@ -231,7 +231,8 @@ class PopularityMode(SnapshotMode):
         now = self._counted(staged)
         losses = self._book.losses(state, captured_at, iteration, now)
         totals, lost, before = (add_up(counts) for counts in (now, losses.lost, lost_until(state)))
-        self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before)
+        recent = mean_recent(add_up([*recent_until(state), 1]))
+        self._book.recover(state, losses, totals=totals, lost=lost, lost_before=before, recent=recent)
         counted = zip(self._book.names, losses.lost, strict=True) if self._tokens.counts_tokens() else ()
         return Losses(by_expert={name: n for name, n in counted if n}, layers=self.layers(staged))
 

@@ -179,11 +179,13 @@ class ExpertBook:
         totals: Sequence[int],
         lost: Sequence[int],
         lost_before: Sequence[int],
+        recent: Sequence[int],
     ) -> None:
         """Go on from a recovery. What is lost once cannot be lost again: later losses count from now.
 
         ``totals``, ``lost`` and ``lost_before`` (``losses.lost`` and ``lost_until(state)``) are summed over the
-        ranks that share the experts.
+        ranks that share the experts, and ``recent`` (``recent_until(state)``) is the mean of theirs: one of them may
+        have heard the last counts late. All that later choices depend on is the same on these ranks.
         """
         self._lost = [before + new for before, new in zip(lost_until(state), losses.lost, strict=True)]
         self._lost_last = list(lost)
@@ -191,9 +193,7 @@ class ExpertBook:
         ages = [-((i - losses.iteration) // self._rules.interval) for i in losses.captured]
         # At the beginning of a run little was known at T of the tokens of an interval.
         intervals = max(1, losses.iteration // self._rules.interval)
-        recent = [
-            max(r, -(-total // intervals)) for r, total in zip(_unpacked(state["recent"]).tolist(), totals, strict=True)
-        ]
+        recent = [max(r, -(-total // intervals)) for r, total in zip(recent, totals, strict=True)]
         self.ledger.seed(losses.captured, ages, totals, losses.now, recent)
 
     def layers(
@@ -214,6 +214,17 @@ class ExpertBook:
 def lost_until(state: Mapping[str, Any]) -> list[int]:
     """Tokens that faults had cost each expert on this rank; ``state`` is the result of ``ExpertBook.state``."""
     return [int(tokens) for tokens in _unpacked(state["lost"])]
+
+
+def recent_until(state: Mapping[str, Any]) -> list[int]:
+    """Tokens between the last two snapshots that this rank had heard of; ``state`` as in ``lost_until``."""
+    return [int(tokens) for tokens in _unpacked(state["recent"])]
+
+
+def mean_recent(sums: Sequence[int]) -> list[int]:
+    """The mean over ranks, rounded up, from the sums of ``[*recent_until(state), 1]`` over these ranks."""
+    *tokens, ranks = sums
+    return [-(-t // ranks) for t in tokens]
 
 
 def _packed(numbers: Sequence[int] | npt.NDArray[np.int64]) -> bytes:

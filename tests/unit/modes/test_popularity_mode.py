@@ -14,6 +14,7 @@ from megatron_moetion.errors import ConfigError
 from megatron_moetion.modes.mode import Site
 from megatron_moetion.modes.popularity import PopularityBlueprint, PopularityMode
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.select.book import ExpertBook, Rules, mean_recent, recent_until
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.units import Inventory, UnitKind
 
@@ -78,3 +79,31 @@ def test_a_rank_whose_peer_is_in_another_mode_waits_for_nothing() -> None:
         blueprint, own = PopularityBlueprint(Half(0)), site(0, fabrics)
         found = blueprint.build(own, [blueprint.facts(own), {}])
         assert "ranks" not in found.describe()
+
+
+def test_after_a_recovery_ranks_know_the_same_of_their_experts_although_one_had_heard_late() -> None:
+    """What a rank's host state says of the last interval is its own; choices must not depend on it."""
+    names = [f"layers.0.experts.{e}" for e in range(4)]
+    rules = Rules(policy="popularity-ema", reserved=1, most=4, staleness_cap=8, interval=1, lost_token_budget=0.0375)
+    states = []
+    for totals in ([[40, 30, 20, 10], [80, 60, 40, 21]], [[40, 30, 20, 10]]):  # the second rank has yet to hear
+        book = ExpertBook(names=names, layers=["layers.0.dense"] * 4, rules=rules)
+        book.choose_all(0, [0] * 4)
+        for counts in totals:
+            book.ledger.update(counts)
+        states.append(book.state())
+    assert recent_until(states[0]) != recent_until(states[1])
+
+    def add_up(mine: list[list[int]]) -> list[int]:
+        return [sum(column) for column in zip(*mine, strict=True)]
+
+    recent = mean_recent(add_up([[*recent_until(state), 1] for state in states]))
+    chosen = []
+    for state in states:
+        book = ExpertBook(names=names, layers=["layers.0.dense"] * 4, rules=rules)
+        losses = book.losses(state, {}, 2, [40, 30, 20, 10])
+        zeros = [0] * 4
+        book.recover(state, losses, totals=[80, 60, 40, 21], lost=zeros, lost_before=zeros, recent=recent)
+        chosen.append([book.choose(3 + n, [40, 30, 20, 10], 1) for n in range(6)])
+        assert book.ledger.average == [float(max(r, -(-t // 2))) for r, t in zip(recent, [80, 60, 40, 21], strict=True)]
+    assert chosen[0] == chosen[1]

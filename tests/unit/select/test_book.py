@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from megatron_moetion.select.book import ExpertBook, Losses, Rules, lost_until, share_lost
+from megatron_moetion.select.book import ExpertBook, Losses, Rules, lost_until, recent_until, share_lost
 from megatron_moetion.select.policies import POLICIES
 from megatron_moetion.snapshot.host_state import decode, encode
 
@@ -28,7 +28,14 @@ def book(**changes: Any) -> ExpertBook:
 
 def recover(experts: ExpertBook, state: dict[str, Any], losses: Losses, totals: list[int]) -> None:
     """Where no other rank shares the experts."""
-    experts.recover(state, losses, totals=totals, lost=losses.lost, lost_before=lost_until(state))
+    experts.recover(
+        state,
+        losses,
+        totals=totals,
+        lost=losses.lost,
+        lost_before=lost_until(state),
+        recent=recent_until(state),
+    )
 
 
 def test_it_chooses_the_most_unsaved_and_keeps_the_cap() -> None:
