@@ -384,7 +384,7 @@ class Control:
         arrived, start = neighbour.arrived, 0
         while len(arrived) - start >= _HEAD.size:
             length, length_checksum, checksum = _HEAD.unpack_from(arrived, start)
-            if zlib.crc32(_LENGTH.pack(length)) != length_checksum:
+            if zlib.crc32(_LENGTH.pack(length)) != length_checksum or not _BODY.size <= length <= FRAME_BYTES_MAX:
                 return False
             stop = start + _HEAD.size + length
             if len(arrived) < stop:
@@ -394,6 +394,8 @@ class Control:
                 return False
             start = stop
             neighbour.pause_s = _REDIAL_S[0]
+            if body[0] == _BEAT and (length - _BODY.size) % _SILENT.itemsize:
+                return False
             self._take(neighbour, body)
             if neighbour.socket is None:
                 return False

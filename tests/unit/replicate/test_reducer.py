@@ -4,13 +4,16 @@
 from __future__ import annotations
 
 import signal
+import struct
 import subprocess
 import sys
 import time
+import zlib
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fabrics import Fabrics, Faults, eventually, loopback_fabric, loopback_fabrics
 from support import together
@@ -18,7 +21,8 @@ from torch import distributed as dist
 
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.replicate.channel import Note, Reducer
+from megatron_moetion.replicate.channel import Connection, Note, Reducer
+from megatron_moetion.replicate.control import PURPOSE
 from megatron_moetion.replicate.reducer import merge_notes, pack, unpack
 
 PATHS = [str(Path(__file__).resolve().parents[n]) for n in (1, 3)]
@@ -363,3 +367,26 @@ def test_words_and_notes_survive_the_wire() -> None:
     assert found_words == words
     assert found_notes == {"drop": Note(ranks=3, rank=1, iteration=7, text="é" * 400)}
     assert unpack(pack((), {})) == ((), {})
+
+
+def read_to_the_end(connection: Connection) -> None:
+    while True:
+        connection.receive([np.zeros(1, dtype=np.uint8)], 5.0)
+
+
+@pytest.mark.parametrize("body", [b"", b"abc", bytes(25) + b"x", None])
+def test_a_frame_that_cannot_be_one_ends_its_connection_and_no_other(
+    body: bytes | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Too short, no heartbeat although it says so, and four gigabytes that are announced: with valid checksums."""
+    length = 4 << 30 if body is None else len(body)
+    length -= body is None
+    head = struct.pack("<III", length, zlib.crc32(struct.pack("<I", length)), zlib.crc32(body or b""))
+    with loopback_fabrics(3, heartbeat_s=0.05) as fabrics:
+        together(*(lambda f=f: f.gather(0) for f in fabrics))  # type: ignore[misc]
+        stray = fabrics[0].mesh.dial(2, PURPOSE, 5.0)
+        stray.send([np.frombuffer(head + (body or b"x" * 100), dtype=np.uint8)])
+        with pytest.raises(ChannelError):
+            read_to_the_end(stray)
+        assert together(*(lambda f=f: f.gather(f.rank) for f in fabrics)) == [[0, 1, 2]] * 3  # type: ignore[misc]
+    assert "begins anew" not in caplog.text
