@@ -8,6 +8,7 @@ Policies are in ``modes``, ``select``, ``recover/plan.py`` and ``replicate/place
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 
 from megatron_moetion.errors import ConfigError, DeviceFault, UnsupportedState
 from megatron_moetion.modes.mode import Remark
@@ -58,7 +59,7 @@ class Session:
 
         ``healthy``: False where the loss or the gradients of this iteration are not what they should be, on this rank
         at least. Neither the state after this iteration, nor the one before it, from which the loss came, becomes
-        stable then, unless it is.
+        stable then, unless it is. A recovery takes them only where nothing else can be recovered.
 
         The order of events is a contract (``docs/architecture.md`` says why each stands where it does):
 
@@ -86,7 +87,7 @@ class Session:
         run.protection.watch(iteration, run.agreement.stable, run.pipeline.ended)
         if not healthy:
             run.protection.note_unhealthy(iteration)
-            run.agreement.veto((iteration - 1, iteration))
+            self._veto((iteration - 1, iteration))
         if iteration % run.interval:
             return
         captured = run.pipeline.finish()
@@ -114,6 +115,15 @@ class Session:
         run.summary.drops(iteration, run.pipeline)
         for kind, text in run.pipeline.remarks():
             run.journal.warn_once(f"{kind} {iteration}", iteration, text)
+
+    def _veto(self, iterations: Sequence[int]) -> None:
+        """Before anything else: a crash may follow at once, and memory holds these iterations as any others."""
+        run = self.running
+        run.agreement.veto(iterations)
+        unwritten = run.vetoes.add(i for i in iterations if i > run.agreement.stable)
+        if unwritten is not None:
+            text = f"a recovery may go on from this iteration or the one before, which are not healthy: {unwritten}"
+            run.journal.warn_once("vetoes", max(iterations), text)
 
     def _learn(self) -> Settled | None:
         """What the results of agreements that have come allow arenas to release; None without news."""

@@ -105,9 +105,11 @@ class Reach:
     """Ranks of which no copy is left."""
     named: tuple[int, ...] = ()
     """The first of them."""
+    vetoed: tuple[int, ...] = ()
+    """Of ``hosts``, the ones that some rank has called unhealthy."""
 
     @classmethod
-    def of(cls, rank: int, units: Units, held: Held, choose: Choose) -> Reach:
+    def of(cls, rank: int, units: Units, held: Held, choose: Choose, vetoed: Collection[int] = ()) -> Reach:
         """One rank's."""
         host = next(number for number, (_, kind) in enumerate(units) if kind is UnitKind.HOST)
         hosts = sorted(held.get(host, ()), reverse=True)[:ITERATIONS_MAX]
@@ -117,15 +119,18 @@ class Reach:
             iterations=tuple(i for i in hosts if not isinstance(choose(units, held, i), str)),
             lost=int(is_lost),
             named=(rank,) if is_lost else (),
+            vetoed=tuple(i for i in hosts if i in vetoed),
         )
 
     def followed_by(self, later: Reach) -> Reach:
         """This, of lower ranks, and that of later ranks, as one."""
+        hosts = tuple(i for i in self.hosts if i in later.hosts)
         return Reach(
-            hosts=tuple(i for i in self.hosts if i in later.hosts),
+            hosts=hosts,
             iterations=tuple(i for i in self.iterations if i in later.iterations),
             lost=self.lost + later.lost,
             named=(*self.named, *later.named)[:_RANKS_NAMED],
+            vetoed=tuple(i for i in hosts if i in self.vetoed or i in later.vetoed),
         )
 
     def to_json(self) -> dict[str, Any]:
@@ -135,8 +140,7 @@ class Reach:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Reach:
         """Inverse of ``to_json``."""
-        hosts, iterations, named = (tuple(raw[name]) for name in ("hosts", "iterations", "named"))
-        return cls(hosts=hosts, iterations=iterations, lost=raw["lost"], named=named)
+        return cls(lost=raw["lost"], **{name: tuple(found) for name, found in raw.items() if name != "lost"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -155,6 +159,8 @@ class RecoveryPlan:
     """Newest iteration known to be whole on all replicas: kept until T is. T may be newer and on its owners only."""
     fruitless: int = 0
     """Recoveries in a row, before this one, from which the run has not come further than T."""
+    vetoed: tuple[int, ...] = ()
+    """Iterations from T on that all ranks can reach and some rank has called unhealthy. T is one as a last resort."""
 
     @property
     def history(self) -> History:
@@ -177,10 +183,14 @@ class NoPlan:
 
 
 def plan_of(reach: Reach, newest: History, nonce: int) -> RecoveryPlan | None:
-    """The newest iteration that all ranks can reach in this history; ``nonce``: see ``Branch``."""
+    """The newest iteration that all ranks can reach in this history; ``nonce``: see ``Branch``.
+
+    One that a rank has vetoed is left out while there is another. What was stable could not be vetoed.
+    """
     if not reach.iterations:
         return None
-    iteration = reach.iterations[0]
+    vetoed = {i for i in reach.vetoed if i > newest.stable}
+    iteration = next((i for i in reach.iterations if i not in vetoed), reach.iterations[0])
     branch = Branch(epoch=newest.epoch + 1, iteration=iteration, nonce=nonce)
     return RecoveryPlan(
         iteration=iteration,
@@ -190,6 +200,7 @@ def plan_of(reach: Reach, newest: History, nonce: int) -> RecoveryPlan | None:
         history_epoch=newest.epoch,
         safe=min(iteration, newest.stable),
         fruitless=newest.fruitless(iteration),
+        vetoed=tuple(i for i in reach.iterations if i >= iteration and i in vetoed),
     )
 
 

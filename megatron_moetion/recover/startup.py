@@ -54,6 +54,7 @@ from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Retention
 from megatron_moetion.store.spec import ArenaShape, ArenaSpec, arena_name
+from megatron_moetion.store.vetoes import vetoed_in
 from megatron_moetion.units import UnitKind
 
 _OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault",
@@ -251,7 +252,8 @@ class Startup:
     def _agree(
         self, held: Mapping[int, set[int]], newest: History, nonce: int, *, began: bool
     ) -> RecoveryPlan | NoPlan:
-        mine = Reach.of(self._fabric.rank, self._units, held, self._choose)
+        vetoed = vetoed_in(self._node.path, newest.lineage, newest.epoch)
+        mine = Reach.of(self._fabric.rank, self._units, held, self._choose, vetoed)
         reach = Reach.from_json(self._fabric.reduce(mine.to_json(), _both_reaches))
         plan = plan_of(reach, newest, nonce)
         if plan is not None:

@@ -31,6 +31,7 @@ from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
+from megatron_moetion.store.vetoes import Vetoes
 from megatron_moetion.units import UnitKind
 
 
@@ -54,6 +55,7 @@ class Running:
     arenas: OpenArenas
     pipeline: Pipeline
     agreement: Agreement
+    vetoes: Vetoes
     protection: Protection
     upkeep: Upkeep
     summary: Summary
@@ -178,6 +180,7 @@ class Prepared:
             arenas=arenas,
             pipeline=pipeline,
             agreement=Agreement(reducer, iteration),
+            vetoes=Vetoes(self.node.path, rank, arenas.own.page.lineage, epoch),
             protection=protection,
             upkeep=upkeep,
             summary=summary,

@@ -217,6 +217,7 @@ class Starter:
         self, resumed: Resumed, findings: Findings, plan: RecoveryPlan, on_disk: int, total: Total
     ) -> None:
         if self._run.fabric.rank == 0:
+            self._say_vetoed(plan)
             spent = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in resumed.seconds.items())
             disk = f" (disk holds iteration {on_disk})" if on_disk >= 0 else ""
             again = f", recovery {plan.fruitless + 1} in a row from here" if plan.fruitless else ""
@@ -242,6 +243,16 @@ class Starter:
             damaged=findings.summary.damaged,
             process_start=self._run.host.process_start(),
         )
+
+    def _say_vetoed(self, plan: RecoveryPlan) -> None:
+        if not plan.vetoed:
+            return
+        if plan.iteration in plan.vetoed:
+            text = "training has called this iteration unhealthy, and memory holds none that is not"
+        else:
+            listed = ", ".join(str(i) for i in plan.vetoed)
+            text = f"memory also holds what training has called unhealthy (iteration {listed}), and it is left out"
+        self._run.journal.warn(plan.iteration, text)
 
     # -- beginning ------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -135,8 +135,8 @@ class Job:
         self.iteration = self.sessions[0].stable_iteration
         return [resumed for _, resumed in found]
 
-    def train(self, steps: int) -> list[bytes]:
-        """The ranks' state after the last step."""
+    def train(self, steps: int, unhealthy: Collection[int] = ()) -> list[bytes]:
+        """The ranks' state after the last step. ``unhealthy``: ranks that do not call these steps healthy."""
         for _ in range(steps):
             self.iteration += 1
 
@@ -144,7 +144,7 @@ class Job:
                 session, state = self.sessions[rank], self.states[rank]
                 session.before_optimizer_step()
                 state.step(iteration)
-                session.on_step_end(iteration)
+                session.on_step_end(iteration, healthy=rank not in unhealthy)
                 session.drain()  # so that what is whole does not depend on the machine's load
 
             together(*(lambda r=r: step(r) for r in range(len(self.sessions))))  # type: ignore[misc]

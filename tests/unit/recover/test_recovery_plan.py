@@ -14,9 +14,11 @@ from world import Left, World, plan_world, restamped
 from megatron_moetion.recover.plan import (
     Choose,
     NoPlan,
+    Reach,
     choose_newest_experts,
     choose_same_iteration,
     custodian,
+    plan_of,
 )
 from megatron_moetion.recover.report import ArenaReport, History
 from megatron_moetion.replicate.placement import Placement, place
@@ -272,6 +274,30 @@ def test_a_recovery_to_something_older_still_counts_the_ones_before() -> None:
         for o in range(2)
     ]
     assert planned(found).plan.fruitless == 2
+
+
+def reaching(*iterations: int, vetoed: tuple[int, ...] = ()) -> Reach:
+    return Reach(hosts=iterations, iterations=iterations, vetoed=vetoed)
+
+
+@pytest.mark.parametrize(
+    ("vetoed", "stable", "iteration", "said"),
+    [
+        ((), 5, 9, ()),
+        ((9,), 5, 8, (9,)),
+        ((8, 6), 5, 9, ()),
+        ((9, 8), 5, 6, (9, 8)),
+        ((9, 8, 6), 5, 9, (9,)),
+        ((9, 8, 6), 8, 8, (9,)),
+    ],
+)
+def test_a_vetoed_iteration_is_left_out_while_there_is_another_unless_it_was_stable(
+    vetoed: tuple[int, ...], stable: int, iteration: int, said: tuple[int, ...]
+) -> None:
+    together = reaching(9, 8, 6, vetoed=vetoed[:1]).followed_by(reaching(9, 8, 7, 6, vetoed=(7, *vetoed[1:])))
+    found = plan_of(Reach.from_json(together.to_json()), History(stable=stable), nonce=0)
+    assert found is not None
+    assert (found.iteration, found.vetoed) == (iteration, said)
 
 
 # -- no plan --------------------------------------------------------------------------------------------------

@@ -203,6 +203,62 @@ def test_without_a_checkpoint_on_disk_the_job_stops_and_says_how_to_go_on(tmp_pa
     fifth.crash()
 
 
+@pytest.mark.parametrize("who", [(0,), (1,), (0, 1)])
+def test_an_unhealthy_iteration_and_the_one_before_are_not_recovered(
+    tmp_path: Path, who: tuple[int, ...], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = trained(tmp_path)
+    healthy = [s.image() for s in job.states]
+    job.train(1)
+    job.train(1, unhealthy=who)  # its loss came from the state after iteration 4
+    job.crash()
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 3
+    assert [s.image() for s in second.states] == healthy
+    assert lines(caplog, "called unhealthy (iteration 4), and it is left out")
+    images = second.train(2)
+    second.crash()
+    third = Job(tmp_path, attempt=2)  # iterations 4 and 5 are others now
+    resumed = third.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 5
+    assert [s.image() for s in third.states] == images
+    third.crash()
+
+
+def test_an_iteration_that_was_healthy_after_unhealthy_ones_is_recovered(tmp_path: Path) -> None:
+    job = trained(tmp_path)
+    for _ in range(40):
+        job.train(1, unhealthy=(1,))
+    images = job.train(2)
+    job.crash()
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 45
+    assert [s.image() for s in second.states] == images
+    second.crash()
+
+
+def test_vetoes_that_cannot_be_written_or_read_do_not_stop_a_run(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    job = trained(tmp_path, 4)
+    in_the_way = tmp_path / "job" / "node0" / "rank00000.vetoed.json"
+    in_the_way.mkdir()
+    job.train(1, unhealthy=(0,))
+    job.crash()
+    assert lines(caplog, f"{in_the_way} cannot be written: Is a directory")
+    (tmp_path / "job" / "node1" / "rank00001.vetoed.json").write_text('{"lineage": 1, "epoch"')
+    second = Job(tmp_path, attempt=1)
+    resumed = second.start()[0]
+    assert resumed is not None
+    assert resumed.iteration == 4
+    second.crash()
+
+
 # -- never silently from zero -----------------------------------------------------------------------------------
 
 
