@@ -2,7 +2,8 @@
 """Connections of pairs of ranks over TCP, each made where it is needed.
 
 A rank listens on one port. Its address and a token of the job stand in the rendezvous store: a rank asks the store once
-for each peer that it needs. A connection begins with a hello that only a rank of this job can make:
+for each peer that it needs. The listener says 16 random bytes, its challenge. The caller answers with a hello, which
+only a rank of this job can make, for this connection only:
 
 | bytes | field |
 | --- | --- |
@@ -10,7 +11,7 @@ for each peer that it needs. A connection begins with a hello that only a rank o
 | 4, 4 | from, to: ranks, little-endian |
 | 16 | random, so that no two hellos are equal |
 | 1, n | length of the purpose, and the purpose in ASCII |
-| 32 | HMAC-SHA256 of all before, keyed with the token |
+| 32 | HMAC-SHA256 of the challenge and all before, keyed with the token |
 
 The listener answers with the HMAC of the hello's 32 bytes. A hello of anybody else, or for another rank, is closed at
 once; one whose purpose is not served yet is closed too, and dialled again. The token keeps jobs apart that share a
@@ -51,6 +52,7 @@ _STRANGERS = 256
 _RETRY_S = (0.02, 0.5)
 """First and longest pause between two attempts to dial."""
 _MAC_BYTES = 32
+_CHALLENGE_BYTES = 16
 _logger = logging.getLogger("megatron_moetion")
 
 
@@ -131,7 +133,8 @@ class SocketMesh:
         sock = socket.create_connection(place, timeout=limit_s)
         try:
             deadline_s = self._clock.monotonic() + limit_s
-            sock.sendall(hello := self._hello(peer, purpose))
+            challenge = self._read(sock, _CHALLENGE_BYTES, deadline_s)
+            sock.sendall(hello := self._hello(peer, purpose, challenge))
             answer = self._read(sock, _MAC_BYTES, deadline_s)
             if not hmac.compare_digest(answer, self._mac(hello[-_MAC_BYTES:])):
                 raise ConnectionError("somebody else answers there")
@@ -140,10 +143,10 @@ class SocketMesh:
             sock.close()
             raise
 
-    def _hello(self, peer: int, purpose: str) -> bytes:
+    def _hello(self, peer: int, purpose: str, challenge: bytes) -> bytes:
         name = purpose.encode("ascii")
         text = _HEAD.pack(MAGIC, self.rank, peer, os.urandom(16), len(name)) + name
-        return text + self._mac(text)
+        return text + self._mac(challenge + text)
 
     def _mac(self, text: bytes) -> bytes:
         return hmac.digest(self._directory.token, text, hashlib.sha256)
@@ -207,12 +210,13 @@ class SocketMesh:
     def _known(self, sock: socket.socket) -> tuple[SocketConnection, Callable[[SocketConnection], None]]:
         """The connection of a rank of this job, and who serves its purpose. ``OSError`` where it is none."""
         deadline_s = self._clock.monotonic() + self._hello_s
+        sock.sendall(challenge := os.urandom(_CHALLENGE_BYTES))
         head = self._read(sock, _HEAD.size, deadline_s)
         magic, peer, to, _, length = _HEAD.unpack(head)
         if magic != MAGIC or to != self.rank or not 0 <= peer < self.world_size:
             raise ConnectionError("not a rank of this job")
         name, mac = (self._read(sock, nbytes, deadline_s) for nbytes in (length, _MAC_BYTES))
-        if not hmac.compare_digest(mac, self._mac(head + name)):
+        if not hmac.compare_digest(mac, self._mac(challenge + head + name)):
             raise ConnectionError("not a rank of this job")
         purpose = name.decode("ascii")
         handler = self._handlers.get(purpose)

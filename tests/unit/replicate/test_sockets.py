@@ -228,9 +228,16 @@ def mesh_of(rank: int, store: dist.Store, **options: float) -> tuple[SocketMesh,
     return mesh, directory
 
 
-def hello(token: bytes, *, magic: bytes = sockets.MAGIC, source: int = 0, target: int = 1) -> bytes:
+def hello(token: bytes, challenge: bytes, *, magic: bytes = sockets.MAGIC, source: int = 0, target: int = 1) -> bytes:
     text = struct.pack("<8sII16sB", magic, source, target, bytes(16), 1) + b"x"
-    return text + hmac.digest(token, text, hashlib.sha256)
+    return text + hmac.digest(token, challenge + text, hashlib.sha256)
+
+
+def challenge_of(caller: socket.socket) -> bytes:
+    found = b""
+    while len(found) < 16:
+        found += caller.recv(16 - len(found))
+    return found
 
 
 @pytest.mark.parametrize(
@@ -240,6 +247,7 @@ def hello(token: bytes, *, magic: bytes = sockets.MAGIC, source: int = 0, target
         {"source": 2},
         {"target": 0},
         {"token": bytes(32)},
+        {"challenge": bytes(16)},
     ],
     ids=lambda wrong: next(iter(wrong)),
 )
@@ -251,7 +259,7 @@ def test_a_wrong_hello_is_closed_at_once_and_the_right_one_answered(wrong: dict[
     try:
         for settings, answers in (({"token": directory.token, **wrong}, False), ({"token": directory.token}, True)):
             with socket.create_connection(("127.0.0.1", second.port), timeout=5) as caller:
-                caller.sendall(hello(**settings))
+                caller.sendall(hello(**{"challenge": challenge_of(caller), **settings}))
                 answer = b""
                 with suppress(ConnectionResetError):
                     while part := caller.recv(100):
@@ -272,6 +280,7 @@ def test_a_stranger_that_says_nothing_is_let_go_and_holds_up_nobody() -> None:
     second.serve("x", lambda connection: connection.receive([empty(1)]))
     with socket.create_connection(("127.0.0.1", second.port), timeout=5) as stranger:
         first.dial(1, "x", 5.0).send([empty(1)])
+        challenge_of(stranger)
         assert stranger.recv(1) == b""
     first.close()
     second.close()
@@ -286,6 +295,7 @@ def test_somebody_else_at_a_ranks_address_is_not_taken_for_it() -> None:
         def answer() -> None:
             caller, _ = stranger.accept()
             with caller:
+                caller.sendall(bytes(16))
                 caller.recv(1000)
                 caller.sendall(bytes(32))
 
