@@ -110,6 +110,8 @@ class LinkState:
     """Whether the holder listed exactly what the arena did then."""
     updates: int = 0
     """That the holder has acknowledged."""
+    taken: int = 0
+    """Snapshots that it has taken on this connection."""
     failures: int = 0
     """Connections, and attempts at one, that failed."""
     problem: str | None = None
@@ -193,7 +195,7 @@ class Link:
                 except ChannelError as error:
                     self._in_a_row += 1
                     failures = self.state.failures + 1
-                    self._set(is_up=False, is_level=False, failures=failures, problem=str(error))
+                    self._set(is_up=False, is_level=False, taken=0, failures=failures, problem=str(error))
                     self._pause(self._timing.pause_s(self._in_a_row, self._chance.random()))
         finally:
             self._set(is_up=False, is_level=False)
@@ -289,7 +291,8 @@ class Link:
                 return
         self._mirror = plain(self._mirror + added)
         self._in_a_row = 0
-        self._set(updates=self.state.updates + 1, problem=None)
+        taken = self.state.taken + bool(added)
+        self._set(updates=self.state.updates + 1, taken=taken, problem=None)
 
     def _agree(self, connection: Connection, iteration: int) -> None:
         answer = self._answer(connection, _REASON_BYTES_MAX)
