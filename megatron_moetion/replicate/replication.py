@@ -293,7 +293,7 @@ class Replication:
                 watch, state = self._watches[rank], self._links[rank].state
                 if state.updates != watch.updates or (state.is_level and not self._behind(state)):
                     self._watches[rank] = _Watch(since_s=now, updates=state.updates)
-                else:
+                elif not state.is_waiting:  # another holder takes its time, not this one
                     watch.snapshots += 1
             if seat.holder is not None and self._is_away(seat.holder, now):
                 self._do_without(seat, seat.holder)

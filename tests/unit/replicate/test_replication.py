@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import itertools
 import random
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mirrors import TIMING, Ranks, eventually, running
+from mirrors import LONG_S, TIMING, Ranks, eventually, running
 from world import Left, World, plan_world
 
 from megatron_moetion.arrays import Bytes
@@ -115,6 +116,29 @@ def test_a_holder_on_a_slow_link_is_taken_back(tmp_path: Path) -> None:
         ranks.faults.change = lambda rank, peer, parts: parts
         go_on(ranks, after)
         assert ranks.replications[0].redundancy(after) == 1
+
+
+def test_a_holder_that_does_not_answer_takes_no_other_holders_seat(tmp_path: Path) -> None:
+    """Holder 1 takes an update's header and does not answer; holder 2 is in perfect health."""
+    goes_on = threading.Event()
+
+    def say_nothing(rank: int, peer: int, parts: Sequence[Bytes]) -> Sequence[Bytes]:
+        if (rank, peer) == (1, 0):
+            goes_on.wait(LONG_S)
+        return parts
+
+    with running(tmp_path, 3, 2, patience=PATIENCE, timing=replace(TIMING, answer_s=LONG_S)) as ranks:
+        ranks.step(1)
+        ranks.faults.change = say_nothing
+        try:
+            after = go_on_until(ranks, 2, lambda: active(ranks) == [2])
+            for iteration in range(after, after + 20 * PATIENCE):
+                go_on_alone(ranks, iteration)
+                assert eventually(lambda i=iteration: i in ranks.replications[0].whole)  # type: ignore[misc]
+            assert active(ranks) == [2]
+            assert "rank 2" not in texts(ranks)
+        finally:
+            goes_on.set()
 
 
 def test_another_node_with_room_takes_over_and_the_first_holder_drops_its_copy_when_it_is_back(tmp_path: Path) -> None:
