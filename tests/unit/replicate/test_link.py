@@ -10,11 +10,11 @@ from pathlib import Path
 
 import pytest
 from mirrors import LONG_S, TIMING, eventually, running
-from support import POOL, capture, is_whole
+from support import POOL, capture, is_whole, node_folder
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.frames import PURPOSE, Frame, Kind, Opening, receive_frame, send_frame
-from megatron_moetion.store.manifest import Branch
+from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Page
 from megatron_moetion.store.sharedfile import open_arena, peek_arena
 from megatron_moetion.store.spec import arena_name
 
@@ -154,6 +154,21 @@ def test_an_update_of_a_history_that_has_ended_is_refused(tmp_path: Path) -> Non
         ranks.commit(0, 2)
         assert eventually(lambda: "epoch" in (ranks.replications[0].states()[0].problem or ""))
         assert ranks.listed(1, 0) == {1}
+
+
+def test_an_arena_that_was_made_for_an_owner_is_of_its_history_after_any_number_of_recoveries(tmp_path: Path) -> None:
+    with running(tmp_path, 2) as ranks:
+        spec = ranks.own(0).spec
+        for count in (0, MAX_BRANCHES, MAX_BRANCHES + 1):
+            branches = tuple(Branch(epoch=e, iteration=0) for e in range(1, count + 1))
+            page = Page(epoch=count, branches=branches)
+            made = node_folder(tmp_path).create_arena("made.arena", spec, page)
+            _, page_there = peek_arena(tmp_path / "made.arena")
+            made.close()
+            opening = Opening(spec=spec, page=page)
+            assert opening.is_history_of(page_there)
+            if count:
+                assert not opening.is_history_of(replace(page_there, branches=branches[:-1]))
 
 
 def test_a_rank_opens_no_arena_but_its_own(tmp_path: Path) -> None:
