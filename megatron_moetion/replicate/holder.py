@@ -195,6 +195,11 @@ class Holder:
         return arena
 
     def _drop(self, connection: Connection, frame: Frame) -> None:
+        held = self._arenas.held.get(connection.peer)
+        if held is not None and held.page.epoch > frame.epoch:
+            problem = f"{held.name} is of epoch {held.page.epoch}, its owner gives up that of epoch {frame.epoch}"
+            send_frame(connection, self._pool, refusal(frame.epoch, problem))
+            return
         arena = self._arenas.take_out(connection.peer)
         if arena is not None:
             arena.remove()

@@ -171,6 +171,18 @@ def test_an_arena_that_was_made_for_an_owner_is_of_its_history_after_any_number_
                 assert not opening.is_history_of(replace(page_there, branches=branches[:-1]))
 
 
+def test_nobody_gives_up_the_arena_of_a_later_epoch(tmp_path: Path) -> None:
+    with running(tmp_path, 3) as ranks:
+        ranks.step(1)
+        ranks.held(1, 0).edit(lambda page: {"epoch": 1, "branches": (Branch(epoch=1, iteration=1),)})
+        for epoch, answer in ((0, Kind.NO), (1, Kind.YES)):
+            connection = ranks.fabrics[0].mesh.dial(1, PURPOSE, 2.0)
+            send_frame(connection, POOL, Frame(kind=Kind.DROP, epoch=epoch))
+            assert receive_frame(connection, POOL, body_bytes_max=1000).kind is answer
+            connection.close()
+            assert (0 in ranks.arenas[1].held) == (answer is Kind.NO)
+
+
 def test_a_rank_opens_no_arena_but_its_own(tmp_path: Path) -> None:
     with running(tmp_path, 3, room=(0, 1, 2)) as ranks:
         ranks.step(1)
