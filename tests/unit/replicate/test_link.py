@@ -5,11 +5,12 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mirrors import LONG_S, TIMING, eventually, running
+from mirrors import LONG_S, TIMING, Node, eventually, running
 from support import POOL, capture, is_whole, node_folder
 
 from megatron_moetion.errors import ChannelError
@@ -181,6 +182,35 @@ def test_nobody_gives_up_the_arena_of_a_later_epoch(tmp_path: Path) -> None:
             assert receive_frame(connection, POOL, body_bytes_max=1000).kind is answer
             connection.close()
             assert (0 in ranks.arenas[1].held) == (answer is Kind.NO)
+
+
+def test_a_node_promises_its_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two owners ask at once; there is room for one."""
+
+    def spare_bytes(node: Node) -> int:
+        free = room - node.bytes_here()
+        time.sleep(0.3)  # the other one looks too, if it may
+        return free
+
+    def ask(owner: int) -> None:
+        connection = ranks.fabrics[owner].mesh.dial(4, PURPOSE, 2.0)
+        opening = Opening(spec=ranks.own(owner).spec, page=ranks.own(owner).page).encode()
+        send_frame(connection, POOL, Frame(kind=Kind.OPEN, epoch=0, body=opening))
+        answers.append(receive_frame(connection, POOL, body_bytes_max=1 << 20, timeout_s=LONG_S).kind)
+        connection.close()
+
+    answers: list[Kind] = []
+    with running(tmp_path, 5) as ranks:
+        room = node_folder(ranks.folders[4]).bytes_here() + 3 * ranks.own(0).nbytes // 2
+        monkeypatch.setattr(Node, "spare_bytes", spare_bytes)
+        threads = [threading.Thread(target=ask, args=(owner,)) for owner in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG_S)
+        assert sorted(answers) == [Kind.TABLE, Kind.NO]
+        assert len({0, 1} & set(ranks.arenas[4].held)) == 1
+        assert (ranks.folders[4] / "room.lock").exists(), "other ranks of the node are kept out too"
 
 
 def test_a_rank_opens_no_arena_but_its_own(tmp_path: Path) -> None:
