@@ -29,7 +29,7 @@ from megatron_moetion.errors import ChannelError, CorruptArena
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.snapshot.digest import digest_of
 from megatron_moetion.snapshot.packer import HostPool
-from megatron_moetion.store.manifest import Branch, Page
+from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Page
 from megatron_moetion.store.spec import ArenaSpec
 
 PURPOSE = "hold"
@@ -142,6 +142,8 @@ class Opening:
             raise ChannelError(f"rank {peer} opens with something else than an arena: {error}") from error
 
     def is_history_of(self, page: Page) -> bool:
-        """Whether a page belongs to the same history."""
+        """Whether a page belongs to the same history, as far as pages remember it."""
         ours = self.page
-        return (ours.epoch, ours.lineage, ours.branches) == (page.epoch, page.lineage, page.branches)
+        return (ours.epoch, ours.lineage) == (page.epoch, page.lineage) and (
+            ours.branches[-MAX_BRANCHES:] == page.branches[-MAX_BRANCHES:]
+        )

@@ -68,6 +68,7 @@ class Holder:
         self._timeout_s = timeout_s
         self._idle_s = idle_s
         self._guard = threading.Lock()
+        self._making = threading.Lock()
         self._is_quiet = False
         self._connections: dict[int, Connection] = {}
         self._in_use: dict[int, threading.Lock] = defaultdict(threading.Lock)
@@ -187,14 +188,22 @@ class Holder:
         return held
 
     def _make(self, spec: ArenaSpec, page: Page) -> Arena:
-        free, owner = self._node.spare_bytes(), spec.identity.owner
-        if free < spec.nbytes + (0 if owner in self._placed else spec.nbytes // SPARE_SHARE):
-            raise StoreError(f"there is no room for {spec.nbytes} bytes of rank {owner}: {free} are free")
-        arena = self._node.create_arena(arena_name(owner), spec, page)
+        """An arena, where there is room; one at a time on a node, so that no two are promised the same room."""
+        owner = spec.identity.owner
+        with self._making, self._node.deciding(self._timeout_s):
+            free = self._node.spare_bytes()
+            if free < spec.nbytes + (0 if owner in self._placed else spec.nbytes // SPARE_SHARE):
+                raise StoreError(f"there is no room for {spec.nbytes} bytes of rank {owner}: {free} are free")
+            arena = self._node.create_arena(arena_name(owner), spec, page)
         self._arenas.add(arena)
         return arena
 
     def _drop(self, connection: Connection, frame: Frame) -> None:
+        held = self._arenas.held.get(connection.peer)
+        if held is not None and held.page.epoch > frame.epoch:
+            problem = f"{held.name} is of epoch {held.page.epoch}, its owner gives up that of epoch {frame.epoch}"
+            send_frame(connection, self._pool, refusal(frame.epoch, problem))
+            return
         arena = self._arenas.take_out(connection.peer)
         if arena is not None:
             arena.remove()

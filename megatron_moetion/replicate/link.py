@@ -81,12 +81,23 @@ class Turns:
         self._lock = threading.Lock()
 
     @contextmanager
-    def transfer(self, nbytes: int, timeout_s: float) -> Iterator[None]:
-        """Wrap a transfer. ``ChannelError`` where another link does not end its own in time."""
-        if not self._lock.acquire(timeout=timeout_s):
+    def transfer(
+        self, nbytes: int, snapshots: int, timeout_s: float, tell_waiting: Callable[[bool], None]
+    ) -> Iterator[None]:
+        """Wrap the transfer of one of so many ``snapshots``, which together go at the pace of one.
+
+        ``tell_waiting`` is told when a wait for the turn begins and ends. ``ChannelError`` where another link does not
+        end its own turn in time.
+        """
+        is_mine = self._lock.acquire(blocking=False)
+        if not is_mine:
+            tell_waiting(True)
+            is_mine = self._lock.acquire(timeout=timeout_s)
+            tell_waiting(False)
+        if not is_mine:
             raise ChannelError(f"another holder of this rank's replicas has been sent to for {timeout_s:g} s")
         try:
-            with self._pacing.transfer(nbytes, self._count):
+            with self._pacing.transfer(nbytes, self._count * snapshots):
                 yield
         finally:
             self._lock.release()
@@ -110,6 +121,10 @@ class LinkState:
     """Whether the holder listed exactly what the arena did then."""
     updates: int = 0
     """That the holder has acknowledged."""
+    is_waiting: bool = False
+    """Whether it waits for its turn: another link sends."""
+    taken: int = 0
+    """Snapshots that it has taken on this connection."""
     failures: int = 0
     """Connections, and attempts at one, that failed."""
     problem: str | None = None
@@ -193,7 +208,7 @@ class Link:
                 except ChannelError as error:
                     self._in_a_row += 1
                     failures = self.state.failures + 1
-                    self._set(is_up=False, is_level=False, failures=failures, problem=str(error))
+                    self._set(is_up=False, is_level=False, taken=0, failures=failures, problem=str(error))
                     self._pause(self._timing.pause_s(self._in_a_row, self._chance.random()))
         finally:
             self._set(is_up=False, is_level=False)
@@ -253,17 +268,18 @@ class Link:
         """Everything that is missing now, iteration after iteration, at the pace of one snapshot."""
         behind = found.iterations
         if not behind:
-            self._update(connection, page, found, NO_RECORDS)
-            return
-        with self._turns.transfer(int(found.missing.table["nbytes"].sum()), self._timing.answer_s):
-            for iteration in behind:
-                page, found = self._look()
-                added = found.missing.where(found.missing.table["iteration"] == iteration)
-                if added and not self._is_over():
-                    self._update(connection, page, found, added)
+            self._update(connection, page, found, NO_RECORDS, 1)
+        for iteration in behind:
+            page, found = self._look()
+            added = found.missing.where(found.missing.table["iteration"] == iteration)
+            if added and not self._is_over():
+                self._update(connection, page, found, added, len(behind))
 
-    def _update(self, connection: Connection, page: Page, found: Difference, added: Records) -> None:
-        """One step of the mirror. ``ChannelError`` where it is not made, except for captures that are gone."""
+    def _update(self, connection: Connection, page: Page, found: Difference, added: Records, snapshots: int) -> None:
+        """One step of the mirror, towards so many ``snapshots``.
+
+        ``ChannelError`` where it is not made, except for captures that are gone.
+        """
         stored = added.table["slot"][~added.is_zero].astype(np.int64)
         update = Update(dropped=found.stale, added=added, digests=self._digests(stored))
         iteration = int(added.table["iteration"][0]) if added else 0
@@ -281,20 +297,26 @@ class Link:
         self._mirror = self._mirror.where(~among(self._mirror, found.stale))
         self._stable = page.stable
         if len(stored):
-            self._probe("mid-replication", iteration)
-            connection.send(self._own.payloads(stored), gate=self._turns.gate)
-            answer = self._answer(connection, _REASON_BYTES_MAX)
+            nbytes = int(added.table["nbytes"].sum())
+            with self._turns.transfer(nbytes, snapshots, self._timing.answer_s, self._tell_waiting):
+                self._probe("mid-replication", iteration)
+                connection.send(self._own.payloads(stored), gate=self._turns.gate)
+                answer = self._answer(connection, _REASON_BYTES_MAX)
             if answer.kind is not Kind.YES:
                 self._judge(added, answer.reason)
                 return
         self._mirror = plain(self._mirror + added)
         self._in_a_row = 0
-        self._set(updates=self.state.updates + 1, problem=None)
+        taken = self.state.taken + bool(added)
+        self._set(updates=self.state.updates + 1, taken=taken, problem=None)
 
     def _agree(self, connection: Connection, iteration: int) -> None:
         answer = self._answer(connection, _REASON_BYTES_MAX)
         if answer.kind is not Kind.YES:
             raise ChannelError(f"rank {self.holder} does not take iteration {iteration}: {answer.reason}")
+
+    def _tell_waiting(self, is_waiting: bool) -> None:
+        self._set(is_waiting=is_waiting)
 
     def _judge(self, added: Records, reason: str) -> None:
         """Captures that the arena has dropped meanwhile may have lost their slots: then nothing went wrong."""

@@ -2,7 +2,7 @@
 """One rank's replication: a link to each of its holders, and what its arena is worth because of them.
 
 A holder that stays away costs its owner a copy, and no more: snapshots go on being whole with the copies that there
-are, other nodes are asked for room, and the holder is taken back when it has everything again.
+are, other nodes are asked for room, and the holder is taken back when it lacks one snapshot at most.
 """
 
 from __future__ import annotations
@@ -252,12 +252,16 @@ class Replication:
             for i, number in self._offered.items()
         )
 
-    def _is_complete(self, rank: int | None) -> bool:
-        """Whether a holder can be reached and has everything."""
+    def _may_count(self, rank: int | None) -> bool:
+        """Whether snapshots may wait for a holder: it has everything, or it takes snapshots and lacks only one.
+
+        A holder on a slow link always lacks the last one, unless snapshots wait for it.
+        """
         if rank is None or rank not in self._links:
             return False
-        state = self._links[rank].state
-        return state.is_up and state.is_level and not self._behind(state)
+        state, behind = self._links[rank].state, self._behind(self._links[rank].state)
+        takes = state.taken > 0 and len(state.lacking) <= 1 and behind <= 1
+        return state.is_up and (takes or (state.is_level and not behind))
 
     def _connect(self, rank: int) -> None:
         """Have a link to this rank, and a wanted one."""
@@ -289,7 +293,7 @@ class Replication:
                 watch, state = self._watches[rank], self._links[rank].state
                 if state.updates != watch.updates or (state.is_level and not self._behind(state)):
                     self._watches[rank] = _Watch(since_s=now, updates=state.updates)
-                else:
+                elif not state.is_waiting:  # another holder takes its time, not this one
                     watch.snapshots += 1
             if seat.holder is not None and self._is_away(seat.holder, now):
                 self._do_without(seat, seat.holder)
@@ -359,9 +363,9 @@ class Replication:
             )
 
     def _fill(self, seat: _Seat) -> None:
-        """Take a holder that has everything."""
+        """Take a holder that snapshots may wait for."""
         for rank in (seat.home, seat.candidate):
-            if rank is not None and self._is_complete(rank):
+            if rank is not None and self._may_count(rank):
                 seat.holder = rank
                 for other in _ranks(seat.home, seat.candidate) - {rank}:
                     self._links[other].retire()

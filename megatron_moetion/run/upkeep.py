@@ -7,6 +7,7 @@ from megatron_moetion.errors import DeviceFault, StoreError
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.pipeline import Pipeline
 from megatron_moetion.snapshot.packer import Packer
+from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.lock import NodeLock
 from megatron_moetion.store.node import NodeFolder, write_pid
 from megatron_moetion.store.open import OpenArenas
@@ -44,7 +45,8 @@ class Upkeep:
 
     def check(self, iteration: int) -> None:
         """Once a snapshot, when the last one is packed. A failure is logged, and tried again later."""
-        gone = [a for a in self._arenas.all() if not a.has_file]
+        found = self._gone()
+        gone = [a for a in self._gone() if a in found] if found else []  # one given up meanwhile is no longer held
         if not gone and self._lock.has_file:
             return
         if self._tried_in:
@@ -65,7 +67,7 @@ class Upkeep:
 
     def _make_again(self, iteration: int, said: str) -> None:
         """No thread uses the arenas. One that its owner has taken elsewhere meanwhile is no longer among them."""
-        gone = [a for a in self._arenas.all() if not a.has_file]
+        gone = self._gone()
         self._packer.close()
         try:
             self._node.make_again(self._lock)
@@ -85,6 +87,9 @@ class Upkeep:
             self._packer.adopt(self._arenas.own.memory)
         except DeviceFault as error:
             self._report("unpinned", iteration, f"the arena was made again and could not be pinned: {error}")
+
+    def _gone(self) -> list[Arena]:
+        return [a for a in self._arenas.all() if not a.has_file]
 
     def _report(self, kind: str, iteration: int, text: str) -> None:
         self._journal.warn_once(f"store-{kind}-{self._times}", iteration, text)

@@ -10,7 +10,8 @@ from __future__ import annotations
 import fcntl
 import os
 import struct
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_moetion.clock import Clock
@@ -93,6 +94,24 @@ class NodeLock:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+@contextmanager
+def alone(path: Path, *, wait_s: float, clock: Clock) -> Iterator[None]:
+    """Within this no other process is within the same of ``path``; waits at most ``wait_s``.
+
+    Threads of one process do not exclude each other. ``StoreError`` names the process that does not come to an end.
+    """
+    fd = open_or_make(path)
+    try:
+        until = clock.monotonic() + wait_s
+        while not _try(fd, 0, 0):
+            if clock.monotonic() >= until:
+                raise StoreError(f"{path} is still locked by {describe(_holder(fd, 0, 0))} after {wait_s:g} s")
+            clock.sleep(_POLL_S)
+        yield
+    finally:
+        os.close(fd)
 
 
 def describe(pid: int) -> str:

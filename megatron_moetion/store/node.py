@@ -8,7 +8,7 @@ import os
 import stat
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.files import clear, open_regular
 from megatron_moetion.store.hostmemory import PLAIN, HostMemory
-from megatron_moetion.store.lock import NodeLock
+from megatron_moetion.store.lock import NodeLock, alone
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.sharedfile import available_bytes, create_arena, free_bytes, open_arena, peek_arena
 from megatron_moetion.store.spec import ArenaSpec
 
 _MARKER = "node.id"
+_ROOM_LOCK = "room.lock"
 
 RUN_ID_BYTES_MAX = 200
 """File systems take names of up to 255 bytes."""
@@ -97,6 +98,10 @@ class NodeFolder:
     def spare_bytes(self) -> int:
         """Memory that one more arena may take while training runs."""
         return min(self.free_bytes(), available_bytes())
+
+    def deciding(self, wait_s: float) -> AbstractContextManager[None]:
+        """While it is entered no other process of the node decides whether there is room. Raises as ``alone``."""
+        return alone(self.path / _ROOM_LOCK, wait_s=wait_s, clock=self.clock)
 
     def make_again(self, lock: NodeLock) -> None:
         """Put back what makes the folder this node's, after somebody deleted it. ``StoreError`` where that fails."""

@@ -5,16 +5,17 @@ from __future__ import annotations
 
 import random
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from mirrors import LONG_S, TIMING, eventually, running
-from support import POOL, capture, is_whole
+from mirrors import LONG_S, TIMING, Node, eventually, running
+from support import POOL, capture, is_whole, node_folder
 
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.frames import PURPOSE, Frame, Kind, Opening, receive_frame, send_frame
-from megatron_moetion.store.manifest import Branch
+from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Page
 from megatron_moetion.store.sharedfile import open_arena, peek_arena
 from megatron_moetion.store.spec import arena_name
 
@@ -154,6 +155,62 @@ def test_an_update_of_a_history_that_has_ended_is_refused(tmp_path: Path) -> Non
         ranks.commit(0, 2)
         assert eventually(lambda: "epoch" in (ranks.replications[0].states()[0].problem or ""))
         assert ranks.listed(1, 0) == {1}
+
+
+def test_an_arena_that_was_made_for_an_owner_is_of_its_history_after_any_number_of_recoveries(tmp_path: Path) -> None:
+    with running(tmp_path, 2) as ranks:
+        spec = ranks.own(0).spec
+        for count in (0, MAX_BRANCHES, MAX_BRANCHES + 1):
+            branches = tuple(Branch(epoch=e, iteration=0) for e in range(1, count + 1))
+            page = Page(epoch=count, branches=branches)
+            made = node_folder(tmp_path).create_arena("made.arena", spec, page)
+            _, page_there = peek_arena(tmp_path / "made.arena")
+            made.close()
+            opening = Opening(spec=spec, page=page)
+            assert opening.is_history_of(page_there)
+            if count:
+                assert not opening.is_history_of(replace(page_there, branches=branches[:-1]))
+
+
+def test_nobody_gives_up_the_arena_of_a_later_epoch(tmp_path: Path) -> None:
+    with running(tmp_path, 3) as ranks:
+        ranks.step(1)
+        ranks.held(1, 0).edit(lambda page: {"epoch": 1, "branches": (Branch(epoch=1, iteration=1),)})
+        for epoch, answer in ((0, Kind.NO), (1, Kind.YES)):
+            connection = ranks.fabrics[0].mesh.dial(1, PURPOSE, 2.0)
+            send_frame(connection, POOL, Frame(kind=Kind.DROP, epoch=epoch))
+            assert receive_frame(connection, POOL, body_bytes_max=1000).kind is answer
+            connection.close()
+            assert (0 in ranks.arenas[1].held) == (answer is Kind.NO)
+
+
+def test_a_node_promises_its_room_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two owners ask at once; there is room for one."""
+
+    def spare_bytes(node: Node) -> int:
+        free = room - node.bytes_here()
+        time.sleep(0.3)  # the other one looks too, if it may
+        return free
+
+    def ask(owner: int) -> None:
+        connection = ranks.fabrics[owner].mesh.dial(4, PURPOSE, 2.0)
+        opening = Opening(spec=ranks.own(owner).spec, page=ranks.own(owner).page).encode()
+        send_frame(connection, POOL, Frame(kind=Kind.OPEN, epoch=0, body=opening))
+        answers.append(receive_frame(connection, POOL, body_bytes_max=1 << 20, timeout_s=LONG_S).kind)
+        connection.close()
+
+    answers: list[Kind] = []
+    with running(tmp_path, 5) as ranks:
+        room = node_folder(ranks.folders[4]).bytes_here() + 3 * ranks.own(0).nbytes // 2
+        monkeypatch.setattr(Node, "spare_bytes", spare_bytes)
+        threads = [threading.Thread(target=ask, args=(owner,)) for owner in (0, 1)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(LONG_S)
+        assert sorted(answers) == [Kind.TABLE, Kind.NO]
+        assert len({0, 1} & set(ranks.arenas[4].held)) == 1
+        assert (ranks.folders[4] / "room.lock").exists(), "other ranks of the node are kept out too"
 
 
 def test_a_rank_opens_no_arena_but_its_own(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ import pytest
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import StoreError
-from megatron_moetion.store.lock import NodeLock
+from megatron_moetion.store.lock import NodeLock, alone
 from megatron_moetion.store.mapping import MappedFile
 
 HOLD = """
@@ -54,6 +54,30 @@ class Holder:
         self._process.wait()
         assert self._process.stdout is not None
         self._process.stdout.close()
+
+
+def test_one_process_at_a_time_is_alone(tmp_path: Path) -> None:
+    program = (
+        "import sys, time; from pathlib import Path; from megatron_moetion.clock import SystemClock; "
+        "from megatron_moetion.store.lock import alone; "
+        "lock = alone(Path(sys.argv[1]), wait_s=0, clock=SystemClock()); "
+        "lock.__enter__(); print('in', flush=True); time.sleep(60)"
+    )
+    path = tmp_path / "room.lock"
+    with subprocess.Popen([sys.executable, "-c", program, str(path)], stdout=subprocess.PIPE, text=True) as other:
+        try:
+            assert other.stdout is not None
+            assert other.stdout.readline() == "in\n"
+            with (
+                pytest.raises(StoreError, match=f"still locked by process {other.pid}"),
+                alone(path, wait_s=0.1, clock=SystemClock()),
+            ):
+                pass
+        finally:
+            other.kill()
+    for _ in range(2):
+        with alone(path, wait_s=10.0, clock=SystemClock()):
+            pass
 
 
 def test_a_second_process_is_refused_in_time_and_told_who_it_is(tmp_path: Path) -> None:
