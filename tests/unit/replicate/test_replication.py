@@ -182,9 +182,8 @@ def test_the_first_holder_that_is_back_before_a_substitute_has_everything_stays(
             with ranks.faults.cut([0], [1], "hold"):
                 go_on_until(ranks, 2, lambda: active(ranks) == [])
             assert eventually(lambda: active(ranks) == [1])
-            go_on(ranks, 5000)
-        go_on(ranks, 5001)
-        assert eventually(lambda: [s.rank for s in ranks.replications[0].states()] == [1])
+            after = go_on_until(ranks, 5000, lambda: max(ranks.replications[0].whole) >= 5000)
+        go_on_until(ranks, after, lambda: [s.rank for s in ranks.replications[0].states()] == [1])
         assert 0 not in ranks.arenas[2].held
 
 
