@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The live optimizer tensors behind each parameter, for every Megatron optimizer that we know bit for bit.
+"""The live optimizer tensors behind each parameter, for every Megatron optimizer that ``chain`` lets pass.
 
 A *shard* is what this rank's optimizer holds of one model parameter: a flat span of it, as fp32 main values
 and moments. Sources: ``DistributedOptimizer._get_model_param_range_map`` and the parameter groups of
@@ -13,20 +13,12 @@ from dataclasses import dataclass
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
-from megatron.core.optimizer.optimizer import (
-    ChainedOptimizer,
-    Float16OptimizerWithFloat16Params,
-    FP32Optimizer,
-    MixedPrecisionOptimizer,
-)
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.units import Role
 
-_ELEMENTWISE = {"Adam", "AdamW", "FusedAdam", "SGD", "FusedSGD"}
-"""Optimizers, of torch, Apex and Transformer Engine, whose state we know and whose step works element by element."""
 _STATE_ROLES = {"exp_avg": Role.EXP_AVG, "exp_avg_sq": Role.EXP_AVG_SQ, "momentum_buffer": Role.EXP_AVG}
 
 
@@ -38,31 +30,6 @@ class Shard:
     start: int
     end: int
     tensors: dict[Role, torch.Tensor]
-
-
-def chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """The optimizers that really hold state; raises ``UnsupportedState`` for those that we cannot capture exactly."""
-    links = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
-    real = [o for o in links if not o.is_stub_optimizer]
-    for link in real:
-        if not isinstance(link, (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)):
-            raise UnsupportedState(
-                f"{type(link).__name__} is not supported: MoEtion knows DistributedOptimizer, "
-                f"Float16OptimizerWithFloat16Params and FP32Optimizer"
-            )
-        if isinstance(link.optimizer, HybridDeviceOptimizer):
-            raise UnsupportedState(
-                "HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split"
-            )
-        name = type(link.optimizer).__name__
-        if name not in _ELEMENTWISE:
-            raise UnsupportedState(f"{name} is not supported: MoEtion knows {', '.join(sorted(_ELEMENTWISE))}")
-        if link.config.use_precision_aware_optimizer:
-            raise UnsupportedState(
-                "--use-precision-aware-optimizer is not supported: it hands out converted copies of its state, and "
-                "a capture must be bit for bit"
-            )
-    return real
 
 
 def shards(link: MegatronOptimizer) -> Iterator[Shard]:

@@ -16,15 +16,18 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.utils import get_model_config
 from torch import nn
 
-from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.chain import chain
 from megatron_moetion.mcore.inventory import gradient_of, take_inventory
-from megatron_moetion.mcore.layout import ModelLayout, MoeBlock
+from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
+from megatron_moetion.mcore.parameters import gather_parameters
+from megatron_moetion.mcore.refusals import refuse_unsupported
 from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
 from megatron_moetion.mcore.settings import initial_settings, masked, settle
-from megatron_moetion.mcore.shards import Shard, chain, copy_main_to_model, shards
+from megatron_moetion.mcore.shards import Shard, copy_main_to_model, shards
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.recover.capacity import CapacityRules
@@ -80,7 +83,7 @@ class MegatronState:
         self._scheduler = scheduler
         self._user_state = user_state
         layout = ModelLayout([_unwrap(chunk) for chunk in model])
-        _refuse_unsupported(layout.blocks, log_steps=log_steps)
+        refuse_unsupported(get_model_config(model[0]), self._links, log_steps=log_steps)
         with ExitStack() as hooks:
             if count_tokens:
                 self.tokens = MegatronTokens(layout.blocks, capacity)
@@ -164,9 +167,7 @@ class MegatronState:
     def resync(self) -> None:
         """Only between an optimizer step and the next forward."""
         with torch.no_grad():
-            for chunk in self._model:
-                if chunk.ddp_config.use_distributed_optimizer:
-                    chunk.start_param_sync(force_sync=True)
+            gather_parameters(self._model)
 
     def state_hash(self) -> str:
         """Copies all state to the host: for checks, not for every iteration of a large model."""
@@ -189,14 +190,6 @@ def host_unit(state: Mapping[str, Any]) -> Unit:
     """The unit of a host state, with room for ``state`` and what it may grow by. Others add the room that they need."""
     size = size_bound({"adapter": {**state, "given": masked(state["given"])}})
     return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=size + SPARE_HOST_BYTES)
-
-
-def _refuse_unsupported(blocks: Sequence[MoeBlock], *, log_steps: bool) -> None:
-    config = blocks[0].module.config if blocks else None
-    if config is not None and config.fp8:
-        raise UnsupportedState("--fp8-format is not supported: quantised parameters carry scales beside their bytes")
-    if log_steps and getattr(config, "qk_clip", False):
-        raise UnsupportedState("qk_clip is not supported in mode 'exact': it changes parameters after the step")
 
 
 def _sample(held: Sequence[Shard]) -> torch.Tensor:

@@ -63,11 +63,6 @@ class StepLog:
         self._undo = ExitStack()
         self._is_raw = [_has_raw_gradients(link) for link in links]
         self._inverse_scales: list[float | None] = [None] * len(links)
-        if any(link.config.reuse_grad_buf_for_mxfp8_param_ag for link in links):
-            raise UnsupportedState(
-                "--reuse-grad-buf-for-mxfp8-param-ag is not supported in mode 'exact': it overwrites gradients "
-                "before they are logged"
-            )
         for number, link in enumerate(links):
             handle = link.optimizer.register_step_pre_hook(partial(self._note_inputs, number))
             self._undo.callback(handle.remove)
