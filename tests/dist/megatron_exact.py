@@ -184,7 +184,7 @@ def _differences(expected: Mapping[str, str], trainer: Trainer, state: MegatronS
 
 def _reference(rank: int, flags: str) -> tuple[dict[int, dict[str, str]], dict[int, Any], int]:
     """Every tensor after every iteration, and every loss, of a run without checkpoints."""
-    trainer = _build(rank, "reference", flags)
+    trainer = _build(rank, flags)
     state = _state(trainer)
     images = {0: _gathered_image(trainer, state)}
     losses: dict[int, Any] = {}
@@ -200,7 +200,7 @@ def _reference(rank: int, flags: str) -> tuple[dict[int, dict[str, str]], dict[i
 
 
 def _start(rank: int, flags: str, store: Path, attempt: int) -> tuple[Trainer, Attached]:
-    trainer = _build(rank, "exact", flags)
+    trainer = _build(rank, flags)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     attached = attach(
         model=trainer.model,

@@ -13,7 +13,10 @@ import os
 import random
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +65,27 @@ MODEL = (
     "--lr 1e-2 --lr-warmup-iters 4 --lr-decay-style cosine --mock-data --eval-iters 0 --distributed-timeout-minutes 1"
 )
 _TWO_BY_TWO = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """A model of the bundled trainer, and what its flags do not offer: fields of Megatron's own configurations."""
+
+    flags: str
+    config: Mapping[str, Any] = field(default_factory=dict)
+    """Of ``TransformerConfig``."""
+    config_class: type | None = None
+    """In place of ``TransformerConfig``."""
+    optimizer: Mapping[str, Any] = field(default_factory=dict)
+    """Of ``OptimizerConfig``."""
+    ddp: Mapping[str, Any] = field(default_factory=dict)
+    """Of ``DistributedDataParallelConfig``."""
+    gpt: Mapping[str, Any] = field(default_factory=dict)
+    """Arguments of ``GPTModel``; a function is called with all others."""
+    frozen: str | None = None
+    """Parameters whose name begins with this are not trained."""
+
+
 CASES = {
     "pp2 ep2, bf16, distributed, tied": f"{_TWO_BY_TWO} --bf16 --use-distributed-optimizer",
     "pp2 ep2, fp32, untied": f"{_TWO_BY_TWO} --untie-embeddings-and-output-weights",
@@ -74,8 +98,9 @@ CASES = {
         "--expert-model-parallel-size 4 --bf16 --use-distributed-optimizer --swiglu --disable-bias-linear "
         "--moe-router-score-function sigmoid --moe-router-enable-expert-bias --moe-shared-expert-intermediate-size 24"
     ),
-    "pp2 ep2, fp16, frozen embedding": (
-        f"{_TWO_BY_TWO} --fp16 --initial-loss-scale 65536 --untie-embeddings-and-output-weights"
+    "pp2 ep2, fp16, frozen embedding": Model(
+        flags=f"{_TWO_BY_TWO} --fp16 --initial-loss-scale 65536 --untie-embeddings-and-output-weights",
+        frozen="embedding.",
     ),
     "ep2 dp2, bf16, capacity": (
         "--expert-model-parallel-size 2 --bf16 --use-distributed-optimizer --moetion --moe-expert-capacity-factor 1 "
@@ -98,7 +123,6 @@ REPLACED = {
     "pp2 ep2, fp32": _TWO_BY_TWO,
 }
 """Models that are trained with checkpoints in mode ``exact``, which replaces the most of Megatron's methods."""
-FROZEN = "pp2 ep2, fp16, frozen embedding"
 
 Span = tuple[int, int]
 """Addresses [start, end)."""
@@ -111,13 +135,13 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
     notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
     join(folder, rank)
     for name, flags in CASES.items():
-        trainer = _build(rank, name, flags)
+        trainer = _build(rank, flags)
         notes.write("case", name=name, **_examine(trainer, count_tokens=name != WITHOUT_COUNTS))
         if name == list(CASES)[-1]:
             notes.write("refusals", **_refusals(trainer))
         _tear_down()
     for name, flags in REPLACED.items():
-        trainer = _build(rank, name, flags)
+        trainer = _build(rank, flags)
         notes.write("replaced", name=name, **_replaced(trainer, folder / "store" / name))
         _tear_down()
     for name, flags in RECALIBRATED.items():
@@ -125,8 +149,8 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
             "--expert-model-parallel-size 2 --moetion --moe-expert-capacity-factor 1 "
             "--moe-token-dispatcher-type alltoall"
         )
-        trainer = _build(rank, name, f"{capacity} --recompute-granularity full --recompute-method uniform "
-                                     f"--recompute-num-layers 1 {flags}")  # fmt: skip
+        recompute = "--recompute-granularity full --recompute-method uniform --recompute-num-layers 1"
+        trainer = _build(rank, f"{capacity} {recompute} {flags}")
         notes.write("recalibration", name=name, **_recalibrate(trainer))
         _tear_down()
     dist.barrier()
@@ -151,26 +175,49 @@ def _tear_down() -> None:
     destroy_num_microbatches_calculator()
 
 
-def _build(rank: int, name: str, flags: str) -> Trainer:
-    args = parse_arguments(f"{MODEL} {flags}".split(), Machine.here(WORLD_SIZE, has_gpu=False))
+def _build(rank: int, model: Model | str) -> Trainer:
+    model = Model(flags=model) if isinstance(model, str) else model
+    args = parse_arguments(f"{MODEL} {model.flags}".split(), Machine.here(WORLD_SIZE, has_gpu=False))
     form_groups(args, Process(rank=rank, world_size=WORLD_SIZE, local_rank=rank, local_world_size=WORLD_SIZE))
-    original = model_module.build_chunk
-
-    def build_frozen(*how: Any) -> torch.nn.Module:
-        chunk = original(*how)
-        for parameter_name, parameter in chunk.named_parameters():
-            parameter.requires_grad_(not parameter_name.startswith("embedding."))
-        return chunk
-
-    model_module.build_chunk = build_frozen if name == FROZEN else original
-    try:
-        source = MockCorpus(seq_length=args.seq_length, seed=args.seed)
+    source = MockCorpus(seq_length=args.seq_length, seed=args.seed)
+    with as_modelled(model):
         trainer = Trainer(args, source, Reporter(args, active=False, attempt=0))
-    finally:
-        model_module.build_chunk = original
     for chunk in trainer.model:
         chunk.train()
     return trainer
+
+
+@contextmanager
+def as_modelled(model: Model) -> Iterator[None]:
+    """While it is entered, the bundled trainer builds ``model``."""
+    more = {
+        "TransformerConfig": model.config,
+        "OptimizerConfig": model.optimizer,
+        "DistributedDataParallelConfig": model.ddp,
+        "GPTModel": model.gpt,
+    }
+    before = {name: getattr(model_module, name) for name in (*more, "build_chunk")}
+
+    def make(name: str, **fields: Any) -> Any:
+        cls = (model.config_class if name == "TransformerConfig" else None) or before[name]
+        fields |= {k: v(**fields) if callable(v) and name == "GPTModel" else v for k, v in more[name].items()}
+        return cls(**fields)
+
+    def build_chunk(*how: Any) -> torch.nn.Module:
+        chunk = before["build_chunk"](*how)
+        for name, parameter in chunk.named_parameters():
+            if model.frozen is not None and name.startswith(model.frozen):
+                parameter.requires_grad_(False)
+        return chunk
+
+    for name in more:
+        setattr(model_module, name, partial(make, name))
+    model_module.build_chunk = build_chunk
+    try:
+        yield
+    finally:
+        for name, original in before.items():
+            setattr(model_module, name, original)
 
 
 def _state(trainer: Trainer, count_tokens: bool = False) -> MegatronState:
