@@ -22,16 +22,25 @@ COMPILERS = ("g++", "clang++", "c++")
 
 
 class Need(NamedTuple):
-    """A package, the module by which it is found, and the oldest version that will do."""
+    """A package, the module by which it is found, and the oldest version that will do.
+
+    ``below``: what to install is older than this. A newer one that is there already is taken.
+    """
 
     package: str
     module: str
     oldest: str
+    below: str = ""
+
+    @property
+    def wanted(self) -> str:
+        """As pip is asked for it."""
+        return f"{self.package}>={self.oldest}" + (f",<{self.below}" if self.below else "")
 
 
 NEEDS = (
     Need("torch", "torch", "2.6"),
-    Need("megatron-core", "megatron.core", "0.16"),
+    Need("megatron-core", "megatron.core", "0.16", below="0.20"),
     Need("numpy", "numpy", "1.26"),
     Need("einops", "einops", "0.8"),
     Need("psutil", "psutil", "5.9"),
@@ -72,7 +81,7 @@ def missing(*, cuda: bool, python: str = sys.executable) -> list[str]:
     found = []
     problems = {need: problem for need in NEEDS if (problem := problem_of(need)) is not None}
     if problems:
-        wanted = " ".join(shlex.quote(f"{need.package}>={need.oldest}") for need in problems)
+        wanted = " ".join(shlex.quote(need.wanted) for need in problems)
         found.append(f"{', '.join(problems.values())} ({python} -m pip install {wanted})")
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         found.append(f"no Python.h (apt install python{sys.version_info[0]}.{sys.version_info[1]}-dev)")

@@ -1,18 +1,15 @@
 # shellcheck shell=bash
 # SPDX-License-Identifier: Apache-2.0
 #
-# Sourced by quickstart.sh, test.sh, gpu_check.sh and .ci/run: makes .venv, installs the pinned requirements, builds csrc/.
-# Each step leaves a stamp with the hash of its inputs, so that a second call takes a second.
+# Sourced by quickstart.sh, test.sh, gpu_check.sh and .ci/run: makes an environment, installs the pinned requirements,
+# builds csrc/. Each step leaves a stamp with the hash of its inputs, so that a second call takes a second.
 #
-#   set_up run|dev    installs requirements/tested.txt, or requirements/dev.txt which holds it
+#   set_up run|dev    installs requirements/tested.txt and megatron-core, or requirements/dev.txt too
 #
-# Settings: PYTHON (interpreter that makes .venv, default python3), MOETION_VENV (default .venv),
-# MOETION_CUDA=auto|0|1 (see setup.py), CXX (compiler).
+# Settings: PYTHON (interpreter that makes the environment, default python3), MOETION_VENV (its folder, default .venv, or
+# .venv-3.12 where PYTHON names a Python 3.12), MOETION_CUDA=auto|0|1 (see setup.py), CXX (compiler).
 
 ROOT=$(cd -- "$(dirname -- "${BASH_SOURCE[0]}")/.." && pwd)
-VENV=${MOETION_VENV:-$ROOT/.venv}
-VENV_PYTHON=$VENV/bin/python
-SETUP_LOG=$VENV/setup.log
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
 export PIP_DISABLE_PIP_VERSION_CHECK=1
 
@@ -39,6 +36,24 @@ logged() {
 }
 
 has_gpu() { command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU; }
+
+version_of() { "$1" -c 'import sys; print("%d.%d" % sys.version_info[:2])' 2>/dev/null; }
+
+# Where the environment is. Each version of a Python that PYTHON names has a folder of its own: what one has built and
+# installed is of no use to another.
+choose_venv() {
+  local version='' found
+  if [[ -n ${PYTHON:-} ]]; then
+    version=$(version_of "$PYTHON") || die "PYTHON: $PYTHON does not run"
+  fi
+  VENV=${MOETION_VENV:-$ROOT/.venv${version:+-$version}}
+  VENV_PYTHON=$VENV/bin/python
+  SETUP_LOG=$VENV/setup.log
+  found=$(version_of "$VENV_PYTHON" || true)
+  if [[ -n $version && -n $found && $version != "$found" ]]; then
+    die "$VENV has Python $found, and PYTHON ($PYTHON) is $version: set MOETION_VENV to another folder, or delete this one"
+  fi
+}
 
 python_is_new_enough() { "$1" -c 'import sys; sys.exit(sys.version_info < (3, 10))' 2>/dev/null; }
 
@@ -105,8 +120,18 @@ install_torch() {
   fi
 }
 
+# The newest tested megatron-core that this Python can have.
+megatron_requirements() {
+  if "$VENV_PYTHON" -c 'import sys; sys.exit(sys.version_info < (3, 12))'; then
+    echo megatron-0.19
+  else
+    echo megatron-0.16
+  fi
+}
+
 install_requirements() {
   local profile=$1 wanted installed files=(build tested)
+  files+=("$(megatron_requirements)")
   [[ $profile == dev ]] && files+=(dev)
   wanted=$(sed -n 's/^torch==//p' "$ROOT/requirements/tested.txt")
   installed=$(usable_torch "$VENV_PYTHON" || true)
@@ -118,6 +143,10 @@ install_requirements() {
   (cd -- "$ROOT/requirements" && cat -- "${files[@]/%/.txt}") | grep -v -e '^-r ' -e '^torch==' >"$VENV/$profile.txt"
   logged "installing the pinned requirements ($profile)" pip_install -r "$VENV/$profile.txt"
 }
+
+version_of_megatron() { "$VENV_PYTHON" -c 'import importlib.metadata as m; print(m.version("megatron-core"))'; }
+
+extension_name() { "$VENV_PYTHON" -c 'import sysconfig; print("_C" + sysconfig.get_config_var("EXT_SUFFIX"))'; }
 
 build_package() { pip_install --no-build-isolation --no-deps --editable "$ROOT"; }
 
@@ -168,6 +197,7 @@ use_as_it_is() {
 
 set_up() {
   local profile=$1 python=${PYTHON:-python3} started=$SECONDS stamp lock
+  choose_venv
   cd -- "$ROOT" || exit
   exec {lock}<"$ROOT"
   flock "$lock" # two scripts at once: the second waits for the first
@@ -182,10 +212,10 @@ set_up() {
     printf '%s\n' "$stamp" >"$VENV/.stamp-$profile"
   fi
   stamp=$(fingerprint pyproject.toml setup.py csrc)
-  if ! is_stamped "$VENV/.stamp-build" "$stamp" || ! compgen -G "megatron_moetion/_C*.so" >/dev/null; then
+  if ! is_stamped "$VENV/.stamp-build" "$stamp" || [[ ! -e megatron_moetion/$(extension_name) ]]; then
     logged "building csrc/" build_package
     printf '%s\n' "$stamp" >"$VENV/.stamp-build"
   fi
   exec {lock}<&-
-  say "ready: $VENV ($((SECONDS - started)) s)"
+  say "ready: $VENV, $("$VENV_PYTHON" -V), megatron-core $(version_of_megatron) ($((SECONDS - started)) s)"
 }

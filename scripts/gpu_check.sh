@@ -49,6 +49,7 @@ elif ((offline)); then
   die "$python cannot run the check: $missing"
 else
   say "$python cannot run the check as it is: $missing"
+  choose_venv
   say "making $VENV from a package registry; --offline does without one"
   set_up dev
 fi

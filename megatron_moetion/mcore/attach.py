@@ -13,18 +13,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
-from megatron.core.distributed import DistributedDataParallel
-from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
-from megatron.core.utils import get_model_config
 
 from megatron_moetion.config import MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.device_notes import check_graphs, connections_note, graph_note, graph_settings
-from megatron_moetion.mcore.state import MegatronState, UserState
-from megatron_moetion.mcore.topology import topology
-from megatron_moetion.mcore.traffic import TrafficHooks, elsewhere
+from megatron_moetion.mcore.versions import import_problem, installed, require_names, version_note
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
@@ -45,6 +38,19 @@ from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
 from megatron_moetion.session import Session
 from megatron_moetion.store.node import restart_count, run_id_of
+
+try:
+    from megatron.core import parallel_state
+    from megatron.core.distributed import DistributedDataParallel
+    from megatron.core.optimizer import MegatronOptimizer
+    from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+    from megatron.core.utils import get_model_config
+
+    from megatron_moetion.mcore.state import MegatronState, UserState
+    from megatron_moetion.mcore.topology import topology
+    from megatron_moetion.mcore.traffic import TrafficHooks, elsewhere
+except ImportError as error:
+    raise ImportError(import_problem(error), name=error.name, path=error.path) from error
 
 EXIT_WAIT_S = 5.0
 """What a process that ends without ``close`` gives its last snapshots to become whole."""
@@ -201,6 +207,7 @@ def attach(
         trace = _trace(config, host.environment) if config.trace_dir else None
         on_device, graphs = next(model[0].parameters()).is_cuda, graph_settings(get_model_config(model[0]))
         check_graphs(graphs, recalibrates=config.recalibrates)
+        _say_once(version_note(installed()))
         if on_device:
             _say_once(graph_note(graphs), connections_note(host.environment))
         is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
@@ -228,6 +235,7 @@ def attach(
         unless_attached.callback(fabric.close)  # else it is the run's to close
 
         def make_state() -> tuple[MegatronState, Blueprint]:
+            require_names(model, optimizer, opt_param_scheduler)
             state, blueprint = _state(model, optimizer, opt_param_scheduler, config, user_state)
             undo.callback(state.close)  # also where it fails on another rank
             return state, blueprint

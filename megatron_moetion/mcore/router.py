@@ -11,15 +11,18 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, get_capacity
 from megatron.core.transformer.moe.router import TopKRouter
 from torch import distributed as dist
 from torch import nn
 
-from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore.layout import MoeBlock, dense_unit
 from megatron_moetion.recover.capacity import CapacityRules, boosts, repaid
 
@@ -82,10 +85,11 @@ class CapacityRouter(TopKRouter):
     is bitwise Megatron's.
     """
 
-    def __init__(self, config: Any, pg_collection: Any = None) -> None:
+    def __init__(self, config: Any, pg_collection: Any = None, **more: Any) -> None:
+        """``more``: what a newer Megatron tells its routers, such as ``is_mtp_layer`` in 0.19."""
         dropless = copy.copy(config)
         dropless.moe_expert_capacity_factor = None
-        super().__init__(config=dropless, pg_collection=pg_collection)
+        super().__init__(config=dropless, pg_collection=pg_collection, **more)
         self.factor: float | None = config.moe_expert_capacity_factor
         self._policy = config.moe_token_drop_policy
         self.pads: bool = config.moe_pad_expert_input_to_capacity
@@ -100,7 +104,7 @@ class CapacityRouter(TopKRouter):
         """See ``TopKRouter.routing``: (probs, map), both [num_tokens, E], of what is not dropped."""
         probs, routed = super().routing(logits, padding_mask=padding_mask)
         kept_probs, kept = self._drop(probs, routed)
-        super()._apply_expert_bias(kept, padding_mask=padding_mask)
+        super()._apply_expert_bias(kept, padding_mask=None if padding_mask is None else padding_mask.reshape(-1))
         if self.counts is not None and torch.is_grad_enabled():
             base = self._capacity(len(routed)) if self.factor is not None else len(routed)
             self.counts.add(routed, kept & routed if self.pads else kept, base)
@@ -148,11 +152,51 @@ def keep_mask(probs: torch.Tensor, routed: torch.Tensor, base: int, boost: torch
 
 
 def use_capacity_router(spec: Any) -> None:
-    """Put ``CapacityRouter`` into every MoE layer of a block spec (``get_gpt_decoder_block_spec``), in place."""
-    for layer in spec.layer_specs:
-        parts: Any = getattr(getattr(layer.submodules, "mlp", None), "submodules", None)
+    """Put ``CapacityRouter`` into every MoE layer of a block spec (``get_gpt_decoder_block_spec``), in place.
+
+    A block of dense layers alone, such as a pipeline stage may have, stays as it is. Raises ``ConfigError`` for a spec
+    or a layer of another kind, and for a router other than ``TopKRouter``: nothing is left out without a word.
+    """
+    layers = getattr(spec, "layer_specs", None)
+    if layers is None:
+        raise ConfigError(
+            f"use_capacity_router() looks for layer_specs, which {type(spec).__name__} does not have; give the spec of "
+            f"a block, as get_gpt_decoder_block_spec returns it"
+        )
+    for number, layer in enumerate(layers):
+        builder = getattr(layer.submodules, "mlp", None)
+        parts = _parts_of(builder)
         if hasattr(parts, "router"):
+            if parts.router not in (TopKRouter, CapacityRouter):
+                raise ConfigError(
+                    f"layer {number} of the spec has a router of its own, {getattr(parts.router, '__name__', '?')}: "
+                    f"use_capacity_router() replaces Megatron's TopKRouter only"
+                )
             parts.router = CapacityRouter
+        elif not _is_dense(builder):
+            raise ConfigError(
+                f"use_capacity_router() found no router in layer {number} of the spec, and no dense layer: it looks for "
+                f"'router' in submodules.mlp.submodules and in the 'submodules' of a functools.partial, and found "
+                f"{_made_by(builder)}"
+            )
+
+
+def _parts_of(builder: Any) -> Any:
+    """The submodules of a module's spec: a ``ModuleSpec`` in megatron-core 0.16, a ``functools.partial`` in 0.19."""
+    if isinstance(builder, partial):
+        return builder.keywords.get("submodules")
+    return getattr(builder, "submodules", None)
+
+
+def _made_by(builder: Any) -> Any:
+    """The class whose instance a spec makes, where it tells; a class method stands for its class."""
+    maker = builder.func if isinstance(builder, partial) else getattr(builder, "module", builder)
+    return getattr(maker, "__self__", maker)
+
+
+def _is_dense(builder: Any) -> bool:
+    found = _made_by(builder)
+    return found is None or (isinstance(found, type) and issubclass(found, MLP | IdentityOp))
 
 
 # -- what routers saw ----------------------------------------------------------------------------------------

