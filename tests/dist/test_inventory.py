@@ -145,7 +145,8 @@ REFUSED = {
 
 
 @pytest.mark.parametrize(
-    "kind", [pytest.param(k, marks=[pytest.mark.proves(REFUSED[k], "refused")] * (k in REFUSED)) for k in REFUSALS]
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.proves(REFUSED[k], "refused")] if k in REFUSED else []) for k in REFUSALS],
 )
 def test_state_that_cannot_be_captured_exactly_is_refused(
     notes: list[list[dict[str, Any]]], kind: str, record_property: Callable[[str, Any], None]
