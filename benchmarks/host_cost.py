@@ -164,7 +164,7 @@ class SmallState:
     def remember(self, steps: int) -> None:
         self._remembered = steps
 
-    def note_step(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         self._steps.append(iteration)
         return StepNote()
 

@@ -46,7 +46,7 @@ class StateAdapter(Protocol):
         ...
 
     def after_step(self) -> None:
-        """Called once an iteration, after the optimizer step and before anything of it is captured."""
+        """Called after each optimizer step, before anything of its iteration is captured."""
         ...
 
     def state_hash(self) -> str:
@@ -136,8 +136,11 @@ class StepReplayer(Protocol):
         """From now on the host state holds the inputs of the last ``steps`` steps."""
         ...
 
-    def note_step(self, iteration: int) -> StepNote:
-        """Enter the inputs of this iteration's optimizer step, at its end."""
+    def note_step(self, iteration: int, *, stepped: bool) -> StepNote:
+        """Enter the inputs of this iteration's optimizer step, at its end.
+
+        ``stepped``: False where the loop says that it took none.
+        """
         ...
 
     def begin_replay(self, state: Mapping[str, Any]) -> None:

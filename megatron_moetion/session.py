@@ -48,10 +48,10 @@ class Session:
         if self._is_open:
             self.running.pipeline.finish_packing(self.running.max_stall_s)
 
-    def on_step_end(self, iteration: int, *, healthy: bool = True) -> None:
+    def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
         """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
 
-        ``iteration`` counts completed steps and must be the same on all ranks. Everything that draws random numbers or
+        ``iteration`` counts completed iterations and must be the same on all ranks. Everything that draws random numbers or
         moves the position in the data between two steps, an evaluation for instance, comes before it: a resume does not
         repeat it. Does not raise for a failed snapshot, which is dropped, counted and logged once; raises
         ``ProtectionLost`` where snapshots have stopped for good and ``max_unprotected_iterations`` have passed,
@@ -61,10 +61,14 @@ class Session:
         at least. Neither the state after this iteration, nor the one before it, from which the loss came, becomes
         stable then, unless it is. A recovery takes them only where nothing else can be recovered.
 
+        ``stepped``: False where the loop took no optimizer step in this iteration (``--iterations-to-skip``, an empty
+        batch), on all ranks alike. Such an iteration has a snapshot as any other, and mode ``exact`` no hole. Whether a
+        loss scaler skipped a step that the loop asked for is seen without it.
+
         The order of events is a contract (``docs/architecture.md`` says why each stands where it does):
 
         1. ``scheduler.cut``: the timeline of the iteration ends, and windows are derived.
-        2. ``adapter.after_step``: counters and averages that are part of the state move for the last time.
+        2. ``adapter.after_step``, if there was a step: counters and averages that are state move for the last time.
         3. ``protection.watch``: the distance to the stable iteration is judged, also where no snapshot is due.
         4. ``pipeline.finish``: the last snapshot is packed or dropped.
         5. ``upkeep.check``: deleted files are put back while no thread packs.
@@ -80,10 +84,11 @@ class Session:
         15. ``pipeline.submit``: arenas release what ``settle`` allowed, then units are packed and replicated.
         """
         run = self._open()
-        if (unread := run.scheduler.cut(iteration)) is not None:
+        if (unread := run.scheduler.cut(iteration, is_typical=stepped)) is not None:
             text = f"a timeline of training cannot be read and is left out, as others will be: {unread}"
             run.journal.warn_once("timeline", iteration, text)
-        run.adapter.after_step()
+        if stepped:
+            run.adapter.after_step()
         run.protection.watch(iteration, run.agreement.stable, run.pipeline.ended)
         if not healthy:
             run.protection.note_unhealthy(iteration)
@@ -97,7 +102,7 @@ class Session:
             with run.scheduler.urgent():
                 run.pipeline.catch_up(run.max_stall_s)
         release = self._learn()
-        problem = self._agree(iteration)
+        problem = self._agree(iteration, stepped=stepped)
         if not healthy:
             problem = Skip(reason="unhealthy")
         run.probe("before-select", iteration)
@@ -136,11 +141,11 @@ class Session:
             run.journal.hear(agreed.notes)
         return release
 
-    def _agree(self, iteration: int) -> Skip | None:
+    def _agree(self, iteration: int, *, stepped: bool) -> Skip | None:
         """Why this step cannot be captured, None if it can."""
         run = self.running
         run.mode.exchange(iteration)
-        missed = run.mode.note_step(iteration, run.agreement.newest)
+        missed = run.mode.note_step(iteration, run.agreement.newest, stepped=stepped)
         unfrozen = self._freeze()
         rounds = run.pipeline.rounds | dict.fromkeys(run.mode.given_up(), False)
         recoverable = run.mode.recoverable(rounds)

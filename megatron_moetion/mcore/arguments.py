@@ -163,6 +163,14 @@ def _add_training(group: Any) -> None:
     group.add_argument("--global-batch-size", type=int, help="default: micro batch size x data parallel size")
     group.add_argument("--train-iters", type=int, required=True)
     group.add_argument("--exit-interval", type=int, help="leave when the iteration is a multiple of this")
+    group.add_argument(
+        "--iterations-to-skip",
+        type=int,
+        nargs="+",
+        default=[],
+        metavar="N",
+        help="iterations, counted from 1, whose batch is taken and left: no step, no evaluation, no checkpoint",
+    )
     group.add_argument("--seed", type=int, default=1234)
 
 

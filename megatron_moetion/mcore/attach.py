@@ -69,7 +69,7 @@ class NoState:
 
 
 class Attached:
-    """A run tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each step, then ``close``.
+    """A run tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each iteration, then ``close``.
 
     As a context manager it closes itself, after an exception without waiting for other ranks. A process that ends
     without ``close`` does what it can in a few seconds, and says so.
@@ -127,9 +127,9 @@ class Attached:
             raise ConfigError("call start() before on_step_end()")
         return self._session
 
-    def on_step_end(self, iteration: int, *, healthy: bool = True) -> None:
+    def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
         """See ``Session.on_step_end``."""
-        self.session.on_step_end(iteration, healthy=healthy)
+        self.session.on_step_end(iteration, healthy=healthy, stepped=stepped)
 
     def experts(self) -> tuple[ExpertState, ...]:
         """See ``Session.experts``."""

@@ -86,13 +86,19 @@ class StepLog:
         """Keep the last ``steps`` ones."""
         self._log = deque(self._log, maxlen=steps)
 
-    def note_step(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         """Enter the step of ``iteration``, or that there was none.
 
-        Hooks that have never seen a step are not believed, unless a loss scaler may have skipped all of them.
+        Hooks that have never seen a step are not believed, unless the loop says so (``stepped``) or a loss scaler may
+        have skipped all of them.
         """
         times, self._num_steps = self._num_steps, [0] * len(self._links)
         self._has_seen_steps |= any(times)
+        if not stepped:
+            if any(times):
+                return StepNote(problem="an optimizer step was taken where on_step_end() was told stepped=False")
+            self._log.append((iteration, None))
+            return StepNote(skipped=True)
         may_skip = self._has_seen_steps or any(getattr(link, "grad_scaler", None) is not None for link in self._links)
         if not any(times) and may_skip:
             self._log.append((iteration, None))

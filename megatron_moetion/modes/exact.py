@@ -153,9 +153,9 @@ class ExactMode(SnapshotMode):
             self._rotation.settle(agreed.stable, agreed.recoverable)
         return self._rotation.settled
 
-    def note_step(self, iteration: int, before: int) -> str | None:
+    def note_step(self, iteration: int, before: int, *, stepped: bool = True) -> str | None:
         """Enter the optimizer's step into the log. Where it cannot be replayed, all state is captured anew."""
-        self._step = self._replayer.note_step(iteration)
+        self._step = self._replayer.note_step(iteration, stepped=stepped)
         if iteration <= before:
             return f"after iteration {before} came {iteration}"
         if self._step.problem is None and iteration != before + 1:

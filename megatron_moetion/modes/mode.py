@@ -147,8 +147,11 @@ class SnapshotMode(Protocol):
         """Other messages between ranks, now and then. Does not wait."""
         return
 
-    def note_step(self, iteration: int, before: int) -> str | None:
-        """An optimizer step is over, the first after the snapshot of ``before``; why it cannot be captured, if so."""
+    def note_step(self, iteration: int, before: int, *, stepped: bool = True) -> str | None:
+        """An iteration is over, the first after the snapshot of ``before``; why it cannot be captured, if so.
+
+        ``stepped``: False where the loop says that it took no optimizer step.
+        """
         return None
 
     def recoverable(self, rounds: Mapping[int, bool]) -> Iterable[int]:

@@ -109,6 +109,9 @@ class Trainer:
         for chunk in self.model:
             chunk.train()
         while progress.iteration < args.train_iters:
+            if progress.iteration + 1 in args.iterations_to_skip:
+                self._skip_iteration(session)
+                continue
             result = self.train_step()
             self.reporter.step(progress, result)
             if args.eval_iters and progress.iteration % args.eval_interval == 0:
@@ -121,6 +124,15 @@ class Trainer:
             if args.exit_interval is not None and progress.iteration % args.exit_interval == 0:
                 say(f"> leaving at iteration {progress.iteration}, a multiple of --exit-interval")
                 break
+
+    def _skip_iteration(self, session: Any) -> None:
+        """An iteration of ``--iterations-to-skip``, as Megatron-LM has it: its samples count as consumed, and no more."""
+        self.progress.iteration += 1
+        self.progress.skipped_iterations += 1
+        self.progress.consumed_train_samples += self.args.global_batch_size
+        say(f"> iteration {self.progress.iteration} is skipped, as --iterations-to-skip has it")
+        if session is not None:
+            session.on_step_end(self.progress.iteration, stepped=False)
 
     def _leave_if_lost(self, result: StepResult, session: Any) -> None:
         """Raise ``ProtectionLost`` where the state is no number any more: a restart goes back to before that."""

@@ -91,6 +91,9 @@ class Scheduler:
         self._pacer = gate if isinstance(gate, Pacer) else None
         self.recorder = Recorder(stopwatch, clock, self._pacer)
         self._timelines: deque[Timeline] = deque(maxlen=TIMELINES)
+        self._is_again = False
+        self._atypical: deque[int] = deque(maxlen=TIMELINES)
+        """The last iterations that are no examples; a timeline is there two iterations later at most."""
         self._unrecorded = 0
         self._num_dropped = 0
         self._rhythm = planner.Rhythm()
@@ -111,20 +114,29 @@ class Scheduler:
         """Whether a trace shows everything that training does."""
         return self._draw is not no_drawing
 
-    def cut(self, iteration: int) -> str | None:
-        """An optimizer step has just ended. Call it once an iteration, in the training thread.
+    def run_again(self) -> None:
+        """Training does the work of the iteration under way once more: it will not be an example for others."""
+        self._is_again = True
 
+    def cut(self, iteration: int, *, is_typical: bool = True) -> str | None:
+        """An iteration has just ended. Call it once an iteration, in the training thread.
+
+        ``is_typical``: False of one that was not like others (it took no step): no window is derived from it.
         Returns why a timeline could not be read, where that has just happened; it is dropped and counted.
         """
+        if self._is_again or not is_typical:
+            self._atypical.append(iteration)
+        self._is_again = False
         self._origin_s = self._clock.monotonic()
         records_next = self.draws or records(tuple(self._timelines), self._unrecorded)
         self._unrecorded = 0 if records_next else self._unrecorded + 1
         timeline = self.recorder.cut(iteration, records_next=records_next)
-        if timeline is not None:
+        is_example = timeline is not None and timeline.iteration not in self._atypical
+        if timeline is not None and is_example:
             self._timelines.append(timeline)
         if self._pacer is not None:
             rate = self._pacer.bytes_per_s
-            is_news = timeline is not None or rate != self._rhythm_bytes_per_s
+            is_news = is_example or rate != self._rhythm_bytes_per_s
             if is_news:
                 self._rhythm, self._rhythm_bytes_per_s = planner.rhythm(tuple(self._timelines), rate), rate
             self._pacer.begin_iteration(self._rhythm)

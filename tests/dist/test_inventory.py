@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +15,26 @@ from megatron_moetion.modes.recalibration import over_ranks
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
-CASES = (
-    "pp2 ep2, bf16, distributed, tied",
-    "pp2 ep2, fp32, untied",
-    "ep2 dp2, bf16, distributed",
-    "ep2 dp2, bf16",
-    "ep2 dp2, fp32, distributed, overlapped",
-    "ep4, bf16, expert bias, shared expert",
-    "pp2 ep2, fp16, frozen embedding",
-    "pp2 ep2 in four stages, bf16, distributed",
-    "ep2 dp2, bf16, capacity",
-)
+CASES = {
+    "pp2 ep2, bf16, distributed, tied": ("DistributedOptimizer, bf16", "Pipeline parallelism", "Tied embeddings"),
+    "pp2 ep2, fp32, untied": ("FP32Optimizer", "Untied embeddings"),
+    "ep2 dp2, bf16, distributed": ("DistributedOptimizer, bf16", "Expert parallelism"),
+    "ep2 dp2, bf16": ("Float16OptimizerWithFloat16Params, bf16",),
+    "ep2 dp2, fp32, distributed, overlapped": (
+        "DistributedOptimizer, fp32",
+        "--overlap-grad-reduce, --overlap-param-gather",
+    ),
+    "ep4, bf16, expert bias, shared expert": ("Router with expert bias", "Shared experts"),
+    "pp2 ep2, fp16, frozen embedding": ("Float16OptimizerWithFloat16Params, fp16", "Frozen parameters"),
+    "pp2 ep2 in four stages, bf16, distributed": ("Virtual pipeline stages",),
+    "ep2 dp2, bf16, capacity": ("Expert capacity",),
+}
+"""By what they prove: rows of docs/compatibility.md."""
+
+
+def proving(level: str) -> list[Any]:
+    """The cases, as tests that show that much of their features."""
+    return [pytest.param(c, marks=[pytest.mark.proves(f, level) for f in features]) for c, features in CASES.items()]
 
 
 def flat(rows: list[list[float]]) -> list[float]:
@@ -51,7 +61,7 @@ def ranks(notes: list[list[dict[str, Any]]], case: str) -> list[dict[str, Any]]:
     return [next(n for n in of_rank if n.get("name") == case) for of_rank in notes]
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", proving("inventory"))
 def test_every_byte_of_state_is_captured_exactly_once(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["owned"] > 50_000
@@ -81,7 +91,7 @@ def test_all_ranks_together_hold_every_element_of_every_parameter(ranks: list[di
     assert total == 3 * expected, "main values and two moments"
 
 
-@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("case", proving("recovery"))
 def test_scrambled_state_is_restored_bitwise_and_so_is_the_next_step(ranks: list[dict[str, Any]]) -> None:
     for found in ranks:
         assert found["scrambled"] == [], "nothing of the state may be left as it was"
@@ -126,10 +136,24 @@ REFUSALS = {
 }
 
 
-@pytest.mark.parametrize("kind", REFUSALS)
-def test_state_that_cannot_be_captured_exactly_is_refused(notes: list[list[dict[str, Any]]], kind: str) -> None:
+REFUSED = {
+    "precision-aware": "Precision-aware optimizer, bf16 moments",
+    "offloaded": "CPU-offloaded optimizer",
+    "fp8": "FP8 parameters, delayed scaling",
+    "unknown state": "Optimizer state of unknown names",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [pytest.param(k, marks=[pytest.mark.proves(REFUSED[k], "refused")] if k in REFUSED else []) for k in REFUSALS],
+)
+def test_state_that_cannot_be_captured_exactly_is_refused(
+    notes: list[list[dict[str, Any]]], kind: str, record_property: Callable[[str, Any], None]
+) -> None:
     for of_rank in notes:
         message = next(n for n in of_rank if n["event"] == "refusals")[kind]
+        record_property("message", message)
         assert REFUSALS[kind] in message
         assert bool(message) == (kind != "nothing")
 
@@ -166,6 +190,7 @@ def test_what_is_replaced_of_megatron_is_what_is_listed_and_comes_back(
 RAISED_FOR = 6
 
 
+@pytest.mark.proves("Capacity recalibration", "recovery")
 @pytest.mark.parametrize("kind", ["by probability", "by position", "padded"])
 def test_capacity_is_raised_alike_on_all_ranks_and_falls_back_to_the_base(
     notes: list[list[dict[str, Any]]], kind: str

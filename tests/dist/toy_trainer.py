@@ -303,7 +303,7 @@ class Descender(Trainee):
     def remember(self, steps: int) -> None:
         self._remembered = steps
 
-    def note_step(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         taken, self._steps_taken = self._steps_taken, 0
         return StepNote(skipped=self._told[-1][1] is None, problem=None if taken == 1 else f"{taken} steps")
 

@@ -66,7 +66,7 @@ class Steps:
     def remember(self, steps: int) -> None:
         self.remembered = steps
 
-    def note_step(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         return self.note
 
 

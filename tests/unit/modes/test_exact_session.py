@@ -76,7 +76,7 @@ class Descender(Adapter):
 
     def remember(self, steps: int) -> None: ...
 
-    def note_step(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         taken, self.num_steps = self.num_steps, 0
         if not taken:
             self.skipped.append(iteration)

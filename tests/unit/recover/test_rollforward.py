@@ -115,7 +115,7 @@ class Toy:
 
     def remember(self, steps: int) -> None: ...
 
-    def note_step(self, iteration: int) -> StepNote:
+    def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         return StepNote(skipped=iteration in self.skipped)
 
     def begin_replay(self, state: Mapping[str, Any]) -> None: ...
