@@ -137,6 +137,12 @@ def _fp8(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return fp8_ranks.main(Path(request["folder"]), environment)
 
 
+def _te(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import te_models
+
+    return te_models.main(Path(request["folder"]), environment)
+
+
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("unit", "te")]
     kind = sys.argv[1]
@@ -148,6 +154,9 @@ if __name__ == "__main__":
         import bundled_trainer  # noqa: F401
     elif kind == "fp8":
         import fp8_ranks  # noqa: F401
+    elif kind == "te":
+        import te_models  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer, "fp8": _fp8}[kind])
+    drivers = {"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer, "te": _te, "fp8": _fp8}
+    serve(drivers[kind])
