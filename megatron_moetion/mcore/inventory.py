@@ -14,6 +14,7 @@ from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
+from megatron_moetion.mcore.quantised import scaling_tensors
 from megatron_moetion.mcore.shards import Shard
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.units import Region, Role, Unit, UnitKind
@@ -178,6 +179,8 @@ def _module_locations(model: Sequence[nn.Module], layout: ModelLayout) -> Iterat
         for name, tensor in module._buffers.items():
             if tensor is not None and id(tensor) in captured:
                 yield module._buffers, name, tensor.data_ptr()
+        for holder, key, _ in scaling_tensors(module):
+            yield holder, key, holder[key].data_ptr()
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.requires_grad:
                 yield module._parameters, name, parameter.data_ptr()

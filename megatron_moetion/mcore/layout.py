@@ -15,6 +15,7 @@ from megatron.core.transformer.transformer_layer import BaseTransformerLayer
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.quantised import scaling_tensors
 from megatron_moetion.units import UnitKind
 
 _SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.(.+)")
@@ -79,10 +80,13 @@ class ModelLayout:
                     yield parameter, _places(name, parameter, scopes)
 
     def buffers(self) -> Iterator[tuple[torch.Tensor, Place]]:
-        """Buffers that are training state: all persistent ones, and all of the routers'."""
+        """Buffers that are training state: all persistent ones, all of the routers', and scales of delayed scaling."""
         for chunk, scopes in zip(self._chunks, self._scopes, strict=True):
             for path, module in chunk.named_modules():
-                for name, buffer in module.named_buffers(recurse=False):
+                for name, buffer in (
+                    *module.named_buffers(recurse=False),
+                    *((name, holder[key]) for holder, key, name in scaling_tensors(module)),
+                ):
                     if name in module._non_persistent_buffers_set and not isinstance(module, TopKRouter):
                         continue
                     full = f"{path}.{name}" if path else name

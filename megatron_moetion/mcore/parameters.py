@@ -1,18 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Gives every rank all parameters again after a recovery, by Megatron's own calls."""
+"""Makes all model parameters on every rank from the main parameters after a recovery, by Megatron's own calls.
+
+Where parameters are quantised this takes all ranks of a group: a scale follows from the largest value of a whole
+parameter, of which a rank may hold a part. There are two ways, and the settings of DDP tell which:
+
+- Each rank quantises its own shards into the parameters, and quantised bytes are gathered (tensor and block scales).
+- Each rank puts its shards in bf16 into the memory that DDP gathers in, which is that of the gradients, and each
+  quantises all of what it has gathered (MXFP8, ``reuse_grad_buf_for_mxfp8_param_ag``). A gather of memory that was
+  not filled before makes parameters out of gradients, and nothing tells.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+
+from megatron_moetion.mcore.shards import copy_main_to_model
 
 
-def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
-    """Collective, under ``no_grad``, only between an optimizer step and the next forward.
+def copy_parameters(links: Sequence[MegatronOptimizer]) -> None:
+    """This rank's shards into the model, where that takes no other rank. Under ``no_grad``."""
+    for link in links:
+        if not _is_quantised(link):
+            copy_main_to_model(link)
 
-    Forced, so that it is done when this returns, also where gathering overlaps the forward pass.
+
+def gather_parameters(model: Sequence[DistributedDataParallel], links: Sequence[MegatronOptimizer]) -> None:
+    """All parameters on all ranks; returns when it is done, also where gathering overlaps the forward pass.
+
+    Collective, under ``no_grad``, after ``copy_parameters``, only between an optimizer step and the next forward.
+    Gradients that share memory with the gather are zero afterwards.
     """
     for chunk in model:
+        if chunk.ddp_config.reuse_grad_buf_for_mxfp8_param_ag:
+            chunk.zero_grad_buffer()
+    for link in links:  # all of them before any gather: dense and expert parameters have the same chunks
+        if not _is_quantised(link):
+            continue
+        if link.ddp_config.reuse_grad_buf_for_mxfp8_param_ag:
+            link._copy_main_params_to_param_buffer()
+        else:
+            copy_main_to_model(link)
+    for chunk in model:
         if chunk.ddp_config.use_distributed_optimizer:
-            chunk.start_param_sync(force_sync=True)
+            _gather(chunk)
+
+
+def _is_quantised(link: MegatronOptimizer) -> bool:
+    return isinstance(link, DistributedOptimizer) and bool(link.ddp_config.fp8_param_gather)
+
+
+def _gather(chunk: DistributedDataParallel) -> None:
+    if not chunk.ddp_config.overlap_param_gather:
+        chunk.start_param_sync(force_sync=True)
+        return
+    # Not forced: in megatron-core 0.16 a forced gather leaves out what quantised parameters need after it.
+    chunk.start_param_sync(force_dispatch=True)
+    for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
+        group.finish_param_sync(skip_next_bucket_dispatch=True)

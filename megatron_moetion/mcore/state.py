@@ -23,11 +23,12 @@ from megatron_moetion.mcore.chain import chain
 from megatron_moetion.mcore.inventory import gradient_of, take_inventory
 from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
-from megatron_moetion.mcore.parameters import gather_parameters
-from megatron_moetion.mcore.refusals import refuse_unsupported
+from megatron_moetion.mcore.parameters import copy_parameters, gather_parameters
+from megatron_moetion.mcore.quantised import create_scaling_state, refuse_parameters
+from megatron_moetion.mcore.refusals import DELAYED, fp8_recipe, refuse_unsupported
 from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
 from megatron_moetion.mcore.settings import initial_settings, masked, settle
-from megatron_moetion.mcore.shards import Shard, copy_main_to_model, shards
+from megatron_moetion.mcore.shards import Shard, shards
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.recover.capacity import CapacityRules
@@ -83,7 +84,9 @@ class MegatronState:
         self._scheduler = scheduler
         self._user_state = user_state
         layout = ModelLayout([_unwrap(chunk) for chunk in model])
-        refuse_unsupported(get_model_config(model[0]), self._links, log_steps=log_steps)
+        model_config = get_model_config(model[0])
+        refuse_unsupported(model_config, self._links, log_steps=log_steps)
+        refuse_parameters(model)
         with ExitStack() as hooks:
             if count_tokens:
                 self.tokens = MegatronTokens(layout.blocks, capacity)
@@ -92,6 +95,8 @@ class MegatronState:
                 create_state(link.optimizer)
             for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
                 module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
+            if fp8_recipe(model_config) == DELAYED:
+                create_scaling_state(model, model_config)
             self._initial_settings = initial_settings(self._links, scheduler)
             by_link = [list(shards(link)) for link in self._links]
             if log_steps:
@@ -161,13 +166,12 @@ class MegatronState:
     def copy_to_model(self) -> None:
         """Only between an optimizer step and the next forward."""
         with torch.no_grad():
-            for link in self._links:
-                copy_main_to_model(link)
+            copy_parameters(self._links)
 
     def resync(self) -> None:
         """Only between an optimizer step and the next forward."""
         with torch.no_grad():
-            gather_parameters(self._model)
+            gather_parameters(self._model, self._links)
 
     def state_hash(self) -> str:
         """Copies all state to the host: for checks, not for every iteration of a large model."""

@@ -131,8 +131,20 @@ def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return bundled_trainer.main(request["argv"], request["die_in_save"], request["poison"], environment)
 
 
+def _fp8(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import fp8_ranks
+
+    return fp8_ranks.main(Path(request["folder"]), environment)
+
+
+def _te(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import te_models
+
+    return te_models.main(Path(request["folder"]), environment)
+
+
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parent.parent / "unit"))
+    sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("unit", "te")]
     kind = sys.argv[1]
     if kind == "toy":
         import toy_trainer  # noqa: F401
@@ -140,6 +152,11 @@ if __name__ == "__main__":
         import megatron_trainer  # noqa: F401
     elif kind == "trainer":
         import bundled_trainer  # noqa: F401
+    elif kind == "fp8":
+        import fp8_ranks  # noqa: F401
+    elif kind == "te":
+        import te_models  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer}[kind])
+    drivers = {"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer, "te": _te, "fp8": _fp8}
+    serve(drivers[kind])
