@@ -131,6 +131,12 @@ def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return bundled_trainer.main(request["argv"], request["die_in_save"], request["poison"], environment)
 
 
+def _layouts(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import megatron_layouts
+
+    return megatron_layouts.main(Path(request["folder"]), environment)
+
+
 def _te(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import te_models
 
@@ -146,8 +152,12 @@ if __name__ == "__main__":
         import megatron_trainer  # noqa: F401
     elif kind == "trainer":
         import bundled_trainer  # noqa: F401
+    elif kind == "layouts":
+        import megatron_layouts  # noqa: F401
     elif kind == "te":
         import te_models  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer, "te": _te}[kind])
+    serve(
+        {"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer, "layouts": _layouts, "te": _te}[kind]
+    )
