@@ -172,8 +172,8 @@ def _redirect_tensors() -> None:
     def type_name(self: torch.Tensor, dtype: Any = None, *args: Any, **kwargs: Any) -> Any:
         if dtype is not None:
             return tensor_type(self, dtype, *args, **kwargs)
-        # The optimizers look for 'torch.cuda.FloatTensor' by name.
-        return tensor_type(self).replace("torch.", "torch.cuda.")
+        # The optimizers look for 'torch.cuda.FloatTensor' by name. A subclass of tensors may have come here before.
+        return tensor_type(self).replace("torch.cuda.", "torch.").replace("torch.", "torch.cuda.")
 
     tensor_class.to, tensor_class.type = to, type_name
 

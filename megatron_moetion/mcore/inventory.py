@@ -157,6 +157,11 @@ def _require_complete(layout: ModelLayout, shards: Mapping[int, Shard]) -> None:
 
 
 def _require_contiguous(tensor: torch.Tensor, name: str) -> None:
+    if tensor.numel() and not tensor.data_ptr():
+        raise UnsupportedState(
+            f"{name} is a {type(tensor).__name__}, whose bytes are in other tensors: MoEtion captures such a parameter "
+            f"by its main values only, so it may not be frozen"
+        )
     if not tensor.is_contiguous():
         raise UnsupportedState(
             f"{name} is not contiguous (strides {tensor.stride()}) and cannot be captured as one span"

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -21,6 +22,9 @@ from megatron_moetion.units import UnitKind
 _SEQUENTIAL = re.compile(r"local_experts\.(\d+)\.(.+)")
 _NUMBERED = re.compile(r"(linear_fc\d\.(?:weight|bias))(\d+)")
 _GROUPED = re.compile(r"weight[12]")
+_SINGLE = re.compile(r"linear_fc\d\.(weight|bias)")
+_SINGLE_NDIM = {"weight": 3, "bias": 2}
+"""The first dimension is the expert. Without it a weight would be one that all experts share."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,6 +68,11 @@ class ModelLayout:
     def __init__(self, chunks: Sequence[nn.Module]) -> None:
         self._chunks = tuple(chunks)
         self._scopes = [_scopes(chunk) for chunk in chunks]
+        names = Counter(s.prefix for scopes in self._scopes for s in scopes if s.block is None and s.prefix)
+        if twice := sorted(name for name, count in names.items() if count > 1):
+            raise UnsupportedState(
+                f"several layers of this rank are called {', '.join(twice)}: their layer_number is not the global one"
+            )
 
     @property
     def blocks(self) -> tuple[MoeBlock, ...]:
@@ -106,24 +115,55 @@ def dense_unit(block: MoeBlock) -> str:
 
 def _scopes(chunk: nn.Module) -> list[_Scope]:
     """Layers and their MoE parts, the longest path first; the last scope is the whole chunk."""
-    scopes = [_Scope(path="", prefix="", layer=None)]
-    layers: dict[str, tuple[str, int]] = {}
-    for path, module in chunk.named_modules():
-        if isinstance(module, MultiTokenPredictionLayer):
-            layers[path] = (f"mtp.{module.layer_number - 1}", module.layer_number - 1)
-            scopes.append(_Scope(path=path, prefix=layers[path][0], layer=layers[path][1]))
-        elif isinstance(module, BaseTransformerLayer) and not any(path.startswith(p + ".") for p in layers):
-            layers[path] = (f"layers.{module.layer_number - 1}", module.layer_number - 1)
-            scopes.append(_Scope(path=path, prefix=layers[path][0], layer=layers[path][1]))
+    layers = list(_layers(chunk))
+    blocks: dict[str, _Scope] = {}
     for path, module in chunk.named_modules():
         if isinstance(module, MoELayer):
-            owner = max((p for p in layers if path.startswith(p + ".")), key=len)
-            prefix, layer = layers[owner]
+            owner = max((s for s in layers if path.startswith(s.path + ".")), key=lambda s: len(s.path), default=None)
+            if owner is None or owner.layer is None or owner.prefix in blocks:
+                where = "in no layer of the model" if owner is None else f"not the only one of {owner.prefix}"
+                raise UnsupportedState(
+                    f"the MoE block {path} is {where}: experts are told apart by the number of their layer"
+                )
             block = MoeBlock(
-                layer=layer, prefix=prefix, module=module, experts=tuple(int(e) for e in module.local_expert_indices)
+                layer=owner.layer,
+                prefix=owner.prefix,
+                module=module,
+                experts=tuple(int(e) for e in module.local_expert_indices),
             )
-            scopes.append(_Scope(path=f"{path}.experts", prefix=prefix, layer=layer, block=block))
-    return sorted(scopes, key=lambda s: -len(s.path))
+            blocks[owner.prefix] = _Scope(path=f"{path}.experts", prefix=owner.prefix, layer=owner.layer, block=block)
+    return sorted((*layers, *blocks.values(), _Scope(path="", prefix="", layer=None)), key=lambda s: -len(s.path))
+
+
+def _layers(module: nn.Module, path: str = "", mtp: _Scope | None = None) -> Iterator[_Scope]:
+    """The layers below ``module``: outermost entries of lists of modules, whatever they are, and transformer layers.
+
+    Megatron-Core's attention, MoE, Mamba and other layers have no class in common, but each list of them is a
+    ``ModuleList``, and each knows its global number. One that does not is numbered by its place in the list.
+    ``mtp`` is the multi-token prediction layer that ``module`` is a part of.
+    """
+    for name, child in module.named_children():
+        here = f"{path}.{name}" if path else name
+        if isinstance(child, MultiTokenPredictionLayer):
+            scope = _Scope(path=here, prefix=f"mtp.{child.layer_number - 1}", layer=child.layer_number - 1)
+            yield scope
+            yield from _layers(child, here, scope)
+        elif isinstance(module, nn.ModuleList):
+            if mtp is not None:  # one of several layers that predict the same token
+                yield _Scope(path=here, prefix=f"{mtp.prefix}.layers.{name}", layer=mtp.layer)
+            else:
+                yield _layer(here, getattr(child, "layer_number", None) or int(name) + 1)
+        elif isinstance(child, BaseTransformerLayer):
+            if mtp is None:
+                yield _layer(here, child.layer_number)
+        else:
+            yield from _layers(child, here, mtp)
+
+
+def _layer(path: str, number: int) -> _Scope:
+    """The scope of a layer, named after the list that it is in, if that is not the decoder's: ``number`` is from 1."""
+    stack = path.rpartition(".")[0].removeprefix("decoder.") or "layers"
+    return _Scope(path=path, prefix=f"{stack}.{number - 1}", layer=number - 1)
 
 
 def _scope_of(name: str, scopes: Sequence[_Scope]) -> tuple[_Scope, str]:
@@ -167,9 +207,8 @@ def _expert_places(block: MoeBlock, rest: str, parameter: nn.Parameter) -> tuple
         return (_expert_place(block, int(match[1]), match[2], 0, parameter.numel()),)
     if match := _NUMBERED.fullmatch(rest):
         return (_expert_place(block, int(match[2]), match[1], 0, parameter.numel()),)
-    if _GROUPED.fullmatch(rest):  # one weight for all local experts, expert after expert when flattened
-        each, left = divmod(parameter.numel(), len(block.experts))
-        assert left == 0, f"{block.prefix} {rest}: {parameter.numel()} elements for {len(block.experts)} experts"
+    if _is_grouped(rest, parameter, len(block.experts)):  # expert after expert when flattened
+        each = parameter.numel() // len(block.experts)
         return tuple(
             _expert_place(block, local, rest, local * each, (local + 1) * each) for local in range(len(block.experts))
         )
@@ -177,6 +216,18 @@ def _expert_places(block: MoeBlock, rest: str, parameter: nn.Parameter) -> tuple
         f"{block.prefix}: the parameter {rest!r} of {type(block.module.experts).__name__} belongs to no single expert "
         f"that MoEtion knows of; supported are SequentialMLP, GroupedMLP and TEGroupedMLP"
     )
+
+
+def _is_grouped(name: str, parameter: nn.Parameter, experts: int) -> bool:
+    """Whether it holds the same number of elements of each local expert, one expert after the other.
+
+    So does ``GroupedMLP`` (``weight1``, ``weight2``, whatever shapes they have), which views each as one matrix an
+    expert, and a ``GroupedLinear`` of Transformer Engine with ``single_grouped_weight`` or ``single_grouped_bias``.
+    """
+    if _GROUPED.fullmatch(name):
+        return parameter.numel() % experts == 0
+    match = _SINGLE.fullmatch(name)
+    return match is not None and parameter.ndim >= _SINGLE_NDIM[match[1]] and parameter.shape[0] == experts
 
 
 def _expert_place(block: MoeBlock, local: int, tensor: str, start: int, end: int) -> Place:

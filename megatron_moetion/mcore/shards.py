@@ -70,6 +70,11 @@ def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.T
             )
         tensors[_STATE_ROLES[key]] = value
     for role, tensor in tensors.items():
+        if tensor.numel() and not tensor.data_ptr():
+            raise UnsupportedState(
+                f"the {role.name} of a parameter of shape {tuple(parameter.shape)} is a {type(tensor).__name__}, whose "
+                "bytes are in other tensors; use --use-distributed-optimizer, whose main values are plain tensors"
+            )
         if not tensor.is_contiguous() or tensor.numel() != end - start:
             raise UnsupportedState(f"the {role.name} of a shard [{start}, {end}) has shape {tuple(tensor.shape)}")
     return Shard(parameter=parameter, start=start, end=end, tensors=tensors)

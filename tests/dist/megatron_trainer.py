@@ -400,7 +400,8 @@ def _everything(trainer: Trainer, counters: Sequence[torch.Tensor]) -> dict[str,
     """What is owned, what follows from it, and the counters."""
     found = {f"owned {i}": t for i, t in enumerate(_owned(trainer))}
     for number, chunk in enumerate(trainer.model):
-        found |= {f"{number} {name}": p.detach() for name, p in chunk.named_parameters()}
+        # A grouped tensor of Transformer Engine keeps its elements beside it.
+        found |= {f"{number} {n}": getattr(p, "rowwise_data", p.detach()) for n, p in chunk.named_parameters()}
     found |= {f"tokens {i}": t for i, t in enumerate(counters)}
     return {name: t for name, t in found.items() if t.numel()}
 

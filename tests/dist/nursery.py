@@ -9,13 +9,15 @@ from __future__ import annotations
 
 import ctypes
 import gc
+import importlib
 import json
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,57 +108,29 @@ def _die_with_parent() -> None:
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
-def _toy(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    import toy_trainer
-
-    toy = toy_trainer.Toy.from_json(request["toy"])
-    return toy_trainer.main(Path(request["folder"]), request["configs"][int(environment["RANK"])], toy, environment)
-
-
-def _megatron(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    import megatron_trainer
-
-    return megatron_trainer.main(Path(request["folder"]), environment)
-
-
-def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    import megatron_exact
-
-    return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
+DRIVERS = {
+    "toy": ("toy_trainer", ("folder", "config", "toy")),
+    "megatron": ("megatron_trainer", ("folder",)),
+    "exact": ("megatron_exact", ("folder", "store", "case")),
+    "precision": ("megatron_precision", ("folder", "store", "case")),
+    "muon": ("megatron_muon", ("folder", "store", "work")),
+    "models": ("megatron_models", ("folder", "store", "cases")),
+    "layouts": ("megatron_layouts", ("folder",)),
+    "te": ("te_models", ("folder",)),
+    "fp8": ("fp8_ranks", ("folder",)),
+    "trainer": ("bundled_trainer", ("argv", "die_in_save", "poison")),
+}
+"""By kind of job: the module whose ``main`` is one rank, and what of a request it is called with."""
 
 
-def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    import bundled_trainer
-
-    return bundled_trainer.main(request["argv"], request["die_in_save"], request["poison"], environment)
-
-
-def _fp8(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    import fp8_ranks
-
-    return fp8_ranks.main(Path(request["folder"]), environment)
-
-
-def _te(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
-    import te_models
-
-    return te_models.main(Path(request["folder"]), environment)
+def _run_rank(driver: Any, names: Sequence[str], request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    values = {**request, **{name: Path(request[name]) for name in ("folder", "store") if name in request}}
+    if "configs" in request:
+        values["config"] = request["configs"][int(environment["RANK"])]
+    return int(driver.main(*(values[name] for name in names), environment))
 
 
 if __name__ == "__main__":
     sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("unit", "te")]
-    kind = sys.argv[1]
-    if kind == "toy":
-        import toy_trainer  # noqa: F401
-    elif kind == "megatron":
-        import megatron_trainer  # noqa: F401
-    elif kind == "trainer":
-        import bundled_trainer  # noqa: F401
-    elif kind == "fp8":
-        import fp8_ranks  # noqa: F401
-    elif kind == "te":
-        import te_models  # noqa: F401
-    else:
-        import megatron_exact  # noqa: F401
-    drivers = {"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer, "te": _te, "fp8": _fp8}
-    serve(drivers[kind])
+    module, names = DRIVERS[sys.argv[1]]
+    serve(partial(_run_rank, importlib.import_module(module), names))

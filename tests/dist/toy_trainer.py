@@ -372,8 +372,9 @@ class Notes:
         os.write(self._fd, (json.dumps(found) + "\n").encode())
 
 
-def main(folder: Path, config: Mapping[str, Any], toy: Toy, environment: Mapping[str, str]) -> int:
-    """Train to the end on this rank; returns the exit code."""
+def main(folder: Path, config: Mapping[str, Any], fields: Any, environment: Mapping[str, str]) -> int:
+    """Train to the end on this rank, the toy of these JSON fields; returns the exit code."""
+    toy = Toy.from_json(fields)
     rank = int(environment["RANK"])
     attempt = int(environment["ATTEMPT"])
     notes = Notes(folder / f"rank{rank:05d}.{attempt}.jsonl", attempt)

@@ -6,19 +6,29 @@ Kernels do not run here: ``cpu_kernels`` stands in for the forward passes.
 
 from __future__ import annotations
 
+import copy
 import os
 from collections.abc import Mapping
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import engine
 
 engine.pretend()
+os.environ["NVTE_GROUPED_LINEAR_SINGLE_PARAM"] = "1"  # without it Transformer Engine ignores moe_single_grouped_*
+os.environ["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = "1"  # and Megatron-Core refuses it without this
 
 # isort: split
 import cpu_kernels
 import megatron_trainer
-from megatron_trainer import WORLD_SIZE, Model, Trainer, _examine, _tear_down, as_modelled, join
+from megatron.core.extensions.transformer_engine import TENorm
+from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
+from megatron.core.transformer.moe.experts import TEGroupedMLP
+from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.transformer.transformer_config import TransformerConfig
+from megatron_layouts import Mixer, as_hybrid, examine
+from megatron_trainer import WORLD_SIZE, Model, Trainer, _tear_down, as_modelled, join
 from torch import distributed as dist
 from toy_trainer import Notes
 
@@ -46,9 +56,25 @@ def _model(flags: str, **config: Any) -> Model:
 
 _DP = "--expert-model-parallel-size 2"
 _PP = f"{_DP} --pipeline-model-parallel-size 2"
+_SINGLE = {"moe_single_grouped_weight": True, "use_transformer_engine_op_fuser": True}
 CASES = {
-    "grouped, a weight for each expert": _model(f"{_DP} --swiglu --disable-bias-linear"),
+    "a weight for each expert": _model(f"{_DP} --swiglu --disable-bias-linear"),
+    "a weight and a bias for each expert, pp2": _model(_PP),
+    "one weight for all experts": _model(f"{_DP} --swiglu --disable-bias-linear --normalization RMSNorm", **_SINGLE),
+    "one weight and one bias for all experts, pp2": _model(f"{_PP} --swiglu", **_SINGLE, moe_single_grouped_bias=True),
+    "one weight for all experts, a bias for each": _model(f"{_DP} --swiglu", **_SINGLE),
+    "one expert a rank": _model("--expert-model-parallel-size 4 --swiglu --disable-bias-linear", **_SINGLE),
+    "hybrid, pp2": _model(f"{_PP} --num-layers 8 --swiglu --disable-bias-linear"),
+    "shared experts": _model(f"{_DP} --swiglu --disable-bias-linear --moe-shared-expert-intermediate-size 24"),
 }
+HYBRID = "M*E-|ME*E"
+
+
+def hybrid_stack(config: TransformerConfig) -> ModuleSpec:
+    """Megatron-Core's own list of a hybrid model's layers, with a stand-in for the mixer of Mamba layers."""
+    spec = copy.deepcopy(hybrid_stack_spec)
+    spec.submodules.mamba_layer.submodules.mixer = ModuleSpec(module=Mixer)
+    return spec
 
 
 def main(folder: Path, environment: Mapping[str, str]) -> int:
@@ -58,8 +84,9 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
     notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
     join(folder, rank)
     for name, model in CASES.items():
-        trainer = _build(rank, model)
-        notes.write("case", name=name, **_examine(trainer, count_tokens=True))
+        with as_hybrid(HYBRID, hybrid_stack, TENorm) if name.startswith("hybrid") else nullcontext():
+            trainer = _build(rank, model)
+        notes.write("case", name=name, **examine(trainer))
         _tear_down()
     dist.barrier()
     return 0
@@ -74,4 +101,7 @@ def _build(rank: int, model: Model) -> Trainer:
         trainer = Trainer(args, source, Reporter(args, active=False, attempt=0))
     for chunk in trainer.model:
         chunk.train()
+        for module in chunk.modules():
+            if isinstance(module, TEGroupedMLP):
+                module._with_fused_impl = False  # it shares the parameters, and only its kernels differ
     return trainer
