@@ -12,6 +12,7 @@ from typing import Any
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.units import Unit, UnitKind
 
 
 def refuse_unsupported(config: Any, links: Sequence[MegatronOptimizer], *, log_steps: bool) -> None:
@@ -28,3 +29,24 @@ def refuse_unsupported(config: Any, links: Sequence[MegatronOptimizer], *, log_s
             "--reuse-grad-buf-for-mxfp8-param-ag is not supported in mode 'exact': it overwrites gradients "
             "before they are logged"
         )
+
+
+def refuse_shared_scales(units: Sequence[Unit]) -> None:
+    """Raise ``UnsupportedState`` where experts share a scale, so that none can be restored without the others.
+
+    For mode ``popularity``, which restores experts as of different iterations.
+    """
+    holders: dict[str, set[str]] = {}
+    for unit in units:
+        for region in unit.regions:
+            if region.together:
+                holders.setdefault(region.together, set()).add(unit.name)
+    experts = {unit.name for unit in units if unit.kind is UnitKind.EXPERT}
+    for name, found in holders.items():
+        if len(found) > 1 and found & experts:
+            raise UnsupportedState(
+                f"mode 'popularity' restores experts as of different iterations, and {' and '.join(sorted(found)[:2])} "
+                f"share one scale of their fp16 or FP8 optimizer state (at {name}): one weight holds both. Take mode "
+                f"'full' or 'exact', or --exp-avg-dtype and --exp-avg-sq-dtype fp32 or bf16 and --main-params-dtype "
+                f"fp32, or a weight for each expert"
+            )

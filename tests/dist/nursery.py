@@ -125,6 +125,12 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
 
 
+def _precision(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import megatron_precision
+
+    return megatron_precision.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
+
+
 def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import bundled_trainer
 
@@ -140,6 +146,8 @@ if __name__ == "__main__":
         import megatron_trainer  # noqa: F401
     elif kind == "trainer":
         import bundled_trainer  # noqa: F401
+    elif kind == "precision":
+        import megatron_precision  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer}[kind])
+    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "precision": _precision, "trainer": _trainer}[kind])
