@@ -131,17 +131,21 @@ class Float8State(torch.Tensor):
         found._quantizer = _Quantizer(scale=one.clone(), amax=torch.zeros_like(one))
         return found
 
-    def quantize_(self, values: torch.Tensor) -> None:
-        """Take fp32 values, with the scale of the quantizer; too large ones become the largest."""
-        scale = self._quantizer.scale
-        largest = _LARGEST[torch.uint8]
-        self._data.copy_((values * scale).clamp(-largest, largest).to(_FP8).view(torch.uint8))
-        self._scale_inv.copy_(scale.reciprocal())
-        self._quantizer.amax.copy_(torch.maximum(self._quantizer.amax, values.abs().max()))
 
-    def dequantized(self) -> torch.Tensor:
-        """The values in fp32."""
-        return self._data.view(_FP8).float() * self._scale_inv
+def quantize(state: Any, values: torch.Tensor) -> None:
+    """Fp32 ``values`` into a ``Float8State``, in place, with its quantizer's scale; too large ones become the largest.
+
+    A real ``Float8Tensor`` will do, too.
+    """
+    scale, largest = state._quantizer.scale, _LARGEST[torch.uint8]
+    state._data.copy_((values * scale).clamp(-largest, largest).to(_FP8).view(torch.uint8))
+    state._scale_inv.copy_(scale.reciprocal())
+    state._quantizer.amax.copy_(torch.maximum(state._quantizer.amax, values.abs().max()))
+
+
+def dequantize(state: Any) -> torch.Tensor:
+    """The values of a ``Float8State``, or a real ``Float8Tensor``, in fp32."""
+    return state._data.view(_FP8).float() * state._scale_inv
 
 
 @dataclass(kw_only=True, eq=False)
@@ -253,7 +257,7 @@ class FusedAdam(torch.optim.Optimizer):
         """A state in fp32, and remainders as int16: the tensor itself where it is of that type, else a copy."""
         state = self.state[param][state_name]
         if isinstance(state, Float8State):
-            return state.dequantized()
+            return dequantize(state)
         if state.dtype is torch.float16:
             return state.float().mul_(self._scales[param][state_name])
         return state if state.dtype is torch.int16 else state.float()
@@ -273,7 +277,7 @@ class FusedAdam(torch.optim.Optimizer):
         scale.copy_(torch.div(unscaled_state.abs().max(), torch.tensor(_LARGEST[dtype])))
         if isinstance(state, Float8State):
             state._quantizer.scale.copy_(scale.reciprocal())
-            state.quantize_(unscaled_state)
+            quantize(state, unscaled_state)
         else:
             state.copy_(unscaled_state * torch.where(scale > 0, scale.reciprocal(), 0.0))
 

@@ -33,6 +33,7 @@ from megatron_trainer import (
 from torch import distributed as dist
 from toy_trainer import Notes
 
+from megatron_moetion.mcore.cpu_adam import Float8State, dequantize
 from megatron_moetion.units import Role
 
 _DP = "--expert-model-parallel-size 2 --bf16 --use-distributed-optimizer"
@@ -135,4 +136,4 @@ def _state_tensors(trainer: Trainer) -> Iterator[torch.Tensor]:
     """All main values and moments in fp32, FP8 ones too."""
     for optimizer in _inner(trainer):
         for state in optimizer.state.values():
-            yield from (t.dequantized() if hasattr(t, "dequantized") else t for t in state.values())
+            yield from (dequantize(t) if isinstance(t, Float8State) else t for t in state.values())
