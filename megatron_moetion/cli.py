@@ -42,6 +42,7 @@ SHOWN_PERIODS = (2, 4, 8, 16, 32)
 SHARE = 0.5
 """Share of a link's bandwidth for snapshots: training needs the rest."""
 _GRADIENTS = {"fp32": 4, "bf16": 2}
+_MOMENTS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
@@ -100,6 +101,14 @@ def _add_plan(commands: Any) -> None:
         default="fp32",
         help="type that gradients are reduced in; mode 'exact' logs them (default: fp32)",
     )
+    for flag in ("--exp-avg-dtype", "--exp-avg-sq-dtype"):
+        state.add_argument(
+            flag,
+            choices=tuple(_MOMENTS),
+            default="fp32",
+            help="Megatron's flag, with --use-precision-aware-optimizer; main parameters take 4 bytes with each "
+            "--main-params-dtype, and with remainders (default: fp32)",
+        )
     state.add_argument(
         "--host-state-mib", type=float, default=1.0, metavar="MIB", help="random states, cursors, counters (default: 1)"
     )
@@ -153,6 +162,8 @@ def _plan(args: argparse.Namespace) -> int:
         expert_parameters=_count("--expert-parameters", args.expert_parameters),
         num_experts=args.experts,
         gradient_bytes=_GRADIENTS[args.gradients],
+        exp_avg_bytes=_MOMENTS[args.exp_avg_dtype],
+        exp_avg_sq_bytes=_MOMENTS[args.exp_avg_sq_dtype],
         host_state_bytes=round(_positive("--host-state-mib", args.host_state_mib) * 2**20),
         replicas=args.replicas,
         ranks_per_node=args.ranks_per_node,

@@ -41,6 +41,12 @@ class Role(enum.IntEnum):
     WEIGHT = 4
     GRAD = 5
     BUFFER = 6
+    MODEL = 7
+    """A trained model parameter that no main value gives: state of the optimizer itself."""
+    REMAINDER = 8
+    """The lower 16 bits of an fp32 main value, whose upper ones are the ``MODEL`` parameter."""
+    SCALE = 9
+    """One element: the factor of all moments, or main values, of a shard."""
 
 
 HOST_UNIT = "host"
@@ -69,6 +75,8 @@ class Region:
     """Where the memory is: ``cpu``, ``cuda:0``, ..."""
     at_once: bool = False
     """Changes before the next optimizer step (router bias, counters, gradients): copied inside ``on_step_end``."""
+    together: str = ""
+    """Regions of the same name here mean something only as of one iteration, whatever units they are in: one scale."""
 
     def __post_init__(self) -> None:
         if self.nbytes <= 0 or self.start < 0 or self.address <= 0:

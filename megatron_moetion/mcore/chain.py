@@ -33,11 +33,6 @@ def chain(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
         name = type(link.optimizer).__name__
         if name not in _ELEMENTWISE:
             raise UnsupportedState(f"{name} is not supported: MoEtion knows {', '.join(sorted(_ELEMENTWISE))}")
-        if link.config.use_precision_aware_optimizer:
-            raise UnsupportedState(
-                "--use-precision-aware-optimizer is not supported: it hands out converted copies of its state, and "
-                "a capture must be bit for bit"
-            )
     return real
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import sys
+import types
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -25,6 +27,7 @@ _FACTORIES = (
     "tensor zeros ones empty full arange rand randn randint as_tensor empty_like zeros_like ones_like "
     "full_like linspace eye empty_strided"
 ).split()
+_ENGINE_OPTIMIZERS = "transformer_engine.pytorch.optimizers"
 _TENSOR_TYPES = "Float Half BFloat16 Int Long Byte Double Bool".split()
 
 
@@ -232,3 +235,26 @@ def _redirect_megatron() -> None:
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
     distrib_optimizer.USING_APEX_OPTIMIZER = True
+    _offer_precision_aware_adam(FusedAdam)
+
+
+def _offer_precision_aware_adam(adam: type[torch.optim.Optimizer]) -> None:
+    """``--use-precision-aware-optimizer`` asks Transformer Engine for its optimizer and its version: give ours, as 2.1.
+
+    Under the one name that Megatron asks for: ``import transformer_engine`` fails as before where it is not installed.
+    Where it is, Megatron has imported it by now, and its real class answers.
+    """
+    from megatron.core import optimizer
+    from megatron.core.optimizer import optimizer_config
+
+    if _ENGINE_OPTIMIZERS in sys.modules:
+        return
+    module = types.ModuleType(_ENGINE_OPTIMIZERS, "The CPU twin of Transformer Engine's optimizer.")
+    sys.modules[_ENGINE_OPTIMIZERS] = module
+    vars(module)["FusedAdam"] = adam
+
+    def is_te_min_version(version: str, check_equality: bool = True) -> bool:
+        # Both modules ask for 2.1 and nothing else: since then there are remainders.
+        return True
+
+    vars(optimizer)["is_te_min_version"] = vars(optimizer_config)["is_te_min_version"] = is_te_min_version

@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ from torch import nn
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.layout import ModelLayout, Place, dense_unit
 from megatron_moetion.mcore.quantised import scaling_tensors
-from megatron_moetion.mcore.shards import Shard
+from megatron_moetion.mcore.shards import Shard, held
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.units import Region, Role, Unit, UnitKind
 
@@ -64,8 +64,8 @@ def take_inventory(
             if place.kind is UnitKind.FROZEN:
                 _require_contiguous(parameter, place.tensor)
                 builder.add(place, parameter, Role.WEIGHT, 0, (0, parameter.numel()))
-            elif shard is not None:
-                builder.add_shard(place, shard, with_gradients=with_gradients)
+        if shard is not None:
+            builder.add_shard(places, shard, with_gradients=with_gradients)
     for buffer, place in layout.buffers():
         if buffer.numel():
             _require_contiguous(buffer, place.tensor)
@@ -105,6 +105,7 @@ class _Builder:
         span: tuple[int, int],
         *,
         at_once: bool = False,
+        together: str = "",
     ) -> None:
         """Elements [start, end) of a parameter; ``tensor`` begins at element ``first``."""
         start, end = span
@@ -123,20 +124,26 @@ class _Builder:
                 address=tensor.data_ptr() + (start - first) * size,
                 device=str(tensor.device),
                 at_once=at_once,
+                together=together,
             )
         )
 
-    def add_shard(self, place: Place, shard: Shard, *, with_gradients: bool) -> None:
-        """What of a shard lies in a place, if any."""
-        start, end = max(place.start, shard.start), min(place.end, shard.end)
-        if start >= end:
-            return
-        for role, tensor in shard.tensors.items():
-            self.add(place, tensor, role, shard.start, (start, end))
-        if with_gradients:
-            gradient = gradient_of(shard.parameter)
-            _require_contiguous(gradient, place.tensor)
-            self.add(place, gradient, Role.GRAD, 0, (start, end), at_once=True)
+    def add_shard(self, places: Sequence[Place], shard: Shard, *, with_gradients: bool) -> None:
+        """What of a shard lies in each place. Its scales go with the first one."""
+        spans = [(place, max(place.start, shard.start), min(place.end, shard.end)) for place in places]
+        inside = [(place, start, end) for place, start, end in spans if start < end]
+        together = f"{inside[0][0].tensor}+{shard.start}" if shard.scales else ""
+        for place, start, end in inside:
+            for role, tensor in shard.tensors.items():
+                self.add(place, tensor, role, shard.start, (start, end), together=together)
+            if with_gradients:
+                gradient = gradient_of(shard.parameter)
+                _require_contiguous(gradient, place.tensor)
+                self.add(place, gradient, Role.GRAD, 0, (start, end), at_once=True, together=together)
+        for name, scale in shard.scales.items():
+            place, start, _ = inside[0]
+            named = replace(place, tensor=f"{place.tensor}.{name}")
+            self.add(named, scale, Role.SCALE, start, (start, start + 1), together=together)
 
     def units(self) -> tuple[Unit, ...]:
         """In the order in which they were found."""
@@ -173,9 +180,8 @@ def _optimizer_locations(links: Sequence[MegatronOptimizer]) -> Iterator[Locatio
         for group in link.optimizer.param_groups:
             for position, main in enumerate(group["params"]):
                 yield group["params"], position, main.data_ptr()
-                for key, value in link.optimizer.state[main].items():
-                    if isinstance(value, torch.Tensor) and key != "step":
-                        yield link.optimizer.state[main], key, value.data_ptr()
+                for found in held(link.optimizer, main):
+                    yield found.holder, found.key, found.tensor.data_ptr()
 
 
 def _module_locations(model: Sequence[nn.Module], layout: ModelLayout) -> Iterator[Location]:

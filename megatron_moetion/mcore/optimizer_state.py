@@ -16,7 +16,7 @@ from megatron_moetion.errors import UnsupportedState
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
-    """Give a fresh Adam the state that its first step would create, so that it can be captured and written to.
+    """Give a fresh optimizer the state that its first step would create, so that it can be captured and written to.
 
     Apex, Transformer Engine and our CPU ``FusedAdam`` count steps in the parameter group; torch's own counts
     per parameter. SGD with momentum starts from a zero buffer, which its first step treats the same.
@@ -27,7 +27,9 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
             state = optimizer.state[parameter]
             if state:
                 continue
-            if "betas" in group:
+            if hasattr(optimizer, "initialize_state"):
+                _initialize(optimizer, parameter)
+            elif "betas" in group:
                 if per_parameter:
                     on_device = group.get("capturable") or group.get("fused")
                     device = parameter.device if on_device else torch.device("cpu")
@@ -38,6 +40,13 @@ def create_state(optimizer: torch.optim.Optimizer) -> None:
                 state["momentum_buffer"] = torch.zeros_like(parameter.detach())
         if "betas" in group and not per_parameter:
             group.setdefault("step", 0)
+
+
+def _initialize(optimizer: Any, parameter: torch.Tensor) -> None:
+    """By Transformer Engine's ``FusedAdam`` itself; before 2.1 it knows no remainders."""
+    remainders = getattr(optimizer, "store_param_remainders", None)
+    how = () if remainders is None else (remainders and parameter.dtype is torch.bfloat16,)
+    optimizer.initialize_state(parameter, *how)
 
 
 def fields_of(link: MegatronOptimizer) -> dict[str, Any]:

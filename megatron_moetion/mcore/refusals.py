@@ -14,6 +14,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.units import Unit, UnitKind
 
 DELAYED = "delayed"
 """The recipe whose scales are state: they are captured."""
@@ -96,3 +97,24 @@ def _refuse_held_mains(config: Any, link: MegatronOptimizer) -> None:
             f"supported: the optimizer quantises parameters within its step, and no call of Megatron does it again. "
             f"Take --fp8-recipe tensorwise, blockwise or mxfp8"
         )
+
+
+def refuse_shared_scales(units: Sequence[Unit]) -> None:
+    """Raise ``UnsupportedState`` where experts share a scale, so that none can be restored without the others.
+
+    For mode ``popularity``, which restores experts as of different iterations.
+    """
+    holders: dict[str, set[str]] = {}
+    for unit in units:
+        for region in unit.regions:
+            if region.together:
+                holders.setdefault(region.together, set()).add(unit.name)
+    experts = {unit.name for unit in units if unit.kind is UnitKind.EXPERT}
+    for name, found in holders.items():
+        if len(found) > 1 and found & experts:
+            raise UnsupportedState(
+                f"mode 'popularity' restores experts as of different iterations, and {' and '.join(sorted(found)[:2])} "
+                f"share one scale of their fp16 or FP8 optimizer state (at {name}): one weight holds both. Take mode "
+                f"'full' or 'exact', or --exp-avg-dtype and --exp-avg-sq-dtype fp32 or bf16 and --main-params-dtype "
+                f"fp32, or a weight for each expert"
+            )

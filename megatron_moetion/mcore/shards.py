@@ -1,15 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """The live optimizer tensors behind each parameter, for every Megatron optimizer that ``chain`` lets pass.
 
-A *shard* is what this rank's optimizer holds of one model parameter: a flat span of it, as fp32 main values
-and moments. Sources: ``DistributedOptimizer._get_model_param_range_map`` and the parameter groups of
-``Float16OptimizerWithFloat16Params`` and ``FP32Optimizer`` (megatron-core 0.16).
+A *shard* is what this rank's optimizer holds of one model parameter: a flat span of it, as main values and moments, in
+fp32 or as a precision-aware optimizer stores them. Sources: ``DistributedOptimizer._get_model_param_range_map`` and the
+parameter groups of ``Float16OptimizerWithFloat16Params`` and ``FP32Optimizer`` (megatron-core 0.16 and 0.19), and
+``FusedAdam`` of Transformer Engine 2.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, MutableMapping
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -19,7 +21,15 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.units import Role
 
-_STATE_ROLES = {"exp_avg": Role.EXP_AVG, "exp_avg_sq": Role.EXP_AVG_SQ, "momentum_buffer": Role.EXP_AVG}
+_MASTER_KEY = "master_param"
+_STATE_ROLES = {
+    "exp_avg": Role.EXP_AVG,
+    "exp_avg_sq": Role.EXP_AVG_SQ,
+    "momentum_buffer": Role.EXP_AVG,
+    _MASTER_KEY: Role.MASTER,
+}
+_SCALED_DTYPES = (torch.float16, torch.uint8)
+"""What has a scale. Transformer Engine keeps one beside bf16 too, which nothing reads or writes."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +40,25 @@ class Shard:
     start: int
     end: int
     tensors: dict[Role, torch.Tensor]
+    scales: dict[str, torch.Tensor] = field(default_factory=dict)
+    """By name, live tensors of one element that belong to all elements of the shard; with any, a shard is indivisible:
+    the scale of a part of it follows from all of it in each step."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Held:
+    """One tensor of an optimizer's state and where the optimizer keeps it: ``holder[key]``."""
+
+    name: str
+    role: Role
+    holder: MutableMapping[Any, Any]
+    key: Any
+
+    @property
+    def tensor(self) -> torch.Tensor:
+        """The tensor that is kept there now."""
+        found: torch.Tensor = self.holder[self.key]
+        return found
 
 
 def shards(link: MegatronOptimizer) -> Iterator[Shard]:
@@ -52,23 +81,76 @@ def shards(link: MegatronOptimizer) -> Iterator[Shard]:
                 yield _shard(link, parameter, parameter, 0, parameter.numel())
 
 
-def copy_main_to_model(link: MegatronOptimizer) -> None:
-    """Model parameters of this rank's shards from the main parameters (nothing to do for plain fp32)."""
-    if isinstance(link, MixedPrecisionOptimizer):
-        link._copy_main_params_to_model_params()
-
-
-def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.Tensor, start: int, end: int) -> Shard:
-    tensors = {Role.MASTER: main.detach()}
-    for key, value in link.optimizer.state[main].items():
+def held(optimizer: torch.optim.Optimizer, main: torch.Tensor) -> Iterator[Held]:
+    """All state of one of its parameters as plain tensors, step count aside. ``UnsupportedState`` for unknown state."""
+    state = optimizer.state[main]
+    for key, value in state.items():
         if key == "step":
             continue
         if key not in _STATE_ROLES or not isinstance(value, torch.Tensor) or value.shape != main.shape:
             raise UnsupportedState(
-                f"{type(link.optimizer).__name__} keeps {key!r} for a parameter of shape {tuple(main.shape)}, which "
+                f"{type(optimizer).__name__} keeps {key!r} for a parameter of shape {tuple(main.shape)}, which "
                 f"MoEtion does not know how to capture; known are {', '.join(_STATE_ROLES)}"
             )
-        tensors[_STATE_ROLES[key]] = value
+        quantizer = getattr(value, "_quantizer", None)
+        role = Role.REMAINDER if quantizer is None and value.dtype is torch.int16 else _STATE_ROLES[key]
+        if quantizer is None:
+            yield Held(name=key, role=role, holder=state, key=key)
+        else:
+            yield Held(name=key, role=role, holder=vars(value), key="_data")
+            yield Held(name=f"{key}.scale_inv", role=Role.SCALE, holder=vars(value), key="_scale_inv")
+            for name in ("scale", "amax"):
+                yield Held(name=f"{key}.{name}", role=Role.SCALE, holder=vars(quantizer), key=name)
+        if quantizer is not None or value.dtype in _SCALED_DTYPES:
+            scales = getattr(optimizer, "_scales", {}).get(main, {})
+            if key not in scales:
+                raise UnsupportedState(
+                    f"{type(optimizer).__name__} keeps {key!r} in {value.dtype} and no scale of it that MoEtion finds"
+                )
+            yield Held(name=f"{key}.factor", role=Role.SCALE, holder=scales, key=key)
+
+
+def copy_main_to_model(link: MegatronOptimizer) -> None:
+    """Model parameters of this rank's shards from the main parameters (nothing to do for plain fp32)."""
+    if isinstance(link, MixedPrecisionOptimizer):
+        link._copy_main_params_to_model_params()
+    for group in link.optimizer.param_groups:
+        for parameter in group["params"]:
+            if (master := _whole_master(link.optimizer, parameter)) is not None:
+                parameter.copy_(master)  # Megatron leaves this to the optimizer's next step
+
+
+def _whole_master(optimizer: torch.optim.Optimizer, main: torch.Tensor) -> torch.Tensor | None:
+    """The main value in the optimizer's own state that a model parameter is the rounded copy of; None: no such one.
+
+    Not with remainders, which lack the upper half. Not in fp16: the parameter was rounded from the fp32 value before
+    that. Not beside an fp32 parameter, which is its own main value; the other one is never updated.
+    """
+    master = optimizer.state[main].get(_MASTER_KEY) if main in optimizer.state else None
+    is_whole = master is not None and master.dtype is torch.float32 and main.dtype is not torch.float32
+    return master if is_whole else None
+
+
+def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.Tensor, start: int, end: int) -> Shard:
+    optimizer = link.optimizer
+    has_own_master = _MASTER_KEY in optimizer.state[main]
+    if has_own_master and hasattr(main, "_quantizer"):
+        raise UnsupportedState(
+            f"{type(optimizer).__name__} updates {type(main).__name__} parameters itself (--fp8-recipe delayed with "
+            f"--use-precision-aware-optimizer and FP8 parameters): their bytes and scales are no function of the main "
+            f"values; use another recipe, or leave --fp8-param-gather off"
+        )
+    tensors: dict[Role, torch.Tensor] = {}
+    if not has_own_master:
+        tensors[Role.MASTER] = main.detach()
+    elif _whole_master(optimizer, main) is None:
+        tensors[Role.MODEL] = main.detach()
+    scales: dict[str, torch.Tensor] = {}
+    for found in held(optimizer, main):
+        if found.role is Role.SCALE:
+            scales[found.name] = found.tensor
+        else:
+            tensors[found.role] = found.tensor
     for role, tensor in tensors.items():
         if tensor.numel() and not tensor.data_ptr():
             raise UnsupportedState(
@@ -77,4 +159,4 @@ def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.T
             )
         if not tensor.is_contiguous() or tensor.numel() != end - start:
             raise UnsupportedState(f"the {role.name} of a shard [{start}, {end}) has shape {tuple(tensor.shape)}")
-    return Shard(parameter=parameter, start=start, end=end, tensors=tensors)
+    return Shard(parameter=parameter, start=start, end=end, tensors=tensors, scales=scales)

@@ -25,7 +25,7 @@ from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
 from megatron_moetion.mcore.parameters import copy_parameters, gather_parameters
 from megatron_moetion.mcore.quantised import create_scaling_state, refuse_parameters
-from megatron_moetion.mcore.refusals import DELAYED, fp8_recipe, refuse_unsupported
+from megatron_moetion.mcore.refusals import DELAYED, fp8_recipe, refuse_shared_scales, refuse_unsupported
 from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
 from megatron_moetion.mcore.settings import initial_settings, masked, settle
 from megatron_moetion.mcore.shards import Shard, shards
@@ -110,6 +110,8 @@ class MegatronState:
                 tokens=self.tokens,
                 with_gradients=log_steps,
             )
+            if count_tokens:
+                refuse_shared_scales(self._tensors.units)
             self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())))
             self._hooks = hooks.pop_all()
 

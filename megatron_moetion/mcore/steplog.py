@@ -207,7 +207,13 @@ class StepLog:
 
 
 def _has_raw_gradients(link: MegatronOptimizer) -> bool:
-    """Whether the optimizer steps with a converted copy of the reduced gradients, which themselves stay."""
+    """Whether the optimizer steps with a converted copy of the reduced gradients, which themselves stay.
+
+    A precision-aware optimizer takes ``decoupled_grad`` of any type: the reduced gradients, unscaled and clipped in
+    place.
+    """
+    if getattr(link.optimizer, "use_decoupled_grad", False):
+        return False
     parameters = [p for group in link.optimizer.param_groups for p in group["params"]]
     models = getattr(link, "model_param_group_index_map", None)
     buffers = list(models) if models is not None else [*parameters, *_models_of(link)]

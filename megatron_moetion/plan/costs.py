@@ -17,8 +17,10 @@ from megatron_moetion.units import ALIGNMENT_BYTES, HOST_UNIT, Inventory, Region
 
 GRADIENT_DTYPES = {4: "float32", 2: "bfloat16"}
 """What gradients are reduced in, by bytes an element."""
-_STATE = dict.fromkeys((Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ), ("float32", 4))
-"""What Adam keeps of a parameter: data type and bytes an element."""
+MOMENT_DTYPES = {4: "float32", 2: "bfloat16", 1: "uint8"}
+"""What Adam keeps moments in, by bytes an element; uint8 stands for FP8."""
+_MASTER_BYTES = 4
+"""An fp32 value; as much with 16 bits of it in the bf16 parameter, or in fp16 beside the parameter."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,6 +35,10 @@ class RankState:
     """Experts of this rank, over all its layers; of one size."""
     gradient_bytes: int = 4
     """Bytes of one element of a gradient."""
+    exp_avg_bytes: int = 4
+    """Bytes of one element of the first moment; less than 4 with a precision-aware optimizer."""
+    exp_avg_sq_bytes: int = 4
+    """The same of the second one."""
     host_state_bytes: int = 1 << 20
     """Random states, cursors, the log of the optimizer's steps."""
     replicas: int = 1
@@ -47,6 +53,9 @@ class RankState:
                 raise ConfigError(f"{name.replace('_', ' ')}: {getattr(self, name)}; it must be at least 1")
         if self.gradient_bytes not in GRADIENT_DTYPES:
             raise ConfigError(f"gradients of {self.gradient_bytes} bytes an element; there are those of 4 and of 2")
+        for moment in (self.exp_avg_bytes, self.exp_avg_sq_bytes):
+            if moment not in MOMENT_DTYPES:
+                raise ConfigError(f"moments of {moment} bytes an element; there are those of 4, of 2 and of 1")
         if not self.dense_parameters + self.expert_parameters:
             raise ConfigError("a rank without parameters has nothing to capture")
         if (self.num_experts > 0) != (self.expert_parameters > 0) or self.num_experts > self.expert_parameters:
@@ -59,6 +68,11 @@ class RankState:
     def parameters(self) -> int:
         """All of the rank's parameters."""
         return self.dense_parameters + self.expert_parameters
+
+    @property
+    def bytes_a_parameter(self) -> int:
+        """Of one capture, gradients aside: the main value and two moments."""
+        return _MASTER_BYTES + self.exp_avg_bytes + self.exp_avg_sq_bytes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +172,7 @@ def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
 def cost_of_exact(state: RankState, period: int) -> Cost:
     """Mode ``exact``: one of ``period`` slices of the state, and all gradients."""
     # Slices do not tell experts from the rest, so one unit stands for both.
-    whole = _unit("state", UnitKind.DENSE, state.parameters, state.gradient_bytes)
+    whole = _unit(state, "state", UnitKind.DENSE, state.parameters, with_gradient=True)
     log = gradient_log(Inventory(units=(whole, _host(state))), period)
     always = total_bytes(log.inventory.units[u] for u in log.always)
     return _cost(
@@ -194,16 +208,28 @@ def smallest_period(state: RankState, resources: Resources) -> Cost | None:
 
 def _units(state: RankState) -> tuple[Unit, ...]:
     """The rank's state without gradients; experts of unequal size are rounded up to one size."""
-    dense = (_unit("dense", UnitKind.DENSE, state.dense_parameters),) if state.dense_parameters else ()
+    dense = (_unit(state, "dense", UnitKind.DENSE, state.dense_parameters),) if state.dense_parameters else ()
     each = -(-state.expert_parameters // max(state.num_experts, 1))
-    experts = (_unit(f"experts.{e}", UnitKind.EXPERT, each, expert=e) for e in range(state.num_experts))
+    experts = (_unit(state, f"experts.{e}", UnitKind.EXPERT, each, expert=e) for e in range(state.num_experts))
     return (*dense, *experts, _host(state))
 
 
-def _unit(name: str, kind: UnitKind, parameters: int, gradient_bytes: int = 0, expert: int | None = None) -> Unit:
-    roles = dict(_STATE)
-    if gradient_bytes:
-        roles[Role.GRAD] = (GRADIENT_DTYPES[gradient_bytes], gradient_bytes)
+def _unit(
+    state: RankState,
+    name: str,
+    kind: UnitKind,
+    parameters: int,
+    *,
+    with_gradient: bool = False,
+    expert: int | None = None,
+) -> Unit:
+    roles = {
+        Role.MASTER: ("float32", _MASTER_BYTES),
+        Role.EXP_AVG: (MOMENT_DTYPES[state.exp_avg_bytes], state.exp_avg_bytes),
+        Role.EXP_AVG_SQ: (MOMENT_DTYPES[state.exp_avg_sq_bytes], state.exp_avg_sq_bytes),
+    }
+    if with_gradient:
+        roles[Role.GRAD] = (GRADIENT_DTYPES[state.gradient_bytes], state.gradient_bytes)
     regions = tuple(
         Region(
             unit=name, tensor=name, role=role, dtype=dtype, start=0, nbytes=parameters * size, address=ALIGNMENT_BYTES

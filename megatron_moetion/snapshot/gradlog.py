@@ -5,6 +5,9 @@ The state of all units is cut into ``period`` groups of equal bytes; a unit that
 so there are at most ``period`` - 1 more slices than units, however large some units are. A slice's gradient is a unit
 of its own, of kind ``LOG``; so is what a unit has beside parameters (router bias, counters), which is captured in every
 snapshot.
+
+What shares a scale is not cut: the scale of a part follows, in each step, from the whole. If it lies in several units,
+it goes to the slice of the first.
 """
 
 from __future__ import annotations
@@ -18,7 +21,8 @@ from megatron_moetion.units import LOG_SUFFIX, Inventory, Region, Role, Unit, Un
 
 _CUT_ELEMENTS = 64
 """Cuts are at multiples of so many elements of a parameter, so that slices keep its alignment."""
-_PARAMETER_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.GRAD)
+_ELEMENT_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.MODEL, Role.REMAINDER, Role.GRAD)
+_PARAMETER_ROLES = (*_ELEMENT_ROLES, Role.SCALE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,8 +68,25 @@ class _Span:
     def bytes_an_element(self) -> int:
         return sum(_itemsize(r) for r in self.state)
 
+    @property
+    def together(self) -> str:
+        return self.gradient.together
+
     def part(self, first: int, end: int) -> _Span:
         return _Span(state=tuple(_part(r, first, end) for r in self.state), gradient=_part(self.gradient, first, end))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Part:
+    """What one slice takes as a whole: a span, or all spans that share scales."""
+
+    spans: tuple[_Span, ...]
+    scales: tuple[Region, ...] = ()
+
+    @property
+    def nbytes(self) -> int:
+        """Of the elements' state."""
+        return sum(s.elements * s.bytes_an_element for s in self.spans)
 
 
 def gradient_log(inventory: Inventory, period: int) -> GradientLog:
@@ -74,6 +95,7 @@ def gradient_log(inventory: Inventory, period: int) -> GradientLog:
     ``UnsupportedState`` where a parameter has state and no gradient.
     """
     spans = {number: _spans(unit) for number, unit in enumerate(inventory.units)}
+    parts_of = _uncut(inventory, spans)
     total = sum(s.elements * s.bytes_an_element for found in spans.values() for s in found)
     slices: list[tuple[Unit, int]] = []
     others: list[Unit] = []
@@ -82,8 +104,8 @@ def gradient_log(inventory: Inventory, period: int) -> GradientLog:
         rest = tuple(r for r in unit.regions if r.role not in _PARAMETER_ROLES)
         if rest or unit.kind is UnitKind.HOST:
             others.append(unit if not spans[number] else _buffers(unit, rest))
-        parts = _by_group(spans[number], done, total, period)
-        done += sum(s.elements * s.bytes_an_element for s in spans[number])
+        parts = _by_group(parts_of[number], done, total, period)
+        done += sum(part.nbytes for _, members in parts for part in members)
         for turn, (group, members) in enumerate(parts):
             name = unit.name if len(parts) == 1 else f"{unit.name}#{turn}"
             slices.append((_slice(unit, name, members), group))
@@ -103,7 +125,7 @@ def gradient_log(inventory: Inventory, period: int) -> GradientLog:
 def _spans(unit: Unit) -> list[_Span]:
     found: dict[tuple[str, int], list[Region]] = {}
     for region in unit.regions:
-        if region.role in _PARAMETER_ROLES:
+        if region.role in _ELEMENT_ROLES:
             found.setdefault((region.tensor, region.start), []).append(region)
     spans = []
     for (tensor, start), regions in found.items():
@@ -118,30 +140,55 @@ def _spans(unit: Unit) -> list[_Span]:
     return spans
 
 
-def _by_group(spans: Sequence[_Span], done: int, total: int, period: int) -> list[tuple[int, list[_Span]]]:
-    """One unit's spans by group; ``done`` bytes of ``total`` come before them."""
-    parts: dict[int, list[_Span]] = {}
-    for span in spans:
+def _uncut(inventory: Inventory, spans: Mapping[int, Sequence[_Span]]) -> dict[int, list[_Span | _Part]]:
+    """Each unit's spans, those that share scales as one part of the first unit that has one of them."""
+    members: dict[str, list[_Span]] = {}
+    for span in (s for found in spans.values() for s in found):
+        members.setdefault(span.together, []).append(span)
+    scales: dict[str, list[Region]] = {}
+    for region in (r for unit in inventory.units for r in unit.regions if r.role is Role.SCALE):
+        scales.setdefault(region.together, []).append(region)
+    parts: dict[int, list[_Span | _Part]] = {number: [] for number in spans}
+    for number, found in spans.items():
+        for span in found:
+            if not span.together:
+                parts[number].append(span)
+            elif span.together in members:
+                whole = members.pop(span.together)
+                parts[number].append(_Part(spans=tuple(whole), scales=tuple(scales.pop(span.together, ()))))
+    return parts
+
+
+def _by_group(parts: Sequence[_Span | _Part], done: int, total: int, period: int) -> list[tuple[int, list[_Part]]]:
+    """One unit's parts by group; ``done`` bytes of ``total`` come before them. Spans are cut, and wholes are not."""
+    found: dict[int, list[_Part]] = {}
+    for part in parts:
+        if isinstance(part, _Part):
+            middle = done + part.nbytes // 2
+            found.setdefault(min(middle * period // total, period - 1), []).append(part)
+            done += part.nbytes
+            continue
         first = 0
-        while first < span.elements:
+        while first < part.elements:
             group = min(done * period // total, period - 1)
             room = -(-(group + 1) * total // period) - done
-            end = first + -(-room // (span.bytes_an_element * _CUT_ELEMENTS)) * _CUT_ELEMENTS
-            if group == period - 1 or span.elements - end < _CUT_ELEMENTS:
-                end = span.elements
-            parts.setdefault(group, []).append(span.part(first, end))
-            done += (end - first) * span.bytes_an_element
+            end = first + -(-room // (part.bytes_an_element * _CUT_ELEMENTS)) * _CUT_ELEMENTS
+            if group == period - 1 or part.elements - end < _CUT_ELEMENTS:
+                end = part.elements
+            found.setdefault(group, []).append(_Part(spans=(part.part(first, end),)))
+            done += (end - first) * part.bytes_an_element
             first = end
-    return list(parts.items())
+    return list(found.items())
 
 
-def _slice(unit: Unit, name: str, spans: Sequence[_Span]) -> Unit:
-    return replace(unit, name=name, regions=tuple(replace(r, unit=name) for s in spans for r in s.state))
+def _slice(unit: Unit, name: str, parts: Sequence[_Part]) -> Unit:
+    regions = [r for part in parts for r in (*(r for s in part.spans for r in s.state), *part.scales)]
+    return replace(unit, name=name, regions=tuple(replace(r, unit=name) for r in regions))
 
 
-def _log(name: str, unit: Unit, spans: Sequence[_Span]) -> Unit:
+def _log(name: str, unit: Unit, parts: Sequence[_Part]) -> Unit:
     own = name + LOG_SUFFIX
-    regions = tuple(replace(s.gradient, unit=own, at_once=True) for s in spans)
+    regions = tuple(replace(s.gradient, unit=own, at_once=True) for part in parts for s in part.spans)
     return Unit(name=own, kind=UnitKind.LOG, regions=regions, layer=unit.layer)
 
 
@@ -161,4 +208,4 @@ def _part(region: Region, first: int, end: int) -> Region:
 
 
 def _itemsize(region: Region) -> int:
-    return {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2}[region.dtype]
+    return {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1}[region.dtype]

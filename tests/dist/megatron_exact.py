@@ -15,7 +15,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_trainer import WORLD_SIZE, Trainer, _build, _gathered_image, _scramble, _state, _step, _tear_down, join
+from megatron_trainer import (
+    WORLD_SIZE,
+    Model,
+    Trainer,
+    _build,
+    _gathered_image,
+    _scramble,
+    _state,
+    _step,
+    _tear_down,
+    join,
+)
 from torch import distributed as dist
 from toy_trainer import Notes
 
@@ -105,8 +116,8 @@ class _optimizer:
         megatron_optimizer.Adam, model_module.OptimizerConfig = self._before
 
 
-def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
-    expected, losses, skipped = _reference(rank, flags)
+def _case(rank: int, model: Model | str, store: Path) -> dict[str, Any]:
+    expected, losses, skipped = _reference(rank, model)
     wrong: list[str] = []
     lost: list[int] = []
     replayed: list[int] = []
@@ -116,7 +127,7 @@ def _case(rank: int, flags: str, store: Path) -> dict[str, Any]:
     attempt = 0
     iteration = fault = 0
     while iteration < ITERATIONS:
-        trainer, attached = _start(rank, flags, store, attempt)
+        trainer, attached = _start(rank, model, store, attempt)
         resumed = attached.start()
         running = attached.session.running
         state = running.adapter
@@ -182,9 +193,9 @@ def _differences(expected: Mapping[str, str], trainer: Trainer, state: MegatronS
     return [f"{when}: {name}" for name in expected if found[name] != expected[name]]
 
 
-def _reference(rank: int, flags: str) -> tuple[dict[int, dict[str, str]], dict[int, Any], int]:
+def _reference(rank: int, model: Model | str) -> tuple[dict[int, dict[str, str]], dict[int, Any], int]:
     """Every tensor after every iteration, and every loss, of a run without checkpoints."""
-    trainer = _build(rank, flags)
+    trainer = _build(rank, model)
     state = _state(trainer)
     images = {0: _gathered_image(trainer, state)}
     losses: dict[int, Any] = {}
@@ -199,8 +210,8 @@ def _reference(rank: int, flags: str) -> tuple[dict[int, dict[str, str]], dict[i
     return images, losses, skipped
 
 
-def _start(rank: int, flags: str, store: Path, attempt: int) -> tuple[Trainer, Attached]:
-    trainer = _build(rank, flags)
+def _start(rank: int, model: Model | str, store: Path, attempt: int) -> tuple[Trainer, Attached]:
+    trainer = _build(rank, model)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     attached = attach(
         model=trainer.model,

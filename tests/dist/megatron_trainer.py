@@ -293,8 +293,7 @@ def _owned(trainer: Trainer) -> Iterator[torch.Tensor]:
     for optimizer in _inner(trainer):
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                yield parameter.detach()
-                yield from (v for k, v in optimizer.state[parameter].items() if k != "step")
+                yield from _state_of(optimizer, parameter)
     for chunk in trainer.model:
         yield from (p.detach() for p in chunk.parameters() if not p.requires_grad)
         parameters = {id(p) for p in chunk.parameters()}
@@ -303,6 +302,21 @@ def _owned(trainer: Trainer) -> Iterator[torch.Tensor]:
                 is_state = isinstance(module, TopKRouter) or name not in module._non_persistent_buffers_set
                 if buffer is not None and is_state and id(buffer) not in parameters:
                     yield buffer
+
+
+def _state_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> Iterator[torch.Tensor]:
+    """Of one parameter of an optimizer; without the parameter where it is a main value in 16 bits."""
+    state = {k: v for k, v in optimizer.state[parameter].items() if k != "step"}
+    master = state.get("master_param")
+    if master is None or master.dtype is not torch.float32 or parameter.dtype is torch.float32:
+        yield parameter.detach()
+    for name, tensor in state.items():
+        is_fp8 = hasattr(tensor, "_quantizer")
+        yield tensor._data if is_fp8 else tensor
+        if is_fp8:
+            yield from (tensor._scale_inv, tensor._quantizer.scale, tensor._quantizer.amax)
+        if is_fp8 or tensor.dtype is torch.float16:
+            yield optimizer._scales[parameter][name]
 
 
 def _span(tensor: torch.Tensor) -> Span:
@@ -608,11 +622,6 @@ def _refusals(trainer: Trainer) -> dict[str, str]:
         overlap_cpu_optimizer_d2h_h2d=False,
     )
     state = inner.state[parameter]
-    refuse(
-        "precision-aware",
-        lambda: setattr(link.config, "use_precision_aware_optimizer", True),
-        lambda: setattr(link.config, "use_precision_aware_optimizer", False),
-    )
     refuse("offloaded", lambda: setattr(link, "optimizer", hybrid), lambda: setattr(link, "optimizer", inner))
     refuse("fp8", lambda: setattr(config, "fp8", "hybrid"), lambda: setattr(config, "fp8", None))
     refuse("unknown state", lambda: state.update(max_exp_avg_sq=parameter), lambda: state.pop("max_exp_avg_sq"))

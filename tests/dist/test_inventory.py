@@ -127,7 +127,6 @@ def test_what_is_not_an_expert_is_in_every_snapshot(ranks: list[dict[str, Any]])
 
 
 REFUSALS = {
-    "precision-aware": "--use-precision-aware-optimizer is not supported: it hands out converted copies",
     "offloaded": "HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split",
     "fp8": "--fp8-format is not supported: quantised parameters carry scales beside their bytes",
     "unknown state": "FusedAdam keeps 'max_exp_avg_sq' for a parameter of shape",

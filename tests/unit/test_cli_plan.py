@@ -66,7 +66,7 @@ def test_json_is_one_document_in_bytes(capsys: pytest.CaptureFixture[str]) -> No
     assert set(found) == {"state", "resources", "most_experts_per_snapshot", "modes", "recommendation"}
     assert found["state"] == {
         "dense_parameters": 1_200_000_000, "expert_parameters": 400_000_000, "num_experts": 8, "gradient_bytes": 2,
-        "host_state_bytes": 2 << 20, "replicas": 2, "ranks_per_node": 4,
+        "exp_avg_bytes": 4, "exp_avg_sq_bytes": 4, "host_state_bytes": 2 << 20, "replicas": 2, "ranks_per_node": 4,
     }  # fmt: skip
     assert found["resources"] == {"link_bytes": None, "node_bytes": None}
     assert found["most_experts_per_snapshot"] == 4
@@ -87,6 +87,24 @@ def test_json_is_one_document_in_bytes(capsys: pytest.CaptureFixture[str]) -> No
     assert set(recommendation) == {"mode", "period", "shortage", "sentence"}
     assert (recommendation["mode"], recommendation["period"]) == ("", 0)
     assert recommendation["shortage"] == {"link_bytes": 0, "node_bytes": 0}
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "nbytes"),
+    [("fp32", "fp32", 12), ("bf16", "bf16", 8), ("fp16", "fp16", 8), ("fp8", "fp8", 6), ("fp8", "fp16", 7)],
+)
+def test_a_precision_aware_optimizer_has_fewer_bytes_a_parameter(
+    first: str, second: str, nbytes: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    how = f"--exp-avg-dtype {first} --exp-avg-sq-dtype {second} --gradients bf16 --period 4"
+    found = document(f"{MODEL} {how}", capsys)
+    full, exact = found["modes"][0], found["modes"][2]
+    assert full["snapshot_bytes"] == pytest.approx(1.6e9 * nbytes, rel=1e-3)
+    assert exact["snapshot_bytes"] == pytest.approx(1.6e9 * (nbytes / 4 + 2), rel=1e-3)
+    assert exact["rank_bytes"] == pytest.approx(2 * 1.6e9 * (2 * nbytes + 2 * (4 + 6)), rel=1e-3)
+    assert (found["state"]["exp_avg_bytes"], found["state"]["exp_avg_sq_bytes"]) == (
+        {"fp32": 4, "fp8": 1}.get(first, 2), {"fp32": 4, "fp8": 1}.get(second, 2),
+    )  # fmt: skip
 
 
 def test_json_says_what_fits(capsys: pytest.CaptureFixture[str]) -> None:

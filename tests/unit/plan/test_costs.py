@@ -26,11 +26,15 @@ DENSE = (300_001, 64, 17_000)
 EXPERT = (60_000, 1_003, 60_000)
 LAYERS, EXPERTS = 2, 4
 HOST_BYTES = 100_000
-ADAM = {Role.MASTER: ("float32", 4), Role.EXP_AVG: ("float32", 4), Role.EXP_AVG_SQ: ("float32", 4)}
+Roles = dict[Role, tuple[str, int]]
+ADAM: Roles = {Role.MASTER: ("float32", 4), Role.EXP_AVG: ("float32", 4), Role.EXP_AVG_SQ: ("float32", 4)}
+REMAINDERS: Roles = {Role.MODEL: ("bfloat16", 2), Role.REMAINDER: ("int16", 2)}
 
 
-def unit(name: str, sizes: tuple[int, ...], gradient_bytes: int, expert: int | None = None) -> Unit:
-    roles = dict(ADAM)
+def unit(
+    name: str, sizes: tuple[int, ...], gradient_bytes: int, expert: int | None = None, state: Roles = ADAM
+) -> Unit:
+    roles = dict(state)
     if gradient_bytes:
         roles[Role.GRAD] = ({2: "bfloat16", 4: "float32"}[gradient_bytes], gradient_bytes)
     regions = [
@@ -46,12 +50,12 @@ def unit(name: str, sizes: tuple[int, ...], gradient_bytes: int, expert: int | N
     return Unit(name=name, kind=kind, regions=tuple(regions), layer=0, expert=expert)
 
 
-def inventory(gradient_bytes: int = 0) -> Inventory:
+def inventory(gradient_bytes: int = 0, state: Roles = ADAM) -> Inventory:
     """What a small model of several layers would have; no memory is behind it."""
     units = []
     for layer in range(LAYERS):
-        units.append(unit(f"layers.{layer}.dense", DENSE, gradient_bytes))
-        units += [unit(f"layers.{layer}.experts.{e}", EXPERT, gradient_bytes, e) for e in range(EXPERTS)]
+        units.append(unit(f"layers.{layer}.dense", DENSE, gradient_bytes, None, state))
+        units += [unit(f"layers.{layer}.experts.{e}", EXPERT, gradient_bytes, e, state) for e in range(EXPERTS)]
     host = Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=HOST_BYTES)
     return Inventory(units=(*units, host))
 
@@ -99,6 +103,31 @@ def test_exact_is_what_a_real_inventory_takes(gradient_bytes: int, period: int) 
     assert cost.arena.state_bytes == close(log.state_bytes + always)
     assert cost.arena.log_bytes == close(period * log.log_bytes)
     assert cost.device_bytes == close(log.log_bytes)
+
+
+@pytest.mark.parametrize(
+    ("moments", "sizes"),
+    [
+        ({Role.EXP_AVG: ("bfloat16", 2), Role.EXP_AVG_SQ: ("bfloat16", 2)}, (2, 2)),
+        ({Role.EXP_AVG: ("float16", 2), Role.EXP_AVG_SQ: ("float32", 4)}, (2, 4)),
+        ({Role.EXP_AVG: ("uint8", 1), Role.EXP_AVG_SQ: ("uint8", 1)}, (1, 1)),
+    ],
+)
+@pytest.mark.parametrize("master", [{Role.MASTER: ("float32", 4)}, REMAINDERS])
+def test_fewer_bytes_of_a_precision_aware_optimizer(master: Roles, moments: Roles, sizes: tuple[int, int]) -> None:
+    state = like_it(gradient_bytes=2, exp_avg_bytes=sizes[0], exp_avg_sq_bytes=sizes[1])
+    assert state.bytes_a_parameter == 4 + sum(sizes)
+    real = inventory(0, master | moments)
+    assert cost_of_full(state).snapshot_bytes == close(real.nbytes)
+    log = gradient_log(inventory(2, master | moments), 4)
+    cost = cost_of_exact(state, 4)
+    assert cost.arena.total_bytes == close(slots_bytes(log.inventory, exact_copies(log)))
+    assert cost.arena.state_bytes == close(log.state_bytes + sum(log.inventory.units[u].nbytes for u in log.always))
+
+
+def test_moments_of_other_sizes_are_refused() -> None:
+    with pytest.raises(ConfigError, match="moments of 3 bytes an element"):
+        like_it(exp_avg_sq_bytes=3)
 
 
 def test_full_and_popularity_are_what_a_real_inventory_takes() -> None:
