@@ -79,6 +79,7 @@ class Arm:
 
 
 RECALIBRATED = "--moetion-capacity-recalibration on"
+"""Where experts have a capacity: it is refused for a dropless model, whose arms go without."""
 
 
 def arms(model: Model, seed: int) -> tuple[Arm, ...]:
@@ -88,22 +89,23 @@ def arms(model: Model, seed: int) -> tuple[Arm, ...]:
     small = (
         f"--moetion-experts-per-snapshot {2 * per_layer} --moetion-staleness-cap {cap} --moetion-lost-token-budget 0"
     )
+    recalibrated = RECALIBRATED if model.capacity_factor is not None else ""
     drawn = random.Random(seed).sample(range(30, TRAIN_ITERATIONS - 20), len(FIXED_FAULTS))
     everywhere = (
         Arm(name="fault-free", flags=None, faults=()),
-        Arm(name="recalibrated", flags=RECALIBRATED),
-        Arm(name="small-k-recalibrated", flags=f"{small} {RECALIBRATED}"),
-        Arm(name="small-k-sequential-recalibrated", flags=f"{small} --moetion-selection sequential {RECALIBRATED}"),
+        Arm(name="recalibrated", flags=recalibrated),
+        Arm(name="small-k-recalibrated", flags=f"{small} {recalibrated}"),
+        Arm(name="small-k-sequential-recalibrated", flags=f"{small} --moetion-selection sequential {recalibrated}"),
     )
     if model not in CORE:
         return everywhere
     return (
         *everywhere,
         Arm(name="default", flags=""),
-        Arm(name="recalibrated-random-faults", flags=RECALIBRATED, faults=tuple(sorted(drawn))),
+        Arm(name="recalibrated-random-faults", flags=recalibrated, faults=tuple(sorted(drawn))),
         Arm(name="small-k", flags=small),
         Arm(name="small-k-current-moments", flags=small, current_moments=True),
-        Arm(name="small-k-recalibrated-current-moments", flags=f"{small} {RECALIBRATED}", current_moments=True),
+        Arm(name="small-k-recalibrated-current-moments", flags=f"{small} {recalibrated}", current_moments=True),
         Arm(
             name="control",
             flags="--moetion-experts-per-snapshot 1 --moetion-staleness-cap 10000 --moetion-lost-token-budget 0",

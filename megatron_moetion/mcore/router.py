@@ -175,9 +175,9 @@ def use_capacity_router(spec: Any) -> None:
             parts.router = CapacityRouter
         elif not _is_dense(builder):
             raise ConfigError(
-                f"use_capacity_router() found no router in layer {number} of the spec, and no dense layer: it looks for "
-                f"'router' in submodules.mlp.submodules and in the 'submodules' of a functools.partial, and found "
-                f"{_made_by(builder)}"
+                f"use_capacity_router() found no router in layer {number} of the spec, which is no dense layer: it "
+                f"looks for 'router' in submodules.mlp.submodules and in the 'submodules' of a functools.partial, and "
+                f"found {_made_by(builder)}"
             )
 
 
@@ -257,8 +257,13 @@ class RouterWatch:
             return None
         if self._all_blocks[0].module.config.moe_expert_capacity_factor is None:
             return "the model is dropless: its experts have no capacity"
-        if not self._routers:
-            return "the model's routers are not CapacityRouter (megatron_moetion.mcore.router.use_capacity_router)"
+        others = [b for b in self._all_blocks if b not in self.blocks]
+        if others:
+            return (
+                f"{len(others)} of {len(self._all_blocks)} MoE layers have no CapacityRouter, the first is "
+                f"{others[0].prefix} with {type(others[0].module.router).__name__} "
+                f"(megatron_moetion.mcore.router.use_capacity_router)"
+            )
         dispatcher = self._all_blocks[0].module.token_dispatcher
         if self._routers[0].pads and not hasattr(dispatcher, "moe_expert_capacity_factor"):
             return f"{type(dispatcher).__name__} has buffers of a fixed size for padded inputs"

@@ -12,6 +12,7 @@ import numpy as np
 
 from megatron_moetion.arrays import Int64s
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.errors import ConfigError, shared
 from megatron_moetion.framework import TokenSource
 from megatron_moetion.modes.choices import Choices, combine_counts
 from megatron_moetion.modes.mode import Losses, Remark, Site, SnapshotMode, Staged, Vote
@@ -46,12 +47,20 @@ class PopularityBlueprint:
         self._tokens = tokens
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """That this rank's mode is this one; and why capacity stays as it is here, where it is to be raised."""
+        """That this rank's mode is this one; and why capacity cannot be raised here, where it is to be."""
         problem = self._tokens.capacity_problem() if site.config.recalibrates else None
         return {_CHOOSES: True} | ({"capacity": problem} if problem else {})
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> PopularityMode:
-        """See ``Blueprint``. Collective among the ranks that share experts; ``ChannelError`` on a lost one."""
+        """See ``Blueprint``. Collective among the ranks that share experts; ``ChannelError`` on a lost one.
+
+        ``ConfigError`` where capacity is to be raised and cannot be, on any rank.
+        """
+        problem = next((f["capacity"] for f in facts if "capacity" in f), None)
+        if problem is not None:
+            raise shared(
+                ConfigError(f"--moetion-capacity-recalibration on can do nothing here: {problem}; leave it out")
+            )
         num_experts = len(self._tokens.token_counters())
         inventory = _with_book(site.inventory, num_experts)
         if not all(_CHOOSES in facts[peer] for peer in site.expert_peers):  # another mode there is refused later
@@ -65,13 +74,12 @@ class PopularityBlueprint:
         most_bytes = int(shares.most_bytes[site.expert_peers.index(site.identity.owner)])
         copies = popularity_copies(inventory.units, limits.most, most_bytes if shares.ranks > 1 else math.inf)
         spec = ArenaSpec.of(replace(site.identity, layout=inventory.fingerprint), inventory, copies, limits.most)
-        problem = next((f["capacity"] for f in facts if "capacity" in f), None)
         recalibration = Recalibration(
             self._tokens,
             site.fabric,
             site.journal,
             site.config.recalibration_iterations,
-            is_on=site.config.recalibrates and problem is None,
+            is_on=site.config.recalibrates,
         )
         return PopularityMode(
             config=site.config,
@@ -82,7 +90,6 @@ class PopularityBlueprint:
             tokens=self._tokens,
             reducer=site.fabric.reducer("popularity", site.expert_peers, combine_counts),
             recalibration=recalibration,
-            note=f"--moetion-capacity-recalibration on does nothing here: {problem}" if problem is not None else None,
         )
 
     def _bytes_of_all(self, site: Site, inventory: Inventory) -> tuple[Int64s, list[int]]:
@@ -122,13 +129,11 @@ class PopularityMode(SnapshotMode):
         tokens: TokenSource,
         reducer: Reducer,
         recalibration: Recalibration,
-        note: str | None,
     ) -> None:
         counters = tokens.token_counters()
         self.shared = [c.expert for c in counters]
         self.inventory = inventory
         self.spec = spec
-        self.note = note
         self._config = config
         self._limits = limits
         self._tokens = tokens

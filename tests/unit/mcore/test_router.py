@@ -6,14 +6,24 @@ Recoveries of whole models with it are in ``tests/dist/test_inventory.py``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from functools import partial
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
+from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.transformer.identity_op import IdentityOp
+from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
+from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import distributed as dist
 
+from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.router import (
     CapacityRouter,
     Counts,
@@ -22,9 +32,19 @@ from megatron_moetion.mcore.router import (
     keep_mask,
     use_capacity_router,
 )
+from megatron_moetion.recover.capacity import CapacityRules
 
 EXPERTS, TOKENS = 8, 64
 GROUPS = SimpleNamespace(tp=None, cp=None, tp_cp=None, tp_dp_cp=None)
+
+
+@pytest.fixture(scope="module")
+def one_rank() -> Iterator[SimpleNamespace]:
+    """The groups of a job of one rank."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    world = dist.group.WORLD
+    yield SimpleNamespace(tp=world, cp=world, tp_cp=world, tp_dp_cp=world)
+    dist.destroy_process_group()
 
 
 def config(**changes: Any) -> TransformerConfig:
@@ -46,10 +66,10 @@ def logits(seed: int = 0) -> torch.Tensor:
     return (torch.randn(TOKENS, 1, EXPERTS) + torch.linspace(2, 0, EXPERTS)).requires_grad_()
 
 
-def routed(router: TopKRouter, given: torch.Tensor) -> list[torch.Tensor]:
+def routed(router: TopKRouter, given: torch.Tensor, mask: torch.Tensor | None = None) -> list[torch.Tensor]:
     """Probabilities, map and the gradient of a loss that uses them."""
     given.grad = None
-    probs, where = router.routing(given)
+    probs, where = router.routing(given, padding_mask=mask)
     (probs * torch.arange(1.0, 1 + EXPERTS)).sum().backward()
     assert given.grad is not None
     return [probs.detach(), where, given.grad.clone()]
@@ -70,6 +90,65 @@ def test_at_base_capacity_it_is_megatrons_router_bit_for_bit(
     for seed in range(3):
         for a, b in zip(routed(theirs, logits(seed)), routed(ours, logits(seed)), strict=True):
             assert torch.equal(a, b)
+
+
+_AUX = {"moe_router_load_balancing_type": "aux_loss", "moe_aux_loss_coeff": 0.1}
+LOSSES = {
+    "z": {"moe_z_loss_coeff": 0.1},
+    "aux": _AUX,
+    "seq": {"moe_router_load_balancing_type": "seq_aux_loss", "moe_aux_loss_coeff": 0.1},
+    "global": {"moe_router_load_balancing_type": "global_aux_loss", "moe_aux_loss_coeff": 0.1},
+    "two": {"moe_router_load_balancing_type": ["aux_loss", "seq_aux_loss"], "moe_aux_loss_coeff": [0.1, 0.2]},
+    "token": _AUX | {"calculate_per_token_loss": True},
+    "groups": {"moe_router_num_groups": 4, "moe_router_group_topk": 2, "moe_router_score_function": "sigmoid"},
+    "mtp": _AUX | {"mtp_num_layers": 1},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("kind", LOSSES)
+def test_so_are_losses_and_gradients(
+    kind: str, masked: bool, one_rank: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    settings = {"moe_router_pre_softmax": True, **LOSSES[kind]}
+    theirs, ours = (cls(config(**settings), one_rank) for cls in (TopKRouter, CapacityRouter))
+    for router in (theirs, ours):
+        router.set_layer_number(1)
+    mask = (torch.arange(TOKENS)[:, None] % 5 == 0) if masked else None
+    for seed in range(2):
+        expected, found = (routed(router, logits(seed), mask) for router in (theirs, ours))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.skipif(not hasattr(TopKRouter, "quantile_balancing"), reason="new in megatron-core 0.19")
+def test_so_is_quantile_balancing_which_has_no_capacity(
+    one_rank: SimpleNamespace, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    settings = {"moe_router_load_balancing_type": "quantile_balancing", "moe_expert_capacity_factor": None}
+    theirs, ours = (cls(config(**settings), one_rank) for cls in (TopKRouter, CapacityRouter))
+    for seed in range(3):
+        expected, found = (routed(router, logits(seed)) for router in (theirs, ours))
+        assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
+        assert torch.equal(theirs.qb_beta_accum, ours.qb_beta_accum)
+        assert int(ours.qb_beta_count) == seed + 1
+        for router in (theirs, ours):
+            router.qb_beta.copy_(router.qb_beta_accum / router.qb_beta_count)
+    assert ours.qb_beta.any()
+
+
+def test_padding_is_not_counted_into_the_expert_bias(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With as many tokens as experts, where all versions of Megatron can take a mask."""
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: "cpu")
+    settings = {"moe_router_score_function": "sigmoid", "moe_router_enable_expert_bias": True}
+    mask = torch.arange(EXPERTS).reshape(EXPERTS, 1) % 2 == 0
+    counts = []
+    for router in routers(**settings):
+        router.routing(logits()[:EXPERTS], padding_mask=mask)
+        counts.append(router.local_tokens_per_expert)
+    assert torch.equal(*counts)
+    assert 0 < int(counts[0].sum()) < 2 * EXPERTS
 
 
 def test_the_expert_bias_counts_what_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -171,11 +250,72 @@ def test_padded_inputs_are_counted_by_their_probabilities() -> None:
     assert counters.totals[0].tolist() == [2, 1]
 
 
+# -- into the layer spec -------------------------------------------------------------------------------------------
+
+
+def block(*mlps: Any) -> SimpleNamespace:
+    """A block spec of layers with these MLPs."""
+    return SimpleNamespace(layer_specs=[SimpleNamespace(submodules=SimpleNamespace(mlp=mlp)) for mlp in mlps])
+
+
+def moe() -> Any:
+    """As this Megatron makes it: a ``ModuleSpec``, or a ``functools.partial`` of the class."""
+    return get_moe_module_spec(use_te=False, num_experts=EXPERTS)
+
+
+def parts_of(mlp: Any) -> Any:
+    return mlp.keywords["submodules"] if isinstance(mlp, partial) else mlp.submodules
+
+
 def test_every_moe_layer_of_a_spec_gets_it_and_dense_layers_do_not() -> None:
-    moe = SimpleNamespace(
-        submodules=SimpleNamespace(mlp=SimpleNamespace(submodules=SimpleNamespace(router=TopKRouter)))
-    )
-    dense = SimpleNamespace(submodules=SimpleNamespace(mlp=SimpleNamespace(submodules=SimpleNamespace(linear_fc1=1))))
-    use_capacity_router(SimpleNamespace(layer_specs=[moe, dense]))
-    assert moe.submodules.mlp.submodules.router is CapacityRouter
-    assert not hasattr(dense.submodules.mlp.submodules, "router")
+    layers = [moe(), get_mlp_module_spec(use_te=False), moe()]
+    use_capacity_router(block(*layers))
+    assert [getattr(parts_of(layer), "router", None) for layer in layers] == [CapacityRouter, None, CapacityRouter]
+    use_capacity_router(block(*layers))
+
+
+@pytest.mark.parametrize("make", [lambda cls, parts: ModuleSpec(module=cls, submodules=parts), partial])
+def test_specs_of_all_versions_are_known(make: Any) -> None:
+    """Of 0.16 and of 0.19, whichever is installed."""
+    cls, parts = MoELayer, MoESubmodules(experts=None)
+    layer = make(cls, submodules=parts) if make is partial else make(cls, parts)
+    use_capacity_router(block(layer))
+    assert parts.router is CapacityRouter
+
+
+def test_a_block_of_dense_layers_is_left_as_it_is() -> None:
+    use_capacity_router(block(get_mlp_module_spec(use_te=False), IdentityOp, None))
+
+
+def test_nothing_is_left_out_without_a_word() -> None:
+    with pytest.raises(ConfigError, match="looks for layer_specs, which ModuleSpec does not have"):
+        use_capacity_router(ModuleSpec(module=MoELayer))
+    with pytest.raises(ConfigError, match=r"no router in layer 1 .*'router' in submodules.*MoELayer"):
+        use_capacity_router(block(moe(), ModuleSpec(module=MoELayer)))
+    with pytest.raises(ConfigError, match="no router in layer 0"):
+        use_capacity_router(block(lambda **_: None))
+    own = moe()
+    parts_of(own).router = type("OwnRouter", (TopKRouter,), {})
+    with pytest.raises(ConfigError, match=r"layer 0 .*router of its own, OwnRouter"):
+        use_capacity_router(block(own))
+
+
+@pytest.mark.skipif("is_mtp_layer" not in signature(TopKRouter).parameters, reason="megatron-core 0.16 does not say it")
+def test_a_router_knows_that_it_is_of_an_mtp_layer() -> None:
+    assert CapacityRouter(config=config(), pg_collection=GROUPS, is_mtp_layer=True).is_mtp_layer
+
+
+def test_layers_whose_capacity_cannot_be_raised_are_named() -> None:
+    theirs, ours = routers()
+    blocks = [
+        SimpleNamespace(
+            prefix=f"layers.{i}", module=SimpleNamespace(router=router, config=config(), token_dispatcher=0)
+        )
+        for i, router in enumerate((ours, theirs, theirs))
+    ]
+    rules = CapacityRules(iterations=1)
+    assert RouterWatch(blocks[:1], rules).why_fixed is None  # type: ignore[arg-type]
+    said = RouterWatch(blocks, rules).why_fixed  # type: ignore[arg-type]
+    assert said is not None
+    assert "2 of 3 MoE layers have no CapacityRouter, the first is layers.1 with TopKRouter" in said
+    assert RouterWatch(blocks, None).why_fixed is None  # type: ignore[arg-type]
