@@ -125,6 +125,12 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
 
 
+def _reruns(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import megatron_reruns
+
+    return megatron_reruns.main(Path(request["folder"]), Path(request["store"]), environment)
+
+
 def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import bundled_trainer
 
@@ -138,8 +144,10 @@ if __name__ == "__main__":
         import toy_trainer  # noqa: F401
     elif kind == "megatron":
         import megatron_trainer  # noqa: F401
+    elif kind == "reruns":
+        import megatron_reruns  # noqa: F401
     elif kind == "trainer":
         import bundled_trainer  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer}[kind])
+    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "reruns": _reruns, "trainer": _trainer}[kind])
