@@ -51,10 +51,10 @@ class Session:
     def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
         """Take this iteration's snapshot. State must stay as it is until the next optimizer step.
 
-        ``iteration`` counts completed iterations and must be the same on all ranks. Everything that draws random numbers or
-        moves the position in the data between two steps, an evaluation for instance, comes before it: a resume does not
-        repeat it. Does not raise for a failed snapshot, which is dropped, counted and logged once; raises
-        ``ProtectionLost`` where snapshots have stopped for good and ``max_unprotected_iterations`` have passed,
+        ``iteration`` counts completed iterations and must be the same on all ranks. Everything that draws random
+        numbers or moves the position in the data between two steps, an evaluation for instance, comes before it: a
+        resume does not repeat it. Does not raise for a failed snapshot, which is dropped, counted and logged once;
+        raises ``ProtectionLost`` where snapshots have stopped for good and ``max_unprotected_iterations`` have passed,
         ``ConfigError`` after ``close``. Waits for no other rank.
 
         ``healthy``: False where the loss or the gradients of this iteration are not what they should be, on this rank

@@ -47,8 +47,9 @@ try:
     from megatron.core.utils import get_model_config
 
     from megatron_moetion.mcore.state import MegatronState, UserState
+    from megatron_moetion.mcore.step_watch import StepWatch
     from megatron_moetion.mcore.topology import topology
-    from megatron_moetion.mcore.traffic import TrafficHooks, elsewhere
+    from megatron_moetion.mcore.traffic import TimedCommunicator, TrafficHooks, elsewhere
 except ImportError as error:
     raise ImportError(import_problem(error), name=error.name, path=error.path) from error
 
@@ -81,15 +82,20 @@ class Attached:
         state: MegatronState,
         model: Sequence[DistributedDataParallel],
         undo: ExitStack,
+        communicator: TimedCommunicator | None = None,
     ) -> None:
         """Takes over what ``undo`` holds: it undoes all that ``attach`` did, the run itself aside."""
         self._prepared = prepared
         self._state = state
         self._model = model
+        self._communicator = communicator
         self._session: Session | None = None
         self.scheduler = prepared.scheduler
         self.pipeline_arguments: dict[str, Any] = {}
-        """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen; may be empty."""
+        """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen.
+
+        Empty where nothing is to be seen, and where ``attach`` was given the schedule's communicator.
+        """
         atexit.register(self._at_exit)
         undo.callback(atexit.unregister, self._at_exit)
         self._undo = undo.pop_all()
@@ -115,9 +121,17 @@ class Attached:
         if self.scheduler.draws or (self.scheduler.needs_windows and running.replicas):
             share_elsewhere = elsewhere(running.node_of, running.fabric.rank)
             recorder = self.scheduler.recorder
-            traffic = TrafficHooks(self._model, recorder, share_elsewhere, sees_all=self.scheduler.draws)
+            traffic = TrafficHooks(
+                self._model,
+                recorder,
+                share_elsewhere,
+                sees_all=self.scheduler.draws,
+                communicator=self._communicator,
+            )
             self._undo.callback(traffic.close)
-            self.pipeline_arguments = traffic.pipeline_arguments()
+            self.pipeline_arguments = traffic.pipeline_arguments
+            watch = StepWatch(self._model, self._state.inner_optimizers(), again=self.scheduler.run_again)
+            self._undo.callback(watch.close)
         return resumed
 
     @property
@@ -191,16 +205,18 @@ def attach(
     opt_param_scheduler: OptimizerParamScheduler | None,
     config: MoetionConfig,
     user_state: UserState | None = None,
+    p2p_communicator: TimedCommunicator | None = None,
 ) -> Attached:
     """Prepare in-memory checkpointing; collective over all ranks.
 
     ``model`` is the list of DDP-wrapped model chunks, ``optimizer`` what ``get_megatron_optimizer`` returned for
     them, ``opt_param_scheduler`` Megatron's, or None: a scheduler of another kind belongs into ``user_state``, which is
-    the loop's own state (data position, consumed samples). Call it after model parallelism and the random seeds are set
-    up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the same, for settings and models
-    that cannot be captured exactly; then nothing stays hooked.
+    the loop's own state (data position, consumed samples). ``p2p_communicator`` is that of ``pipeline_arguments``,
+    where the schedule or ``pretrain()`` was given it before there was a model. Call ``attach`` after model parallelism
+    and the random seeds are set up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the
+    same, for settings and models that cannot be captured exactly; then nothing stays hooked.
     """
-    check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state)
+    check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state, p2p_communicator)
     with ExitStack() as undo, ExitStack() as unless_attached:
         show_log(undo)
         host = Host()
@@ -255,7 +271,7 @@ def attach(
         if trace is not None:  # the folder of the run is ours by now
             undo.callback(trace.close)
             on_all_ranks(fabric, trace.open)
-        attached = Attached(prepared, state, model, undo)
+        attached = Attached(prepared, state, model, undo, p2p_communicator)
         unless_attached.pop_all()
         return attached
 
@@ -310,6 +326,7 @@ def check_attach_arguments(
     opt_param_scheduler: OptimizerParamScheduler | None,
     config: MoetionConfig,
     user_state: UserState | None,
+    p2p_communicator: TimedCommunicator | None = None,
 ) -> None:
     """Raise ``ConfigError`` where an argument of ``attach`` is not what it should be."""
     if not torch.distributed.is_initialized() or not parallel_state.model_parallel_is_initialized():
@@ -336,6 +353,11 @@ def check_attach_arguments(
         )
     if not isinstance(config, MoetionConfig):
         raise ConfigError(f"attach(config=...) is a {type(config).__name__}; give a MoetionConfig")
+    if not isinstance(p2p_communicator, TimedCommunicator | None):
+        raise ConfigError(
+            f"attach(p2p_communicator=...) is a {type(p2p_communicator).__name__}; give the one of "
+            f"megatron_moetion.mcore.traffic.pipeline_arguments(), or nothing"
+        )
     missing = [n for n in ("state_dict", "load_state_dict") if user_state is not None and not hasattr(user_state, n)]
     if missing:
         raise ConfigError(

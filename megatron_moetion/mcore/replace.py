@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Replaces a method of one object, where Megatron-Core has no hook.
 
-``traffic.py`` and ``steplog.py`` are all that use it, and list what they replace.
+``traffic.py``, ``steplog.py`` and ``step_watch.py`` are all that use it, and list what they replace.
 """
 
 from __future__ import annotations

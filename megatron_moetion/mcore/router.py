@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.transformer.cuda_graphs import is_graph_warmup
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
 from megatron.core.transformer.moe.moe_utils import apply_router_token_dropping, get_capacity
@@ -31,14 +32,18 @@ RECENT_ITERATIONS = 10
 
 
 class TokenCounters:
-    """One int64[num_local_experts] tensor a layer, on the experts' device; tokens processed since the run began.
+    """One int64[num_local_experts] tensor a layer, on the experts' device; tokens trained on since the run began.
 
     Counts only while gradients are enabled: evaluation does not train, and recomputation runs a forward twice,
-    once without gradients. Adds on the device, so nothing waits for the host.
+    once without gradients. What is counted is in ``totals`` from ``commit`` on, and undone by ``discard``: passes whose
+    gradients are thrown away train nothing. Adds on the device, so nothing waits for the host, and an addition that was
+    captured into a CUDA graph is replayed with it.
     """
 
     def __init__(self, blocks: Sequence[MoeBlock]) -> None:
         self.totals: list[torch.Tensor] = []
+        self._pending: list[torch.Tensor] = []
+        self._counts: list[_Count] = []
         self._undo = ExitStack()
         for config in (block.module.config for block in blocks):
             if config.moe_pad_expert_input_to_capacity and config.moe_apply_probs_on_input:
@@ -51,8 +56,25 @@ class TokenCounters:
             device = next(block.module.parameters()).device
             total = torch.zeros(len(block.experts), dtype=torch.int64, device=device)
             self.totals.append(total)
-            count = _Count(total, padded=config.moe_pad_expert_input_to_capacity)
+            self._pending.append(torch.zeros_like(total))
+            count = _Count(self._pending[-1], padded=config.moe_pad_expert_input_to_capacity)
+            self._counts.append(count)
             self._undo.callback(block.module.experts.register_forward_pre_hook(count).remove)
+
+    def commit(self) -> None:
+        """What was counted since the last call of this or ``discard`` was trained on."""
+        if self.totals:
+            torch._foreach_add_(self.totals, self._pending)
+        self.discard()
+
+    def discard(self) -> None:
+        """What was counted since the last call of this or ``commit`` was not trained on."""
+        if self._pending:
+            torch._foreach_zero_(self._pending)
+
+    def unseen(self) -> list[int]:
+        """Layers, by position, whose experts have never run Python since this was made."""
+        return [i for i, count in enumerate(self._counts) if not count.has_run]
 
     def close(self) -> None:
         """Remove the hooks."""
@@ -63,15 +85,22 @@ class _Count:
     def __init__(self, total: torch.Tensor, padded: bool) -> None:
         self._total = total
         self._padded = padded
+        self.has_run = False
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        if not torch.is_grad_enabled():
+        if not _trains():
             return
+        self.has_run = True
         tokens_per_expert: torch.Tensor = args[1]
         if self._padded:  # all experts get as many rows; those that are padding have probability 0
             probs: torch.Tensor = args[2]
             tokens_per_expert = (probs.detach().reshape(len(self._total), -1) > 0).sum(dim=1)
         self._total += tokens_per_expert.to(self._total.device, torch.int64, non_blocking=True)
+
+
+def _trains() -> bool:
+    """Whether a forward pass is one of training: neither an evaluation nor a rehearsal before a graph's capture."""
+    return torch.is_grad_enabled() and not is_graph_warmup()
 
 
 # -- the router ----------------------------------------------------------------------------------------------
@@ -105,7 +134,7 @@ class CapacityRouter(TopKRouter):
         probs, routed = super().routing(logits, padding_mask=padding_mask)
         kept_probs, kept = self._drop(probs, routed)
         super()._apply_expert_bias(kept, padding_mask=None if padding_mask is None else padding_mask.reshape(-1))
-        if self.counts is not None and torch.is_grad_enabled():
+        if self.counts is not None and _trains():
             base = self._capacity(len(routed)) if self.factor is not None else len(routed)
             self.counts.add(routed, kept & routed if self.pads else kept, base)
         return kept_probs, kept
@@ -203,7 +232,7 @@ def _is_dense(builder: Any) -> bool:
 
 
 class Counts:
-    """One layer's row of ``RouterWatch.state``; all float64[E], tokens of this rank unless said otherwise."""
+    """One layer's row of ``RouterWatch.state``, or what will be added to it: float64[E], tokens of this rank."""
 
     ROWS = 9
 
@@ -240,8 +269,9 @@ class RouterWatch:
         experts = self._routers[0].num_experts
         device = self._routers[0].weight.device
         self.state = torch.zeros(len(self._routers), Counts.ROWS, experts, dtype=torch.float64, device=device)
-        for router, state in zip(self._routers, self.state, strict=True):
-            router.counts = Counts(state)
+        self._pending = torch.zeros_like(self.state[:, :3])
+        for router, pending in zip(self._routers, self._pending, strict=True):
+            router.counts = Counts(pending)
         by_row = self.state.unbind(dim=1)
         self._totals = self.state[:, 0:2]
         self._beyond = by_row[2]
@@ -283,10 +313,22 @@ class RouterWatch:
         sums = self.state[:, 0].sum(dim=-1).tolist() if self._routers else []
         return {dense_unit(b): int(n) for b, n in zip(self.blocks, sums, strict=True)}
 
+    def commit(self) -> None:
+        """As of ``TokenCounters``."""
+        if self._routers:
+            self.state[:, :3] += self._pending
+            self._pending.zero_()
+
+    def discard(self) -> None:
+        """As of ``TokenCounters``."""
+        if self._routers:
+            self._pending.zero_()
+
     def step(self) -> None:
         """After an optimizer step: bring averages up to date, pay off debts, set the next iteration's capacities."""
         if not self._routers:
             return
+        self.commit()
         moved = self._totals - self._marks
         is_first = self._marks.sum(dim=(1, 2), keepdim=True) == 0
         self._recent += (moved - self._recent) * torch.where(is_first, 1.0, 1.0 / RECENT_ITERATIONS)
@@ -308,6 +350,7 @@ class RouterWatch:
             self._peers = _group_of(self._routers[0].tp_dp_cp_group if self._routers else None)
         if not self._routers:
             return
+        self.discard()
         self._beyond.zero_()
         if self._rules is None or self.why_fixed is not None:
             return

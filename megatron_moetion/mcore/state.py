@@ -29,6 +29,7 @@ from megatron_moetion.mcore.refusals import DELAYED, fp8_recipe, refuse_shared_s
 from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
 from megatron_moetion.mcore.settings import initial_settings, masked, settle
 from megatron_moetion.mcore.shards import Shard, shards
+from megatron_moetion.mcore.step_watch import StepWatch
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.recover.capacity import CapacityRules
@@ -97,6 +98,11 @@ class MegatronState:
                 module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
             if fp8_recipe(model_config) == DELAYED:
                 create_scaling_state(model, model_config)
+            if self.tokens is not None:
+                watch = StepWatch(
+                    model, self.inner_optimizers(), zeroed=self.tokens.discard, stepping=self.tokens.commit
+                )
+                hooks.callback(watch.close)
             self._initial_settings = initial_settings(self._links, scheduler)
             by_link = [list(shards(link)) for link in self._links]
             if log_steps:

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 
@@ -14,6 +15,8 @@ from megatron_moetion.mcore.layout import MoeBlock, dense_unit
 from megatron_moetion.mcore.router import RouterWatch, TokenCounters
 from megatron_moetion.recover.capacity import CapacityRules
 
+_logger = logging.getLogger("megatron_moetion")
+
 
 class MegatronTokens:
     """The tokens of one rank's MoE layers; ``close`` removes the hooks.
@@ -24,6 +27,7 @@ class MegatronTokens:
 
     def __init__(self, blocks: Sequence[MoeBlock], capacity: CapacityRules | None = None) -> None:
         self._blocks = tuple(blocks)
+        self._is_checked = False
         with ExitStack() as undo:
             self.counters = TokenCounters(self._blocks)
             undo.callback(self.counters.close)
@@ -38,10 +42,38 @@ class MegatronTokens:
         for block, state in self.routers.regions():
             yield block, f"{block.prefix}.moetion.router", state
 
+    def commit(self) -> None:
+        """What was counted so far is trained on: the optimizer steps."""
+        with torch.no_grad():
+            self.counters.commit()
+            self.routers.commit()
+
+    def discard(self) -> None:
+        """What was counted since the last step is not trained on: its gradients are zeroed."""
+        with torch.no_grad():
+            self.counters.discard()
+            self.routers.discard()
+
     def after_step(self) -> None:
         """Once an iteration, after the optimizer step."""
+        self.commit()  # also where a loss scaler skipped the step, which then ran no hook
         with torch.no_grad():
             self.routers.step()
+        if not self._is_checked:
+            self._is_checked = True
+            self._check()
+
+    def _check(self) -> None:
+        """The first iteration is over: hooks on experts have run, unless graphs of these were captured before us."""
+        unseen = [self._blocks[i].prefix for i in self.counters.unseen()]
+        if unseen:
+            _logger.warning(
+                "[moetion] rank %d: tokens of %s are not counted, since the hook on their experts never ran: call "
+                "attach() before the first iteration, and before CUDA graphs are captured. Popularity and lost tokens "
+                "are wrong for these layers",
+                torch.distributed.get_rank(),
+                ", ".join(unseen),
+            )
 
     def close(self) -> None:
         """Remove the hooks on the model; its routers are back at base capacity."""

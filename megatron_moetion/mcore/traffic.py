@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Tells the recorder when Megatron-Core communicates (megatron-core 0.16).
+"""Tells the recorder when Megatron-Core communicates (megatron-core 0.16 and 0.19).
 
-Pipeline traffic is seen by a ``P2PCommunicator`` that the loop passes to the schedule. For the rest Megatron has no
-hooks: from ``TrafficHooks(...)`` to ``close`` these methods of single objects, and no attribute of a class or module,
-are replaced by functions that call them:
+Pipeline traffic is seen by a ``P2PCommunicator`` that the loop passes to the schedule, or to Megatron's ``pretrain()``.
+For the rest Megatron has no hooks: from ``TrafficHooks(...)`` to ``close`` these methods of single objects, and no
+attribute of a class or module, are replaced by functions that call them:
 
 - ``token_dispatch`` and ``token_combine`` of each MoE layer's ``token_dispatcher``, with more than one expert rank;
 - ``start_grad_sync``, ``finish_grad_sync``, ``start_param_sync`` and ``finish_param_sync`` of each bucket group of the
@@ -17,6 +17,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from functools import partial
 from typing import Any
 
 import torch
@@ -34,36 +35,44 @@ from megatron_moetion.schedule.timeline import Lane
 
 
 class TimedCommunicator(P2PCommunicator):
-    """A ``P2PCommunicator`` that records what it sends and how long it waits.
+    """A ``P2PCommunicator`` that records what it sends and how long it waits, while a run watches it.
 
-    ``crosses`` says whether the pipeline's ranks lie on several nodes; ``on_device`` whether its tensors are on a GPU.
+    ``on_device`` says whether its tensors are on a GPU. Sends by the settings of ``config``, and by nothing else of it.
     """
 
-    def __init__(
-        self, pp_group: dist.ProcessGroup, config: Any, recorder: Recorder, *, crosses: bool, on_device: bool
-    ) -> None:
+    def __init__(self, pp_group: dist.ProcessGroup, config: Any, *, on_device: bool) -> None:
         if not on_device:
             # Megatron gives requests back only where it posts them one by one. Between two stages it then sends one
             # direction over the default group, as it does by itself where virtual stages overlap their messages.
             config = copy.copy(config)
             config.batch_p2p_comm = False
         super().__init__(pp_group, config)
-        self._recorder = recorder
-        self._crosses = crosses
+        self._recorder: Recorder | None = None
+        self._crosses = False
         self._on_device = on_device
 
+    def watch(self, recorder: Recorder, *, crosses: bool) -> None:
+        """Record from here on. ``crosses``: whether the pipeline's ranks lie on several nodes."""
+        self._recorder = recorder
+        self._crosses = crosses
+
+    def unwatch(self) -> None:
+        """Record no more; messages go on."""
+        self._recorder = None
+
     def _communicate(self, *, wait_on_reqs: bool = True, **call: Any) -> Any:
-        if self._on_device and not self._recorder.is_watching:
+        recorder = self._recorder
+        if recorder is None or (self._on_device and not recorder.is_watching):
             return super()._communicate(**call, wait_on_reqs=wait_on_reqs)
         sent = sum(_nbytes(call[side]) for side in ("tensor_send_next", "tensor_send_prev"))
         element = torch.empty(0, dtype=self.config.pipeline_dtype).element_size()
         expected = int(torch.Size(call["tensor_shape"] or ()).numel()) * element
         received = expected * (bool(call["recv_prev"]) + bool(call["recv_next"]))
         lane = Lane.PIPELINE if sent else Lane.WAIT
-        span = self._recorder.begin(lane, sent * self._crosses, received * self._crosses)
+        span = recorder.begin(lane, sent * self._crosses, received * self._crosses)
         try:
             if sent and self._on_device:
-                self._recorder.accepted(span)  # a stream waits for its requests, unseen by the host: as good as sent
+                recorder.accepted(span)  # a stream waits for its requests, unseen by the host: as good as sent
             if not sent or self._on_device or not wait_on_reqs:
                 return super()._communicate(**call, wait_on_reqs=wait_on_reqs)
             previous, following, requests = super()._communicate(**call, wait_on_reqs=False)
@@ -72,18 +81,33 @@ class TimedCommunicator(P2PCommunicator):
             sends = [name for name in requests if name.startswith("send")]
             for name in sends:
                 requests.pop(name).wait()
-            self._recorder.accepted(span)
+            recorder.accepted(span)
             for request in requests.values():
                 request.wait()
             return previous, following, None
         finally:
-            self._recorder.end(span)
+            recorder.end(span)
+
+
+def pipeline_arguments(config: Any) -> dict[str, Any]:
+    """``p2p_communicator`` and ``pg_collection`` for Megatron's schedules, or for its ``pretrain()``.
+
+    Both take them before there is a model: call this once ``initialize_model_parallel`` is done, and give the
+    communicator to ``attach(p2p_communicator=...)``. ``config`` is the model's ``TransformerConfig``, or has the same
+    settings of a ``ModelParallelConfig``. Empty where there is no pipeline, so that no rank needs a case of its own.
+    """
+    group = parallel_state.get_pipeline_model_parallel_group()
+    if group.size() == 1:
+        return {}
+    communicator = TimedCommunicator(group, config, on_device=dist.get_backend(group) != "gloo")
+    return {"p2p_communicator": communicator, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
 
 class TrafficHooks:
     """Hooks on one rank's model, on what leaves its node; with ``sees_all`` also on what does not.
 
-    ``share_elsewhere`` says which share of a set of global ranks is on other nodes than this rank.
+    ``share_elsewhere`` says which share of a set of global ranks is on other nodes than this rank. ``communicator`` is
+    the one that the schedule was given; without it ``pipeline_arguments`` has one to give.
     """
 
     def __init__(
@@ -93,13 +117,18 @@ class TrafficHooks:
         share_elsewhere: Callable[[Sequence[int]], float],
         *,
         sees_all: bool,
+        communicator: TimedCommunicator | None = None,
     ) -> None:
         self._recorder = recorder
         self._share_elsewhere = share_elsewhere
         self._sees_all = sees_all
-        self._config = get_model_config(model[0])
-        self._on_device = next(model[0].parameters()).is_cuda
+        self.pipeline_arguments: dict[str, Any] = {}
+        """For the schedule, where it was given none before: ``p2p_communicator`` and ``pg_collection``.
+
+        Empty where there is no pipeline, or none to be seen.
+        """
         with ExitStack() as self._undo:
+            self._watch_pipeline(model, communicator)
             for chunk in model:
                 for layer in chunk.modules():
                     if isinstance(layer, MoELayer):
@@ -108,30 +137,23 @@ class TrafficHooks:
                     self._watch_buckets(group)
             self._undo = self._undo.pop_all()  # all are on: they stay until ``close``
 
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """Keyword arguments for the schedule, ``p2p_communicator`` and ``pg_collection``.
-
-        None where there is no pipeline, or none to be seen.
-        """
-        group = parallel_state.get_pipeline_model_parallel_group()
-        crosses = self._share_elsewhere(_ranks(group)) > 0
-        if len(_ranks(group)) == 1 or not (crosses or self._sees_all):
-            return {}
-        groups = ProcessGroupCollection()
-        groups.tp = parallel_state.get_tensor_model_parallel_group()
-        groups.cp = parallel_state.get_context_parallel_group()
-        groups.pp = group
-        groups.embd = parallel_state.get_embedding_group(check_initialized=False)
-        groups.pos_embd = parallel_state.get_position_embedding_group(check_initialized=False)
-        groups.dp_cp = parallel_state.get_data_parallel_group(with_context_parallel=True, partial_data_parallel=False)
-        communicator = TimedCommunicator(
-            group, self._config, self._recorder, crosses=crosses, on_device=self._on_device
-        )
-        return {"p2p_communicator": communicator, "pg_collection": groups}
-
     def close(self) -> None:
         """Put all methods back."""
         self._undo.close()
+
+    # -- the pipeline ----------------------------------------------------------------------------------
+
+    def _watch_pipeline(self, model: Sequence[DistributedDataParallel], given: TimedCommunicator | None) -> None:
+        ranks = _ranks(parallel_state.get_pipeline_model_parallel_group())
+        crosses = self._share_elsewhere(ranks) > 0
+        if len(ranks) == 1 or not (crosses or self._sees_all):
+            return
+        communicator = given
+        if communicator is None:
+            self.pipeline_arguments = pipeline_arguments(get_model_config(model[0]))
+            communicator = self.pipeline_arguments["p2p_communicator"]
+        communicator.watch(self._recorder, crosses=crosses)
+        self._undo.callback(communicator.unwatch)
 
     # -- experts ---------------------------------------------------------------------------------------
 
@@ -152,10 +174,14 @@ class TrafficHooks:
         remote = self._share_elsewhere(ranks)
         if len(ranks) == 1 or not (remote or self._sees_all):
             return
-        for lane, kind, data in ((Lane.GRADIENT, "grad", "grad_data"), (Lane.PARAMETER, "param", "param_data")):
-            parts = [getattr(bucket, data) for bucket in group.buckets]
-            moved = int(sum(_nbytes(part) for part in parts) * remote)
-            start, finish = _from_start_to_finish(self._recorder, lane, moved, lambda: bool(_handle(group)))
+        gradients = sum(_nbytes(bucket.grad_data) for bucket in group.buckets)
+        parameters = sum(_parameter_bytes(bucket) for bucket in group.buckets)
+        for lane, kind, nbytes, handle in (
+            (Lane.GRADIENT, "grad", gradients, "grad_reduce_handle"),
+            (Lane.PARAMETER, "param", parameters, "param_gather_handle"),
+        ):
+            is_under_way = partial(_is_set, group, handle)
+            start, finish = _from_start_to_finish(self._recorder, lane, int(nbytes * remote), is_under_way)
             replace_method(group, f"start_{kind}_sync", start, self._undo)
             replace_method(group, f"finish_{kind}_sync", finish, self._undo)
 
@@ -214,8 +240,15 @@ def _from_start_to_finish(
     return start, finish
 
 
-def _handle(group: Any) -> Any:
-    return group.param_gather_handle or group.grad_reduce_handle
+def _is_set(group: Any, handle: str) -> bool:
+    return getattr(group, handle) is not None
+
+
+def _parameter_bytes(bucket: Any) -> int:
+    """What a gather of all of a bucket's parameters moves. Without a sharded buffer parameters go one by one (0.19)."""
+    if bucket.param_data is not None:
+        return _nbytes(bucket.param_data)
+    return sum(_nbytes(parameter) for parameter in bucket.params_list)
 
 
 def _watch_backward(recorder: Recorder, last: Any, before: Any, moved: int) -> None:

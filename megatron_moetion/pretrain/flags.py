@@ -45,8 +45,8 @@ _FLAGS = {
     ),
     Effect.ACTS: (
         "lr min_lr lr_decay_style lr_decay_iters lr_warmup_iters lr_warmup_init weight_decay clip_grad adam_beta1 "
-        "adam_beta2 adam_eps iterations_to_skip moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate train_iters "
-        "global_batch_size micro_batch_size loss_scale min_loss_scale loss_scale_window hysteresis "
+        "adam_beta2 adam_eps moe_aux_loss_coeff moe_z_loss_coeff moe_router_bias_update_rate train_iters "
+        "iterations_to_skip global_batch_size micro_batch_size loss_scale min_loss_scale loss_scale_window hysteresis "
         "moe_token_dispatcher_type device overlap_grad_reduce overlap_param_gather recompute_granularity "
         "recompute_method recompute_num_layers"
     ),

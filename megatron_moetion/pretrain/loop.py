@@ -126,7 +126,7 @@ class Trainer:
                 break
 
     def _skip_iteration(self, session: Any) -> None:
-        """An iteration of ``--iterations-to-skip``, as Megatron-LM has it: its samples count as consumed, and no more."""
+        """An iteration of ``--iterations-to-skip``, as of Megatron-LM: its samples are consumed, and that is all."""
         self.progress.iteration += 1
         self.progress.skipped_iterations += 1
         self.progress.consumed_train_samples += self.args.global_batch_size

@@ -193,6 +193,11 @@ class Recorder:
         self.problem: str | None = None
         """Why the last of them could not be."""
 
+    @property
+    def has_spans(self) -> bool:
+        """Whether any span of the iteration under way is recorded."""
+        return bool(self._now.spans)
+
     def begin(self, lane: Lane, sent_bytes: int = 0, received_bytes: int = 0) -> OpenSpan:
         """A span starts; give the result to ``end``. Spans beyond the limit are left out of the timeline."""
         if not self.is_watching:

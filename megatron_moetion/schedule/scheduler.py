@@ -115,8 +115,8 @@ class Scheduler:
         return self._draw is not no_drawing
 
     def run_again(self) -> None:
-        """Training does the work of the iteration under way once more: it will not be an example for others."""
-        self._is_again = True
+        """Training does once more what it has done in the iteration under way, which is no example for others."""
+        self._is_again |= self.recorder.has_spans
 
     def cut(self, iteration: int, *, is_typical: bool = True) -> str | None:
         """An iteration has just ended. Call it once an iteration, in the training thread.

@@ -35,7 +35,8 @@ def main(rank: int, rendezvous: str, batched: bool, late_s: float) -> None:
     )  # fmt: skip
     clock = SystemClock()
     recorder = Recorder(HostStopwatch(clock), clock)
-    stage = TimedCommunicator(dist.group.WORLD, config, recorder, crosses=True, on_device=False)
+    stage = TimedCommunicator(dist.group.WORLD, config, on_device=False)
+    stage.watch(recorder, crosses=True)
     tensor = torch.full(SHAPE, float(rank))
     dist.barrier()
     if rank == 0:

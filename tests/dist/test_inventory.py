@@ -162,6 +162,8 @@ def test_state_that_cannot_be_captured_exactly_is_refused(
 BUCKETS = {f"_ParamAndGradBucketGroup.{when}_{what}_sync" for when in ("start", "finish") for what in ("grad", "param")}
 EXPERTS = {f"MoEAllGatherTokenDispatcher.token_{what}" for what in ("dispatch", "combine")}
 """Both as listed in ``mcore/traffic.py``."""
+BUCKETS.add("DistributedDataParallel.zero_grad_buffer")
+"""As listed in ``mcore/step_watch.py``."""
 STEPS = {"ChainedOptimizer.get_grad_norm", "DynamicGradScaler.update"}
 """As listed in ``mcore/steplog.py``."""
 

@@ -101,7 +101,11 @@ def run(folder: Path, mode: str = "popularity", **settings: Any) -> Iterator[tup
 
 
 def events(
-    running: Running, iteration: int = 1, waits: bool = False, **replaced: Callable[..., Any]
+    running: Running,
+    iteration: int = 1,
+    waits: bool = False,
+    stepped: bool = True,
+    **replaced: Callable[..., Any],
 ) -> list[tuple[str, ...]]:
     """What one ``on_step_end`` does, in order; ``replaced`` calls by event, ``__`` for the dot."""
     log: list[str] = []
@@ -110,7 +114,7 @@ def events(
     if waits:
         parts["mode"].waits_for_replication = True  # type: ignore[attr-defined]
     parts["probe"] = lambda point, _: log.append(f"probe {point}")
-    Session(replace(running, **parts)).on_step_end(iteration)
+    Session(replace(running, **parts)).on_step_end(iteration, stepped=stepped)
     return [e for e in log if e not in SILENT]  # type: ignore[misc]
 
 
@@ -137,6 +141,19 @@ def test_where_no_snapshot_is_due_only_the_distance_is_watched(tmp_path: Path) -
     with run(tmp_path, interval=3) as (running, _):
         assert events(running, 1) == STEP[:3]
         assert events(running, 3) == [e for e in STEP if e != "mode.settle"]
+
+
+def test_without_an_optimizer_step_no_average_moves_and_the_mode_is_told(tmp_path: Path) -> None:
+    told: list[bool] = []
+    with run(tmp_path) as (running, _):
+
+        def note_step(iteration: int, before: int, *, stepped: bool) -> None:
+            told.append(stepped)
+
+        found = events(running, 1, stepped=False, mode__note_step=note_step)
+        assert found == [e for e in STEP if e not in ("adapter.after_step", "mode.settle")]
+        assert events(running, 2, mode__note_step=note_step) == STEP
+    assert told == [False, True]
 
 
 def test_without_results_a_step_is_the_same_and_waits_for_none(tmp_path: Path) -> None:
@@ -179,7 +196,9 @@ def test_a_step_without_a_snapshot_still_agrees(tmp_path: Path) -> None:
         events(running, 1, pipeline__submit=submit)
         without_moved = [e for e in STEP if e != "adapter.moved"]
         assert events(running, 2, pipeline__submit=submit, packer__freeze=no_state) == without_moved
-        assert events(running, 3, pipeline__submit=submit, mode__note_step=lambda *_: "two steps") == without_moved
+        assert (
+            events(running, 3, pipeline__submit=submit, mode__note_step=lambda *_, **__: "two steps") == without_moved
+        )
         assert events(running, 4, pipeline__submit=submit, adapter__moved=lambda: "a tensor") == STEP
         skip = (Skip(reason="gap"), None)
         assert events(running, 5, pipeline__submit=submit, mode__contents=lambda *_: skip) == without_moved

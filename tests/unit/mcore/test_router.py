@@ -24,6 +24,7 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import distributed as dist
 
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.mcore import router as router_module
 from megatron_moetion.mcore.router import (
     CapacityRouter,
     Counts,
@@ -244,10 +245,50 @@ def test_padded_inputs_are_counted_by_their_probabilities() -> None:
     block.module.experts(torch.zeros(6, 4), torch.tensor([3, 3]), probs)
     with torch.no_grad():
         block.module.experts(torch.zeros(6, 4), torch.tensor([3, 3]), probs)
+    counters.commit()
     assert counters.totals[0].tolist() == [2, 1]
     counters.close()
     block.module.experts(torch.zeros(6, 4), torch.tensor([3, 3]), probs)
+    counters.commit()
     assert counters.totals[0].tolist() == [2, 1]
+
+
+def test_what_is_thrown_away_and_what_rehearses_a_graph_is_not_counted(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = SimpleNamespace(experts=(0, 1), module=torch.nn.Module())
+    block.module.config = config(moe_pad_expert_input_to_capacity=False)
+    block.module.experts = torch.nn.Identity()
+    block.module.weight = torch.nn.Parameter(torch.zeros(1))
+    block.module.experts.forward = lambda tokens, per_expert: tokens
+    counters = TokenCounters([block])  # type: ignore[list-item]
+    assert counters.unseen() == [0]
+    passes = lambda: block.module.experts(torch.zeros(6, 4), torch.tensor([4, 2]))
+    monkeypatch.setattr(router_module, "is_graph_warmup", lambda: True)
+    passes()
+    assert counters.unseen() == [0]
+    monkeypatch.setattr(router_module, "is_graph_warmup", lambda: False)
+    passes()
+    counters.discard()
+    passes()
+    passes()
+    assert counters.totals[0].tolist() == [0, 0], "no step was taken yet"
+    counters.commit()
+    counters.commit()
+    assert counters.totals[0].tolist() == [8, 4]
+    assert counters.unseen() == []
+    counters.close()
+
+
+def test_a_router_tells_what_was_trained_on() -> None:
+    _, router = routers()
+    block = SimpleNamespace(experts=range(EXPERTS), prefix="layers.0", module=SimpleNamespace(router=router))
+    watch = RouterWatch([block], None)  # type: ignore[list-item]
+    for _ in range(3):
+        router.routing(logits())
+        watch.discard()
+    router.routing(logits())
+    watch.commit()
+    watch.step()
+    assert watch.state[0, 0].sum() == 2 * TOKENS
 
 
 # -- into the layer spec -------------------------------------------------------------------------------------------

@@ -47,7 +47,12 @@ class Listening(Recorder):
 
 
 def call(
-    monkeypatch: pytest.MonkeyPatch, posted: tuple[str, ...], *, on_device: bool = False, waits: bool = True
+    monkeypatch: pytest.MonkeyPatch,
+    posted: tuple[str, ...],
+    *,
+    on_device: bool = False,
+    waits: bool = True,
+    watched: bool = True,
 ) -> tuple[list[str], Any]:
     """What happens in a call that posts these requests, in order, and what it gives back."""
     log: list[str] = []
@@ -64,7 +69,9 @@ def call(
     monkeypatch.setattr(P2PCommunicator, "__init__", lambda self, group, config: setattr(self, "config", config))
     monkeypatch.setattr(P2PCommunicator, "_communicate", base)
     config = SimpleNamespace(pipeline_dtype=torch.float32, batch_p2p_comm=True)
-    stage = TimedCommunicator(None, config, Listening(log), crosses=True, on_device=on_device)
+    stage = TimedCommunicator(None, config, on_device=on_device)
+    if watched:
+        stage.watch(Listening(log), crosses=True)
     found = stage._communicate(
         tensor_send_next=TENSOR if "send_next" in posted else None,
         tensor_send_prev=TENSOR if "send_prev" in posted else None,
@@ -107,6 +114,16 @@ def test_requests_that_training_waits_for_itself_are_given_back(monkeypatch: pyt
     log, (*_, requests) = call(monkeypatch, ("recv_next", "send_next"), waits=False)
     assert log == ["posted one by one"]
     assert list(requests) == ["recv_next", "send_next"]
+
+
+@pytest.mark.parametrize("waits", [True, False])
+def test_before_a_run_watches_it_messages_go_as_megatron_sends_them(
+    monkeypatch: pytest.MonkeyPatch, waits: bool
+) -> None:
+    """One by one all the same: both ends of a pipeline have to post alike, whoever watches first."""
+    log, found = call(monkeypatch, ("recv_next", "send_next"), watched=False, waits=waits)
+    assert log == ["posted one by one", *(["recv_next", "send_next"] if waits else [])]
+    assert (found[2] is None) == waits
 
 
 class Dispatcher:
@@ -198,7 +215,7 @@ def test_what_stays_on_the_node_is_left_alone(monkeypatch: pytest.MonkeyPatch) -
     assert vars(buckets)
     train(dispatcher, buckets)
     assert seen(recorder) == [(Lane.GRADIENT, 200)]
-    assert hooks.pipeline_arguments() == {}
+    assert hooks.pipeline_arguments == {}
     hooks.close()
     assert not vars(buckets)
     alone = watch(monkeypatch, [0, 0, 0, 0], [0, 1, 2, 3], recorder)

@@ -60,13 +60,14 @@ class Steps:
 
     def __init__(self) -> None:
         self.remembered = 0
-
         self.note = StepNote()
+        self.told: list[bool] = []
 
     def remember(self, steps: int) -> None:
         self.remembered = steps
 
     def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
+        self.told.append(stepped)
         return self.note
 
 
@@ -262,6 +263,14 @@ def test_a_step_that_cannot_be_replayed_is_no_reason_to_stop(ranks: Ranks) -> No
     assert (len(contents.optional), contents.logs, contents.zero) == (DEFAULT_PERIOD, (), ())
     assert remark is not None
     assert remark.text == "all state is captured anew: two steps"
+
+
+def test_the_replayer_hears_that_the_loop_took_no_step(ranks: Ranks) -> None:
+    mode = ranks.settle()[0]
+    mode.baseline(4, NO_COPIES)
+    mode.note_step(5, before=4, stepped=False)
+    mode.note_step(6, before=5)
+    assert ranks.steps[0].told == [False, True]
 
 
 def test_an_iteration_that_was_there_before_cannot_be_captured(ranks: Ranks) -> None:

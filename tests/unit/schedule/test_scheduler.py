@@ -317,6 +317,23 @@ def test_once_the_rhythm_is_known_one_iteration_in_so_many_is_recorded() -> None
     assert records([*alike[1:], Timeline(iteration=9, begin_s=0, duration_s=1.5)], 0), "it took longer"
 
 
+def test_no_window_is_derived_from_iterations_that_took_no_step_or_ran_again() -> None:
+    scheduler, clock, drawn = make("bubble")
+    for number in range(1, 5):
+        iterate(scheduler, clock, number, 1.0)
+    scheduler.run_again()  # nothing was sent in this iteration yet: it has only begun
+    iterate(scheduler, clock, 5, 1.0)
+    clock.sleep(0.01)
+    scheduler.cut(6, is_typical=False)
+    scheduler.recorder.end(scheduler.recorder.begin(Lane.GRADIENT, 1000))
+    scheduler.run_again()
+    iterate(scheduler, clock, 7, 2.0)
+    assert scheduler.newest_timeline.iteration == 5
+    assert [value for lane, *_, value in drawn if lane == Lane.ITERATION.value] == [1, 2, 3, 4, 5, 6, 7]
+    iterate(scheduler, clock, 8, 1.0)
+    assert scheduler.newest_timeline.iteration == 8
+
+
 def test_a_trace_shows_every_iteration() -> None:
     scheduler, clock, _ = make("bubble")
     for number in range(1, 3 * TIMELINES):
