@@ -36,9 +36,7 @@ from transformer_engine.pytorch.quantization import _amax_and_scale_update, get_
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.attach import NoState
-from megatron_moetion.mcore.parameters import copy_parameters
 from megatron_moetion.mcore.quantised import payload, quantised_class, scaling_tensors
-from megatron_moetion.mcore.shards import copy_main_to_model
 from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.units import Region, Role
@@ -274,7 +272,7 @@ def _recovered(case: Case, rank: int) -> dict[str, Any]:
     roles = sorted({r.role.name for r in _regions(state)})
     tensors = sorted({r.tensor for r in _regions(state)})
     quantised = sorted({found for p in run.model[0].parameters() if (found := quantised_class(p))})
-    nbytes = state.inventory().nbytes
+    state_bytes = sum(r.nbytes for r in _regions(state))
     run.end(state)
 
     run = Run(case, rank, seed=2)
@@ -297,17 +295,15 @@ def _recovered(case: Case, rank: int) -> dict[str, Any]:
     run.end(state)
     return {
         "quantised": quantised, "roles": roles, "tensors": tensors, "images": images, "again": again, "moved": moved,
-        "hashes": hashes, "hashes_again": hashes_again, "spoilt": spoilt, "unstaged": unstaged, "nbytes": nbytes,
+        "hashes": hashes, "hashes_again": hashes_again, "spoilt": spoilt, "unstaged": unstaged,
+        "state_bytes": state_bytes,
         "gradients": gradients,
     }  # fmt: skip
 
 
 def _unstaged(run: Run) -> dict[str, str]:
-    """What a gather makes of parameters that each rank has quantised for itself; then all is noise again."""
+    """What a gather makes of memory that nobody has filled with parameters; then all is noise again."""
     with torch.no_grad():
-        copy_parameters(run.links)
-        for link in run.links:
-            copy_main_to_model(link)
         run.model[0].start_param_sync(force_sync=True)
         found = run.image()
         for parameter in run.model[0].parameters():

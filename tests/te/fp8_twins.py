@@ -67,7 +67,7 @@ def quantize(source: torch.Tensor, quantizer: Any, out: Any = None, noop: Any = 
             device=source.device,
         )
     out._data.copy_(data.view(out._data.shape))
-    out._scale_inv.copy_(1 / scale)
+    out._scale_inv.copy_((1 / scale).view(out._scale_inv.shape))
     if out._transpose is not None:
         out._transpose.copy_(out._data.t())
         out._transpose_invalid = False

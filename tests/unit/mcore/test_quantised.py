@@ -1,0 +1,168 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quantised parameters without Transformer Engine: its classes are known by their names."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.inventory import _module_locations
+from megatron_moetion.mcore.layout import ModelLayout
+from megatron_moetion.mcore.quantised import (
+    create_scaling_state,
+    payload,
+    quantised_class,
+    refuse_parameters,
+    scaling_tensors,
+)
+
+
+class MXFP8Tensor(nn.Parameter):
+    """A stand-in for the tensor of that name."""
+
+
+class Float8Tensor(nn.Parameter):
+    """The same."""
+
+
+class GroupedTensor(nn.Parameter):
+    """The same."""
+
+
+class DTensor(nn.Parameter):
+    """The same."""
+
+
+class NVFP4Tensor(nn.Parameter):
+    """The same."""
+
+
+def chunk(parameter: nn.Parameter, *, sharded: bool = True, gathers: bool = True) -> Any:
+    """A model of one parameter."""
+    module = nn.Module()
+    module.register_parameter("weight", parameter)
+    module.ddp_config = SimpleNamespace(use_distributed_optimizer=sharded, fp8_param_gather=gathers)
+    return module
+
+
+def test_classes_are_told_apart_by_name() -> None:
+    plain = torch.zeros(4)
+    assert quantised_class(nn.Parameter(plain)) is None
+    assert quantised_class(MXFP8Tensor(plain)) == "MXFP8Tensor"
+    grouped = GroupedTensor(plain)
+    assert quantised_class(grouped) is None
+    grouped.rowwise_data = plain
+    assert quantised_class(grouped) is None
+    grouped.rowwise_data = plain.to(torch.uint8)
+    assert quantised_class(grouped) == "GroupedTensor"
+
+
+@pytest.mark.parametrize("cls", [NVFP4Tensor, DTensor])
+def test_tensors_that_are_not_known_are_refused_by_name(cls: type[nn.Parameter]) -> None:
+    with pytest.raises(UnsupportedState, match=f"a parameter is a {cls.__name__}"):
+        refuse_parameters([chunk(cls(torch.zeros(4)))])
+
+
+def test_frozen_and_ungathered_quantised_parameters_are_refused() -> None:
+    refuse_parameters([chunk(MXFP8Tensor(torch.zeros(4))), chunk(nn.Parameter(torch.zeros(4), requires_grad=False))])
+    frozen = MXFP8Tensor(torch.zeros(4))
+    frozen.requires_grad_(False)
+    with pytest.raises(UnsupportedState, match="weight is a frozen MXFP8Tensor"):
+        refuse_parameters([chunk(frozen)])
+    for how in ({"sharded": False}, {"gathers": False}):
+        with pytest.raises(UnsupportedState, match="weight is a Float8Tensor and --fp8-param-gather"):
+            refuse_parameters([chunk(Float8Tensor(torch.zeros(4)), **how)])
+
+
+def test_a_payload_is_bytes_and_scales_without_padding_and_stale_transposes() -> None:
+    block = MXFP8Tensor(torch.zeros(64, 96))
+    block._rowwise_data = torch.zeros(64, 96, dtype=torch.uint8)
+    block._rowwise_scale_inv = torch.zeros(128, 4, dtype=torch.uint8)
+    block._columnwise_scale_inv = torch.zeros(4, 128, dtype=torch.uint8)
+    assert {name: tuple(t.shape) for name, t in payload(block).items()} == {
+        "_rowwise_data": (64, 96),
+        "_rowwise_scale_inv": (64, 3),
+        "_columnwise_scale_inv": (2, 96),
+    }
+    tensor = Float8Tensor(torch.zeros(4, 4))
+    tensor._data, tensor._scale_inv, tensor._transpose = torch.zeros(4, 4), torch.ones(1), torch.zeros(4, 4)
+    assert sorted(payload(tensor)) == ["_data", "_scale_inv"]
+    tensor._transpose_invalid = False
+    assert sorted(payload(tensor)) == ["_data", "_scale_inv", "_transpose"]
+
+
+class Linear(nn.Module):
+    """A module with scales, as Transformer Engine's has them once it knows how many products it computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8_meta: dict[str, Any] = {"recipe": object()}
+
+    def init_fp8_metadata(self, num_gemms: int) -> None:
+        for direction, each in (("scaling_fwd", 3), ("scaling_bwd", 2)):
+            self.fp8_meta[direction] = SimpleNamespace(
+                scale=torch.ones(each * num_gemms), amax_history=torch.zeros(4, each * num_gemms)
+            )
+
+
+class GroupedLinear(Linear):
+    """One for each expert of a layer."""
+
+    num_gemms = 5
+
+
+class DotProductAttention(Linear):
+    """Quantises only where a setting that is refused says so."""
+
+
+class Unheard(nn.Module):
+    """A module that nobody knows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fp8_meta: dict[str, Any] = {}
+
+
+def test_scales_exist_before_the_first_forward_and_are_captured_and_watched() -> None:
+    model = nn.Module()
+    model.dense, model.experts, model.attention = Linear(), GroupedLinear(), DotProductAttention()
+    config = SimpleNamespace(fp8=None)
+    create_scaling_state([model], config)  # type: ignore[list-item]
+    layout = ModelLayout([model])
+    found = {place.tensor.removeprefix("."): tuple(buffer.shape) for buffer, place in layout.buffers()}
+    assert found == {
+        "dense.scaling_fwd.scale": (3,),
+        "dense.scaling_fwd.amax_history": (4, 3),
+        "dense.scaling_bwd.scale": (2,),
+        "dense.scaling_bwd.amax_history": (4, 2),
+        "experts.scaling_fwd.scale": (15,),
+        "experts.scaling_fwd.amax_history": (4, 15),
+        "experts.scaling_bwd.scale": (10,),
+        "experts.scaling_bwd.amax_history": (4, 10),
+    }
+    locations = list(_module_locations([model], layout))
+    assert len(locations) == 8
+    holder, key, address = locations[0]
+    assert holder[key].data_ptr() == address
+    model.dense.fp8_meta["scaling_fwd"].scale = torch.ones(3)
+    assert holder[key].data_ptr() != address
+
+
+def test_modules_of_other_recipes_have_no_scales() -> None:
+    module = Linear()
+    assert list(scaling_tensors(module)) == []
+    module.fp8_meta["scaling_fwd"] = SimpleNamespace(recipe=object())
+    assert list(scaling_tensors(module)) == []
+    assert list(scaling_tensors(nn.Linear(2, 2))) == []
+
+
+def test_a_module_whose_scales_cannot_be_found_is_refused() -> None:
+    model = nn.Module()
+    model.odd = Unheard()
+    with pytest.raises(UnsupportedState, match="odd is a Unheard"):
+        create_scaling_state([model], SimpleNamespace(fp8=None))  # type: ignore[list-item]
