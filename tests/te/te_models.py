@@ -21,13 +21,14 @@ os.environ["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = "1"  # and Megatron-Core refuses 
 
 # isort: split
 import cpu_kernels
+import megatron_exact
 import megatron_trainer
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_layouts import Mixer, as_hybrid, examine
+from megatron_layouts import Mixer, as_hybrid, examine, lose_everything
 from megatron_trainer import WORLD_SIZE, Model, Trainer, _tear_down, as_modelled, join
 from torch import distributed as dist
 from toy_trainer import Notes
@@ -58,15 +59,16 @@ _DP = "--expert-model-parallel-size 2"
 _PP = f"{_DP} --pipeline-model-parallel-size 2"
 _SINGLE = {"moe_single_grouped_weight": True, "use_transformer_engine_op_fuser": True}
 CASES = {
+    "hybrid, pp2": _model(f"{_PP} --num-layers 8 --swiglu --disable-bias-linear"),
     "a weight for each expert": _model(f"{_DP} --swiglu --disable-bias-linear"),
     "a weight and a bias for each expert, pp2": _model(_PP),
     "one weight for all experts": _model(f"{_DP} --swiglu --disable-bias-linear --normalization RMSNorm", **_SINGLE),
     "one weight and one bias for all experts, pp2": _model(f"{_PP} --swiglu", **_SINGLE, moe_single_grouped_bias=True),
     "one weight for all experts, a bias for each": _model(f"{_DP} --swiglu", **_SINGLE),
     "one expert a rank": _model("--expert-model-parallel-size 4 --swiglu --disable-bias-linear", **_SINGLE),
-    "hybrid, pp2": _model(f"{_PP} --num-layers 8 --swiglu --disable-bias-linear"),
     "shared experts": _model(f"{_DP} --swiglu --disable-bias-linear --moe-shared-expert-intermediate-size 24"),
 }
+EXACT = "one weight and one bias for all experts, pp2"
 HYBRID = "M*E-|ME*E"
 
 
@@ -88,6 +90,8 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
             trainer = _build(rank, model)
         notes.write("case", name=name, **examine(trainer))
         _tear_down()
+    megatron_exact._build = _build
+    notes.write("exact", **lose_everything(rank, CASES[EXACT], folder / "store"))
     dist.barrier()
     return 0
 

@@ -51,7 +51,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 @pytest.fixture
 def ranks(notes: list[list[dict[str, Any]]], case: str) -> list[dict[str, Any]]:
     """The ranks' findings in one case."""
-    return [next(n for n in of_rank if n["name"] == case) for of_rank in notes]
+    return [next(n for n in of_rank if n.get("name") == case) for of_rank in notes]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,3 +117,14 @@ def test_a_hybrid_model_has_a_unit_for_each_layer(ranks: list[dict[str, Any]]) -
     for layer, kind in enumerate("M*E-ME*E"):
         assert first.get(kind, "mlp.router.weight") in tensors(ranks, f"layers.{layer}.dense")
         assert bool(tensors(ranks, f"layers.{layer}.experts.0")) == (kind == "E")
+
+
+@pytest.mark.proves("Transformer Engine, grouped experts, one weight, mode exact", "recovery")
+def test_mode_exact_loses_at_most_an_iteration_and_no_bit(notes: list[list[dict[str, Any]]]) -> None:
+    for of_rank in notes:
+        found = next(n for n in of_rank if n["event"] == "exact")
+        assert found["wrong"] == [], (found["wrong"], found["lost"])
+        assert len(found["lost"]) == 3
+        assert max(found["lost"]) <= 1
+        assert max(found["replayed"]) > 0
+        assert found["hashes"] == 1
