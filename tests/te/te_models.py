@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +30,11 @@ from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron_layouts import Mixer, as_hybrid, examine, lose_everything
-from megatron_trainer import WORLD_SIZE, Model, Trainer, _tear_down, as_modelled, join
+from megatron_trainer import WORLD_SIZE, Model, Trainer, _state, _tear_down, as_modelled, join
 from torch import distributed as dist
 from toy_trainer import Notes
 
+from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
 from megatron_moetion.pretrain.corpus import MockCorpus
@@ -68,6 +70,11 @@ CASES = {
     "one expert a rank": _model("--expert-model-parallel-size 4 --swiglu --disable-bias-linear", **_SINGLE),
     "shared experts": _model(f"{_DP} --swiglu --disable-bias-linear --moe-shared-expert-intermediate-size 24"),
 }
+_WHOLE = CASES["one weight for all experts"]
+REFUSED = {
+    "frozen": replace(_WHOLE, frozen="decoder.layers.0.mlp.experts."),
+    "without a distributed optimizer": replace(_WHOLE, flags=_WHOLE.flags.replace("--use-distributed-optimizer", "")),
+}
 EXACT = "one weight and one bias for all experts, pp2"
 HYBRID = "M*E-|ME*E"
 
@@ -90,10 +97,22 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
             trainer = _build(rank, model)
         notes.write("case", name=name, **examine(trainer))
         _tear_down()
+    for name, model in REFUSED.items():
+        notes.write("refused", name=name, message=_refusal(rank, model))
+        _tear_down()
     megatron_exact._build = _build
     notes.write("exact", **lose_everything(rank, CASES[EXACT], folder / "store"))
     dist.barrier()
     return 0
+
+
+def _refusal(rank: int, model: Model) -> str:
+    """What is said of a model that cannot be captured exactly; empty if nothing is said."""
+    try:
+        _state(_build(rank, model)).close()
+    except UnsupportedState as error:
+        return str(error)
+    return ""
 
 
 def _build(rank: int, model: Model) -> Trainer:
