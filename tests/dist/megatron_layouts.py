@@ -20,6 +20,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import megatron_exact
 import torch
 from megatron_trainer import WORLD_SIZE, Model, Trainer, _build, _examine, _state, _tear_down, join
 from torch import distributed as dist
@@ -99,6 +100,9 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
             trainer = _build(rank, f"--num-layers {len(pattern.replace('|', ''))} {flags}")
         notes.write("case", name=name, **examine(trainer))
         _tear_down()
+    pattern, flags = CASES[next(iter(CASES))]
+    with as_hybrid(pattern):
+        notes.write("exact", **lose_everything(rank, f"--num-layers {len(pattern) - 1} {flags}", folder / "store"))
     if hasattr(experts, "GroupedMLP"):
         with with_grouped_gemm():
             trainer = _build(rank, Model(flags=MIXED, config={"moe_grouped_gemm": True}))
@@ -117,6 +121,12 @@ def examine(trainer: Trainer) -> dict[str, Any]:
     marked, mislabelled = expert_marks.mislabelled(trainer.model, trainer.optimizer, inventory)
     state.close()
     return {**found, "units": units, "marked": marked, "mislabelled": mislabelled}
+
+
+def lose_everything(rank: int, model: Any, store: Path) -> dict[str, Any]:
+    """Mode ``exact``: the memory of processes is lost three times, that of a node once. See ``megatron_exact``."""
+    megatron_exact.ITERATIONS, megatron_exact.FAULTS = 8, ((4, None), (5, 1), (6, None))
+    return megatron_exact._case(rank, model, store)
 
 
 @contextmanager

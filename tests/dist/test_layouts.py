@@ -46,7 +46,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 @pytest.fixture
 def ranks(notes: list[list[dict[str, Any]]], case: str) -> list[dict[str, Any]]:
     """The ranks' findings in one case."""
-    found = [n for of_rank in notes for n in of_rank if n["name"] == case]
+    found = [n for of_rank in notes for n in of_rank if n.get("name") == case]
     if case == GROUPED and not found:
         pytest.skip("this megatron-core has no GroupedMLP")
     assert len(found) == 4
@@ -94,3 +94,14 @@ def test_every_layer_is_a_unit_of_its_own_by_its_place_in_the_whole_model(ranks:
     last = {"decoder.final_norm.weight", "decoder.final_norm.bias"}
     assert last <= tensors["head"] <= last | {"output_layer.weight"}
     assert tensors["embedding"] == {"embedding.word_embeddings.weight"}
+
+
+@pytest.mark.proves("HybridModel or MambaModel, mode exact", "recovery")
+def test_mode_exact_loses_at_most_an_iteration_and_no_bit(notes: list[list[dict[str, Any]]]) -> None:
+    for of_rank in notes:
+        found = next(n for n in of_rank if n["event"] == "exact")
+        assert found["wrong"] == [], (found["wrong"], found["lost"])
+        assert len(found["lost"]) == 3
+        assert max(found["lost"]) <= 1
+        assert max(found["replayed"]) > 0
+        assert found["hashes"] == 1

@@ -10,6 +10,7 @@ import copy
 import os
 from collections.abc import Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +22,19 @@ os.environ["NVTE_CUTEDSL_FUSED_GROUPED_MLP"] = "1"  # and Megatron-Core refuses 
 
 # isort: split
 import cpu_kernels
+import megatron_exact
 import megatron_trainer
 from megatron.core.extensions.transformer_engine import TENorm
 from megatron.core.models.hybrid.hybrid_layer_specs import hybrid_stack_spec
 from megatron.core.transformer.moe.experts import TEGroupedMLP
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_config import TransformerConfig
-from megatron_layouts import Mixer, as_hybrid, examine
-from megatron_trainer import WORLD_SIZE, Model, Trainer, _tear_down, as_modelled, join
+from megatron_layouts import Mixer, as_hybrid, examine, lose_everything
+from megatron_trainer import WORLD_SIZE, Model, Trainer, _state, _tear_down, as_modelled, join
 from torch import distributed as dist
 from toy_trainer import Notes
 
+from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.argument_checks import Machine
 from megatron_moetion.mcore.arguments import parse_arguments
 from megatron_moetion.pretrain.corpus import MockCorpus
@@ -58,15 +61,21 @@ _DP = "--expert-model-parallel-size 2"
 _PP = f"{_DP} --pipeline-model-parallel-size 2"
 _SINGLE = {"moe_single_grouped_weight": True, "use_transformer_engine_op_fuser": True}
 CASES = {
+    "hybrid, pp2": _model(f"{_PP} --num-layers 8 --swiglu --disable-bias-linear"),
     "a weight for each expert": _model(f"{_DP} --swiglu --disable-bias-linear"),
     "a weight and a bias for each expert, pp2": _model(_PP),
     "one weight for all experts": _model(f"{_DP} --swiglu --disable-bias-linear --normalization RMSNorm", **_SINGLE),
     "one weight and one bias for all experts, pp2": _model(f"{_PP} --swiglu", **_SINGLE, moe_single_grouped_bias=True),
     "one weight for all experts, a bias for each": _model(f"{_DP} --swiglu", **_SINGLE),
     "one expert a rank": _model("--expert-model-parallel-size 4 --swiglu --disable-bias-linear", **_SINGLE),
-    "hybrid, pp2": _model(f"{_PP} --num-layers 8 --swiglu --disable-bias-linear"),
     "shared experts": _model(f"{_DP} --swiglu --disable-bias-linear --moe-shared-expert-intermediate-size 24"),
 }
+_WHOLE = CASES["one weight for all experts"]
+REFUSED = {
+    "frozen": replace(_WHOLE, frozen="decoder.layers.0.mlp.experts."),
+    "without a distributed optimizer": replace(_WHOLE, flags=_WHOLE.flags.replace("--use-distributed-optimizer", "")),
+}
+EXACT = "one weight and one bias for all experts, pp2"
 HYBRID = "M*E-|ME*E"
 
 
@@ -88,8 +97,22 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
             trainer = _build(rank, model)
         notes.write("case", name=name, **examine(trainer))
         _tear_down()
+    for name, model in REFUSED.items():
+        notes.write("refused", name=name, message=_refusal(rank, model))
+        _tear_down()
+    megatron_exact._build = _build
+    notes.write("exact", **lose_everything(rank, CASES[EXACT], folder / "store"))
     dist.barrier()
     return 0
+
+
+def _refusal(rank: int, model: Model) -> str:
+    """What is said of a model that cannot be captured exactly; empty if nothing is said."""
+    try:
+        _state(_build(rank, model)).close()
+    except UnsupportedState as error:
+        return str(error)
+    return ""
 
 
 def _build(rank: int, model: Model) -> Trainer:

@@ -6,6 +6,7 @@ Parameters and buffers are those of the real modules; their kernels are replaced
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +52,7 @@ def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]
 @pytest.fixture
 def ranks(notes: list[list[dict[str, Any]]], case: str) -> list[dict[str, Any]]:
     """The ranks' findings in one case."""
-    return [next(n for n in of_rank if n["name"] == case) for of_rank in notes]
+    return [next(n for n in of_rank if n["event"] == "case" and n["name"] == case) for of_rank in notes]
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -117,3 +118,38 @@ def test_a_hybrid_model_has_a_unit_for_each_layer(ranks: list[dict[str, Any]]) -
     for layer, kind in enumerate("M*E-ME*E"):
         assert first.get(kind, "mlp.router.weight") in tensors(ranks, f"layers.{layer}.dense")
         assert bool(tensors(ranks, f"layers.{layer}.experts.0")) == (kind == "E")
+
+
+@pytest.mark.proves("Transformer Engine, grouped experts, one weight, mode exact", "recovery")
+def test_mode_exact_loses_at_most_an_iteration_and_no_bit(notes: list[list[dict[str, Any]]]) -> None:
+    for of_rank in notes:
+        found = next(n for n in of_rank if n["event"] == "exact")
+        assert found["wrong"] == [], (found["wrong"], found["lost"])
+        assert len(found["lost"]) == 3
+        assert max(found["lost"]) <= 1
+        assert max(found["replayed"]) > 0
+        assert found["hashes"] == 1
+
+
+REFUSALS = {
+    "frozen": "linear_fc1.weight is a GroupedTensor, whose bytes are in other tensors",
+    "without a distributed optimizer": "is a GroupedTensor, whose bytes are in other tensors; use --use-distributed",
+}
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pytest.param(
+            kind, marks=pytest.mark.proves(f"Transformer Engine, grouped experts, one weight, {kind}", "refused")
+        )
+        for kind in REFUSALS
+    ],
+)
+def test_a_weight_whose_bytes_are_elsewhere_is_refused(
+    notes: list[list[dict[str, Any]]], kind: str, record_property: Callable[[str, object], None]
+) -> None:
+    for of_rank in notes:
+        message = next(n["message"] for n in of_rank if n["event"] == "refused" and n["name"] == kind)
+        assert REFUSALS[kind] in message
+        record_property("message", message)
