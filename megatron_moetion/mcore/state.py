@@ -30,6 +30,7 @@ from megatron_moetion.mcore.settings import initial_settings, masked, settle
 from megatron_moetion.mcore.shards import Shard, copy_main_to_model, shards
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.mcore.tokens import MegatronTokens
+from megatron_moetion.mcore.topology import place
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.snapshot.host_state import encode, size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Unit, UnitKind
@@ -105,7 +106,7 @@ class MegatronState:
                 tokens=self.tokens,
                 with_gradients=log_steps,
             )
-            self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())))
+            self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())), place=place())
             self._hooks = hooks.pop_all()
 
     def inventory(self) -> Inventory:

@@ -125,6 +125,12 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
 
 
+def _models(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import megatron_models
+
+    return megatron_models.main(Path(request["folder"]), Path(request["store"]), request["cases"], environment)
+
+
 def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import bundled_trainer
 
@@ -138,8 +144,10 @@ if __name__ == "__main__":
         import toy_trainer  # noqa: F401
     elif kind == "megatron":
         import megatron_trainer  # noqa: F401
+    elif kind == "models":
+        import megatron_models  # noqa: F401
     elif kind == "trainer":
         import bundled_trainer  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer}[kind])
+    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "models": _models, "trainer": _trainer}[kind])
