@@ -129,6 +129,8 @@ class Inventory:
     """All units of one rank, in a fixed order. A unit's position is its number in arenas and messages."""
 
     units: tuple[Unit, ...]
+    place: str = ""
+    """Which parts this rank has of what other ranks have under the same names."""
 
     def __post_init__(self) -> None:
         names = [u.name for u in self.units]
@@ -152,17 +154,15 @@ class Inventory:
 
     def with_host_bytes(self, nbytes: int) -> Inventory:
         """The same units, with room for ``nbytes`` more bytes in the host state."""
-        return Inventory(
-            units=tuple(
-                replace(u, reserved_bytes=u.reserved_bytes + nbytes) if u.kind is UnitKind.HOST else u
-                for u in self.units
-            )
+        units = (
+            replace(u, reserved_bytes=u.reserved_bytes + nbytes) if u.kind is UnitKind.HOST else u for u in self.units
         )
+        return replace(self, units=tuple(units))
 
     @cached_property
     def fingerprint(self) -> str:
         """SHA-256 over everything that gives captured bytes their meaning; addresses are left out."""
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(self.place.encode())
         for unit in self.units:
             digest.update(f"{unit.name}|{unit.kind}|{unit.reserved_bytes}\n".encode())
             for r in unit.regions:

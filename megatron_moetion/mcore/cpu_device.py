@@ -147,6 +147,8 @@ def _on_host(factory: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if kwargs.get("device") is not None:
             kwargs["device"] = _host(kwargs["device"])
+        if kwargs.get("pin_memory"):  # for copies to a device
+            kwargs["pin_memory"] = False
         return factory(*args, **kwargs)
 
     return wrapped

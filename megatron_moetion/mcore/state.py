@@ -32,6 +32,7 @@ from megatron_moetion.mcore.shards import Shard, shards
 from megatron_moetion.mcore.step_watch import StepWatch
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.mcore.tokens import MegatronTokens
+from megatron_moetion.mcore.topology import place
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.snapshot.host_state import encode, size_bound
 from megatron_moetion.units import HOST_UNIT, Inventory, Unit, UnitKind
@@ -118,7 +119,7 @@ class MegatronState:
             )
             if count_tokens:
                 refuse_shared_scales(self._tensors.units)
-            self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())))
+            self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())), place=place())
             self._hooks = hooks.pop_all()
 
     def inventory(self) -> Inventory:

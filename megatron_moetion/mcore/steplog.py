@@ -49,6 +49,7 @@ class StepLog:
         links: Sequence[MegatronOptimizer],
         samples: Sequence[torch.Tensor],
     ) -> None:
+        self._optimizer = optimizer
         self._links = tuple(links)
         self._samples = tuple(samples)
         self._seen = [torch.zeros_like(sample) for sample in samples]
@@ -141,7 +142,8 @@ class StepLog:
                     set_steps(link, fields["steps"])
                 _bring_gradients(link)
                 if is_raw:
-                    _scale_gradients(link, fields["inverse_scale"], fields["norm"], fields["clip_grad"])
+                    norms = {None: fields["norm"], **fields.get("norms", {})}
+                    _scale_gradients(link, fields["inverse_scale"], norms, fields["clip_grad"])
                 link.optimizer.step()
                 link.optimizer.zero_grad()
         self._num_steps = [0] * len(self._links)
@@ -166,7 +168,10 @@ class StepLog:
         if not self._is_raw[number]:
             return fields
         scale = self._inverse_scales[number]
-        return {**fields, "inverse_scale": scale, "norm": self._norm, "clip_grad": float(link.config.clip_grad)}
+        # Of parameters that are clipped by a norm of their own; 0.19 has such groups.
+        norms = dict(getattr(self._optimizer, "grad_norms_by_group", {}))
+        clip_grad = float(link.config.clip_grad)
+        return {**fields, "inverse_scale": scale, "norm": self._norm, "norms": norms, "clip_grad": clip_grad}
 
     def _note_inputs(self, number: int, *_: Any) -> None:
         """One of the optimizers is about to step."""
@@ -237,15 +242,23 @@ def _bring_gradients(link: MegatronOptimizer) -> None:
 
 
 def _scale_gradients(
-    link: MegatronOptimizer, inverse_scale: float | None, norm: float | None, clip_grad: float
+    link: MegatronOptimizer, inverse_scale: float | None, norms: Mapping[str | None, float | None], clip_grad: float
 ) -> None:
-    """What Megatron does to gradients between the reduction and the optimizer, by the same functions."""
+    """What Megatron does to gradients between the reduction and the optimizer, by the same functions.
+
+    ``norms``: what parameters are clipped by, by the name of their group; most are in the group None.
+    """
     if inverse_scale is not None:
         gradients = link._collect_main_grad_data_for_unscaling()
         scale = torch.full_like(link.grad_scaler.inv_scale, inverse_scale)
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, torch.zeros_like(link.found_inf), scale)
-    if norm is not None and clip_grad > 0.0 and (parameters := link.get_parameters()):
-        clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
+    groups: dict[str | None, list[torch.Tensor]] = {}
+    for parameter in link.get_parameters():
+        groups.setdefault(getattr(parameter, "grad_norm_group", None), []).append(parameter)
+    for name, parameters in groups.items():
+        norm = norms.get(name)
+        if norm is not None and clip_grad > 0.0:
+            clip_grad_by_total_norm_fp32(parameters, max_norm=clip_grad, total_norm=norm)
 
 
 def _difference(step: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,6 +18,7 @@ def parallel_sizes() -> dict[str, int]:
         "virtual_pipeline": parallel_state.get_virtual_pipeline_model_parallel_world_size() or 1,
         "context": parallel_state.get_context_parallel_world_size(),
         "expert": parallel_state.get_expert_model_parallel_world_size(),
+        "expert_tensor": parallel_state.get_expert_tensor_parallel_world_size(),
         "data": parallel_state.get_data_parallel_world_size(),
     }
 
@@ -33,4 +34,18 @@ def topology() -> str:
     return (
         f"tp{sizes['tensor']} pp{sizes['pipeline']} vpp{sizes['virtual_pipeline']} cp{sizes['context']} "
         f"ep{sizes['expert']} dp{sizes['data']}"
+    )
+
+
+def place() -> str:
+    """Which parts of the job's tensors are this rank's: ``tp1 pp0 cp0 ep1 dp0 etp0/1``.
+
+    Shards of one tensor have one name and one size on all ranks of a tensor parallel group, and another order of the
+    kinds of parallelism gives a rank another shard: neither the sizes nor a rank's own layout tell.
+    """
+    return (
+        f"tp{parallel_state.get_tensor_model_parallel_rank()} pp{parallel_state.get_pipeline_model_parallel_rank()} "
+        f"cp{parallel_state.get_context_parallel_rank()} ep{parallel_state.get_expert_model_parallel_rank()} "
+        f"dp{parallel_state.get_data_parallel_rank()} etp{parallel_state.get_expert_tensor_parallel_rank()}"
+        f"/{parallel_state.get_expert_tensor_parallel_world_size()}"
     )

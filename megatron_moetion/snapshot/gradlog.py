@@ -115,7 +115,7 @@ def gradient_log(inventory: Inventory, period: int) -> GradientLog:
     log_of = log_units([(u.name, u.kind) for u in units])
     groups = [[numbers[s.name] for s, g in slices if g == group] for group in range(period)]
     return GradientLog(
-        inventory=Inventory(units=units),
+        inventory=replace(inventory, units=units),
         groups=tuple(tuple(g) for g in groups),
         log_of=log_of,
         always=always_of([u.kind for u in units], log_of),

@@ -253,9 +253,9 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     _write_back(state, inventory, captures)
     restored = _image(trainer, state)
     again = _step(trainer), _gathered_image(trainer, state)
-    link = state.inner_optimizers()[0]
-    first = link.state[link.param_groups[0]["params"][0]]
-    first["exp_avg"] = first["exp_avg"].clone()
+    mains = [p for inner in _inner(trainer) for group in inner.param_groups for p in group["params"]]
+    for inner in (i for i in _inner(trainer) if mains and mains[0] in i.state):  # none where a rank's all are frozen
+        inner.state[mains[0]]["exp_avg"] = inner.state[mains[0]]["exp_avg"].clone()
     found |= {
         "moved": moved,
         "moved_later": state.moved(),
@@ -369,7 +369,7 @@ def _elements(trainer: Trainer) -> list[int]:
     trained = [p for chunk in trainer.model for p in chunk.parameters() if p.requires_grad]
     expert = sum(p.numel() for p in trained if not getattr(p, "allreduce", True))
     dense = sum(p.numel() for p in trained) - expert
-    replicas = parallel_state.get_data_parallel_world_size()
+    replicas = parallel_state.get_data_parallel_world_size(with_context_parallel=True)
     return [dense, replicas, expert, dist.get_world_size(parallel_state.get_expert_data_parallel_group())]
 
 

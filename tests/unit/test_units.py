@@ -74,7 +74,7 @@ def test_an_inventory_numbers_its_units() -> None:
     assert units.nbytes == 2 * align_up(100)
 
 
-def test_a_fingerprint_covers_meaning_and_not_place() -> None:
+def test_a_fingerprint_covers_meaning_and_not_addresses() -> None:
     def print_of(one: Region) -> str:
         return Inventory(units=(dense(one),)).fingerprint
 
@@ -84,3 +84,11 @@ def test_a_fingerprint_covers_meaning_and_not_place() -> None:
     ]  # fmt: skip
     prints = {print_of(region(**c)) for c in changes} | {print_of(region())}
     assert len(prints) == len(changes) + 1
+
+
+def test_shards_of_one_name_and_size_differ_in_the_rank_that_has_them() -> None:
+    units = (dense(region()), Unit(name="host", kind=UnitKind.HOST, regions=(), reserved_bytes=64))
+    first, second = (Inventory(units=units, place=place) for place in ("tp0", "tp1"))
+    assert first.fingerprint != second.fingerprint
+    assert first.with_host_bytes(8).place == "tp0"
+    assert first.with_host_bytes(8).fingerprint != second.with_host_bytes(8).fingerprint

@@ -9,13 +9,13 @@ from torch import distributed as dist
 
 from megatron_moetion.mcore.topology import is_same, parallel_sizes, topology
 
-KINDS = ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "data")
+KINDS = ("tensor_model", "pipeline_model", "virtual_pipeline_model", "context", "expert_model", "expert_tensor", "data")
 
 
 @pytest.fixture(autouse=True)
 def _sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist, "get_world_size", lambda: 16)
-    for kind, size in zip(KINDS, (2, 4, None, 1, 2, 2), strict=True):
+    for kind, size in zip(KINDS, (2, 4, None, 1, 2, 1, 2), strict=True):
         monkeypatch.setattr(parallel_state, f"get_{kind}_parallel_world_size", lambda size=size: size)
 
 
