@@ -69,6 +69,8 @@ class Region:
     """Where the memory is: ``cpu``, ``cuda:0``, ..."""
     at_once: bool = False
     """Changes before the next optimizer step (router bias, counters, gradients): copied inside ``on_step_end``."""
+    is_whole: bool = False
+    """The optimizer's step needs all of it at once (Muon's matrices): mode ``exact`` never cuts it."""
 
     def __post_init__(self) -> None:
         if self.nbytes <= 0 or self.start < 0 or self.address <= 0:

@@ -104,6 +104,7 @@ class _Builder:
         span: tuple[int, int],
         *,
         at_once: bool = False,
+        is_whole: bool = False,
     ) -> None:
         """Elements [start, end) of a parameter; ``tensor`` begins at element ``first``."""
         start, end = span
@@ -122,6 +123,7 @@ class _Builder:
                 address=tensor.data_ptr() + (start - first) * size,
                 device=str(tensor.device),
                 at_once=at_once,
+                is_whole=is_whole,
             )
         )
 
@@ -131,8 +133,14 @@ class _Builder:
         if start >= end:
             return
         for role, tensor in shard.tensors.items():
-            self.add(place, tensor, role, shard.start, (start, end))
+            self.add(place, tensor, role, shard.start, (start, end), is_whole=shard.is_whole)
         if with_gradients:
+            if shard.is_whole and (start, end) != (shard.start, shard.end):
+                raise UnsupportedState(
+                    f"{place.tensor} is a part of a parameter that its optimizer steps on as a whole (Muon): mode "
+                    f"'exact' captures experts apart. Build experts with a weight each (--moe-grouped-gemm of "
+                    f"Transformer Engine, or none), or take mode 'full'"
+                )
             gradient = gradient_of(shard.parameter)
             _require_contiguous(gradient, place.tensor)
             self.add(place, gradient, Role.GRAD, 0, (start, end), at_once=True)

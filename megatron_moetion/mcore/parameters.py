@@ -6,6 +6,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+
+from megatron_moetion.mcore.chain import layer_wise
 
 
 def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
@@ -16,3 +19,14 @@ def gather_parameters(model: Sequence[DistributedDataParallel]) -> None:
     for chunk in model:
         if chunk.ddp_config.use_distributed_optimizer:
             chunk.start_param_sync(force_sync=True)
+
+
+def gather_whole_parameters(model: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """What ``gather_parameters`` leaves to a ``LayerWiseDistributedOptimizer``. Collective, under the same conditions.
+
+    Where DDP's buffers are laid out for it, DDP gathers all parameters of a chunk. Elsewhere the optimizer exchanges
+    whole parameters, by a call of its own that waits, also where training overlaps it with the forward pass.
+    """
+    if not any(chunk.ddp_config.use_distributed_optimizer for chunk in model):
+        for link in layer_wise(optimizer):
+            link.allgather_params()

@@ -17,9 +17,15 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.chain import is_elementwise
 from megatron_moetion.units import Role
 
-_STATE_ROLES = {"exp_avg": Role.EXP_AVG, "exp_avg_sq": Role.EXP_AVG_SQ, "momentum_buffer": Role.EXP_AVG}
+_STATE_ROLES = {
+    "exp_avg": Role.EXP_AVG,
+    "exp_avg_sq": Role.EXP_AVG_SQ,
+    "momentum_buffer": Role.EXP_AVG,
+    "moment2_buffer": Role.EXP_AVG_SQ,
+}
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -30,6 +36,8 @@ class Shard:
     start: int
     end: int
     tensors: dict[Role, torch.Tensor]
+    is_whole: bool
+    """A step needs all of it: the optimizer does not work element by element."""
 
 
 def shards(link: MegatronOptimizer) -> Iterator[Shard]:
@@ -72,4 +80,5 @@ def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.T
     for role, tensor in tensors.items():
         if not tensor.is_contiguous() or tensor.numel() != end - start:
             raise UnsupportedState(f"the {role.name} of a shard [{start}, {end}) has shape {tuple(tensor.shape)}")
-    return Shard(parameter=parameter, start=start, end=end, tensors=tensors)
+    whole = not is_elementwise(link.optimizer)
+    return Shard(parameter=parameter, start=start, end=end, tensors=tensors, is_whole=whole)

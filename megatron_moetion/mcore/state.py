@@ -23,7 +23,7 @@ from megatron_moetion.mcore.chain import chain
 from megatron_moetion.mcore.inventory import gradient_of, take_inventory
 from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
-from megatron_moetion.mcore.parameters import gather_parameters
+from megatron_moetion.mcore.parameters import gather_parameters, gather_whole_parameters
 from megatron_moetion.mcore.refusals import refuse_unsupported
 from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
 from megatron_moetion.mcore.settings import initial_settings, masked, settle
@@ -79,11 +79,12 @@ class MegatronState:
         log_steps: bool = False,
     ) -> None:
         self._model = tuple(model)
+        self._optimizer = optimizer
         self._links = chain(optimizer)
         self._scheduler = scheduler
         self._user_state = user_state
         layout = ModelLayout([_unwrap(chunk) for chunk in model])
-        refuse_unsupported(get_model_config(model[0]), self._links, log_steps=log_steps)
+        refuse_unsupported(model, get_model_config(model[0]), self._links, layout.blocks, log_steps=log_steps)
         with ExitStack() as hooks:
             if count_tokens:
                 self.tokens = MegatronTokens(layout.blocks, capacity)
@@ -168,6 +169,7 @@ class MegatronState:
         """Only between an optimizer step and the next forward."""
         with torch.no_grad():
             gather_parameters(self._model)
+            gather_whole_parameters(self._model, self._optimizer)
 
     def state_hash(self) -> str:
         """Copies all state to the host: for checks, not for every iteration of a large model."""

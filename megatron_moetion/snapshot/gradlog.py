@@ -2,7 +2,8 @@
 """What mode ``exact`` captures and logs: the state in slices that take turns, and each slice's gradient. Pure.
 
 The state of all units is cut into ``period`` groups of equal bytes; a unit that lies across a cut becomes two slices,
-so there are at most ``period`` - 1 more slices than units, however large some units are. A slice's gradient is a unit
+so there are at most ``period`` - 1 more slices than units, however large some units are. Parameters that an optimizer
+steps on as a whole are never cut; groups are as equal as they allow, and may be empty. A slice's gradient is a unit
 of its own, of kind ``LOG``; so is what a unit has beside parameters (router bias, counters), which is captured in every
 snapshot.
 """
@@ -59,6 +60,10 @@ class _Span:
     @property
     def elements(self) -> int:
         return self.state[0].nbytes // _itemsize(self.state[0])
+
+    @property
+    def is_whole(self) -> bool:
+        return any(r.is_whole for r in self.state)
 
     @property
     def bytes_an_element(self) -> int:
@@ -127,7 +132,7 @@ def _by_group(spans: Sequence[_Span], done: int, total: int, period: int) -> lis
             group = min(done * period // total, period - 1)
             room = -(-(group + 1) * total // period) - done
             end = first + -(-room // (span.bytes_an_element * _CUT_ELEMENTS)) * _CUT_ELEMENTS
-            if group == period - 1 or span.elements - end < _CUT_ELEMENTS:
+            if span.is_whole or group == period - 1 or span.elements - end < _CUT_ELEMENTS:
                 end = span.elements
             parts.setdefault(group, []).append(span.part(first, end))
             done += (end - first) * span.bytes_an_element

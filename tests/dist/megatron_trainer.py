@@ -245,9 +245,10 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     _write_back(state, inventory, captures)
     restored = _image(trainer, state)
     again = _step(trainer), _gathered_image(trainer, state)
-    link = state.inner_optimizers()[0]
-    first = link.state[link.param_groups[0]["params"][0]]
-    first["exp_avg"] = first["exp_avg"].clone()
+    inner = state.inner_optimizers()
+    first = next(o.state[p] for o in inner for group in o.param_groups for p in group["params"])
+    moment = next(k for k in first if k != "step")
+    first[moment] = first[moment].clone()
     found |= {
         "moved": moved,
         "moved_later": state.moved(),
@@ -274,10 +275,13 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
 
 
 def _inner(trainer: Trainer) -> Iterator[torch.optim.Optimizer]:
-    optimizer = trainer.optimizer
-    for link in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not link.is_stub_optimizer:
-            yield link.optimizer
+    def links(optimizer: Any) -> Iterator[Any]:
+        for link in getattr(optimizer, "chained_optimizers", ()):
+            yield from links(link)
+        if not hasattr(optimizer, "chained_optimizers") and not optimizer.is_stub_optimizer:
+            yield optimizer.optimizer
+
+    yield from links(trainer.optimizer)
 
 
 def _owned(trainer: Trainer) -> Iterator[torch.Tensor]:

@@ -125,6 +125,12 @@ def _exact(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     return megatron_exact.main(Path(request["folder"]), Path(request["store"]), request["case"], environment)
 
 
+def _muon(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
+    import megatron_muon
+
+    return megatron_muon.main(Path(request["folder"]), Path(request["store"]), request["work"], environment)
+
+
 def _trainer(request: Mapping[str, Any], environment: Mapping[str, str]) -> int:
     import bundled_trainer
 
@@ -140,6 +146,9 @@ if __name__ == "__main__":
         import megatron_trainer  # noqa: F401
     elif kind == "trainer":
         import bundled_trainer  # noqa: F401
+    elif kind == "muon":
+        import megatron_muon  # noqa: F401
     else:
         import megatron_exact  # noqa: F401
-    serve({"toy": _toy, "megatron": _megatron, "exact": _exact, "trainer": _trainer}[kind])
+    kinds = {"toy": _toy, "megatron": _megatron, "exact": _exact, "muon": _muon, "trainer": _trainer}
+    serve(kinds[kind])
