@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 if importlib.util.find_spec("emerging_optimizers") is None:
@@ -44,6 +45,8 @@ from torch import distributed as dist
 from toy_trainer import Notes
 
 # isort: split
+from emerging_optimizers import scalar_optimizers
+from megatron.core import optimizer as optimizer_module
 from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, layer_wise_optimizer, muon
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -130,14 +133,39 @@ def _as_muon(case: Case) -> Iterator[None]:
     before = model_module.DistributedDataParallel, model_module.get_megatron_optimizer
     if case.buckets:
         model_module.DistributedDataParallel = partial(_laid_out, before[0])
-    if not IS_SETTING:
+    if IS_SETTING:  # it looks the name up where the package is installed as a distribution, which the double is not
+        vars(optimizer_module).setdefault("Lion", scalar_optimizers.Lion)
+    else:
         model_module.get_megatron_optimizer = partial(
             muon.get_megatron_muon_optimizer, layer_wise_distributed_optimizer=True
         )
+    equal = dist.all_gather
+    dist.all_gather = partial(_all_gather, equal)
     try:
         yield
     finally:
+        dist.all_gather = equal
         model_module.DistributedDataParallel, model_module.get_megatron_optimizer = before
+
+
+def _all_gather(
+    equal: Any, tensors: list[torch.Tensor], tensor: torch.Tensor, group: Any = None, async_op: bool = False
+) -> Any:
+    """Also of tensors of different sizes, which gloo refuses and NCCL takes. What is not waited for has not come."""
+    if len({t.numel() for t in tensors}) == 1:
+        return equal(tensors, tensor, group=group, async_op=async_op)
+
+    def wait() -> None:
+        for place, rank in enumerate(dist.get_process_group_ranks(group)):
+            if rank == dist.get_rank():
+                tensors[place].copy_(tensor)
+            if tensors[place].numel():
+                dist.broadcast(tensors[place], src=rank, group=group)
+
+    if async_op:
+        return SimpleNamespace(wait=wait)
+    wait()
+    return None
 
 
 def _laid_out(make: Any, config: Any, ddp_config: Any, module: torch.nn.Module, **more: Any) -> Any:
@@ -173,7 +201,7 @@ def _inventory(rank: int, case: Case, store: Path) -> dict[str, Any]:
         "experts": sorted(c.expert for c in counters),
     }
     state.close()
-    found["refused"] = _refused(trainer)
+    found["refused"] = _refused(trainer) if "muon" in case.optimizer else {}
     _tear_down()
     return found
 
@@ -181,7 +209,7 @@ def _inventory(rank: int, case: Case, store: Path) -> dict[str, Any]:
 def _refused(trainer: Trainer) -> dict[str, str]:
     """What mode ``exact`` says of steps that it cannot repeat."""
     config = trainer.model[0].module.module.config
-    inner = next(o for o in _inner_of(trainer) if hasattr(o, "scaled_orthogonalize_fn") or hasattr(o, "betas") or True)
+    inner = next(o for o in _inner_of(trainer) if "Muon" in type(o).__name__)
     found = {}
     for name, owner, field, value in (
         ("tensor parallel", config, "tensor_model_parallel_size", 2),
