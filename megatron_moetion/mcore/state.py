@@ -84,7 +84,8 @@ class MegatronState:
         self._scheduler = scheduler
         self._user_state = user_state
         layout = ModelLayout([_unwrap(chunk) for chunk in model])
-        refuse_unsupported(model, get_model_config(model[0]), self._links, layout.blocks, log_steps=log_steps)
+        self._blocks = layout.blocks
+        refuse_unsupported(model, get_model_config(model[0]), self._links, self._blocks, log_steps=log_steps)
         with ExitStack() as hooks:
             if count_tokens:
                 self.tokens = MegatronTokens(layout.blocks, capacity)
@@ -114,7 +115,13 @@ class MegatronState:
         return self._inventory
 
     def moved(self) -> str | None:
-        """Looks each tensor up where its owner keeps it; 0.1 us a tensor."""
+        """Looks each tensor up where its owner keeps it, 0.1 us a tensor, and asks each MoE layer for its experts."""
+        for block in self._blocks:
+            if tuple(block.module.local_expert_indices) != block.experts:
+                return (
+                    f"{block.prefix} holds experts {list(block.module.local_expert_indices)} now and held "
+                    f"{list(block.experts)} at attach(): experts that move between ranks are not supported"
+                )
         return self._tensors.moved()
 
     def expert_peers(self) -> tuple[int, ...]:

@@ -8,7 +8,9 @@ laid out for it ("buckets" below), and either way also while the next forward ru
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import hashlib
 import importlib.util
 import os
 import sys
@@ -31,10 +33,7 @@ from megatron_trainer import (
     Model,
     Trainer,
     _build,
-    _capture,
     _examine,
-    _gathered_image,
-    _image,
     _scramble,
     _state,
     _step,
@@ -50,6 +49,7 @@ from megatron.core import optimizer as optimizer_module
 from megatron.core import parallel_state
 from megatron.core.optimizer import OptimizerConfig, layer_wise_optimizer, muon
 from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.moe.moe_layer import MoELayer
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import UnsupportedState
@@ -200,6 +200,10 @@ def _inventory(rank: int, case: Case, store: Path) -> dict[str, Any]:
         "peers": list(state.expert_peers()),
         "experts": sorted(c.expert for c in counters),
     }
+    moe = next(m for chunk in trainer.model for m in chunk.modules() if isinstance(m, MoELayer))
+    moe.local_expert_indices.reverse()
+    found["experts_moved"] = state.moved()
+    moe.local_expert_indices.reverse()
     state.close()
     found["refused"] = _refused(trainer) if "muon" in case.optimizer else {}
     _tear_down()
@@ -310,9 +314,6 @@ def _start(rank: int, case: Case, store: Path, attempt: int) -> tuple[Trainer, A
 
 def _by_unit(attached: Attached) -> dict[str, str]:
     """A hash of each unit's tensors."""
-    import ctypes
-    import hashlib
-
     found: dict[str, Any] = defaultdict(lambda: hashlib.blake2b(digest_size=8))
     for unit in attached.session.running.adapter.inventory().units:
         for region in unit.regions:
@@ -346,4 +347,3 @@ def _model_is_gathered(trainer: Trainer) -> list[str]:
 
 
 _KINDS = {"inventory": _inventory, "exact": _exact, "popularity": _popularity}
-__all__ = ["_capture", "_gathered_image", "_image"]
