@@ -76,7 +76,8 @@ class Region:
     at_once: bool = False
     """Changes before the next optimizer step (router bias, counters, gradients): copied inside ``on_step_end``."""
     together: str = ""
-    """Regions of the same name here mean something only as of one iteration, whatever units they are in: one scale."""
+    """Regions of the same name here are never cut in mode ``exact``, whatever units they are in: they share one scale,
+    or the optimizer's step needs all of them at once (Muon's matrices)."""
 
     def __post_init__(self) -> None:
         if self.nbytes <= 0 or self.start < 0 or self.address <= 0:

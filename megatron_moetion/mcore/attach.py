@@ -46,6 +46,7 @@ try:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.utils import get_model_config
 
+    from megatron_moetion.mcore.refusals import refuse_sharded_wrappers
     from megatron_moetion.mcore.state import MegatronState, UserState
     from megatron_moetion.mcore.step_watch import StepWatch
     from megatron_moetion.mcore.topology import topology
@@ -335,18 +336,15 @@ def check_attach_arguments(
         raise ConfigError(
             f"attach(model=...) is a {type(model).__name__}; give the list of model chunks: model=[model]"
         )
-    wrong = [type(chunk).__name__ for chunk in model if not isinstance(chunk, DistributedDataParallel)]
-    if wrong or not model:
-        raise ConfigError(
-            f"attach(model=...) holds {', '.join(wrong) or 'nothing'}; every chunk must be wrapped in "
-            f"megatron.core.distributed.DistributedDataParallel"
-        )
+    if not model:
+        raise ConfigError("attach(model=...) holds nothing; give the model chunks of this rank")
+    refuse_sharded_wrappers(model)
     if not isinstance(optimizer, MegatronOptimizer):
         raise ConfigError(
             f"attach(optimizer=...) is a {type(optimizer).__name__}; give what "
             f"megatron.core.optimizer.get_megatron_optimizer returned"
         )
-    if not isinstance(opt_param_scheduler, OptimizerParamScheduler | None):
+    if type(opt_param_scheduler) not in (OptimizerParamScheduler, type(None)):
         raise ConfigError(
             f"attach(opt_param_scheduler=...) is a {type(opt_param_scheduler).__name__}; it takes Megatron's "
             f"OptimizerParamScheduler or None. Let user_state carry the state of a scheduler of your own"

@@ -132,7 +132,7 @@ class _Builder:
         """What of a shard lies in each place. Its scales go with the first one."""
         spans = [(place, max(place.start, shard.start), min(place.end, shard.end)) for place in places]
         inside = [(place, start, end) for place, start, end in spans if start < end]
-        together = f"{inside[0][0].tensor}+{shard.start}" if shard.scales else ""
+        together = f"{inside[0][0].tensor}+{shard.start}" if shard.scales or shard.is_whole else ""
         for place, start, end in inside:
             for role, tensor in shard.tensors.items():
                 self.add(place, tensor, role, shard.start, (start, end), together=together)

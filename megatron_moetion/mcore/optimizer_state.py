@@ -13,14 +13,19 @@ import torch
 from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.chain import makes_its_own_state
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
     """Give a fresh optimizer the state that its first step would create, so that it can be captured and written to.
 
     Apex, Transformer Engine and our CPU ``FusedAdam`` count steps in the parameter group; torch's own counts
-    per parameter. SGD with momentum starts from a zero buffer, which its first step treats the same.
+    per parameter. SGD with momentum starts from a zero buffer, which its first step treats the same. Muon and its kind
+    are asked for theirs, as Megatron does before it loads a checkpoint.
     """
+    if makes_its_own_state(optimizer):
+        _let_it_make_state(optimizer)
+        return
     per_parameter = isinstance(optimizer, (torch.optim.Adam, torch.optim.AdamW))
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -47,6 +52,15 @@ def _initialize(optimizer: Any, parameter: torch.Tensor) -> None:
     remainders = getattr(optimizer, "store_param_remainders", None)
     how = () if remainders is None else (remainders and parameter.dtype is torch.bfloat16,)
     optimizer.initialize_state(parameter, *how)
+
+
+def _let_it_make_state(optimizer: torch.optim.Optimizer) -> None:
+    for group in optimizer.param_groups:
+        if hasattr(optimizer, "_init_group"):
+            optimizer._init_group(group, skip_non_grad_params=False)
+        else:  # the first releases, whose step makes a momentum where there is none
+            for parameter in group["params"]:
+                optimizer.state[parameter].setdefault("momentum_buffer", torch.zeros_like(parameter.detach()))
 
 
 def fields_of(link: MegatronOptimizer) -> dict[str, Any]:
@@ -116,8 +130,10 @@ def steps(link: MegatronOptimizer) -> float | None:
 def set_steps(link: MegatronOptimizer, value: float) -> None:
     """Write the step count of every parameter."""
     for state in link.optimizer.state.values():
-        if "step" in state:
+        if isinstance(state.get("step"), torch.Tensor):
             state["step"].fill_(value)
+        elif "step" in state:  # Lion counts in plain numbers
+            state["step"] = int(value)
 
 
 def _scaler_of(link: MegatronOptimizer) -> Any:

@@ -18,6 +18,7 @@ from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
+from megatron_moetion.mcore.chain import layer_wise
 from megatron_moetion.mcore.shards import copy_main_to_model
 
 
@@ -47,6 +48,17 @@ def gather_parameters(model: Sequence[DistributedDataParallel], links: Sequence[
     for chunk in model:
         if chunk.ddp_config.use_distributed_optimizer:
             _gather(chunk)
+
+
+def gather_whole_parameters(model: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
+    """What ``gather_parameters`` leaves to a ``LayerWiseDistributedOptimizer``. Collective, under the same conditions.
+
+    Where DDP's buffers are laid out for it, DDP gathers all parameters of a chunk. Elsewhere the optimizer exchanges
+    whole parameters, by a call of its own that waits, also where training overlaps it with the forward pass.
+    """
+    if not any(chunk.ddp_config.use_distributed_optimizer for chunk in model):
+        for link in layer_wise(optimizer):
+            link.allgather_params()
 
 
 def _is_quantised(link: MegatronOptimizer) -> bool:

@@ -19,6 +19,7 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params, MixedPrecisionOptimizer
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.chain import is_elementwise
 from megatron_moetion.units import Role
 
 _MASTER_KEY = "master_param"
@@ -26,6 +27,7 @@ _STATE_ROLES = {
     "exp_avg": Role.EXP_AVG,
     "exp_avg_sq": Role.EXP_AVG_SQ,
     "momentum_buffer": Role.EXP_AVG,
+    "moment2_buffer": Role.EXP_AVG_SQ,
     _MASTER_KEY: Role.MASTER,
 }
 _SCALED_DTYPES = (torch.float16, torch.uint8)
@@ -43,6 +45,8 @@ class Shard:
     scales: dict[str, torch.Tensor] = field(default_factory=dict)
     """By name, live tensors of one element that belong to all elements of the shard; with any, a shard is indivisible:
     the scale of a part of it follows from all of it in each step."""
+    is_whole: bool = False
+    """A step needs all of it: the optimizer does not work element by element."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -159,4 +163,5 @@ def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.T
             )
         if not tensor.is_contiguous() or tensor.numel() != end - start:
             raise UnsupportedState(f"the {role.name} of a shard [{start}, {end}) has shape {tuple(tensor.shape)}")
-    return Shard(parameter=parameter, start=start, end=end, tensors=tensors, scales=scales)
+    whole = not is_elementwise(optimizer)
+    return Shard(parameter=parameter, start=start, end=end, tensors=tensors, scales=scales, is_whole=whole)

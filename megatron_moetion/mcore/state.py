@@ -23,7 +23,7 @@ from megatron_moetion.mcore.chain import chain
 from megatron_moetion.mcore.inventory import gradient_of, take_inventory
 from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
-from megatron_moetion.mcore.parameters import copy_parameters, gather_parameters
+from megatron_moetion.mcore.parameters import copy_parameters, gather_parameters, gather_whole_parameters
 from megatron_moetion.mcore.quantised import create_scaling_state, refuse_parameters
 from megatron_moetion.mcore.refusals import DELAYED, fp8_recipe, refuse_shared_scales, refuse_unsupported
 from megatron_moetion.mcore.rng import decoded, encoded, load_rng_states, rng_states
@@ -82,12 +82,14 @@ class MegatronState:
         log_steps: bool = False,
     ) -> None:
         self._model = tuple(model)
+        self._optimizer = optimizer
         self._links = chain(optimizer)
         self._scheduler = scheduler
         self._user_state = user_state
         layout = ModelLayout([_unwrap(chunk) for chunk in model])
+        self._blocks = layout.blocks
         model_config = get_model_config(model[0])
-        refuse_unsupported(model_config, self._links, log_steps=log_steps)
+        refuse_unsupported(model, model_config, self._links, self._blocks, log_steps=log_steps)
         refuse_parameters(model)
         with ExitStack() as hooks:
             if count_tokens:
@@ -127,7 +129,13 @@ class MegatronState:
         return self._inventory
 
     def moved(self) -> str | None:
-        """Looks each tensor up where its owner keeps it; 0.1 us a tensor."""
+        """Looks each tensor up where its owner keeps it, 0.1 us a tensor, and asks each MoE layer for its experts."""
+        for block in self._blocks:
+            if tuple(block.module.local_expert_indices) != block.experts:
+                return (
+                    f"{block.prefix} holds experts {list(block.module.local_expert_indices)} now and held "
+                    f"{list(block.experts)} at attach(): experts that move between ranks are not supported"
+                )
         return self._tensors.moved()
 
     def expert_peers(self) -> tuple[int, ...]:
@@ -181,6 +189,7 @@ class MegatronState:
         """Only between an optimizer step and the next forward."""
         with torch.no_grad():
             gather_parameters(self._model, self._links)
+            gather_whole_parameters(self._model, self._optimizer)
 
     def state_hash(self) -> str:
         """Copies all state to the host: for checks, not for every iteration of a large model."""

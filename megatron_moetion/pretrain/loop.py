@@ -252,7 +252,7 @@ class Trainer:
         self.reporter.validation(self.progress, total / self.args.eval_iters)
 
     def params_gathered(self) -> ParamsGathered:
-        return ParamsGathered(self.model, needed=self.args.overlap_param_gather)
+        return ParamsGathered(self.model, needed=self.model[0].ddp_config.overlap_param_gather)
 
     def _run_schedule(self, split: Split, consumed: int, *, forward_only: bool) -> list[dict[str, torch.Tensor]]:
         """Run the pipeline schedule over one global batch. Returns the losses of each micro batch (last stage only)."""

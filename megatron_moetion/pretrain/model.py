@@ -17,6 +17,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.transformer.module import Float16Module
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_moetion.mcore.chain import links
 from megatron_moetion.mcore.optimizer_state import create_state
 
 
@@ -207,9 +208,8 @@ def build_optimizer(
         model,
     )
     # With fp16 many steps may be skipped before the first one would create the state; a checkpoint needs it.
-    for link in optimizer.chained_optimizers:
-        if not link.is_stub_optimizer:
-            create_state(link.optimizer)
+    for link in links(optimizer):
+        create_state(link.optimizer)
     model[0].config.grad_scale_func = optimizer.scale_loss
     samples = args.global_batch_size
     scheduler = OptimizerParamScheduler(

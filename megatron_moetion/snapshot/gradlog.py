@@ -2,12 +2,11 @@
 """What mode ``exact`` captures and logs: the state in slices that take turns, and each slice's gradient. Pure.
 
 The state of all units is cut into ``period`` groups of equal bytes; a unit that lies across a cut becomes two slices,
-so there are at most ``period`` - 1 more slices than units, however large some units are. A slice's gradient is a unit
-of its own, of kind ``LOG``; so is what a unit has beside parameters (router bias, counters), which is captured in every
-snapshot.
-
-What shares a scale is not cut: the scale of a part follows, in each step, from the whole. If it lies in several units,
-it goes to the slice of the first.
+so there are at most ``period`` - 1 more slices than units, however large some units are. Parameters that an optimizer
+steps on as a whole, and those that share a scale, which follows from the whole in each step, are never cut. One that
+lies in several units goes to the slice of the first. Groups are as equal as they allow, and may be empty. A slice's
+gradient is a unit of its own, of kind ``LOG``; so is what a unit has beside parameters (router bias, counters), which
+is captured in every snapshot.
 """
 
 from __future__ import annotations

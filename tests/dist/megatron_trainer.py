@@ -7,6 +7,7 @@ What a rank owns is found here by walking optimizers and modules, without the la
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
@@ -181,6 +182,13 @@ def _tear_down() -> None:
     forget_metrics()  # one for the process: it has as many layers as the first model
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
+    # Hooks in C++ keep a model alive, and it its groups: each has threads that wake up a hundred times a second.
+    groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
+    for group in groups:
+        dist.destroy_process_group(group)
+    for attributes in [o for o in gc.get_objects() if type(o) is dict]:
+        for name in [n for n, v in attributes.items() if type(v) is dist.ProcessGroup and v in groups]:
+            attributes[name] = None
 
 
 def _build(rank: int, model: Model | str) -> Trainer:
@@ -255,7 +263,8 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
     again = _step(trainer), _gathered_image(trainer, state)
     mains = [p for inner in _inner(trainer) for group in inner.param_groups for p in group["params"]]
     for inner in (i for i in _inner(trainer) if mains and mains[0] in i.state):  # none where a rank's all are frozen
-        inner.state[mains[0]]["exp_avg"] = inner.state[mains[0]]["exp_avg"].clone()
+        moment = next(k for k in inner.state[mains[0]] if k != "step")
+        inner.state[mains[0]][moment] = inner.state[mains[0]][moment].clone()
     found |= {
         "moved": moved,
         "moved_later": state.moved(),
@@ -282,10 +291,13 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
 
 
 def _inner(trainer: Trainer) -> Iterator[torch.optim.Optimizer]:
-    optimizer = trainer.optimizer
-    for link in getattr(optimizer, "chained_optimizers", [optimizer]):
-        if not link.is_stub_optimizer:
-            yield link.optimizer
+    def links(optimizer: Any) -> Iterator[Any]:
+        for link in getattr(optimizer, "chained_optimizers", ()):
+            yield from links(link)
+        if not hasattr(optimizer, "chained_optimizers") and not optimizer.is_stub_optimizer:
+            yield optimizer.optimizer
+
+    yield from links(trainer.optimizer)
 
 
 def _owned(trainer: Trainer) -> Iterator[torch.Tensor]:

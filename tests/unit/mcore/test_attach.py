@@ -39,6 +39,9 @@ class OwnScheduler:
     def load_state_dict(self, state: dict[str, int]) -> None: ...
 
 
+class OwnKindOfScheduler(OptimizerParamScheduler): ...
+
+
 GOOD: dict[str, Any] = {
     "model": [of(DistributedDataParallel)],
     "optimizer": of(ChainedOptimizer),
@@ -56,6 +59,7 @@ GOOD: dict[str, Any] = {
         ({"model": []}, "holds nothing"),
         ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, "is a Adam; give what .*get_megatron_optimizer"),
         ({"opt_param_scheduler": OwnScheduler()}, "is a OwnScheduler; .*user_state carry the state of a scheduler"),
+        ({"opt_param_scheduler": of(OwnKindOfScheduler)}, "is a OwnKindOfScheduler; .*user_state carry the state of"),
         ({"config": "full"}, "config=.* is a str; give a MoetionConfig"),
         ({"user_state": object()}, "is a object without state_dict and load_state_dict"),
     ],

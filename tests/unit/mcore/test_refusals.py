@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Settings that are refused, by name. Classes of optimizers are in ``tests/dist/test_inventory.py``."""
+"""Settings whose state cannot be captured exactly are refused by name, with what to do."""
 
 from __future__ import annotations
 
@@ -8,101 +8,161 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from megatron.core.enums import Fp8Recipe
-from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+import torch
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.distributed.fsdp import mcore_fsdp_adapter
+from megatron.core.distributed.torch_fully_sharded_data_parallel import TorchFullyShardedDataParallel
+from megatron.core.transformer.moe.router import Router, TopKRouter
 
-from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.mcore.refusals import FP8_RECIPES, fp8_recipe, refuse_unsupported
+from megatron_moetion.errors import MoetionError
+from megatron_moetion.mcore.refusals import IN_BUFFERS, refuse_unsupported
+from megatron_moetion.mcore.router import CapacityRouter
+
+Say = Callable[[str, object], None]
 
 
-def link(*, of_step: dict[str, Any] | None = None, of_gather: dict[str, Any] | None = None) -> DistributedOptimizer:
-    """One with these fields in its ``OptimizerConfig`` and in DDP's."""
-    made = object.__new__(DistributedOptimizer)
-    plain = {"reuse_grad_buf_for_mxfp8_param_ag": False, "overlap_param_gather": False}
-    made.config = SimpleNamespace(**plain | {"use_precision_aware_optimizer_no_fp8_or_ds_fp8": False} | (of_step or {}))
-    made.ddp_config = SimpleNamespace(**plain | {"fp8_param_gather": True} | (of_gather or {}))
+class Wrapped(DistributedDataParallel):
+    """Data parallelism with what refusals look at."""
+
+    def __init__(self, grad_dtype: torch.dtype = torch.float32, group: str | None = None, **settings: Any) -> None:
+        torch.nn.Module.__init__(self)
+        self.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
+        self.weight.main_grad = torch.zeros(2, dtype=grad_dtype)
+        if group is not None:
+            self.weight.grad_norm_group = group
+        self.ddp_config = SimpleNamespace(**settings)
+
+
+def ddp(**how: Any) -> Any:
+    made = Wrapped(**how)
+    made.__class__ = DistributedDataParallel
     return made
 
 
-SHARED = {"reuse_grad_buf_for_mxfp8_param_ag": True}
-OVERLAPPED = {**SHARED, "overlap_param_gather": True}
+def of(kind: type) -> Any:
+    return kind.__new__(kind)
 
 
-@pytest.mark.parametrize("recipe", [*FP8_RECIPES, *(r for r in Fp8Recipe if r.value != "custom")])
-def test_known_recipes_pass(recipe: Any) -> None:
-    config = SimpleNamespace(fp8="hybrid", fp8_recipe=recipe)
-    refuse_unsupported(config, [link()], log_steps=True)
-    assert fp8_recipe(config) in FP8_RECIPES
+def config(**fields: Any) -> Any:
+    sizes = {"tensor_model_parallel_size": 1, "expert_tensor_parallel_size": None}
+    return SimpleNamespace(**{"params_dtype": torch.bfloat16, **sizes, **fields})
 
 
-def test_without_fp8_there_is_no_recipe() -> None:
-    assert fp8_recipe(SimpleNamespace()) is None
-    assert fp8_recipe(SimpleNamespace(fp8=None, fp8_recipe="delayed")) is None
-    refuse_unsupported(SimpleNamespace(fp8=None, fp8_recipe="custom"), [link()], log_steps=True)
+def link(name: str = "AdamW", module: str = "torch.optim.adamw", **settings: Any) -> Any:
+    base = type(name, (), {"__module__": module})
+    inner = base()
+    inner.param_groups = [{"params": [], "weight_decay": 0.1}]
+    inner.weight_decay_method = settings.pop("weight_decay_method", "decoupled")
+    off = {"reuse_grad_buf_for_mxfp8_param_ag": False, "muon_tp_mode": "duplicated", "clip_grad": 1.0}
+    return SimpleNamespace(optimizer=inner, config=SimpleNamespace(**off | settings))
+
+
+def block(kind: type, **fields: Any) -> Any:
+    router = type(kind.__name__, (kind,), fields) if fields else kind
+    return SimpleNamespace(prefix="layers.3", module=SimpleNamespace(router=of(router)))
+
+
+def muon(**settings: Any) -> Any:
+    return link("TensorParallelMuon", "megatron.core.optimizer.muon", **settings)
+
+
+class OwnRouter(TopKRouter): ...
+
+
+class OtherRouter(Router):
+    def routing(self, logits: Any) -> None: ...
+
+    def forward(self, inputs: Any) -> None: ...
+
+
+class OfAnotherName(DistributedDataParallel): ...
+
+
+def refuse(**what: Any) -> None:
+    usual = {"model": [ddp()], "config": config(), "links": [link()], "blocks": [], "log_steps": True}
+    refuse_unsupported(**{**usual, **what})
+
+
+FSDP = next(c for n, c in vars(mcore_fsdp_adapter).items() if n.startswith("FullyShardedDataParallel"))
+APART = {"grad_dtype": torch.bfloat16, "group": "mtp"}
+MODES = {"exact": True, "full": False}
+
+
+def proves(feature: str, *values: Any) -> Any:
+    return pytest.param(*values, marks=pytest.mark.proves(feature, "refused"))
 
 
 @pytest.mark.parametrize(
-    ("field", "value", "named"),
+    ("what", "modes", "says"),
     [
-        pytest.param("fp4", "e2m1", "--fp4-format", marks=pytest.mark.proves("NVFP4", "refused")),
-        pytest.param(
-            "fp8_dot_product_attention",
-            True,
-            "fp8_dot_product_attention",
-            marks=pytest.mark.proves("Attention in FP8", "refused"),
+        proves("Megatron-FSDP", {"model": [of(FSDP)]}, MODES, r"Megatron-FSDP \(Fully.*without --use-megatron-fsdp"),
+        ({"model": [ddp(use_megatron_fsdp=True)]}, MODES, r"Megatron-FSDP \(use_megatron_fsdp\) is not supported"),
+        ({"model": [ddp(use_custom_fsdp=True)]}, MODES, r"Megatron-FSDP \(use_custom_fsdp\) is not supported"),
+        proves(
+            "Torch FSDP2", {"model": [of(TorchFullyShardedDataParallel)]}, MODES, r"torch FSDP2 .*--use-distributed-opt"
         ),
-        ("fp8_multi_head_attention", True, "fp8_multi_head_attention"),
-        ("use_kitchen", True, "use_kitchen"),
-        ("quant_recipe", object(), "quant_recipe"),
+        proves(
+            "Subclasses of DistributedDataParallel", {"model": [ddp(), of(OfAnotherName)]}, MODES,
+            "holds OfAnotherName, a kind of DistributedDataParallel, ",
+        ),
+        proves(
+            "GTP (weight rematerialisation groups)", {"config": config(gtp_weight_remat_size=2)}, MODES,
+            r"gtp_weight_remat_size=2, expert_gtp_weight_remat_size=1\) is not supported.*weight shards",
+        ),
+        ({"config": config(expert_gtp_weight_remat_size=4)}, MODES, "expert_gtp_weight_remat_size=4"),
+        proves(
+            "CUDA-graphed optimizer step (--optimizer-cuda-graph)", {"links": [link(optimizer_cuda_graph=True)]}, MODES,
+            "--optimizer-cuda-graph is not supported: .*Leave it out",
+        ),
+        proves(
+            "qk_clip, mode exact", {"config": config(qk_clip=True, params_dtype=torch.float32)}, ("exact",),
+            "qk_clip is not supported in mode 'exact'",
+        ),
+        proves("qk_clip, bf16 parameters", {"config": config(qk_clip=True)}, ("full",), "torch.bfloat16 parameters"),
+        proves(
+            "Muon with tensor parallelism (duplicated, distributed), mode exact",
+            {"links": [muon()], "config": config(tensor_model_parallel_size=2)}, ("exact",),
+            r"size 2 \(experts: 1\) and muon_tp_mode='duplicated' is not supported in mode 'exact'.*blockwise",
+        ),
+        ({"links": [muon()], "config": config(expert_tensor_parallel_size=2)}, ("exact",), r"size 1 \(experts: 2\)"),
+        proves(
+            "Muon and Lion with L2 weight decay, mode exact", {"links": [muon(weight_decay_method="l2")]}, ("exact",),
+            "TensorParallelMuon with weight_decay_method='l2' is not supported in mode 'exact'.*decoupled",
+        ),
+        proves(
+            "Gradient norms of their own (mtp_detach_heads), bf16 gradients, mode exact",
+            {"model": [ddp(**APART)]}, ("exact",), r"norm of their own \(mtp_detach_heads: mtp\).*--clip-grad 0",
+        ),
+        proves(
+            "Routers of other kinds", {"blocks": [block(OwnRouter)]}, MODES,
+            f"layers.3: the router OwnRouter, a kind of TopKRouter, is not supported: .*{IN_BUFFERS} = True",
+        ),
+        ({"blocks": [block(OtherRouter)]}, MODES, "the router OtherRouter is not supported.*subclass of TopKRouter"),
+    ],
+)  # fmt: skip
+def test_refused_by_name_with_what_to_do(what: Any, modes: Any, says: str, record_property: Say) -> None:
+    for mode, log_steps in MODES.items():
+        if mode not in modes:
+            refuse(**what, log_steps=log_steps)
+            continue
+        with pytest.raises(MoetionError, match=says) as error:
+            refuse(**what, log_steps=log_steps)
+        record_property("message", str(error.value))
+
+
+@pytest.mark.parametrize(
+    "what",
+    [
+        {},
+        {"model": [ddp(use_megatron_fsdp=False), ddp()]},
+        {"config": config(gtp_weight_remat_size=1, qk_clip=False)},
+        {"links": [muon()]},
+        {"links": [muon(muon_tp_mode="blockwise")], "config": config(tensor_model_parallel_size=2)},
+        {"links": [link()], "config": config(tensor_model_parallel_size=2)},
+        {"model": [ddp(group="mtp")]},
+        {"model": [ddp(**APART)], "links": [link(clip_grad=0.0)]},
+        {"blocks": [block(TopKRouter), block(CapacityRouter), block(OwnRouter, **{IN_BUFFERS: True})]},
     ],
 )
-def test_quantisation_that_nobody_has_tested_is_refused(
-    field: str, value: Any, named: str, record_property: Callable[[str, object], None]
-) -> None:
-    with pytest.raises(UnsupportedState, match=named) as raised:
-        refuse_unsupported(SimpleNamespace(**{field: value}), [link()], log_steps=False)
-    record_property("message", str(raised.value))
-
-
-@pytest.mark.proves("FP8, custom recipe", "refused")
-@pytest.mark.parametrize("recipe", [Fp8Recipe.custom, "a recipe of next year"])
-def test_a_recipe_that_is_not_known_is_refused_by_name(
-    recipe: Any, record_property: Callable[[str, object], None]
-) -> None:
-    with pytest.raises(UnsupportedState, match=f"--fp8-recipe {getattr(recipe, 'value', recipe)}") as raised:
-        refuse_unsupported(SimpleNamespace(fp8="e4m3", fp8_recipe=recipe), [link()], log_steps=False)
-    record_property("message", str(raised.value))
-
-
-def test_delayed_scaling_within_fused_operations_is_refused_and_other_recipes_there_are_not() -> None:
-    config = SimpleNamespace(fp8="e4m3", fp8_recipe="delayed", use_transformer_engine_op_fuser=True)
-    with pytest.raises(UnsupportedState, match="--use-transformer-engine-op-fuser"):
-        refuse_unsupported(config, [link()], log_steps=False)
-    config.fp8_recipe = "mxfp8"
-    refuse_unsupported(config, [link()], log_steps=False)
-
-
-@pytest.mark.proves("MXFP8 parameters, gradients share their memory, not overlapped, mode exact", "refused")
-def test_steps_that_overwrite_their_gradients_are_refused_in_mode_exact_only(
-    record_property: Callable[[str, object], None],
-) -> None:
-    config = SimpleNamespace(fp8="e4m3", fp8_recipe="mxfp8")
-    refuse_unsupported(config, [link(of_step=SHARED, of_gather=SHARED)], log_steps=False)
-    refuse_unsupported(config, [link(of_step=OVERLAPPED, of_gather=OVERLAPPED)], log_steps=True)
-    with pytest.raises(UnsupportedState, match=r"without --overlap-param-gather .* mode 'exact'") as raised:
-        refuse_unsupported(config, [link(of_step=SHARED, of_gather=SHARED)], log_steps=True)
-    record_property("message", str(raised.value))
-
-
-@pytest.mark.parametrize("of_step", [{}, OVERLAPPED])
-def test_settings_of_the_step_and_of_the_gather_must_be_the_same(of_step: dict[str, Any]) -> None:
-    with pytest.raises(UnsupportedState, match="in OptimizerConfig and"):
-        refuse_unsupported(SimpleNamespace(), [link(of_step=of_step, of_gather=SHARED)], log_steps=False)
-
-
-def test_an_optimizer_that_quantises_within_its_step_is_refused() -> None:
-    config = SimpleNamespace(fp8="e4m3", fp8_recipe="delayed")
-    held = {"use_precision_aware_optimizer_no_fp8_or_ds_fp8": True}
-    with pytest.raises(UnsupportedState, match="--use-precision-aware-optimizer with --fp8-param-gather"):
-        refuse_unsupported(config, [link(of_step=held)], log_steps=False)
-    refuse_unsupported(config, [link(of_step=held, of_gather={"fp8_param_gather": False})], log_steps=False)
+def test_the_rest_passes(what: Any) -> None:
+    refuse(**what)

@@ -233,6 +233,27 @@ def test_no_cut_leaves_a_slice_of_less_than_64_elements() -> None:
         assert all(r.start % CUT == 0 for r in pieces)
 
 
+@given(INVENTORIES, PERIODS)
+def test_what_a_step_needs_whole_is_in_one_slice_with_its_gradient(inventory: Inventory, period: int) -> None:
+    """Every second parameter; the others are cut as before, and all bytes have a turn."""
+
+    def marked(unit: Unit) -> Unit:
+        names = {r.tensor for r in unit.regions if r.role is Role.MASTER}
+        whole = set(sorted(names)[::2])
+        together = lambda r: f"{r.tensor}+{r.start}" if r.tensor in whole else ""
+        return replace(unit, regions=tuple(replace(r, together=together(r)) for r in unit.regions))
+
+    inventory = Inventory(units=tuple(marked(u) for u in inventory.units))
+    log = gradient_log(inventory, period)
+    whole = [r for u in inventory.units for r in u.regions if r.together and r.role in (*STATE_ROLES, Role.GRAD)]
+    found = [r for u in log.inventory.units for r in u.regions if r.together and r.role in (*STATE_ROLES, Role.GRAD)]
+    key = lambda r: (r.address, r.nbytes)
+    assert sorted(map(key, found)) == sorted(map(key, whole))
+    state = sum(r.nbytes for u in inventory.units for r in u.regions if r.role in STATE_ROLES)
+    assert sum(r.nbytes for s in log.log_of for r in log.inventory.units[s].regions) == state
+    assert sorted(u for group in log.groups for u in group) == sorted(log.log_of)
+
+
 def test_state_without_one_gradient_is_refused() -> None:
     builder = Builder(0, 1)
     state = [builder.region("dense", "w", role, 100, start=977) for role in STATE_ROLES]
