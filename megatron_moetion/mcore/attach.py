@@ -114,7 +114,15 @@ class Attached:
         None otherwise. For errors see ``Starter.start``. From here on training's traffic is watched, if snapshots or
         a trace depend on it.
         """
-        running, resumed = Starter(self._prepared).start(Disk(load=load_persistent, newest=newest_persistent))
+        self._state.loaded()  # by the loop, since attach
+
+        def load() -> int | None:
+            iteration = load_persistent() if load_persistent is not None else None
+            self._state.loaded()
+            return iteration
+
+        disk = Disk(load=load if load_persistent is not None else None, newest=newest_persistent)
+        running, resumed = Starter(self._prepared).start(disk)
         session = self._session = Session(running)
         for optimizer in self._state.inner_optimizers():
             handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())

@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,8 +19,8 @@ from megatron_moetion.mcore.shards import Shard, held
 from megatron_moetion.mcore.tokens import MegatronTokens
 from megatron_moetion.units import Region, Role, Unit, UnitKind
 
-Location = tuple[Any, Any, int]
-"""A container, the key of a tensor in it, and the address that the tensor had when the inventory was taken."""
+Location = tuple[Callable[[], torch.Tensor], Any, int]
+"""Looks a tensor up where its owner keeps it; its name there; the address that it had when the inventory was taken."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,8 +35,12 @@ class StateTensors:
 
     def moved(self) -> str | None:
         """Which tensor is no longer where it was, for a person; None while all are in place. 0.1 us a tensor."""
-        for holder, key, address in self.locations:
-            if holder[key].data_ptr() != address:
+        for find, key, address in self.locations:
+            try:
+                found = find().data_ptr()
+            except KeyError:
+                found = 0
+            if found != address:
                 return f"the tensor {key!r} that was at {address:#x} was replaced or moved after attach()"
         return None
 
@@ -78,7 +82,7 @@ def take_inventory(
         builder.add(place, tensor, Role.BUFFER, 0, whole, at_once=True)
     locations = [*_optimizer_locations(links), *_module_locations(model, layout)]
     if with_gradients:
-        locations.extend((vars(s.parameter), "main_grad", gradient_of(s.parameter).data_ptr()) for s in shards)
+        locations.extend(_location(vars(s.parameter), "main_grad") for s in shards)
     return StateTensors(units=builder.units(), views=tuple(builder.views), locations=tuple(locations))
 
 
@@ -179,9 +183,9 @@ def _optimizer_locations(links: Sequence[MegatronOptimizer]) -> Iterator[Locatio
     for link in links:
         for group in link.optimizer.param_groups:
             for position, main in enumerate(group["params"]):
-                yield group["params"], position, main.data_ptr()
+                yield _location(group["params"], position)
                 for found in held(link.optimizer, main):
-                    yield found.holder, found.key, found.tensor.data_ptr()
+                    yield found.find, found.name, found.find().data_ptr()
 
 
 def _module_locations(model: Sequence[nn.Module], layout: ModelLayout) -> Iterator[Location]:
@@ -189,9 +193,13 @@ def _module_locations(model: Sequence[nn.Module], layout: ModelLayout) -> Iterat
     for module in (m for chunk in model for m in chunk.modules()):
         for name, tensor in module._buffers.items():
             if tensor is not None and id(tensor) in captured:
-                yield module._buffers, name, tensor.data_ptr()
+                yield _location(module._buffers, name)
         for holder, key, _ in scaling_tensors(module):
-            yield holder, key, holder[key].data_ptr()
+            yield _location(holder, key)
         for name, parameter in module._parameters.items():
             if parameter is not None and not parameter.requires_grad:
-                yield module._parameters, name, parameter.data_ptr()
+                yield _location(module._parameters, name)
+
+
+def _location(holder: Any, key: Any) -> Location:
+    return lambda: holder[key], key, holder[key].data_ptr()

@@ -9,8 +9,9 @@ parameter groups of ``Float16OptimizerWithFloat16Params`` and ``FP32Optimizer`` 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, MutableMapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
@@ -22,16 +23,18 @@ from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.chain import is_elementwise
 from megatron_moetion.units import Role
 
-_MASTER_KEY = "master_param"
+MASTER_KEY = "master_param"
+"""What Transformer Engine's ``FusedAdam`` calls a main value of its own."""
 _STATE_ROLES = {
     "exp_avg": Role.EXP_AVG,
     "exp_avg_sq": Role.EXP_AVG_SQ,
     "momentum_buffer": Role.EXP_AVG,
     "moment2_buffer": Role.EXP_AVG_SQ,
-    _MASTER_KEY: Role.MASTER,
+    MASTER_KEY: Role.MASTER,
 }
 _SCALED_DTYPES = (torch.float16, torch.uint8)
 """What has a scale. Transformer Engine keeps one beside bf16 too, which nothing reads or writes."""
+_RAW_NAMES = ("", ".scale_inv", ".scale", ".amax")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -51,18 +54,12 @@ class Shard:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Held:
-    """One tensor of an optimizer's state and where the optimizer keeps it: ``holder[key]``."""
+    """One tensor of an optimizer's state."""
 
     name: str
     role: Role
-    holder: MutableMapping[Any, Any]
-    key: Any
-
-    @property
-    def tensor(self) -> torch.Tensor:
-        """The tensor that is kept there now."""
-        found: torch.Tensor = self.holder[self.key]
-        return found
+    find: Callable[[], torch.Tensor]
+    """Looks it up where the optimizer keeps it. A loaded checkpoint may have replaced the tensor, or its container."""
 
 
 def shards(link: MegatronOptimizer) -> Iterator[Shard]:
@@ -87,8 +84,7 @@ def shards(link: MegatronOptimizer) -> Iterator[Shard]:
 
 def held(optimizer: torch.optim.Optimizer, main: torch.Tensor) -> Iterator[Held]:
     """All state of one of its parameters as plain tensors, step count aside. ``UnsupportedState`` for unknown state."""
-    state = optimizer.state[main]
-    for key, value in state.items():
+    for key, value in optimizer.state[main].items():
         if key == "step":
             continue
         if key not in _STATE_ROLES or not isinstance(value, torch.Tensor) or value.shape != main.shape:
@@ -96,22 +92,38 @@ def held(optimizer: torch.optim.Optimizer, main: torch.Tensor) -> Iterator[Held]
                 f"{type(optimizer).__name__} keeps {key!r} for a parameter of shape {tuple(main.shape)}, which "
                 f"MoEtion does not know how to capture; known are {', '.join(_STATE_ROLES)}"
             )
-        quantizer = getattr(value, "_quantizer", None)
-        role = Role.REMAINDER if quantizer is None and value.dtype is torch.int16 else _STATE_ROLES[key]
-        if quantizer is None:
-            yield Held(name=key, role=role, holder=state, key=key)
-        else:
-            yield Held(name=key, role=role, holder=vars(value), key="_data")
-            yield Held(name=f"{key}.scale_inv", role=Role.SCALE, holder=vars(value), key="_scale_inv")
-            for name in ("scale", "amax"):
-                yield Held(name=f"{key}.{name}", role=Role.SCALE, holder=vars(quantizer), key=name)
-        if quantizer is not None or value.dtype in _SCALED_DTYPES:
-            scales = getattr(optimizer, "_scales", {}).get(main, {})
-            if key not in scales:
+        raw = raw_tensors(value)
+        role = Role.REMAINDER if raw[0].dtype is torch.int16 else _STATE_ROLES[key]
+        for number, suffix in enumerate(_RAW_NAMES[: len(raw)]):
+            yield Held(
+                name=key + suffix,
+                role=Role.SCALE if number else role,
+                find=partial(_raw, optimizer, main, key, number),
+            )
+        if raw[0].dtype in _SCALED_DTYPES:
+            if key not in getattr(optimizer, "_scales", {}).get(main, {}):
                 raise UnsupportedState(
-                    f"{type(optimizer).__name__} keeps {key!r} in {value.dtype} and no scale of it that MoEtion finds"
+                    f"{type(optimizer).__name__} keeps {key!r} in {raw[0].dtype} and no scale of it that MoEtion finds"
                 )
-            yield Held(name=f"{key}.factor", role=Role.SCALE, holder=scales, key=key)
+            yield Held(name=f"{key}.factor", role=Role.SCALE, find=partial(_scale, optimizer, main, key))
+
+
+def raw_tensors(value: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """What a state consists of: itself, or the codes and scales of an FP8 tensor. (Its transpose nobody reads.)"""
+    quantizer = getattr(value, "_quantizer", None)
+    if quantizer is None:
+        return (value,)
+    fp8: Any = value
+    return fp8._data, fp8._scale_inv, quantizer.scale, quantizer.amax
+
+
+def _raw(optimizer: torch.optim.Optimizer, main: torch.Tensor, key: str, number: int) -> torch.Tensor:
+    return raw_tensors(optimizer.state[main][key])[number]
+
+
+def _scale(optimizer: Any, main: torch.Tensor, key: str) -> torch.Tensor:
+    found: torch.Tensor = optimizer._scales[main][key]
+    return found
 
 
 def copy_main_to_model(link: MegatronOptimizer) -> None:
@@ -130,14 +142,14 @@ def _whole_master(optimizer: torch.optim.Optimizer, main: torch.Tensor) -> torch
     Not with remainders, which lack the upper half. Not in fp16: the parameter was rounded from the fp32 value before
     that. Not beside an fp32 parameter, which is its own main value; the other one is never updated.
     """
-    master = optimizer.state[main].get(_MASTER_KEY) if main in optimizer.state else None
+    master = optimizer.state[main].get(MASTER_KEY) if main in optimizer.state else None
     is_whole = master is not None and master.dtype is torch.float32 and main.dtype is not torch.float32
     return master if is_whole else None
 
 
 def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.Tensor, start: int, end: int) -> Shard:
     optimizer = link.optimizer
-    has_own_master = _MASTER_KEY in optimizer.state[main]
+    has_own_master = MASTER_KEY in optimizer.state[main]
     if has_own_master and hasattr(main, "_quantizer"):
         raise UnsupportedState(
             f"{type(optimizer).__name__} updates {type(main).__name__} parameters itself (--fp8-recipe delayed with "
@@ -152,9 +164,9 @@ def _shard(link: MegatronOptimizer, parameter: torch.nn.Parameter, main: torch.T
     scales: dict[str, torch.Tensor] = {}
     for found in held(optimizer, main):
         if found.role is Role.SCALE:
-            scales[found.name] = found.tensor
+            scales[found.name] = found.find()
         else:
-            tensors[found.role] = found.tensor
+            tensors[found.role] = found.find()
     for role, tensor in tensors.items():
         if tensor.numel() and not tensor.data_ptr():
             raise UnsupportedState(

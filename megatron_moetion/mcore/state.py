@@ -20,6 +20,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_moetion.mcore.chain import chain
+from megatron_moetion.mcore.homes import Homes
 from megatron_moetion.mcore.inventory import gradient_of, take_inventory
 from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.optimizer_state import create_state, fields_of, load_fields
@@ -97,6 +98,7 @@ class MegatronState:
                 hooks.callback(self.tokens.close)
             for link in self._links:
                 create_state(link.optimizer)
+            self._homes = Homes(self.inner_optimizers())
             for module in (m for chunk in model for m in chunk.modules() if isinstance(m, TopKRouter)):
                 module._maintain_float32_expert_bias()  # else the first forward would do it, and move the bias
             if fp8_recipe(model_config) == DELAYED:
@@ -174,6 +176,10 @@ class MegatronState:
                         what,
                         ", ".join(lines),
                     )
+
+    def loaded(self) -> None:
+        """To be called when something else may have loaded a checkpoint: the optimizers' tensors are in place again."""
+        self._homes.bring_back()
 
     def after_step(self) -> None:
         """Brings the routers' averages up to date, and their capacities while they are raised."""

@@ -34,6 +34,7 @@ from megatron_moetion.mcore.cpu_adam import (
     fused_update_with_remainder,
     quantize,
 )
+from megatron_moetion.mcore.homes import Homes
 from megatron_moetion.mcore.optimizer_state import create_state
 from megatron_moetion.mcore.shards import held
 
@@ -107,7 +108,7 @@ def image(params: list[torch.nn.Parameter], optimizer: Any) -> list[tuple[Any, .
     found: list[tuple[Any, ...]] = [(bits(p),) for p in params]
     for number, param in enumerate(params):
         for h in held(optimizer, param):
-            tensor = h.tensor
+            tensor = h.find()
             found.append((number, h.name, h.role, tensor.dtype, tuple(tensor.shape), bits(tensor)))
         scales = optimizer._scales.get(param, {})
         found.append((number, {name: (s.dtype, tuple(s.shape), bits(s)) for name, s in scales.items()}))
@@ -163,9 +164,16 @@ def test_a_checkpoint_holds_and_brings_back_the_same(case: tuple[Any, ...]) -> N
         n: {k: bits(t.float()) for k, t in s.items()} for n, s in own.items()
     }
     for optimizer in (theirs, ours):
+        homes, places = Homes([optimizer]), addresses(params, optimizer)
         optimizer.load_state_dict(optimizer.state_dict())
+        homes.bring_back()
+        assert addresses(params, optimizer) == places
     # The real one makes its FP8 tensors anew, from what happens to lie in memory: that is in their largest value.
     assert without_amax(image(real, theirs)) == without_amax(image(mine, ours))
+
+
+def addresses(params: list[torch.nn.Parameter], optimizer: Any) -> list[int]:
+    return [h.find().data_ptr() for param in params for h in held(optimizer, param)]
 
 
 def without_amax(found: list[tuple[Any, ...]]) -> list[tuple[Any, ...]]:

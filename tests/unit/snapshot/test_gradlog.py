@@ -18,7 +18,7 @@ from megatron_moetion.units import HOST_UNIT, LOG_SUFFIX, Inventory, Region, Rol
 CUT = 64
 """Elements that cuts are at multiples of."""
 STATE_ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
-ITEMSIZE = {"float32": 4, "bfloat16": 2}
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2, "int16": 2, "uint8": 1}
 PERIODS = st.integers(1, 20)
 
 
@@ -278,3 +278,33 @@ def test_a_rank_without_parameters_has_nothing_to_cut() -> None:
     log = gradient_log(inventory, 4)
     assert (log.inventory, log.groups, log.log_of, log.always) == (inventory, ((), (), (), ()), {}, (0,))
     assert (log.state_bytes, log.log_bytes, log.group_bytes) == (0, 0, (0, 0, 0, 0))
+
+
+def scaled(builder: Builder, unit: str, tensor: str, elements: int, together: str) -> list[Region]:
+    """A shard of FP8 and fp16 state, with remainders, that has two scales."""
+    types = {Role.MODEL: "bfloat16", Role.REMAINDER: "int16", Role.EXP_AVG: "uint8", Role.EXP_AVG_SQ: "float16"}
+    found = [builder.region(unit, tensor, role, elements, dtype) for role, dtype in types.items()]
+    found.append(builder.region(unit, tensor, Role.GRAD, elements, "bfloat16"))
+    found += [builder.region(unit, f"{tensor}.{n}", Role.SCALE, 1) for n in ("a", "b")]
+    return [replace(r, together=together) for r in found]
+
+
+@pytest.mark.parametrize("period", [1, 2, 4, 9])
+def test_what_shares_a_scale_is_never_cut_and_groups_stay_even(period: int) -> None:
+    builder = Builder(0, 1)
+    units = []
+    for number in range(10):
+        regions = [r for t in range(12) for r in scaled(builder, f"u{number}", f"u{number}.{t}", 1000, f"{number} {t}")]
+        units.append(Unit(name=f"u{number}", kind=UnitKind.DENSE, regions=tuple(regions)))
+    inventory = Inventory(units=tuple(units))
+    log = gradient_log(inventory, period)
+    pieces = [r for u in log.log_of for r in log.inventory.units[u].regions]
+    wanted = [r for u in units for r in u.regions if r.role is not Role.GRAD]
+    assert sorted((r.address, r.nbytes) for r in pieces) == sorted((r.address, r.nbytes) for r in wanted)
+    for number, other in log.log_of.items():
+        mine = {r.together for r in log.inventory.units[number].regions}
+        assert mine == {r.together for r in log.inventory.units[other].regions}
+        assert all(sum(r.role is Role.SCALE for r in pieces if r.together == name) == 2 for name in mine)
+    slices = [{r.together for r in log.inventory.units[u].regions} for u in log.log_of]
+    assert sum(map(len, slices)) == 120, "each in one slice"
+    assert max(log.group_bytes) - min(log.group_bytes) <= 2 * log.state_bytes / 120 + 64 * 100
