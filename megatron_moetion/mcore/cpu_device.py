@@ -233,6 +233,7 @@ def _redirect_megatron() -> None:
     from megatron_moetion.mcore.engine_names import bind_engine_names
 
     bind_engine_names()
+    _avoid_kernels()
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
@@ -260,3 +261,20 @@ def _offer_precision_aware_adam(adam: type[torch.optim.Optimizer]) -> None:
         return True
 
     vars(optimizer)["is_te_min_version"] = vars(optimizer_config)["is_te_min_version"] = is_te_min_version
+
+
+def _avoid_kernels() -> None:
+    """Where Transformer Engine is installed, Megatron-Core takes its kernels, which need a GPU, outside models too.
+
+    Norms and scaling of gradients, and the router's product, as they are where it is not installed.
+    """
+    from megatron.core import utils
+    from megatron.core.optimizer import clip_grads
+    from megatron.core.optimizer import optimizer as base
+    from megatron.core.transformer.moe import moe_utils
+
+    moe_utils.te_general_gemm = None
+    clip_grads.multi_tensor_applier = base.multi_tensor_applier = utils.local_multi_tensor_applier
+    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
+    clip_grads.multi_tensor_scale_impl = base.multi_tensor_scale_impl = utils.local_multi_tensor_scale
+    clip_grads.multi_tensor_scale_tensor_impl = None

@@ -21,10 +21,6 @@ def install() -> None:
     te.GroupedLinear.forward = _grouped_linear
     te.LayerNorm.forward = te.RMSNorm.forward = _norm
     te.DotProductAttention.forward = _attention
-    # Where there is no GEMM of Transformer Engine, routers take torch's.
-    from megatron.core.transformer.moe import moe_utils
-
-    moe_utils.te_general_gemm = None
 
 
 class _Members(torch.autograd.Function):

@@ -22,7 +22,6 @@ def pretend() -> None:
     from megatron_moetion.mcore import cpu_device
 
     cpu_device.install()
-    _redirect_optimizers()
     device = SimpleNamespace(
         name="pretended", major=9, minor=0, multi_processor_count=132, total_memory=80 << 30, warp_size=32
     )
@@ -30,14 +29,3 @@ def pretend() -> None:
     torch.cuda.device_count = lambda: 1
     torch.cuda.get_device_properties = lambda *which: device
     torch.cuda.get_device_capability = lambda *which: (device.major, device.minor)
-
-
-def _redirect_optimizers() -> None:
-    """Norms and scaling of gradients as Megatron-Core has them where Transformer Engine is missing."""
-    from megatron.core import utils
-    from megatron.core.optimizer import clip_grads, optimizer
-
-    clip_grads.multi_tensor_applier = optimizer.multi_tensor_applier = utils.local_multi_tensor_applier
-    clip_grads.l2_norm_impl = utils.local_multi_tensor_l2_norm
-    clip_grads.multi_tensor_scale_impl = optimizer.multi_tensor_scale_impl = utils.local_multi_tensor_scale
-    clip_grads.multi_tensor_scale_tensor_impl = None
