@@ -129,10 +129,10 @@ def scaling_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, st
     """
     meta = getattr(module, "fp8_meta", None)
     for direction in _SCALING if isinstance(meta, dict) else ():
-        state = meta.get(direction)
+        holder = getattr(meta.get(direction), "__dict__", {})
         for key in _SCALING_TENSORS:
-            if isinstance(getattr(state, key, None), torch.Tensor):
-                yield vars(state), key, f"{direction}.{key}"
+            if isinstance(holder.get(key), torch.Tensor):
+                yield holder, key, f"{direction}.{key}"
 
 
 def _create(path: str, module: Any) -> None:
@@ -140,9 +140,10 @@ def _create(path: str, module: Any) -> None:
     if any(name in names for name in _WITHOUT_SCALES):
         return
     known = next((name for name in names if name in _MODULES), None)
-    if known is None:
+    if known is not None:
+        module.init_fp8_metadata(num_gemms=_MODULES[known] or module.num_gemms)
+    if len(list(scaling_tensors(module))) != len(_SCALING) * len(_SCALING_TENSORS):
         raise UnsupportedState(
             f"{path} is a {type(module).__name__}, whose scales of delayed scaling MoEtion does not know how to find; "
-            f"known are {', '.join(_MODULES)}. Take another --fp8-recipe"
+            f"known are {', '.join(_MODULES)} of Transformer Engine 2. Take another --fp8-recipe"
         )
-    module.init_fp8_metadata(num_gemms=_MODULES[known] or module.num_gemms)
