@@ -129,7 +129,7 @@ def scaling_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, st
     """
     meta = getattr(module, "fp8_meta", None)
     for direction in _SCALING if isinstance(meta, dict) else ():
-        holder = getattr(meta.get(direction), "__dict__", {})
+        holder: dict[str, Any] = getattr(meta.get(direction), "__dict__", {})
         for key in _SCALING_TENSORS:
             if isinstance(holder.get(key), torch.Tensor):
                 yield holder, key, f"{direction}.{key}"

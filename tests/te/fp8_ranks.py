@@ -9,6 +9,7 @@ Megatron's training loop has them.
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -224,7 +225,18 @@ class Run:
 
     def end(self, state: MegatronState) -> None:
         state.close()
-        parallel_state.destroy_model_parallel()
+        forget_groups()
+
+
+def forget_groups() -> None:
+    """Megatron's groups, and who refers to them: each that is left has threads that wake up a hundred times a second."""
+    parallel_state.destroy_model_parallel()
+    groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
+    for group in groups:
+        dist.destroy_process_group(group)
+    for attributes in [o for o in gc.get_objects() if type(o) is dict]:
+        for name in [n for n, v in attributes.items() if type(v) is dist.ProcessGroup and v in groups]:
+            attributes[name] = None
 
 
 def digest(tensor: torch.Tensor) -> str:
@@ -421,7 +433,7 @@ def _refused(rank: int) -> dict[str, str]:
             found[name] = ""
         except UnsupportedState as error:
             found[name] = str(error)
-            parallel_state.destroy_model_parallel()
+            forget_groups()
 
     mxfp8, tensorwise = Case(recipe="mxfp8"), Case(recipe="tensorwise")
     refuse("nothing", mxfp8, lambda run: None)
