@@ -127,8 +127,8 @@ def scaling_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, st
 
     Other recipes, and other modules, have none.
     """
-    meta = getattr(module, "fp8_meta", None)
-    for direction in _SCALING if isinstance(meta, dict) else ():
+    meta: dict[str, Any] = getattr(module, "fp8_meta", {})
+    for direction in _SCALING:
         holder: dict[str, Any] = getattr(meta.get(direction), "__dict__", {})
         for key in _SCALING_TENSORS:
             if isinstance(holder.get(key), torch.Tensor):
