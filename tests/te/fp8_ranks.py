@@ -9,7 +9,6 @@ Megatron's training loop has them.
 from __future__ import annotations
 
 import ctypes
-import gc
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
@@ -111,7 +110,6 @@ class Run:
     """A model with its optimizer, as a process has them that has just started."""
 
     def __init__(self, case: Case, rank: int, seed: int, clip_grad: float = 1.0) -> None:
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         torch.manual_seed(seed + parallel_state.get_expert_model_parallel_rank())
         self.case, self.rank, self.is_first = case, rank, True
@@ -223,21 +221,6 @@ class Run:
         for buffer in (*self.model[0].buffers, *self.model[0].expert_parallel_buffers):
             buffer.grad_data.copy_(torch.randn(buffer.grad_data.shape))
 
-    def end(self, state: MegatronState) -> None:
-        state.close()
-        forget_groups()
-
-
-def forget_groups() -> None:
-    """Megatron's groups, and who refers to them: each that is left has threads that wake up a hundred times a second."""
-    parallel_state.destroy_model_parallel()
-    groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
-    for group in groups:
-        dist.destroy_process_group(group)
-    for attributes in [o for o in gc.get_objects() if type(o) is dict]:
-        for name in [n for n, v in attributes.items() if type(v) is dist.ProcessGroup and v in groups]:
-            attributes[name] = None
-
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
@@ -256,6 +239,7 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD_SIZE))
     notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
     join(folder, rank)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)  # once: groups of gloo have threads
     for name, case in CASES.items():
         notes.write("case", name=name, **_recovered(case, rank))
         notes.write("gradients", name=name, **_gradients(case, rank))
@@ -305,7 +289,7 @@ def _recovered(case: Case, rank: int) -> dict[str, Any]:
     tensors = sorted({r.tensor for r in _regions(state)})
     quantised = sorted({found for p in run.model[0].parameters() if (found := quantised_class(p))})
     state_bytes = sum(r.nbytes for r in _regions(state))
-    run.end(state)
+    state.close()
 
     run = Run(case, rank, seed=2)
     state = run.state()
@@ -324,7 +308,7 @@ def _recovered(case: Case, rank: int) -> dict[str, Any]:
     run.gather()
     again.append(run.image())
     moved = state.moved()
-    run.end(state)
+    state.close()
     return {
         "quantised": quantised, "roles": roles, "tensors": tensors, "images": images, "again": again, "moved": moved,
         "hashes": hashes, "hashes_again": hashes_again, "spoilt": spoilt, "unstaged": unstaged,
@@ -374,7 +358,7 @@ def _gradients(case: Case, rank: int) -> dict[str, Any]:
         run.iterate(5)
         run.gather()
         remarks.append(state.step_log.note_step(5).check())
-    run.end(state)
+    state.close()
     return {"overwritten": sorted(n for n in seen if seen[n] != kept[n]), "message": message, "remarks": remarks}
 
 
@@ -399,7 +383,7 @@ def _replayed(case: Case, rank: int) -> dict[str, Any]:
     state_hash = state.state_hash()
     run.gather()
     image = run.image()
-    run.end(state)
+    state.close()
 
     run = Run(case, rank, seed=2)
     state = run.state(log_steps=True)
@@ -417,7 +401,7 @@ def _replayed(case: Case, rank: int) -> dict[str, Any]:
     state.resync()
     again = run.image()
     hash_again = state.state_hash()
-    run.end(state)
+    state.close()
     return {"image": image, "again": again, "hash": state_hash, "hash_again": hash_again}
 
 
@@ -429,11 +413,10 @@ def _refused(rank: int) -> dict[str, str]:
         run = Run(case, rank, seed=1)
         spoil(run)
         try:
-            run.end(run.state())
+            run.state().close()
             found[name] = ""
         except UnsupportedState as error:
             found[name] = str(error)
-            forget_groups()
 
     mxfp8, tensorwise = Case(recipe="mxfp8"), Case(recipe="tensorwise")
     refuse("nothing", mxfp8, lambda run: None)
