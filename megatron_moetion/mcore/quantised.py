@@ -82,22 +82,28 @@ def refuse_parameters(model: Sequence[DistributedDataParallel]) -> None:
 def payload(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
     """The live bytes and scales of a quantised parameter by name, for checks; stale transposes are left out.
 
-    The scales of MXFP8 are without the padding that no value uses, and whose bytes nobody sets.
+    Scales of blocks are without the padding that no value uses, and whose bytes nobody sets.
     """
     found = {name: t for name in _PAYLOAD if isinstance(t := getattr(parameter, name, None), torch.Tensor)}
-    if type(parameter).__name__ == "MXFP8Tensor":
-        columns = parameter.shape[-1]
-        rows = parameter.numel() // columns
-        for name, (height, width) in {
-            "_rowwise_scale_inv": (rows, columns // 32),
-            "_columnwise_scale_inv": (rows // 32, columns),
-        }.items():
-            if name in found:
-                found[name] = found[name][:height, :width]
+    for name, (height, width) in _scales(parameter).items():
+        if name in found:
+            found[name] = found[name][:height, :width]
     transpose = getattr(parameter, "_transpose", None)
     if isinstance(transpose, torch.Tensor) and not getattr(parameter, "_transpose_invalid", True):
         found["_transpose"] = transpose
     return found
+
+
+def _scales(parameter: nn.Parameter) -> dict[str, tuple[int, int]]:
+    """How many scales a parameter has in each direction, by the name of the tensor with them; where they are padded."""
+    columns = parameter.shape[-1]
+    rows = parameter.numel() // columns
+    if type(parameter).__name__ == "MXFP8Tensor":
+        return {"_rowwise_scale_inv": (rows, columns // 32), "_columnwise_scale_inv": (rows // 32, columns)}
+    if getattr(parameter, "_is_2D_scaled", False):
+        high, wide = -(-rows // 128), -(-columns // 128)
+        return {"_rowwise_scale_inv": (high, wide), "_columnwise_scale_inv": (wide, high)}
+    return {}
 
 
 # -- delayed scaling ----------------------------------------------------------------------------------------------
@@ -121,12 +127,12 @@ def scaling_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, st
 
     Other recipes, and other modules, have none.
     """
-    meta = getattr(module, "fp8_meta", None)
-    for direction in _SCALING if isinstance(meta, dict) else ():
-        state = meta.get(direction)
+    meta: dict[str, Any] = getattr(module, "fp8_meta", {})
+    for direction in _SCALING:
+        holder: dict[str, Any] = getattr(meta.get(direction), "__dict__", {})
         for key in _SCALING_TENSORS:
-            if isinstance(getattr(state, key, None), torch.Tensor):
-                yield vars(state), key, f"{direction}.{key}"
+            if isinstance(holder.get(key), torch.Tensor):
+                yield holder, key, f"{direction}.{key}"
 
 
 def _create(path: str, module: Any) -> None:
@@ -134,9 +140,10 @@ def _create(path: str, module: Any) -> None:
     if any(name in names for name in _WITHOUT_SCALES):
         return
     known = next((name for name in names if name in _MODULES), None)
-    if known is None:
+    if known is not None:
+        module.init_fp8_metadata(num_gemms=_MODULES[known] or module.num_gemms)
+    if len(list(scaling_tensors(module))) != len(_SCALING) * len(_SCALING_TENSORS):
         raise UnsupportedState(
             f"{path} is a {type(module).__name__}, whose scales of delayed scaling MoEtion does not know how to find; "
-            f"known are {', '.join(_MODULES)}. Take another --fp8-recipe"
+            f"known are {', '.join(_MODULES)} of Transformer Engine 2. Take another --fp8-recipe"
         )
-    module.init_fp8_metadata(num_gemms=_MODULES[known] or module.num_gemms)

@@ -635,7 +635,7 @@ def _refusals(trainer: Trainer) -> dict[str, str]:
     )
     state = inner.state[parameter]
     refuse("offloaded", lambda: setattr(link, "optimizer", hybrid), lambda: setattr(link, "optimizer", inner))
-    refuse("fp8", lambda: setattr(config, "fp8", "hybrid"), lambda: setattr(config, "fp8", None))
+    refuse("fp4", lambda: setattr(config, "fp4", "e2m1"), lambda: setattr(config, "fp4", None))
     refuse("unknown state", lambda: state.update(max_exp_avg_sq=parameter), lambda: state.pop("max_exp_avg_sq"))
     refuse("missing chunk", lambda: setattr(trainer, "model", chunks[:1]), lambda: setattr(trainer, "model", chunks))
     refuse("nothing", lambda: None, lambda: None)

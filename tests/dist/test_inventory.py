@@ -128,7 +128,7 @@ def test_what_is_not_an_expert_is_in_every_snapshot(ranks: list[dict[str, Any]])
 
 REFUSALS = {
     "offloaded": "HybridDeviceOptimizer (--optimizer-cpu-offload) is not supported: its state is split",
-    "fp8": "--fp8-format is not supported: quantised parameters carry scales beside their bytes",
+    "fp4": "--fp4-format is not supported: NVFP4 parameters, and gradients rounded at random, are untested",
     "unknown state": "FusedAdam keeps 'max_exp_avg_sq' for a parameter of shape",
     "missing chunk": "parameter(s) that the given model chunks do not contain; pass all chunks to attach()",
     "nothing": "",

@@ -12,6 +12,7 @@ import ctypes
 import hashlib
 import os
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ import fp8_twins
 import torch
 import transformer_engine.pytorch as te
 from megatron.core import parallel_state, tensor_parallel
-from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, param_and_grad_buffer
 from megatron.core.fp8_utils import get_fp8_context
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.transformer import TransformerConfig
@@ -41,7 +42,26 @@ from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.units import Region, Role
 
+
+class _Done:
+    """A collective that has happened."""
+
+    def wait(self) -> None: ...
+
+
+@contextmanager
+def _one_by_one(*args: Any, **kwargs: Any) -> Iterator[_Done]:
+    """In place of coalesced collectives: gloo mixes up the bytes of tensors of different types, NCCL does not."""
+    yield _Done()
+
+
+def _gather(output: torch.Tensor, part: torch.Tensor, group: Any, async_op: bool) -> None:
+    dist.all_gather_into_tensor(output, part, group=group)
+
+
 fp8_twins.install()
+param_and_grad_buffer._coalescing_manager = _one_by_one
+param_and_grad_buffer.dist_all_gather_func = _gather
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +109,7 @@ class Tiny(torch.nn.Module):
 class Run:
     """A model with its optimizer, as a process has them that has just started."""
 
-    def __init__(self, case: Case, rank: int, seed: int) -> None:
-        parallel_state.initialize_model_parallel(expert_model_parallel_size=2)
+    def __init__(self, case: Case, rank: int, seed: int, clip_grad: float = 1.0) -> None:
         tensor_parallel.model_parallel_cuda_manual_seed(seed)
         torch.manual_seed(seed + parallel_state.get_expert_model_parallel_rank())
         self.case, self.rank, self.is_first = case, rank, True
@@ -129,7 +148,7 @@ class Run:
             bf16=True,
             params_dtype=torch.bfloat16,
             use_distributed_optimizer=True,
-            clip_grad=1.0,
+            clip_grad=clip_grad,
             fp8_recipe=case.recipe,
             overlap_param_gather=case.overlapped,
             reuse_grad_buf_for_mxfp8_param_ag=shares,
@@ -202,10 +221,6 @@ class Run:
         for buffer in (*self.model[0].buffers, *self.model[0].expert_parallel_buffers):
             buffer.grad_data.copy_(torch.randn(buffer.grad_data.shape))
 
-    def end(self, state: MegatronState) -> None:
-        state.close()
-        parallel_state.destroy_model_parallel()
-
 
 def digest(tensor: torch.Tensor) -> str:
     return hashlib.blake2b(tensor.detach().contiguous().view(torch.uint8).numpy().tobytes(), digest_size=8).hexdigest()
@@ -224,6 +239,7 @@ def main(folder: Path, environment: Mapping[str, str]) -> int:
     os.environ.update(LOCAL_RANK=str(rank), LOCAL_WORLD_SIZE=str(WORLD_SIZE))
     notes = Notes(folder / f"rank{rank:05d}.0.jsonl", attempt=0)
     join(folder, rank)
+    parallel_state.initialize_model_parallel(expert_model_parallel_size=2)  # once: groups of gloo have threads
     for name, case in CASES.items():
         notes.write("case", name=name, **_recovered(case, rank))
         notes.write("gradients", name=name, **_gradients(case, rank))
@@ -273,15 +289,15 @@ def _recovered(case: Case, rank: int) -> dict[str, Any]:
     tensors = sorted({r.tensor for r in _regions(state)})
     quantised = sorted({found for p in run.model[0].parameters() if (found := quantised_class(p))})
     state_bytes = sum(r.nbytes for r in _regions(state))
-    run.end(state)
+    state.close()
 
     run = Run(case, rank, seed=2)
     state = run.state()
     run.spoil(state)
     spoilt = run.image()
     _write(state, kept)
-    state.load_host_state(decode(host))
-    unstaged = _unstaged(run) if case.gathers and case.recipe == "mxfp8" else {}
+    unstaged = _unstaged(run) if run.shares else {}
+    state.load_host_state(decode(host))  # noise is random
     state.copy_to_model()
     state.resync()
     gradients = max(float(p.main_grad.abs().max()) for p in run.model[0].parameters()) if run.shares else 0.0
@@ -292,7 +308,7 @@ def _recovered(case: Case, rank: int) -> dict[str, Any]:
     run.gather()
     again.append(run.image())
     moved = state.moved()
-    run.end(state)
+    state.close()
     return {
         "quantised": quantised, "roles": roles, "tensors": tensors, "images": images, "again": again, "moved": moved,
         "hashes": hashes, "hashes_again": hashes_again, "spoilt": spoilt, "unstaged": unstaged,
@@ -318,7 +334,7 @@ def _unstaged(run: Run) -> dict[str, str]:
 
 def _gradients(case: Case, rank: int) -> dict[str, Any]:
     """Whether gradients are there after a step as they were before it, and what mode ``exact`` says."""
-    run = Run(case, rank, seed=1)
+    run = Run(case, rank, seed=1, clip_grad=0.0)  # which would scale them in place
     try:
         state = run.state(log_steps=True)
     except UnsupportedState as error:
@@ -342,7 +358,7 @@ def _gradients(case: Case, rank: int) -> dict[str, Any]:
         run.iterate(5)
         run.gather()
         remarks.append(state.step_log.note_step(5).check())
-    run.end(state)
+    state.close()
     return {"overwritten": sorted(n for n in seen if seen[n] != kept[n]), "message": message, "remarks": remarks}
 
 
@@ -367,7 +383,7 @@ def _replayed(case: Case, rank: int) -> dict[str, Any]:
     state_hash = state.state_hash()
     run.gather()
     image = run.image()
-    run.end(state)
+    state.close()
 
     run = Run(case, rank, seed=2)
     state = run.state(log_steps=True)
@@ -385,7 +401,7 @@ def _replayed(case: Case, rank: int) -> dict[str, Any]:
     state.resync()
     again = run.image()
     hash_again = state.state_hash()
-    run.end(state)
+    state.close()
     return {"image": image, "again": again, "hash": state_hash, "hash_again": hash_again}
 
 
@@ -397,11 +413,10 @@ def _refused(rank: int) -> dict[str, str]:
         run = Run(case, rank, seed=1)
         spoil(run)
         try:
-            run.end(run.state())
+            run.state().close()
             found[name] = ""
         except UnsupportedState as error:
             found[name] = str(error)
-            parallel_state.destroy_model_parallel()
 
     mxfp8, tensorwise = Case(recipe="mxfp8"), Case(recipe="tensorwise")
     refuse("nothing", mxfp8, lambda run: None)
