@@ -171,13 +171,13 @@ def join(folder: Path, rank: int) -> None:
 
 
 def _tear_down() -> None:
-    """Forget a model's groups. Each that is left has a thread of gloo that wakes up a hundred times a second."""
+    """Forget a model's groups. Each that is left has threads of gloo that wake up a hundred times a second.
+
+    A group's threads end with the last reference to it, and hooks in C++ keep a model, which has some, alive.
+    """
     get_moe_layer_wise_logging_tracker().clear()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
-    for group in [g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD]:
-        dist.destroy_process_group(group)
-    # Hooks in C++ keep a model alive, and it its groups: three threads for each, which wake up a hundred times a second.
     groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
     for group in groups:
         dist.destroy_process_group(group)
