@@ -78,7 +78,7 @@ _ORDER, _ANOTHER_ORDER = "tp-cp-ep-dp-pp", "cp-ep-dp-tp-pp"
 SETTINGS: dict[str, dict[str, Any]] = {
     "full": {},
     "exact": {"period": PERIOD},
-    "popularity": {"experts_per_snapshot": 1, "staleness_cap": 4, "lost_token_budget": 0.0},
+    "popularity": {"experts_per_snapshot": 1, "staleness_cap": 8, "lost_token_budget": 0.0},
 }
 _NO_AUXILIARY_LOSS = "--moe-router-load-balancing-type none --moe-aux-loss-coeff 0"
 _SPLIT = "--bf16 --use-distributed-optimizer"
@@ -389,10 +389,9 @@ def main(folder: Path, store: Path, cases: Sequence[str], environment: Mapping[s
         _forget()
         if case.is_reordered:
             notes.write("another order", name=name, message=_reordered(rank, case, store / f"{number}order"))
-        if os.environ.get("NOREC"):
-            continue
-        expected = _reference(rank, case)
+        expected = _reference(rank, case) if case.modes else None
         for mode in case.modes:
+            assert expected is not None
             with ExitStack() as stack:
                 where = store / f"{number}{mode}"
                 if rank == 0:

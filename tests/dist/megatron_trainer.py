@@ -179,10 +179,13 @@ def join(folder: Path, rank: int) -> None:
 
 
 def _tear_down() -> None:
+    """Forget a model's groups. Each that is left has threads of gloo that wake up a hundred times a second.
+
+    A group's threads end with the last reference to it, and hooks in C++ keep a model, which has some, alive.
+    """
     forget_metrics()  # one for the process: it has as many layers as the first model
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
-    # Hooks in C++ keep a model alive, and it its groups: each has threads that wake up a hundred times a second.
     groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
     for group in groups:
         dist.destroy_process_group(group)

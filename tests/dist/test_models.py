@@ -181,11 +181,13 @@ def test_scrambled_state_is_restored_bitwise_and_so_is_the_next_step(launch: Lau
 @pytest.mark.parametrize(("case", "mode"), runs("full", "exact"))
 def test_every_bit_is_what_it_would_have_been(launch: Launch, case: str, mode: str) -> None:
     """All processes are lost twice, the second time with a node's memory."""
-    for found in _of(launch, case, "recovery", mode):
+    ranks = _of(launch, case, "recovery", mode)
+    for found in ranks:
         assert found["wrong"] == []
         assert [r["lost"] for r in found["recovered"]] == [0, 0]
         assert all(set(r["units"].values()) == {r["iteration"]} for r in found["recovered"])
-        assert any(r["replayed"] for r in found["recovered"]) == (mode == "exact")
+    # A rank whose parameters are all frozen has nothing to replay.
+    assert any(r["replayed"] for found in ranks for r in found["recovered"]) == (mode == "exact")
 
 
 @pytest.mark.parametrize(("case", "mode"), runs("popularity"))
@@ -193,6 +195,7 @@ def test_an_expert_is_of_one_iteration_on_all_ranks_that_have_parts_of_it(launch
     """Also where these are tensor parallel shards; and its tokens are lost once, however many ranks counted them."""
     ranks = _of(launch, case, "recovery", mode)
     ages = []
+    before = 0
     for fault in range(2):
         at = [found["recovered"][fault] for found in ranks]
         (iteration,) = {r["iteration"] for r in at}
@@ -206,8 +209,10 @@ def test_an_expert_is_of_one_iteration_on_all_ranks_that_have_parts_of_it(launch
         lost = 0
         for found, r in zip(ranks, at, strict=True):
             now = r["counts"][str(iteration)] if found["place"]["etp"] == 0 else {}
-            lost += sum(n - r["counts"][str(taken[e])][e] for e, n in now.items() if e in taken)
+            # What an earlier recovery lost is not lost again.
+            lost += sum(n - r["counts"][str(max(before, taken[e]))][e] for e, n in now.items() if e in taken)
         assert {r["lost_tokens"] for r in at} == {lost}
+        before = iteration
     assert any(ages) == bool(ages), "with few experts a snapshot some are older"
 
 
