@@ -223,11 +223,13 @@ def _redirect_megatron() -> None:
     _quiet_expected_warnings()
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer
+    from megatron.core.transformer.moe import moe_utils
 
     from megatron_moetion.mcore.cpu_adam import FusedAdam
     from megatron_moetion.mcore.engine_names import bind_engine_names
 
     bind_engine_names()
+    moe_utils.te_general_gemm = None  # where Transformer Engine is installed: it needs a GPU
     optimizer.Adam = distrib_optimizer.Adam = FusedAdam
     optimizer.USING_PYTORCH_OPTIMIZER = False
     distrib_optimizer.HAVE_APEX_OR_TE = True
