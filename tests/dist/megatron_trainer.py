@@ -7,6 +7,7 @@ What a rank owns is found here by walking optimizers and modules, without the la
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
@@ -181,6 +182,13 @@ def _tear_down() -> None:
     forget_metrics()  # one for the process: it has as many layers as the first model
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
+    # Megatron keeps its groups. Each of gloo's has threads that wake a hundred times a second: those of twenty models
+    # leave nothing of two cores.
+    dist.barrier()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def _build(rank: int, model: Model | str) -> Trainer:
