@@ -186,6 +186,7 @@ def _tear_down() -> None:
     forget_metrics()  # one for the process: it has as many layers as the first model
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
+    dist.barrier()  # nobody is in a collective of theirs any more
     groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
     for group in groups:
         dist.destroy_process_group(group)

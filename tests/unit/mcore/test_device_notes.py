@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from enum import Enum
+from inspect import signature
 from types import SimpleNamespace
 from typing import Any
 
@@ -33,9 +34,12 @@ def test_of_a_model_without_graphs_nothing_is_said() -> None:
 
 def test_settings_of_graphs_are_named_with_what_they_mean() -> None:
     """Of both versions; in 0.16 a deprecated switch has become an implementation by then."""
-    now = graph_settings(config(cuda_graph_impl="local", cuda_graph_scope="attn"))
+    parts = (
+        "cuda_graph_modules" if "cuda_graph_modules" in signature(TransformerConfig).parameters else "cuda_graph_scope"
+    )
+    now = graph_settings(config(cuda_graph_impl="local", **{parts: ["attn"]}))
     assert graph_note(now) == (
-        "CUDA graphs are on (cuda_graph_impl=local, cuda_graph_scope=[attn]): not tested with checkpointing. Traffic "
+        f"CUDA graphs are on (cuda_graph_impl=local, {parts}=[attn]): not tested with checkpointing. Traffic "
         "inside a graph is not seen, so an iteration seems to have more room for snapshots than it has"
     )
     later = SimpleNamespace(

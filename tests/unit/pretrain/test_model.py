@@ -176,6 +176,7 @@ import os, sys
 from pathlib import Path
 from types import SimpleNamespace
 import torch
+sys.modules["transformer_engine"] = None
 from megatron_moetion.mcore import cpu_device
 from megatron_moetion.pretrain import launch
 
