@@ -19,7 +19,7 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16Optimizer
 
 from megatron_moetion.errors import UnsupportedState
 
-_CHAINS = (ChainedOptimizer, LayerWiseDistributedOptimizer)
+_CHAINS = (LayerWiseDistributedOptimizer, ChainedOptimizer)
 _LINKS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
 _SCALERS = (type(None), ConstantGradScaler, DynamicGradScaler)
 _ELEMENTWISE = {
@@ -105,7 +105,9 @@ def _require_known_inner(optimizer: torch.optim.Optimizer) -> None:
         )
     if _is_among(optimizer, _ELEMENTWISE) or _is_among(optimizer, _OF_MATRICES):
         return
-    known = [f"{package}.{name}" for known in (_ELEMENTWISE, _OF_MATRICES) for package in known for name in known[package]]
+    known = [
+        f"{package}.{name}" for known in (_ELEMENTWISE, _OF_MATRICES) for package in known for name in known[package]
+    ]
     raise UnsupportedState(
         f"{type(optimizer).__module__}.{type(optimizer).__name__} is not supported: its state is not known. "
         f"Use one of {', '.join(known)}"

@@ -75,7 +75,7 @@ def refuse_sharded_wrappers(model: Sequence[Any]) -> None:
                 f"--use-distributed-optimizer and without --use-torch-fsdp2"
             )
         if type(chunk) is not DistributedDataParallel:
-            kind = ", a kind of DistributedDataParallel," if isinstance(chunk, DistributedDataParallel) else ""
+            kind = " (a kind of DistributedDataParallel)" if isinstance(chunk, DistributedDataParallel) else ""
             raise ConfigError(
                 f"attach(model=...) holds {name}{kind}; every chunk must be wrapped in "
                 f"megatron.core.distributed.DistributedDataParallel itself: what another class does with parameters "
@@ -138,7 +138,11 @@ def _refuse_steps_that_do_not_repeat(link: MegatronOptimizer, config: Any) -> No
 def _refuse_second_norms(model: Sequence[DistributedDataParallel], link: MegatronOptimizer) -> None:
     """Gradients in fp32 are clipped where they lie; of others the norm is logged, and there is room for one."""
     parameters = [p for chunk in model for p in chunk.parameters() if hasattr(p, "main_grad")]
-    names = {p.grad_norm_group for p in parameters if p.main_grad.dtype is not torch.float32 and hasattr(p, "grad_norm_group")}
+    names = {
+        p.grad_norm_group
+        for p in parameters
+        if p.main_grad.dtype is not torch.float32 and hasattr(p, "grad_norm_group")
+    }
     if names and link.config.clip_grad > 0:
         raise UnsupportedState(
             f"gradients that are clipped by a norm of their own (mtp_detach_heads: {', '.join(sorted(names))}) are not "

@@ -94,7 +94,9 @@ def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_ba
         for start, end in sorted(parts):
             assert start == cursor, f"{key}: {sorted(parts)}"
             cursor = end
-    held = Counter({role: sum(e - s for (_, r), parts in spans.items() if r == role for s, e in parts) for _, role in spans})
+    held = Counter(
+        {role: sum(e - s for (_, r), parts in spans.items() if r == role for s, e in parts) for _, role in spans}
+    )
     elements = [r["elements"] for r in found]
     assert held["MASTER"] == held["EXP_AVG"] == sum(d / n + e / m for d, n, e, m in elements)
     second = {name for name, role in spans if role == "EXP_AVG_SQ"}
@@ -102,7 +104,9 @@ def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_ba
         assert any("embedding" in name for name in second), "Adam has the embedding"
     assert any(".experts." in name for name in second) == ("adaptive" in case)
     if "dp2" in case and "lion" not in case and "adaptive" not in case:
-        whole = [parts for (name, role), parts in spans.items() if role == "MASTER" and "linear" in name and "weight" in name]
+        whole = [
+            parts for (name, role), parts in spans.items() if role == "MASTER" and "linear" in name and "weight" in name
+        ]
         assert all(len(parts) == 1 for parts in whole), "a matrix is on one rank"
     if case == "ep2 dp2, buckets":
         assert all(r["counted_elsewhere"] > 0 for r in found), "counts tokens of experts whose state is elsewhere"

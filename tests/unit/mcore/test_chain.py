@@ -143,7 +143,9 @@ def test_fresh_state_is_asked_of_those_that_make_it_themselves() -> None:
     base.__init__ = lambda self, p, lr: torch.optim.Optimizer.__init__(self, p, {"betas": (0.9, 0.99)})
     lion = named("Lion", "emerging_optimizers.scalar_optimizers", base)
     create_state(lion)
-    assert [list(state) for state in lion.state.values()] == [["exp_avg"]], "no second moment, whatever it has betas for"
+    assert [list(state) for state in lion.state.values()] == [["exp_avg"]], (
+        "no second moment, whatever it has betas for"
+    )
     first_release = named("TensorParallelMuon", "megatron.core.optimizer.muon", base)
     del base._init_group
     create_state(first_release)

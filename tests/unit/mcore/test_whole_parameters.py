@@ -61,6 +61,6 @@ def test_a_second_moment_of_another_shape_is_refused(method: str, shape: Any, re
 def test_experts_that_share_a_matrix_cannot_be_replayed_apart(record_property: Say) -> None:
     (shard,) = held("TensorParallelMuon", momentum_buffer=torch.ones(4, 6))
     _Builder().add_shard(place(12, 24), shard, with_gradients=False)
-    with pytest.raises(UnsupportedState, match="weight1 is a part of a parameter .* take mode 'full'") as error:
+    with pytest.raises(UnsupportedState, match=r"weight1 is a part of a parameter .* take mode 'full'") as error:
         _Builder().add_shard(place(12, 24), shard, with_gradients=True)
     record_property("message", str(error.value))
