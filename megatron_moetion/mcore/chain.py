@@ -7,7 +7,7 @@ check that lets it through restores wrongly without a word. Sources: ``megatron.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from megatron.core.optimizer import MegatronOptimizer
@@ -22,7 +22,7 @@ from megatron_moetion.errors import UnsupportedState
 _CHAINS = (LayerWiseDistributedOptimizer, ChainedOptimizer)
 _LINKS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
 _SCALERS = (type(None), ConstantGradScaler, DynamicGradScaler)
-_ELEMENTWISE = {
+_ELEMENTWISE: Mapping[str, tuple[str, ...]] = {
     "torch.optim": ("Adam", "AdamW", "SGD"),
     "apex.optimizers": ("FusedAdam", "FusedSGD"),
     "transformer_engine.pytorch.optimizers": ("FusedAdam", "FusedSGD"),
@@ -30,7 +30,9 @@ _ELEMENTWISE = {
     "emerging_optimizers.scalar_optimizers": ("Lion",),
 }
 """By package, classes whose state we know and whose step works element by element."""
-_OF_MATRICES = {"megatron.core.optimizer": ("TensorParallelMuon", "TensorParallelAdaptiveMuon")}
+_OF_MATRICES: Mapping[str, tuple[str, ...]] = {
+    "megatron.core.optimizer": ("TensorParallelMuon", "TensorParallelAdaptiveMuon"),
+}
 """By package, classes whose state we know and whose step needs a whole parameter."""
 
 
@@ -79,7 +81,7 @@ def _flat(optimizer: MegatronOptimizer) -> Iterator[MegatronOptimizer]:
             yield from _flat(link)
 
 
-def _is_among(optimizer: torch.optim.Optimizer, known: dict[str, tuple[str, ...]]) -> bool:
+def _is_among(optimizer: torch.optim.Optimizer, known: Mapping[str, tuple[str, ...]]) -> bool:
     """Whether its exact class is one of these, by name, so that packages need not be installed."""
     module, name = f"{type(optimizer).__module__}.", type(optimizer).__name__
     return any(module.startswith(f"{package}.") and name in names for package, names in known.items())

@@ -39,6 +39,7 @@ def refuse_unsupported(
     if getattr(config, "fp8", None):
         raise UnsupportedState("--fp8-format is not supported: quantised parameters carry scales beside their bytes")
     refuse_sharded_wrappers(model)
+    _refuse_optimizer_instances(model)
     _refuse_weight_rematerialisation(config)
     _refuse_query_key_clipping(config, log_steps=log_steps)
     for link in links:
@@ -81,6 +82,15 @@ def refuse_sharded_wrappers(model: Sequence[Any]) -> None:
                 f"megatron.core.distributed.DistributedDataParallel itself: what another class does with parameters "
                 f"and gradients is not known"
             )
+
+
+def _refuse_optimizer_instances(model: Sequence[DistributedDataParallel]) -> None:
+    instances = max(getattr(chunk.ddp_config, "num_distributed_optimizer_instances", 1) for chunk in model)
+    if instances > 1:
+        raise UnsupportedState(
+            f"{instances} instances of the distributed optimizer are not supported: ranks of different instances hold "
+            f"equal state, and restoring them is not tested. Set --num-distributed-optimizer-instances 1"
+        )
 
 
 def _refuse_weight_rematerialisation(config: Any) -> None:

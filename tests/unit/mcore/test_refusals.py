@@ -106,6 +106,10 @@ def proves(feature: str, *values: Any) -> Any:
             r"holds OfAnotherName \(a kind of DistributedDataParallel\); every chunk",
         ),
         proves(
+            "Several instances of the distributed optimizer", {"model": [ddp(num_distributed_optimizer_instances=2)]},
+            MODES, "^2 instances of the distributed optimizer are not supported.*--num-distributed-opt",
+        ),
+        proves(
             "GTP (weight rematerialisation groups)", {"config": config(gtp_weight_remat_size=2)}, MODES,
             r"gtp_weight_remat_size=2, expert_gtp_weight_remat_size=1\) is not supported.*weight shards",
         ),
