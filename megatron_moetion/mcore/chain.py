@@ -19,10 +19,10 @@ from megatron.core.optimizer.optimizer import ChainedOptimizer, Float16Optimizer
 
 from megatron_moetion.errors import UnsupportedState
 
-_CHAINS = (ChainedOptimizer, LayerWiseDistributedOptimizer)
+_CHAINS = (LayerWiseDistributedOptimizer, ChainedOptimizer)
 _LINKS = (DistributedOptimizer, Float16OptimizerWithFloat16Params, FP32Optimizer)
 _SCALERS = (type(None), ConstantGradScaler, DynamicGradScaler)
-_ELEMENTWISE = {
+_ELEMENTWISE: Mapping[str, tuple[str, ...]] = {
     "torch.optim": ("Adam", "AdamW", "SGD"),
     "apex.optimizers": ("FusedAdam", "FusedSGD"),
     "transformer_engine.pytorch.optimizers": ("FusedAdam", "FusedSGD"),
@@ -30,7 +30,9 @@ _ELEMENTWISE = {
     "emerging_optimizers.scalar_optimizers": ("Lion",),
 }
 """By package, classes whose state we know and whose step works element by element."""
-_OF_MATRICES = {"megatron.core.optimizer": ("TensorParallelMuon", "TensorParallelAdaptiveMuon")}
+_OF_MATRICES: Mapping[str, tuple[str, ...]] = {
+    "megatron.core.optimizer": ("TensorParallelMuon", "TensorParallelAdaptiveMuon"),
+}
 """By package, classes whose state we know and whose step needs a whole parameter."""
 
 

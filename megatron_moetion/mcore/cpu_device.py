@@ -228,7 +228,6 @@ def _redirect_megatron() -> None:
     _quiet_expected_warnings()
     import megatron.core.optimizer as optimizer
     from megatron.core.optimizer import distrib_optimizer
-    from megatron.core.transformer.moe import moe_utils
 
     from megatron_moetion.mcore.cpu_adam import FusedAdam
     from megatron_moetion.mcore.engine_names import bind_engine_names

@@ -57,6 +57,7 @@ def refuse_unsupported(
     """
     refuse_sharded_wrappers(model)
     _refuse_quantisation(config)
+    _refuse_optimizer_instances(model)
     _refuse_weight_rematerialisation(config)
     _refuse_query_key_clipping(config, log_steps=log_steps)
     for link in links:
@@ -164,12 +165,21 @@ def refuse_sharded_wrappers(model: Sequence[Any]) -> None:
                 f"--use-distributed-optimizer and without --use-torch-fsdp2"
             )
         if type(chunk) is not DistributedDataParallel:
-            kind = ", a kind of DistributedDataParallel," if isinstance(chunk, DistributedDataParallel) else ""
+            kind = " (a kind of DistributedDataParallel)" if isinstance(chunk, DistributedDataParallel) else ""
             raise ConfigError(
                 f"attach(model=...) holds {name}{kind}; every chunk must be wrapped in "
                 f"megatron.core.distributed.DistributedDataParallel itself: what another class does with parameters "
                 f"and gradients is not known"
             )
+
+
+def _refuse_optimizer_instances(model: Sequence[DistributedDataParallel]) -> None:
+    instances = max(getattr(chunk.ddp_config, "num_distributed_optimizer_instances", 1) for chunk in model)
+    if instances > 1:
+        raise UnsupportedState(
+            f"{instances} instances of the distributed optimizer are not supported: ranks of different instances hold "
+            f"equal state, and restoring them is not tested. Set --num-distributed-optimizer-instances 1"
+        )
 
 
 def _refuse_weight_rematerialisation(config: Any) -> None:

@@ -53,28 +53,45 @@ def muon() -> Iterator[Nursery]:
     found.close()
 
 
-Work = Callable[..., list[dict[str, Any]]]
+Ranks = list[dict[str, Any]]
+Work = Callable[..., Ranks]
+
+
+def launch(muon: Nursery, folder: Path, store: Path, *work: str) -> list[Ranks]:
+    """Work on four ranks; what each rank noted, by case."""
+    environments = [{"RANK": str(rank)} for rank in range(4)]
+    codes = muon.launch(200, folder=str(folder), store=str(store), work=list(work), ranks=environments)
+    assert codes == [0] * 4, logs(folder)
+    return [
+        list(of_case) for of_case in zip(*(notes_in(folder / f"rank{r:05d}.0.jsonl") for r in range(4)), strict=True)
+    ]
+
+
+def there(found: Ranks) -> Ranks:
+    """Skips the test where this megatron-core has nothing of the kind."""
+    if "absent" in found[0]:
+        pytest.skip(found[0]["absent"])
+    return found
 
 
 @pytest.fixture
 def ranks(muon: Nursery, store: Path, tmp_path: Path) -> Work:
-    """Does some work with one case on four ranks."""
+    """Does some work with one case."""
+    return lambda kind, case: there(*launch(muon, tmp_path, store, kind, case))
 
-    def run(kind: str, case: str) -> list[dict[str, Any]]:
-        environments = [{"RANK": str(rank)} for rank in range(4)]
-        codes = muon.launch(200, folder=str(tmp_path), store=str(store), work=[kind, case], ranks=environments)
-        assert codes == [0] * 4, logs(tmp_path)
-        found = [notes_in(tmp_path / f"rank{rank:05d}.0.jsonl")[0] for rank in range(4)]
-        if "absent" in found[0]:
-            pytest.skip(found[0]["absent"])
-        return found
 
-    return run
+@pytest.fixture(scope="module")
+def inventories(muon: Nursery, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Ranks]:
+    """Of all cases, by one launch."""
+    folder = tmp_path_factory.mktemp("muon")
+    return {found[0]["name"]: found for found in launch(muon, folder, folder, "inventory")}
 
 
 @pytest.mark.parametrize("case", proving("inventory", ""))
-def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_back(ranks: Work, case: str) -> None:
-    found = ranks("inventory", case)
+def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_back(
+    inventories: dict[str, Ranks], case: str
+) -> None:
+    found = there(inventories[case])
     spans: dict[tuple[str, str], list[tuple[int, int]]] = defaultdict(list)
     for of_rank in found:
         assert (of_rank["missed"], of_rank["twice"], of_rank["of_others"]) == (0, 0, 0)

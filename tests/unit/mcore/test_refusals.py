@@ -103,7 +103,11 @@ def proves(feature: str, *values: Any) -> Any:
         ),
         proves(
             "Subclasses of DistributedDataParallel", {"model": [ddp(), of(OfAnotherName)]}, MODES,
-            "holds OfAnotherName, a kind of DistributedDataParallel, ",
+            r"holds OfAnotherName \(a kind of DistributedDataParallel\); every chunk",
+        ),
+        proves(
+            "Several instances of the distributed optimizer", {"model": [ddp(num_distributed_optimizer_instances=2)]},
+            MODES, "^2 instances of the distributed optimizer are not supported.*--num-distributed-opt",
         ),
         proves(
             "GTP (weight rematerialisation groups)", {"config": config(gtp_weight_remat_size=2)}, MODES,
@@ -118,7 +122,10 @@ def proves(feature: str, *values: Any) -> Any:
             "qk_clip, mode exact", {"config": config(qk_clip=True, params_dtype=torch.float32)}, ("exact",),
             "qk_clip is not supported in mode 'exact'",
         ),
-        proves("qk_clip, bf16 parameters", {"config": config(qk_clip=True)}, ("full",), "torch.bfloat16 parameters"),
+        proves(
+            "qk_clip, bf16 parameters", {"config": config(qk_clip=True)}, MODES,
+            "qk_clip is not supported (in mode 'exact'|with torch.bfloat16 parameters: .*Train without)",
+        ),
         proves(
             "Muon with tensor parallelism (duplicated, distributed), mode exact",
             {"links": [muon()], "config": config(tensor_model_parallel_size=2)}, ("exact",),
