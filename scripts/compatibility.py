@@ -73,6 +73,18 @@ FEATURES: Mapping[str, Sequence[str]] = {
         "Steps that a loss scaler skips",
         "Iterations without an optimizer step",
         "Iterations with several optimizer steps",
+        "Steps run again by the rerun state machine",
+        "Steps run again by paged stash",
+    ),
+    "On a GPU only": (
+        "CUDA graphs of layers or their parts",
+        "CUDA graphs of whole iterations",
+        "CUDA graphs of the router, with capacity recalibration",
+        "DeepEP (--moe-flex-dispatcher-backend deepep)",
+        "--moe-enable-deepep",
+        "HybridEP (--moe-flex-dispatcher-backend hybridep)",
+        "Paged stash",
+        "Token counts of padded experts' inputs (FP8, FP4)",
     ),
 }
 
