@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One of two pipeline stages that train with Megatron's own ``pretrain()``, which is given our communicator.
 
-No function of Megatron's training loop is replaced for it. Where ``attach`` is called from such a loop is not what is
-looked at here: an iterator over the data, which the loop asks once an iteration, calls ``attach`` and ``on_step_end``.
+No function of Megatron's training loop is replaced for it. A recorder watches from the second iteration on.
 """
 
 from __future__ import annotations
@@ -14,7 +13,6 @@ import typing
 from collections import defaultdict
 from collections.abc import Iterator
 from datetime import timedelta
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,8 +34,10 @@ from megatron.training import get_args, training
 from megatron.training.argument_utils import pretrain_cfg_container_from_args
 from megatron.training.arguments import core_transformer_config_from_args, parse_and_validate_args
 
-from megatron_moetion.mcore.attach import Attached
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.mcore.traffic import pipeline_arguments
+from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
+from megatron_moetion.schedule.timeline import Lane
 
 ITERATIONS = 4
 MICRO_BATCHES = 2
@@ -50,7 +50,7 @@ FLAGS = (
     "--no-bias-gelu-fusion --no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm "
     "--no-gradient-accumulation-fusion --no-rope-fusion --use-cpu-initialization --disable-bias-linear --eval-iters 0 "
     "--eval-interval 100 --log-interval 1 --tokenizer-type NullTokenizer --vocab-size 127 --dataloader-type external "
-    "--no-async-tensor-model-parallel-allreduce --distributed-timeout-minutes 5"
+    "--distributed-timeout-minutes 5"
 )
 
 
@@ -64,7 +64,7 @@ def main(folder: Path, rank: int) -> None:
     parallel_state.initialize_model_parallel(1, 2)
     before = {name: value for name, value in vars(training).items() if callable(value)}
     arguments = pipeline_arguments(core_transformer_config_from_args(args))
-    run = Run(folder, arguments["p2p_communicator"])
+    run = Run(arguments["p2p_communicator"])
     training.pretrain(
         pretrain_cfg_container_from_args(args),
         run.datasets,
@@ -73,9 +73,11 @@ def main(folder: Path, rank: int) -> None:
         _model,
         **arguments,
     )
-    run.end(ITERATIONS)
+    timeline = run.recorder.cut(1)
+    assert timeline is not None
+    sent = [span.sent_bytes for span in timeline.spans if span.lane is Lane.PIPELINE]
     replaced = [name for name, value in vars(training).items() if callable(value) and before.get(name) is not value]
-    print(json.dumps({"spans": run.spans, "losses": run.losses, "replaced": replaced}), flush=True)
+    print(json.dumps({"sent": sent, "losses": run.losses, "replaced": replaced}), flush=True)
     dist.barrier()
     os._exit(0)
 
@@ -83,11 +85,11 @@ def main(folder: Path, rank: int) -> None:
 class Run:
     """What a user of ``pretrain()`` passes to it."""
 
-    def __init__(self, folder: Path, communicator: Any) -> None:
-        self._folder, self._communicator = folder, communicator
-        self._attached: Attached | None = None
-        self._modules: dict[int, torch.nn.Module] = {}
-        self.spans: list[list[str]] = []
+    def __init__(self, communicator: Any) -> None:
+        self._communicator = communicator
+        clock = SystemClock()
+        self.recorder = Recorder(HostStopwatch(clock), clock)
+        self.passes = 0
         self.losses: list[str] = []
 
     def datasets(self, *_: Any) -> tuple[Any, None, None]:
@@ -103,20 +105,16 @@ class Run:
     def forward_step(self, iterator: Iterator[dict[str, torch.Tensor]], model: torch.nn.Module) -> Any:
         tokens = next(iterator)["tokens"]
         mask = torch.ones(1, 1, SEQUENCE, SEQUENCE, dtype=torch.bool).triu(1)
-        output = model(
-            tokens[:, :-1].contiguous(), torch.arange(SEQUENCE)[None], mask, labels=tokens[:, 1:].contiguous()
-        )
-        return output, partial(self._loss)
+        self.passes += 1
+        if self.passes == MICRO_BATCHES + 1:
+            self._communicator.watch(self.recorder, crosses=True)
+        inputs, labels = tokens[:, :-1].contiguous(), tokens[:, 1:].contiguous()
+        return model(inputs, torch.arange(SEQUENCE)[None], mask, labels=labels), self._loss
 
     def _loss(self, output: torch.Tensor) -> Any:
         loss = output.float().mean()
         self.losses.append(float(loss).hex())
         return loss, {"lm loss": loss.detach().clone()}
-
-    def end(self, iteration: int) -> None:
-        if self._attached is not None:
-            self._attached.on_step_end(iteration)
-            self._attached.close()
 
 
 def _model(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **more: Any) -> GPTModel:
