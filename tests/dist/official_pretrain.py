@@ -27,6 +27,7 @@ if not hasattr(typing, "override"):  # Megatron's loop asks for Python 3.12
 
 # isort: split
 from megatron.core import parallel_state
+from megatron.core.datasets import utils as data_utils
 from megatron.core.enums import ModelType
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
@@ -93,7 +94,7 @@ class Run:
         self.losses: list[str] = []
 
     def datasets(self, *_: Any) -> tuple[Any, None, None]:
-        return list(self._batches()), None, None
+        return self._batches(), None, None
 
     datasets.is_distributed = True  # type: ignore[attr-defined]
 
@@ -139,6 +140,7 @@ def _redirect() -> None:
     torch.cuda.memory_stats = lambda *_: defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *_: 0)
+    data_utils.compile_helpers = lambda: None  # for datasets that are not used here
 
 
 if __name__ == "__main__":
