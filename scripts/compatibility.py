@@ -26,6 +26,7 @@ PAGE = ROOT / "docs" / "compatibility.md"
 LEVELS = {
     "recovery": "bitwise recovery tested on CPU",
     "inventory": "inventory tested",
+    "counts": "counted once, tested on CPU",
     "refused": "refused",
     "note": "note",
 }
@@ -191,6 +192,7 @@ def page(legs: Sequence[Leg]) -> str:
         "- *Bitwise recovery*: real Megatron-Core trained, its state was lost or overwritten, and was restored. Every",
         "  bit of it and of the next step was what it would have been.",
         "- *Inventory*: every byte of the optimizer's and the model's state on a rank is captured exactly once.",
+        "- *Counted once*: tokens are counted once, and no window for snapshots is derived from the iteration.",
         "- *Refused*: `attach` raises this error, on all ranks, before the first iteration.",
         "- *Note*: the feature is detected and `attach` logs this line.",
         "- *Failed*: the named test does not pass there.",

@@ -15,10 +15,10 @@ ITERATIONS = 5
 TWICE = 3
 WAYS = (
     pytest.param(
-        "rerun state machine", marks=pytest.mark.proves("Steps run again by the rerun state machine", "recovery")
+        "rerun state machine", marks=pytest.mark.proves("Steps run again by the rerun state machine", "counts")
     ),
     "paged stash, a stand-in",
-    pytest.param("paged stash", marks=pytest.mark.proves("Steps run again by paged stash", "recovery")),
+    pytest.param("paged stash", marks=pytest.mark.proves("Steps run again by paged stash", "counts")),
 )
 
 
