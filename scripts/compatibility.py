@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Makes docs/compatibility.md from the results of tests.
 
-A test says what it proves: ``@pytest.mark.proves("Shared experts", "recovery")``. Levels are in ``LEVELS``, features
-and their order in ``FEATURES``. ``pytest --compatibility FILE`` writes what became of these tests, and with what
+A test says what it proves: ``@pytest.mark.proves("Shared experts", "recovery")``. Levels are in ``LEVELS``, and places
+of features on the page in ``GROUPS``. ``pytest --compatibility FILE`` writes what became of these tests, and with what
 versions. Files in docs/compatibility/ are such results, one for each environment that was tested:
 
     python -m pytest tests --compatibility docs/compatibility/megatron-core-0.19.2.json
@@ -26,55 +26,88 @@ PAGE = ROOT / "docs" / "compatibility.md"
 LEVELS = {
     "recovery": "bitwise recovery tested on CPU",
     "inventory": "inventory tested",
+    "counts": "counted once, tested on CPU",
     "refused": "refused",
     "note": "note",
 }
 """From the strongest on. A recovery covers the inventory: what was not captured does not come back."""
-FEATURES: Mapping[str, Sequence[str]] = {
+GROUPS: Mapping[str, Sequence[str]] = {
     "Optimizers": (
-        "DistributedOptimizer, fp32",
-        "DistributedOptimizer, bf16",
-        "DistributedOptimizer, fp16",
-        "Float16OptimizerWithFloat16Params, bf16",
-        "Float16OptimizerWithFloat16Params, fp16",
+        "DistributedOptimizer",
+        "Float16OptimizerWithFloat16Params",
         "FP32Optimizer",
         "Adam that counts steps in the group (Apex, Transformer Engine)",
-        "torch.optim.AdamW",
-        "torch.optim.Adam",
-        "SGD with momentum",
-        "Gradients reduced in bf16",
-        "Gradients reduced in fp16",
-        "Precision-aware optimizer, bf16 moments",
-        "Muon (LayerWiseDistributedOptimizer)",
+        "torch.optim.",
+        "SGD",
+        "Gradients reduced in",
+        "Precision-aware optimizer",
+        "Muon",
+        "Adaptive Muon",
+        "Lion",
         "CPU-offloaded optimizer",
         "Optimizer state of unknown names",
+        "Subclasses of Megatron's optimizers",
+        "Inner optimizers of other libraries",
     ),
-    "Quantised parameters": (
-        "FP8 parameters, delayed scaling",
-        "MXFP8 parameters",
-    ),
+    "Quantised parameters": ("FP8", "MXFP8", "NVFP4", "Attention in FP8"),
     "Models": (
         "Tied embeddings",
         "Untied embeddings",
-        "Frozen parameters",
-        "Shared experts",
-        "Router with expert bias",
+        "Frozen",
+        "A pipeline stage without trained parameters",
+        "Shared expert",
+        "Router",
+        "Quantile balancing",
+        "Global auxiliary loss",
         "Expert capacity",
         "Capacity recalibration",
         "Experts without tokens",
+        "Dense layers before MoE layers",
+        "Multi-token prediction (MTP)",
+        "MTP",
+        "Multi-latent attention (MLA)",
+        "MLA",
+        "Norms of queries and keys",
+        "Learned softmax offset",
+        "HybridModel",
+        "Grouped experts",
+        "Transformer Engine",
     ),
     "Parallelism": (
         "Expert parallelism",
         "Pipeline parallelism",
         "Virtual pipeline stages",
+        "Uneven pipeline",
+        "Pipeline layout",
+        "Tensor parallelism",
+        "Tensor",
+        "Context parallelism",
         "--overlap-grad-reduce, --overlap-param-gather",
+        "Another order of the kinds of parallelism",
     ),
     "Iterations and schedules": (
         "Steps that a loss scaler skips",
         "Iterations without an optimizer step",
         "Iterations with several optimizer steps",
+        "Steps run again by",
+    ),
+    "Communication and graphs": (
+        "CUDA graphs",
+        "DeepEP",
+        "--moe-enable-deepep",
+        "HybridEP",
+        "Paged stash",
+        "Token counts",
+    ),
+    "Refused": (
+        "Megatron-FSDP",
+        "GTP",
+        "CUDA-graphed optimizer step",
+        "qk_clip",
+        "In-place expert re-layout",
     ),
 }
+"""Headings of the page, and how names of features below them begin. Of two beginnings the longer one counts."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,10 +162,21 @@ def merged(legs: Iterable[Leg]) -> list[Leg]:
     ]
 
 
+def place_of(feature: str) -> tuple[int, int] | None:
+    """Where a feature stands on the page: the numbers of its group, and of its name's beginning in that."""
+    places = [
+        (len(beginning), group, number)
+        for group, beginnings in enumerate(GROUPS.values())
+        for number, beginning in enumerate(beginnings)
+        if feature.startswith(beginning)
+    ]
+    return max(places)[1:] if places else None
+
+
 def unknown(results: Iterable[Result]) -> list[str]:
-    """What is wrong with the marks of tests: features and levels that are not listed here."""
-    features = {name for names in FEATURES.values() for name in names}
-    wrong = {f"feature {r.feature!r} of {r.test}" for r in results if r.feature not in features}
+    """What is wrong with the marks of tests: features and levels that have no place on the page."""
+    results = list(results)
+    wrong = {f"feature {r.feature!r} of {r.test}" for r in results if place_of(r.feature) is None}
     return sorted(wrong | {f"level {r.level!r} of {r.test}" for r in results if r.level not in LEVELS})
 
 
@@ -148,6 +192,7 @@ def page(legs: Sequence[Leg]) -> str:
         "- *Bitwise recovery*: real Megatron-Core trained, its state was lost or overwritten, and was restored. Every",
         "  bit of it and of the next step was what it would have been.",
         "- *Inventory*: every byte of the optimizer's and the model's state on a rank is captured exactly once.",
+        "- *Counted once*: tokens are counted once, and no window for snapshots is derived from the iteration.",
         "- *Refused*: `attach` raises this error, on all ranks, before the first iteration.",
         "- *Note*: the feature is detected and `attach` logs this line.",
         "- *Failed*: the named test does not pass there.",
@@ -156,10 +201,13 @@ def page(legs: Sequence[Leg]) -> str:
         "| --- | --- |",
         *(f"| {leg.title} | {_versions(leg)} |" for leg in legs),
     ]
-    for group, names in FEATURES.items():
-        lines += ["", f"## {group}", "", f"| feature | {' | '.join(leg.title for leg in legs)} | tests |"]
-        lines += ["| --- " * (len(legs) + 2) + "|"]
-        lines += [_row(name, legs) for name in names]
+    found = {r.feature: place for leg in legs for r in leg.results if (place := place_of(r.feature)) is not None}
+    for number, group in enumerate(GROUPS):
+        names = sorted((place, name) for name, place in found.items() if place[0] == number)
+        if names:
+            lines += ["", f"## {group}", "", f"| feature | {' | '.join(leg.title for leg in legs)} | tests |"]
+            lines += ["| --- " * (len(legs) + 2) + "|"]
+            lines += [_row(name, legs) for _, name in names]
     return "\n".join(lines) + "\n"
 
 
@@ -167,7 +215,7 @@ def _row(feature: str, legs: Sequence[Leg]) -> str:
     of_feature = [[r for r in leg.results if r.feature == feature] for leg in legs]
     tests = dict.fromkeys(_escaped(f"`{r.test}`") for results in of_feature for r in _shown(results))
     cells = [_cell(results) for results in of_feature]
-    return f"| {' | '.join([_escaped(feature), *cells, '<br>'.join(tests) or 'not tested'])} |"
+    return f"| {' | '.join([_escaped(feature), *cells, '<br>'.join(tests)])} |"
 
 
 def _shown(results: Sequence[Result]) -> list[Result]:

@@ -16,7 +16,16 @@ import torch
 
 from megatron_moetion.config import MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.mcore.device_notes import check_graphs, connections_note, graph_note, graph_settings
+from megatron_moetion.mcore.device_notes import (
+    check_graphs,
+    connections_note,
+    dispatcher_note,
+    graph_note,
+    graph_settings,
+    padding_note,
+    schedule_with_graphs,
+    stash_note,
+)
 from megatron_moetion.mcore.versions import import_problem, installed, require_names, version_note
 from megatron_moetion.modes.exact import ExactBlueprint
 from megatron_moetion.modes.full import FullBlueprint
@@ -230,14 +239,20 @@ def attach(
         show_log(undo)
         host = Host()
         trace = _trace(config, host.environment) if config.trace_dir else None
-        on_device, graphs = next(model[0].parameters()).is_cuda, graph_settings(get_model_config(model[0]))
+        model_config, on_device = get_model_config(model[0]), next(model[0].parameters()).is_cuda
+        graphs, schedule = graph_settings(model_config), resolved_schedule(config.schedule, on_device=on_device)
         check_graphs(graphs, recalibrates=config.recalibrates)
-        _say_once(version_note(installed()))
-        if on_device:
-            _say_once(graph_note(graphs), connections_note(host.environment))
+        _say_once(
+            version_note(installed()),
+            graph_note(graphs, schedule),
+            dispatcher_note(model_config),
+            stash_note(model_config),
+            padding_note(model_config, counts_tokens=config.mode == "popularity"),
+            connections_note(host.environment) if on_device else None,
+        )
         is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
         scheduler = Scheduler(
-            resolved_schedule(config.schedule, on_device=on_device),
+            schedule_with_graphs(schedule, graphs),
             EventStopwatch(torch.cuda.Event, is_capturing) if on_device else HostStopwatch(host.clock),
             clock=host.clock,
             condition=host.threads.condition(),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
 from megatron_trainer import WORLD_SIZE, Trainer, _build, _tear_down, join
 from torch import distributed as dist
 from toy_trainer import Notes
@@ -21,7 +22,10 @@ from megatron.core.rerun_state_machine import RerunMode, RerunStateMachine
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.mcore.attach import attach
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
+from megatron_moetion.mcore.traffic import pipeline_arguments
+from megatron_moetion.pretrain.model import transformer_config
 
+STAGES = "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --bf16 --use-distributed-optimizer"
 ITERATIONS = 5
 TWICE = 3
 """The iteration whose passes run twice."""
@@ -42,6 +46,9 @@ def main(folder: Path, store: Path, environment: Mapping[str, str]) -> int:
         trainer = _build(rank, FLAGS)
         notes.write("way", name=name, **_train(trainer, store / name, wrap))
         _tear_down()
+    trainer = _build(rank, STAGES)
+    notes.write("given", name="given", **_given(trainer, store / "given"))
+    _tear_down()
     dist.barrier()
     return 0
 
@@ -66,10 +73,51 @@ def _train(trainer: Trainer, store: Path, wrap: Callable[[Trainer, Schedule], Sc
         found["losses"].append({k: v.hex() for k, v in trainer.train_step().losses.items()})
         attached.on_step_end(iteration)
         found["totals"].append([t.tolist() for t in tokens.counters.totals])
-        found["routers"].append(tokens.routers.state[:, :3].tolist())
+        found["routers"].append(tokens.routers.state.tolist())
         found["timelines"].append(attached.scheduler.newest_timeline.iteration)
     attached.close()
     return {**found, "passes": len(passes)}
+
+
+def _given(trainer: Trainer, store: Path) -> dict[str, Any]:
+    """The schedule has its communicator before there is a run; lanes of what is recorded before, during and after."""
+    arguments = pipeline_arguments(transformer_config(trainer.args))
+    trainer.pipeline_arguments = arguments
+    losses = [trainer.train_step().losses]
+    attached = attach(
+        model=trainer.model,
+        optimizer=trainer.optimizer,
+        opt_param_scheduler=trainer.scheduler,
+        config=MoetionConfig(mode="full", store=str(store), run_id="r", ranks_per_node=1, pack_threads=1, timeout_s=30),
+        user_state=trainer.state,
+        p2p_communicator=arguments["p2p_communicator"],
+    )
+    attached.start()
+    lanes = []
+    for iteration in (2, 3):
+        losses.append(trainer.train_step().losses)
+        attached.on_step_end(iteration)
+        lanes.append(sorted({span.lane.value for span in attached.scheduler.newest_timeline.spans}))
+    recorder, more = attached.scheduler.recorder, attached.pipeline_arguments
+    attached.close()
+    recorder.cut(3)
+    losses.append(trainer.train_step().losses)
+    after = recorder.cut(4)
+    return {
+        "losses": [{k: v.hex() for k, v in step.items()} for step in losses],
+        "plain": [{k: v.hex() for k, v in trainer_step.items()} for trainer_step in _plain(trainer)],
+        "lanes": lanes,
+        "after": 0 if after is None else len(after.spans),
+        "more": len(more),
+    }
+
+
+def _plain(trainer: Trainer) -> list[dict[str, float]]:
+    """The losses of the same steps by Megatron's own communicator."""
+    rank = dist.get_rank()
+    _tear_down()
+    other = _build(rank, STAGES)
+    return [other.train_step().losses for _ in range(4)]
 
 
 def _counting(passes: list[int], schedule: Schedule) -> Schedule:
@@ -92,6 +140,7 @@ def _rerun_state_machine(trainer: Trainer, schedule: Schedule) -> Schedule:
     machine = RerunStateMachine(
         state_save_func=rng_states, state_restore_func=load_rng_states, mode=RerunMode.REPORT_DETERMINISM_STATS
     )
+    machine._maybe_report_stats = lambda: None  # it reads an attribute that is not there
 
     def run(**how: Any) -> Any:
         batches = [list(iterator) for iterator in how["data_iterator"]]
@@ -101,7 +150,7 @@ def _rerun_state_machine(trainer: Trainer, schedule: Schedule) -> Schedule:
         while machine.should_run_forward_backward(None):
             _zero(trainer)
             losses = schedule(**how | {"data_iterator": [iter(b) for b in batches]})
-            machine.validate_result(0.0, rejection_func=lambda _: False, message="none", fatal=False)
+            machine.validate_result(torch.zeros(()), rejection_func=lambda _: False, message="none", fatal=False)
         assert not machine.should_checkpoint_and_exit()[1]
         return losses
 

@@ -15,10 +15,10 @@ ITERATIONS = 5
 TWICE = 3
 WAYS = (
     pytest.param(
-        "rerun state machine", marks=pytest.mark.proves("Steps run again by the rerun state machine", "recovery")
+        "rerun state machine", marks=pytest.mark.proves("Steps run again by the rerun state machine", "counts")
     ),
     "paged stash, a stand-in",
-    pytest.param("paged stash", marks=pytest.mark.proves("Steps run again by paged stash", "recovery")),
+    pytest.param("paged stash", marks=pytest.mark.proves("Steps run again by paged stash", "counts")),
 )
 
 
@@ -56,3 +56,14 @@ def test_what_runs_twice_counts_once(ranks: list[dict[str, dict[str, Any]]], way
         assert found["totals"] == once["totals"]
         assert found["routers"] == once["routers"]
         assert found["timelines"] == [1, 2, 2, 4, 5], "no window is derived from the iteration that ran twice"
+
+
+def test_a_communicator_that_the_schedule_was_given_before_is_watched_while_the_run_lasts(
+    ranks: list[dict[str, dict[str, Any]]],
+) -> None:
+    for of_rank in ranks:
+        found = of_rank["given"]
+        assert found["losses"] == found["plain"]
+        assert all("pipeline" in lanes for lanes in found["lanes"])
+        assert found["after"] == 0
+        assert found["more"] == 0, "the schedule needs nothing else"

@@ -6,6 +6,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -61,6 +62,7 @@ GOOD: dict[str, Any] = {
         ({"opt_param_scheduler": OwnScheduler()}, "is a OwnScheduler; .*user_state carry the state of a scheduler"),
         ({"opt_param_scheduler": of(OwnKindOfScheduler)}, "is a OwnKindOfScheduler; .*user_state carry the state of"),
         ({"config": "full"}, "config=.* is a str; give a MoetionConfig"),
+        ({"p2p_communicator": object()}, "is a object; give the one of .*pipeline_arguments"),
         ({"user_state": object()}, "is a object without state_dict and load_state_dict"),
     ],
 )
@@ -112,3 +114,43 @@ def test_a_program_with_a_log_of_its_own_keeps_it(log: logging.Logger) -> None:
         attach_module.show_log(undo)
         assert log.level == logging.ERROR
         assert log.handlers == [handler]
+
+
+def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """One line each, from rank 0 alone; a whole-iteration graph takes the schedule with it."""
+    made: list[str] = []
+
+    class Stop(Exception):
+        pass
+
+    def scheduler(schedule: str, *_: Any, **__: Any) -> None:
+        made.append(schedule)
+        raise Stop
+
+    chunk = of(DistributedDataParallel)
+    torch.nn.Module.__init__(chunk)
+    chunk.weight = torch.nn.Parameter(torch.zeros(1))
+    chunk.config = SimpleNamespace(
+        cuda_graph_impl="full_iteration",
+        cuda_graph_modules=[],
+        moe_token_dispatcher_type="flex",
+        moe_flex_dispatcher_backend="hybridep",
+        moe_paged_stash=True,
+        fp8="hybrid",
+    )
+    monkeypatch.setattr(attach_module, "Scheduler", scheduler)
+    for rank, mode in ((0, "popularity"), (0, "full"), (1, "full")):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
+        caplog.clear()
+        config = MoetionConfig(run_id="r", mode=mode, schedule="bubble")
+        with pytest.raises(Stop), caplog.at_level(logging.WARNING, "megatron_moetion"):
+            megatron_moetion.attach(**{**GOOD, "model": [chunk], "config": config})
+        starts = ["CUDA graphs are on (", "HybridEP exchanges", "moe_paged_stash is on", "experts' inputs are padded"]
+        expected = [] if rank else starts[: 4 if mode == "popularity" else 3]
+        said = [record.getMessage() for record in caplog.records]
+        assert [text.startswith(f"[moetion] rank 0: {s}") for text, s in zip(said, expected, strict=True)] == [
+            True
+        ] * len(expected)
+    assert made == ["steady"] * 3

@@ -10,9 +10,9 @@ from typing import Any
 
 import compatibility
 import pytest
-from compatibility import FEATURES, PAGE, ROOT, Leg, Result, committed, merged, page, read_leg, unknown, written
+from compatibility import GROUPS, PAGE, ROOT, Leg, Result, committed, merged, page, place_of, read_leg, unknown, written
 
-FEATURE = FEATURES["Optimizers"][0]
+FEATURE = "DistributedOptimizer, fp32"
 
 
 def result(**more: Any) -> Result:
@@ -55,8 +55,16 @@ def test_cases_of_one_test_are_named_once() -> None:
     assert row(found)[2] == "`tests/t.py::test[a]`"
 
 
-def test_a_feature_without_a_test_says_so() -> None:
-    assert row(leg(), feature=FEATURES["Optimizers"][1])[1:] == ["", "not tested"]
+def test_features_stand_in_the_order_of_their_beginnings() -> None:
+    names = ["Tensor and context parallelism", "Lion", "Tensor parallelism, two", "Muon", FEATURE, "MTP, apart"]
+    lines = page([leg(*(result(feature=name) for name in names))]).splitlines()
+    cells = [line.split(" | ")[0].strip("|# ") for line in lines if line.startswith(("## ", "| "))]
+    found = [cell for cell in cells if cell in names or cell in GROUPS]
+    assert found == [
+        "Optimizers", FEATURE, "Muon", "Lion", "Models", "MTP, apart",
+        "Parallelism", "Tensor parallelism, two", "Tensor and context parallelism",
+    ]  # fmt: skip
+    assert place_of("Warp drive") is None
 
 
 def test_only_a_test_that_used_the_gpu_counts_as_tested_on_it() -> None:
@@ -87,9 +95,9 @@ def test_features_and_levels_that_are_not_listed_are_named() -> None:
     assert wrong == ["feature 'Warp drive' of tests/t.py::test", "level 'maybe' of tests/t.py::test"]
 
 
-def test_no_feature_is_listed_twice() -> None:
-    names = [name for names in FEATURES.values() for name in names]
-    assert len(names) == len(set(names))
+def test_no_beginning_is_listed_twice() -> None:
+    beginnings = [beginning for group in GROUPS.values() for beginning in group]
+    assert len(beginnings) == len(set(beginnings))
 
 
 # -- the hook -----------------------------------------------------------------------------------------------------
