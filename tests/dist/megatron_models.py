@@ -46,7 +46,6 @@ from megatron.core.transformer.dot_product_attention import DotProductAttention
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.multi_token_prediction import MTPLossLoggingHelper
 from megatron.core.transformer.transformer_config import MLATransformerConfig, TransformerConfig
-from megatron.core.utils import get_batch_on_this_cp_rank
 
 try:
     from megatron.core.transformer.moe.moe_logging import destroy_moe_metrics_tracker
@@ -133,9 +132,7 @@ class _InOrder(torch.autograd.Function):
         group = parallel_state.get_context_parallel_group()
         whole = gradients[0].contiguous().clone()
         dist.all_reduce(whole, group=group)
-        chunks = whole.chunk(2 * group.size())
-        rank = group.rank()
-        return torch.cat([chunks[rank], chunks[-1 - rank]])
+        return _part(whole, 0)
 
 
 def _spread(transformer_layer_spec: Any, **_: Any) -> Any:
@@ -321,15 +318,16 @@ class ContextTrainer(Trainer):
 
     def _forward_step(self, iterator: Iterator[torch.Tensor], model: torch.nn.Module) -> Any:
         tokens = next(iterator)
-        batch = {
-            "tokens": tokens[:, :-1],
-            "labels": tokens[:, 1:],
-            "positions": self._positions,
-            "attention_mask": self._mask,
-        }
-        part = get_batch_on_this_cp_rank({k: v.contiguous() for k, v in batch.items() if v is not None})
-        loss = model(part["tokens"], part["positions"], part["attention_mask"], labels=part["labels"])
-        return loss, mean_loss
+        assert self._mask is not None
+        inputs, labels, positions = (_part(t, 1) for t in (tokens[:, :-1], tokens[:, 1:], self._positions))
+        return model(inputs, positions, _part(self._mask, 2), labels=labels), mean_loss
+
+
+def _part(whole: torch.Tensor, dim: int) -> torch.Tensor:
+    """This rank's of a sequence; the inverse of ``_InOrder``."""
+    group = parallel_state.get_context_parallel_group()
+    chunks = whole.chunk(2 * group.size(), dim)
+    return torch.cat([chunks[group.rank()], chunks[-1 - group.rank()]], dim)
 
 
 def build(rank: int, case: Case, order: str = _ORDER) -> Trainer:
