@@ -2,9 +2,9 @@
 """The live optimizer tensors behind each parameter, for every Megatron optimizer that ``chain`` lets pass.
 
 A *shard* is what this rank's optimizer holds of one model parameter: a flat span of it, as main values and moments, in
-fp32 or as a precision-aware optimizer stores them. Sources: ``DistributedOptimizer._get_model_param_range_map`` and the
-parameter groups of ``Float16OptimizerWithFloat16Params`` and ``FP32Optimizer`` (megatron-core 0.16 and 0.19), and
-``FusedAdam`` of Transformer Engine 2.
+fp32 or as a precision-aware optimizer stores them. Sources: the groups of ``DistributedOptimizer`` and its
+``_get_model_param_range_map``, the parameter groups of ``Float16OptimizerWithFloat16Params`` and ``FP32Optimizer``
+(megatron-core 0.16 and 0.19), and ``FusedAdam`` of Transformer Engine 2.
 """
 
 from __future__ import annotations
@@ -65,10 +65,12 @@ class Held:
 def shards(link: MegatronOptimizer) -> Iterator[Shard]:
     """Every shard of one optimizer, in the order of its parameter groups."""
     if isinstance(link, DistributedOptimizer):
-        for parameter, (group, position) in link.model_param_group_index_map.items():
-            span = link._get_model_param_range_map(parameter)["param"]
-            main = link.optimizer.param_groups[group]["params"][position]
-            yield _shard(link, parameter, main, span.start, span.end)
+        # Not by model_param_group_index_map: its positions are wrong in groups with parameters of both precisions.
+        groups = zip(link.model_fp32_groups, link.model_float16_groups, link.optimizer.param_groups, strict=True)
+        for fp32, float16, group in groups:
+            for parameter, main in zip((*fp32, *float16), group["params"], strict=True):
+                span = link._get_model_param_range_map(parameter)["param"]
+                yield _shard(link, parameter, main, span.start, span.end)
     elif isinstance(link, Float16OptimizerWithFloat16Params):
         for models, mains in zip(link.float16_groups, link.fp32_from_float16_groups, strict=True):
             for parameter, main in zip(models, mains, strict=True):

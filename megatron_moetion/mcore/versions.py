@@ -93,7 +93,8 @@ ATTRIBUTES = {
     ),
     "optimizer with a loss scaler": ("found_inf",),
     "distributed optimizer": (
-        "model_param_group_index_map", "_get_model_param_range_map", "_copy_main_params_to_param_buffer",
+        "model_param_group_index_map", "model_fp32_groups", "model_float16_groups", "_get_model_param_range_map",
+        "_copy_main_params_to_param_buffer",
     ),
     "optimizer with fp16 or bf16 parameters": ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups"),
     "loss scaler": ("update", "inv_scale", "state_dict", "load_state_dict"),

@@ -163,7 +163,7 @@ def test_a_checkpoint_holds_and_brings_back_the_same(case: tuple[Any, ...]) -> N
     assert {n: {k: bits(t.float()) for k, t in s.items()} for n, s in saved.items()} == {
         n: {k: bits(t.float()) for k, t in s.items()} for n, s in own.items()
     }
-    for optimizer in (theirs, ours):
+    for params, optimizer in ((real, theirs), (mine, ours)):
         homes, places = Homes([optimizer]), addresses(params, optimizer)
         optimizer.load_state_dict(optimizer.state_dict())
         homes.bring_back()
