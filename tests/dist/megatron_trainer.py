@@ -7,6 +7,7 @@ What a rank owns is found here by walking optimizers and modules, without the la
 from __future__ import annotations
 
 import ctypes
+import gc
 import hashlib
 import itertools
 import os
@@ -173,6 +174,13 @@ def _tear_down() -> None:
     get_moe_layer_wise_logging_tracker().clear()
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
+    # Hooks in C++ keep a model alive, and it its groups: each has threads that wake up a hundred times a second.
+    groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
+    for group in groups:
+        dist.destroy_process_group(group)
+    for attributes in [o for o in gc.get_objects() if type(o) is dict]:
+        for name in [n for n, v in attributes.items() if type(v) is dist.ProcessGroup and v in groups]:
+            attributes[name] = None
 
 
 def _build(rank: int, model: Model | str) -> Trainer:
