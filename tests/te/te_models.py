@@ -71,9 +71,12 @@ CASES = {
     "shared experts": _model(f"{_DP} --swiglu --disable-bias-linear --moe-shared-expert-intermediate-size 24"),
 }
 _WHOLE = CASES["one weight for all experts"]
+CASES["one weight for all experts, no distributed optimizer"] = replace(
+    _WHOLE, flags=_WHOLE.flags.replace("--use-distributed-optimizer", "")
+)
 REFUSED = {
     "frozen": replace(_WHOLE, frozen="decoder.layers.0.mlp.experts."),
-    "without a distributed optimizer": replace(_WHOLE, flags=_WHOLE.flags.replace("--use-distributed-optimizer", "")),
+    "fp32": replace(_WHOLE, flags=_WHOLE.flags.replace("--use-distributed-optimizer --bf16", "")),
 }
 EXACT = "one weight and one bias for all experts, pp2"
 HYBRID = "M*E-|ME*E"

@@ -21,6 +21,7 @@ SINGLE = "one weight for all experts"
 SINGLE_BIAS = "one weight and one bias for all experts, pp2"
 MIXED = "one weight for all experts, a bias for each"
 ALONE = "one expert a rank"
+WHOLE = "one weight for all experts, no distributed optimizer"
 HYBRID = "hybrid, pp2"
 SHARED = "shared experts"
 ROWS = {
@@ -30,6 +31,7 @@ ROWS = {
     SINGLE_BIAS: "Transformer Engine, grouped experts, one weight and one bias (moe_single_grouped_bias)",
     MIXED: "Transformer Engine, grouped experts, one weight and a bias each",
     ALONE: "Transformer Engine, grouped experts, one weight, one expert a rank",
+    WHOLE: "Transformer Engine, grouped experts, one weight, no distributed optimizer",
     HYBRID: "HybridModel of Transformer Engine's modules",
     SHARED: "Transformer Engine, shared experts",
 }
@@ -76,7 +78,7 @@ def test_the_unit_of_an_expert_holds_that_expert(ranks: list[dict[str, Any]]) ->
     """The expert's number was written through what the module itself takes for its weight and bias."""
     for found in ranks:
         assert found["mislabelled"] == []
-    replicas = ranks[0]["elements"][3]
+    replicas = ranks[0]["elements"][3] if ranks[0]["sharded"] else 1
     assert sum(found["marked"] for found in ranks) == sum(f["elements"][2] for f in ranks) / replicas > 0
 
 
@@ -133,7 +135,7 @@ def test_mode_exact_loses_at_most_an_iteration_and_no_bit(notes: list[list[dict[
 
 REFUSALS = {
     "frozen": "linear_fc1.weight is a GroupedTensor, whose bytes are in other tensors",
-    "without a distributed optimizer": "is a GroupedTensor, whose bytes are in other tensors; use --use-distributed",
+    "fp32": "is a GroupedTensor, whose bytes are in other tensors; use --use-distributed",
 }
 
 
