@@ -7,7 +7,6 @@ What a rank owns is found here by walking optimizers and modules, without the la
 from __future__ import annotations
 
 import ctypes
-import gc
 import hashlib
 import itertools
 import os
@@ -175,24 +174,35 @@ def join(folder: Path, rank: int) -> None:
     else:
         store = dist.TCPStore("127.0.0.1", int(with_port.get("port")), WORLD_SIZE, is_master=False)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=WORLD_SIZE, timeout=timedelta(seconds=60))
+    _share_groups()
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)
 
 
-def _tear_down() -> None:
-    """Forget a model's groups. Each that is left has threads of gloo that wake up a hundred times a second.
+def _share_groups() -> None:
+    """Models that are built one after another get the same groups, as far as they are of the same ranks.
 
-    A group's threads end with the last reference to it, and hooks in C++ keep a model, which has some, alive.
+    Nothing ends a model's groups: hooks in C++ keep the model alive, and it keeps them. Each has threads of gloo that
+    wake up a hundred times a second, so that those of twenty models leave nothing of two cores.
     """
+    make = dist.new_group
+    made: dict[tuple[int, ...], dist.ProcessGroup] = {}
+
+    def new_group(ranks: Any = None, *how: Any, **more: Any) -> dist.ProcessGroup:
+        if ranks is None:
+            return make(ranks, *how, **more)
+        key = tuple(ranks)
+        if key not in made:
+            made[key] = make(ranks, *how, **more)
+        return made[key]
+
+    dist.new_group = new_group
+
+
+def _tear_down() -> None:
     forget_metrics()  # one for the process: it has as many layers as the first model
     parallel_state.destroy_model_parallel()
     destroy_num_microbatches_calculator()
-    dist.barrier()  # nobody is in a collective of theirs any more
-    groups = {g for g in dist.distributed_c10d._world.pg_map if g is not dist.group.WORLD}
-    for group in groups:
-        dist.destroy_process_group(group)
-    for attributes in [o for o in gc.get_objects() if type(o) is dict]:
-        for name in [n for n, v in attributes.items() if type(v) is dist.ProcessGroup and v in groups]:
-            attributes[name] = None
+    dist.barrier()
 
 
 def _build(rank: int, model: Model | str) -> Trainer:
