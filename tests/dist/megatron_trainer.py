@@ -187,9 +187,9 @@ def _share_groups() -> None:
     make = dist.new_group
     made: dict[tuple[int, ...], dist.ProcessGroup] = {}
 
-    def new_group(ranks: Any = None, *how: Any, **more: Any) -> dist.ProcessGroup:
-        if ranks is None:
-            return make(ranks, *how, **more)
+    def new_group(ranks: Any = None, *how: Any, backend: Any = None, **more: Any) -> dist.ProcessGroup:
+        if ranks is None or backend is not None:  # those that Megatron names gloo are destroyed with the model
+            return make(ranks, *how, backend=backend, **more)
         key = tuple(ranks)
         if key not in made:
             made[key] = make(ranks, *how, **more)
