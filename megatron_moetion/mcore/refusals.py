@@ -67,7 +67,6 @@ def refuse_unsupported(
             _refuse_held_mains(config, link)
         if log_steps:
             _refuse_steps_that_do_not_repeat(link, config)
-            _refuse_second_norms(model, link)
     for block in blocks:
         _refuse_unknown_router(block)
 
@@ -231,22 +230,6 @@ def _refuse_steps_that_do_not_repeat(link: MegatronOptimizer, config: Any) -> No
         raise UnsupportedState(
             f"{name} with weight_decay_method='l2' is not supported in mode 'exact': its step adds the decay to the "
             f"gradients that are to be logged. Take decoupled weight decay, or mode 'full'"
-        )
-
-
-def _refuse_second_norms(model: Sequence[DistributedDataParallel], link: MegatronOptimizer) -> None:
-    """Gradients in fp32 are clipped where they lie; of others the norm is logged, and there is room for one."""
-    parameters = [p for chunk in model for p in chunk.parameters() if hasattr(p, "main_grad")]
-    names = {
-        p.grad_norm_group
-        for p in parameters
-        if p.main_grad.dtype is not torch.float32 and hasattr(p, "grad_norm_group")
-    }
-    if names and link.config.clip_grad > 0:
-        raise UnsupportedState(
-            f"gradients that are clipped by a norm of their own (mtp_detach_heads: {', '.join(sorted(names))}) are not "
-            f"supported in mode 'exact' where they are reduced in less than fp32: one norm a step is logged. Leave "
-            f"--grad-reduce-in-bf16 out, set --clip-grad 0, or take mode 'full'"
         )
 
 

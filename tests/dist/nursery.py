@@ -116,6 +116,7 @@ DRIVERS = {
     "muon": ("megatron_muon", ("folder", "store", "work")),
     "models": ("megatron_models", ("folder", "store", "cases")),
     "layouts": ("megatron_layouts", ("folder",)),
+    "reruns": ("megatron_reruns", ("folder", "store")),
     "te": ("te_models", ("folder",)),
     "fp8": ("fp8_ranks", ("folder",)),
     "trainer": ("bundled_trainer", ("argv", "die_in_save", "poison")),

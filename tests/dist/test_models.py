@@ -101,10 +101,13 @@ def runs(*modes: str) -> Iterator[Any]:
 def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
     """What each rank noted of a case. Many cases run in one launch, because Megatron-Core takes seconds to import."""
     done: dict[str, list[Notes]] = {}
+    begun: set[str] = set()
 
     def notes_of(case: str) -> list[Notes]:
         together = FEATURES if case in FEATURES else SPREAD
         if case not in done:
+            assert case not in begun, "the launch of this case failed"
+            begun.update(together)
             folder = tmp_path_factory.mktemp("models")
             found = _launch(folder, list(together))
             done.update({name: [[n for n in rank if n["name"] == name] for rank in found] for name in together})
@@ -133,7 +136,7 @@ def _of(launch: Launch, case: str, event: str, mode: str | None = None) -> list[
     return [next(n for n in rank if n["event"] == event and n.get("mode") == mode) for rank in ranks]
 
 
-@pytest.mark.parametrize("case", rows("inventory"))
+@pytest.mark.parametrize("case", list(rows("inventory")))
 def test_every_byte_of_state_is_captured_exactly_once(launch: Launch, case: str) -> None:
     ranks = _of(launch, case, "case")
     for found in ranks:
@@ -145,7 +148,7 @@ def test_every_byte_of_state_is_captured_exactly_once(launch: Launch, case: str)
     assert [part for part in NAMES.get(case, ()) if not any(part in name for name in names)] == []
 
 
-@pytest.mark.parametrize("case", rows("inventory"))
+@pytest.mark.parametrize("case", list(rows("inventory")))
 def test_all_ranks_together_hold_every_element_of_every_parameter(launch: Launch, case: str) -> None:
     """Shards of the distributed optimizer tile what one rank of the tensor parallel group has of a parameter."""
     ranks = _of(launch, case, "case")
@@ -168,7 +171,7 @@ def test_all_ranks_together_hold_every_element_of_every_parameter(launch: Launch
     assert total == 3 * expected > 0, "main values and two moments"
 
 
-@pytest.mark.parametrize("case", rows("recovery"))
+@pytest.mark.parametrize("case", list(rows("recovery")))
 def test_scrambled_state_is_restored_bitwise_and_so_is_the_next_step(launch: Launch, case: str) -> None:
     for found in _of(launch, case, "case"):
         assert found["scrambled"] == [], "nothing of the state may be left as it was"
@@ -178,7 +181,7 @@ def test_scrambled_state_is_restored_bitwise_and_so_is_the_next_step(launch: Lau
         assert found["differs_after_step"] == []
 
 
-@pytest.mark.parametrize(("case", "mode"), runs("full", "exact"))
+@pytest.mark.parametrize(("case", "mode"), list(runs("full", "exact")))
 def test_every_bit_is_what_it_would_have_been(launch: Launch, case: str, mode: str) -> None:
     """All processes are lost twice, the second time with a node's memory."""
     ranks = _of(launch, case, "recovery", mode)
@@ -190,7 +193,7 @@ def test_every_bit_is_what_it_would_have_been(launch: Launch, case: str, mode: s
     assert any(r["replayed"] for found in ranks for r in found["recovered"]) == (mode == "exact")
 
 
-@pytest.mark.parametrize(("case", "mode"), runs("popularity"))
+@pytest.mark.parametrize(("case", "mode"), list(runs("popularity")))
 def test_an_expert_is_of_one_iteration_on_all_ranks_that_have_parts_of_it(launch: Launch, case: str, mode: str) -> None:
     """Also where these are tensor parallel shards; and its tokens are lost once, however many ranks counted them."""
     ranks = _of(launch, case, "recovery", mode)

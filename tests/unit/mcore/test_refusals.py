@@ -24,12 +24,10 @@ Say = Callable[[str, object], None]
 class Wrapped(DistributedDataParallel):
     """Data parallelism with what refusals look at."""
 
-    def __init__(self, grad_dtype: torch.dtype = torch.float32, group: str | None = None, **settings: Any) -> None:
+    def __init__(self, **settings: Any) -> None:
         torch.nn.Module.__init__(self)
         self.weight = torch.nn.Parameter(torch.ones(2, dtype=torch.bfloat16))
-        self.weight.main_grad = torch.zeros(2, dtype=grad_dtype)
-        if group is not None:
-            self.weight.grad_norm_group = group
+        self.weight.main_grad = torch.zeros(2)
         self.ddp_config = SimpleNamespace(**settings)
 
 
@@ -84,7 +82,6 @@ def refuse(**what: Any) -> None:
 
 
 FSDP = next(c for n, c in vars(mcore_fsdp_adapter).items() if n.startswith("FullyShardedDataParallel"))
-APART = {"grad_dtype": torch.bfloat16, "group": "mtp"}
 MODES = {"exact": True, "full": False}
 
 
@@ -137,10 +134,6 @@ def proves(feature: str, *values: Any) -> Any:
             "TensorParallelMuon with weight_decay_method='l2' is not supported in mode 'exact'.*decoupled",
         ),
         proves(
-            "Gradient norms of their own (mtp_detach_heads), bf16 gradients, mode exact",
-            {"model": [ddp(**APART)]}, ("exact",), r"norm of their own \(mtp_detach_heads: mtp\).*--clip-grad 0",
-        ),
-        proves(
             "Routers of other kinds", {"blocks": [block(OwnRouter)]}, MODES,
             f"layers.3: the router OwnRouter, a kind of TopKRouter, is not supported: .*{IN_BUFFERS} = True",
         ),
@@ -166,8 +159,6 @@ def test_refused_by_name_with_what_to_do(what: Any, modes: Any, says: str, recor
         {"links": [muon()]},
         {"links": [muon(muon_tp_mode="blockwise")], "config": config(tensor_model_parallel_size=2)},
         {"links": [link()], "config": config(tensor_model_parallel_size=2)},
-        {"model": [ddp(group="mtp")]},
-        {"model": [ddp(**APART)], "links": [link(clip_grad=0.0)]},
         {"blocks": [block(TopKRouter), block(CapacityRouter), block(OwnRouter, **{IN_BUFFERS: True})]},
     ],
 )

@@ -8,6 +8,8 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig
 from megatron.core.enums import Fp8Recipe
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 
@@ -20,12 +22,15 @@ def link(*, of_step: dict[str, Any] | None = None, of_gather: dict[str, Any] | N
     made = object.__new__(DistributedOptimizer)
     plain = {"reuse_grad_buf_for_mxfp8_param_ag": False, "overlap_param_gather": False}
     made.config = SimpleNamespace(**plain | {"use_precision_aware_optimizer_no_fp8_or_ds_fp8": False} | (of_step or {}))
+    made.optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))])
     made.ddp_config = SimpleNamespace(**plain | {"fp8_param_gather": True} | (of_gather or {}))
     return made
 
 
 def refuse(config: Any, links: list[Any], *, log_steps: bool) -> None:
-    refuse_unsupported([], config, links, [], log_steps=log_steps)
+    chunk = object.__new__(DistributedDataParallel)
+    vars(chunk)["ddp_config"] = DistributedDataParallelConfig()
+    refuse_unsupported([chunk], config, links, [], log_steps=log_steps)
 
 
 SHARED = {"reuse_grad_buf_for_mxfp8_param_ag": True}
