@@ -218,7 +218,14 @@ def _start(rank: int, model: Model | str, store: Path, attempt: int) -> tuple[Tr
         optimizer=trainer.optimizer,
         opt_param_scheduler=trainer.scheduler,
         config=MoetionConfig(
-            mode="exact", period=PERIOD, store=str(store), run_id=_RUN, ranks_per_node=2, pack_threads=1, timeout_s=30
+            mode="exact",
+            period=PERIOD,
+            store=str(store),
+            run_id=_RUN,
+            ranks_per_node=2,
+            pack_threads=1,
+            timeout_s=30,
+            max_stall_ms=5000,
         ),
         user_state=trainer.state,
     )

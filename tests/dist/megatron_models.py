@@ -516,7 +516,10 @@ def _attach(
 ) -> tuple[Trainer, Attached]:
     trainer = build(rank, case, order)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-    common = {"store": str(store), "run_id": "models", "ranks_per_node": 2, "pack_threads": 1, "timeout_s": 30}
+    common = {
+        "store": str(store), "run_id": "models", "ranks_per_node": 2, "pack_threads": 1, "timeout_s": 30,
+        "max_stall_ms": 5000,  # what is late on a busy machine is not what is tested
+    }  # fmt: skip
     attached = attach(
         model=trainer.model,
         optimizer=trainer.optimizer,
