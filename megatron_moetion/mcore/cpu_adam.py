@@ -9,7 +9,8 @@ As a precision-aware optimizer (main values of its own, or moments in less than 
 Engine's: the same arguments, state and scales, and the arithmetic of ``transformer_engine/common/multi_tensor/adam.cu``
 (2.20) in fp32, one rounding for each operation as it is written there. Two things cannot be known without a GPU: where
 the compiler contracts a product and a sum into one operation, and how the device's square root and division round
-(correctly, unless it was built with fast math). The last bit may therefore differ from a GPU's.
+(correctly, unless it was built with fast math). The last bit may therefore differ from a GPU's. And one thing differs
+on purpose: a group without parameters takes no step here, and Transformer Engine counts one.
 """
 
 from __future__ import annotations

@@ -33,7 +33,8 @@ def gather_parameters(model: Sequence[DistributedDataParallel], links: Sequence[
     """All parameters on all ranks; returns when it is done, also where gathering overlaps the forward pass.
 
     Collective, under ``no_grad``, after ``copy_parameters``, only between an optimizer step and the next forward.
-    Gradients that share memory with the gather are zero afterwards.
+    Gradients that share memory with the gather are zero afterwards. The next forward that overlaps with a gather
+    gathers again, as after a step.
     """
     for chunk in model:
         if chunk.ddp_config.reuse_grad_buf_for_mxfp8_param_ag:
@@ -73,3 +74,6 @@ def _gather(chunk: DistributedDataParallel) -> None:
     chunk.start_param_sync(force_dispatch=True)
     for group in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups):
         group.finish_param_sync(skip_next_bucket_dispatch=True)
+        # As after a step: a forward that finds it set neither gathers what the loop has staged in shared memory since,
+        # nor clears that memory for gradients. To gather unchanged parameters once more changes nothing.
+        group.param_gather_dispatched = False

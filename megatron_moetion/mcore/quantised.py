@@ -6,9 +6,9 @@ is made from the fp32 main parameters again (``parameters.py``). That is exact w
 of the main values alone (MXFP8, blockwise and current scaling). Delayed scaling also takes a scale that follows from
 the largest values of earlier steps: those scales and histories are captured as buffers of their modules.
 
-Nothing of Transformer Engine is imported: its tensors and modules are known by the names of their classes. Sources:
-``pytorch/quantization.py``, ``module/base.py`` and ``tensor/`` of Transformer Engine 2.20; ``fp8_utils.py`` and
-``distrib_optimizer.py`` of megatron-core 0.16 and 0.19.
+Nothing of Transformer Engine is imported: its tensors and modules are known by the names of their classes and of the
+modules that define these. Sources: ``pytorch/quantization.py``, ``module/base.py`` and ``tensor/`` of Transformer
+Engine 2.20; ``fp8_utils.py`` and ``distrib_optimizer.py`` of megatron-core 0.16 and 0.19.
 """
 
 from __future__ import annotations
@@ -19,9 +19,11 @@ from typing import Any
 import torch
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.fp8_utils import get_fp8_context
+from megatron.core.optimizer import MegatronOptimizer
 from torch import nn
 
 from megatron_moetion.errors import UnsupportedState
+from megatron_moetion.mcore.chain import layer_wise
 
 KNOWN_CLASSES = ("Float8Tensor", "Float8BlockwiseQTensor", "MXFP8Tensor")
 """Of tensor, current and delayed scaling; of blocks of 128; of blocks of 32."""
@@ -48,19 +50,21 @@ def quantised_class(parameter: nn.Parameter) -> str | None:
     if type(parameter) in (nn.Parameter, torch.Tensor):
         return None
     name = type(parameter).__name__
-    if name == _GROUPED:
-        rowwise = getattr(parameter, "rowwise_data", None)
-        return name if rowwise is not None and rowwise.dtype is torch.uint8 else None
-    if name in KNOWN_CLASSES:
+    is_known = _is_of_transformer_engine(type(parameter))
+    if is_known and name == _GROUPED:
+        data = (getattr(parameter, each, None) for each in ("rowwise_data", "columnwise_data"))
+        return name if any(d is not None and d.dtype is torch.uint8 for d in data) else None
+    if is_known and name in KNOWN_CLASSES:
         return name
     raise UnsupportedState(
-        f"a parameter is a {name}, which MoEtion does not know how to make again from the optimizer's main parameters; "
-        f"known are plain tensors and {', '.join(KNOWN_CLASSES)}"
+        f"a parameter is a {name} of {type(parameter).__module__}, which MoEtion does not know how to make again from "
+        f"the optimizer's main parameters; known are plain tensors and Transformer Engine's {', '.join(KNOWN_CLASSES)}"
     )
 
 
-def refuse_parameters(model: Sequence[DistributedDataParallel]) -> None:
+def refuse_parameters(model: Sequence[DistributedDataParallel], optimizer: MegatronOptimizer) -> None:
     """Raise ``UnsupportedState`` for quantised parameters of ``model`` that a recovery could not make again."""
+    is_layer_wise = bool(layer_wise(optimizer))
     for chunk in model:
         for name, parameter in chunk.named_parameters():
             found = quantised_class(parameter)
@@ -71,12 +75,24 @@ def refuse_parameters(model: Sequence[DistributedDataParallel]) -> None:
                     f"{name} is a frozen {found}: no optimizer holds its values, and its quantised bytes are not "
                     f"captured. Keep frozen parameters in bf16, outside of Megatron's fp8 model init"
                 )
+            if is_layer_wise:
+                raise UnsupportedState(
+                    f"{name} is a {found} and there is a LayerWiseDistributedOptimizer: it exchanges parameters that "
+                    f"are not quantised, and no call of it quantises them from its main parameters. Leave "
+                    f"--fp8-param-gather and Megatron's fp8 model init out, or take --optimizer adam with "
+                    f"--use-distributed-optimizer"
+                )
             config = chunk.ddp_config
             if not (config.use_distributed_optimizer and config.fp8_param_gather):
                 raise UnsupportedState(
                     f"{name} is a {found} and --fp8-param-gather with --use-distributed-optimizer is not in force: "
                     f"only the distributed optimizer quantises parameters from its main parameters"
                 )
+
+
+def _is_of_transformer_engine(cls: type) -> bool:
+    """Whether it is defined there: a class of the same name elsewhere may be anything."""
+    return cls.__module__.startswith("transformer_engine.")
 
 
 def payload(parameter: nn.Parameter) -> dict[str, torch.Tensor]:
@@ -136,7 +152,7 @@ def scaling_tensors(module: nn.Module) -> Iterator[tuple[dict[str, Any], str, st
 
 
 def _create(path: str, module: Any) -> None:
-    names = [c.__name__ for c in type(module).__mro__]
+    names = [c.__name__ for c in type(module).__mro__ if _is_of_transformer_engine(c)]
     if any(name in names for name in _WITHOUT_SCALES):
         return
     known = next((name for name in names if name in _MODULES), None)

@@ -220,10 +220,11 @@ def _refuse_steps_that_do_not_repeat(link: MegatronOptimizer, config: Any) -> No
     name = type(inner).__name__
     if not is_elementwise(inner):
         sizes = (config.tensor_model_parallel_size, config.expert_tensor_parallel_size or 1)
-        if max(sizes) > 1 and link.config.muon_tp_mode != "blockwise":
+        mode = getattr(inner, "tp_mode", getattr(inner, "mode", None))  # in 0.19, and in 0.16
+        if max(sizes) > 1 and mode != "blockwise":
             raise UnsupportedState(
                 f"{name} with tensor parallel size {sizes[0]} (experts: {sizes[1]}) and muon_tp_mode="
-                f"{link.config.muon_tp_mode!r} is not supported in mode 'exact': its step talks to other ranks, which "
+                f"{mode!r} is not supported in mode 'exact': its step talks to other ranks, which "
                 f"may replay other steps. Take --muon-tp-mode blockwise, or mode 'full'"
             )
     if getattr(inner, "weight_decay_method", None) == "l2" and any(g.get("weight_decay") for g in inner.param_groups):

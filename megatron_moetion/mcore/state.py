@@ -91,7 +91,7 @@ class MegatronState:
         self._blocks = layout.blocks
         model_config = get_model_config(model[0])
         refuse_unsupported(model, model_config, self._links, self._blocks, log_steps=log_steps)
-        refuse_parameters(model)
+        refuse_parameters(model, optimizer)
         with ExitStack() as hooks:
             if count_tokens:
                 self.tokens = MegatronTokens(layout.blocks, capacity)
@@ -178,8 +178,13 @@ class MegatronState:
                     )
 
     def loaded(self) -> None:
-        """To be called when something else may have loaded a checkpoint: the optimizers' tensors are in place again."""
+        """To be called when something else may have loaded a checkpoint: the optimizers' tensors are in place again.
+
+        Steps taken meanwhile belong to no iteration: loading makes optimizers step to have their state.
+        """
         self._homes.bring_back()
+        if self.step_log is not None:
+            self.step_log.discard()
 
     def after_step(self) -> None:
         """Brings the routers' averages up to date, and their capacities while they are raised."""

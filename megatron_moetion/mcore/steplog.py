@@ -87,6 +87,10 @@ class StepLog:
         """Keep the last ``steps`` ones."""
         self._log = deque(self._log, maxlen=steps)
 
+    def discard(self) -> None:
+        """Forget steps since the last ``note_step``: they were no training."""
+        self._num_steps = [0] * len(self._links)
+
     def note_step(self, iteration: int, *, stepped: bool = True) -> StepNote:
         """Enter the step of ``iteration``, or that there was none.
 
@@ -146,7 +150,7 @@ class StepLog:
                     _scale_gradients(link, fields["inverse_scale"], norms, fields["clip_grad"])
                 link.optimizer.step()
                 link.optimizer.zero_grad()
-        self._num_steps = [0] * len(self._links)
+        self.discard()
         return True
 
     def _enqueue_comparison(self) -> None:

@@ -24,13 +24,14 @@ OLDEST, BELOW = (0, 16), (0, 20)
 """The range of ``pyproject.toml``: major and minor version, from ``OLDEST`` to before ``BELOW``."""
 
 FUNCTIONS = {
-    "parallel_state:get_context_parallel_group": (),
+    "distributed:DistributedDataParallel.start_param_sync": ("force_sync", "force_dispatch"),
+    "distributed.param_and_grad_buffer:_ParamAndGradBucketGroup.finish_param_sync": ("skip_next_bucket_dispatch",),
+    "fp8_utils:get_fp8_context": (),
     "parallel_state:get_context_parallel_rank": (),
     "parallel_state:get_context_parallel_world_size": (),
-    "parallel_state:get_data_parallel_group": ("with_context_parallel", "partial_data_parallel"),
+    "parallel_state:get_data_parallel_group": ("with_context_parallel",),
     "parallel_state:get_data_parallel_rank": (),
     "parallel_state:get_data_parallel_world_size": (),
-    "parallel_state:get_embedding_group": ("check_initialized",),
     "parallel_state:get_expert_data_parallel_group": (),
     "parallel_state:get_expert_model_parallel_group": (),
     "parallel_state:get_expert_model_parallel_rank": (),
@@ -40,8 +41,6 @@ FUNCTIONS = {
     "parallel_state:get_pipeline_model_parallel_group": (),
     "parallel_state:get_pipeline_model_parallel_rank": (),
     "parallel_state:get_pipeline_model_parallel_world_size": (),
-    "parallel_state:get_position_embedding_group": ("check_initialized",),
-    "parallel_state:get_tensor_model_parallel_group": (),
     "parallel_state:get_tensor_model_parallel_rank": (),
     "parallel_state:get_tensor_model_parallel_world_size": (),
     "parallel_state:get_virtual_pipeline_model_parallel_world_size": (),
@@ -50,6 +49,7 @@ FUNCTIONS = {
     "pipeline_parallel.p2p_communication:P2PCommunicator._communicate": (
         "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next", "tensor_shape", "wait_on_reqs",
     ),
+    "process_groups_config:ProcessGroupCollection.use_mpu_process_groups": (),
     "transformer.moe.moe_utils:apply_router_token_dropping": (
         "router_topk", "capacity_factor", "drop_policy", "pad_to_capacity",
     ),
@@ -63,18 +63,22 @@ FUNCTIONS = {
 ATTRIBUTES = {
     "model chunk": (
         "module", "config", "ddp_config", "bucket_groups", "expert_parallel_bucket_groups", "start_param_sync",
+        "zero_grad_buffer",
     ),
-    "settings of a model chunk": ("use_distributed_optimizer",),
+    "settings of a model chunk": (
+        "use_distributed_optimizer", "fp8_param_gather", "overlap_param_gather", "reuse_grad_buf_for_mxfp8_param_ag",
+    ),
     "bucket group": (
         "buckets", "ddp_config", "start_grad_sync", "finish_grad_sync", "start_param_sync", "finish_param_sync",
-        "param_gather_handle", "grad_reduce_handle",
+        "param_gather_handle", "param_gather_dispatched", "grad_reduce_handle",
     ),
     "sharded bucket group": ("intra_distributed_optimizer_instance_group",),
     "bucket group without shards": ("data_parallel_group",),
     "bucket": ("param_data", "grad_data"),
     "configuration": (
         "batch_p2p_comm", "pipeline_dtype", "moe_apply_probs_on_input", "moe_expert_capacity_factor",
-        "moe_pad_expert_input_to_capacity", "moe_token_drop_policy",
+        "moe_pad_expert_input_to_capacity", "moe_token_drop_policy", "params_dtype", "tensor_model_parallel_size",
+        "expert_tensor_parallel_size",
     ),
     "MoE layer": ("layer_number", "local_expert_indices", "router", "experts", "token_dispatcher"),
     "token dispatcher": ("token_dispatch", "token_combine"),
@@ -83,18 +87,22 @@ ATTRIBUTES = {
         "_maintain_float32_expert_bias",
     ),
     "chain of optimizers": ("chained_optimizers", "get_grad_norm"),
+    "layer-wise chain of optimizers": ("allgather_params",),
     "optimizer": (
         "is_stub_optimizer", "optimizer", "config", "clip_grad_norm", "get_parameters", "prepare_grads",
     ),
-    "settings of an optimizer": ("clip_grad", "use_precision_aware_optimizer", "reuse_grad_buf_for_mxfp8_param_ag"),
+    "settings of an optimizer": (
+        "clip_grad", "overlap_param_gather", "reuse_grad_buf_for_mxfp8_param_ag", "use_precision_aware_optimizer",
+        "use_precision_aware_optimizer_no_fp8_or_ds_fp8",
+    ),
     "optimizer with main parameters": (
         "grad_scaler", "_collect_main_grad_data_for_unscaling", "_copy_main_params_to_model_params",
         "_copy_model_grads_to_main_grads",
     ),
     "optimizer with a loss scaler": ("found_inf",),
     "distributed optimizer": (
-        "model_param_group_index_map", "model_fp32_groups", "model_float16_groups", "_get_model_param_range_map",
-        "_copy_main_params_to_param_buffer",
+        "ddp_config", "model_param_group_index_map", "model_fp32_groups", "model_float16_groups",
+        "_get_model_param_range_map", "_copy_main_params_to_param_buffer",
     ),
     "optimizer with fp16 or bf16 parameters": ("float16_groups", "fp32_from_float16_groups", "fp32_from_fp32_groups"),
     "loss scaler": ("update", "inv_scale", "state_dict", "load_state_dict"),
@@ -197,9 +205,13 @@ def _optimizers(optimizer: Any) -> Iterator[tuple[str, Any]]:
     names = _class_names(optimizer)
     if "ChainedOptimizer" in names:
         yield "chain of optimizers", optimizer
+        if "LayerWiseDistributedOptimizer" in names:
+            yield "layer-wise chain of optimizers", optimizer
         for link in optimizer.chained_optimizers:
             yield from _optimizers(link)
         return
+    if "MegatronOptimizer" not in names:
+        return  # ``chain`` refuses it by its class
     yield "optimizer", optimizer
     if optimizer.is_stub_optimizer:
         return

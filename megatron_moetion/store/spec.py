@@ -21,7 +21,7 @@ from megatron_moetion.errors import CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
 from megatron_moetion.units import Inventory, UnitKind, align_up
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
 _SHAPE_BYTES = 8

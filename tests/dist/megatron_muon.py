@@ -220,8 +220,9 @@ def _refused(trainer: Trainer) -> dict[str, str]:
         ("l2", inner, "weight_decay_method", "l2"),
     ):
         before = getattr(owner, field, None)
-        settings = trainer.optimizer.config
-        mode, settings.muon_tp_mode = settings.muon_tp_mode, "duplicated"
+        called = "tp_mode" if hasattr(inner, "tp_mode") else "mode"  # in 0.19, and in 0.16
+        mode = getattr(inner, called)
+        setattr(inner, called, "duplicated")
         setattr(owner, field, value)
         try:
             MegatronState(
@@ -236,7 +237,7 @@ def _refused(trainer: Trainer) -> dict[str, str]:
             found[name] = str(error)
         finally:
             setattr(owner, field, before)
-            settings.muon_tp_mode = mode
+            setattr(inner, called, mode)
     return found
 
 

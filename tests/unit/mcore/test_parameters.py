@@ -18,6 +18,7 @@ class Sharded(DistributedOptimizer):
 
     def __init__(self, name: str, calls: list[str], ddp_config: Any) -> None:
         self.name, self.calls, self.ddp_config = name, calls, ddp_config
+        self.optimizer = SimpleNamespace(param_groups=[])
 
     def _copy_main_params_to_model_params(self) -> None:
         self.calls.append(f"{self.name}: copy or quantise")
@@ -31,6 +32,7 @@ class Whole(Float16OptimizerWithFloat16Params):
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
+        self.optimizer = SimpleNamespace(param_groups=[])
 
     def _copy_main_params_to_model_params(self) -> None:
         self.calls.append("whole: copy")
@@ -41,6 +43,7 @@ class Group:
 
     def __init__(self, name: str, calls: list[str]) -> None:
         self.name, self.calls = name, calls
+        self.param_gather_dispatched = True
 
     def finish_param_sync(self, skip_next_bucket_dispatch: bool = False) -> None:
         assert skip_next_bucket_dispatch, "all are under way already"
@@ -78,6 +81,9 @@ def order(*, quantised: bool, shared: bool = False, overlapped: bool = False, sh
     alone = list(calls)
     calls.clear()
     gather_parameters(chunks, links)
+    if overlapped:
+        groups = [g for chunk in chunks for g in (*chunk.bucket_groups, *chunk.expert_parallel_bucket_groups)]
+        assert not any(group.param_gather_dispatched for group in groups), "the next forward gathers what is staged"
     return [alone, calls]
 
 

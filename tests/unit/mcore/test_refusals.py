@@ -51,7 +51,8 @@ def link(name: str = "AdamW", module: str = "torch.optim.adamw", **settings: Any
     inner = base()
     inner.param_groups = [{"params": [], "weight_decay": 0.1}]
     inner.weight_decay_method = settings.pop("weight_decay_method", "decoupled")
-    off = {"reuse_grad_buf_for_mxfp8_param_ag": False, "muon_tp_mode": "duplicated", "clip_grad": 1.0}
+    vars(inner).update(settings.pop("inner", {}))
+    off = {"reuse_grad_buf_for_mxfp8_param_ag": False, "muon_tp_mode": "blockwise", "clip_grad": 1.0}
     return SimpleNamespace(optimizer=inner, config=SimpleNamespace(**off | settings))
 
 
@@ -60,8 +61,9 @@ def block(kind: type, **fields: Any) -> Any:
     return SimpleNamespace(prefix="layers.3", module=SimpleNamespace(router=of(router)))
 
 
-def muon(**settings: Any) -> Any:
-    return link("TensorParallelMuon", "megatron.core.optimizer.muon", **settings)
+def muon(name: str = "tp_mode", mode: str = "duplicated", **settings: Any) -> Any:
+    """``name``: what the optimizer itself calls its mode, in 0.19; it is ``mode`` in 0.16."""
+    return link("TensorParallelMuon", "megatron.core.optimizer.muon", inner={name: mode}, **settings)
 
 
 class OwnRouter(TopKRouter): ...
@@ -129,6 +131,10 @@ def proves(feature: str, *values: Any) -> Any:
             r"size 2 \(experts: 1\) and muon_tp_mode='duplicated' is not supported in mode 'exact'.*blockwise",
         ),
         ({"links": [muon()], "config": config(expert_tensor_parallel_size=2)}, ("exact",), r"size 1 \(experts: 2\)"),
+        (
+            {"links": [muon("mode", "distributed")], "config": config(tensor_model_parallel_size=2)}, ("exact",),
+            "muon_tp_mode='distributed' is not supported",
+        ),
         proves(
             "Muon and Lion with L2 weight decay, mode exact", {"links": [muon(weight_decay_method="l2")]}, ("exact",),
             "TensorParallelMuon with weight_decay_method='l2' is not supported in mode 'exact'.*decoupled",
@@ -157,7 +163,12 @@ def test_refused_by_name_with_what_to_do(what: Any, modes: Any, says: str, recor
         {"model": [ddp(use_megatron_fsdp=False), ddp()]},
         {"config": config(gtp_weight_remat_size=1, qk_clip=False)},
         {"links": [muon()]},
-        {"links": [muon(muon_tp_mode="blockwise")], "config": config(tensor_model_parallel_size=2)},
+        {"links": [muon("tp_mode", "blockwise")], "config": config(tensor_model_parallel_size=2)},
+        {"links": [muon("mode", "blockwise")], "config": config(tensor_model_parallel_size=2)},
+        {
+            "links": [muon("tp_mode", "blockwise", muon_tp_mode="duplicated")],
+            "config": config(tensor_model_parallel_size=2),
+        },
         {"links": [link()], "config": config(tensor_model_parallel_size=2)},
         {"blocks": [block(TopKRouter), block(CapacityRouter), block(OwnRouter, **{IN_BUFFERS: True})]},
     ],

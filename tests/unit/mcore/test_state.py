@@ -1,11 +1,19 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The room that is reserved for a host state. Inventories of whole models are in ``tests/dist/test_inventory.py``."""
+"""The room that is reserved for a host state, and what is forgotten after loading.
+
+Inventories of whole models are in ``tests/dist/test_inventory.py``.
+"""
 
 from __future__ import annotations
 
 from typing import Any
 
-from megatron_moetion.mcore.state import SPARE_HOST_BYTES, host_unit
+import torch
+from megatron.core.optimizer.optimizer import FP32Optimizer
+
+from megatron_moetion.mcore.homes import Homes
+from megatron_moetion.mcore.state import SPARE_HOST_BYTES, MegatronState, host_unit
+from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.snapshot.host_state import encode, size_bound
 
 
@@ -22,3 +30,20 @@ def test_the_adapter_reserves_its_own_share_and_what_it_may_grow_by() -> None:
 
 def test_room_does_not_depend_on_settings_that_a_restart_may_change() -> None:
     assert host_unit(state()) == host_unit(state(given={"lr_decay_style": "inverse-square-root"}))
+
+
+def test_steps_that_loading_takes_are_of_no_iteration() -> None:
+    """A checkpoint of ``torch_dist`` is loaded into what a step of the optimizer has made."""
+    link: Any = FP32Optimizer.__new__(FP32Optimizer)
+    link.optimizer = torch.optim.SGD([torch.nn.Parameter(torch.ones(2))], lr=0.1)
+    loading = MegatronState.__new__(MegatronState)
+    loading.step_log = log = StepLog(link, [link], [torch.zeros(2)])
+    loading._homes = Homes([link.optimizer])
+    link.optimizer.step()
+    loading.loaded()
+    link.optimizer.step()
+    assert log.note_step(1).problem is None
+    link.optimizer.step()
+    link.optimizer.step()
+    assert log.note_step(2).problem == "2 optimizer steps were taken in one iteration"
+    log.close()

@@ -17,8 +17,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from megatron.core import parallel_state, utils
+from megatron.core.distributed import DistributedDataParallelConfig
+from megatron.core.optimizer import OptimizerConfig
+from megatron.core.optimizer.layer_wise_optimizer import LayerWiseDistributedOptimizer
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer import TransformerConfig
 from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moetion.errors import UnsupportedState
@@ -63,9 +68,14 @@ def test_of_other_imports_nothing_is_added() -> None:
 # -- names ---------------------------------------------------------------------------------------------------------
 
 
+class MegatronOptimizer:
+    """What all optimizers of Megatron are made from."""
+
+
 def thing(*kinds: str, called: str = "Thing", **parts: Any) -> Any:
     """A stand-in with all attributes of its kinds, of a class of this name."""
-    return type(called, (), {name: None for kind in kinds for name in ATTRIBUTES[kind]} | parts)()
+    bases = (MegatronOptimizer,) if {"optimizer", "chain of optimizers"} & {*kinds} else ()
+    return type(called, bases, {name: None for kind in kinds for name in ATTRIBUTES[kind]} | parts)()
 
 
 def run() -> tuple[list[Any], Any, Any]:
@@ -99,7 +109,14 @@ def run() -> tuple[list[Any], Any, Any]:
         for name, kind in versions._OPTIMIZERS.items()
     ]
     stub = thing("optimizer", is_stub_optimizer=True)
-    chain = thing("chain of optimizers", called="ChainedOptimizer", chained_optimizers=[*links, stub])
+    layer_wise = thing(
+        "chain of optimizers",
+        "layer-wise chain of optimizers",
+        called="LayerWiseDistributedOptimizer",
+        chained_optimizers=links,
+    )
+    type(layer_wise).__bases__ = (type("ChainedOptimizer", (MegatronOptimizer,), {}),)
+    chain = thing("chain of optimizers", called="ChainedOptimizer", chained_optimizers=[layer_wise, stub])
     return [chunk], chain, thing("scheduler")
 
 
@@ -119,6 +136,25 @@ def test_each_attribute_is_missed(kind: str, name: str) -> None:
         pytest.fail("no object has it")
     with pytest.raises(UnsupportedState, match=rf"megatron-core {installed()} .* has no '{name}'\. .*install one"):
         require_names(*given)
+
+
+def test_what_is_no_optimizer_of_megatron_is_left_to_be_refused_by_its_class() -> None:
+    model, chain, scheduler = run()
+    chain.chained_optimizers.append(SimpleNamespace(param_groups=[]))
+    require_names(model, chain, scheduler)
+
+
+@pytest.mark.parametrize(
+    ("kind", "real"),
+    [
+        ("settings of a model chunk", DistributedDataParallelConfig()),
+        ("settings of an optimizer", OptimizerConfig(optimizer="adam")),
+        ("configuration", TransformerConfig(num_layers=1, hidden_size=8, num_attention_heads=1)),
+        ("layer-wise chain of optimizers", LayerWiseDistributedOptimizer),
+    ],
+)
+def test_this_megatron_has_the_names(kind: str, real: Any) -> None:
+    assert [name for name in ATTRIBUTES[kind] if not hasattr(real, name)] == []
 
 
 @pytest.mark.parametrize("path", FUNCTIONS)
@@ -145,7 +181,7 @@ def without(function: Callable[..., Any], argument: str) -> Callable[..., Any]:
         (P2PCommunicator, "_communicate", "wait_on_reqs"),
         (P2PCommunicator, "_communicate", "tensor_send_next"),
         (TopKRouter, "routing", "padding_mask"),
-        (parallel_state, "get_data_parallel_group", "partial_data_parallel"),
+        (parallel_state, "get_data_parallel_group", "with_context_parallel"),
     ],
 )
 def test_an_argument_that_is_no_longer_taken_is_named(
@@ -163,6 +199,8 @@ TORCH = {
     "_non_persistent_buffers_set", "_parameters",
 }  # fmt: skip
 """Private names that are torch's."""
+TRANSFORMER_ENGINE = {"_data", "_scale_inv", "_scales"}
+"""Private names of Transformer Engine's optimizer and tensors."""
 ELSEWHERE = ("cpu_adam.py", "cpu_device.py", "versions.py")
 """What stands in for a device does not run where there is one."""
 
@@ -186,5 +224,26 @@ def test_every_private_name_of_megatron_is_in_a_list() -> None:
         re.split("[:.]", path)[-1] for path in FUNCTIONS
     }
     found = set(used())
-    assert {"_get_model_param_range_map", "get_embedding_group", "_maintain_float32_expert_bias"} <= found
-    assert sorted(found - listed - TORCH) == [], "add it to mcore/versions.py, or look it up where it exists"
+    assert {"_get_model_param_range_map", "get_expert_data_parallel_group", "_maintain_float32_expert_bias"} <= found
+    assert sorted(found - listed - TORCH - TRANSFORMER_ENGINE) == [], (
+        "add it to mcore/versions.py, or look it up where it exists"
+    )
+
+
+SETTINGS = [f"{owner}.{settings}" for owner in ("chunk", "link") for settings in ("config", "ddp_config")]
+OWNERS = ("chunk", "link", "group", "config", "of_step", "of_gather", *SETTINGS)
+"""What objects of Megatron are called in the files of a recovery."""
+OF_RECOVERY = ("parameters.py", "quantised.py", "chain.py", "refusals.py", "homes.py")
+
+
+def test_every_name_that_a_recovery_reads_of_megatron_is_in_a_list() -> None:
+    listed = {name for names in ATTRIBUTES.values() for name in names}
+    read = {
+        node.attr
+        for file in OF_RECOVERY
+        for node in ast.walk(ast.parse((ROOT / "megatron_moetion" / "mcore" / file).read_text()))
+        if isinstance(node, ast.Attribute) and ast.unparse(node.value) in OWNERS
+    }
+    assert {"zero_grad_buffer", "fp8_param_gather", "allgather_params", "finish_param_sync"} <= read
+    with_fp8 = {"fp8_recipe"}  # of settings with fp8 only
+    assert sorted(read - listed - with_fp8 - {*dir(torch.nn.Module), *dir(dict)}) == []
