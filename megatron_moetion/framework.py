@@ -46,7 +46,7 @@ class StateAdapter(Protocol):
         ...
 
     def after_step(self) -> None:
-        """Called after each optimizer step, before anything of its iteration is captured."""
+        """Called after each optimizer step, also one that a loss scaler skipped, before its iteration is captured."""
         ...
 
     def state_hash(self) -> str:

@@ -27,6 +27,7 @@ LEVELS = {
     "recovery": "bitwise recovery tested on CPU",
     "inventory": "inventory tested",
     "counts": "counted once, tested on CPU",
+    "traffic": "messages seen, tested on CPU",
     "refused": "refused",
     "note": "note",
 }
@@ -46,7 +47,8 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "Lion",
         "CPU-offloaded optimizer",
         "Optimizer state of unknown names",
-        "Subclasses of Megatron's optimizers",
+        "Subclasses of",
+        "Several instances of the distributed optimizer",
         "Inner optimizers of other libraries",
     ),
     "Quantised parameters": ("FP8", "MXFP8", "NVFP4", "Attention in FP8"),
@@ -90,6 +92,9 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "Iterations without an optimizer step",
         "Iterations with several optimizer steps",
         "Steps run again by",
+        "Megatron's own pretrain()",
+        "p2p_communicator",
+        "In-place expert re-layout",
     ),
     "Communication and graphs": (
         "CUDA graphs",
@@ -101,10 +106,10 @@ GROUPS: Mapping[str, Sequence[str]] = {
     ),
     "Refused": (
         "Megatron-FSDP",
+        "Torch FSDP2",
         "GTP",
         "CUDA-graphed optimizer step",
         "qk_clip",
-        "In-place expert re-layout",
     ),
 }
 """Headings of the page, and how names of features below them begin. Of two beginnings the longer one counts."""
@@ -193,8 +198,10 @@ def page(legs: Sequence[Leg]) -> str:
         "  bit of it and of the next step was what it would have been.",
         "- *Inventory*: every byte of the optimizer's and the model's state on a rank is captured exactly once.",
         "- *Counted once*: tokens are counted once, and no window for snapshots is derived from the iteration.",
+        "- *Messages seen*: messages between pipeline stages are recorded; no function of Megatron is replaced for it.",
         "- *Refused*: `attach` raises this error, on all ranks, before the first iteration.",
-        "- *Note*: the feature is detected and `attach` logs this line.",
+        "- *Note*: the feature is detected, and this line is logged: by `attach`, or when it happens. Of cases that differ",
+        "  in values only, the message of one is shown.",
         "- *Failed*: the named test does not pass there.",
         "",
         "| environment | versions |",
@@ -219,14 +226,17 @@ def _row(feature: str, legs: Sequence[Leg]) -> str:
 
 
 def _shown(results: Sequence[Result]) -> list[Result]:
-    """The results that a cell is made from, one test of a kind: failures, and the strongest of what else was shown."""
+    """The results that a cell is made from: failures, and the strongest of what else was shown.
+
+    One case of a test stands for all of the same level; their messages differ in the values that they name.
+    """
     failed = [r for r in results if r.outcome != "passed"]
     levels = {r.level for r in results}
     weaker = {"inventory"} if "recovery" in levels else set()
     passed = [r for r in results if r not in failed and r.level not in weaker]
     found: dict[Any, Result] = {}
     for result in sorted(passed, key=lambda r: (list(LEVELS).index(r.level), r.test)):
-        found.setdefault((result.level, result.on_gpu, result.message, result.test.partition("[")[0]), result)
+        found.setdefault((result.level, result.on_gpu, result.test.partition("[")[0]), result)
     return failed + list(found.values())
 
 

@@ -136,9 +136,8 @@ REFUSALS = {
 
 
 REFUSED = {
-    "precision-aware": "Precision-aware optimizer, bf16 moments",
     "offloaded": "CPU-offloaded optimizer",
-    "fp8": "FP8 parameters, delayed scaling",
+    "fp4": "NVFP4",
     "unknown state": "Optimizer state of unknown names",
 }
 

@@ -101,7 +101,6 @@ def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_ba
         assert of_rank["differs_after_step"] == []
         assert of_rank["moved"] is None
         assert "was replaced" in of_rank["moved_later"]
-        assert "experts that move between ranks are not supported" in of_rank["experts_moved"]
         for kind, part in (REFUSED if "lion" not in case or "rest" in case else {}).items():
             assert part in of_rank["refused"][kind]
         for tensor, role, start, end in of_rank["spans"]:
@@ -131,6 +130,16 @@ def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_ba
     assert all(r["counts"] > 0 for r in found)
     by_peers = {tuple(r["peers"]): r["experts"] for r in found}
     assert all(r["experts"] == by_peers[tuple(r["peers"])] for r in found), "counters are in one order on all peers"
+
+
+@pytest.mark.proves("In-place expert re-layout, which has no setting: snapshots are dropped from then on", "note")
+@pytest.mark.parametrize("case", CASES)
+def test_experts_that_move_between_ranks_are_noticed(
+    inventories: dict[str, Ranks], case: str, record_property: Callable[[str, Any], None]
+) -> None:
+    for of_rank in there(inventories[case]):
+        record_property("message", of_rank["experts_moved"])
+        assert "experts that move between ranks are not supported" in of_rank["experts_moved"]
 
 
 @pytest.mark.parametrize("case", proving("recovery", ", mode exact"))

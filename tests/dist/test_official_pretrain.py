@@ -16,6 +16,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.timeout(200)]
 HERE = Path(__file__).parent
 
 
+@pytest.mark.proves("Megatron's own pretrain() with p2p_communicator", "traffic")
 @pytest.mark.skipif(
     importlib.util.find_spec("megatron.training") is None, reason="this Megatron comes without its training loop"
 )

@@ -58,6 +58,7 @@ def test_what_runs_twice_counts_once(ranks: list[dict[str, dict[str, Any]]], way
         assert found["timelines"] == [1, 2, 2, 4, 5], "no window is derived from the iteration that ran twice"
 
 
+@pytest.mark.proves("p2p_communicator of attach, given to the schedule before there is a model", "traffic")
 def test_a_communicator_that_the_schedule_was_given_before_is_watched_while_the_run_lasts(
     ranks: list[dict[str, dict[str, Any]]],
 ) -> None:

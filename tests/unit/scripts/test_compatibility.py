@@ -55,6 +55,12 @@ def test_cases_of_one_test_are_named_once() -> None:
     assert row(found)[2] == "`tests/t.py::test[a]`"
 
 
+def test_of_messages_that_cases_of_one_test_give_the_first_is_shown() -> None:
+    said = {"a": "2 wheels", "b": "3 wheels"}
+    found = leg(*(result(level="refused", message=m, test=f"tests/t.py::test[{case}]") for case, m in said.items()))
+    assert row(found)[1:] == ["refused: 2 wheels", "`tests/t.py::test[a]`"]
+
+
 def test_features_stand_in_the_order_of_their_beginnings() -> None:
     names = ["Tensor and context parallelism", "Lion", "Tensor parallelism, two", "Muon", FEATURE, "MTP, apart"]
     lines = page([leg(*(result(feature=name) for name in names))]).splitlines()
