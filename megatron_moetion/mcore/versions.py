@@ -20,17 +20,13 @@ from typing import Any
 from megatron_moetion.errors import UnsupportedState
 
 TESTED = ("0.16.1", "0.19.2")
-OLDEST, BELOW = (0, 16), (0, 20)
-"""The range of ``pyproject.toml``: major and minor version, from ``OLDEST`` to before ``BELOW``."""
 
 FUNCTIONS = {
-    "parallel_state:get_context_parallel_group": (),
     "parallel_state:get_context_parallel_rank": (),
     "parallel_state:get_context_parallel_world_size": (),
     "parallel_state:get_data_parallel_group": ("with_context_parallel", "partial_data_parallel"),
     "parallel_state:get_data_parallel_rank": (),
     "parallel_state:get_data_parallel_world_size": (),
-    "parallel_state:get_embedding_group": ("check_initialized",),
     "parallel_state:get_expert_data_parallel_group": (),
     "parallel_state:get_expert_model_parallel_group": (),
     "parallel_state:get_expert_model_parallel_rank": (),
@@ -40,8 +36,6 @@ FUNCTIONS = {
     "parallel_state:get_pipeline_model_parallel_group": (),
     "parallel_state:get_pipeline_model_parallel_rank": (),
     "parallel_state:get_pipeline_model_parallel_world_size": (),
-    "parallel_state:get_position_embedding_group": ("check_initialized",),
-    "parallel_state:get_tensor_model_parallel_group": (),
     "parallel_state:get_tensor_model_parallel_rank": (),
     "parallel_state:get_tensor_model_parallel_world_size": (),
     "parallel_state:get_virtual_pipeline_model_parallel_world_size": (),
@@ -50,6 +44,7 @@ FUNCTIONS = {
     "pipeline_parallel.p2p_communication:P2PCommunicator._communicate": (
         "tensor_send_next", "tensor_send_prev", "recv_prev", "recv_next", "tensor_shape", "wait_on_reqs",
     ),
+    "process_groups_config:ProcessGroupCollection.use_mpu_process_groups": (),
     "transformer.moe.moe_utils:apply_router_token_dropping": (
         "router_topk", "capacity_factor", "drop_policy", "pad_to_capacity",
     ),
@@ -121,11 +116,16 @@ def installed() -> str:
 
 
 def version_note(version: str) -> str | None:
-    """What to say of a megatron-core; None for one of the tested range."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is not None and OLDEST <= (int(numbers[1]), int(numbers[2])) < BELOW:
+    """What to say of a megatron-core; None for one whose major and minor version are those of a tested one."""
+    if _series(version) in map(_series, TESTED):
         return None
     return f"megatron-core {version} is not tested with MoEtion: {' and '.join(TESTED)} are"
+
+
+def _series(version: str) -> str:
+    """Major and minor version; all of it where it does not begin with them."""
+    found = re.match(r"\d+\.\d+", version)
+    return found[0] if found is not None else version
 
 
 def import_problem(error: ImportError) -> str:

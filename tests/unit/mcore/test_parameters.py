@@ -18,6 +18,7 @@ class Sharded(DistributedOptimizer):
 
     def __init__(self, name: str, calls: list[str], ddp_config: Any) -> None:
         self.name, self.calls, self.ddp_config = name, calls, ddp_config
+        self.optimizer = SimpleNamespace(param_groups=[])
 
     def _copy_main_params_to_model_params(self) -> None:
         self.calls.append(f"{self.name}: copy or quantise")
@@ -31,6 +32,7 @@ class Whole(Float16OptimizerWithFloat16Params):
 
     def __init__(self, calls: list[str]) -> None:
         self.calls = calls
+        self.optimizer = SimpleNamespace(param_groups=[])
 
     def _copy_main_params_to_model_params(self) -> None:
         self.calls.append("whole: copy")

@@ -147,10 +147,11 @@ def test_scales_exist_before_the_first_forward_and_are_captured_and_watched() ->
     }
     locations = list(_module_locations([model], layout))
     assert len(locations) == 8
-    holder, key, address = locations[0]
-    assert holder[key].data_ptr() == address
+    find, name, address = locations[0]
+    assert name == "scale"
+    assert find().data_ptr() == address
     model.dense.fp8_meta["scaling_fwd"].scale = torch.ones(3)
-    assert holder[key].data_ptr() != address
+    assert find().data_ptr() != address
 
 
 def test_modules_of_other_recipes_have_no_scales() -> None:
