@@ -110,6 +110,8 @@ class MoetionConfig:
         "after a fault, layers whose experts lost tokens drop fewer for a while, until the lost ones are made up for "
         "(models with --moe-expert-capacity-factor; up to a quarter more activations of experts): 'on' or 'off'",
         choices=SWITCH,
+        modes=("popularity",),
+        hint="a recovery in other modes loses no tokens",
     )
     recalibration_iterations: int = setting(50, "iterations for which capacity is raised after a fault", minimum=1)
     schedule: str = setting(

@@ -20,8 +20,6 @@ from typing import Any
 from megatron_moetion.errors import UnsupportedState
 
 TESTED = ("0.16.1", "0.19.2")
-OLDEST, BELOW = (0, 16), (0, 20)
-"""The range of ``pyproject.toml``: major and minor version, from ``OLDEST`` to before ``BELOW``."""
 
 FUNCTIONS = {
     "distributed:DistributedDataParallel.start_param_sync": ("force_sync", "force_dispatch"),
@@ -129,11 +127,16 @@ def installed() -> str:
 
 
 def version_note(version: str) -> str | None:
-    """What to say of a megatron-core; None for one of the tested range."""
-    numbers = re.match(r"(\d+)\.(\d+)", version)
-    if numbers is not None and OLDEST <= (int(numbers[1]), int(numbers[2])) < BELOW:
+    """What to say of a megatron-core; None for one whose major and minor version are those of a tested one."""
+    if _series(version) in map(_series, TESTED):
         return None
     return f"megatron-core {version} is not tested with MoEtion: {' and '.join(TESTED)} are"
+
+
+def _series(version: str) -> str:
+    """Major and minor version; all of it where it does not begin with them."""
+    found = re.match(r"\d+\.\d+", version)
+    return found[0] if found is not None else version
 
 
 def import_problem(error: ImportError) -> str:

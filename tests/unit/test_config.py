@@ -46,6 +46,8 @@ def test_every_setting_says_what_it_is() -> None:
         ({"mode": "partial"}, "'partial'; choose one of full, popularity"),
         ({"selection": "luck"}, "--moetion-selection is 'luck'"),
         ({"capacity_recalibration": "maybe"}, "--moetion-capacity-recalibration is 'maybe'"),
+        ({"mode": "full", "capacity_recalibration": "on"}, "--moetion-capacity-recalibration on has no .*'full', only"),
+        ({"mode": "exact", "capacity_recalibration": "on"}, "--moetion-capacity-recalibration on .*loses no tokens"),
         ({"lost_token_budget": 1.0}, "--moetion-lost-token-budget is 1.0; it is a share"),
         ({"lost_token_budget": -0.1}, "--moetion-lost-token-budget is -0.1; it is a share"),
         ({"experts_per_snapshot": 2, "snapshot_bytes": 9}, "--moetion-snapshot-bytes 9 both say"),
@@ -65,3 +67,8 @@ def test_every_setting_says_what_it_is() -> None:
 def test_a_mistake_names_the_flag_and_the_value(wrong: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         MoetionConfig(**wrong)
+
+
+@pytest.mark.parametrize("mode", ["full", "popularity", "exact"])
+def test_recalibration_may_be_off_in_all_modes(mode: str) -> None:
+    assert not MoetionConfig(mode=mode, capacity_recalibration="off").recalibrates

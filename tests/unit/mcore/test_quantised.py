@@ -187,7 +187,8 @@ def test_scales_exist_before_the_first_forward_and_are_captured_and_watched() ->
     }
     locations = list(_module_locations([model], layout))
     assert len(locations) == 8
-    find, _, address = locations[0]
+    find, name, address = locations[0]
+    assert name == "scale"
     assert find().data_ptr() == address
     model.dense.fp8_meta["scaling_fwd"].scale = torch.ones(3)
     assert find().data_ptr() != address

@@ -28,7 +28,7 @@ from megatron.core.transformer.moe.router import TopKRouter
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore import versions
-from megatron_moetion.mcore.versions import ATTRIBUTES, BELOW, FUNCTIONS, OLDEST, TESTED, installed, require_names
+from megatron_moetion.mcore.versions import ATTRIBUTES, FUNCTIONS, TESTED, installed, require_names
 
 ROOT = Path(__file__).resolve().parents[3]
 
@@ -39,16 +39,16 @@ def test_the_installed_version_is_known() -> None:
     assert installed() == importlib.metadata.version("megatron-core")
 
 
-def test_only_versions_outside_the_tested_range_are_spoken_of() -> None:
-    assert all(versions.version_note(version) is None for version in (*TESTED, "0.17.0rc1", "0.16", installed()))
-    for version in ("0.15.3", "0.20.0", "1.0", "of an unknown version"):
+def test_versions_that_are_not_tested_are_spoken_of_also_between_the_tested_ones() -> None:
+    assert all(versions.version_note(version) is None for version in (*TESTED, "0.19.0rc1", "0.16", installed()))
+    for version in ("0.15.3", "0.17.1", "0.18.0rc0", "0.20.0", "0.1", "0.160", "1.0", "of an unknown version"):
         said = f"megatron-core {version} is not tested with MoEtion: 0.16.1 and 0.19.2 are"
         assert versions.version_note(version) == said
 
 
 def test_range_and_versions_are_those_of_the_package_and_its_requirements() -> None:
-    bounds = ",".join(f"{how}{major}.{minor}" for how, (major, minor) in ((">=", OLDEST), ("<", BELOW)))
-    assert f'"megatron-core{bounds}"' in (ROOT / "pyproject.toml").read_text()
+    minors = [int(version.split(".")[1]) for version in TESTED]
+    assert f'"megatron-core>=0.{min(minors)},<0.{max(minors) + 1}"' in (ROOT / "pyproject.toml").read_text()
     pinned = [path.read_text() for path in sorted((ROOT / "requirements").glob("megatron-*.txt"))]
     assert [re.findall(r"^megatron-core==(.*)$", text, re.MULTILINE) for text in pinned] == [[v] for v in TESTED]
 
@@ -206,7 +206,7 @@ ELSEWHERE = ("cpu_adam.py", "cpu_device.py", "versions.py")
 
 
 def used() -> Iterator[str]:
-    """Private names and functions of ``parallel_state`` that the room reads of what it has not made itself."""
+    """Private names and functions of process groups that the room reads of what it has not made itself."""
     for path in sorted((ROOT / "megatron_moetion" / "mcore").glob("*.py")):
         nodes = list(ast.walk(ast.parse(path.read_text())))
         own = {n.name for n in nodes if isinstance(n, ast.FunctionDef | ast.ClassDef)}
@@ -215,7 +215,9 @@ def used() -> Iterator[str]:
                 continue
             owner = ast.unparse(node.value)
             private = node.attr.startswith("_") and not node.attr.startswith("__")
-            if owner == "parallel_state" or (private and owner not in ("self", "cls") and node.attr not in own):
+            if owner in ("parallel_state", "ProcessGroupCollection") or (
+                private and owner not in ("self", "cls") and node.attr not in own
+            ):
                 yield node.attr
 
 
@@ -228,6 +230,12 @@ def test_every_private_name_of_megatron_is_in_a_list() -> None:
     assert sorted(found - listed - TORCH - TRANSFORMER_ENGINE) == [], (
         "add it to mcore/versions.py, or look it up where it exists"
     )
+
+
+def test_no_function_of_process_groups_is_asked_for_without_need() -> None:
+    listed = {re.split("[:.]", path)[-1] for path in FUNCTIONS if path.startswith(("parallel_", "process_groups_"))}
+    room = "".join(path.read_text() for path in (ROOT / "megatron_moetion").rglob("*.py") if path.name != "versions.py")
+    assert [name for name in sorted(listed) if not re.search(rf"\b{name}\(", room)] == []
 
 
 SETTINGS = [f"{owner}.{settings}" for owner in ("chunk", "link") for settings in ("config", "ddp_config")]
