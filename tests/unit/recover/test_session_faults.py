@@ -322,7 +322,7 @@ def test_arenas_of_another_version_are_left_alone_whatever_was_agreed_to(
     trained(tmp_path).crash()
     paths = sorted((tmp_path / "job").rglob("*.arena"))
     for path in paths:
-        path.write_bytes(b"MOETION2" + path.read_bytes()[8:])
+        path.write_bytes(b"MOETION1" + path.read_bytes()[8:])
     before = [path.read_bytes() for path in paths]
     with pytest.raises(IdentityMismatch, match="another version of MoEtion") as refusal:
         Job(tmp_path, attempt=1, **consent).start(lambda: 40, lambda: 40)  # type: ignore[arg-type]

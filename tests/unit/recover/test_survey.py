@@ -149,7 +149,7 @@ def test_an_arena_of_another_version_is_foreign_also_when_it_holds_nothing(tmp_p
     state = ToyState()
     arena = make_arena(tmp_path, state)
     arena.close()
-    Path(arena.name).write_bytes(b"MOETION2" + Path(arena.name).read_bytes()[8:])
+    Path(arena.name).write_bytes(b"MOETION1" + Path(arena.name).read_bytes()[8:])
     found = survey(Path(arena.name), state)
     assert found.foreign
     assert "another version" in found.problem
