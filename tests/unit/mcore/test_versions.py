@@ -179,7 +179,9 @@ def used() -> Iterator[str]:
                 continue
             owner = ast.unparse(node.value)
             private = node.attr.startswith("_") and not node.attr.startswith("__")
-            if owner in ("parallel_state", "ProcessGroupCollection") or (private and owner not in ("self", "cls") and node.attr not in own):
+            if owner in ("parallel_state", "ProcessGroupCollection") or (
+                private and owner not in ("self", "cls") and node.attr not in own
+            ):
                 yield node.attr
 
 
