@@ -348,10 +348,12 @@ class RouterWatch:
             self._pending.zero_()
 
     def step(self) -> None:
-        """After an optimizer step: bring averages up to date, pay off debts, set the next iteration's capacities."""
+        """After an iteration: bring averages up to date, pay off debts, set the next iteration's capacities.
+
+        From what is committed.
+        """
         if not self._routers:
             return
-        self.commit()
         moved = self._totals - self._marks
         is_first = self._marks.sum(dim=(1, 2), keepdim=True) == 0
         self._recent += (moved - self._recent) * torch.where(is_first, 1.0, 1.0 / RECENT_ITERATIONS)

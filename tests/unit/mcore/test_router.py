@@ -220,6 +220,9 @@ def test_what_layers_saw_is_told_of_this_rank_alone() -> None:
     watch = RouterWatch([block], None)  # type: ignore[list-item]
     router.routing(logits())
     watch.step()
+    assert watch.shares()["layers.0.dense"]["routed"] == 0, "nothing was trained on yet"
+    watch.commit()
+    watch.step()
     ((name, tokens),) = watch.shares().items()
     assert name == "layers.0.dense"
     assert tokens == {"routed": 2 * TOKENS, "processed": watch.state[0, 1].sum().item(), "debt": 0.0}
