@@ -73,7 +73,7 @@ class MegatronTokens:
             self._check()
 
     def _check(self) -> None:
-        """There was a step, so there were passes: hooks on experts have run, unless graphs of these were captured before us."""
+        """There was a step, so hooks on experts have run, unless graphs of these were captured before us."""
         unseen = [self._blocks[i].prefix for i in self.counters.unseen()]
         if unseen:
             _logger.warning(
