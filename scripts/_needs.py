@@ -24,13 +24,15 @@ COMPILERS = ("g++", "clang++", "c++")
 class Need(NamedTuple):
     """A package, the module by which it is found, and the oldest version that will do.
 
-    ``below``: what to install is older than this. A newer one that is there already is taken.
+    ``below``: what to install is older than this. A newer one that is there already is taken. ``since``: the oldest
+    Python that needs it.
     """
 
     package: str
     module: str
     oldest: str
     below: str = ""
+    since: tuple[int, int] = (3, 0)
 
     @property
     def wanted(self) -> str:
@@ -43,6 +45,7 @@ NEEDS = (
     Need("megatron-core", "megatron.core", "0.16", below="0.20"),
     Need("numpy", "numpy", "1.26"),
     Need("einops", "einops", "0.8"),
+    Need("triton", "triton", "3", since=(3, 12)),  # megatron-core 0.19, which needs that Python, does not declare it
     Need("psutil", "psutil", "5.9"),
     Need("rich", "rich", "13"),
     Need("pytest", "pytest", "8"),
@@ -76,10 +79,11 @@ def problem_of(need: Need) -> str | None:
     return f"{need.package} {version}" if is_older(version, need.oldest) else None
 
 
-def missing(*, cuda: bool, python: str = sys.executable) -> list[str]:
-    """All that is missing, each with what would bring it."""
+def missing(*, cuda: bool, python: str = sys.executable, version: tuple[int, int] = sys.version_info[:2]) -> list[str]:
+    """All that is missing, each with what would bring it. ``python`` is the interpreter of this ``version``."""
     found = []
-    problems = {need: problem for need in NEEDS if (problem := problem_of(need)) is not None}
+    needs = [need for need in NEEDS if version >= need.since]
+    problems = {need: problem for need in needs if (problem := problem_of(need)) is not None}
     if problems:
         wanted = " ".join(shlex.quote(need.wanted) for need in problems)
         found.append(f"{', '.join(problems.values())} ({python} -m pip install {wanted})")

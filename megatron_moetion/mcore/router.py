@@ -15,6 +15,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from megatron.core.ssm.mamba_layer import MambaLayer
 from megatron.core.transformer.cuda_graphs import is_graph_warmup
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.mlp import MLP
@@ -29,6 +30,10 @@ from megatron_moetion.recover.capacity import CapacityRules, boosts, repaid
 
 RECENT_ITERATIONS = 10
 """What the moving averages of an iteration's tokens look back, about."""
+
+
+_INNER_LAYER = ("mtp_model_layer", "transformer_layer")
+"""What a spec of a layer for multi-token prediction calls the layer that it runs, in megatron-core 0.19 and 0.16."""
 
 
 class TokenCounters:
@@ -183,8 +188,11 @@ def keep_mask(probs: torch.Tensor, routed: torch.Tensor, base: int, boost: torch
 def use_capacity_router(spec: Any) -> None:
     """Put ``CapacityRouter`` into every MoE layer of a block spec (``get_gpt_decoder_block_spec``), in place.
 
-    A block of dense layers alone, such as a pipeline stage may have, stays as it is. Raises ``ConfigError`` for a spec
-    or a layer of another kind, and for a router other than ``TopKRouter``: nothing is left out without a word.
+    The spec of a block for multi-token prediction (``get_gpt_mtp_block_spec``) is one too. Dense layers and Mamba
+    layers stay as they are, also where a block has no others: a pipeline stage may be like that, and its rank cannot
+    tell. A whole model without MoE layers is refused at the start, if capacities are to be raised. Raises
+    ``ConfigError`` for a spec or a layer of another kind, and for a router other than ``TopKRouter``: nothing is left
+    out without a word.
     """
     layers = getattr(spec, "layer_specs", None)
     if layers is None:
@@ -193,7 +201,16 @@ def use_capacity_router(spec: Any) -> None:
             f"a block, as get_gpt_decoder_block_spec returns it"
         )
     for number, layer in enumerate(layers):
-        builder = getattr(layer.submodules, "mlp", None)
+        inner = _inner_layer(layer)
+        if _made_by(inner) is MambaLayer:
+            continue
+        submodules = _parts_of(inner)
+        if not hasattr(submodules, "mlp"):
+            raise ConfigError(
+                f"layer {number} of the spec has no 'mlp' among its submodules, and is no Mamba layer: "
+                f"use_capacity_router() does not know where its router would be, and found {_made_by(inner)}"
+            )
+        builder = submodules.mlp
         parts = _parts_of(builder)
         if hasattr(parts, "router"):
             if parts.router not in (TopKRouter, CapacityRouter):
@@ -208,6 +225,12 @@ def use_capacity_router(spec: Any) -> None:
                 f"looks for 'router' in submodules.mlp.submodules and in the 'submodules' of a functools.partial, and "
                 f"found {_made_by(builder)}"
             )
+
+
+def _inner_layer(layer: Any) -> Any:
+    """Of the spec of a layer for multi-token prediction, that of the layer that it runs; any other as it is."""
+    found = (getattr(_parts_of(layer), name, None) for name in _INNER_LAYER)
+    return next((inner for inner in found if inner is not None), layer)
 
 
 def _parts_of(builder: Any) -> Any:
@@ -325,10 +348,12 @@ class RouterWatch:
             self._pending.zero_()
 
     def step(self) -> None:
-        """After an optimizer step: bring averages up to date, pay off debts, set the next iteration's capacities."""
+        """After an iteration: bring averages up to date, pay off debts, set the next iteration's capacities.
+
+        From what is committed.
+        """
         if not self._routers:
             return
-        self.commit()
         moved = self._totals - self._marks
         is_first = self._marks.sum(dim=(1, 2), keepdim=True) == 0
         self._recent += (moved - self._recent) * torch.where(is_first, 1.0, 1.0 / RECENT_ITERATIONS)

@@ -189,7 +189,7 @@ class MegatronState:
     def after_step(self) -> None:
         """Brings the routers' averages up to date, and their capacities while they are raised."""
         if self.tokens is not None:
-            self.tokens.after_step()
+            self.tokens.after_step(sees_steps=bool(self._links))
 
     def copy_to_model(self) -> None:
         """Only between an optimizer step and the next forward."""

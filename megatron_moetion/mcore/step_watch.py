@@ -29,6 +29,10 @@ class StepWatch:
     ``zeroed``: gradients are zeroed, and with them goes what passes since the last step have done; called once for each
     wrapper. ``again``: the same, and there were passes that no step had used; a replay of a whole iteration as a CUDA
     graph runs no Python and is not seen as a pass. ``stepping``: the optimizer is about to step.
+
+    A step that a loss scaler skips runs no hook, so its passes train nothing, and a loop that zeroes gradients after
+    the step is heard to run again. Without ``optimizers`` no step is seen at all: whatever passed is taken for used.
+    Zeroing is then ``stepping``, if there was a pass, and neither ``zeroed`` nor ``again``.
     """
 
     def __init__(
@@ -41,6 +45,7 @@ class StepWatch:
         stepping: Callable[[], None] = _nothing,
     ) -> None:
         self._zeroed, self._again, self._stepping = zeroed, again, stepping
+        self._sees_steps = bool(optimizers)
         self._has_run = False
         """Whether there was a pass that neither a step has used nor a zeroing has undone."""
         with ExitStack() as undo:
@@ -64,10 +69,13 @@ class StepWatch:
 
     def _wrap(self, original: Callable[..., Any]) -> Callable[..., Any]:
         def zero_grad_buffer(*args: Any, **named: Any) -> Any:
-            is_again, self._has_run = self._has_run, False
-            self._zeroed()
-            if is_again:
-                self._again()
+            has_run, self._has_run = self._has_run, False
+            if self._sees_steps:
+                self._zeroed()
+                if has_run:
+                    self._again()
+            elif has_run:
+                self._stepping()
             return original(*args, **named)
 
         return zero_grad_buffer

@@ -27,7 +27,7 @@ class MegatronTokens:
 
     def __init__(self, blocks: Sequence[MoeBlock], capacity: CapacityRules | None = None) -> None:
         self._blocks = tuple(blocks)
-        self._is_checked = False
+        self._has_trained = self._is_checked = False
         with ExitStack() as undo:
             self.counters = TokenCounters(self._blocks)
             undo.callback(self.counters.close)
@@ -44,6 +44,10 @@ class MegatronTokens:
 
     def commit(self) -> None:
         """What was counted so far is trained on: the optimizer steps."""
+        self._has_trained = True
+        self._commit()
+
+    def _commit(self) -> None:
         with torch.no_grad():
             self.counters.commit()
             self.routers.commit()
@@ -54,17 +58,22 @@ class MegatronTokens:
             self.counters.discard()
             self.routers.discard()
 
-    def after_step(self) -> None:
-        """Once an iteration, after the optimizer step."""
-        self.commit()  # also where a loss scaler skipped the step, which then ran no hook
+    def after_step(self, *, sees_steps: bool) -> None:
+        """Once an iteration, after the optimizer step; ``sees_steps``: whether ``commit`` is called before each step.
+
+        A step that a loss scaler skipped trained nothing, and its tokens do not count: they go when its gradients are
+        zeroed, before or after this call. Where no step is seen, all that passed counts.
+        """
+        if not sees_steps:
+            self._commit()
         with torch.no_grad():
             self.routers.step()
-        if not self._is_checked:
+        if self._has_trained and not self._is_checked:  # an iteration may be without passes
             self._is_checked = True
             self._check()
 
     def _check(self) -> None:
-        """The first iteration is over: hooks on experts have run, unless graphs of these were captured before us."""
+        """There was a step, so hooks on experts have run, unless graphs of these were captured before us."""
         unseen = [self._blocks[i].prefix for i in self.counters.unseen()]
         if unseen:
             _logger.warning(

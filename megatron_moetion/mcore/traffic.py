@@ -29,6 +29,7 @@ from megatron.core.transformer.moe.moe_layer import MoELayer
 from megatron.core.utils import get_model_config
 from torch import distributed as dist
 
+from megatron_moetion.mcore import cpu_device
 from megatron_moetion.mcore.replace import Wrap, replace_method
 from megatron_moetion.schedule.recorder import OpenSpan, Recorder
 from megatron_moetion.schedule.timeline import Lane
@@ -89,17 +90,20 @@ class TimedCommunicator(P2PCommunicator):
             recorder.end(span)
 
 
-def pipeline_arguments(config: Any) -> dict[str, Any]:
+def pipeline_arguments(config: Any, *, on_device: bool | None = None) -> dict[str, Any]:
     """``p2p_communicator`` and ``pg_collection`` for Megatron's schedules, or for its ``pretrain()``.
 
     Both take them before there is a model: call this once ``initialize_model_parallel`` is done, and give the
     communicator to ``attach(p2p_communicator=...)``. ``config`` is the model's ``TransformerConfig``, or has the same
-    settings of a ``ModelParallelConfig``. Empty where there is no pipeline, so that no rank needs a case of its own.
+    settings of a ``ModelParallelConfig``. ``on_device`` says whether the model is on a GPU; None: it will be, if there
+    is one. Empty where there is no pipeline, so that no rank needs a case of its own.
     """
     group = parallel_state.get_pipeline_model_parallel_group()
     if group.size() == 1:
         return {}
-    communicator = TimedCommunicator(group, config, on_device=dist.get_backend(group) != "gloo")
+    if on_device is None:
+        on_device = torch.cuda.is_available() and not cpu_device.is_installed()
+    communicator = TimedCommunicator(group, config, on_device=on_device)
     return {"p2p_communicator": communicator, "pg_collection": ProcessGroupCollection.use_mpu_process_groups()}
 
 
@@ -150,7 +154,8 @@ class TrafficHooks:
             return
         communicator = given
         if communicator is None:
-            self.pipeline_arguments = pipeline_arguments(get_model_config(model[0]))
+            on_device = next(model[0].parameters()).is_cuda
+            self.pipeline_arguments = pipeline_arguments(get_model_config(model[0]), on_device=on_device)
             communicator = self.pipeline_arguments["p2p_communicator"]
         communicator.watch(self._recorder, crosses=crosses)
         self._undo.callback(communicator.unwatch)

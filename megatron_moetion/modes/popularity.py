@@ -36,6 +36,8 @@ from megatron_moetion.units import Inventory, UnitKind
 
 _CHOOSES = "chooses"
 """Key of the facts that every rank in this mode gives."""
+_EXPERTS = "experts"
+"""Key of how many experts a rank has, where capacity is to be raised."""
 _CAPTURES_REMEMBERED = OPEN_MAX + 1
 """Captures of one expert in the host state: those that are not agreed on yet, and the one before."""
 
@@ -47,16 +49,22 @@ class PopularityBlueprint:
         self._tokens = tokens
 
     def facts(self, site: Site) -> dict[str, Any]:
-        """That this rank's mode is this one; and why capacity cannot be raised here, where it is to be."""
-        problem = self._tokens.capacity_problem() if site.config.recalibrates else None
-        return {_CHOOSES: True} | ({"capacity": problem} if problem else {})
+        """That this rank's mode is this one; where capacity is to be raised, of how many experts, or why it cannot."""
+        if not site.config.recalibrates:
+            return {_CHOOSES: True}
+        problem = self._tokens.capacity_problem()
+        return {_CHOOSES: True, _EXPERTS: len(self._tokens.token_counters())} | (
+            {"capacity": problem} if problem else {}
+        )
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> PopularityMode:
         """See ``Blueprint``. Collective among the ranks that share experts; ``ChannelError`` on a lost one.
 
-        ``ConfigError`` where capacity is to be raised and cannot be, on any rank.
+        ``ConfigError`` where capacity is to be raised and cannot be, on any rank, or where no rank has experts.
         """
         problem = next((f["capacity"] for f in facts if "capacity" in f), None)
+        if site.config.recalibrates and not any(f.get(_EXPERTS) for f in facts):
+            problem = "no rank has an MoE layer"
         if problem is not None:
             raise shared(
                 ConfigError(f"--moetion-capacity-recalibration on can do nothing here: {problem}; leave it out")

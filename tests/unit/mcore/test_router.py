@@ -6,6 +6,7 @@ Recoveries of whole models with it are in ``tests/dist/test_inventory.py``.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from functools import partial
 from inspect import signature
@@ -14,8 +15,14 @@ from typing import Any
 
 import pytest
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_mlp_module_spec
+from megatron.core import parallel_state
+from megatron.core.models.gpt.gpt_layer_specs import (
+    get_gpt_decoder_block_spec,
+    get_gpt_mtp_block_spec,
+    get_mlp_module_spec,
+)
 from megatron.core.models.gpt.moe_module_specs import get_moe_module_spec
+from megatron.core.ssm.mamba_layer import MambaLayer, MambaLayerSubmodules
 from megatron.core.transformer.identity_op import IdentityOp
 from megatron.core.transformer.moe.moe_layer import MoELayer, MoESubmodules
 from megatron.core.transformer.moe.router import TopKRouter
@@ -213,6 +220,9 @@ def test_what_layers_saw_is_told_of_this_rank_alone() -> None:
     watch = RouterWatch([block], None)  # type: ignore[list-item]
     router.routing(logits())
     watch.step()
+    assert watch.shares()["layers.0.dense"]["routed"] == 0, "nothing was trained on yet"
+    watch.commit()
+    watch.step()
     ((name, tokens),) = watch.shares().items()
     assert name == "layers.0.dense"
     assert tokens == {"routed": 2 * TOKENS, "processed": watch.state[0, 1].sum().item(), "debt": 0.0}
@@ -326,6 +336,32 @@ def test_specs_of_all_versions_are_known(make: Any) -> None:
 
 def test_a_block_of_dense_layers_is_left_as_it_is() -> None:
     use_capacity_router(block(get_mlp_module_spec(use_te=False), IdentityOp, None))
+
+
+def test_layers_of_multi_token_prediction_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their inner layer is called one thing in megatron-core 0.16 and another in 0.19; the spec is Megatron's own."""
+    monkeypatch.setattr(parallel_state, "is_pipeline_last_stage", lambda **_: True)
+    settings = config(num_layers=2, mtp_num_layers=1, normalization="LayerNorm")
+    decoder = get_gpt_decoder_block_spec(settings, use_transformer_engine=False, pp_rank=0)
+    predicts = copy.deepcopy(get_gpt_mtp_block_spec(settings, decoder, use_transformer_engine=False, pp_rank=0))
+    (layer,) = predicts.layer_specs
+    names = [name for name in ("mtp_model_layer", "transformer_layer") if hasattr(layer.submodules, name)]
+    inner = getattr(layer.submodules, names[0])
+    assert parts_of(inner.submodules.mlp).router is TopKRouter
+    use_capacity_router(predicts)
+    assert parts_of(inner.submodules.mlp).router is CapacityRouter
+    setattr(layer.submodules, names[0], None)
+    with pytest.raises(ConfigError, match=r"layer 0 of the spec has no 'mlp'.*MultiTokenPredictionLayer"):
+        use_capacity_router(predicts)
+
+
+def test_mamba_layers_are_left_as_they_are_and_others_without_an_mlp_are_not() -> None:
+    layers = block(moe())
+    layers.layer_specs.append(ModuleSpec(module=MambaLayer, submodules=MambaLayerSubmodules()))
+    use_capacity_router(layers)
+    layers.layer_specs.append(ModuleSpec(module=torch.nn.Identity))
+    with pytest.raises(ConfigError, match=r"layer 2 of the spec has no 'mlp' .*no Mamba layer.*Identity"):
+        use_capacity_router(layers)
 
 
 def test_nothing_is_left_out_without_a_word() -> None:

@@ -30,10 +30,10 @@ class Wrapper(torch.nn.Module):
 class Training:
     """A model of two wrappers, with two optimizers, and what it hears of itself."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, trains: bool = True) -> None:
         self.heard: list[str] = []
         self.model = [Wrapper(), Wrapper()]
-        self.optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in self.model]
+        self.optimizers = [torch.optim.SGD(m.parameters(), lr=0.1) for m in self.model if trains]
         self.watch = StepWatch(
             self.model,
             self.optimizers,
@@ -79,6 +79,19 @@ def test_gradients_zeroed_after_the_step_are_no_rerun(training: Training) -> Non
         training.step()
         training.zero()
         assert training.said() == ["stepping", "zeroed", "zeroed"]
+
+
+@pytest.mark.parametrize("zeroes_first", [True, False])
+def test_without_optimizers_nothing_runs_again_and_all_passes_count(zeroes_first: bool) -> None:
+    training = Training(trains=False)
+    for _ in range(3):
+        if zeroes_first:
+            training.zero()
+        training.passes()
+        training.step()
+        if not zeroes_first:
+            training.zero()
+    assert training.said() == ["stepping"] * (2 if zeroes_first else 3)
 
 
 def test_evaluation_is_no_pass(training: Training) -> None:

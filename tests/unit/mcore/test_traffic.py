@@ -14,11 +14,13 @@ import pytest
 import torch
 from megatron.core import parallel_state
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 from support import ManualClock
 
 from megatron_moetion.clock import SystemClock
-from megatron_moetion.mcore.traffic import TimedCommunicator, TrafficHooks, elsewhere
+from megatron_moetion.mcore import cpu_device, traffic
+from megatron_moetion.mcore.traffic import TimedCommunicator, TrafficHooks, elsewhere, pipeline_arguments
 from megatron_moetion.schedule.recorder import HostStopwatch, Recorder
 from megatron_moetion.schedule.timeline import Lane, Timeline
 
@@ -259,3 +261,48 @@ def test_a_fault_in_a_call_still_ends_its_span(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(RuntimeError):
         dispatcher.token_combine(torch.zeros(8))
     assert ends == [16]
+
+
+@pytest.mark.parametrize(
+    ("available", "stands_in", "told", "on_device"),
+    [
+        (True, False, None, True), (False, False, None, False), (True, True, None, False), (True, False, False, False),
+        (False, False, True, True),
+    ],
+)  # fmt: skip
+def test_a_device_is_where_the_model_is_whatever_a_groups_backend_is_called(
+    monkeypatch: pytest.MonkeyPatch, available: bool, stands_in: bool, told: bool | None, on_device: bool
+) -> None:
+    """A group of ``init_process_group()`` without a backend is called 'undefined' or 'cpu:gloo,cuda:nccl'."""
+    group = SimpleNamespace(size=lambda: 2)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_group", lambda: group)
+    monkeypatch.setattr(ProcessGroupCollection, "use_mpu_process_groups", lambda: "groups")
+    monkeypatch.setattr(P2PCommunicator, "__init__", lambda self, group, config: setattr(self, "config", config))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: available)
+    monkeypatch.setattr(cpu_device, "is_installed", lambda: stands_in)
+    given = pipeline_arguments(SimpleNamespace(batch_p2p_comm=True), on_device=told)
+    assert given["pg_collection"] == "groups"
+    assert given["p2p_communicator"].config.batch_p2p_comm == on_device, "posted one by one on the host"
+
+
+@pytest.mark.parametrize("on_device", [True, False])
+def test_hooks_make_a_communicator_for_where_the_model_is(monkeypatch: pytest.MonkeyPatch, on_device: bool) -> None:
+    told: list[bool] = []
+    communicator = SimpleNamespace(watch=lambda *_, **__: None, unwatch=lambda: None)
+
+    def arguments(config: Any, *, on_device: bool) -> dict[str, Any]:
+        told.append(on_device)
+        return {"p2p_communicator": communicator}
+
+    monkeypatch.setattr(traffic, "pipeline_arguments", arguments)
+    monkeypatch.setattr(parallel_state, "get_pipeline_model_parallel_group", lambda: "pipeline")
+    monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [0, 1])
+    model: Any = SimpleNamespace(
+        config=SimpleNamespace(),
+        modules=lambda: [],
+        parameters=lambda: iter([SimpleNamespace(is_cuda=on_device)]),
+        bucket_groups=[],
+        expert_parallel_bucket_groups=[],
+    )
+    TrafficHooks([model], manual(), elsewhere([0, 1], 0), sees_all=False).close()
+    assert told == [on_device]

@@ -7,6 +7,7 @@ import json
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from session_job import Job
 from support import ToyState, together
 
 from megatron_moetion.clock import SystemClock
+from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
+from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.modes.recalibration import Recalibration, over_ranks
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.channel import Fabric
@@ -87,6 +90,30 @@ def test_a_model_that_makes_it_do_nothing_is_refused_at_the_start_and_only_where
     assert resumed.lost_tokens > 0
     assert [state.recalibrated for state in second.states] == [{}, {}]
     second.crash()
+
+
+class Stage(SimpleNamespace):
+    """A rank's site that has nothing but settings."""
+
+    config = MoetionConfig(capacity_recalibration="on")
+
+    @property
+    def inventory(self) -> Any:
+        raise LookupError("it goes on")
+
+
+@pytest.mark.parametrize(
+    ("experts", "error"),
+    [((0, 0), ConfigError("on can do nothing here: no rank has an MoE layer")), ((0, 3), LookupError("it goes on"))],
+)
+def test_it_is_refused_where_no_rank_has_experts(experts: tuple[int, int], error: Exception) -> None:
+    """A pipeline stage may have dense layers alone."""
+    site: Any = Stage()
+    blueprints = [PopularityBlueprint(ToyState(num_experts=n)) for n in experts]
+    facts = [blueprint.facts(site) for blueprint in blueprints]
+    for blueprint in blueprints:
+        with pytest.raises(type(error), match=str(error)):
+            blueprint.build(site, facts)
 
 
 def test_where_it_is_off_it_looks_and_raises_nothing(tmp_path: Path) -> None:

