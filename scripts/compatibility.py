@@ -51,7 +51,7 @@ GROUPS: Mapping[str, Sequence[str]] = {
         "Several instances of the distributed optimizer",
         "Inner optimizers of other libraries",
     ),
-    "Quantised parameters": ("FP8", "MXFP8", "NVFP4", "Attention in FP8"),
+    "Quantised parameters": ("FP8", "MXFP8", "NVFP4", "Attention in FP8", "Quantised parameters"),
     "Models": (
         "Tied embeddings",
         "Untied embeddings",
