@@ -299,7 +299,7 @@ def test_hooks_make_a_communicator_for_where_the_model_is(monkeypatch: pytest.Mo
     monkeypatch.setattr(torch.distributed, "get_process_group_ranks", lambda group: [0, 1])
     model: Any = SimpleNamespace(
         config=SimpleNamespace(),
-        modules=lambda: [],
+        modules=list,
         parameters=lambda: iter([SimpleNamespace(is_cuda=on_device)]),
         bucket_groups=[],
         expert_parallel_bucket_groups=[],

