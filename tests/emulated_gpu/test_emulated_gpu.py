@@ -20,7 +20,8 @@ FILES = sorted(path.name for path in (HERE / "inside").glob("test_*.py"))
 @pytest.mark.parametrize("name", FILES)
 def test_on_the_emulated_gpu(package: Path, name: str) -> None:
     """Each file of ``inside/`` in a process of its own, which ends alone if it crashes."""
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"pythonpath={package}"]
+    paths = f"pythonpath={package} {ROOT / 'scripts'}"  # the package's kernels are others; conftest.py needs a script
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", paths]
     done = subprocess.run(
         [*command, str(HERE / "inside" / name)],
         cwd=ROOT,
