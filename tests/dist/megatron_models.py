@@ -463,7 +463,7 @@ def _recover(rank: int, case: Case, store: Path, mode: str, expected: Undisturbe
             book[0], counts[0] = _unit_hashes(state), _counted(state)
         else:
             assert resumed is not None
-            taken = {name: _when(book, name, digest) for name, digest in _unit_hashes(state).items()}
+            taken = {name: _when(book, name, digest, iteration) for name, digest in _unit_hashes(state).items()}
             recovered.append(
                 {
                     "lost": fault - iteration, "iteration": iteration, "units": taken,
@@ -550,9 +550,9 @@ def _hash(unit: Unit) -> str:
     return digest.hexdigest()
 
 
-def _when(book: Mapping[int, Mapping[str, str]], name: str, digest: str) -> int:
-    """The newest iteration at which this rank had the unit in this state; -1 if never since the first step."""
-    return max((i for i, units in book.items() if units[name] == digest), default=-1)
+def _when(book: Mapping[int, Mapping[str, str]], name: str, digest: str, latest: int) -> int:
+    """The newest iteration up to ``latest`` at which this rank had the unit in this state; -1 if never since step 1."""
+    return max((i for i, units in book.items() if i <= latest and units[name] == digest), default=-1)
 
 
 def _counted(state: MegatronState) -> dict[str, int]:
