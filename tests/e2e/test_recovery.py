@@ -187,7 +187,7 @@ def test_without_the_flag_nothing_of_the_runtime_is_imported(tmp_path: Path) -> 
         "code = run(sys.argv[1:])\n"
         "rooms = ('session', 'store', 'snapshot', 'select', 'replicate', 'recover', '_C', 'mcore.attach',\n"
         "         'mcore.state', 'mcore.inventory', 'mcore.tokens', 'mcore.steplog', 'mcore.router', 'mcore.layout',\n"
-        "         'mcore.shards', 'mcore.traffic', 'mcore.chain', 'mcore.parameters', 'mcore.refusals',\n"
+        "         'mcore.shards', 'mcore.traffic', 'mcore.parameters', 'mcore.refusals',\n"
         "         'mcore.quantised', 'observe', 'schedule')\n"
         "found = [m for m in sys.modules if m.startswith('megatron_moetion.') and\n"
         "         any(m[17:] == r or m[17:].startswith(r + '.') for r in rooms)]\n"
