@@ -129,12 +129,12 @@ def test_breaks(broken):
     pass
 
 @pytest.mark.proves("A", "recovery")
-@pytest.mark.skip
+@pytest.mark.skip(reason="a part of the sample: what is skipped proves nothing")
 def test_is_skipped():
     pass
 
 @pytest.mark.proves("A", "recovery")
-@pytest.mark.xfail
+@pytest.mark.xfail(reason="a part of the sample: what is expected to fail proves nothing")
 def test_is_expected_to_fail():
     assert False
 

@@ -43,7 +43,8 @@ class OrthogonalizedOptimizer(torch.optim.Optimizer):
                 self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter.data)
 
     def orthogonalize(self, p: torch.Tensor, grad: torch.Tensor, **kwargs: Any) -> torch.Tensor:
-        raise NotImplementedError
+        # As in the real base class: what it means is for a subclass to say, and all of Megatron-Core's do.
+        raise NotImplementedError(f"{type(self).__name__} does not say how a gradient is made orthogonal")
 
     def scaled(self, update: torch.Tensor, state: dict[str, Any], group: dict[str, Any]) -> torch.Tensor:
         """What a subclass makes of an update."""
