@@ -150,6 +150,7 @@ def _case(rank: int, model: Model | str, store: Path) -> dict[str, Any]:
         wrong += _differences(expected[iteration], trainer, state, f"{iteration}, trained")
         careless = _careless(trainer, state) if iteration == ITERATIONS else []
         fault, node = faults.pop(0) if faults else (0, None)
+        dist.barrier()  # all are drained: a rank that ends may hold what another is still sending
         _end(attached)
         dist.barrier()
         if node is not None and rank == 0 and iteration < ITERATIONS:

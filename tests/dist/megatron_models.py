@@ -484,6 +484,7 @@ def _recover(rank: int, case: Case, store: Path, mode: str, expected: Undisturbe
         if is_bitwise:
             wrong += _differing(expected.images[iteration], trainer, state, f"{iteration}, trained")
         fault, node = faults.pop(0) if faults else (0, None)
+        dist.barrier()  # all are drained: a rank that ends may hold what another is still sending
         attached.session.running.undo.close()
         attached.abandon()
         _forget()
