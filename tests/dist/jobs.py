@@ -9,7 +9,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -51,15 +51,52 @@ class Nursery:
         assert not answer["late"], f"the ranks were not done after {limit_s} s: {answer}\n{logs(request['folder'])}"
         return list(answer["codes"])
 
+    def notes(self, limit_s: float, folder: Path, **request: Any) -> list[list[dict[str, Any]]]:
+        """Four ranks that work to the end; what each has noted in ``folder``."""
+        environments = [{"RANK": str(rank)} for rank in range(4)]
+        codes = self.launch(limit_s, folder=str(folder), ranks=environments, **request)
+        assert codes == [0] * 4, logs(folder)
+        return [notes_in(folder / f"rank{rank:05d}.0.jsonl") for rank in range(4)]
+
     def close(self) -> None:
         self._process.kill()
         self._process.wait()
+
+    def __enter__(self) -> Nursery:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self.close()
 
     def _read(self, limit_s: float) -> str:
         assert self._process.stdout is not None
         ready, _, _ = select([self._process.stdout], [], [], limit_s)
         assert ready, f"no word from the nursery in {limit_s} s"
         return self._process.stdout.readline().strip()
+
+
+def tiled(spans: Iterable[tuple[Any, int, int]]) -> int:
+    """How many elements spans cover, of any keys; those of one key must follow each other without gap or overlap."""
+    by_key: dict[Any, list[tuple[int, int]]] = defaultdict(list)
+    for key, start, end in spans:
+        by_key[key].append((start, end))
+    total = 0
+    for key, parts in by_key.items():
+        cursor = 0
+        for start, end in sorted(parts):
+            assert start == cursor, f"{key}: {sorted(parts)}"
+            cursor = end
+        total += cursor
+    return total
+
+
+def owned_elements(ranks: Iterable[Mapping[str, Any]]) -> float:
+    """How many elements of parameters all optimizers together should hold, by what ``_examine`` found on each rank."""
+    total = 0.0
+    for found in ranks:
+        dense, replicas, expert, expert_replicas = found["elements"]
+        total += dense / replicas + expert / expert_replicas if found["sharded"] else dense + expert
+    return total
 
 
 def logs(folder: str | Path) -> str:

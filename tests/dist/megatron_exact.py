@@ -211,7 +211,13 @@ def _reference(rank: int, model: Model | str) -> tuple[dict[int, dict[str, str]]
     return images, losses, skipped
 
 
-def _start(rank: int, model: Model | str, store: Path, attempt: int) -> tuple[Trainer, Attached]:
+def _start(
+    rank: int, model: Model | str, store: Path, attempt: int, mode: str = "exact", **settings: Any
+) -> tuple[Trainer, Attached]:
+    """A model with checkpoints in memory, not started; from the second attempt on it is filled with noise.
+
+    ``settings``: of ``MoetionConfig``, those of mode ``exact`` unless they are given.
+    """
     trainer = _build(rank, model)
     os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
     attached = attach(
@@ -219,14 +225,14 @@ def _start(rank: int, model: Model | str, store: Path, attempt: int) -> tuple[Tr
         optimizer=trainer.optimizer,
         opt_param_scheduler=trainer.scheduler,
         config=MoetionConfig(
-            mode="exact",
-            period=PERIOD,
+            mode=mode,
             store=str(store),
             run_id=_RUN,
             ranks_per_node=2,
             pack_threads=1,
             timeout_s=30,
             max_stall_ms=5000,
+            **(settings or {"period": PERIOD}),
         ),
         user_state=trainer.state,
     )

@@ -34,7 +34,6 @@ from megatron_trainer import (
     Trainer,
     _build,
     _examine,
-    _scramble,
     _state,
     _step,
     _tear_down,
@@ -51,9 +50,8 @@ from megatron.core.optimizer import OptimizerConfig, layer_wise_optimizer, muon
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer.moe.moe_layer import MoELayer
 
-from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import UnsupportedState
-from megatron_moetion.mcore.attach import Attached, attach
+from megatron_moetion.mcore.attach import Attached
 from megatron_moetion.mcore.state import MegatronState
 from megatron_moetion.pretrain import model as model_module
 from megatron_moetion.units import Role
@@ -290,27 +288,8 @@ def _popularity(rank: int, case: Case, store: Path) -> dict[str, Any]:
 
 
 def _start(rank: int, case: Case, store: Path, attempt: int) -> tuple[Trainer, Attached]:
-    trainer = _build(rank, case.model)
-    os.environ["TORCHELASTIC_RESTART_COUNT"] = str(attempt)
-    attached = attach(
-        model=trainer.model,
-        optimizer=trainer.optimizer,
-        opt_param_scheduler=trainer.scheduler,
-        config=MoetionConfig(
-            mode="popularity",
-            experts_per_snapshot=2,
-            staleness_cap=8,
-            store=str(store),
-            run_id="run",
-            ranks_per_node=2,
-            pack_threads=1,
-            timeout_s=30,
-        ),
-        user_state=trainer.state,
-    )
-    if attempt:
-        _scramble(trainer)
-    return trainer, attached
+    settings = {"experts_per_snapshot": 2, "staleness_cap": 8}
+    return megatron_exact._start(rank, case.model, store, attempt, mode="popularity", **settings)
 
 
 def _by_unit(attached: Attached) -> dict[str, str]:

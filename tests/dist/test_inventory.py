@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Nursery, logs, notes_in
+from jobs import Nursery, owned_elements, tiled
 
 from megatron_moetion.modes.recalibration import over_ranks
 
@@ -45,14 +44,8 @@ def flat(rows: list[list[float]]) -> list[float]:
 def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What each rank noted; all cases run in one launch, because Megatron-Core takes seconds to import."""
     folder: Path = tmp_path_factory.mktemp("megatron")
-    nursery = Nursery("megatron")
-    try:
-        environments = [{"RANK": str(rank)} for rank in range(4)]
-        codes = nursery.launch(180, folder=str(folder), ranks=environments)
-    finally:
-        nursery.close()
-    assert codes == [0] * 4, logs(folder)
-    return [notes_in(folder / f"rank{rank:05d}.0.jsonl") for rank in range(4)]
+    with Nursery("megatron") as nursery:
+        return nursery.notes(180, folder)
 
 
 @pytest.fixture
@@ -73,22 +66,12 @@ def test_every_byte_of_state_is_captured_exactly_once(ranks: list[dict[str, Any]
 @pytest.mark.parametrize("case", CASES)
 def test_all_ranks_together_hold_every_element_of_every_parameter(ranks: list[dict[str, Any]]) -> None:
     """Shards of the distributed optimizer tile a parameter; without it every rank has all of it."""
-    spans: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
-    for rank, found in enumerate(ranks):
-        for tensor, role, start, end in found["spans"]:
-            spans[(tensor, role) if found["sharded"] else (tensor, role, rank)].append((start, end))
-    total = 0
-    for key, parts in spans.items():
-        cursor = 0
-        for start, end in sorted(parts):
-            assert start == cursor, f"{key}: {sorted(parts)}"
-            cursor = end
-        total += cursor
-    expected = 0.0
-    for found in ranks:
-        dense, replicas, expert, expert_replicas = found["elements"]
-        expected += dense / replicas + expert / expert_replicas if found["sharded"] else dense + expert
-    assert total == 3 * expected, "main values and two moments"
+    total = tiled(
+        ((tensor, role) if found["sharded"] else (tensor, role, rank), start, end)
+        for rank, found in enumerate(ranks)
+        for tensor, role, start, end in found["spans"]
+    )
+    assert total == 3 * owned_elements(ranks), "main values and two moments"
 
 
 @pytest.mark.parametrize("case", proving("recovery"))

@@ -3,13 +3,12 @@
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Nursery, logs, notes_in
+from jobs import Nursery, owned_elements, tiled
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(500)]
 
@@ -117,14 +116,8 @@ def launch(tmp_path_factory: pytest.TempPathFactory) -> Launch:
 
 
 def _launch(folder: Path, cases: list[str]) -> list[Notes]:
-    nursery = Nursery("models")
-    try:
-        environments = [{"RANK": str(rank)} for rank in range(4)]
-        codes = nursery.launch(400, folder=str(folder), store=str(folder / "store"), cases=cases, ranks=environments)
-    finally:
-        nursery.close()
-    assert codes == [0] * 4, logs(folder)
-    return [notes_in(folder / f"rank{rank:05d}.0.jsonl") for rank in range(4)]
+    with Nursery("models") as nursery:
+        return nursery.notes(400, folder, store=str(folder / "store"), cases=cases)
 
 
 def _of(launch: Launch, case: str, event: str, mode: str | None = None) -> list[Mapping[str, Any]]:
@@ -152,23 +145,17 @@ def test_every_byte_of_state_is_captured_exactly_once(launch: Launch, case: str)
 def test_all_ranks_together_hold_every_element_of_every_parameter(launch: Launch, case: str) -> None:
     """Shards of the distributed optimizer tile what one rank of the tensor parallel group has of a parameter."""
     ranks = _of(launch, case, "case")
-    spans: dict[tuple[Any, ...], list[tuple[int, int]]] = defaultdict(list)
-    for rank, found in enumerate(ranks):
-        for tensor, role, start, end in found["spans"]:
-            part = found["place"]["etp" if ".experts." in tensor else "tp"], found["place"]["pp"]
-            spans[(tensor, role, *part) if found["sharded"] else (tensor, role, rank)].append((start, end))
-    total = 0
-    for key, parts in spans.items():
-        cursor = 0
-        for start, end in sorted(parts):
-            assert start == cursor, f"{key}: {sorted(parts)}"
-            cursor = end
-        total += cursor
-    expected = 0.0
-    for found in ranks:
-        dense, replicas, expert, expert_replicas = found["elements"]
-        expected += dense / replicas + expert / expert_replicas if found["sharded"] else dense + expert
-    assert total == 3 * expected > 0, "main values and two moments"
+
+    def holder(rank: int, found: Mapping[str, Any], tensor: str) -> tuple[int, ...]:
+        of_place = found["place"]
+        return (of_place["etp" if ".experts." in tensor else "tp"], of_place["pp"]) if found["sharded"] else (rank,)
+
+    total = tiled(
+        ((tensor, role, *holder(rank, found, tensor)), start, end)
+        for rank, found in enumerate(ranks)
+        for tensor, role, start, end in found["spans"]
+    )
+    assert total == 3 * owned_elements(ranks) > 0, "main values and two moments"
 
 
 @pytest.mark.parametrize("case", list(rows("recovery")))

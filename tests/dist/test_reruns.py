@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Nursery, logs, notes_in
+from jobs import Nursery
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -26,14 +26,9 @@ WAYS = (
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, dict[str, Any]]]:
     """What each rank noted, by how its third iteration ran."""
     folder: Path = tmp_path_factory.mktemp("reruns")
-    nursery = Nursery("reruns")
-    try:
-        environments = [{"RANK": str(rank)} for rank in range(4)]
-        codes = nursery.launch(150, folder=str(folder), store=str(folder / "store"), ranks=environments)
-    finally:
-        nursery.close()
-    assert codes == [0] * 4, logs(folder)
-    return [{n["name"]: n for n in notes_in(folder / f"rank{rank:05d}.0.jsonl")} for rank in range(4)]
+    with Nursery("reruns") as nursery:
+        notes = nursery.notes(150, folder, store=str(folder / "store"))
+    return [{n["name"]: n for n in of_rank} for of_rank in notes]
 
 
 def test_counts_of_a_run_whose_iterations_run_once(ranks: list[dict[str, dict[str, Any]]]) -> None:

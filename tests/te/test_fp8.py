@@ -20,7 +20,7 @@ sys.path[:0] = [str(Path(__file__).parent.parent / name) for name in ("dist", "u
 # isort: split
 import fp8_twins
 import transformer_engine.pytorch as te
-from jobs import Nursery, logs, notes_in
+from jobs import Nursery
 from transformer_engine.common import recipe
 
 from megatron_moetion.mcore.quantised import payload, quantised_class
@@ -64,13 +64,8 @@ def proofs(cases: tuple[str, ...], level: str, more: str = "") -> list[Any]:
 def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What each rank noted of all cases."""
     folder = tmp_path_factory.mktemp("fp8")
-    nursery = Nursery("fp8", start_limit_s=300)
-    try:
-        codes = nursery.launch(500, folder=str(folder), ranks=[{"RANK": str(rank)} for rank in range(4)])
-    finally:
-        nursery.close()
-    assert codes == [0] * 4, logs(folder)
-    return [notes_in(folder / f"rank{rank:05d}.0.jsonl") for rank in range(4)]
+    with Nursery("fp8", start_limit_s=300) as nursery:
+        return nursery.notes(500, folder)
 
 
 def of(notes: list[list[dict[str, Any]]], event: str, case: str) -> list[dict[str, Any]]:

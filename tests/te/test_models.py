@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Nursery, logs, notes_in
+from jobs import Nursery
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(240)]
 
@@ -42,13 +42,8 @@ CASES = [pytest.param(case, marks=pytest.mark.proves(row, "recovery")) for case,
 def notes(tmp_path_factory: pytest.TempPathFactory) -> list[list[dict[str, Any]]]:
     """What each rank noted; all cases run in one launch, because imports take seconds."""
     folder: Path = tmp_path_factory.mktemp("te")
-    nursery = Nursery("te")
-    try:
-        codes = nursery.launch(180, folder=str(folder), ranks=[{"RANK": str(rank)} for rank in range(4)])
-    finally:
-        nursery.close()
-    assert codes == [0] * 4, logs(folder)
-    return [notes_in(folder / f"rank{rank:05d}.0.jsonl") for rank in range(4)]
+    with Nursery("te") as nursery:
+        return nursery.notes(180, folder)
 
 
 @pytest.fixture
