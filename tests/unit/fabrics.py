@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ends import AT_END
 from torch import distributed as dist
 
 from megatron_moetion.arrays import Bytes
@@ -162,7 +163,7 @@ def loopback_fabrics(n: int, **options: Any) -> Fabrics:
 
 
 def loopback_fabric(store: dist.Store, rank: int, world_size: int, **options: Any) -> SocketFabric:
-    """One of them. Rank 0 does not wait, and is waited for."""
+    """One of them. Rank 0 does not wait, and is waited for. The end of the test closes it where nothing else has."""
     settings: dict[str, Any] = {
         "ranks_per_host": 1,
         "timeout_s": 10.0,
@@ -171,7 +172,9 @@ def loopback_fabric(store: dist.Store, rank: int, world_size: int, **options: An
         "threads": SystemThreads(),
         "interface": "lo",
     }
-    return SocketFabric.connect(store=store, rank=rank, world_size=world_size, **(settings | options))
+    fabric = SocketFabric.connect(store=store, rank=rank, world_size=world_size, **(settings | options))
+    AT_END.callback(fabric.close)
+    return fabric
 
 
 def eventually(holds: Callable[[], bool], limit_s: float = 20.0) -> None:

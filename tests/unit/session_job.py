@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ends import AT_END
 from fabrics import Faults, loopback_fabrics
 from support import ToyState, blueprint, make_device, on_device, scheduler, together
 
@@ -95,9 +96,11 @@ class Job:
         self.fabrics = loopback_fabrics(ranks, timeout_s=self.config.timeout_s, cuts=self.network)
         self._host = host or {}
         self._device = device or {}
-        self.prepared: list[Prepared] = together(*(lambda r=r: self._prepare(r, attempt) for r in range(ranks)))  # type: ignore[misc]
         self.sessions: list[Session] = []
         self.iteration = 0
+        self.prepared: list[Prepared] = []
+        AT_END.callback(self._end)
+        self.prepared = together(*(lambda r=r: self._prepare(r, attempt) for r in range(ranks)))  # type: ignore[misc]
 
     def _prepare(self, rank: int, attempt: int) -> Prepared:
         ranks = len(self.states)
@@ -157,6 +160,15 @@ class Job:
             session.running.pipeline.close()
             session.running.arenas.close()
         self.fabrics.close()
+
+    def _end(self) -> None:
+        """Let go of what is still there, also after a start that failed. Does no harm after ``crash``."""
+        self.fabrics.close()
+        for session in self.sessions:
+            session.abandon()
+        for prepared in self.prepared:
+            prepared.leaving.close()
+            prepared.undo.close()
 
     def drop(self, rank: int, iterations: set[int]) -> None:
         """That rank's packs are late at these iterations."""
