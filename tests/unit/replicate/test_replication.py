@@ -155,7 +155,7 @@ def test_another_node_with_room_takes_over_and_the_first_holder_drops_its_copy_w
             assert ranks.replications[0].redundancy(5000) == 1
             assert 5000 in ranks.listed(3, 0)
         assert eventually(lambda: 0 not in ranks.arenas[1].held)
-        assert not (ranks.folders[1] / "rank00000.arena").exists()
+        assert eventually(lambda: not (ranks.folders[1] / "rank00000.arena").exists())
         assert eventually(lambda: [s.rank for s in ranks.replications[0].states()] == [3])
         go_on(ranks, 5001)
         assert ranks.replications[0].redundancy(5001) == 1
