@@ -12,8 +12,13 @@ from ends import AT_END
 
 @pytest.fixture(autouse=True)
 def nothing_goes_on() -> Iterator[None]:
-    before = set(threading.enumerate())
+    before = _network_threads()
     yield
     AT_END.close()
-    left = [t.name for t in threading.enumerate() if t not in before]
-    assert not [name for name in left if name.startswith(("moetion-control", "moetion-listen"))]
+    for thread in _network_threads() - before:
+        thread.join(timeout=10)
+        assert not thread.is_alive(), f"{thread.name} goes on after the test"
+
+
+def _network_threads() -> set[threading.Thread]:
+    return {t for t in threading.enumerate() if t.name.startswith(("moetion-control", "moetion-listen"))}

@@ -87,7 +87,7 @@ class Job:
         for rank, each in enumerate(self.states):
             if isinstance(each, Adapter):
                 each.rank = rank
-        fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 5,
+        fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 10,
                   "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
         self.witness = witness
         self.max_restarts = max_restarts
