@@ -34,6 +34,7 @@ from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.recover.disk import Disk
+from megatron_moetion.rendezvous import replacement_warning, restart_warning
 from megatron_moetion.replicate.addresses import job_store
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.fabric import SocketFabric
@@ -262,6 +263,8 @@ def attach(
             stash_note(model_config),
             padding_note(model_config, counts_tokens=config.mode == "popularity"),
             connections_note(host.environment) if on_device else None,
+            restart_warning(host.environment),
+            replacement_warning(host.environment),
         )
         is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
         scheduler = Scheduler(
