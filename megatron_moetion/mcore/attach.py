@@ -34,6 +34,7 @@ from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.observe.trace import Trace, trace_name
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.recover.disk import Disk
+from megatron_moetion.rendezvous import replacement_warning, restart_warning
 from megatron_moetion.replicate.addresses import job_store
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.fabric import SocketFabric
@@ -152,6 +153,18 @@ class Attached:
             self._undo.callback(watch.close)
         return resumed
 
+    def restore_rng(self) -> None:
+        """Put the random generators back to where ``start`` recovered them. Talks to no other rank.
+
+        For a loop that builds what draws random numbers after ``start``: a ``DataLoader``'s iterator, for instance,
+        draws a seed from torch's generator. Call it once, when the loop is ready for its first iteration. It changes
+        nothing where nothing was recovered, or where the run had not finished an iteration: its generators are where
+        the same draws took them in the first start. ``ConfigError`` before ``start``.
+        """
+        if self._session is None:
+            raise ConfigError("call start() before restore_rng()")
+        self._state.restore_rng()
+
     @property
     def session(self) -> Session:
         """What runs since ``start``; ``ConfigError`` before."""
@@ -161,6 +174,7 @@ class Attached:
 
     def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
         """See ``Session.on_step_end``."""
+        self._state.has_trained = True
         self.session.on_step_end(iteration, healthy=healthy, stepped=stepped)
 
     def experts(self) -> tuple[ExpertState, ...]:
@@ -249,6 +263,8 @@ def attach(
             stash_note(model_config),
             padding_note(model_config, counts_tokens=config.mode == "popularity"),
             connections_note(host.environment) if on_device else None,
+            restart_warning(host.environment),
+            replacement_warning(host.environment),
         )
         is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
         scheduler = Scheduler(

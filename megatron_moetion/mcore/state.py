@@ -70,6 +70,9 @@ class MegatronState:
     """Token counts and routers of this rank's experts; None where tokens are not counted."""
     step_log: StepLog | None = None
     """The inputs of recent optimizer steps; None where steps are not replayed."""
+    has_trained: bool = False
+    """Whether an iteration of the run has ended. Captured, and put back; the owner sets it before a capture."""
+    _recovered_rng: Mapping[str, Any] | None = None
 
     def __init__(
         self,
@@ -149,6 +152,7 @@ class MegatronState:
         optimizers = [fields_of(link) for link in self._links]
         return {
             "rng": encoded(rng_states()),
+            "trained": self.has_trained,
             "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
             "optimizers": optimizers,
             "given": self._initial_settings,  # arenas have it under this name
@@ -158,7 +162,9 @@ class MegatronState:
 
     def load_host_state(self, state: Mapping[str, Any]) -> None:
         """Settings that training has left alone stay as this start has them; rank 0 logs those that differ."""
-        load_rng_states(decoded(state["rng"]))
+        self.has_trained = state["trained"]
+        self._recovered_rng = decoded(state["rng"])
+        load_rng_states(self._recovered_rng)
         if self._scheduler is not None:
             self._scheduler.num_steps = 0
             self._scheduler.step(increment=state["scheduler"])
@@ -176,6 +182,14 @@ class MegatronState:
                         what,
                         ", ".join(lines),
                     )
+
+    def restore_rng(self) -> None:
+        """Put the random generators back to the state that was recovered, if there is one that training had reached.
+
+        A run that has not trained yet draws what it drew when it was first started, in the same order.
+        """
+        if self._recovered_rng is not None and self.has_trained:
+            load_rng_states(self._recovered_rng)
 
     def loaded(self) -> None:
         """To be called when something else may have loaded a checkpoint: the optimizers' tensors are in place again.

@@ -7,7 +7,7 @@ A made-up rank's state is sliced and given slots by the functions that a run use
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD
 from megatron_moetion.errors import ConfigError
@@ -135,6 +135,8 @@ class Resources:
     """What one rank can send in an iteration."""
     node_bytes: int | None = None
     """Host memory of a node."""
+    device_bytes: int | None = None
+    """GPU memory of a rank that training leaves."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,9 +145,10 @@ class Shortage:
 
     link_bytes: int = 0
     node_bytes: int = 0
+    device_bytes: int = 0
 
     def __bool__(self) -> bool:
-        return bool(self.link_bytes or self.node_bytes)
+        return bool(self.link_bytes or self.node_bytes or self.device_bytes)
 
 
 def cost_of_full(state: RankState) -> Cost:
@@ -190,15 +193,31 @@ def cost_of_exact(state: RankState, period: int) -> Cost:
 
 def shortage(cost: Cost, resources: Resources) -> Shortage:
     """What is missing for a mode to fit."""
+
+    def missing(taken: int, there: int | None) -> int:
+        return 0 if there is None else max(0, taken - there)
+
     return Shortage(
-        link_bytes=0 if resources.link_bytes is None else max(0, cost.sent_bytes - resources.link_bytes),
-        node_bytes=0 if resources.node_bytes is None else max(0, cost.node_bytes - resources.node_bytes),
+        link_bytes=missing(cost.sent_bytes, resources.link_bytes),
+        node_bytes=missing(cost.node_bytes, resources.node_bytes),
+        device_bytes=missing(cost.device_bytes, resources.device_bytes),
     )
 
 
 def costs_of_exact(state: RankState) -> Iterator[Cost]:
     """Mode ``exact`` with each period that a run may have, the smallest first."""
     return (cost_of_exact(state, period) for period in range(MIN_PERIOD, MAX_PERIOD + 1))
+
+
+def costs_of(state: RankState, limits: Limits, period: int = 0) -> tuple[Cost, ...]:
+    """All that a run may choose from: ``full``, ``exact`` with each period, ``popularity`` with each K.
+
+    ``period``: the only one of mode ``exact``; 0: all. A rank without experts has no mode ``popularity``: it would
+    hold the same bytes as ``full``.
+    """
+    exact = [cost_of_exact(state, period)] if period else costs_of_exact(state)
+    experts = range(limits.fewest, limits.usual + 1) if state.num_experts else ()
+    return cost_of_full(state), *exact, *(cost_of_popularity(state, replace(limits, usual=k)) for k in experts)
 
 
 def smallest_period(state: RankState, resources: Resources) -> Cost | None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import random
 import socket
 import sys
@@ -21,8 +20,6 @@ from megatron_moetion.pretrain.corpus import MockCorpus, SampleSource, StdlibCor
 from megatron_moetion.pretrain.indexed import IndexedCorpus
 from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.rendezvous import Device, connect
-from megatron_moetion.pretrain.report import say
-from megatron_moetion.pretrain.supervisor import replacement_warning
 
 
 def initialize(args: argparse.Namespace, process: Process) -> int:
@@ -31,8 +28,6 @@ def initialize(args: argparse.Namespace, process: Process) -> int:
     if device.index is not None:
         torch.cuda.set_device(device.index)
     attempt = connect(process, timedelta(minutes=args.distributed_timeout_minutes), device)
-    if args.moetion and (warning := replacement_warning(os.environ)):
-        say(f"> warning: {warning}")
     # Announces itself as a warning although it is off.
     logging.getLogger("megatron.core.rerun_state_machine").setLevel(logging.ERROR)
     initialize_rerun_state_machine(mode=RerunMode.DISABLED)

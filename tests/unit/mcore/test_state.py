@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from megatron.core.optimizer.optimizer import FP32Optimizer
 
 from megatron_moetion.mcore.homes import Homes
+from megatron_moetion.mcore.rng import load_rng_states, rng_states
 from megatron_moetion.mcore.state import SPARE_HOST_BYTES, MegatronState, host_unit
 from megatron_moetion.mcore.steplog import StepLog
 from megatron_moetion.snapshot.host_state import encode, size_bound
@@ -47,3 +49,24 @@ def test_steps_that_loading_takes_are_of_no_iteration() -> None:
     link.optimizer.step()
     assert log.note_step(2).problem == "2 optimizer steps were taken in one iteration"
     log.close()
+
+
+@pytest.mark.parametrize("has_trained", [True, False])
+def test_draws_after_the_start_are_taken_back_where_training_had_begun(
+    has_trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that had not begun draws again what its first start drew: there the state before it is too early."""
+    device = torch.Generator()
+    monkeypatch.setattr(torch.cuda, "get_rng_state", device.get_state)
+    monkeypatch.setattr(torch.cuda, "set_rng_state", device.set_state)
+    adapter = MegatronState.__new__(MegatronState)
+    adapter.restore_rng()  # nothing was recovered
+    adapter.has_trained = has_trained
+    adapter._recovered_rng = rng_states()
+    expected = torch.rand(3)
+    if not has_trained:
+        expected = torch.rand(3)
+    load_rng_states(adapter._recovered_rng)
+    torch.rand(3)  # as a data loader does
+    adapter.restore_rng()
+    assert torch.equal(torch.rand(3), expected)

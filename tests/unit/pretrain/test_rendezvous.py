@@ -13,7 +13,8 @@ import pytest
 from torch import distributed as dist
 
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.pretrain.rendezvous import Device, agree_on_token, compare_devices, devices_problem
+from megatron_moetion.pretrain.rendezvous import Device, compare_devices, devices_problem
+from megatron_moetion.rendezvous import agree_on_token
 
 TIMEOUT = timedelta(seconds=20)
 

@@ -1,15 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""``moetion``: the cost of a run, and its traces. ``--json`` prints one document and nothing else."""
+"""``moetion plan``: the cost of a run."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -17,15 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, MoetionError
-from megatron_moetion.observe.report import (
-    between_iterations,
-    draw,
-    middle_iterations,
-    overlap_with_traffic,
-    read_traces,
-    traced_ranks,
-)
+from megatron_moetion.errors import ConfigError
 from megatron_moetion.plan.advice import gib, recommend
 from megatron_moetion.plan.costs import (
     Cost,
@@ -46,36 +36,8 @@ _MOMENTS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9}
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """The program. 0: done; 2: wrong usage or input."""
-    args = _parser().parse_args(argv)
-    try:
-        return int(args.run(args))
-    except MoetionError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return error.exit_code
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moetion", description="Plan a run with MoEtion, or draw the traces of one.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_plan(commands)
-    report = commands.add_parser(
-        "report",
-        help="draw the traces of --moetion-trace-dir as a Gantt chart",
-        description="Draw traces as a Gantt chart and print how much replication overlapped training's own traffic.",
-    )
-    report.add_argument("folder", type=Path, metavar="TRACE_DIR", help="the run's --moetion-trace-dir")
-    report.add_argument(
-        "-o", "--output", type=Path, metavar="FILE", help="default: TRACE_DIR/gantt.png; also .svg, .pdf"
-    )
-    report.add_argument("--iterations", metavar="FIRST:LAST", help="default: two from the middle of the run")
-    report.add_argument("--json", action="store_true", help="print the figures as JSON")
-    report.set_defaults(run=_report)
-    return parser
-
-
-def _add_plan(commands: Any) -> None:
+def add(commands: Any) -> None:
+    """Adds the command to the parser's subparsers."""
     plan = commands.add_parser(
         "plan",
         help="the cost of each mode: bytes per snapshot, memory, steps to replay; and a period that fits",
@@ -294,50 +256,3 @@ def _positive(flag: str, value: float) -> float:
     if not math.isfinite(value) or value <= 0:
         raise ConfigError(f"{flag} is {value}; it must be more than 0")
     return value
-
-
-def _report(args: argparse.Namespace) -> int:
-    bars = read_traces(args.folder)
-    first, last = middle_iterations(bars) if args.iterations is None else _range(args.iterations)
-    chosen = between_iterations(bars, first, last)
-    output = args.output or args.folder / "gantt.png"
-    draw(chosen, output)
-    figures = overlap_with_traffic(chosen)
-    untraced = sorted(traced_ranks(args.folder) - {f.rank for f in figures})
-    if args.json:
-        document = {
-            "iterations": [first, last],
-            "chart": str(output),
-            "ranks": [asdict(f) for f in figures],
-            "ranks_without": untraced,
-        }
-        print(json.dumps(document))
-        return 0
-    table = Table(title=f"iterations {first} to {last}: overlap of replication with training's own sends")
-    for column in ("rank", "replicated MB", "replicating s", "overlapping"):
-        table.add_column(column, justify="right")
-    for f in figures:
-        share = f.beside_traffic_s / f.replicating_s if f.replicating_s else 0.0
-        table.add_row(str(f.rank), f"{f.replicated_bytes / 1e6:.1f}", f"{f.replicating_s:.3f}", f"{share:.1%}")
-    console = Console()
-    console.print(table)
-    if untraced:
-        ranks = ", ".join(map(str, untraced))
-        console.print(f"not traced in these iterations: rank {ranks}", highlight=False, soft_wrap=True)
-    console.print(f"chart: {output}", highlight=False, soft_wrap=True)
-    return 0
-
-
-def _range(text: str) -> tuple[int, int]:
-    first, _, last = text.partition(":")
-    try:
-        found = int(first), int(last or first)
-    except ValueError as error:
-        raise ConfigError(f"--iterations is {text!r}; it must be FIRST:LAST, for instance 20:21") from error
-    if found[0] > found[1]:
-        raise ConfigError(f"--iterations is {text!r}; the first must not be after the last")
-    return found
-
-
-if __name__ == "__main__":
-    sys.exit(main())
