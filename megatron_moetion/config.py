@@ -3,11 +3,12 @@
 
 from __future__ import annotations
 
-from dataclasses import Field, dataclass, field, fields
+from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
 from megatron_moetion.errors import ConfigError
 
+AUTO = "auto"
 MODES = ("full", "popularity", "exact")
 MIN_PERIOD, MAX_PERIOD = 2, 64
 DEFAULT_PERIOD = 8
@@ -42,10 +43,12 @@ class MoetionConfig:
     """Settings of one run; equal on all ranks. Sizes in bytes, times in the unit the name ends with."""
 
     mode: str = setting(
-        "popularity",
-        "contents of a snapshot: 'full' (all units, bitwise recovery), 'popularity' (dense units and the selected "
-        "experts) or 'exact' (a slice of the state and all gradients, bitwise recovery)",
-        choices=MODES,
+        AUTO,
+        "contents of a snapshot: 'full' (all units, bitwise recovery), 'exact' (a slice of the state and all "
+        "gradients, bitwise recovery), 'popularity' (dense units and the selected experts) or 'auto': after a few "
+        "iterations the first of these that fits the network and the memory; a restart keeps what its arenas say. "
+        "Settings that have no meaning in a mode leave it out",
+        choices=(AUTO, *MODES),
     )
     run_id: str = setting("", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID")
     store: str = setting("", "folder for the arenas, in memory; default: /dev/shm/moetion-UID", metavar="DIR")
@@ -202,6 +205,21 @@ class MoetionConfig:
                 f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
             )
 
+        if not self.allowed_modes:
+            given = ", ".join(flag_of(f"moetion_{f.name}") for f in self._given() if "modes" in f.metadata)
+            raise ConfigError(f"no mode has a meaning for all of these settings: {given}; leave one of them out")
+
+    @property
+    def allowed_modes(self) -> tuple[str, ...]:
+        """The mode; for 'auto' all modes in which every given setting has a meaning."""
+        if self.mode != AUTO:
+            return (self.mode,)
+        return tuple(m for m in MODES if all(m in f.metadata.get("modes", MODES) for f in self._given()))
+
+    def in_mode(self, mode: str, period: int = 0) -> MoetionConfig:
+        """These settings, with 'auto' replaced by one of ``allowed_modes``; ``period`` where none is given."""
+        return replace(self, mode=mode, period=self.period or period)
+
     @property
     def recalibrates(self) -> bool:
         """Whether expert capacity is raised after a recovery that lost tokens."""
@@ -216,8 +234,12 @@ class MoetionConfig:
         if choices is not None and value not in choices:
             raise ConfigError(f"{flag} is {value!r}; choose one of {', '.join(choices)}")
         modes = of.metadata.get("modes", MODES)
-        if value != of.default and self.mode not in modes:
+        if value != of.default and self.mode not in (AUTO, *modes):
             hint = f"; {of.metadata['hint']}" if "hint" in of.metadata else ""
             raise ConfigError(
                 f"{flag} {value} has no meaning in mode {self.mode!r}, only in {' and '.join(map(repr, modes))}{hint}"
             )
+
+    def _given(self) -> list[Field[Any]]:
+        """Settings that differ from their defaults."""
+        return [f for f in fields(self) if getattr(self, f.name) != f.default]

@@ -8,14 +8,17 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import dataclass
 from functools import partial
+from operator import or_
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from megatron_moetion.config import MoetionConfig, resolved_schedule
-from megatron_moetion.errors import ConfigError
+from megatron_moetion.config import AUTO, MoetionConfig, resolved_schedule
+from megatron_moetion.errors import ConfigError, UnsupportedState
+from megatron_moetion.mcore.auto import AutoAttached
 from megatron_moetion.mcore.device_notes import (
     check_graphs,
     connections_note,
@@ -32,6 +35,8 @@ from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.observe.trace import Trace, trace_name
+from megatron_moetion.plan.choice import Choice
+from megatron_moetion.plan.costs import Copies, Cost, costs_of_inventory
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.recover.disk import Disk
 from megatron_moetion.rendezvous import replacement_warning, restart_warning
@@ -43,9 +48,11 @@ from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.run.starter import Resumed, Starter
+from megatron_moetion.run.trial import Trial, agreed_mode, offers_of_all
 from megatron_moetion.schedule.recorder import EventStopwatch, HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
+from megatron_moetion.select.budget import experts_per_snapshot
 from megatron_moetion.session import Session
 from megatron_moetion.store.node import restart_count, run_id_of
 
@@ -153,6 +160,11 @@ class Attached:
             self._undo.callback(watch.close)
         return resumed
 
+    def begin_at(self, iteration: int) -> None:
+        """Begin a run whose loop has come to ``iteration`` without snapshots; what it is now is its baseline."""
+        self._state.has_trained = True
+        self.start(load_persistent=lambda: iteration)
+
     def restore_rng(self) -> None:
         """Put the random generators back to where ``start`` recovered them. Talks to no other rank.
 
@@ -238,7 +250,7 @@ def attach(
     config: MoetionConfig,
     user_state: UserState | None = None,
     p2p_communicator: TimedCommunicator | None = None,
-) -> Attached:
+) -> Attached | AutoAttached:
     """Prepare in-memory checkpointing; collective over all ranks.
 
     ``model`` is the list of DDP-wrapped model chunks, ``optimizer`` what ``get_megatron_optimizer`` returned for
@@ -249,71 +261,162 @@ def attach(
     same, for settings and models that cannot be captured exactly; then nothing stays hooked.
     """
     check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state, p2p_communicator)
-    with ExitStack() as undo, ExitStack() as unless_attached:
-        show_log(undo)
-        host = Host()
-        trace = _trace(config, host.environment) if config.trace_dir else None
-        model_config, on_device = get_model_config(model[0]), next(model[0].parameters()).is_cuda
-        graphs, schedule = graph_settings(model_config), resolved_schedule(config.schedule, on_device=on_device)
-        check_graphs(graphs, recalibrates=config.recalibrates)
-        _say_once(
-            version_note(installed()),
-            graph_note(graphs, schedule),
-            dispatcher_note(model_config),
-            stash_note(model_config),
-            padding_note(model_config, counts_tokens=config.mode == "popularity"),
-            connections_note(host.environment) if on_device else None,
-            restart_warning(host.environment),
-            replacement_warning(host.environment),
-        )
-        is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
-        scheduler = Scheduler(
-            schedule_with_graphs(schedule, graphs),
-            EventStopwatch(torch.cuda.Event, is_capturing) if on_device else HostStopwatch(host.clock),
-            clock=host.clock,
-            condition=host.threads.condition(),
-            eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
-            draw=trace.add if trace is not None else no_drawing,
-            is_waited_for=config.mode == "exact",
-        )
-        fabric = SocketFabric.connect(
-            store=job_store(host.environment),
-            rank=torch.distributed.get_rank(),
-            world_size=torch.distributed.get_world_size(),
-            ranks_per_host=int(host.environment.get("LOCAL_WORLD_SIZE", 1)),
-            timeout_s=config.timeout_s,
-            in_flight_bytes=config.in_flight_bytes,
-            clock=host.clock,
-            threads=host.threads,
-            interface=host.environment.get("GLOO_SOCKET_IFNAME"),
-            master=host.environment.get("MASTER_ADDR", ""),
-        )
+    host = Host()
+    loop = _Loop(model, optimizer, opt_param_scheduler, user_state, p2p_communicator)
+    _say_once(version_note(installed()), restart_warning(host.environment), replacement_warning(host.environment))
+    with ExitStack() as unless_attached:
+        fabric = _connect(config, host)
         unless_attached.callback(fabric.close)  # else it is the run's to close
-
-        def make_state() -> tuple[MegatronState, Blueprint]:
-            require_names(model, optimizer, opt_param_scheduler)
-            state, blueprint = _state(model, optimizer, opt_param_scheduler, config, user_state)
-            undo.callback(state.close)  # also where it fails on another rank
-            return state, blueprint
-
-        state, blueprint = on_all_ranks(fabric, make_state)
-        prepared = prepare(
-            config=config,
-            adapter=state,
-            blueprint=blueprint,
-            fabric=fabric,
-            topology=topology(),
-            scheduler=scheduler,
-            witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment)),
-            host=host,
+        attached = (
+            _attach_auto(loop, config, host, fabric) if config.mode == AUTO else loop.attach(config, host, fabric)
         )
-        unless_attached.callback(prepared.close)
-        if trace is not None:  # the folder of the run is ours by now
-            undo.callback(trace.close)
-            on_all_ranks(fabric, trace.open)
-        attached = Attached(prepared, state, model, undo, p2p_communicator)
         unless_attached.pop_all()
         return attached
+
+
+def _attach_auto(loop: _Loop, config: MoetionConfig, host: Host, fabric: SocketFabric) -> Attached | AutoAttached:
+    """In the mode of the arenas that this run has left, or in one that is still to be chosen. Collective."""
+    node = on_all_ranks(
+        fabric,
+        lambda: host.open_node(
+            config, run_id_of(config, host.environment), host.environment, fabric.world_size, host.clock
+        ),
+    )
+    found = agreed_mode(fabric, on_all_ranks(fabric, node.mode_found))
+    if found:
+        return loop.attach(config.in_mode(found), host, fabric)
+    with ExitStack() as undo:
+        show_log(undo)
+        offers = offers_of_all(fabric, loop.costs(config, node.num_ranks))
+        witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment))
+        is_restart = restart_count(host.environment) > 0 or (fabric.rank == 0 and witness.past().had_baseline)
+        is_restart = bool(fabric.reduce(is_restart, or_))
+        local_ranks = int(host.environment.get("LOCAL_WORLD_SIZE", "1"))
+
+        def choose(trial: Trial) -> Choice:
+            room = (node.free_bytes() + node.bytes_here()) * node.num_ranks // max(local_ranks, node.num_ranks)
+            on_device = loop.device.type == "cuda"
+            return trial.choose(
+                link_bytes_a_s=None,
+                node_bytes=room,
+                device_bytes=torch.cuda.mem_get_info(loop.device)[0] if on_device else None,
+            )
+
+        return AutoAttached(
+            config=config,
+            fabric=fabric,
+            offers=offers,
+            trial=Trial(fabric, offers, host.clock, lost_token_budget=config.lost_token_budget),
+            choose=choose,
+            attach=lambda chosen: loop.attach(chosen, host, fabric),
+            is_first=not is_restart,
+            undo=undo,
+        )
+
+
+def _connect(config: MoetionConfig, host: Host) -> SocketFabric:
+    return SocketFabric.connect(
+        store=job_store(host.environment),
+        rank=torch.distributed.get_rank(),
+        world_size=torch.distributed.get_world_size(),
+        ranks_per_host=int(host.environment.get("LOCAL_WORLD_SIZE", 1)),
+        timeout_s=config.timeout_s,
+        in_flight_bytes=config.in_flight_bytes,
+        clock=host.clock,
+        threads=host.threads,
+        interface=host.environment.get("GLOO_SOCKET_IFNAME"),
+        master=host.environment.get("MASTER_ADDR", ""),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class _Loop:
+    """What ``attach`` is given of a training loop."""
+
+    model: Sequence[DistributedDataParallel]
+    optimizer: MegatronOptimizer
+    scheduler: OptimizerParamScheduler | None
+    user_state: UserState | None
+    communicator: TimedCommunicator | None
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return next(self.model[0].parameters()).device
+
+    def attach(self, config: MoetionConfig, host: Host, fabric: SocketFabric) -> Attached:
+        """In the mode of ``config``. Collective; the result closes ``fabric``, and after an error the caller does."""
+        with ExitStack() as undo, ExitStack() as unless_attached:
+            show_log(undo)
+            trace = _trace(config, host.environment) if config.trace_dir else None
+            model_config, on_device = get_model_config(self.model[0]), self.device.type == "cuda"
+            graphs, schedule = graph_settings(model_config), resolved_schedule(config.schedule, on_device=on_device)
+            check_graphs(graphs, recalibrates=config.recalibrates)
+            _say_once(
+                graph_note(graphs, schedule),
+                dispatcher_note(model_config),
+                stash_note(model_config),
+                padding_note(model_config, counts_tokens=config.mode == "popularity"),
+                connections_note(host.environment) if on_device else None,
+            )
+            is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
+            scheduler = Scheduler(
+                schedule_with_graphs(schedule, graphs),
+                EventStopwatch(torch.cuda.Event, is_capturing) if on_device else HostStopwatch(host.clock),
+                clock=host.clock,
+                condition=host.threads.condition(),
+                eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
+                draw=trace.add if trace is not None else no_drawing,
+                is_waited_for=config.mode == "exact",
+            )
+
+            def make_state() -> tuple[MegatronState, Blueprint]:
+                state, blueprint = self.state(config)
+                undo.callback(state.close)  # also where it fails on another rank
+                return state, blueprint
+
+            state, blueprint = on_all_ranks(fabric, make_state)
+            prepared = prepare(
+                config=config,
+                adapter=state,
+                blueprint=blueprint,
+                fabric=fabric,
+                topology=topology(),
+                scheduler=scheduler,
+                witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment)),
+                host=host,
+            )
+            unless_attached.callback(prepared.close)
+            if trace is not None:  # the folder of the run is ours by now
+                undo.callback(trace.close)
+                on_all_ranks(fabric, trace.open)
+            attached = Attached(prepared, state, self.model, undo, self.communicator)
+            unless_attached.pop_all()
+            return attached
+
+    def costs(self, config: MoetionConfig, ranks_per_node: int) -> dict[str, Sequence[Cost] | str]:
+        """What each mode would take on this rank, or why its state cannot be captured in it. Talks to no other rank."""
+        found: dict[str, Sequence[Cost] | str] = {}
+        copies = Copies(replicas=config.replicas, ranks_per_node=ranks_per_node)
+        for mode in config.allowed_modes:
+            chosen = config.in_mode(mode)
+            try:
+                with ExitStack() as undo:
+                    state, _ = self.state(chosen)
+                    undo.callback(state.close)
+                    experts = len(state.tokens.token_counters()) if state.tokens is not None else 0
+                    limits = experts_per_snapshot(chosen, experts) if mode == "popularity" else None
+                    found[mode] = costs_of_inventory(
+                        mode, state.inventory(), copies, limits=limits, period=config.period
+                    )
+            except (UnsupportedState, ConfigError) as error:
+                found[mode] = str(error)
+        return found
+
+    def state(self, config: MoetionConfig) -> tuple[MegatronState, Blueprint]:
+        """The state that the mode needs to be told of, and the mode's blueprint. Raises where it cannot be captured."""
+        require_names(self.model, self.optimizer, self.scheduler)
+        return _state(self.model, self.optimizer, self.scheduler, config, self.user_state)
 
 
 def _say_once(*notes: str | None) -> None:

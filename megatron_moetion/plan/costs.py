@@ -12,13 +12,17 @@ from dataclasses import dataclass, replace
 from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.select.budget import Limits, exact_copies, full_copies, popularity_copies
-from megatron_moetion.snapshot.gradlog import gradient_log
+from megatron_moetion.snapshot.gradlog import GradientLog, gradient_log
 from megatron_moetion.units import ALIGNMENT_BYTES, HOST_UNIT, Inventory, Region, Role, Unit, UnitKind, total_bytes
 
 GRADIENT_DTYPES = {4: "float32", 2: "bfloat16"}
 """What gradients are reduced in, by bytes an element."""
 MOMENT_DTYPES = {4: "float32", 2: "bfloat16", 1: "uint8"}
 """What Adam keeps moments in, by bytes an element; uint8 stands for FP8."""
+SHARE = 0.5
+"""Share of a link's bandwidth for snapshots: training needs the rest."""
+TRIED_PERIODS = (2, 3, 4, 6, 8, 12, 16, 24, 32, 48, 64)
+"""Of mode ``exact``, where a run chooses one."""
 _MASTER_BYTES = 4
 """An fp32 value; as much with 16 bits of it in the bf16 parameter, or in fp16 beside the parameter."""
 
@@ -154,7 +158,7 @@ class Shortage:
 def cost_of_full(state: RankState) -> Cost:
     """Mode ``full``: all state in every snapshot."""
     units = _units(state)
-    return _cost(state, "full", units, full_copies(units), total_bytes(units))
+    return _cost(_copies(state), "full", units, full_copies(units), total_bytes(units))
 
 
 def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
@@ -163,7 +167,7 @@ def cost_of_popularity(state: RankState, limits: Limits) -> Cost:
     experts = [u for u in units if u.kind is UnitKind.EXPERT]
     always = total_bytes(u for u in units if u.kind is not UnitKind.EXPERT)
     return _cost(
-        state,
+        _copies(state),
         "popularity",
         units,
         popularity_copies(units, limits.most),
@@ -177,18 +181,7 @@ def cost_of_exact(state: RankState, period: int) -> Cost:
     # Slices do not tell experts from the rest, so one unit stands for both.
     whole = _unit(state, "state", UnitKind.DENSE, state.parameters, with_gradient=True)
     log = gradient_log(Inventory(units=(whole, _host(state))), period)
-    always = total_bytes(log.inventory.units[u] for u in log.always)
-    return _cost(
-        state,
-        "exact",
-        log.inventory.units,
-        exact_copies(log),
-        max(log.group_bytes) + log.log_bytes + always,
-        period=period,
-        device_bytes=log.log_bytes,
-        replayed_steps=period,
-        replayed_steps_idle=2 * period,
-    )
+    return _cost_of_log(_copies(state), log)
 
 
 def shortage(cost: Cost, resources: Resources) -> Shortage:
@@ -218,6 +211,36 @@ def costs_of(state: RankState, limits: Limits, period: int = 0) -> tuple[Cost, .
     exact = [cost_of_exact(state, period)] if period else costs_of_exact(state)
     experts = range(limits.fewest, limits.usual + 1) if state.num_experts else ()
     return cost_of_full(state), *exact, *(cost_of_popularity(state, replace(limits, usual=k)) for k in experts)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Copies:
+    """Where copies of a rank's state go."""
+
+    replicas: int
+    ranks_per_node: int
+
+
+def costs_of_inventory(
+    mode: str, inventory: Inventory, copies: Copies, *, limits: Limits | None = None, period: int = 0
+) -> tuple[Cost, ...]:
+    """What a mode takes for the units that a run has: ``exact`` with several periods, ``popularity`` with two K.
+
+    The inventory is that mode's, for ``exact`` with gradients; ``limits`` are those of the rank's experts. ``period``:
+    the only one. Raises as ``gradient_log``. Host state is taken as it is without the modes' own.
+    """
+    units = inventory.units
+    changing = total_bytes(u for u in units if u.kind is not UnitKind.FROZEN)
+    if mode == "full":
+        return (_cost(copies, mode, units, full_copies(units), changing),)
+    if mode == "exact":
+        logs = (gradient_log(inventory, p) for p in ((period,) if period else TRIED_PERIODS))
+        return tuple(_cost_of_log(copies, log) for log in logs)
+    assert limits is not None, "mode popularity takes experts"
+    experts = sorted((u.nbytes for u in units if u.kind is UnitKind.EXPERT), reverse=True)
+    slots = popularity_copies(units, limits.most)
+    taken = ((k, changing - sum(experts) + sum(experts[:k])) for k in sorted({limits.fewest, limits.usual}))
+    return tuple(_cost(copies, mode, units, slots, nbytes, experts=k) for k, nbytes in taken)
 
 
 def smallest_period(state: RankState, resources: Resources) -> Cost | None:
@@ -258,12 +281,31 @@ def _unit(
     return Unit(name=name, kind=kind, regions=regions, expert=expert)
 
 
+def _copies(state: RankState) -> Copies:
+    return Copies(replicas=state.replicas, ranks_per_node=state.ranks_per_node)
+
+
+def _cost_of_log(copies: Copies, log: GradientLog) -> Cost:
+    period = len(log.groups)
+    return _cost(
+        copies,
+        "exact",
+        log.inventory.units,
+        exact_copies(log),
+        max(log.group_bytes) + log.log_bytes + total_bytes(log.inventory.units[u] for u in log.always),
+        period=period,
+        device_bytes=log.log_bytes,
+        replayed_steps=period,
+        replayed_steps_idle=2 * period,
+    )
+
+
 def _host(state: RankState) -> Unit:
     return Unit(name=HOST_UNIT, kind=UnitKind.HOST, regions=(), reserved_bytes=state.host_state_bytes)
 
 
 def _cost(
-    state: RankState,
+    copies: Copies,
     mode: str,
     units: tuple[Unit, ...],
     slots: Mapping[str, int],
@@ -279,16 +321,16 @@ def _cost(
     logs = period * total_bytes(u for u in units if u.kind is UnitKind.LOG)
     everything = sum(slots[u.name] * u.nbytes for u in units)
     arena = HostMemory(state_bytes=once, log_bytes=logs, pending_bytes=everything - once - logs)
-    rank = arena.times(1 + state.replicas)
+    rank = arena.times(1 + copies.replicas)
     return Cost(
         mode=mode,
         period=period,
         experts=experts,
         snapshot_bytes=snapshot_bytes,
-        sent_bytes=snapshot_bytes * state.replicas,
+        sent_bytes=snapshot_bytes * copies.replicas,
         arena=arena,
         rank=rank,
-        node_bytes=rank.total_bytes * state.ranks_per_node,
+        node_bytes=rank.total_bytes * copies.ranks_per_node,
         device_bytes=device_bytes,
         replayed_steps=replayed_steps,
         replayed_steps_idle=replayed_steps_idle,

@@ -87,6 +87,17 @@ class NodeFolder:
                 return spec.identity.period
         return 0
 
+    def mode_found(self) -> str:
+        """The mode of arenas that are here and hold something; empty without any."""
+        for name in self.arenas():
+            try:
+                spec, page = self.peek_arena(name)
+            except StoreError:  # damaged or another's: the survey says so
+                continue
+            if page.stable >= 0:
+                return spec.identity.mode
+        return ""
+
     def bytes_here(self) -> int:
         """Memory that arenas here take, whoever left them."""
         return sum((self.path / name).lstat().st_size for name in self.arenas())

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 
 from megatron_moetion.observe.report import read_traces
+from megatron_moetion.run.trial import MEASURED, WARM_UP
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -205,3 +206,18 @@ def test_without_the_flag_nothing_of_the_runtime_is_imported(tmp_path: Path) -> 
     )
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     assert "RUNTIME []" in done.stdout
+
+
+def test_mode_auto_chooses_the_strongest_mode_that_fits_and_a_restart_keeps_it(
+    tmp_path: Path, store: Path, reference: Run
+) -> None:
+    chosen_at = WARM_UP + MEASURED
+    fault = f"--moetion-inject-fault 0:2:{chosen_at + 4}:mid-pack"
+    run = train(tmp_path / "run", moetion(store, "auto", fault), restarts=1)
+    assert run.curve == reference.curve
+    (chosen,) = [line for line in run.output.splitlines() if "mode auto: mode 'full', the strongest that fits" in line]
+    assert f"iteration {chosen_at}:" in chosen
+    assert "exact P=" in chosen
+    assert "popularity K=" in chosen
+    (recovery,) = run.recoveries
+    assert recovery["iteration"] >= chosen_at

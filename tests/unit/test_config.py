@@ -8,13 +8,14 @@ from typing import Any
 
 import pytest
 
-from megatron_moetion.config import MODES, SCHEDULES, MoetionConfig, resolved_schedule
+from megatron_moetion.config import AUTO, MODES, SCHEDULES, MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ConfigError
 
 
 def test_defaults_are_valid_and_frozen() -> None:
     config = MoetionConfig()
-    assert config.mode in MODES
+    assert config.mode == AUTO
+    assert config.allowed_modes == MODES
     with pytest.raises(dataclasses.FrozenInstanceError):
         config.mode = "full"  # type: ignore[misc]
 
@@ -43,7 +44,7 @@ def test_every_setting_says_what_it_is() -> None:
         ({"ranks_per_node": -2}, "--moetion-ranks-per-node is -2"),
         ({"experts_per_snapshot": -1}, "--moetion-experts-per-snapshot is -1"),
         ({"pack_threads": -1}, "--moetion-pack-threads is -1"),
-        ({"mode": "partial"}, "'partial'; choose one of full, popularity"),
+        ({"mode": "partial"}, "'partial'; choose one of auto, full, popularity"),
         ({"selection": "luck"}, "--moetion-selection is 'luck'"),
         ({"capacity_recalibration": "maybe"}, "--moetion-capacity-recalibration is 'maybe'"),
         ({"mode": "full", "capacity_recalibration": "on"}, "--moetion-capacity-recalibration on has no .*'full', only"),
@@ -54,7 +55,8 @@ def test_every_setting_says_what_it_is() -> None:
         ({"experts_per_snapshot": 4, "max_experts_per_snapshot": 2}, "--moetion-max-experts-per-snapshot 2 is less"),
         ({"mode": "full", "experts_per_snapshot": 2}, "no meaning in mode 'full'"),
         ({"mode": "full", "snapshot_bytes": 2}, "--moetion-snapshot-bytes 2 has no meaning in mode 'full', only in"),
-        ({"period": 4}, "--moetion-period 4 has no meaning in mode 'popularity', only in 'exact'$"),
+        ({"mode": "popularity", "period": 4}, "--moetion-period 4 has no meaning in mode 'popularity', only in 'exact'$"),
+        ({"period": 4, "interval": 2}, "no mode has a meaning for .*: --moetion-interval, --moetion-period; leave one"),
         ({"mode": "exact", "period": 1}, "--moetion-period is 1; it must be from 2"),
         ({"mode": "exact", "interval": 2}, "--moetion-interval 2 has no meaning in mode 'exact', .* every iteration"),
         ({"mode": "exact", "experts_per_snapshot": 2}, "--moetion-experts-per-snapshot 2 has no .*--moetion-period"),
@@ -72,3 +74,25 @@ def test_a_mistake_names_the_flag_and_the_value(wrong: dict[str, Any], message: 
 @pytest.mark.parametrize("mode", ["full", "popularity", "exact"])
 def test_recalibration_may_be_off_in_all_modes(mode: str) -> None:
     assert not MoetionConfig(mode=mode, capacity_recalibration="off").recalibrates
+
+
+@pytest.mark.parametrize(
+    ("given", "allowed"),
+    [
+        ({"replicas": 2}, ("full", "popularity", "exact")),
+        ({"interval": 2}, ("full", "popularity")),
+        ({"period": 4}, ("exact",)),
+        ({"snapshot_bytes": 1 << 20}, ("popularity", "exact")),
+        ({"experts_per_snapshot": 2}, ("popularity",)),
+        ({"mode": "exact"}, ("exact",)),
+    ],
+)
+def test_mode_auto_chooses_among_modes_in_which_all_settings_have_a_meaning(
+    given: dict[str, Any], allowed: tuple[str, ...]
+) -> None:
+    assert MoetionConfig(**given).allowed_modes == allowed
+
+
+def test_the_choice_of_mode_auto_keeps_a_given_period() -> None:
+    assert MoetionConfig().in_mode("exact", 6).period == 6
+    assert MoetionConfig(period=4).in_mode("exact", 6).period == 4

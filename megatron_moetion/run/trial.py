@@ -1,0 +1,127 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Mode ``auto``: ranks learn what each mode would take and what there is, and agree on the strongest that fits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from operator import and_
+from typing import Any
+
+from megatron_moetion.clock import Clock
+from megatron_moetion.errors import UnsupportedState, shared
+from megatron_moetion.plan.choice import Choice, choose
+from megatron_moetion.plan.costs import SHARE, Cost, HostMemory, Resources
+from megatron_moetion.replicate.channel import Fabric
+
+WARM_UP = 2
+"""Iterations whose time does not count: compilers and allocators are at work."""
+MEASURED = 4
+"""Iterations whose time counts."""
+STORE_SHARE = 0.9
+"""Share of the store's free memory that arenas may take."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Offers:
+    """What modes would take, as the busiest rank has it, and why others are left out. Equal on all ranks."""
+
+    costs: tuple[Cost, ...]
+    refused: Mapping[str, str] = field(default_factory=dict)
+    """Reasons, by mode."""
+
+
+def offers_of_all(fabric: Fabric, mine: Mapping[str, Sequence[Cost] | str]) -> Offers:
+    """From this rank's costs by mode, or the reason why its state cannot be captured in it. Collective.
+
+    A mode that any rank refuses is left out. ``UnsupportedState`` where none is left.
+    """
+    costs = {f"{c.mode}/{c.period}/{n}": asdict(c) for n, c in _numbered(mine)}
+    refused = {mode: reason for mode, reason in mine.items() if isinstance(reason, str)}
+    everyone = fabric.reduce({"costs": costs, "refused": refused}, _both)
+    refused = everyone["refused"]
+    found = [_cost(raw) for _, raw in sorted(everyone["costs"].items()) if raw["mode"] not in refused]
+    if not found:
+        reasons = "; ".join(f"{mode}: {reason}" for mode, reason in refused.items())
+        raise shared(UnsupportedState(f"no mode can capture this run's state: {reasons}"))
+    return Offers(costs=tuple(found), refused=refused)
+
+
+def agreed_mode(fabric: Fabric, found: str) -> str:
+    """The mode of this run's arenas, from what each rank found on its node; empty without any. Collective.
+
+    Where nodes hold arenas of several modes, the survey refuses those of the others.
+    """
+    return str(fabric.reduce(found, lambda lower, higher: lower or higher))
+
+
+class Trial:
+    """The first iterations of a run whose mode is to be chosen. Its methods that say so are collective."""
+
+    def __init__(self, fabric: Fabric, offers: Offers, clock: Clock, *, lost_token_budget: float) -> None:
+        self._fabric = fabric
+        self._offers = offers
+        self._clock = clock
+        self._budget = lost_token_budget
+        self._steps = 0
+        self._began_s = 0.0
+
+    def step_end(self, *, healthy: bool, stepped: bool) -> bool:
+        """An iteration is over; whether it is time to choose. Collective once enough of them are measured.
+
+        ``healthy``: whether this rank's loop calls the state good enough to go back to; ``stepped``: whether the
+        optimizer took its step, as on all ranks.
+        """
+        self._steps += stepped
+        if self._steps < WARM_UP:
+            return False
+        if self._steps == WARM_UP:
+            self._began_s = self._clock.monotonic()
+        if not stepped or self._steps < WARM_UP + MEASURED:
+            return False
+        return bool(self._fabric.reduce(healthy, and_))
+
+    @property
+    def iteration_s(self) -> float | None:
+        """Mean duration of the measured iterations; None before there are any."""
+        count = self._steps - WARM_UP
+        return (self._clock.monotonic() - self._began_s) / count if count > 0 else None
+
+    def choose(self, *, link_bytes_a_s: float | None, node_bytes: int, device_bytes: int | None) -> Choice:
+        """The strongest mode that fits on every rank. Collective.
+
+        ``link_bytes_a_s``: what this rank's link to its holders carries, None if there is none or it is not known;
+        ``node_bytes``: room for arenas on its node; ``device_bytes``: free memory of its GPU, None without one.
+        """
+        seconds = self.iteration_s
+        link = None if link_bytes_a_s is None or seconds is None else int(SHARE * link_bytes_a_s * seconds)
+        found = self._fabric.reduce([link, int(STORE_SHARE * node_bytes), device_bytes], _tightest)
+        resources = Resources(link_bytes=found[0], node_bytes=found[1], device_bytes=found[2])
+        return choose(self._offers.costs, resources, lost_token_budget=self._budget)
+
+
+def _numbered(mine: Mapping[str, Sequence[Cost] | str]) -> list[tuple[int, Cost]]:
+    return [pair for costs in mine.values() if not isinstance(costs, str) for pair in enumerate(costs)]
+
+
+def _cost(raw: Mapping[str, Any]) -> Cost:
+    memory = {name: HostMemory(**raw[name]) for name in ("arena", "rank")}
+    return Cost(**{**raw, **memory})
+
+
+def _both(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
+    costs = dict(lower["costs"])
+    for key, raw in higher["costs"].items():
+        costs[key] = _larger(costs[key], raw) if key in costs else raw
+    return {"costs": costs, "refused": {**higher["refused"], **lower["refused"]}}
+
+
+def _larger(one: Any, other: Any) -> Any:
+    """Of two costs of one form, each figure of the rank that has more of it."""
+    if isinstance(one, dict):
+        return {name: _larger(one[name], other[name]) for name in one}
+    return one if isinstance(one, str) else max(one, other)
+
+
+def _tightest(lower: Sequence[int | None], higher: Sequence[int | None]) -> list[int | None]:
+    return [min((x for x in pair if x is not None), default=None) for pair in zip(lower, higher, strict=True)]
