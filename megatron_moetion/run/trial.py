@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import UnsupportedState, shared
-from megatron_moetion.plan.choice import Choice, choose
+from megatron_moetion.plan.choice import STRONGEST_FIRST, Choice, choose
 from megatron_moetion.plan.costs import SHARE, Cost, HostMemory, Resources
 from megatron_moetion.replicate.channel import Fabric
 
@@ -42,7 +42,7 @@ def offers_of_all(fabric: Fabric, mine: Mapping[str, Sequence[Cost] | str]) -> O
     refused = everyone["refused"]
     found = [_cost(raw) for _, raw in sorted(everyone["costs"].items()) if raw["mode"] not in refused]
     if not found:
-        reasons = "; ".join(f"{mode}: {reason}" for mode, reason in refused.items())
+        reasons = "; ".join(f"{mode}: {refused[mode]}" for mode in STRONGEST_FIRST if mode in refused)
         raise shared(UnsupportedState(f"no mode can capture this run's state: {reasons}"))
     return Offers(costs=tuple(found), refused=refused)
 

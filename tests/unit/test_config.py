@@ -55,7 +55,10 @@ def test_every_setting_says_what_it_is() -> None:
         ({"experts_per_snapshot": 4, "max_experts_per_snapshot": 2}, "--moetion-max-experts-per-snapshot 2 is less"),
         ({"mode": "full", "experts_per_snapshot": 2}, "no meaning in mode 'full'"),
         ({"mode": "full", "snapshot_bytes": 2}, "--moetion-snapshot-bytes 2 has no meaning in mode 'full', only in"),
-        ({"mode": "popularity", "period": 4}, "--moetion-period 4 has no meaning in mode 'popularity', only in 'exact'$"),
+        (
+            {"mode": "popularity", "period": 4},
+            "--moetion-period 4 has no meaning in mode 'popularity', only in 'ex",
+        ),
         ({"period": 4, "interval": 2}, "no mode has a meaning for .*: --moetion-interval, --moetion-period; leave one"),
         ({"mode": "exact", "period": 1}, "--moetion-period is 1; it must be from 2"),
         ({"mode": "exact", "interval": 2}, "--moetion-interval 2 has no meaning in mode 'exact', .* every iteration"),
