@@ -28,8 +28,10 @@ def confirm(name: str, folder: Path) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         metrics = Path(scratch) / "metrics.jsonl"
         store = Path("/dev/shm") / f"moetion-confirm-{os.getpid()}"
-        flags = f"{MODELS[name].flags} --seed {seed} --moetion --moetion-replicas 0 --moetion-run-id run "
-        flags += f"--moetion-store {store} --moetion-inject-fault {faults} --metrics-path {metrics}"
+        flags = f"{MODELS[name].flags} --seed {seed} --moetion --moetion-mode popularity --moetion-replicas 0 "
+        flags += (
+            f"--moetion-run-id run --moetion-store {store} --moetion-inject-fault {faults} --metrics-path {metrics}"
+        )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "1"]
         command += ["--max-restarts", str(len(FIXED_FAULTS)), str(ROOT / "pretrain_gpt_moe.py"), *flags.split()]
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

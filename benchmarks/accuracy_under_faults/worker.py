@@ -76,7 +76,7 @@ def loads_of(model: Model, iterations: int) -> Loads:
 
 def _arguments(model: Model, seed: int, flags: str) -> Any:
     # The flag gives the model a router that counts, in all arms alike.
-    text = f"{model.flags} --seed {seed} --moetion --moetion-replicas 0 {flags}"
+    text = f"{model.flags} --seed {seed} --moetion --moetion-mode popularity --moetion-replicas 0 {flags}"
     return parse_arguments(text.split(), Machine.here(1, False))
 
 

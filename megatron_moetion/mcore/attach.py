@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_moetion.config import AUTO, MoetionConfig, resolved_schedule
+from megatron_moetion.config import MoetionConfig, resolved_schedule
 from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore.auto import AutoAttached
 from megatron_moetion.mcore.device_notes import (
@@ -267,9 +267,10 @@ def attach(
     with ExitStack() as unless_attached:
         fabric = _connect(config, host)
         unless_attached.callback(fabric.close)  # else it is the run's to close
-        attached = (
-            _attach_auto(loop, config, host, fabric) if config.mode == AUTO else loop.attach(config, host, fabric)
-        )
+        if len(config.allowed_modes) == 1:
+            attached: Attached | AutoAttached = loop.attach(config.in_mode(*config.allowed_modes), host, fabric)
+        else:
+            attached = _attach_auto(loop, config, host, fabric)
         unless_attached.pop_all()
         return attached
 

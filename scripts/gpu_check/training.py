@@ -78,7 +78,7 @@ def run_training(setting: Setting) -> Finding:
         "reference": [],
         "full": ["--moetion", "--moetion-mode", "full"],
         "exact": ["--moetion", "--moetion-mode", "exact"],
-        "popularity": ["--moetion", "--moetion-lost-token-budget", "0"],
+        "popularity": ["--moetion", "--moetion-mode", "popularity", "--moetion-lost-token-budget", "0"],
     }
     at_once = max(1, min(len(runs), len(os.sched_getaffinity(0)) // 2))
     with ThreadPoolExecutor(at_once) as threads:

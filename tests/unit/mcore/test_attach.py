@@ -141,6 +141,7 @@ def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
         fp8="hybrid",
     )
     monkeypatch.setattr(attach_module, "Scheduler", scheduler)
+    monkeypatch.setattr(attach_module, "_connect", lambda *_: SimpleNamespace(close=lambda: None))
     for rank, mode in ((0, "popularity"), (0, "full"), (1, "full")):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         caplog.clear()

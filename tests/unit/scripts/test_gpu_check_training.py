@@ -55,7 +55,7 @@ class Trainer:
         (folder / "metrics.jsonl").write_text("".join(json.dumps(s) + "\n" for s in steps))
         if "--moetion" not in command:
             return "\n".join(line for line in self.said[:1] if line != PINNED)
-        lost = 0 if "--moetion-mode" in command else self.lost_tokens
+        lost = self.lost_tokens if "popularity" in command else 0
         recovered = {"event": "recovered", "iteration": 10, "lost_tokens": lost, "fetched_units": self.fetched_units}
         events = [recovered, {"event": "summary", "plt": 0.01}]
         (folder / "events.jsonl").write_text("".join(json.dumps(e) + "\n" for e in events))
