@@ -28,6 +28,7 @@ FLOORS = [
     {"mcore"},
     {"pretrain"},
     {"plan"},
+    {"inspect"},
     {"cli"},
 ]
 """From the ground up. ``mcore`` is a seam: it stands on the rooms, not among them."""
@@ -61,6 +62,7 @@ PURE = [
     "recover/capacity.py",
     "pretrain/flags.py",
     "modes/choices.py",
+    "inspect/judge.py",
     "plan/costs.py",
     "plan/advice.py",
 ]
