@@ -60,11 +60,11 @@ def recommend(
         return Advice(mode="exact", period=choice.period, sentence=sentence)
     if choice.fits:
         lack, _, more = _nothing_fits(state, resources)
-        helps = _or([*_smaller_states(state, resources), *more])
+        others = _or([*_smaller_states(state, resources), *more])
         most = f"up to {lost_token_budget:.2%} of experts' tokens" if lost_token_budget else "tokens of experts"
         sentence = (
             f"Mode 'popularity' with {choice.experts} of {state.num_experts} experts a snapshot fits, and its faults "
-            f"cost {most}: {use}. Of the modes that lose nothing, {lack}; what helps: {helps}."
+            f"cost {most}: {use}. Of the modes that lose nothing, {lack}; what helps: {others}."
         )
         return Advice(mode="popularity", experts=choice.experts, sentence=sentence)
     if period:
@@ -75,7 +75,7 @@ def recommend(
         more = [_more(choice.cost, missing, resources)]
     else:
         lack, missing, more = _nothing_fits(state, resources)
-        lack = lack.capitalize()
+        lack = lack[0].upper() + lack[1:]
         helps = []
     helps += [*_smaller_states(state, resources), *more]
     return Advice(shortage=missing, sentence=f"{lack}; what helps: {_or(helps)}.")

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a model is spread over ranks: layers of a pipeline stage, and what the optimizer of each of its ranks holds. Pure.
+"""How a model is spread over ranks: a pipeline stage's layers, and what the optimizer of each rank holds. Pure.
 
 Fields are Megatron's flags. The distributed optimizer shards what is dense over data and context parallel ranks, and
 experts over the ranks that have the same ones.
@@ -220,7 +220,8 @@ def _virtual(parallel: Parallel, sizes: list[int]) -> int:
     if layers:
         if len(set(sizes)) > 1 or sizes[0] % layers:
             raise ConfigError(
-                f"{sizes[0]} layers a pipeline stage are no multiple of --num-layers-per-virtual-pipeline-stage {layers}"
+                f"{sizes[0]} layers a pipeline stage are no multiple of --num-layers-per-virtual-pipeline-stage "
+                f"{layers}"
             )
         chunks = sizes[0] // layers
     return max(chunks, 1) if len(sizes) > 1 else 1
@@ -236,7 +237,9 @@ def _from_layout(shape: ModelShape, parallel: Parallel) -> list[str]:
             raise ConfigError(f"{flag} has more than {_MAX_LAYOUT} layers")
         text = re.sub(pattern, lambda m: m[1] * int(m[2]), text)
     if not re.fullmatch(r"E[Etm|]*L", text) or text.count("E") > 1:
-        raise ConfigError(f"{flag} must be made of E, t, m, L and |, with E first and L last, such as 'Et*3|(tt|)*29m|L'")
+        raise ConfigError(
+            f"{flag} must be made of E, t, m, L and |, with E first and L last, such as 'Et*3|(tt|)*29m|L'"
+        )
     chunks = text.split("|")
     for letter, there, name in (("t", shape.num_layers, "num_layers"), ("m", shape.mtp_num_layers, "mtp_num_layers")):
         if text.count(letter) != there:

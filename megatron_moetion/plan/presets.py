@@ -7,14 +7,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-_MODERN: Mapping[str, Any] = {
+_MODERN: dict[str, Any] = {
     "swiglu": True,
     "add_bias_linear": False,
     "normalization": "RMSNorm",
     "position_embedding_type": "rope",
     "untie_embeddings_and_output_weights": True,
 }
-_DEEPSEEK_ATTENTION: Mapping[str, Any] = {
+_DEEPSEEK_ATTENTION: dict[str, Any] = {
     "multi_latent_attention": True,
     "qk_layernorm": True,
     "q_lora_rank": 1536,
@@ -88,7 +88,7 @@ MODELS: Mapping[str, Mapping[str, Any]] = {
         "moe_router_topk": 8,
     },
     # https://huggingface.co/moonshotai/Kimi-K2-Base/blob/main/config.json
-    # https://arxiv.org/abs/2507.20534: 1.04e12 parameters, 32e9 a token
+    # https://arxiv.org/abs/2507.20534: 1.04e12 parameters, 32e9 a token; the configuration has 1.026e12
     "kimi-k2": _MODERN
     | _DEEPSEEK_ATTENTION
     | {

@@ -34,7 +34,6 @@ from torch.testing._internal.distributed.fake_pg import FakeStore  # noqa: E402
 from megatron_moetion.plan.parallel import Parallel, stages  # noqa: E402
 from megatron_moetion.plan.shape import ModelShape  # noqa: E402
 
-
 if not isinstance(multi_latent_attention.TELinear, type):  # without Transformer Engine; isinstance() needs a class
     multi_latent_attention.TELinear = type("TELinear", (torch.nn.Module,), {})
 

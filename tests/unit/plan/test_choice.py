@@ -48,6 +48,7 @@ def test_all_modes_are_there_once_for_each_period_and_number_of_experts() -> Non
         *(("exact", p, 0) for p in range(MIN_PERIOD, MAX_PERIOD + 1)),
         *(("popularity", 0, k) for k in range(8, 17)),
     ]
+    assert COSTS[-9:] == tuple(popularity(k) for k in range(8, 17))
     assert [c.period for c in costs_of(STATE, LIMITS, 7) if c.mode == "exact"] == [7]
     dense = RankState(dense_parameters=10**6, expert_parameters=0, num_experts=0)
     none = experts_per_snapshot(MoetionConfig(mode="popularity"), 0)

@@ -16,15 +16,17 @@ PUBLISHED = {
     "kimi-k2": (1.04e12, 32e9),
 }
 """Total and active parameters; sources beside the presets."""
-TOTAL_WITHIN, ACTIVE_WITHIN = 0.003, 0.03
-"""Of the total the last published digit is rounded; of active parameters some publishers leave embeddings out."""
+TOTAL_WITHIN = dict.fromkeys(PUBLISHED, 0.001) | {"kimi-k2": 0.015}
+"""What was published is rounded to its last digit; Kimi-K2's configuration has 1.3% less than its paper says."""
+ACTIVE_WITHIN = 0.03
+"""Publishers round more, and some leave embeddings out."""
 
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_preset_has_the_published_size(name: str) -> None:
     shape = ModelShape(**MODELS[name])
     total, active = PUBLISHED[name]
-    assert shape.total_parameters == pytest.approx(total, rel=TOTAL_WITHIN)
+    assert shape.total_parameters == pytest.approx(total, rel=TOTAL_WITHIN[name])
     assert shape.active_parameters == pytest.approx(active, rel=ACTIVE_WITHIN)
 
 

@@ -90,17 +90,18 @@ CASES = {
 def real() -> dict[str, list[dict[str, int]]]:
     done = subprocess.run(
         [sys.executable, str(SCRIPT), json.dumps(list(CASES.values()))],
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[3])}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[3])},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     line = next(line for line in done.stdout.splitlines() if line.startswith("COUNTS "))
     return dict(zip(CASES, json.loads(line.removeprefix("COUNTS ")), strict=True))
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_parameters_of_each_stage_are_those_of_the_real_model(
-    name: str, real: dict[str, list[dict[str, int]]]
-) -> None:
+def test_parameters_of_each_stage_are_those_of_the_real_model(name: str, real: dict[str, list[dict[str, int]]]) -> None:
     found = loads(ModelShape(**CASES[name]["shape"]), Parallel(**CASES[name]["parallel"]))
     assert len(found) == len(real[name])
     for load, there in zip(found, real[name], strict=True):
