@@ -7,11 +7,16 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_moetion.cli import plan, report
+from megatron_moetion.cli import clean, list_runs, plan, report, status, verify
+from megatron_moetion.cli.parser import Parser
 from megatron_moetion.errors import MoetionError
 
 COMMANDS = (
     plan,
+    list_runs,
+    status,
+    verify,
+    clean,
     report,
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
@@ -28,7 +33,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moetion", description="Plan a run with MoEtion, or draw the traces of one.")
+    parser = Parser(prog="moetion", description="Plan a run with MoEtion, look after its memory, or draw its traces.")
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A sentence that recommends a mode and a period, or names what is missing and what would help. Pure."""
+"""A sentence that recommends a mode, or names what is missing and what would help. Pure; ``choice`` decides."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from megatron_moetion.config import MIN_PERIOD
+from megatron_moetion.plan.choice import choose, gib
 from megatron_moetion.plan.costs import (
     GRADIENT_DTYPES,
     Cost,
@@ -15,7 +16,7 @@ from megatron_moetion.plan.costs import (
     Shortage,
     cost_of_exact,
     cost_of_full,
-    cost_of_popularity,
+    costs_of,
     costs_of_exact,
     shortage,
     smallest_period,
@@ -25,51 +26,66 @@ from megatron_moetion.select.budget import Limits
 
 @dataclass(frozen=True, kw_only=True)
 class Advice:
-    """Which mode and period to take. ``mode`` is empty where none fits, or where too little is known to choose."""
+    """Which mode to take. ``mode`` is empty where none fits, or where too little is known to choose."""
 
     mode: str = ""
     period: int = 0
     """Iterations; 0 except in mode ``exact``."""
+    experts: int = 0
+    """K, experts in a snapshot; 0 except in mode ``popularity``."""
     shortage: Shortage = field(default_factory=Shortage)
     """What is missing for the requested period, or for the best one if none was requested."""
     sentence: str
     """For a person."""
 
 
-def recommend(state: RankState, resources: Resources, limits: Limits, period: int = 0) -> Advice:
-    """The mode and period to take, or what is missing and what would help.
+def recommend(
+    state: RankState, resources: Resources, limits: Limits, period: int = 0, *, lost_token_budget: float = 0.0
+) -> Advice:
+    """What ``choose`` takes, or what is missing and what would help.
 
-    ``full`` if it fits, since it replays nothing; else ``exact`` with the smallest period that fits. ``period``: the
-    only period to consider; 0: any. ``limits``: experts in a snapshot of mode ``popularity``, which is suggested if
-    ``exact`` does not fit.
+    ``period``: the only period of mode ``exact`` to consider, and no other mode; 0: all. ``limits``: experts in a
+    snapshot of mode ``popularity``; ``lost_token_budget`` bounds what its faults cost.
     """
     if resources.link_bytes is None:
         return _by_memory(state, resources, period)
-    full = cost_of_full(state)
-    if not period and not shortage(full, resources):
-        return Advice(mode="full", sentence=f"Mode 'full' fits, and replays no steps: {_use(full, resources)}.")
-    found = cost_of_exact(state, period) if period else smallest_period(state, resources)
-    if found and not shortage(found, resources):
-        sentence = f"Mode 'exact' with --moetion-period {found.period} fits: {_use(found, resources)}."
-        return Advice(mode="exact", period=found.period, sentence=sentence)
-    if found:
-        missing = shortage(found, resources)
-        lack = f"Mode 'exact' with --moetion-period {period} does not fit: {_lack(found, missing)}"
-        other = smallest_period(state, resources)
-        helps = [f"--moetion-period {other.period}"] if other else []
-        more = [_more(found, missing, resources)]
+    costs = costs_of(state, limits, period)
+    asked = [c for c in costs if c.mode == "exact"] if period else costs
+    choice = choose(asked, resources, lost_token_budget=lost_token_budget)
+    use = _use(choice.cost, resources)
+    if choice.fits and choice.mode == "full":
+        return Advice(mode="full", sentence=f"Mode 'full' fits, and replays no steps: {use}.")
+    if choice.fits and choice.mode == "exact":
+        sentence = f"Mode 'exact' with --moetion-period {choice.period} fits: {use}."
+        return Advice(mode="exact", period=choice.period, sentence=sentence)
+    if choice.fits:
+        lack, _, more = _nothing_fits(state, resources)
+        others = _or([*_smaller_states(state, resources), *more])
+        most = f"up to {lost_token_budget:.2%} of experts' tokens" if lost_token_budget else "tokens of experts"
+        sentence = (
+            f"Mode 'popularity' with {choice.experts} of {state.num_experts} experts a snapshot fits, and its faults "
+            f"cost {most}: {use}. Of the modes that lose nothing, {lack}; what helps: {others}."
+        )
+        return Advice(mode="popularity", experts=choice.experts, sentence=sentence)
+    if period:
+        missing = choice.shortage
+        lack = f"Mode 'exact' with --moetion-period {period} does not fit: {_lack(choice.cost, missing)}"
+        other = choose(costs_of(state, limits), resources, lost_token_budget=lost_token_budget)
+        helps = [_named(other.cost, state)] if other.fits else []
+        more = [_more(choice.cost, missing, resources)]
     else:
         lack, missing, more = _nothing_fits(state, resources)
+        lack = lack[0].upper() + lack[1:]
         helps = []
-    helps += [*_smaller_states(state, resources), *_other_modes(state, resources, limits), *more]
+    helps += [*_smaller_states(state, resources), *more]
     return Advice(shortage=missing, sentence=f"{lack}; what helps: {_or(helps)}.")
 
 
-def gib(nbytes: float) -> str:
-    """Bytes in GiB, for a person: three digits or more, without the unit."""
-    value = nbytes / 2**30
-    digits = 0 if value >= 100 else 1 if value >= 10 else 2 if value >= 0.1 or not value else 4
-    return f"{value:,.{digits}f}"
+def _named(cost: Cost, state: RankState) -> str:
+    if cost.mode == "exact":
+        return f"--moetion-period {cost.period}"
+    some = f" ({cost.experts} of {state.num_experts} experts a snapshot; faults cost tokens)" if cost.experts else ""
+    return f"mode {cost.mode!r}{some}"
 
 
 def _nothing_fits(state: RankState, resources: Resources) -> tuple[str, Shortage, list[str]]:
@@ -97,7 +113,7 @@ def _nothing_fits(state: RankState, resources: Resources) -> tuple[str, Shortage
             f"the link or the memory: even {_name(costs[-1])} {_lack(costs[-1], link)}, and even {_name(smallest)} "
             f"{_lack(smallest, memory)}"
         )
-    return f"Nothing fits {why}", missing, more
+    return f"nothing fits {why}", missing, more
 
 
 def _by_memory(state: RankState, resources: Resources, period: int) -> Advice:
@@ -163,15 +179,6 @@ def _first_that_fits(changes: Sequence[tuple[str, RankState]], resources: Resour
     for name, changed in changes:
         if fits := smallest_period(changed, resources):
             return [name if resources.link_bytes is None else f"{name} (with period {fits.period})"]
-    return []
-
-
-def _other_modes(state: RankState, resources: Resources, limits: Limits) -> list[str]:
-    if not shortage(cost_of_full(state), resources):
-        return ["mode 'full'"]
-    for experts in sorted({limits.usual, limits.fewest}, reverse=True):
-        if not shortage(cost_of_popularity(state, replace(limits, usual=experts)), resources):
-            return [f"mode 'popularity' ({experts} of {state.num_experts} experts a snapshot; faults cost tokens)"]
     return []
 
 

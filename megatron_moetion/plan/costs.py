@@ -209,8 +209,24 @@ def costs_of(state: RankState, limits: Limits, period: int = 0) -> tuple[Cost, .
     hold the same bytes as ``full``.
     """
     exact = [cost_of_exact(state, period)] if period else costs_of_exact(state)
-    experts = range(limits.fewest, limits.usual + 1) if state.num_experts else ()
-    return cost_of_full(state), *exact, *(cost_of_popularity(state, replace(limits, usual=k)) for k in experts)
+    return cost_of_full(state), *exact, *(_costs_of_popularity(state, limits) if state.num_experts else ())
+
+
+def _costs_of_popularity(state: RankState, limits: Limits) -> Iterator[Cost]:
+    """Each K that a run may have: experts are of one size, and the arena has room for ``limits.most`` with all of them.
+
+    Units are made for the two ends only; a rank may have thousands.
+    """
+    least, most = (cost_of_popularity(state, replace(limits, usual=k)) for k in (limits.fewest, limits.usual))
+    each = (most.snapshot_bytes - least.snapshot_bytes) // max(limits.usual - limits.fewest, 1)
+    for more in range(limits.usual - limits.fewest + 1):
+        snapshot_bytes = least.snapshot_bytes + more * each
+        yield replace(
+            least,
+            experts=limits.fewest + more,
+            snapshot_bytes=snapshot_bytes,
+            sent_bytes=snapshot_bytes * state.replicas,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD, MoetionConfig
-from megatron_moetion.plan.advice import gib, recommend
+from megatron_moetion.plan.advice import recommend
+from megatron_moetion.plan.choice import gib
 from megatron_moetion.plan.costs import (
     Cost,
     RankState,
@@ -108,15 +109,22 @@ def test_fewer_replicas_help_and_what_helps_only_together_is_said_so() -> None:
     assert "0 replicas" not in none, "without replicas nothing survives the loss of a node"
 
 
-def test_mode_popularity_is_named_where_it_fits() -> None:
+def test_popularity_is_taken_where_nothing_else_fits_and_what_would_help_the_others_is_said() -> None:
     state = RankState(dense_parameters=10**7, expert_parameters=10**9, num_experts=64, gradient_bytes=4)
     chosen = limits(64)
     assert (chosen.fewest, chosen.usual) == (8, 16)
     for experts in (16, 8):
         cost = cost_of_popularity(state, replace(chosen, usual=experts))
-        sentence = recommend(state, there_is(cost), chosen).sentence
-        assert f"mode 'popularity' ({experts} of 64 experts a snapshot; faults cost tokens)" in sentence
-    assert "popularity" not in recommend(state, there_is(cost, link=0.99), chosen).sentence
+        advice = recommend(state, there_is(cost), chosen, lost_token_budget=0.0375)
+        assert (advice.mode, advice.period, advice.experts, advice.shortage) == ("popularity", 0, experts, Shortage())
+        assert f"Mode 'popularity' with {experts} of 64 experts a snapshot fits" in advice.sentence
+        assert "cost up to 3.75% of experts' tokens: a rank sends" in advice.sentence
+        assert "Of the modes that lose nothing, nothing fits the link or the memory: even with" in advice.sentence
+    little = recommend(state, there_is(cost, link=0.99), chosen)
+    assert (little.mode, little.experts) == ("", 0)
+    assert little.sentence.startswith("Nothing fits the link or the memory: even with period 64 a rank")
+    asked = recommend(state, there_is(cost), chosen, 8).sentence
+    assert "what helps: mode 'popularity' (8 of 64 experts a snapshot; faults cost tokens)" in asked
 
 
 def test_a_period_that_was_asked_for() -> None:
@@ -183,6 +191,9 @@ def test_what_is_recommended_fits_and_what_is_missing_is_missing(
     elif advice.mode == "exact":
         assert advice.period == (period or min(fitting))
         assert advice.period in fitting
+    elif advice.mode == "popularity":
+        assert not fitting
+        assert not shortage(cost_of_popularity(state, replace(limits(8), usual=advice.experts)), resources)
     else:
         assert period not in fitting
         assert period or not fitting
