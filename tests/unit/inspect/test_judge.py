@@ -131,12 +131,13 @@ def test_staleness_counts_from_the_recovered_iteration() -> None:
 
 def test_shared_experts_are_as_old_as_their_oldest_shard() -> None:
     mine = [(0, 10), (1, 10), (2, 6, 60), (2, 10, 100), (3, 10, 50)]
-    theirs = [(0, 10), (1, 10), (2, 6, 30), (3, 10, 50)]
+    theirs = [(0, 10), (1, 10), (2, 6, 30), (2, 8, 40), (3, 10, 50)]
     changes = {"units": EXPERTS, "mode": "popularity"}
     found = judge([copy(0, 0, mine, **changes), copy(1, 1, theirs, **changes)])
     assert found.staleness is not None
-    assert [(e.name, e.iteration) for e in found.staleness.stalest] == [("experts.0", 6)]
-    lacking = judge([copy(0, 0, mine, **changes), copy(1, 1, theirs[:2], **changes)])
+    assert [(e.name, e.iteration, e.at_risk) for e in found.staleness.stalest] == [("experts.0", 6, 4 * (10 + 5))]
+    theirs.remove((2, 6, 30))  # both have some, and none in common
+    lacking = judge([copy(0, 0, mine, **changes), copy(1, 1, theirs, **changes)])
     assert lacking.iteration == -1
     assert "that all its shards have" in str(lacking.reason)
 
