@@ -21,6 +21,9 @@ COMMANDS = (
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
 
+_INTERRUPTED = 130
+"""As a shell reports it."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. 0: done; 1: a check found something; 2: wrong usage or input; 3: nothing can be recovered."""
@@ -30,6 +33,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoetionError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:

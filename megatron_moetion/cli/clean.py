@@ -67,8 +67,8 @@ def _clean(args: argparse.Namespace) -> int:
     stores = args.store or [store for store in [store_folder(MoetionConfig())] if store.is_dir()]
     runs = [_look(store, run_id) for store in stores for run_id in runs_in(store) if args.run_id in (None, run_id)]
     if args.run_id is not None and not runs:
-        node_folders([], args.run_id) if not stores else node_folders(stores, args.run_id)
-        raise StoreError(f"there is no folder {args.run_id} in {', '.join(map(str, stores))}")
+        where = ", ".join(map(str, stores)) or "this user's store in /dev/shm"
+        raise StoreError(f"there is no run {args.run_id!r} in {where}; moetion list shows all")
     idle = [run for run in runs if run.kept is None]
     if not args.json:
         _show(runs, stores)
