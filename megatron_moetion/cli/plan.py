@@ -14,6 +14,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.plan.advice import recommend
 from megatron_moetion.plan.costs import (
+    SHARE,
     RankState,
     Resources,
     cost_of_exact,
@@ -26,8 +27,6 @@ from megatron_moetion.plan.shape import ModelShape
 from megatron_moetion.select.budget import Limits, experts_per_snapshot
 
 SHOWN_PERIODS = (2, 4, 8, 16, 32)
-SHARE = 0.5
-"""Share of a link's bandwidth for snapshots: training needs the rest."""
 _GRADIENTS = {"fp32": 4, "bf16": 2}
 _MOMENTS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
