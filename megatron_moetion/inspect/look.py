@@ -172,6 +172,12 @@ def words_of(pid: int) -> str:
     return describe(pid) if pid > 0 else "a process of another container"
 
 
+def users_in_words(pids: Sequence[int]) -> str:
+    """Processes that use a run, for a person: ranks are started alike, so one of them is described."""
+    others = f" and {len(pids) - 1} more ({', '.join(map(str, pids[1:]))})" if len(pids) > 1 else ""
+    return words_of(pids[0]) + others
+
+
 # -- inside --------------------------------------------------------------------------------------------------------
 
 

@@ -16,11 +16,12 @@ OPTIONS = {"full": {}, "popularity": {"experts_per_snapshot": 1}}
 """Settings of a job, by mode."""
 
 
-def left_by_a_job(store: Path, run_id: str = "my-run", mode: str = "full", steps: int = 6) -> list[Path]:
-    """The folders of both nodes of a job that has crashed."""
+def left_by_a_job(store: Path, run_id: str = "my-run", mode: str = "full", late: int = 0) -> list[Path]:
+    """The folders of both nodes of a job that has crashed after 6 steps. ``late``: rank 1 drops this snapshot."""
     job = Job(store, mode=mode, run_id=run_id, **OPTIONS[mode])
     job.start()
-    job.train(steps)
+    job.drop(1, {late})
+    job.train(6)
     job.crash()
     job._end()
     return [store / run_id / f"node{n}" for n in range(2)]

@@ -14,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import left_by_a_job, living_job
+from session_job import Job
+from stores import OPTIONS, left_by_a_job, living_job
 
 from megatron_moetion import cli
 from megatron_moetion.cli import clean
@@ -203,6 +204,51 @@ def test_status_of_some_nodes_says_what_is_missing(store: Path, capsys: pytest.C
     assert "no copy of rank(s) 1 lies here" in run(capsys, "status", "my-run", "--store", node)
     both = document(capsys, "status", "my-run", "--store", node, store / "my-run" / "node1")
     assert (both["recovery"]["iteration"], both["recovery"]["copies_least"]) == (6, 1)
+
+
+@pytest.mark.parametrize("mode", ["full", "popularity"])
+@pytest.mark.parametrize("loss", ["a snapshot", "a node", "a capture on both nodes"])
+def test_a_restart_goes_where_the_tools_say(
+    tmp_path: Path, mode: str, loss: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nodes = left_by_a_job(tmp_path, mode=mode, late=6 if loss == "a snapshot" else 0)
+    if loss == "a node":
+        shutil.rmtree(nodes[0])
+    if loss == "a capture on both nodes":
+        for node in nodes:
+            damage(node / "rank00001.arena", "layers.0.dense", 6)
+    said = document(capsys, "status", "my-run", "--store", tmp_path)["recovery"]
+    sound = document(capsys, "verify", "my-run", "--store", tmp_path, code=int("capture" in loss))["recovery"]
+    assert said["iteration"] == (5 if loss == "a snapshot" else 6)
+    assert sound["iteration"] == (6 if loss == "a node" else 5)
+    assert sound["copies_least"] == (1 if loss == "a node" else 2)
+    resumed, _ = Job(tmp_path, 1, mode=mode, run_id="my-run", **OPTIONS[mode]).start()
+    assert resumed is not None
+    assert resumed.iteration == sound["iteration"]
+
+
+def test_who_has_read_enough_may_close_the_pipe(left: Path) -> None:
+    command = [
+        sys.executable,
+        "-m",
+        "megatron_moetion.cli",
+        "status",
+        "my-run",
+        "--store",
+        str(left),
+        "--watch",
+        "0.01",
+    ]
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[3])}
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout is not None
+        assert process.stderr is not None
+        process.stdout.readline()
+        process.stdout.close()
+        assert process.wait(30) == 141
+        assert process.stderr.read() == ""
 
 
 def test_status_of_what_cannot_be_recovered(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
