@@ -42,11 +42,11 @@ def remove(folder: Path, clock: Clock) -> None:
     begins in a new folder, or finds the lock taken.
     """
     with ExitStack() as locks:
-        for node in sorted(folder.iterdir()):
-            if node.is_dir() and not node.is_symlink():
-                locks.callback(NodeLock.take(node, 0, 1, wait_s=0, say=lambda text: None, clock=clock).close)
         aside = folder.with_name(f"{_ASIDE}{uuid.uuid4().hex}")
         try:
+            for node in sorted(folder.iterdir()):
+                if node.is_dir() and not node.is_symlink():
+                    locks.callback(NodeLock.take(node, 0, 1, wait_s=0, say=lambda text: None, clock=clock).close)
             folder.rename(aside)
         except OSError as error:
             raise StoreError(f"{folder} cannot be removed: {error.strerror}") from error

@@ -121,15 +121,18 @@ def test_list_shows_stores_of_all_users_and_names_closed_ones(
     listdir = os.listdir
 
     def refuse(path: Any) -> list[str]:
-        if "moetion-2" in str(path):
+        if "moetion-2" in str(path) or "experts" in str(path):
             raise PermissionError(13, "Permission denied")
         return listdir(path)
 
     monkeypatch.setattr(look.os, "listdir", refuse)
     found = document(capsys, "list")
-    assert [r["run_id"] for r in found["runs"]] == ["experts", "my-run"]
-    assert [u["path"] for u in found["unreadable"]] == [str(tmp_path / "moetion-2")]
-    assert "not shown: " in run(capsys, "list")
+    assert [r["run_id"] for r in found["runs"]] == ["my-run"]
+    closed = [tmp_path / "moetion-1" / "experts", tmp_path / "moetion-2"]
+    assert found["unreadable"] == [f"{path} cannot be read: Permission denied" for path in closed]
+    assert run(capsys, "list").count("not shown: ") == 2
+    assert cli.main(["status", "experts", "--store", str(tmp_path / "moetion-1")]) == 2
+    assert "experts cannot be read: Permission denied" in capsys.readouterr().err
 
 
 def test_a_long_name_and_a_damaged_arena_do_not_break_the_list(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -469,11 +472,14 @@ def test_a_run_that_starts_after_it_was_looked_at_stays(
     store: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(clean, "why_not", lambda folder, nodes: None)
-    shutil.rmtree(store / "my-run")
+    (store / "my-run").rename(store / "other")
     with living_job(store) as job:
-        assert cli.main(["clean", "my-run", "--store", str(store), "--yes"]) == 2
-        assert f"is still in use by process {job.pid}" in capsys.readouterr().err
-        assert sorted(os.listdir(store)) == ["experts", "my-run"]
+        assert cli.main(["clean", "--all", "--store", str(store), "--yes"]) == 2
+        shown = capsys.readouterr()
+        assert f"my-run/node0 is still in use by process {job.pid}" in shown.err
+        assert re.findall(r"^removed (\w+),", shown.out, re.MULTILINE) == ["experts", "other"]
+        assert os.listdir(store) == ["my-run"]
+        assert job.poll() is None
 
 
 def test_what_a_cut_short_removal_left_goes_with_the_next(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
