@@ -211,6 +211,8 @@ def _plan(args: argparse.Namespace) -> int:
     advice = recommend(state, resources, limits, args.period, lost_token_budget=config.lost_token_budget)
     if advice.mode == "popularity":
         limits = replace(limits, usual=advice.experts)
+    elif advice.shortage and not args.period:
+        limits = replace(limits, usual=limits.fewest)  # even this does not fit
     if advice.mode == "exact":
         periods = tuple(sorted({*periods, advice.period}))
     costs = (cost_of_full(state), *(cost_of_exact(state, p) for p in periods), *_lossy(state, limits))
