@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,6 +22,9 @@ COMMANDS = (
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
 
+_INTERRUPTED, _PIPE_CLOSED = 130, 141
+"""As a shell reports them."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The program. 0: done; 1: a check found something; 2: wrong usage or input; 3: nothing can be recovered."""
@@ -30,6 +34,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoetionError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -101,7 +101,7 @@ class RankState:
 
 @dataclass(frozen=True, kw_only=True)
 class Expert:
-    """An expert as its newest captures up to an iteration have it, over all its shards that lie here."""
+    """An expert as a recovery to an iteration would find it, over all its shards that lie here."""
 
     name: str
     iteration: int
@@ -194,7 +194,7 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
         iteration=iteration,
         reason=None if plan is not None else _reason(reach, units, held, choose),
         vetoed=tuple(sorted(vetoed)),
-        staleness=_staleness(usable, iteration) if identity.mode == "popularity" and iteration >= 0 else None,
+        staleness=_staleness(usable, held, iteration) if identity.mode == "popularity" and iteration >= 0 else None,
     )
 
 
@@ -272,27 +272,26 @@ def _reason(
     return "; ".join(f"iteration {i}: {missing[i]}" for i in sorted(missing, key=int, reverse=True))
 
 
-def _staleness(usable: Sequence[Copy], iteration: int) -> Staleness | None:
-    """Each expert as its stalest shard is; tokens are those of all its shards, each of which counts its own rank's."""
-    captures: dict[tuple[int, str], dict[int, int]] = {}
+def _staleness(usable: Sequence[Copy], held: Mapping[int, Mapping[int, set[int]]], iteration: int) -> Staleness | None:
+    """Experts as a recovery to ``iteration`` finds them. Each shard counts the tokens of its own rank: they add up."""
+    captures: dict[tuple[int, int], dict[int, int]] = {}
+    names: dict[tuple[int, int], str] = {}
     for copy in usable:
-        names = {number: name for number, (name, kind, _) in enumerate(copy.spec.units) if kind == UnitKind.EXPERT}
-        table = copy.records.table
-        for unit, at, tokens in zip(
-            table["unit"].tolist(), table["iteration"].tolist(), table["tokens"].tolist(), strict=True
-        ):
-            if unit in names and at <= iteration:
-                captures.setdefault((copy.owner, names[unit]), {})[at] = tokens
+        kinds = enumerate(copy.spec.units)
+        names.update({(copy.owner, unit): name for unit, (name, kind, _) in kinds if kind == UnitKind.EXPERT})
+        columns = (copy.records.table[name].tolist() for name in ("unit", "iteration", "tokens"))
+        for unit, at, tokens in zip(*columns, strict=True):
+            if at <= iteration:
+                captures.setdefault((copy.owner, unit), {})[at] = tokens
     experts: dict[str, Expert] = {}
-    for (_, name), found in captures.items():
-        newest, rate = max(found), _rate(found)
-        before = experts.get(name)
-        at = newest if before is None else min(newest, before.iteration)
+    for (owner, unit), name in names.items():
+        at = max(i for i in held[owner][unit] if i <= iteration)
+        before = experts[name].tokens_per_iteration if name in experts else 0.0
         experts[name] = Expert(
             name=name,
             iteration=at,
             staleness=iteration - at,
-            tokens_per_iteration=rate + (before.tokens_per_iteration if before is not None else 0.0),
+            tokens_per_iteration=before + _rate(captures[owner, unit]),
         )
     if not experts:
         return None

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,8 +26,6 @@ from megatron_moetion.store.spec import ArenaSpec, Layout
 
 PIECE_BYTES = 8 << 20
 """Read at once by a thread, about: a chunk is never divided."""
-_LOOKS = 2
-"""A capture is damaged if so many looks after the first one still find it listed, and not as it was captured."""
 
 Progress = Callable[[int], None]
 """Told of bytes that have been read; called from any thread."""
@@ -72,13 +70,9 @@ class Verifier:
         try:
             records = file.page.records
             whole = self._intact(fd, file.spec, records)
-            suspects = records.where(~whole)
-            for _ in range(_LOOKS):
-                if not suspects:
-                    break
-                suspects = suspects.where(_still_listed(suspects, file.path, fd))
-                suspects = suspects.where(~self._intact(fd, file.spec, suspects))
-            suspects = suspects.where(_still_listed(suspects, file.path, fd)) if suspects else suspects
+            suspects = _still_listed(records.where(~whole), file.path, fd)
+            again = self._intact(fd, file.spec, suspects)  # it may have been given up and taken again meanwhile
+            suspects = _still_listed(suspects.where(~again), file.path, fd)
         finally:
             os.close(fd)
         sound = records.where(whole)
@@ -177,18 +171,18 @@ def _read(fd: int, start: int, into: Bytes) -> bool:
     return True
 
 
-def _still_listed(records: Records, path: Path, fd: int) -> Flags:
-    """Whether the arena under this name, if it still is the same one, lists these captures where they were; bool[n]."""
+def _still_listed(records: Records, path: Path, fd: int) -> Records:
+    """Those of the captures that the arena under this name, if it still is the same one, lists where they were."""
+    if not records:
+        return records
     again = look_at_arena(path, living=True)
-    if again is None or again.page is None:
-        return np.full(len(records), again is not None, dtype=bool)
     try:
-        is_same = os.path.samestat(os.stat(path), os.fstat(fd))
+        is_same = again is not None and os.path.samestat(os.stat(path), os.fstat(fd))
     except OSError:
         is_same = False
-    listed = _rows(again.page.records) if is_same else set()
-    return np.array([row in listed for row in records.table.tolist()], dtype=bool)
-
-
-def _rows(records: Records) -> set[Sequence[int]]:
-    return set(records.table.tolist())
+    if not is_same or again is None:
+        return NO_RECORDS
+    if again.page is None:  # it is damaged as a whole
+        return records
+    listed = set(again.page.records.table.tolist())
+    return records.where(np.array([row in listed for row in records.table.tolist()], dtype=bool))

@@ -104,6 +104,8 @@ def test_each_example_is_what_the_program_prints() -> None:
     assert list(found) == [command(name) for name in RUNS]
     for text, output in found.items():
         assert output == printed(text), f"write {PAGE.name} anew: python {Path(__file__).name}"
+        assert "\nMode 'full' fits" in output, "the page says so"
+        assert max(len(line) for line in output.splitlines()[:-1]) <= 80
 
 
 def test_the_table_of_networks_is_what_the_program_says() -> None:
