@@ -31,14 +31,17 @@ _GRADIENTS = {"fp32": 4, "bf16": 2}
 _MOMENTS = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 1}
 _SUFFIXES = {"K": 1e3, "M": 1e6, "G": 1e9, "B": 1e9, "T": 1e12}
 _DESCRIPTION = """\
-Compute before a run the cost of each mode on one rank and one node, with Adam, and the strongest mode that fits the
-link and the memory. Describe the model in one of three ways:
+Compute before a run the cost of each mode on one rank and one node, with Adam,
+and the strongest mode that fits the link and the memory. Describe the model in
+one of three ways:
 
-  moetion plan --preset deepseek-v3 --nodes 128 --pipeline-model-parallel-size 16 ...
-  moetion plan --num-layers 32 --hidden-size 4096 ... --nodes 8     Megatron's own flags
-  moetion plan --dense-parameters 25M --expert-parameters 705M --experts 64     the state of one rank
+  moetion plan --preset deepseek-v3 --nodes 128 ...
+  moetion plan --num-layers 32 --hidden-size 4096 ... --nodes 8
+      with the flags of pretrain_gpt.py that decide sizes
+  moetion plan --dense-parameters 25M --expert-parameters 705M --experts 64
+      the state of one rank
 
-Flags of the model may change what a preset says. docs/sizing.md has worked examples."""
+Flags of the model may change what a preset says. docs/sizing.md has examples."""
 
 
 def add(commands: Any) -> None:
@@ -104,6 +107,16 @@ def _add_optimizer(plan: argparse.ArgumentParser) -> None:
     )
     state.add_argument(
         "--grad-reduce-in-bf16", dest="gradients", action="store_const", const="bf16", help="Megatron's flag for bf16"
+    )
+    state.add_argument(
+        "--accumulate-allreduce-grads-in-fp32",
+        dest="gradients",
+        action="store_const",
+        const="fp32",
+        help="Megatron's flag for fp32",
+    )
+    state.add_argument(
+        "--use-precision-aware-optimizer", action="store_true", help="Megatron's flag; the next two say what it stores"
     )
     for flag in ("--exp-avg-dtype", "--exp-avg-sq-dtype"):
         state.add_argument(
@@ -210,6 +223,8 @@ def _plan(args: argparse.Namespace) -> int:
     advice = recommend(state, resources, limits, args.period, lost_token_budget=config.lost_token_budget)
     if advice.mode == "popularity":
         limits = replace(limits, usual=advice.experts)
+    elif advice.shortage and not args.period:
+        limits = replace(limits, usual=limits.fewest)  # even this does not fit
     if advice.mode == "exact":
         periods = tuple(sorted({*periods, advice.period}))
     costs = (cost_of_full(state), *(cost_of_exact(state, p) for p in periods), *_lossy(state, limits))

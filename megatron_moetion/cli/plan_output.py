@@ -154,13 +154,13 @@ def _heading(found: Scenario, resources: Resources) -> list[str]:
     lines = [
         f"{found.name}: {_count(shape.total_parameters)} parameters, {_count(shape.active_parameters)} active{more}",
         f"{parallel.world_size} GPUs on {found.nodes} nodes: {', '.join(sizes)}",
-        *textwrap.wrap(busiest, 80),
+        busiest,
     ]
     if found.iteration_s is not None:
         mfu = f" (MFU {found.mfu:.0%})" if found.mfu else ""
         link = "" if resources.link_bytes is None else f"; a rank may send {gib(resources.link_bytes)} GiB in it"
         lines.append(f"iteration: {found.iteration_s:.3g} s{mfu}{link}")
-    return lines
+    return [wrapped for line in lines for wrapped in textwrap.wrap(line, 80)]
 
 
 def _share(shards: int) -> str:

@@ -77,6 +77,8 @@ def recommend(
         lack, missing, more = _nothing_fits(state, resources)
         lack = lack[0].upper() + lack[1:]
         helps = []
+        if choice.mode == "popularity":
+            more = [*more, f"{_more(choice.cost, choice.shortage, resources)} in {_named(choice.cost, state)}"]
     helps += [*_smaller_states(state, resources), *more]
     return Advice(shortage=missing, sentence=f"{lack}; what helps: {_or(helps)}.")
 
@@ -118,7 +120,7 @@ def _nothing_fits(state: RankState, resources: Resources) -> tuple[str, Shortage
 
 def _by_memory(state: RankState, resources: Resources, period: int) -> Advice:
     """Advice without knowledge of the link."""
-    ask = "--iteration-s and --gb-per-s"
+    ask = "--iteration-s and --gb-per-s (or, with a model, --mfu and --machine)"
     if resources.node_bytes is None:
         return Advice(sentence=f"To learn which mode and period fit, give {ask}, and --node-memory-gib.")
     full = cost_of_full(state)

@@ -86,6 +86,21 @@ def test_without_the_distributed_optimizer_each_rank_holds_all_of_its_model(
     assert found["state"]["expert_parameters"] == stage["expert_parameters"]
 
 
+def test_flags_of_gradients_and_moments_are_megatrons_too(capsys: pytest.CaptureFixture[str]) -> None:
+    more = "--grad-reduce-in-bf16 --use-precision-aware-optimizer --exp-avg-dtype bf16 --exp-avg-sq-dtype fp8"
+    state = document(f"{MIXTRAL} {more}", capsys)["state"]
+    assert (state["gradient_bytes"], state["exp_avg_bytes"], state["exp_avg_sq_bytes"]) == (2, 2, 1)
+    assert document(f"{MIXTRAL} --accumulate-allreduce-grads-in-fp32", capsys)["state"]["gradient_bytes"] == 4
+
+
+def test_a_model_without_experts_has_no_mode_popularity(capsys: pytest.CaptureFixture[str]) -> None:
+    dense = "--num-layers 24 --hidden-size 1024 --num-attention-heads 16 --vocab-size 50257 --nodes 2"
+    found = document(f"{dense} --max-position-embeddings 1024", capsys)
+    assert found["model"]["total_parameters"] == found["model"]["active_parameters"] == 354_871_296
+    assert "popularity" not in {mode["mode"] for mode in found["modes"]}
+    assert "experts" not in plan(f"{dense} --max-position-embeddings 1024", capsys).split("K, M, G, T")[0]
+
+
 def test_an_iteration_from_mfu(capsys: pytest.CaptureFixture[str]) -> None:
     """6 floating-point operations a parameter and token, the embedding aside, and those of attention's scores."""
     found = document(f"{MIXTRAL} {BATCH} --mfu 0.4 --machine dgx-h100", capsys)

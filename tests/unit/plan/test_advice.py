@@ -123,6 +123,10 @@ def test_popularity_is_taken_where_nothing_else_fits_and_what_would_help_the_oth
     little = recommend(state, there_is(cost, link=0.99), chosen)
     assert (little.mode, little.experts) == ("", 0)
     assert little.sentence.startswith("Nothing fits the link or the memory: even with period 64 a rank")
+    assert little.sentence.endswith(
+        " or 1.01 times the bandwidth or iteration time in mode 'popularity' (8 of 64 experts a snapshot; faults cost "
+        "tokens)."
+    )
     asked = recommend(state, there_is(cost), chosen, 8).sentence
     assert "what helps: mode 'popularity' (8 of 64 experts a snapshot; faults cost tokens)" in asked
 
