@@ -57,7 +57,7 @@ try:
     from megatron.core.utils import get_model_config
 
     from megatron_moetion.mcore.refusals import refuse_sharded_wrappers
-    from megatron_moetion.mcore.state import MegatronState, UserState
+    from megatron_moetion.mcore.state import MegatronState, Stateful, is_megatrons
     from megatron_moetion.mcore.step_watch import StepWatch
     from megatron_moetion.mcore.topology import topology
     from megatron_moetion.mcore.traffic import TimedCommunicator, TrafficHooks, elsewhere
@@ -232,22 +232,25 @@ class Attached:
 
 def attach(
     *,
-    model: Sequence[DistributedDataParallel],
+    model: DistributedDataParallel | Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    opt_param_scheduler: OptimizerParamScheduler | None,
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None,
     config: MoetionConfig,
-    user_state: UserState | None = None,
+    user_state: Stateful | None = None,
     p2p_communicator: TimedCommunicator | None = None,
 ) -> Attached:
     """Prepare in-memory checkpointing; collective over all ranks.
 
-    ``model`` is the list of DDP-wrapped model chunks, ``optimizer`` what ``get_megatron_optimizer`` returned for
-    them, ``opt_param_scheduler`` Megatron's, or None: a scheduler of another kind belongs into ``user_state``, which is
-    the loop's own state (data position, consumed samples). ``p2p_communicator`` is that of ``pipeline_arguments``,
-    where the schedule or ``pretrain()`` was given it before there was a model. Call ``attach`` after model parallelism
-    and the random seeds are set up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the
-    same, for settings and models that cannot be captured exactly; then nothing stays hooked.
+    ``model`` is the DDP-wrapped model, or the list of its chunks, ``optimizer`` what ``get_megatron_optimizer``
+    returned for them. ``opt_param_scheduler`` is Megatron's, or any object with ``state_dict`` and ``load_state_dict``;
+    with None nobody carries the state of a scheduler. ``user_state`` is the loop's own state (data position, consumed
+    samples). ``p2p_communicator`` is that of ``pipeline_arguments``, where the schedule or ``pretrain()`` was given it
+    before there was a model. Call ``attach`` after model parallelism and the random seeds are set up and before the
+    first step. Raises ``MoetionError`` subclasses, on all ranks the same, for settings and models that cannot be
+    captured exactly; then nothing stays hooked.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = [model]
     check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state, p2p_communicator)
     with ExitStack() as undo, ExitStack() as unless_attached:
         show_log(undo)
@@ -291,7 +294,7 @@ def attach(
         unless_attached.callback(fabric.close)  # else it is the run's to close
 
         def make_state() -> tuple[MegatronState, Blueprint]:
-            require_names(model, optimizer, opt_param_scheduler)
+            require_names(model, optimizer, opt_param_scheduler if is_megatrons(opt_param_scheduler) else None)
             state, blueprint = _state(model, optimizer, opt_param_scheduler, config, user_state)
             undo.callback(state.close)  # also where it fails on another rank
             return state, blueprint
@@ -326,9 +329,9 @@ def _say_once(*notes: str | None) -> None:
 def _state(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    opt_param_scheduler: OptimizerParamScheduler | None,
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None,
     config: MoetionConfig,
-    user_state: UserState | None,
+    user_state: Stateful | None,
 ) -> tuple[MegatronState, Blueprint]:
     """The state that the mode needs to be told of, and the mode's blueprint."""
     make = partial(
@@ -363,9 +366,9 @@ def _witness(config: MoetionConfig, rank: int, environment: Mapping[str, str]) -
 def check_attach_arguments(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    opt_param_scheduler: OptimizerParamScheduler | None,
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None,
     config: MoetionConfig,
-    user_state: UserState | None,
+    user_state: Stateful | None,
     p2p_communicator: TimedCommunicator | None = None,
 ) -> None:
     """Raise ``ConfigError`` where an argument of ``attach`` is not what it should be."""
@@ -373,7 +376,8 @@ def check_attach_arguments(
         raise ConfigError("attach() comes after init_process_group() and parallel_state.initialize_model_parallel()")
     if isinstance(model, torch.nn.Module):
         raise ConfigError(
-            f"attach(model=...) is a {type(model).__name__}; give the list of model chunks: model=[model]"
+            f"attach(model=...) is a {type(model).__name__}; give the model that is wrapped in Megatron's "
+            f"DistributedDataParallel, or the list of such chunks"
         )
     if not model:
         raise ConfigError("attach(model=...) holds nothing; give the model chunks of this rank")
@@ -383,10 +387,10 @@ def check_attach_arguments(
             f"attach(optimizer=...) is a {type(optimizer).__name__}; give what "
             f"megatron.core.optimizer.get_megatron_optimizer returned"
         )
-    if type(opt_param_scheduler) not in (OptimizerParamScheduler, type(None)):
+    if missing := _missing_of_state(opt_param_scheduler):
         raise ConfigError(
-            f"attach(opt_param_scheduler=...) is a {type(opt_param_scheduler).__name__}; it takes Megatron's "
-            f"OptimizerParamScheduler or None. Let user_state carry the state of a scheduler of your own"
+            f"attach(opt_param_scheduler=...) is a {type(opt_param_scheduler).__name__} without {missing}; give "
+            f"Megatron's OptimizerParamScheduler, a scheduler with both, or None if there is none"
         )
     if not isinstance(config, MoetionConfig):
         raise ConfigError(f"attach(config=...) is a {type(config).__name__}; give a MoetionConfig")
@@ -395,12 +399,17 @@ def check_attach_arguments(
             f"attach(p2p_communicator=...) is a {type(p2p_communicator).__name__}; give the one of "
             f"megatron_moetion.mcore.traffic.pipeline_arguments(), or nothing"
         )
-    missing = [n for n in ("state_dict", "load_state_dict") if user_state is not None and not hasattr(user_state, n)]
-    if missing:
+    if missing := _missing_of_state(user_state):
         raise ConfigError(
-            f"attach(user_state=...) is a {type(user_state).__name__} without {' and '.join(missing)}; give an object "
+            f"attach(user_state=...) is a {type(user_state).__name__} without {missing}; give an object "
             f"with both, or nothing if the loop has no state beyond its iteration"
         )
+
+
+def _missing_of_state(thing: object) -> str:
+    """Which methods of ``Stateful`` it lacks, for a person."""
+    lacks = [n for n in ("state_dict", "load_state_dict") if thing is not None and not hasattr(thing, n)]
+    return " and ".join(lacks)
 
 
 def show_log(undo: ExitStack) -> None:
