@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from megatron_moetion.config import MoetionConfig, resolved_schedule
+from megatron_moetion.config import MoetionConfig, flag_of, resolved_schedule
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore.device_notes import (
     check_graphs,
@@ -279,6 +279,7 @@ def attach(
             draw=trace.add if trace is not None else no_drawing,
             is_waited_for=config.mode == "exact",
         )
+        interface, setting = _interface(config, host.environment)
         fabric = SocketFabric.connect(
             store=job_store(host.environment),
             rank=torch.distributed.get_rank(),
@@ -288,7 +289,8 @@ def attach(
             in_flight_bytes=config.in_flight_bytes,
             clock=host.clock,
             threads=host.threads,
-            interface=host.environment.get("GLOO_SOCKET_IFNAME"),
+            interface=interface,
+            interface_setting=setting,
             master=host.environment.get("MASTER_ADDR", ""),
         )
         unless_attached.callback(fabric.close)  # else it is the run's to close
@@ -317,6 +319,13 @@ def attach(
         attached = Attached(prepared, state, model, undo, p2p_communicator)
         unless_attached.pop_all()
         return attached
+
+
+def _interface(config: MoetionConfig, environment: Mapping[str, str]) -> tuple[str, str]:
+    """The interface that settings name, and which setting does."""
+    if config.network_interface:
+        return config.network_interface, flag_of("moetion_network_interface")
+    return environment.get("GLOO_SOCKET_IFNAME", ""), "GLOO_SOCKET_IFNAME"
 
 
 def _say_once(*notes: str | None) -> None:
