@@ -282,7 +282,7 @@ def measure(world_size: int, records: int, case: str, folder: Path, begun: Calla
     pool = HostPool(1)
     packer = Packer(Inventory(units=(host,)), 1 << 20, pool, None)
     startup = Startup(
-        config=MoetionConfig(run_id="run"),
+        config=MoetionConfig(run_id="run", replicas=1),
         fabric=others,
         node=NodeFolder(
             path=folder,

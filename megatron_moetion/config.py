@@ -52,11 +52,23 @@ class MoetionConfig:
     )
     run_id: str = setting("", "name of this run in every arena; default: SLURM_JOB_ID, else a real TORCHELASTIC_RUN_ID")
     store: str = setting("", "folder for the arenas, in memory; default: /dev/shm/moetion-UID", metavar="DIR")
-    replicas: int = setting(1, "copies of each rank's snapshots in other nodes' memory; 0 keeps none", minimum=0)
+    replicas: int = setting(
+        -1,
+        "copies of each rank's snapshots in other nodes' memory; 0 keeps none. -1: 1 where the run has several nodes, "
+        "else 0",
+        minimum=-1,
+    )
     ranks_per_node: int = setting(
         0,
         "ranks that form one node; 0: as launched. Smaller numbers emulate several nodes on one machine",
         minimum=0,
+    )
+    network_interface: str = setting(
+        "",
+        "network interface that carries replicas: its name or the beginning of it, or several, comma separated, of "
+        "which the first that is there counts. Default: GLOO_SOCKET_IFNAME, else the one of the route to the host of "
+        "the rendezvous",
+        metavar="NAMES",
     )
     interval: int = setting(
         1,

@@ -109,7 +109,8 @@ def _restarts_share_a_store(environ: Mapping[str, str]) -> bool:
 
 def _is_torchs_own(store: dist.Store) -> bool:
     """Whether a group's store is what torch's ``init_process_group`` makes: one prefix for all attempts."""
-    above, below = store, getattr(store, "underlying_store", None)
+    above: Any = store
+    below = getattr(above, "underlying_store", None)
     while (deeper := getattr(below, "underlying_store", None)) is not None:
         above, below = below, deeper
     if below is None:

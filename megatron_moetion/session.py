@@ -209,7 +209,9 @@ class Session:
     def close(self) -> None:
         """Finish the snapshots under way, report, and close everything. The arenas stay for the next start.
 
-        Collective, except while an exception is being handled: see ``abandon``, which waits for no rank.
+        Where no other launch could find them again, because torchrun has made up the run's name, they are removed when
+        this process ends, if all ranks have closed. Collective, except while an exception is being handled: see
+        ``abandon``, which waits for no rank.
         """
         if not self._is_open:
             return
@@ -222,7 +224,9 @@ class Session:
             with run.scheduler.urgent():
                 run.pipeline.drain()
             newest, stable = run.agreement.newest, run.agreement.stable
-            run.summary.at_end(newest, run.pipeline, run.mode.layers(run.packer), stable)
+            is_whole = run.summary.at_end(newest, run.pipeline, run.mode.layers(run.packer), stable)
+        if is_whole:
+            run.forget()
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """Stop without waiting for other ranks, in a process that is about to end.

@@ -21,6 +21,7 @@ PHASE_COLORS = {
     "detect": GREY,
     "restart": "#c4c4c4",
     "survey": SKY,
+    "network": "#A6761D",
     "fetch": BLUE,
     "verify": "#CC79A7",
     "replicate": "#7B3294",

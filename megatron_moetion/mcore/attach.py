@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from megatron_moetion.config import MoetionConfig, resolved_schedule
+from megatron_moetion.config import MoetionConfig, flag_of, resolved_schedule
 from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore.auto import AutoAttached
 from megatron_moetion.mcore.device_notes import (
@@ -43,9 +43,11 @@ from megatron_moetion.rendezvous import replacement_warning, restart_warning
 from megatron_moetion.replicate.addresses import job_store
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.fabric import SocketFabric
+from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
 from megatron_moetion.run.host import Host
-from megatron_moetion.run.prepare import prepare
+from megatron_moetion.run.network import PROBE_PATIENCE_S, look_at_network
+from megatron_moetion.run.prepare import prepare, settled_replicas
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.run.trial import Trial, agreed_mode, offers_of_all
@@ -64,7 +66,7 @@ try:
     from megatron.core.utils import get_model_config
 
     from megatron_moetion.mcore.refusals import refuse_sharded_wrappers
-    from megatron_moetion.mcore.state import MegatronState, UserState
+    from megatron_moetion.mcore.state import MegatronState, Stateful, is_megatrons
     from megatron_moetion.mcore.step_watch import StepWatch
     from megatron_moetion.mcore.topology import topology
     from megatron_moetion.mcore.traffic import TimedCommunicator, TrafficHooks, elsewhere
@@ -244,22 +246,25 @@ class Attached:
 
 def attach(
     *,
-    model: Sequence[DistributedDataParallel],
+    model: DistributedDataParallel | Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    opt_param_scheduler: OptimizerParamScheduler | None,
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None,
     config: MoetionConfig,
-    user_state: UserState | None = None,
+    user_state: Stateful | None = None,
     p2p_communicator: TimedCommunicator | None = None,
 ) -> Attached | AutoAttached:
     """Prepare in-memory checkpointing; collective over all ranks.
 
-    ``model`` is the list of DDP-wrapped model chunks, ``optimizer`` what ``get_megatron_optimizer`` returned for
-    them, ``opt_param_scheduler`` Megatron's, or None: a scheduler of another kind belongs into ``user_state``, which is
-    the loop's own state (data position, consumed samples). ``p2p_communicator`` is that of ``pipeline_arguments``,
-    where the schedule or ``pretrain()`` was given it before there was a model. Call ``attach`` after model parallelism
-    and the random seeds are set up and before the first step. Raises ``MoetionError`` subclasses, on all ranks the
-    same, for settings and models that cannot be captured exactly; then nothing stays hooked.
+    ``model`` is the DDP-wrapped model, or the list of its chunks, ``optimizer`` what ``get_megatron_optimizer``
+    returned for them. ``opt_param_scheduler`` is Megatron's, or any object with ``state_dict`` and ``load_state_dict``;
+    with None nobody carries the state of a scheduler. ``user_state`` is the loop's own state (data position, consumed
+    samples). ``p2p_communicator`` is that of ``pipeline_arguments``, where the schedule or ``pretrain()`` was given it
+    before there was a model. Call ``attach`` after model parallelism and the random seeds are set up and before the
+    first step. Raises ``MoetionError`` subclasses, on all ranks the same, for settings and models that cannot be
+    captured exactly; then nothing stays hooked.
     """
+    if isinstance(model, DistributedDataParallel):
+        model = [model]
     check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state, p2p_communicator)
     host = Host()
     loop = _Loop(model, optimizer, opt_param_scheduler, user_state, p2p_communicator)
@@ -288,7 +293,9 @@ def _attach_auto(loop: _Loop, config: MoetionConfig, host: Host, fabric: SocketF
         return loop.attach(config.in_mode(found), host, fabric)
     with ExitStack() as undo:
         show_log(undo)
-        offers = offers_of_all(fabric, loop.costs(config, node.num_ranks))
+        replicas = settled_replicas(config.replicas, fabric, node.key)
+        placement = place(fabric.gather(node.key), replicas)
+        offers = offers_of_all(fabric, loop.costs(config, Copies(replicas=replicas, ranks_per_node=node.num_ranks)))
         witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment))
         is_restart = restart_count(host.environment) > 0 or (fabric.rank == 0 and witness.past().had_baseline)
         is_restart = bool(fabric.reduce(is_restart, or_))
@@ -297,8 +304,9 @@ def _attach_auto(loop: _Loop, config: MoetionConfig, host: Host, fabric: SocketF
         def choose(trial: Trial) -> Choice:
             room = (node.free_bytes() + node.bytes_here()) * node.num_ranks // max(local_ranks, node.num_ranks)
             on_device = loop.device.type == "cuda"
+            seen = look_at_network(fabric, placement, host, min(PROBE_PATIENCE_S, config.timeout_s))
             return trial.choose(
-                link_bytes_a_s=None,
+                link_bytes_a_s=seen["least"] or None if seen is not None else None,
                 node_bytes=room,
                 device_bytes=torch.cuda.mem_get_info(loop.device)[0] if on_device else None,
             )
@@ -316,6 +324,7 @@ def _attach_auto(loop: _Loop, config: MoetionConfig, host: Host, fabric: SocketF
 
 
 def _connect(config: MoetionConfig, host: Host) -> SocketFabric:
+    interface, setting = _interface(config, host.environment)
     return SocketFabric.connect(
         store=job_store(host.environment),
         rank=torch.distributed.get_rank(),
@@ -325,7 +334,8 @@ def _connect(config: MoetionConfig, host: Host) -> SocketFabric:
         in_flight_bytes=config.in_flight_bytes,
         clock=host.clock,
         threads=host.threads,
-        interface=host.environment.get("GLOO_SOCKET_IFNAME"),
+        interface=interface,
+        interface_setting=setting,
         master=host.environment.get("MASTER_ADDR", ""),
     )
 
@@ -336,8 +346,8 @@ class _Loop:
 
     model: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler | None
-    user_state: UserState | None
+    scheduler: OptimizerParamScheduler | Stateful | None
+    user_state: Stateful | None
     communicator: TimedCommunicator | None
 
     @property
@@ -395,10 +405,9 @@ class _Loop:
             unless_attached.pop_all()
             return attached
 
-    def costs(self, config: MoetionConfig, ranks_per_node: int) -> dict[str, Sequence[Cost] | str]:
+    def costs(self, config: MoetionConfig, copies: Copies) -> dict[str, Sequence[Cost] | str]:
         """What each mode would take on this rank, or why its state cannot be captured in it. Talks to no other rank."""
         found: dict[str, Sequence[Cost] | str] = {}
-        copies = Copies(replicas=config.replicas, ranks_per_node=ranks_per_node)
         for mode in config.allowed_modes:
             chosen = config.in_mode(mode)
             try:
@@ -416,8 +425,15 @@ class _Loop:
 
     def state(self, config: MoetionConfig) -> tuple[MegatronState, Blueprint]:
         """The state that the mode needs to be told of, and the mode's blueprint. Raises where it cannot be captured."""
-        require_names(self.model, self.optimizer, self.scheduler)
+        require_names(self.model, self.optimizer, self.scheduler if is_megatrons(self.scheduler) else None)
         return _state(self.model, self.optimizer, self.scheduler, config, self.user_state)
+
+
+def _interface(config: MoetionConfig, environment: Mapping[str, str]) -> tuple[str, str]:
+    """The interface that settings name, and which setting does."""
+    if config.network_interface:
+        return config.network_interface, flag_of("moetion_network_interface")
+    return environment.get("GLOO_SOCKET_IFNAME", ""), "GLOO_SOCKET_IFNAME"
 
 
 def _say_once(*notes: str | None) -> None:
@@ -430,9 +446,9 @@ def _say_once(*notes: str | None) -> None:
 def _state(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    opt_param_scheduler: OptimizerParamScheduler | None,
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None,
     config: MoetionConfig,
-    user_state: UserState | None,
+    user_state: Stateful | None,
 ) -> tuple[MegatronState, Blueprint]:
     """The state that the mode needs to be told of, and the mode's blueprint."""
     make = partial(
@@ -467,9 +483,9 @@ def _witness(config: MoetionConfig, rank: int, environment: Mapping[str, str]) -
 def check_attach_arguments(
     model: Sequence[DistributedDataParallel],
     optimizer: MegatronOptimizer,
-    opt_param_scheduler: OptimizerParamScheduler | None,
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None,
     config: MoetionConfig,
-    user_state: UserState | None,
+    user_state: Stateful | None,
     p2p_communicator: TimedCommunicator | None = None,
 ) -> None:
     """Raise ``ConfigError`` where an argument of ``attach`` is not what it should be."""
@@ -477,7 +493,8 @@ def check_attach_arguments(
         raise ConfigError("attach() comes after init_process_group() and parallel_state.initialize_model_parallel()")
     if isinstance(model, torch.nn.Module):
         raise ConfigError(
-            f"attach(model=...) is a {type(model).__name__}; give the list of model chunks: model=[model]"
+            f"attach(model=...) is a {type(model).__name__}; give the model that is wrapped in Megatron's "
+            f"DistributedDataParallel, or the list of such chunks"
         )
     if not model:
         raise ConfigError("attach(model=...) holds nothing; give the model chunks of this rank")
@@ -487,10 +504,10 @@ def check_attach_arguments(
             f"attach(optimizer=...) is a {type(optimizer).__name__}; give what "
             f"megatron.core.optimizer.get_megatron_optimizer returned"
         )
-    if type(opt_param_scheduler) not in (OptimizerParamScheduler, type(None)):
+    if missing := _missing_of_state(opt_param_scheduler):
         raise ConfigError(
-            f"attach(opt_param_scheduler=...) is a {type(opt_param_scheduler).__name__}; it takes Megatron's "
-            f"OptimizerParamScheduler or None. Let user_state carry the state of a scheduler of your own"
+            f"attach(opt_param_scheduler=...) is a {type(opt_param_scheduler).__name__} without {missing}; give "
+            f"Megatron's OptimizerParamScheduler, a scheduler with both, or None if there is none"
         )
     if not isinstance(config, MoetionConfig):
         raise ConfigError(f"attach(config=...) is a {type(config).__name__}; give a MoetionConfig")
@@ -499,12 +516,17 @@ def check_attach_arguments(
             f"attach(p2p_communicator=...) is a {type(p2p_communicator).__name__}; give the one of "
             f"megatron_moetion.mcore.traffic.pipeline_arguments(), or nothing"
         )
-    missing = [n for n in ("state_dict", "load_state_dict") if user_state is not None and not hasattr(user_state, n)]
-    if missing:
+    if missing := _missing_of_state(user_state):
         raise ConfigError(
-            f"attach(user_state=...) is a {type(user_state).__name__} without {' and '.join(missing)}; give an object "
+            f"attach(user_state=...) is a {type(user_state).__name__} without {missing}; give an object "
             f"with both, or nothing if the loop has no state beyond its iteration"
         )
+
+
+def _missing_of_state(thing: object) -> str:
+    """Which methods of ``Stateful`` it lacks, for a person."""
+    lacks = [n for n in ("state_dict", "load_state_dict") if thing is not None and not hasattr(thing, n)]
+    return " and ".join(lacks)
 
 
 def show_log(undo: ExitStack) -> None:

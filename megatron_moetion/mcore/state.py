@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeGuard
 
 import torch
 from megatron.core import parallel_state
@@ -44,8 +44,8 @@ SPARE_HOST_BYTES = 64 << 10
 """Room for the host state to grow beyond its shape at start (a training loop's own lists, say)."""
 
 
-class UserState(Protocol):
-    """The training loop's own state: iteration, consumed samples, whatever a resume needs."""
+class Stateful(Protocol):
+    """A scheduler, or the training loop's own state: iteration, consumed samples, whatever a resume needs."""
 
     def state_dict(self) -> dict[str, Any]:
         """Numbers, text, bytes, lists, tuples and dicts of them."""
@@ -79,8 +79,8 @@ class MegatronState:
         *,
         model: Sequence[DistributedDataParallel],
         optimizer: MegatronOptimizer,
-        scheduler: OptimizerParamScheduler | None,
-        user_state: UserState,
+        scheduler: OptimizerParamScheduler | Stateful | None,
+        user_state: Stateful,
         count_tokens: bool = False,
         capacity: CapacityRules | None = None,
         log_steps: bool = False,
@@ -111,7 +111,7 @@ class MegatronState:
                     model, self.inner_optimizers(), zeroed=self.tokens.discard, stepping=self.tokens.commit
                 )
                 hooks.callback(watch.close)
-            self._initial_settings = initial_settings(self._links, scheduler)
+            self._initial_settings = initial_settings(self._links, scheduler if is_megatrons(scheduler) else None)
             by_link = [list(shards(link)) for link in self._links]
             if log_steps:
                 self.step_log = StepLog(optimizer, self._links, [_sample(of_link) for of_link in by_link])
@@ -153,7 +153,7 @@ class MegatronState:
         return {
             "rng": encoded(rng_states()),
             "trained": self.has_trained,
-            "scheduler": self._scheduler.num_steps if self._scheduler is not None else None,
+            "scheduler": self.scheduler_state(),
             "optimizers": optimizers,
             "given": self._initial_settings,  # arenas have it under this name
             "steps": self.step_log.state(optimizers) if self.step_log is not None else None,
@@ -165,13 +165,11 @@ class MegatronState:
         self.has_trained = state["trained"]
         self._recovered_rng = decoded(state["rng"])
         load_rng_states(self._recovered_rng)
-        if self._scheduler is not None:
-            self._scheduler.num_steps = 0
-            self._scheduler.step(increment=state["scheduler"])
+        self.load_scheduler(state["scheduler"])
         settled = settle(state["given"], self._initial_settings, [f["groups"] for f in state["optimizers"]])
         for link, fields, groups in zip(self._links, state["optimizers"], settled.groups, strict=True):
             load_fields(link, {**fields, "groups": groups})
-        if settled.acts and self._scheduler is not None:
+        if settled.acts and is_megatrons(self._scheduler):
             self._scheduler.step(increment=0)  # the groups have the rates of the old schedule
         self._user_state.load_state_dict(state["user"])
         if torch.distributed.get_rank() == 0:
@@ -182,6 +180,21 @@ class MegatronState:
                         what,
                         ", ".join(lines),
                     )
+
+    def scheduler_state(self) -> Any:
+        """Of Megatron's the steps: the rest are settings, which a restart may change. Of another all that it says."""
+        if is_megatrons(self._scheduler):
+            return self._scheduler.num_steps
+        return self._scheduler.state_dict() if self._scheduler is not None else None
+
+    def load_scheduler(self, state: Any) -> None:
+        """Put back what ``scheduler_state`` returned; rates of the groups may change with it."""
+        if isinstance(self._scheduler, OptimizerParamScheduler):
+            self._scheduler.num_steps = 0  # to load adds to it
+        if is_megatrons(self._scheduler):
+            self._scheduler.step(increment=state)
+        elif self._scheduler is not None:
+            self._scheduler.load_state_dict(state)
 
     def restore_rng(self) -> None:
         """Put the random generators back to the state that was recovered, if there is one that training had reached.
@@ -231,6 +244,11 @@ class MegatronState:
     def close(self) -> None:
         """Remove the hooks on model and optimizer."""
         self._hooks.close()
+
+
+def is_megatrons(scheduler: object) -> TypeGuard[OptimizerParamScheduler]:
+    """Whether it is Megatron's own scheduler: a class derived from it may hold more, and is known by what it says."""
+    return type(scheduler) is OptimizerParamScheduler
 
 
 def host_unit(state: Mapping[str, Any]) -> Unit:

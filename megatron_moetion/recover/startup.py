@@ -58,7 +58,7 @@ from megatron_moetion.store.vetoes import vetoed_in
 from megatron_moetion.units import UnitKind
 
 _OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault",
-                "max_unprotected_iterations")  # fmt: skip
+                "max_unprotected_iterations", "network_interface")  # fmt: skip
 """Settings that may differ between ranks."""
 _REASONS_MAX = 3
 """Iterations of which it is said why they cannot be recovered."""

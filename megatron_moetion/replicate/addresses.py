@@ -15,6 +15,7 @@ from torch import distributed as dist
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError, ConfigError
+from megatron_moetion.replicate.channel import Address
 
 _PREFIX = "moetion/net"
 _LOOPBACK = "127.0.0.1"
@@ -98,27 +99,46 @@ def job_store(environment: Mapping[str, str]) -> dist.Store:
     return dist.PrefixStore(f"moetion/attempt{attempt}", found)
 
 
-def own_address(interface: str | None, master: str, *, is_one_host: bool) -> str:
+def own_address(wanted: str, master: str, *, is_one_host: bool, setting: str) -> Address:
     """The address at which other ranks reach this one.
 
-    That of the interface, if one is named; the loopback, where all ranks run on one host; else the local end of the
-    route to ``master``, the host of the rendezvous, or what the name of this host stands for. ``ConfigError`` where
-    the interface has no address.
+    That of the interface which is ``wanted``: names or beginnings of names, comma separated, of which the first that is
+    found counts. Without one the loopback, where all ranks run on one host; else the local end of the route to
+    ``master``, the host of the rendezvous, or what the name of this host stands for. ``ConfigError``, which names
+    ``setting``, where no such interface is up and has an address.
     """
-    if interface:
-        name = interface.split(",")[0].strip()
-        found = [
-            address.address.split("%")[0]
+    here = _interfaces()
+    if wanted:
+        for name in filter(None, (part.strip() for part in wanted.split(","))):
+            for interface in sorted(here, key=lambda each: (each != name, each)):
+                if interface.startswith(name):
+                    return Address(interface=interface, host=here[interface][0])
+        there = ", ".join(f"{name} ({', '.join(addresses)})" for name, addresses in sorted(here.items()))
+        raise ConfigError(
+            f"{setting} is {wanted!r}, and no interface of {socket.gethostname()} that is up and has an address is "
+            f"called so; there are {there}"
+        )
+    host = _LOOPBACK
+    if not is_one_host:
+        host = next((a for a in _candidates(master) if not a.startswith("127.") and a != "::1"), _LOOPBACK)
+    interface = next((name for name, addresses in here.items() if host in addresses), "")
+    return Address(interface=interface, host=host)
+
+
+def _interfaces() -> dict[str, list[str]]:
+    """Addresses of each interface that is up and has any, IPv4 first; none that hold on one link only."""
+    stats = psutil.net_if_stats()
+    found = {
+        name: [
+            str(address.address)
             for family in (socket.AF_INET, socket.AF_INET6)
-            for address in psutil.net_if_addrs().get(name, [])
-            if address.family == family
+            for address in addresses
+            if address.family == family and not str(address.address).startswith("fe80:")
         ]
-        if not found:
-            raise ConfigError(f"GLOO_SOCKET_IFNAME names {name!r}, which has no address on {socket.gethostname()}")
-        return str(found[0])
-    if is_one_host:
-        return _LOOPBACK
-    return next((a for a in _candidates(master) if not a.startswith("127.") and a != "::1"), _LOOPBACK)
+        for name, addresses in psutil.net_if_addrs().items()
+        if name in stats and stats[name].isup
+    }
+    return {name: addresses for name, addresses in found.items() if addresses}
 
 
 def _candidates(master: str) -> Iterator[str]:

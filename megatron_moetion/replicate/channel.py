@@ -19,6 +19,15 @@ class Message:
     data: Bytes
 
 
+@dataclass(frozen=True, kw_only=True)
+class Address:
+    """Where other ranks reach this one."""
+
+    interface: str
+    """Of this host; "" where none has the address."""
+    host: str
+
+
 class Gate(Protocol):
     """What a connection asks before it hands bytes of a snapshot to the network. Called by one thread at a time."""
 
@@ -141,6 +150,7 @@ class Fabric(Protocol):
     world_size: int
     mesh: Mesh
     channel: Channel
+    address: Address
 
     def gather(self, document: Any) -> list[Any]:
         """Every rank's JSON-able document, by rank. Collective. Bounded wait; ``ChannelError`` on a lost peer.

@@ -11,9 +11,10 @@ from typing import Any
 from torch import distributed as dist
 
 from megatron_moetion.clock import Clock
+from megatron_moetion.config import flag_of
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.addresses import Directory, own_address
-from megatron_moetion.replicate.channel import Channel, Combine, Connection, Mesh, Message
+from megatron_moetion.replicate.channel import Address, Channel, Combine, Connection, Mesh, Message
 from megatron_moetion.replicate.connection import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts
 from megatron_moetion.replicate.control import HEARTBEAT_S, Control
 from megatron_moetion.replicate.exchange import SocketChannel
@@ -41,7 +42,8 @@ class SocketFabric:
         in_flight_bytes: int,
         clock: Clock,
         threads: Threads,
-        interface: str | None = None,
+        interface: str = "",
+        interface_setting: str = flag_of("moetion_network_interface"),
         master: str = "",
         cuts: Cuts = NO_CUTS,
         heartbeat_s: float = HEARTBEAT_S,
@@ -50,16 +52,16 @@ class SocketFabric:
     ) -> SocketFabric:
         """Listen, and join the ranks of this store: all of them call this equally often. Waits for rank 0 only.
 
-        ``ranks_per_host`` is rank 0's to say. ``interface`` names the network interface whose address the others get;
-        without one the route to ``master``, the host of the rendezvous, decides. ``in_flight_bytes``: at most so much
-        waits in the kernel to be taken by TCP.
-        ``ChannelError`` where rank 0 or the store does not answer within ``timeout_s``; ``ConfigError`` where the
-        interface has no address.
+        ``ranks_per_host`` is rank 0's to say. ``interface`` says which network interface's address the others get, and
+        ``interface_setting`` where it was set: see ``own_address``. Without one the route to ``master``, the host of
+        the rendezvous, decides. ``in_flight_bytes``: at most so much waits in the kernel to be taken by TCP.
+        ``ChannelError`` where rank 0 or the store does not answer within ``timeout_s``; ``ConfigError`` where there is
+        no such interface.
         """
         if world_size == 1:
             control = Control(None, rank, ranks_per_host=1, clock=clock, threads=threads)
-            return cls(rank, 1, AloneMesh(), AloneChannel(), control, timeout_s, ())
-        host = own_address(interface, master, is_one_host=world_size <= ranks_per_host)
+            return cls(rank, 1, AloneMesh(), AloneChannel(), control, timeout_s, (), Address(interface="", host=""))
+        address = own_address(interface, master, is_one_host=world_size <= ranks_per_host, setting=interface_setting)
         directory = Directory(store, rank, clock)
         mesh = SocketMesh(
             rank,
@@ -71,7 +73,7 @@ class SocketFabric:
             cuts=cuts,
         )
         try:
-            job = directory.join(host, mesh.port, ranks_per_host, timeout_s)
+            job = directory.join(address.host, mesh.port, ranks_per_host, timeout_s)
             control = Control(
                 mesh,
                 rank,
@@ -86,7 +88,7 @@ class SocketFabric:
             mesh.close()
             raise
         channel = SocketChannel(mesh, timeout_s=timeout_s, clock=clock, threads=threads)
-        return cls(rank, world_size, mesh, channel, control, timeout_s, (channel.close, mesh.close))
+        return cls(rank, world_size, mesh, channel, control, timeout_s, (channel.close, mesh.close), address)
 
     def __init__(
         self,
@@ -97,12 +99,14 @@ class SocketFabric:
         control: Control,
         timeout_s: float,
         closing: Sequence[Callable[[], None]],
+        address: Address,
     ) -> None:
         """``closing`` lets go of what lies below, in this order; nothing of it waits for others."""
         self.rank = rank
         self.world_size = world_size
         self.mesh = mesh
         self.channel = channel
+        self.address = address
         self._control = control
         self._timeout_s = timeout_s
         self._closing = closing

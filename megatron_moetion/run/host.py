@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import atexit
 import os
 import secrets
 from collections.abc import Callable, Mapping
@@ -13,6 +14,7 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.process import process_start
 from megatron_moetion.replicate.link import Timing
+from megatron_moetion.replicate.speed import PROBE_BYTES
 from megatron_moetion.replicate.worker import SystemThreads, Threads
 from megatron_moetion.snapshot.packer import HostPool, Packer, device_packer
 from megatron_moetion.store.hostmemory import HostMemory
@@ -56,8 +58,12 @@ class Host:
     """From settings, attempt and rank."""
     links: Timing | None = None
     """Bounds of the waits of replication; None: as settings say."""
+    link_probe_bytes: int = PROBE_BYTES
+    """Most that a rank sends at a start to see how fast its link is."""
     nonce: Callable[[], int] = lambda: secrets.randbits(32)
     process_start: Callable[[], float] = process_start
     """Unix time, seconds."""
+    at_exit: Callable[[Callable[[], None]], object] = atexit.register
+    """Have something done when the interpreter ends in good order."""
     end: Callable[[int], object] = os._exit
     """End this process at once, with an exit code."""

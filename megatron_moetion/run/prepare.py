@@ -16,6 +16,7 @@ from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks, require_same
+from megatron_moetion.replicate.speed import serve_probes
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
 from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.running import Prepared
@@ -51,6 +52,7 @@ def prepare(
     attempt = restart_count(host.environment)
     with ExitStack() as undo:
         undo.callback(fabric.close)
+        serve_probes(fabric.mesh)
 
         def claim() -> tuple[str, Probe, Journal, NodeFolder]:
             run_id = run_id_of(config, host.environment)
@@ -63,6 +65,7 @@ def prepare(
             )
 
         run_id, probe, journal, node = on_all_ranks(fabric, claim)
+        config = replace(config, replicas=settled_replicas(config.replicas, fabric, node.key))
         lock = _take_lock(fabric, node, config, journal, undo)
         on_all_ranks(fabric, lambda: write_pid(node, rank, attempt))
         site = Site(
@@ -128,6 +131,12 @@ def _take_lock(fabric: Fabric, node: NodeFolder, config: MoetionConfig, journal:
 
     first = on_all_ranks(fabric, lambda: lock() if fabric.rank == 0 else None)
     return on_all_ranks(fabric, lambda: first or lock())
+
+
+def settled_replicas(given: int, fabric: Fabric, node_key: str) -> int:
+    """As given, else 1 where ranks are on several nodes and 0 where all are on one. Collective."""
+    is_one_node = fabric.reduce(node_key, lambda mine, theirs: mine if mine == theirs else "") != ""
+    return given if given >= 0 else int(not is_one_node)
 
 
 def _pack_threads(config: MoetionConfig, local_ranks: int) -> int:

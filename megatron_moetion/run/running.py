@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
@@ -29,7 +30,7 @@ from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.snapshot.host_state import encode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.lock import NodeLock
-from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.node import NodeFolder, is_found_again
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.vetoes import Vetoes
 from megatron_moetion.units import UnitKind
@@ -71,6 +72,8 @@ class Running:
     undo: ExitStack
     leaving: ExitStack
     """Stops the threads without waiting for other ranks."""
+    forget: Callable[[], None]
+    """For the end of a run whose state no other launch could find: has it removed when this process ends."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -193,7 +196,18 @@ class Prepared:
             timeout_s=config.timeout_s,
             undo=self.undo,
             leaving=self.leaving,
+            forget=self._forget,
         )
+
+    @property
+    def is_found_again(self) -> bool:
+        """Whether another launch would find the state of this run, by its name."""
+        return is_found_again(self.config, self.host.environment)
+
+    def _forget(self) -> None:
+        """Not at once: what training still does may fail, and its supervisor restart the job."""
+        if self.node.position == 0 and not self.is_found_again:
+            self.host.at_exit(self.node.remove)
 
     def _replication(self, arenas: OpenArenas, placement: Placement) -> Replication:
         """This rank's links to its holders, and what serves those that it is a holder of."""

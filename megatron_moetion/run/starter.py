@@ -22,6 +22,7 @@ from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.pipeline import SnapshotCounts
 from megatron_moetion.replicate.witness import Past
 from megatron_moetion.run.health import ended_before, watch
+from megatron_moetion.run.network import PROBE_PATIENCE_S, look_at_network, say_network
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.select.book import share_lost
 from megatron_moetion.snapshot.host_state import decode
@@ -112,6 +113,10 @@ class Starter:
         )
         self._run.undo.callback(startup.close)
         findings = startup.survey(self._run.attempt)
+        seen = look_at_network(
+            self._run.fabric, findings.placement, self._run.host, min(PROBE_PATIENCE_S, self._run.config.timeout_s)
+        )
+        phases.done("network")
         plan = findings.outcome
         if self._run.fabric.rank == 0 and (isinstance(plan, RecoveryPlan) or plan.began):
             self._run.witness.note_baseline()  # before a fault of this attempt can destroy it
@@ -129,6 +134,8 @@ class Starter:
         if self._run.fabric.rank == 0:
             self._run.witness.note_baseline()
         self._announce(running, findings)
+        if seen is not None and self._run.fabric.rank == 0:
+            say_network(self._run.journal, running.agreement.stable, seen)
         for stack in (self._run.undo, self._run.leaving):
             stack.callback(self._run.journal.unshare)
         self._run.journal.share()
@@ -330,5 +337,13 @@ class Starter:
             f"on this rank; {findings.placement.num_nodes} node(s), {config.replicas} replica(s); "
             f"store {self._run.node.path}",
         )
+        if not self._run.is_found_again:
+            journal.info(
+                iteration,
+                f"torchrun has made up the run id {self._run.node.path.parent.name}: another launch cannot go on from "
+                "this run's memory, which is removed when the run ends well. --moetion-run-id NAME gives it a name",
+            )
         if not config.replicas:
-            journal.warn_once("replicas", iteration, "--moetion-replicas 0: nothing survives the loss of a node")
+            why = "this run has one node" if findings.placement.num_nodes == 1 else "--moetion-replicas 0"
+            text = f"{why}: snapshots survive killed processes, and nothing survives the loss of a node or its memory"
+            journal.warn_once("replicas", iteration, text)

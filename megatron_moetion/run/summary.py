@@ -59,8 +59,8 @@ class Summary:
                 f"captures were left out ({reason}); the snapshot is whole without them",
             )
 
-    def at_end(self, iteration: int, pipeline: Pipeline, layers: Mapping[str, tuple[int, int]], stable: int) -> None:
-        """Totals over all ranks, as an event, and what is left to be said. Collective.
+    def at_end(self, iteration: int, pipeline: Pipeline, layers: Mapping[str, tuple[int, int]], stable: int) -> bool:
+        """Totals over all ranks, as an event, and what is left to be said; whether all were there. Collective.
 
         On a lost peer there is no summary.
         """
@@ -77,7 +77,7 @@ class Summary:
             total = self._fabric.reduce(mine, add)
         except ChannelError as error:
             self._journal.warn_once("summary", iteration, f"the summary is missing: {error}")
-            return
+            return False
         self._journal.hear(_notes(total))
         self._journal.event(
             "summary",
@@ -88,6 +88,7 @@ class Summary:
             plt=share_lost([total["layers"]]),
             stable=stable,
         )
+        return True
 
 
 def add(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:

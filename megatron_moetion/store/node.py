@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import json
 import os
+import re
+import shutil
 import stat
 import uuid
 from collections.abc import Callable, Mapping
@@ -26,6 +28,9 @@ from megatron_moetion.store.spec import ArenaSpec
 NODE_MARKER = "node.id"
 """In every node's folder: the node's key."""
 _ROOM_LOCK = "room.lock"
+
+_MADE_UP = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d{30,39}")
+"""A random UUID, as text or as a number, which is what torch gives a job without a name."""
 
 RUN_ID_BYTES_MAX = 200
 """File systems take names of up to 255 bytes."""
@@ -115,6 +120,12 @@ class NodeFolder:
         """While it is entered no other process of the node decides whether there is room. Raises as ``alone``."""
         return alone(self.path / _ROOM_LOCK, wait_s=wait_s, clock=self.clock)
 
+    def remove(self) -> None:
+        """Give up the node's folder, and the run's with its last node. What is mapped stays until processes end."""
+        shutil.rmtree(self.path, ignore_errors=True)
+        with suppress(OSError):  # other nodes' folders
+            self.path.parent.rmdir()
+
     def make_again(self, lock: NodeLock) -> None:
         """Put back what makes the folder this node's, after somebody deleted it. ``StoreError`` where that fails."""
         try:
@@ -132,8 +143,7 @@ def store_folder(config: MoetionConfig) -> Path:
 
 def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
     """The run's name: the flag, else the SLURM job, else a real torchrun id; ``ConfigError`` without one."""
-    elastic = environment.get("TORCHELASTIC_RUN_ID", "none")
-    found = config.run_id or environment.get("SLURM_JOB_ID", "") or ("" if elastic == "none" else elastic)
+    found = _named(config, environment) or _elastic(environment)
     if not found:
         raise ConfigError(
             "this run has no name that a restart would share: give --moetion-run-id (neither SLURM_JOB_ID nor a "
@@ -149,6 +159,20 @@ def run_id_of(config: MoetionConfig, environment: Mapping[str, str]) -> str:
             f"--moetion-run-id is {found!r}; it names a folder, so it must not hold / or start with a dot"
         )
     return found
+
+
+def is_found_again(config: MoetionConfig, environment: Mapping[str, str]) -> bool:
+    """Whether another launch of this run would have its name: not where ``torchrun`` has made one up."""
+    return bool(_named(config, environment)) or not _MADE_UP.fullmatch(_elastic(environment))
+
+
+def _named(config: MoetionConfig, environment: Mapping[str, str]) -> str:
+    return config.run_id or environment.get("SLURM_JOB_ID", "")
+
+
+def _elastic(environment: Mapping[str, str]) -> str:
+    found = environment.get("TORCHELASTIC_RUN_ID", "none")
+    return "" if found == "none" else found
 
 
 def restart_count(environment: Mapping[str, str]) -> int:

@@ -417,7 +417,7 @@ def _train(
         in_flight_bytes=settings.in_flight_bytes,
         clock=SystemClock(),
         threads=SystemThreads(),
-        interface=environment.get("GLOO_SOCKET_IFNAME"),
+        interface=environment.get("GLOO_SOCKET_IFNAME", ""),
         cuts=TroubledWire(trouble),
     )
     prepared = prepare(

@@ -76,6 +76,7 @@ class Job:
         elements: int = 1500,
         witness: Witness = NO_WITNESS,
         max_restarts: int = 0,
+        elastic_id: str = "none",
         host: Mapping[str, Any] | None = None,
         state: type[ToyState] | None = None,
         device: Mapping[int, Mapping[str, Any]] | None = None,
@@ -91,6 +92,7 @@ class Job:
                   "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
         self.witness = witness
         self.max_restarts = max_restarts
+        self.elastic_id = elastic_id
         self.config = MoetionConfig(**fields)  # type: ignore[arg-type]
         self.disturbances = [Disturbance() for _ in range(ranks)]
         self.fabrics = loopback_fabrics(ranks, timeout_s=self.config.timeout_s, cuts=self.network)
@@ -106,7 +108,7 @@ class Job:
         ranks = len(self.states)
         environment = {
             "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks), "TORCHELASTIC_RESTART_COUNT": str(attempt),
-            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts),
+            "TORCHELASTIC_MAX_RESTARTS": str(self.max_restarts), "TORCHELASTIC_RUN_ID": self.elastic_id,
         }  # fmt: skip
         return prepare(
             config=self.config,
@@ -116,7 +118,7 @@ class Job:
             topology="toy",
             scheduler=scheduler(),
             witness=self.witness,
-            host=Host(environment=environment, make_packer=self._make_packer, **self._host),
+            host=Host(environment=environment, make_packer=self._make_packer, link_probe_bytes=1 << 16, **self._host),
         )
 
     def _make_packer(self, inventory: Inventory, config: MoetionConfig, pool: HostPool, rank: int) -> Packer:

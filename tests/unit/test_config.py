@@ -40,7 +40,7 @@ def test_every_setting_says_what_it_is() -> None:
         ({"max_stall_ms": -1}, "--moetion-max-stall-ms is -1"),
         ({"timeout_s": 0}, "--moetion-timeout-s is 0"),
         ({"in_flight_bytes": 0}, "--moetion-in-flight-bytes is 0"),
-        ({"replicas": -1}, "--moetion-replicas is -1"),
+        ({"replicas": -2}, "--moetion-replicas is -2; it must be at least -1"),
         ({"ranks_per_node": -2}, "--moetion-ranks-per-node is -2"),
         ({"experts_per_snapshot": -1}, "--moetion-experts-per-snapshot is -1"),
         ({"pack_threads": -1}, "--moetion-pack-threads is -1"),

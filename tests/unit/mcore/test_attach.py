@@ -55,12 +55,11 @@ GOOD: dict[str, Any] = {
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"model": of(DistributedDataParallel)}, r"is a DistributedDataParallel; give the list.*model=\[model\]"),
+        ({"model": torch.nn.Linear(1, 1)}, "is a Linear; give the model that is wrapped in .*DistributedDataParallel"),
         ({"model": [torch.nn.Linear(1, 1)]}, "holds Linear; every chunk must be wrapped in .*DistributedDataParallel"),
         ({"model": []}, "holds nothing"),
         ({"optimizer": torch.optim.Adam([torch.zeros(1)])}, "is a Adam; give what .*get_megatron_optimizer"),
-        ({"opt_param_scheduler": OwnScheduler()}, "is a OwnScheduler; .*user_state carry the state of a scheduler"),
-        ({"opt_param_scheduler": of(OwnKindOfScheduler)}, "is a OwnKindOfScheduler; .*user_state carry the state of"),
+        ({"opt_param_scheduler": object()}, "is a object without state_dict and load_state_dict; .* or None"),
         ({"config": "full"}, "config=.* is a str; give a MoetionConfig"),
         ({"p2p_communicator": object()}, "is a object; give the one of .*pipeline_arguments"),
         ({"user_state": object()}, "is a object without state_dict and load_state_dict"),
@@ -80,7 +79,20 @@ def test_attach_before_the_ranks_are_connected_says_what_comes_first(monkeypatch
 @pytest.mark.parametrize("missing", [None, OwnScheduler()])
 def test_arguments_that_are_right_pass(missing: Any) -> None:
     attach_module.check_attach_arguments(**{**GOOD, "user_state": missing})
-    attach_module.check_attach_arguments(**{**GOOD, "opt_param_scheduler": None})
+    for scheduler in (None, OwnScheduler(), of(OwnKindOfScheduler)):
+        attach_module.check_attach_arguments(**{**GOOD, "opt_param_scheduler": scheduler})
+
+
+def test_a_model_that_is_not_in_a_list_is_a_list_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Checked(Exception):
+        pass
+
+    def check(model: Any, *_: Any) -> None:
+        raise Checked(len(model))
+
+    monkeypatch.setattr(attach_module, "check_attach_arguments", check)
+    with pytest.raises(Checked, match="1"):
+        megatron_moetion.attach(**{**GOOD, "model": of(DistributedDataParallel)})
 
 
 @pytest.fixture
@@ -142,14 +154,22 @@ def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
     )
     monkeypatch.setattr(attach_module, "Scheduler", scheduler)
     monkeypatch.setattr(attach_module, "_connect", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(attach_module, "restart_warning", lambda environment: "a restart by torchrun would fail")
     for rank, mode in ((0, "popularity"), (0, "full"), (1, "full")):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         caplog.clear()
         config = MoetionConfig(run_id="r", mode=mode, schedule="bubble")
         with pytest.raises(Stop), caplog.at_level(logging.WARNING, "megatron_moetion"):
             megatron_moetion.attach(**{**GOOD, "model": [chunk], "config": config})
-        starts = ["CUDA graphs are on (", "HybridEP exchanges", "moe_paged_stash is on", "experts' inputs are padded"]
-        expected = [] if rank else starts[: 4 if mode == "popularity" else 3]
+        counted = ["experts' inputs are padded"] if mode == "popularity" else []
+        starts = [
+            "CUDA graphs are on (",
+            "HybridEP exchanges",
+            "moe_paged_stash is on",
+            *counted,
+            "a restart by torchrun",
+        ]
+        expected = [] if rank else starts
         said = [record.getMessage() for record in caplog.records]
         assert [text.startswith(f"[moetion] rank 0: {s}") for text, s in zip(said, expected, strict=True)] == [
             True

@@ -6,17 +6,20 @@ Inventories of whole models are in ``tests/dist/test_inventory.py``.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from megatron.core.optimizer.optimizer import FP32Optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_moetion.mcore.homes import Homes
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
 from megatron_moetion.mcore.state import SPARE_HOST_BYTES, MegatronState, host_unit
 from megatron_moetion.mcore.steplog import StepLog
-from megatron_moetion.snapshot.host_state import encode, size_bound
+from megatron_moetion.snapshot.host_state import decode, encode, size_bound
 
 
 def state(**changes: Any) -> dict[str, Any]:
@@ -70,3 +73,59 @@ def test_draws_after_the_start_are_taken_back_where_training_had_begun(
     torch.rand(3)  # as a data loader does
     adapter.restore_rng()
     assert torch.equal(torch.rand(3), expected)
+
+
+class Warmup:
+    """A scheduler of somebody's own."""
+
+    steps = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"steps": self.steps}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        self.steps = state["steps"]
+
+
+class MoreThanMegatrons(OptimizerParamScheduler):
+    """It holds something that Megatron's does not."""
+
+    extra = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return {**super().state_dict(), "extra": self.extra}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        super().load_state_dict(state)
+        self.extra = state["extra"]
+
+
+def megatrons(kind: type[OptimizerParamScheduler]) -> OptimizerParamScheduler:
+    optimizer: Any = SimpleNamespace(param_groups=[])
+    return kind(optimizer, 0.0, 1.0, 0.0, 5, 100, "linear", 0.1, 0.1, 100, "constant")
+
+
+def carried(scheduler: Any, onto: Any) -> None:
+    """The state of one scheduler, over the bytes of a host state, into another one, as a recovery does."""
+    states = []
+    for each in (scheduler, onto):
+        adapter = MegatronState.__new__(MegatronState)
+        adapter._scheduler = each
+        states.append(adapter)
+    states[1].load_scheduler(decode(encode({"it": states[0].scheduler_state()}))["it"])
+
+
+def test_every_kind_of_scheduler_is_carried() -> None:
+    own, again = Warmup(), Warmup()
+    own.steps = 7
+    carried(own, again)
+    assert again.steps == 7
+    for kind in (OptimizerParamScheduler, MoreThanMegatrons):
+        then, now = megatrons(kind), megatrons(kind)
+        then.step(increment=7)
+        then.extra = 3
+        now.step(increment=2)  # of a checkpoint that was loaded before, say
+        carried(then, now)
+        assert now.num_steps == 7
+        assert kind is OptimizerParamScheduler or now.extra == 3
+    carried(None, None)

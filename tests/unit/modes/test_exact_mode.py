@@ -123,7 +123,7 @@ class Ranks:
         ]
         sites = [
             Site(
-                config=MoetionConfig(mode=modes[rank], snapshot_bytes=budgets[rank], **settings),
+                config=MoetionConfig(mode=modes[rank], snapshot_bytes=budgets[rank], **{"replicas": 1, **settings}),
                 identity=identity(owner=rank, mode=modes[rank]),
                 inventory=state(elements[rank]),
                 node=cast(NodeFolder, self.nodes[rank]),

@@ -297,7 +297,7 @@ def test_ranks_that_were_started_differently_are_refused(tmp_path: Path) -> None
 @pytest.mark.parametrize("change", [{"interval": 2}, {"replicas": 0}, {"in_flight_bytes": 1 << 20}])
 def test_ranks_whose_settings_differ_are_refused(tmp_path: Path, change: dict[str, int]) -> None:
     job = Job(tmp_path)
-    config = replace(job.config, **change)  # type: ignore[arg-type]
+    config = replace(job.prepared[1].config, **change)  # type: ignore[arg-type]
     job.prepared[1] = replace(job.prepared[1], config=config)
     with pytest.raises(ConfigError, match=f"ranks 0 and 1 were started differently: {next(iter(change))} is"):
         job.start()
@@ -305,7 +305,7 @@ def test_ranks_whose_settings_differ_are_refused(tmp_path: Path, change: dict[st
 
 def test_settings_of_one_rank_may_differ(tmp_path: Path) -> None:
     job = Job(tmp_path)
-    config = replace(job.config, pack_threads=2, max_stall_ms=7, report="elsewhere")
+    config = replace(job.prepared[1].config, pack_threads=2, max_stall_ms=7, report="elsewhere", network_interface="x")
     job.prepared[1] = replace(job.prepared[1], config=config)
     assert job.start() == [None, None]
     job.crash()

@@ -112,7 +112,7 @@ class Job:
         return [
             Rank(
                 startup=Startup(
-                    config=MoetionConfig(run_id="run", timeout_s=10, interval=intervals[rank]),
+                    config=MoetionConfig(run_id="run", replicas=1, timeout_s=10, interval=intervals[rank]),
                     fabric=fabrics[rank],
                     node=node_folder(node, self.position[rank], self.num_ranks),
                     spec=self.specs[rank],

@@ -9,6 +9,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,9 +20,9 @@ from torch import distributed as dist
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError, ConfigError
-from megatron_moetion.replicate import sockets
+from megatron_moetion.replicate import addresses, sockets
 from megatron_moetion.replicate.addresses import Directory, job_store, own_address
-from megatron_moetion.replicate.channel import Connection, Mesh
+from megatron_moetion.replicate.channel import Address, Connection, Mesh
 from megatron_moetion.replicate.sockets import SocketMesh
 
 
@@ -377,13 +378,20 @@ def test_without_a_group_the_launchers_store_is_asked() -> None:
         job_store({})
 
 
-def test_the_address_is_that_of_the_named_interface_or_of_the_route() -> None:
-    assert own_address("lo,eth0", "", is_one_host=False) == "127.0.0.1"
-    assert own_address(None, "", is_one_host=True) == "127.0.0.1"
-    with pytest.raises(ConfigError, match="GLOO_SOCKET_IFNAME names 'nothere0', which has no address"):
-        own_address("nothere0", "", is_one_host=True)
-    found = own_address(None, "127.0.0.1", is_one_host=False)
+def test_the_address_is_that_of_the_named_interface_or_of_the_route(monkeypatch: pytest.MonkeyPatch) -> None:
+    loopback = Address(interface="lo", host="127.0.0.1")
+    address = partial(own_address, setting="--moetion-network-interface")
+    assert address("nothere0, lo", "", is_one_host=False) == loopback
+    assert address("", "", is_one_host=True) == loopback
+    found = address("", "127.0.0.1", is_one_host=False).host
     socket.inet_pton(socket.AF_INET6 if ":" in found else socket.AF_INET, found)
+    there = {"eth10": ["10.0.0.3"], "eth1": ["10.0.0.2", "fd00::2"], "lo": ["127.0.0.1"]}
+    monkeypatch.setattr(addresses, "_interfaces", lambda: there)
+    assert address("eth", "", is_one_host=True) == Address(interface="eth1", host="10.0.0.2")
+    assert address("ib,eth10,eth1", "", is_one_host=True) == Address(interface="eth10", host="10.0.0.3")
+    says = r"--moetion-network-interface is 'ib', and no interface .*; there are eth1 \(10.0.0.2, fd00::2\), eth10"
+    with pytest.raises(ConfigError, match=says):
+        address("ib", "", is_one_host=True)
 
 
 MESH: type[Mesh] = SocketMesh

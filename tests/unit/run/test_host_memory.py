@@ -68,7 +68,7 @@ def test_the_start_says_how_the_arena_got_its_memory(tmp_path: Path, caplog: pyt
         (1, 2, "NUMA node 1", None),
     ]
     (began,) = [e for e in events if e["event"] == "began"]
-    assert list(began["phases_s"]) == ["survey", "load", "arenas", "pin", "baseline"]
+    assert list(began["phases_s"]) == ["survey", "network", "load", "arenas", "pin", "baseline"]
     (recovered,) = [e for e in events if e["event"] == "recovered"]
     assert {"survey", "verify", "pin", "restore"} <= recovered["phases_s"].keys()
 

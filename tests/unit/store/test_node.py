@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import uuid
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,7 +17,7 @@ from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
 from megatron_moetion.store.manifest import Page
-from megatron_moetion.store.node import open_node, restart_count, run_id_of, store_folder, write_pid
+from megatron_moetion.store.node import is_found_again, open_node, restart_count, run_id_of, store_folder, write_pid
 from megatron_moetion.store.spec import arena_name
 
 CLOCK = SystemClock()
@@ -40,6 +41,27 @@ def test_the_run_id_is_the_flag_then_the_job_then_torchrun(
     flag: str, environment: dict[str, str], expected: str
 ) -> None:
     assert run_id_of(MoetionConfig(run_id=flag), environment) == expected
+
+
+@pytest.mark.parametrize("made_up", [str(uuid.uuid4()), str(uuid.uuid4().int)])
+def test_a_name_that_torchrun_made_up_is_not_found_again(made_up: str) -> None:
+    environment = {"TORCHELASTIC_RUN_ID": made_up}
+    assert run_id_of(MoetionConfig(), environment) == made_up
+    assert not is_found_again(MoetionConfig(), environment)
+    assert is_found_again(MoetionConfig(run_id=made_up), environment)
+    assert is_found_again(MoetionConfig(), {**environment, "SLURM_JOB_ID": "7"})
+    for given in ("my-run", "20261130", "12345678-run"):
+        assert is_found_again(MoetionConfig(), {"TORCHELASTIC_RUN_ID": given})
+
+
+def test_the_last_node_of_a_run_removes_its_folder_too(tmp_path: Path) -> None:
+    config = MoetionConfig(store=str(tmp_path), ranks_per_node=2)
+    nodes = [open_node(config, "run", {**FOUR, "LOCAL_RANK": str(rank)}, 4, CLOCK) for rank in (0, 2)]
+    (nodes[0].path / "rank00000.arena").touch()
+    nodes[0].remove()
+    assert list((tmp_path / "run").iterdir()) == [nodes[1].path]
+    nodes[1].remove()
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("environment", [{}, {"TORCHELASTIC_RUN_ID": "none"}])
