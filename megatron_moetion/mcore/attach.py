@@ -266,7 +266,7 @@ def attach(
             stash_note(model_config),
             padding_note(model_config, counts_tokens=config.mode == "popularity"),
             connections_note(host.environment) if on_device else None,
-            restart_warning(host.environment),
+            restart_warning(host.environment) if torch.distributed.get_rank() == 0 else None,  # asks the store
             replacement_warning(host.environment),
         )
         is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
