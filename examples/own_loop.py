@@ -73,6 +73,7 @@ def build_model() -> DistributedDataParallel:
         expert_model_parallel_size=parallel_state.get_expert_model_parallel_world_size(),
         pipeline_dtype=torch.float32,
         use_cpu_initialization=not ON_GPU,
+        add_bias_linear=False,
         bias_dropout_fusion=False,
         gradient_accumulation_fusion=False,
     )
@@ -145,7 +146,7 @@ def main() -> None:
     args = parser.parse_args()
 
     if ON_GPU:
-        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Takes the arguments of torch's own. Its group comes up again when torchrun restarts the processes.
     megatron_moetion.init_process_group("nccl" if ON_GPU else "gloo", timeout=timedelta(minutes=5))
     parallel_state.initialize_model_parallel(

@@ -116,8 +116,11 @@ def _is_torchs_own(store: dist.Store) -> bool:
     if below is None:
         return False
     probe = f"moetion/probe/{uuid.uuid4().hex}"
-    above.set(probe, "1")
-    return bool(below.check([f"{_TORCHS_PREFIX}/{probe}"]))
+    try:
+        above.set(probe, "1")
+        return bool(below.check([f"{_TORCHS_PREFIX}/{probe}"]))
+    except RuntimeError:  # a store that has gone: whoever needs it says so
+        return False
 
 
 def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: timedelta) -> dist.Store:

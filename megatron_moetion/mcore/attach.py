@@ -268,7 +268,13 @@ def attach(
     check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state, p2p_communicator)
     host = Host()
     loop = _Loop(model, optimizer, opt_param_scheduler, user_state, p2p_communicator)
-    _say_once(version_note(installed()), restart_warning(host.environment), replacement_warning(host.environment))
+    with ExitStack() as saying:
+        show_log(saying)
+        _say_once(
+            version_note(installed()),
+            restart_warning(host.environment) if torch.distributed.get_rank() == 0 else None,  # asks the store
+            replacement_warning(host.environment),
+        )
     with ExitStack() as unless_attached:
         fabric = _connect(config, host)
         unless_attached.callback(fabric.close)  # else it is the run's to close

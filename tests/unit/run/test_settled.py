@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import uuid
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,6 +14,9 @@ from fabrics import loopback_fabrics
 from session_job import Job, together
 
 from megatron_moetion.run.prepare import settled_replicas
+
+MADE_UP = "1c1b4a52-0f0e-4c79-8b34-5ad1e0b0a9d7"
+"""As torchrun makes up a run id."""
 
 
 def said(caplog: pytest.LogCaptureFixture, about: str) -> list[str]:
@@ -39,7 +41,7 @@ def test_a_run_goes_on_with_the_settled_number(tmp_path: Path) -> None:
     assert [session.running.replicas for session in job.sessions] == [1, 1]
 
 
-@pytest.mark.parametrize(("elastic_id", "is_removed"), [(str(uuid.uuid4()), True), ("my-run", False)])
+@pytest.mark.parametrize(("elastic_id", "is_removed"), [(MADE_UP, True), ("my-run", False)])
 def test_arenas_that_no_launch_finds_again_are_removed_when_all_have_closed(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, elastic_id: str, is_removed: bool
 ) -> None:
@@ -59,7 +61,7 @@ def test_arenas_that_no_launch_finds_again_are_removed_when_all_have_closed(
 
 def test_arenas_stay_where_a_rank_has_not_closed(tmp_path: Path) -> None:
     at_exit: list[Callable[[], None]] = []
-    job = Job(tmp_path, run_id="", elastic_id=str(uuid.uuid4()), host={"at_exit": at_exit.append}, timeout_s=2)
+    job = Job(tmp_path, run_id="", elastic_id=MADE_UP, host={"at_exit": at_exit.append}, timeout_s=2)
     job.start()
     job.train(1)
     closing = threading.Thread(target=job.sessions[0].close)

@@ -21,6 +21,7 @@ from megatron_moetion.store.node import is_found_again, open_node, restart_count
 from megatron_moetion.store.spec import arena_name
 
 CLOCK = SystemClock()
+MADE_UP = uuid.UUID("1c1b4a52-0f0e-4c79-8b34-5ad1e0b0a9d7")
 FOUR = {"LOCAL_WORLD_SIZE": "4"}
 
 
@@ -43,7 +44,7 @@ def test_the_run_id_is_the_flag_then_the_job_then_torchrun(
     assert run_id_of(MoetionConfig(run_id=flag), environment) == expected
 
 
-@pytest.mark.parametrize("made_up", [str(uuid.uuid4()), str(uuid.uuid4().int)])
+@pytest.mark.parametrize("made_up", [str(MADE_UP), str(MADE_UP.int)])
 def test_a_name_that_torchrun_made_up_is_not_found_again(made_up: str) -> None:
     environment = {"TORCHELASTIC_RUN_ID": made_up}
     assert run_id_of(MoetionConfig(), environment) == made_up
