@@ -39,10 +39,7 @@ def connect(process: Process, timeout: timedelta, device: Device) -> int:
     ``torchrun`` keeps its store over restarts, and keys of the dead attempt would mislead the new one
     (pytorch issues 135712 and 167288). So the processes that are alive agree on a fresh prefix first.
     """
-    store = open_store(os.environ, process, timeout)
-    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
-    token = agree_on_token(store, process.rank, process.world_size, timeout, restarts)
-    fresh = dist.PrefixStore(f"moetion/attempt/{token}", store)
+    fresh, attempt = fresh_store(process, timeout)
     compare_devices(fresh, process.rank, process.world_size, timeout, device)
     dist.init_process_group(
         "gloo" if device.index is None else "nccl",
@@ -52,7 +49,18 @@ def connect(process: Process, timeout: timedelta, device: Device) -> int:
         timeout=timeout,
         device_id=None if device.index is None else torch.device("cuda", device.index),
     )
-    return int(token.split("-")[0])
+    return attempt
+
+
+def fresh_store(process: Process, timeout: timedelta) -> tuple[dist.Store, int]:
+    """A store for ``init_process_group`` that holds nothing of an earlier attempt, and the number of this one.
+
+    All ranks call it. ``ChannelError`` where some do not come within ``timeout``.
+    """
+    store = open_store(os.environ, process, timeout)
+    restarts = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
+    token = agree_on_token(store, process.rank, process.world_size, timeout, restarts)
+    return dist.PrefixStore(f"moetion/attempt/{token}", store), int(token.split("-")[0])
 
 
 def compare_devices(store: dist.Store, rank: int, world_size: int, timeout: timedelta, device: Device) -> None:

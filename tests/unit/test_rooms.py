@@ -27,6 +27,7 @@ FLOORS = [
     {"session"},
     {"mcore"},
     {"pretrain"},
+    {"megatron_lm"},
     {"plan"},
     {"cli"},
 ]
@@ -70,7 +71,7 @@ IMPURE_MODULES = {
     "shutil", "signal", "tempfile",
 }  # fmt: skip
 COMPILED = f"{NAME}._C"
-MEGATRON_ROOMS = {"pretrain", "mcore"}
+MEGATRON_ROOMS = {"pretrain", "mcore", "megatron_lm"}
 
 
 def files() -> list[str]:
