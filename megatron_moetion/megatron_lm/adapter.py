@@ -189,7 +189,7 @@ class Adapter:
         return result
 
     def _save_if_due(self, loop: Mapping[str, Any]) -> None:
-        """A snapshot is older than the checkpoint of its iteration, which a fault may have cut short: write it again."""
+        """Write the checkpoint of a recovered iteration, which the fault may have cut short: its snapshot is older."""
         flags, iteration = self._training.get_args(), self._state.iteration
         if not (flags.save and flags.save_interval and iteration) or iteration % flags.save_interval:
             return

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's own ``pretrain()`` loses a node and goes on, bit for bit: PP 2 x EP 2 under torchrun, real data loaders."""
+"""Megatron's own ``pretrain()`` loses a node and goes on, bit for bit: PP 2 x EP 2 under torchrun, its data loaders."""
 
 from __future__ import annotations
 
