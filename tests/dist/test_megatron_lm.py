@@ -111,7 +111,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, set[str]]
     return curve
 
 
-@pytest.mark.proves("Megatron-LM's pretrain() with its own data loaders", "recovery")
+@pytest.mark.proves("Megatron's own pretrain() under megatron_lm", "recovery")
 @pytest.mark.parametrize("mode", ["full", "exact"])
 def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
     undisturbed: dict[int, set[str]], tmp_path: Path, store: Path, mode: str
