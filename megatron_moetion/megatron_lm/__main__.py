@@ -15,11 +15,15 @@ from megatron_moetion.megatron_lm.seams import install
 from megatron_moetion.pretrain.launch import complain, lead
 from megatron_moetion.pretrain.process import Process
 
+HELP = ("-h", "--help")
 USAGE = "usage: python -m megatron_moetion.megatron_lm SCRIPT [FLAGS ...], SCRIPT being Megatron-LM's pretrain_gpt.py"
 
 
 def run(argv: Sequence[str]) -> int:
     """Run a script of Megatron-LM as Python would, with recovery if its flags ask for it. Returns the exit code."""
+    if argv and argv[0] in HELP:
+        print(USAGE)
+        return 0
     try:
         run_script(argv)
     except MoetionError as error:
@@ -42,7 +46,7 @@ def run_script(argv: Sequence[str]) -> None:
 
 def asks_for_moetion(flags: Sequence[str]) -> bool:
     """Whether a command line has flags of MoEtion, or wants to know of them."""
-    return any(flag in ("-h", "--help") or flag.startswith("--moetion") for flag in flags)
+    return any(flag in HELP or flag.startswith("--moetion") for flag in flags)
 
 
 if __name__ == "__main__":

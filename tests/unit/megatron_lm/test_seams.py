@@ -164,6 +164,11 @@ def test_a_missing_script_is_one_line_and_exit_code_2(argv: list[str], capsys: p
     assert len(capsys.readouterr().err.splitlines()) == 1
 
 
+def test_it_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(["--help"]) == 0
+    assert capsys.readouterr().out.startswith("usage: python -m megatron_moetion.megatron_lm SCRIPT")
+
+
 def test_installing_loads_nothing_of_the_runtime() -> None:
     """A run without ``--moetion`` that calls ``install()`` has the flags, and neither rooms nor kernels."""
     rooms = ["store", "replicate", "recover", "snapshot", "run", "modes", "select", "schedule", "session", "_C"]
