@@ -170,6 +170,7 @@ def test_disk_that_is_newer_is_loaded_as_megatron_asked_for_it(tmp_path: Path) -
     assert attached.told[0] == ("loaded", 9)
     assert attached.baseline is not None
     assert (attached.baseline["iteration"], attached.baseline["operations"]) == (9, 900)
+    assert attached.baseline["has_loaders"], "its random states are of a training under way"
     assert loop.module.load_checkpoint == loop.load_checkpoint, "it is Megatron's again"
 
 
@@ -178,6 +179,8 @@ def test_a_checkpoint_to_begin_from_is_loaded_at_iteration_0(tmp_path: Path) -> 
     loop = Loop(load=str(tmp_path), finetune=True)
     attached = loop.run()
     assert attached.told[0] == ("loaded", None)
+    assert attached.baseline is not None
+    assert not attached.baseline["has_loaders"]
     assert loop.calls[0] == ("load", ["model"], "context")
     assert Loop(load=str(tmp_path), finetune=True).run(in_memory(5)).told[0] != ("loaded", None), "memory is newer"
 
