@@ -36,7 +36,7 @@ def parse_arguments(argv: Sequence[str], machine: Machine) -> argparse.Namespace
 def read_arguments(argv: Sequence[str]) -> argparse.Namespace:
     """Flags as they were given; ``check_arguments`` goes on. Raises ``ConfigError`` for unknown and missing flags."""
     args = build_parser().parse_args(argv)
-    _check_moetion_flags(args)
+    check_moetion_flags(args)
     return args
 
 
@@ -55,7 +55,7 @@ def build_parser() -> argparse.ArgumentParser:
     _add_optimizer(parser.add_argument_group("optimizer"))
     _add_data(parser.add_argument_group("data"))
     _add_output(parser.add_argument_group("logging, evaluation and checkpoints"))
-    _add_moetion(parser.add_argument_group("MoEtion: in-memory checkpoints"))
+    add_moetion_arguments(parser)
     return parser
 
 
@@ -66,7 +66,8 @@ def moetion_config(args: argparse.Namespace) -> MoetionConfig:
     return MoetionConfig(**{n: flags[MOETION_PREFIX + n] for n in names if MOETION_PREFIX + n in flags})
 
 
-def _check_moetion_flags(args: argparse.Namespace) -> None:
+def check_moetion_flags(args: argparse.Namespace) -> None:
+    """Raise ``ConfigError`` for settings that cannot be, and for ``--moetion-*`` without ``--moetion``."""
     if args.moetion:
         moetion_config(args)
         return
@@ -216,7 +217,12 @@ def _add_output(group: Any) -> None:
     group.add_argument("--load", metavar="DIR", help="folder of an earlier --save")
 
 
-def _add_moetion(group: Any) -> None:
+def add_moetion_arguments(parser: argparse.ArgumentParser) -> argparse.ArgumentParser:
+    """Add ``--moetion`` and one ``--moetion-*`` flag for each field of ``MoetionConfig``; returns the parser.
+
+    It is an ``extra_args_provider`` of Megatron-LM, or a part of one. ``moetion_config`` reads what was parsed.
+    """
+    group = parser.add_argument_group("MoEtion: in-memory checkpoints")
     group.add_argument("--moetion", action="store_true", help="keep checkpoints in the cluster's memory")
     for field in dataclasses.fields(MoetionConfig):
         text = argparse.SUPPRESS if field.metadata.get("expert") else field.metadata["help"].replace("%", "%%")
@@ -227,3 +233,4 @@ def _add_moetion(group: Any) -> None:
             keywords["type"] = type(field.default)
             keywords |= {k: v for k, v in field.metadata.items() if k in ("choices", "metavar")}
         group.add_argument(flag_of(MOETION_PREFIX + field.name), dest=MOETION_PREFIX + field.name, **keywords)
+    return parser

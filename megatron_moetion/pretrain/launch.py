@@ -15,7 +15,8 @@ import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Mapping, MutableMapping, Sequence
+from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from functools import partial
 from itertools import takewhile
 from pathlib import Path
 from types import TracebackType
@@ -187,9 +188,14 @@ def _announce(process: Process, text: str) -> None:
 
 
 def main(argv: Sequence[str]) -> NoReturn:
-    """The whole process, which ends with ``run``'s code, or at once after the traceback of what nobody expected."""
+    """The whole process; see ``lead``."""
+    lead(partial(run, argv))
+
+
+def lead(program: Callable[[], int]) -> NoReturn:
+    """The whole process, which ends with ``program``'s code, or at once after the traceback of what nobody expected."""
     sys.excepthook = _leave_after_traceback
-    leave(run(argv))
+    leave(program())
 
 
 def _leave_after_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

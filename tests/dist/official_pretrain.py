@@ -57,7 +57,7 @@ FLAGS = (
 
 def main(folder: Path, rank: int) -> None:
     """Train without and with checkpoints; prints what was seen."""
-    _redirect()
+    redirect()
     os.environ.update(RANK=str(rank), WORLD_SIZE="2", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1")
     sys.argv = ["pretrain", *FLAGS.split()]
     args = parse_and_validate_args()
@@ -71,7 +71,7 @@ def main(folder: Path, rank: int) -> None:
         run.datasets,
         ModelType.encoder_or_decoder,
         run.forward_step,
-        _model,
+        build_model,
         **arguments,
     )
     timeline = run.recorder.cut(1)
@@ -118,7 +118,9 @@ class Run:
         return loss, {"lm loss": loss.detach().clone()}
 
 
-def _model(pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **more: Any) -> GPTModel:
+def build_model(
+    pre_process: bool = True, post_process: bool = True, vp_stage: int | None = None, **more: Any
+) -> GPTModel:
     args = get_args()
     config = core_transformer_config_from_args(args)
     return GPTModel(
@@ -132,7 +134,7 @@ def _model(pre_process: bool = True, post_process: bool = True, vp_stage: int | 
     )
 
 
-def _redirect() -> None:
+def redirect() -> None:
     """What Megatron's loop asks of CUDA beyond what ``cpu_device`` redirects."""
     torch.cuda.is_available = lambda: True
     torch.cuda.device_count = lambda: 1
@@ -140,7 +142,8 @@ def _redirect() -> None:
     torch.cuda.memory_stats = lambda *_: defaultdict(int)
     for name in ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved"):
         setattr(torch.cuda, name, lambda *_: 0)
-    data_utils.compile_helpers = lambda: None  # for datasets that are not used here
+    torch.Tensor.pin_memory = lambda self, *_: self
+    data_utils.compile_helpers = lambda: None  # the wheel has them
 
 
 if __name__ == "__main__":

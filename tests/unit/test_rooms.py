@@ -28,6 +28,7 @@ FLOORS = [
     {"session"},
     {"mcore"},
     {"pretrain"},
+    {"megatron_lm"},
     {"inspect"},
     {"cli"},
 ]
@@ -76,7 +77,7 @@ IMPURE_MODULES = {
     "shutil", "signal", "tempfile",
 }  # fmt: skip
 COMPILED = f"{NAME}._C"
-MEGATRON_ROOMS = {"pretrain", "mcore"}
+MEGATRON_ROOMS = {"pretrain", "mcore", "megatron_lm"}
 
 
 def files() -> list[str]:

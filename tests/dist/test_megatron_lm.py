@@ -1,0 +1,135 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Megatron's own ``pretrain()`` loses a node and goes on, bit for bit: PP 2 x EP 2 under torchrun, its data loaders."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+pytestmark = [
+    pytest.mark.dist,
+    pytest.mark.slow,
+    pytest.mark.timeout(240),
+    pytest.mark.skipif(
+        importlib.util.find_spec("megatron.training") is None, reason="this Megatron comes without its training loop"
+    ),
+]
+HERE = Path(__file__).parent
+ITERATIONS, SKIPPED = 16, 6
+FLAGS = (
+    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
+    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall "
+    f"--micro-batch-size 1 --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-2 --lr-decay-style cosine "
+    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --use-distributed-optimizer --bf16 "
+    "--transformer-impl local --distributed-backend gloo --no-bias-gelu-fusion --no-bias-dropout-fusion "
+    "--no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion "
+    "--use-cpu-initialization --disable-bias-linear --eval-interval 3 --eval-iters 1 --log-interval 1 "
+    f"--iterations-to-skip {SKIPPED} "
+    "--tokenizer-type NullTokenizer --vocab-size 127 --mock-data --split 90,5,5 --num-workers 0 "
+    "--distributed-timeout-minutes 2"
+)
+
+
+class Job:
+    """One run of the script under ``torchrun``."""
+
+    def __init__(self, folder: Path, *flags: str) -> None:
+        folder.mkdir()
+        self.losses, self.log = folder / "losses.jsonl", folder / "log.txt"
+        environment = {
+            "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
+            "PYTHONPATH": str(HERE.parents[1]),
+        }  # fmt: skip
+        launcher = "-m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts 1"
+        script = [str(HERE / "megatron_lm_on_cpu.py"), str(self.losses), str(HERE / "megatron_lm_gpt.py")]
+        with self.log.open("wb") as log:
+            self._agent = subprocess.Popen(
+                [sys.executable, *launcher.split(), *script, *FLAGS.split(), *flags],
+                env=os.environ | environment, stdout=log, stderr=subprocess.STDOUT,
+            )  # fmt: skip
+
+    def curve(self) -> dict[int, set[str]]:
+        """Every bit of the losses of each iteration, by all ranks and attempts that were through it."""
+        found: dict[int, set[str]] = {}
+        for step in read(self.losses):
+            found.setdefault(step["iteration"], set()).add(step["loss"])
+        return found
+
+    def await_iteration(self, iteration: int) -> None:
+        while max(self.curve(), default=0) < iteration:
+            assert self._agent.poll() is None, self.said()
+            time.sleep(0.01)
+
+    def finish(self) -> None:
+        assert self._agent.wait(100) == 0, self.said()
+
+    def said(self) -> str:
+        return self.log.read_text()[-9000:]
+
+    def end(self) -> None:
+        """End what a failed test has left."""
+        if self._agent.poll() is None:
+            for process in [*psutil.Process(self._agent.pid).children(recursive=True), self._agent]:
+                process.kill()
+            self._agent.wait()
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    return [json.loads(line) for line in lines]
+
+
+@pytest.fixture
+def store() -> Iterator[Path]:
+    folder = Path("/dev/shm") / f"moetion-megatron-lm-{os.getpid()}"
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, set[str]]:
+    """The losses of the same training without checkpoints and without a fault."""
+    job = Job(tmp_path_factory.mktemp("reference") / "job")
+    try:
+        job.finish()
+    finally:
+        job.end()
+    curve = job.curve()
+    assert set(curve) == set(range(1, ITERATIONS + 1)) - {SKIPPED}
+    assert "moetion" not in job.log.read_text()
+    return curve
+
+
+@pytest.mark.proves("Megatron's own pretrain() under megatron_lm", "recovery")
+@pytest.mark.parametrize("mode", ["full", "exact"])
+def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
+    undisturbed: dict[int, set[str]], tmp_path: Path, store: Path, mode: str
+) -> None:
+    """With dropout, evaluations and a skipped iteration; a node's two ranks die at once and its memory is gone."""
+    report = tmp_path / "events.jsonl"
+    moetion = f"--moetion --moetion-mode {mode} --moetion-ranks-per-node 2 --moetion-run-id job"
+    job = Job(tmp_path / "job", *moetion.split(), "--moetion-store", str(store), "--moetion-report", str(report))
+    try:
+        job.await_iteration(7)
+        for pid_file in (store / "job" / "node1").glob("rank*.pid"):
+            psutil.Process(json.loads(pid_file.read_text())["pid"]).kill()
+        shutil.rmtree(store / "job" / "node1")
+        job.finish()
+    finally:
+        job.end()
+    (recovered,) = [event for event in read(report) if event["event"] == "recovered"]
+    assert 3 <= recovered["iteration"] < ITERATIONS
+    assert recovered["fetched_units"] > 0, "node 1 has nothing of its own"
+    assert job.curve() == undisturbed
+    assert "summary is missing" not in job.log.read_text(), "noise of ranks that end after a fault"
