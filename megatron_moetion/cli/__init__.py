@@ -7,12 +7,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_moetion.cli import plan, report
+from megatron_moetion.cli import export, plan, report
 from megatron_moetion.errors import MoetionError
 
 COMMANDS = (
     plan,
     report,
+    export,
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
 

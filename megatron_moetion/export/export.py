@@ -1,0 +1,141 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From the folders of a dead run to a checkpoint on disk: survey, put together, write, rename."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from megatron_moetion.arrays import Bytes
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.export.assemble import Assembled, Assembly, Held, Whole
+from megatron_moetion.export.survey import Owner, Say, survey
+from megatron_moetion.framework import StepReplayer
+from megatron_moetion.mcore.offline import Stretch, offline_steps
+from megatron_moetion.mcore.torch_dist import Tensors, write_checkpoint
+from megatron_moetion.mcore.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
+from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.units import Role
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exported:
+    """The result of an export."""
+
+    checkpoint: str
+    iteration: int
+    mode: str
+    ranks: int
+    nbytes: int
+    """Of tensors."""
+    replayed_steps: int
+    stale: Mapping[str, int]
+    """Experts that are older than the iteration, and the iteration that they are of."""
+    left_out: Sequence[str]
+    """Keys that the run's own checkpoints would have and this one lacks."""
+    notes: Sequence[str]
+
+
+def export(
+    folders: Sequence[Path], output: Path, say: Say, *, iteration: int | None = None, force: bool = False
+) -> Exported:
+    """Write the newest iteration that ``folders`` hold below ``output``, as Megatron-LM names and tracks checkpoints.
+
+    Errors as ``survey``; ``ConfigError`` where something would be overwritten and ``force`` is not given.
+    """
+    pool = HostPool(max(1, len(os.sched_getaffinity(0))))
+    found = survey(folders, pool, say, iteration)
+    say(f"iteration {found.iteration}: mode {found.identity.mode}, {found.identity.world_size} ranks")
+    target = checkpoint_folder(str(output), found.iteration)
+    _require_free(output, target, force=force)
+    assembly = Assembly(found, pool, _replayer)
+    for number, owner in enumerate(found.owners, 1):
+        assembly.add(owner)
+        say(f"read rank {owner.rank} ({number} of {len(found.owners)})")
+    assembled = assembly.finish()
+    say(f"writing {assembled.nbytes / 2**20:,.1f} MiB to {target}")
+    guides = [owner.sheet.guide for owner in found.owners]
+    _write(output, target, assembled, guides, found.iteration)
+    return Exported(
+        checkpoint=str(target),
+        iteration=found.iteration,
+        mode=found.identity.mode,
+        ranks=found.identity.world_size,
+        nbytes=assembled.nbytes,
+        replayed_steps=assembled.replayed_steps,
+        stale=found.stale,
+        left_out=sorted({key for guide in guides for key in guide["left_out"]}),
+        notes=found.notes,
+    )
+
+
+def _require_free(output: Path, target: Path, *, force: bool) -> None:
+    if force:
+        return
+    if target.exists():
+        raise ConfigError(f"{target} exists: choose another --output, or replace it with --force")
+    if (latest := latest_iteration(str(output))) is not None:
+        raise ConfigError(
+            f"{output / TRACKER} names iteration {latest} of checkpoints that are there: choose another --output, or "
+            f"let it name this one with --force"
+        )
+
+
+def _write(
+    output: Path, target: Path, assembled: Assembled, guides: Sequence[Mapping[str, Any]], iteration: int
+) -> None:
+    """All of it under another name, then the name, then the tracker."""
+    scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    scratch.mkdir(parents=True)
+    try:
+        states = [host["adapter"] for host in assembled.hosts]
+        write_checkpoint(scratch, [_tensors(w) for w in assembled.wholes.values()], guides, states, iteration)
+        old = target.with_name(f".{target.name}.{os.getpid()}.old")
+        with suppress(FileNotFoundError):
+            target.rename(old)
+        scratch.rename(target)
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    write_tracker(output, iteration)
+
+
+def _tensors(whole: Whole) -> Tensors:
+    def of(role: Role) -> torch.Tensor:
+        return _tensor(whole.arrays[role], whole.dtypes[role])
+
+    dtype = getattr(torch, whole.guide["dtype"])
+    if Role.MASTER in whole.arrays:
+        main = of(Role.MASTER)
+        moments = {name: of(role) for name, role in _MOMENTS.items() if role in whole.arrays}
+        return Tensors(guide=whole.guide, weight=main.to(dtype), main=main, **moments)
+    return Tensors(guide=whole.guide, weight=of(Role.WEIGHT if Role.WEIGHT in whole.arrays else Role.BUFFER))
+
+
+_MOMENTS = {"exp_avg": Role.EXP_AVG, "exp_avg_sq": Role.EXP_AVG_SQ}
+
+
+def _tensor(data: Bytes, dtype: str) -> torch.Tensor:
+    return torch.from_numpy(data).view(getattr(torch, dtype))
+
+
+def _replayer(owner: Owner, held: Sequence[Held], state: Mapping[str, Any]) -> StepReplayer:
+    stretches = [
+        Stretch(
+            link=each.link,
+            group=each.group,
+            main=_tensor(each.arrays[Role.MASTER], each.dtypes[Role.MASTER]),
+            exp_avg=_tensor(each.arrays[Role.EXP_AVG], each.dtypes[Role.EXP_AVG]),
+            exp_avg_sq=_tensor(each.arrays[Role.EXP_AVG_SQ], each.dtypes[Role.EXP_AVG_SQ]),
+            gradient=_tensor(each.arrays[Role.GRAD], each.dtypes[Role.GRAD]),
+        )
+        for each in held
+    ]
+    return offline_steps(stretches, owner.sheet.guide["optimizers"], state)
