@@ -54,6 +54,7 @@ def offline_steps(
     ]
     as_links = cast("list[MegatronOptimizer]", links)
     log = StepLog(cast(MegatronOptimizer, _Top()), as_links, [torch.zeros(0) for _ in links])
+    log.remember(max(1, len(state["steps"])))
     log.begin_replay(state)
     return log
 
