@@ -7,15 +7,22 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from megatron_moetion.cli import export, plan, report
+from megatron_moetion.cli import clean, export, list_runs, plan, report, status, verify
 from megatron_moetion.errors import MoetionError
 
 COMMANDS = (
     plan,
-    report,
+    list_runs,
+    status,
+    verify,
     export,
+    clean,
+    report,
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
+
+_INTERRUPTED = 130
+"""As a shell reports it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -26,10 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MoetionError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except KeyboardInterrupt:
+        return _INTERRUPTED
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="moetion", description="Plan a run with MoEtion, or draw the traces of one.")
+    parser = argparse.ArgumentParser(
+        prog="moetion", description="Plan a run with MoEtion, look after its memory, or draw its traces."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

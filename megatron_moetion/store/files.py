@@ -12,14 +12,17 @@ from pathlib import Path
 from megatron_moetion.errors import CorruptArena
 
 
-def open_regular(path: Path, flags: int) -> int:
-    """Open a regular file of this user's, following no link and waiting for nobody. Raises ``CorruptArena``."""
+def open_regular(path: Path, flags: int, *, of_anyone: bool = False) -> int:
+    """Open a regular file of this user's, following no link and waiting for nobody. Raises ``CorruptArena``.
+
+    ``of_anyone``: another user's file will do, if it can be opened.
+    """
     try:
         fd = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
     except OSError as error:
         raise CorruptArena(f"{path} cannot be opened: {error.strerror}") from error
     status = os.fstat(fd)
-    if stat.S_ISREG(status.st_mode) and status.st_uid == os.geteuid():
+    if stat.S_ISREG(status.st_mode) and (of_anyone or status.st_uid == os.geteuid()):
         return fd
     os.close(fd)
     what = f"belongs to user {status.st_uid}" if stat.S_ISREG(status.st_mode) else "is no regular file"

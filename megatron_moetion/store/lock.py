@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from megatron_moetion.clock import Clock
-from megatron_moetion.errors import StoreError
-from megatron_moetion.store.files import open_or_make
+from megatron_moetion.errors import CorruptArena, StoreError
+from megatron_moetion.store.files import open_or_make, open_regular
 
 LOCK_WAIT_S = 40.0
 """A supervisor ends the processes of a failed attempt within 30 s; their locks go with them."""
@@ -114,6 +114,22 @@ def alone(path: Path, *, wait_s: float, clock: Clock) -> Iterator[None]:
         os.close(fd)
 
 
+def holders(folder: Path) -> list[int]:
+    """Ids of the processes that use a node's folder, sorted; 0 stands for one that lives in another container.
+
+    It takes no lock and waits for nobody. A process must not ask this of a folder that it has locked itself: it would
+    lose its lock.
+    """
+    try:
+        fd = open_regular(folder / LOCK_NAME, os.O_RDONLY, of_anyone=True)
+    except CorruptArena:  # nobody has ever locked it here, or it is none of ours
+        return []
+    try:
+        return sorted(_holders(fd, 0, 0))
+    finally:
+        os.close(fd)
+
+
 def describe(pid: int) -> str:
     """A process, for a person: its id and how it was started."""
     try:
@@ -133,6 +149,27 @@ def _try(fd: int, start: int, length: int) -> bool:
 
 def _holder(fd: int, start: int, length: int) -> int:
     """Id of a process that holds the lock; 0 where it has just gone or lives in another container."""
+    found = _held(fd, start, length)
+    return found[2] if found is not None else 0
+
+
+def _holders(fd: int, start: int, length: int) -> set[int]:
+    """Ids of all processes that hold a part of this span; a length of 0 means without end."""
+    found = _held(fd, start, length)
+    if found is None:
+        return set()
+    held_start, held_length, pid = found
+    pids = {pid}
+    if held_start > start:
+        pids |= _holders(fd, start, held_start - start)
+    behind = held_start + held_length
+    if held_length and (not length or behind < start + length):
+        pids |= _holders(fd, behind, start + length - behind if length else 0)
+    return pids
+
+
+def _held(fd: int, start: int, length: int) -> tuple[int, int, int] | None:
+    """Start, length and process of a lock within this span, any of them; None without one."""
     asked = _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, start, length, 0)
-    kind, _, _, _, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
-    return pid if kind != fcntl.F_UNLCK else 0
+    kind, _, held_start, held_length, pid = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_GETLK, asked))
+    return (held_start, held_length, pid) if kind != fcntl.F_UNLCK else None

@@ -23,7 +23,8 @@ from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.sharedfile import available_bytes, create_arena, free_bytes, open_arena, peek_arena
 from megatron_moetion.store.spec import ArenaSpec
 
-_MARKER = "node.id"
+NODE_MARKER = "node.id"
+"""In every node's folder: the node's key."""
 _ROOM_LOCK = "room.lock"
 
 RUN_ID_BYTES_MAX = 200
@@ -107,7 +108,7 @@ class NodeFolder:
         """Put back what makes the folder this node's, after somebody deleted it. ``StoreError`` where that fails."""
         try:
             _make_folder(self.path)
-            (self.path / _MARKER).write_text(self.key)
+            (self.path / NODE_MARKER).write_text(self.key)
             lock.renew()
         except OSError as error:
             raise StoreError(f"the store {self.path} cannot be made again: {error.strerror}") from error
@@ -197,7 +198,7 @@ def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
 
 def _key(path: Path) -> str:
     """A name that lives and dies with the folder's memory, so that a replaced node is a new node."""
-    marker = path / _MARKER
+    marker = path / NODE_MARKER
     scratch = path / f".node.id.{os.getpid()}"
     scratch.write_text(uuid.uuid4().hex)
     try:

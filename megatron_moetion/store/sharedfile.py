@@ -127,10 +127,15 @@ def peek_arena(path: Path) -> tuple[ArenaSpec, Page]:
     """Header and current manifest page of an arena, also while another process writes to it. Errors as for opening."""
     fd = open_regular(path, os.O_RDONLY)
     try:
-        spec, _, page = read_arena(lambda start, n: os.pread(fd, n, start), os.fstat(fd).st_size, str(path))
+        spec, _, page = read_arena_file(fd, path)
         return spec, page
     finally:
         os.close(fd)
+
+
+def read_arena_file(fd: int, path: Path) -> tuple[ArenaSpec, list[Page | None], Page]:
+    """``read_arena`` of an open file. It is read and not mapped, so whoever cuts it short meanwhile does no harm."""
+    return read_arena(lambda start, n: os.pread(fd, n, start), os.fstat(fd).st_size, str(path))
 
 
 def free_bytes(folder: Path) -> int:

@@ -29,6 +29,7 @@ FLOORS = [
     {"export"},
     {"pretrain"},
     {"plan"},
+    {"inspect"},
     {"cli"},
 ]
 """From the ground up. ``mcore`` is a seam: it stands on the rooms, not among them."""
@@ -63,6 +64,7 @@ PURE = [
     "recover/capacity.py",
     "pretrain/flags.py",
     "modes/choices.py",
+    "inspect/judge.py",
     "plan/costs.py",
     "plan/advice.py",
 ]
