@@ -4,67 +4,62 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import sys
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+from megatron_moetion.cli.stores import add_flags, note, print_json, say, size
+from megatron_moetion.inspect.look import default_stores, node_folders
 
 _SHOWN_MAX = 10
 
 
 def add(commands: Any) -> None:
     """Adds the command to the parser's subparsers."""
-    export = commands.add_parser(
+    parser = commands.add_parser(
         "export",
-        help="write what a dead run's nodes hold in memory as a Megatron torch_dist checkpoint",
-        description=(
-            "Write the newest iteration that the given stores hold as a Megatron-Core checkpoint (torch_dist), which "
-            "any other pipeline, expert or data parallel size can load. One process on the CPU does it; the model is "
-            "not needed. Copy the folders of other nodes to this machine first. The stores are only read."
-        ),
-        epilog="Exit codes: 0 written; 2 wrong usage or input; 3 some rank's state is in none of the folders.",
+        help="write what a dead run left in memory as a Megatron checkpoint on disk",
+        usage="%(prog)s RUN_ID --output DIR [--store DIR ...] [--iteration N] [--force] [--json]",
+        description="Write the newest iteration that a run's arenas hold as a Megatron-Core checkpoint (torch_dist), "
+        "which any other pipeline, expert or data parallel size can load. One process on the CPU does it, without the "
+        "model. Arenas are only read. Exit code 0: it is written; 2: wrong usage or input; 3: some rank's state is in "
+        "none of the folders.",
+        epilog="The arenas of all nodes must be at hand: copy the folders of other nodes to this machine and name each "
+        "with --store. With replicas, the nodes that are left are enough.",
     )
-    export.add_argument(
-        "folders", type=Path, nargs="+", metavar="FOLDER", help="a run's folder (STORE/RUN_ID), or folders of its nodes"
+    parser.add_argument("run_id", metavar="RUN_ID", help="the run's name, as moetion list shows it")
+    parser.add_argument(
+        "-o", "--output", type=Path, required=True, metavar="DIR", help="where it goes: what --load will name"
     )
-    export.add_argument(
-        "-o", "--output", type=Path, required=True, metavar="DIR",
-        help="where the checkpoint goes: what --load will name",
-    )  # fmt: skip
-    export.add_argument(
-        "--iteration", type=int, metavar="N", help="this iteration; default: the newest that can be put together"
+    add_flags(parser, "stores, or folders of the run or of its nodes; default: the stores in /dev/shm")
+    parser.add_argument(
+        "--iteration", type=int, metavar="N", help="this one; default: the newest that can be put together"
     )
-    export.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
-    export.add_argument("--json", action="store_true", help="print the result as JSON")
-    export.set_defaults(run=_export)
+    parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
+    parser.set_defaults(run=_export)
 
 
 def _export(args: argparse.Namespace) -> int:
+    folders = node_folders(args.store or default_stores(), args.run_id)
     os.environ["CUDA_VISIBLE_DEVICES"] = ""  # before torch is imported
     from megatron_moetion.mcore import cpu_device
 
     cpu_device.install()
     from megatron_moetion.export.export import export
 
-    def say(line: str) -> None:
-        print(f"[moetion] {line}", file=sys.stderr, flush=True)
-
-    done = export(args.folders, args.output, say, iteration=args.iteration, force=args.force)
+    done = export(folders, args.run_id, args.output, note, iteration=args.iteration, force=args.force)
     if args.json:
-        print(json.dumps(asdict(done)))
+        print_json(asdict(done))
         return 0
-    for note in done.notes:
-        print(f"passed over: {note}")
+    for passed in done.notes:
+        say(f"passed over: {passed}")
     if done.stale:
         listed = ", ".join(f"{name} (iteration {i})" for name, i in list(done.stale.items())[:_SHOWN_MAX])
         more = f", and {len(done.stale) - _SHOWN_MAX} more (--json lists them)" if len(done.stale) > _SHOWN_MAX else ""
-        print(f"{len(done.stale)} experts are older than iteration {done.iteration}: {listed}{more}")
+        say(f"{len(done.stale)} experts are older than iteration {done.iteration}: {listed}{more}")
     if done.left_out:
-        print(f"not in the checkpoint: {', '.join(done.left_out[:_SHOWN_MAX])}")
+        say(f"not in the checkpoint: {', '.join(done.left_out[:_SHOWN_MAX])}")
     replayed = f", {done.replayed_steps} optimizer steps replayed" if done.replayed_steps else ""
-    print(
-        f"{done.checkpoint}: iteration {done.iteration} of {done.ranks} ranks, {done.nbytes / 2**20:,.1f} MiB{replayed}"
-    )
+    say(f"{done.checkpoint}: iteration {done.iteration} of {done.ranks} ranks, {size(done.nbytes)}{replayed}")
     return 0

@@ -117,10 +117,10 @@ class Assembly:
         else:
             for record in records:
                 packer.scatter(record.unit, chosen.payload(record.slot))
-        for number, copy in enumerate(owner.copies):
-            if not intact(copy.arena, chosen.of_copy(number), self._pool).all():
+        for number, source in enumerate(owner.sources):
+            if not intact(source.arena, chosen.of_source(number), self._pool).all():
                 raise CorruptArena(
-                    f"{copy.arena.name}: captures changed while they were read, so a process still writes to them; "
+                    f"{source.arena.name}: captures changed while they were read, so a process still writes to them; "
                     f"run the command again, or end the run first"
                 )
         self._hosts.append(host)
@@ -163,7 +163,7 @@ class _Memory:
 
     def _unit(self, number: int, spans: tuple[Span, ...]) -> Unit:
         name, kind = self._owner.units[number]
-        nbytes = self._owner.copies[0].arena.spec.units[number][2]
+        nbytes = self._owner.sources[0].arena.spec.units[number][2]
         regions = tuple(
             Region(
                 unit=name,
@@ -225,12 +225,12 @@ class _Chosen:
     """The captures of an owner that lead to T, from several arenas perhaps, under slot numbers of their own."""
 
     def __init__(self, owner: Owner) -> None:
-        places = [{key: row for row, key in enumerate(copy.records.keys)} for copy in owner.copies]
-        self.sources = [next(n for n, of_copy in enumerate(places) if key in of_copy) for key in owner.chosen]
-        """The number of the copy that each is read from."""
+        places = [{key: row for row, key in enumerate(source.records.keys)} for source in owner.sources]
+        self.sources = [next(n for n, keys in enumerate(places) if key in keys) for key in owner.chosen]
+        """The number of the source of each."""
         self._owner = owner
         self._found = [
-            owner.copies[n].records[places[n][key]] for n, key in zip(self.sources, owner.chosen, strict=True)
+            owner.sources[n].records[places[n][key]] for n, key in zip(self.sources, owner.chosen, strict=True)
         ]
         self.records = [
             record if record.is_zero else replace(record, slot=number) for number, record in enumerate(self._found)
@@ -238,10 +238,10 @@ class _Chosen:
 
     def payload(self, slot: int) -> Bytes:
         """See ``Payloads``."""
-        return self._owner.copies[self.sources[slot]].arena.payload(self._found[slot].slot)
+        return self._owner.sources[self.sources[slot]].arena.payload(self._found[slot].slot)
 
-    def of_copy(self, number: int) -> Records:
-        """What is read from one copy, as that has it."""
+    def of_source(self, number: int) -> Records:
+        """What is read from one arena, as that has it."""
         return Records.of([r for n, r in zip(self.sources, self._found, strict=True) if n == number])
 
 

@@ -44,14 +44,15 @@ class Exported:
 
 
 def export(
-    folders: Sequence[Path], output: Path, say: Say, *, iteration: int | None = None, force: bool = False
+    folders: Sequence[Path], run_id: str, output: Path, say: Say, *, iteration: int | None = None, force: bool = False
 ) -> Exported:
-    """Write the newest iteration that ``folders`` hold below ``output``, as Megatron-LM names and tracks checkpoints.
+    """Write the newest iteration that the folders of a run's nodes hold below ``output``.
 
-    Errors as ``survey``; ``ConfigError`` where something would be overwritten and ``force`` is not given.
+    Named and tracked as Megatron-LM names and tracks checkpoints. Errors as ``survey``; ``ConfigError`` where something
+    would be overwritten and ``force`` is not given.
     """
     pool = HostPool(max(1, len(os.sched_getaffinity(0))))
-    found = survey(folders, pool, say, iteration)
+    found = survey(folders, run_id, pool, say, iteration)
     say(f"iteration {found.iteration}: mode {found.identity.mode}, {found.identity.world_size} ranks")
     target = checkpoint_folder(str(output), found.iteration)
     _require_free(output, target, force=force)

@@ -1,32 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What several nodes' folders hold of one run, and the iteration that can be put together from them.
+"""What several nodes' folders hold of one run, every byte of it verified, and how its newest iteration is put together.
 
-The same rules choose as in a recovery (``recover/plan.py``), but one process looks at everything and no run exists.
+The same rules choose as in a recovery and in ``moetion status`` (``inspect/judge.py``); nothing is written.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_moetion.errors import ConfigError, MoetionError, NothingRecoverable
-from megatron_moetion.recover.plan import (
-    Choose,
-    Reach,
-    Units,
-    choose_chains,
-    choose_newest_experts,
-    choose_same_iteration,
-    held_of,
-    plan_of,
-    what_is_missing,
-)
-from megatron_moetion.recover.report import ArenaReport, History, of_history
+from megatron_moetion.errors import ConfigError, CorruptArena, NothingRecoverable, StoreError
+from megatron_moetion.inspect.judge import CHOOSE, Copy, Judgement, held_by_owner, judge, newest_history
+from megatron_moetion.recover.plan import Units, what_is_missing
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Records, in_history
+from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.reading import read_only
 from megatron_moetion.store.sheet import Sheet, read_sheet
 from megatron_moetion.store.spec import ArenaIdentity
@@ -35,16 +25,11 @@ from megatron_moetion.units import UnitKind
 
 Say = Callable[[str], None]
 """Takes a line for a person: how far an export has come."""
-_CHOOSES: Mapping[str, Choose] = {
-    "full": choose_same_iteration,
-    "exact": choose_chains,
-    "popularity": choose_newest_experts,
-}
 _NAMED_MAX = 8
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Copy:
+class Source:
     """One arena of an owner, and those of its captures that verify and belong to the run's newest history."""
 
     arena: Arena
@@ -53,21 +38,21 @@ class Copy:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Owner:
-    """One rank of the dead run. ``chosen``: unit and iteration of each capture that leads to T."""
+    """One rank of the run. ``chosen``: unit and iteration of each capture that leads to the iteration."""
 
     rank: int
     sheet: Sheet
     units: Units
-    copies: tuple[Copy, ...]
-    chosen: tuple[tuple[int, int], ...] = ()
+    sources: tuple[Source, ...]
+    chosen: tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Found:
-    """All that is needed to put iteration ``iteration`` together, of every rank."""
+    """All that is needed to put ``iteration`` together, of every rank."""
 
     identity: ArenaIdentity
-    """Of all arenas but for ``owner`` and ``layout``."""
+    """Of any rank."""
     owners: tuple[Owner, ...]
     """By rank."""
     iteration: int
@@ -79,170 +64,120 @@ class Found:
     """What was passed over, for a person."""
 
 
-def arenas_in(folders: Sequence[Path]) -> list[Path]:
-    """The arenas in these folders: each a node's, a run's with nodes in it, or one with several runs' copies of nodes.
+def survey(folders: Sequence[Path], run_id: str, pool: HostPool, say: Say, iteration: int | None = None) -> Found:
+    """Verify the arenas in the folders of a run's nodes, and choose. ``iteration``: the wanted one, None: the newest.
 
-    ``ConfigError`` where there is none.
+    ``NothingRecoverable`` where some rank cannot be put together, with the reason; ``ConfigError`` for state that
+    cannot be exported.
     """
-    found: list[Path] = []
-    for folder in folders:
-        here = [p for pattern in ("*.arena", "*/*.arena") for p in folder.glob(pattern) if p.is_file()]
-        if not here:
-            raise ConfigError(
-                f"{folder} holds no arenas: give the folder of a run (STORE/RUN_ID), or of its nodes (.../node0), as "
-                f"they are or as copies"
-            )
-        found.extend(here)
-    return sorted({path.resolve(): path for path in found}.values())
-
-
-def survey(folders: Sequence[Path], pool: HostPool, say: Say, iteration: int | None = None) -> Found:
-    """Verify everything and choose. ``iteration``: the one that is wanted, None: the newest.
-
-    ``NothingRecoverable`` where some rank cannot be put together, with the reason; ``ConfigError`` where the folders
-    hold several runs, or what cannot be exported.
-    """
-    paths = arenas_in(folders)
     notes: list[str] = []
-    opened = [arena for path in paths if (arena := _opened(path, notes)) is not None]
-    if not opened:
-        raise NothingRecoverable(f"none of {len(paths)} arenas can be read: {'; '.join(notes[:_NAMED_MAX])}")
-    identity = _one_run(opened)
-    reports = []
-    for number, arena in enumerate(opened, 1):
-        page = arena.page
-        sound = page.records.where(intact(arena, page.records, pool))
-        if damaged := len(page.records) - len(sound):
+    arenas = _open_all(folders, run_id, notes)
+    copies = []
+    for number, (node, arena) in enumerate(arenas, 1):
+        sound = arena.page.records.where(intact(arena, arena.page.records, pool))
+        if damaged := len(arena.page.records) - len(sound):
             notes.append(f"{arena.name}: {damaged} capture(s) do not verify")
-        owner = arena.spec.identity.owner
-        reports.append(ArenaReport(path=arena.name, owner=owner, history=History.of(page), records=sound))
-        say(f"verified {number} of {len(opened)} arenas")
-    newest = max((r.history for r in reports), key=lambda h: h.age)
-    copies: dict[int, list[Copy]] = {}
-    for arena, report in zip(opened, of_history(reports, newest), strict=True):
-        if report.problem:
-            notes.append(report.problem)
-        else:
-            alive = report.records.where(in_history(report.records, newest.branches, newest.epoch))
-            copies.setdefault(report.owner, []).append(Copy(arena=arena, records=alive))
-    owners = _owners(identity, copies, folders)
-    vetoed = {i for path in paths for i in vetoed_in(path.parent, newest.lineage, newest.epoch)}
-    return _chosen(identity, owners, newest, vetoed, iteration, notes)
+        copies.append(Copy(node=node, spec=arena.spec, page=arena.page, records=sound))
+        say(f"verified {number} of {len(arenas)} arenas")
+    history = newest_history(copies)
+    vetoed: set[int] = set()
+    if history is not None:
+        vetoed = {i for folder in folders for i in vetoed_in(folder, history.lineage, history.epoch)}
+    judged = judge(copies, vetoed)
+    notes.extend(
+        f"{arena.name} {copy.problem}"
+        for (_, arena), copy in zip(arenas, judged.copies, strict=True)
+        if copy.problem is not None
+    )
+    return _choose(judged, [arena for _, arena in arenas], folders, iteration, notes)
 
 
-def _opened(path: Path, notes: list[str]) -> Arena | None:
-    try:
-        return read_only(path)
-    except MoetionError as error:
-        notes.append(str(error))
-        return None
+def _open_all(folders: Sequence[Path], run_id: str, notes: list[str]) -> list[tuple[int, Arena]]:
+    """The arenas of this run that can be opened, each with the number of its folder."""
+    found: list[tuple[int, Arena]] = []
+    others: set[str] = set()
+    for node, folder in enumerate(folders):
+        for path in sorted(folder.glob("*.arena")):
+            try:
+                arena = read_only(path)
+            except StoreError as error:
+                notes.append(str(error))
+                continue
+            if arena.spec.identity.run_id == run_id:
+                found.append((node, arena))
+            else:
+                others.add(arena.spec.identity.run_id)
+                arena.close()
+    if not found:
+        here = f"; there are arenas of {', '.join(sorted(others))}" if others else ""
+        why = f": {'; '.join(notes[:_NAMED_MAX])}" if notes else ""
+        raise NothingRecoverable(f"no arena of {run_id} in {_listed(folders)} can be read{here}{why}")
+    return found
 
 
-def _one_run(arenas: Sequence[Arena]) -> ArenaIdentity:
-    """The identity that all share; ``ConfigError`` where they do not."""
-
-    def shared(identity: ArenaIdentity) -> dict[str, object]:
-        return {k: v for k, v in asdict(identity).items() if k not in ("owner", "layout")}
-
-    first = arenas[0].spec.identity
-    for arena in arenas[1:]:
-        theirs, ours = shared(arena.spec.identity), shared(first)
-        differ = [f"{k} {ours[k]!r} and {theirs[k]!r}" for k in ours if ours[k] != theirs[k]]
-        if differ:
-            raise ConfigError(
-                f"{arenas[0].name} and {arena.name} are of different runs ({', '.join(differ)}): give the folders of "
-                f"one run"
-            )
-    return first
-
-
-def _owners(identity: ArenaIdentity, copies: Mapping[int, Sequence[Copy]], folders: Sequence[Path]) -> list[Owner]:
-    missing = [rank for rank in range(identity.world_size) if rank not in copies]
-    if missing:
-        listed = ", ".join(map(str, missing[:_NAMED_MAX])) + (", ..." if len(missing) > _NAMED_MAX else "")
-        raise NothingRecoverable(
-            f"no copy of rank(s) {listed} of {identity.world_size} is in {', '.join(map(str, folders))}: add the "
-            f"folders of more nodes; each rank's own node has its arena, and so do the nodes of its replicas"
-        )
-    owners = []
-    for rank in range(identity.world_size):
-        spec = copies[rank][0].arena.spec
-        sheet = read_sheet(spec.sheet)
-        if problem := sheet.guide.get("problem", "the framework gave no guide to its tensors"):
-            raise ConfigError(f"the state of rank {rank} cannot be exported: {problem}")
-        units = [(name, UnitKind(kind)) for name, kind, _ in spec.units]
-        owners.append(Owner(rank=rank, sheet=sheet, units=units, copies=tuple(copies[rank])))
-    return owners
-
-
-def _chosen(
-    identity: ArenaIdentity,
-    owners: Sequence[Owner],
-    newest: History,
-    vetoed: set[int],
-    wanted: int | None,
-    notes: Sequence[str],
+def _choose(
+    judged: Judgement, arenas: Sequence[Arena], folders: Sequence[Path], wanted: int | None, notes: list[str]
 ) -> Found:
-    choose = _CHOOSES[identity.mode]
-    held = _held(owners, identity.mode)
-    reach = None
-    for owner in owners:
-        mine = Reach.of(owner.rank, owner.units, held[owner.rank], choose, vetoed)
-        reach = mine if reach is None else reach.followed_by(mine)
-    assert reach is not None
-    plan = plan_of(reach, newest, nonce=0)
-    if plan is None or (wanted is not None and wanted not in reach.iterations):
-        iterations = [wanted] if wanted is not None else reach.hosts[:3]
-        why = [
-            f"iteration {i}: {text}"
-            for owner in owners
-            for i, text in what_is_missing(owner.rank, owner.units, held[owner.rank], choose, iterations).items()
-        ]
-        could = f"; what there is: {', '.join(map(str, reach.iterations))}" if reach.iterations else ""
-        nothing = "there is no iteration of which every rank has its host state"
-        raise NothingRecoverable(f"{'; '.join(why[:_NAMED_MAX]) or nothing}{could}")
-    iteration = plan.iteration if wanted is None else wanted
-    stale: dict[str, int] = {}
-    ready = []
-    for owner in owners:
-        chosen = choose(owner.units, held[owner.rank], iteration)
-        assert not isinstance(chosen, str), f"rank {owner.rank} said that it reaches iteration {iteration}: {chosen}"
-        for unit, captured in chosen:
-            name, kind = owner.units[unit]
-            if identity.mode == "popularity" and kind is UnitKind.EXPERT and captured < iteration:
-                stale[name] = captured
-        ready.append(
-            Owner(rank=owner.rank, sheet=owner.sheet, units=owner.units, copies=owner.copies, chosen=tuple(chosen))
+    assert judged.identity is not None, "there are arenas"
+    if judged.missing:
+        ranks = ", ".join(map(str, judged.missing[:_NAMED_MAX])) + (", ..." if len(judged.missing) > _NAMED_MAX else "")
+        raise NothingRecoverable(
+            f"no copy of rank(s) {ranks} of {judged.identity.world_size} is in {_listed(folders)}: give the folders of "
+            f"more nodes. A rank's arena is on its own node and on those of its replicas"
         )
-    if iteration in vetoed:
-        notes = [*notes, f"iteration {iteration} is one that training has called unhealthy"]
+    if judged.iteration < 0:
+        raise NothingRecoverable(f"there is nothing to export: {judged.reason}")
+    choose = CHOOSE[judged.identity.mode]
+    usable = [(j.copy, arena) for j, arena in zip(judged.copies, arenas, strict=True) if j.problem is None]
+    held = held_by_owner([copy for copy, _ in usable], judged.identity.mode)
+    reachable = set.intersection(*(set(rank.reaches) for rank in judged.ranks))
+    iteration = judged.iteration if wanted is None else wanted
+    owners = []
+    stale: dict[str, int] = {}
+    for rank in range(judged.identity.world_size):
+        sources = [Source(arena=arena, records=copy.records) for copy, arena in usable if copy.owner == rank]
+        units = [(name, UnitKind(kind)) for name, kind, _ in sources[0].arena.spec.units]
+        if iteration not in reachable:
+            missing = what_is_missing(rank, units, held[rank], choose, [iteration]).get(str(iteration))
+            could = ", ".join(map(str, sorted(reachable, reverse=True)))
+            if missing is not None:
+                raise NothingRecoverable(f"iteration {iteration}: {missing}. What can be had: {could}")
+            continue
+        chosen = choose(units, held[rank], iteration)
+        assert not isinstance(chosen, str), f"rank {rank} said that it reaches iteration {iteration}: {chosen}"
+        owners.append(
+            Owner(
+                rank=rank,
+                sheet=_sheet(sources[0].arena, rank),
+                units=units,
+                sources=tuple(sources),
+                chosen=tuple(chosen),
+            )
+        )
+        if judged.identity.mode == "popularity":
+            stale |= {units[u][0]: i for u, i in chosen if units[u][1] is UnitKind.EXPERT and i < iteration}
+    if iteration in judged.vetoed:
+        notes.append(f"training has called iteration {iteration} unhealthy, and no other one can be had")
     return Found(
-        identity=identity,
-        owners=tuple(ready),
+        identity=judged.identity,
+        owners=tuple(owners),
         iteration=iteration,
-        reachable=reach.iterations,
+        reachable=tuple(sorted(reachable, reverse=True)),
         stale=dict(sorted(stale.items())),
         notes=tuple(notes),
     )
 
 
-def _held(owners: Sequence[Owner], mode: str) -> dict[int, dict[int, set[int]]]:
-    """By rank and unit: the iterations that are left. Of experts that several ranks hold shards of: those of all."""
-    held = {owner.rank: held_of(dict(enumerate(copy.records for copy in owner.copies))) for owner in owners}
-    if mode != "popularity":
-        return held
-    common: dict[tuple[str, str], set[int]] = {}
-    for owner in owners:
-        for key, unit in _experts(owner):
-            mine = held[owner.rank].get(unit, set())
-            common[key] = common[key] & mine if key in common else set(mine)
-    for owner in owners:
-        for key, unit in _experts(owner):
-            held[owner.rank][unit] = common[key]
-    return held
+def _sheet(arena: Arena, rank: int) -> Sheet:
+    """``ConfigError`` where a rank's state has no places in a checkpoint."""
+    try:
+        sheet = read_sheet(arena.spec.sheet)
+    except CorruptArena as error:
+        raise CorruptArena(f"{arena.name}: {error}") from error
+    if problem := sheet.guide.get("problem", "the framework gave no guide to its tensors"):
+        raise ConfigError(f"the state of rank {rank} cannot be exported: {problem}")
+    return sheet
 
 
-def _experts(owner: Owner) -> list[tuple[tuple[str, str], int]]:
-    """The experts of which a rank has a shard: name and place in expert tensor parallelism, and the unit's number."""
-    place = owner.sheet.place.rpartition(" ")[2]
-    return [((name, place), u) for u, (name, kind) in enumerate(owner.units) if kind is UnitKind.EXPERT]
+def _listed(folders: Sequence[Path]) -> str:
+    return ", ".join(map(str, folders))

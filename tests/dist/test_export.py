@@ -23,8 +23,9 @@ from megatron.core import dist_checkpointing
 from test_restarts import WORLD_SIZE, Run
 from torch import distributed as dist
 
-from megatron_moetion.errors import ConfigError, NothingRecoverable
+from megatron_moetion.errors import NothingRecoverable
 from megatron_moetion.export.survey import survey
+from megatron_moetion.inspect.look import node_folders
 from megatron_moetion.mcore.tracker import checkpoint_folder, latest_iteration
 from megatron_moetion.snapshot.packer import HostPool
 
@@ -82,10 +83,24 @@ def dead(trainers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     shutil.rmtree(store, ignore_errors=True)
 
 
-def export(*args: str | Path) -> tuple[int, dict[str, Any], str]:
+def export(output: Path, *stores: Path, force: bool = False) -> tuple[int, dict[str, Any], str]:
     """The program, as a user calls it: exit code, document, and what it says."""
     done = subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "megatron_moetion.cli", "export", *map(str, args), "--json"],
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "megatron_moetion.cli",
+            "export",
+            "restarts",
+            "--json",
+            "--output",
+            str(output),
+            "--store",
+            *map(str, stores),
+            *(["--force"] if force else []),
+        ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
         text=True,
@@ -134,7 +149,7 @@ def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dea
     iteration = None
     for number, folders in enumerate(([store], [store / "node0"], [store / "node1"])):
         output = tmp_path / f"out{number}"
-        code, found, said = export(*folders, "--output", output)
+        code, found, said = export(output, *folders)
         assert code == 0, said
         assert iteration in (None, found["iteration"]), "either node has the same iteration"
         iteration = found["iteration"]
@@ -153,7 +168,7 @@ def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dea
 def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path) -> None:
     """One stage and four-way experts: what it has loaded is what it saves at once, and it trains."""
     output, again = tmp_path / "out", tmp_path / "again"
-    code, found, said = export(dead.store("full", tmp_path / "store") / "node1", "--output", output)
+    code, found, said = export(output, dead.store("full", tmp_path / "store") / "node1")
     assert code == 0, said
     iteration = found["iteration"]
     other = f"{COMMON} --expert-model-parallel-size 4 --load {output}"
@@ -169,14 +184,14 @@ def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path) -> None:
 def test_the_same_layout_goes_on_bitwise(dead: Dead, tmp_path: Path) -> None:
     undisturbed = dead.run("reference", PLACED).finish()
     output = tmp_path / "out"
-    code, found, said = export(dead.store(EXACT, tmp_path / "store"), "--output", output)
+    code, found, said = export(output, dead.store(EXACT, tmp_path / "store"))
     assert code == 0, said
     resumed = dead.run("resumed", f"{PLACED} --load {output}").finish()
     assert resumed.losses == {i: loss for i, loss in undisturbed.losses.items() if i > found["iteration"]}
 
 
 def test_stale_experts_are_named(dead: Dead, tmp_path: Path) -> None:
-    code, found, said = export(dead.store(FEW_EXPERTS, tmp_path / "store"), "--output", tmp_path / "out")
+    code, found, said = export(tmp_path / "out", dead.store(FEW_EXPERTS, tmp_path / "store"))
     assert code == 0, said
     exported, saved = content_of(Path(found["checkpoint"])), dead.saved(found["iteration"])
     assert found["stale"]
@@ -188,13 +203,13 @@ def test_stale_experts_are_named(dead: Dead, tmp_path: Path) -> None:
 
 def test_what_is_there_is_not_overwritten_without_force(dead: Dead, tmp_path: Path) -> None:
     store, output = dead.store("full", tmp_path / "store"), tmp_path / "out"
-    _, found, _ = export(store, "--output", output)
+    _, found, _ = export(output, store)
     marked = Path(found["checkpoint"]) / "mark"
     marked.touch()
-    code, _, said = export(store, "--output", output)
+    code, _, said = export(output, store)
     assert (code, marked.exists()) == (2, True)
     assert "--force" in said
-    code, _, said = export(store, "--output", output, "--force")
+    code, _, said = export(output, store, force=True)
     assert (code, marked.exists()) == (0, False), said
     assert sorted(p.name for p in output.iterdir()) == [marked.parent.name, "latest_checkpointed_iteration.txt"]
 
@@ -203,14 +218,14 @@ def test_what_is_missing_is_named(dead: Dead, tmp_path: Path) -> None:
     store = dead.store("full", tmp_path / "store")
     for node in ("node0", "node1"):
         (store / node / "rank00002.arena").unlink()
-    code, _, said = export(store, "--output", tmp_path / "out")
+    code, _, said = export(tmp_path / "out", store)
     assert code == 3
     assert "no copy of rank(s) 2 of 4" in said
     assert not (tmp_path / "out").exists()
 
 
 def look(store: Path, say: Callable[[str], None] = lambda line: None) -> Any:
-    return survey([store], HostPool(1), say)
+    return survey(node_folders([store], "restarts"), "restarts", HostPool(1), say)
 
 
 def test_damaged_captures_give_way_to_whole_copies(dead: Dead, tmp_path: Path) -> None:
@@ -229,15 +244,13 @@ def test_damaged_captures_give_way_to_whole_copies(dead: Dead, tmp_path: Path) -
         look(store)
 
 
-def test_folders_of_two_runs_are_refused(dead: Dead, tmp_path: Path) -> None:
-    both = tmp_path / "both"
-    both.mkdir()
-    dead.store("full", tmp_path / "a").joinpath("node0").rename(both / "node0")
-    dead.store(EXACT, tmp_path / "b").joinpath("node1").rename(both / "node1")
-    with pytest.raises(ConfigError, match="of different runs"):
-        look(both)
-    with pytest.raises(ConfigError, match="holds no arenas"):
-        look(tmp_path / "a" / "node1" / "nothing")
+def test_arenas_of_other_settings_are_passed_over(dead: Dead, tmp_path: Path) -> None:
+    both = dead.store("full", tmp_path / "a")
+    shutil.rmtree(both / "node0")
+    dead.store(EXACT, tmp_path / "b").joinpath("node0").rename(both / "node0")
+    found = look(both)
+    others = {"full": "node0", "exact": "node1"}[found.identity.mode]
+    assert len([n for n in found.notes if f"/{others}/" in n and "is of other settings: mode" in n]) == WORLD_SIZE
 
 
 def test_each_rank_has_its_places(dead: Dead, tmp_path: Path) -> None:
