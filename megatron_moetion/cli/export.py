@@ -20,7 +20,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "export",
         help="write what a dead run left in memory as a Megatron checkpoint on disk",
-        usage="%(prog)s RUN_ID --output DIR [--store DIR ...] [--iteration N] [--force] [--json]",
+        usage="%(prog)s RUN_ID --output DIR [--store DIR ...] [--iteration N] "
+        "[--expert-model-parallel-size N] [--force] [--json]",
         description="Write the newest iteration that a run's arenas hold as a Megatron-Core checkpoint (torch_dist), "
         "which any other pipeline, expert or data parallel size can load. One process on the CPU does it, without the "
         "model. Arenas are only read. Exit code 0: it is written; 2: wrong usage or input; 3: some rank's state is in "
@@ -36,6 +37,11 @@ def add(commands: Any) -> None:
     parser.add_argument(
         "--iteration", type=int, metavar="N", help="this one; default: the newest that can be put together"
     )
+    parser.add_argument(
+        "--expert-model-parallel-size", type=int, metavar="N",
+        help="the size that will load it; needed only where it is 1 and the run's was not, or the other way round: "
+        "Megatron keeps one optimizer then, and two otherwise",
+    )  # fmt: skip
     parser.add_argument("--force", action="store_true", help="replace a checkpoint that is there")
     parser.set_defaults(run=_export)
 
@@ -48,7 +54,15 @@ def _export(args: argparse.Namespace) -> int:
     cpu_device.install()
     from megatron_moetion.export.export import export
 
-    done = export(folders, args.run_id, args.output, note, iteration=args.iteration, force=args.force)
+    done = export(
+        folders,
+        args.run_id,
+        args.output,
+        note,
+        iteration=args.iteration,
+        force=args.force,
+        expert_parallel_size=args.expert_model_parallel_size,
+    )
     if args.json:
         print_json(asdict(done))
         return 0

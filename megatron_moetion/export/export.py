@@ -44,12 +44,19 @@ class Exported:
 
 
 def export(
-    folders: Sequence[Path], run_id: str, output: Path, say: Say, *, iteration: int | None = None, force: bool = False
+    folders: Sequence[Path],
+    run_id: str,
+    output: Path,
+    say: Say,
+    *,
+    iteration: int | None = None,
+    force: bool = False,
+    expert_parallel_size: int | None = None,
 ) -> Exported:
     """Write the newest iteration that the folders of a run's nodes hold below ``output``.
 
     Named and tracked as Megatron-LM names and tracks checkpoints. Errors as ``survey``; ``ConfigError`` where something
-    would be overwritten and ``force`` is not given.
+    would be overwritten and ``force`` is not given. ``expert_parallel_size``: see ``write_checkpoint``.
     """
     pool = HostPool(max(1, len(os.sched_getaffinity(0))))
     found = survey(folders, run_id, pool, say, iteration)
@@ -63,7 +70,7 @@ def export(
     assembled = assembly.finish()
     say(f"writing {assembled.nbytes / 2**20:,.1f} MiB to {target}")
     guides = [owner.sheet.guide for owner in found.owners]
-    _write(output, target, assembled, guides, found.iteration)
+    _write(output, target, assembled, guides, found.iteration, expert_parallel_size)
     return Exported(
         checkpoint=str(target),
         iteration=found.iteration,
@@ -90,14 +97,21 @@ def _require_free(output: Path, target: Path, *, force: bool) -> None:
 
 
 def _write(
-    output: Path, target: Path, assembled: Assembled, guides: Sequence[Mapping[str, Any]], iteration: int
+    output: Path,
+    target: Path,
+    assembled: Assembled,
+    guides: Sequence[Mapping[str, Any]],
+    iteration: int,
+    expert_parallel_size: int | None,
 ) -> None:
     """All of it under another name, then the name, then the tracker."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     scratch.mkdir(parents=True)
     try:
         states = [host["adapter"] for host in assembled.hosts]
-        write_checkpoint(scratch, [_tensors(w) for w in assembled.wholes.values()], guides, states, iteration)
+        write_checkpoint(
+            scratch, [_tensors(w) for w in assembled.wholes.values()], guides, states, iteration, expert_parallel_size
+        )
         old = target.with_name(f".{target.name}.{os.getpid()}.old")
         with suppress(FileNotFoundError):
             target.rename(old)

@@ -29,7 +29,6 @@ CONTENT = {
 }
 """What a loader is told of the content: as ``checkpoint_metadata``, less its group."""
 _OPTIMIZER_KEYS = {"main": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
-_IDENTIFIERS = ("wd_mult", "lr_mult", "is_expert_parallel", "is_decoupled_lr")
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -52,11 +51,15 @@ def write_checkpoint(
     guides: Sequence[Mapping[str, Any]],
     states: Sequence[Mapping[str, Any]],
     iteration: int,
+    expert_parallel_size: int | None = None,
 ) -> None:
-    """Write the whole state into an empty folder. ``guides`` and ``states`` (the adapter's host state) by rank."""
+    """Write the whole state into an empty folder. ``guides`` and ``states`` (the adapter's host state) by rank.
+
+    ``expert_parallel_size``: of who will load it; None: one that, like the run's own, is 1, or is not.
+    """
     document: dict[str, Any] = {
         "model": [sharded for each in tensors for sharded in _of_model(each)],
-        "optimizer": _common_of_optimizers(states),
+        "optimizer": _common_of_optimizers(states, expert_parallel_size),
         "param_state": [sharded for each in tensors for sharded in _of_optimizer(each)],
         "objects": _objects(guides),
         "rng_state": [
@@ -123,11 +126,28 @@ def _object(kind: str, content: bytes) -> Any:
             return None
 
 
-def _common_of_optimizers(states: Sequence[Mapping[str, Any]]) -> dict[Any, Any]:
-    """Groups and loss scalers. A rank without experts has fewer of them, so the fullest rank's are taken."""
+def _common_of_optimizers(states: Sequence[Mapping[str, Any]], expert_parallel_size: int | None) -> dict[Any, Any]:
+    """Groups and loss scalers. A rank without experts has fewer of them, so the fullest rank's are taken.
+
+    With expert parallelism Megatron has one optimizer for dense parameters and one for experts, else one for all.
+    """
     fullest = max(states, key=lambda s: (len(s["optimizers"]), sum(len(f["groups"]) for f in s["optimizers"])))
     found = [_common_of_one(fields) for fields in fullest["optimizers"]]
+    if expert_parallel_size == 1 and len(found) > 1:
+        found = [one for one in found if not any(map(_is_of_experts, _groups_of(one)))]
+    elif expert_parallel_size is not None and expert_parallel_size > 1 and len(found) == 1:
+        groups = [{**group, "is_expert_parallel": True} for group in _groups_of(found[0])]
+        found.append({**found[0], "optimizer": {"param_groups": groups}})
     return found[0] if len(found) == 1 else dict(enumerate(found))
+
+
+def _groups_of(common: Mapping[str, Any]) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = common["optimizer"]["param_groups"]
+    return found
+
+
+def _is_of_experts(group: Mapping[str, Any]) -> bool:
+    return bool(group.get("is_expert_parallel"))
 
 
 def _common_of_one(fields: Mapping[str, Any]) -> dict[str, Any]:

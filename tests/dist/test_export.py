@@ -83,7 +83,7 @@ def dead(trainers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     shutil.rmtree(store, ignore_errors=True)
 
 
-def export(output: Path, *stores: Path, force: bool = False) -> tuple[int, dict[str, Any], str]:
+def export(output: Path, *stores: Path, more: str = "") -> tuple[int, dict[str, Any], str]:
     """The program, as a user calls it: exit code, document, and what it says."""
     done = subprocess.run(
         [
@@ -99,7 +99,7 @@ def export(output: Path, *stores: Path, force: bool = False) -> tuple[int, dict[
             str(output),
             "--store",
             *map(str, stores),
-            *(["--force"] if force else []),
+            *more.split(),
         ],
         env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True,
@@ -165,19 +165,21 @@ def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dea
     assert found["replayed_steps"] == (0 if mode == "full" else pytest.approx(2, abs=1))
 
 
-def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path) -> None:
-    """One stage and four-way experts: what it has loaded is what it saves at once, and it trains."""
+@pytest.mark.parametrize("size", [4, 1])
+def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path, size: int) -> None:
+    """One stage and four-way experts, or none: what it has loaded is what it saves at once, and it trains."""
     output, again = tmp_path / "out", tmp_path / "again"
-    code, found, said = export(output, dead.store("full", tmp_path / "store") / "node1")
+    for_it = f"--expert-model-parallel-size {size}"
+    code, found, said = export(output, dead.store("full", tmp_path / "store") / "node1", more=for_it)
     assert code == 0, said
     iteration = found["iteration"]
-    other = f"{COMMON} --expert-model-parallel-size 4 --load {output}"
-    loaded = dead.run("other", f"{other} --save {again}").finish(f"--train-iters {iteration}")
+    other = f"{COMMON} {for_it} --load {output}"
+    loaded = dead.run(f"other{size}", f"{other} --save {again}").finish(f"--train-iters {iteration}")
     assert loaded.lines(f"> training from iteration {iteration} to {iteration}"), loaded.output[-2000:]
     exported, saved = (content_of(checkpoint_folder(str(f), iteration)) for f in (output, again))
     tensors = [{k: v for k, v in c.items() if isinstance(v, torch.Tensor)} for c in (exported, saved)]
     assert differing(*tensors) == []
-    trained = dead.run("trained", other).finish()
+    trained = dead.run(f"trained{size}", other).finish()
     assert list(trained.losses) == list(range(iteration + 1, ITERATIONS + 1))
 
 
@@ -209,7 +211,7 @@ def test_what_is_there_is_not_overwritten_without_force(dead: Dead, tmp_path: Pa
     code, _, said = export(output, store)
     assert (code, marked.exists()) == (2, True)
     assert "--force" in said
-    code, _, said = export(output, store, force=True)
+    code, _, said = export(output, store, more="--force")
     assert (code, marked.exists()) == (0, False), said
     assert sorted(p.name for p in output.iterdir()) == [marked.parent.name, "latest_checkpointed_iteration.txt"]
 

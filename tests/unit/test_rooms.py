@@ -26,10 +26,10 @@ FLOORS = [
     {"run"},
     {"session"},
     {"mcore"},
-    {"export"},
     {"pretrain"},
     {"plan"},
     {"inspect"},
+    {"export"},
     {"cli"},
 ]
 """From the ground up. ``mcore`` is a seam: it stands on the rooms, not among them."""
