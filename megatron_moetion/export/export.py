@@ -14,15 +14,19 @@ from typing import Any
 import torch
 
 from megatron_moetion.arrays import Bytes
-from megatron_moetion.errors import ConfigError
+from megatron_moetion.errors import ConfigError, StoreError
 from megatron_moetion.export.assemble import Assembled, Assembly, Held, Whole
-from megatron_moetion.export.survey import Owner, Say, survey
+from megatron_moetion.export.survey import Found, Owner, Say, survey
 from megatron_moetion.framework import StepReplayer
 from megatron_moetion.mcore.offline import Stretch, offline_steps
 from megatron_moetion.mcore.torch_dist import Tensors, write_checkpoint
 from megatron_moetion.mcore.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
 from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.store.sharedfile import available_bytes
 from megatron_moetion.units import Role
+
+_STATE_BYTES = 12
+"""Of an element that is trained: main value and two moments."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,7 @@ def export(
     say(f"iteration {found.iteration}: mode {found.identity.mode}, {found.identity.world_size} ranks")
     target = checkpoint_folder(str(output), found.iteration)
     _require_free(output, target, force=force)
+    _require_memory(found)
     assembly = Assembly(found, pool, _replayer)
     for number, owner in enumerate(found.owners, 1):
         assembly.add(owner)
@@ -96,6 +101,23 @@ def _require_free(output: Path, target: Path, *, force: bool) -> None:
         )
 
 
+def _require_memory(found: Found) -> None:
+    """``StoreError`` where this machine cannot hold the state beside the arenas."""
+    needs: dict[tuple[str, tuple[int, ...]], int] = {}
+    for entry in (entry for owner in found.owners for entry in owner.sheet.guide["parameters"]):
+        for view in entry["views"]:
+            stepped = _STATE_BYTES if entry["link"] is not None else 0
+            each = stepped + getattr(torch, entry["dtype"]).itemsize
+            needs[view["key"], tuple(view["global_offset"])] = each * torch.Size(view["shape"]).numel()
+    need, have = sum(needs.values()), available_bytes()
+    if need > have:
+        raise StoreError(
+            f"the state takes {need / 2**30:,.1f} GiB of memory beside the arenas, and this machine has "
+            f"{have / 2**30:,.1f} GiB available: copy the arenas to a larger one, or to a disk of this one, from where "
+            f"they are read as well"
+        )
+
+
 def _write(
     output: Path,
     target: Path,
@@ -106,8 +128,8 @@ def _write(
 ) -> None:
     """All of it under another name, then the name, then the tracker."""
     scratch = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    scratch.mkdir(parents=True)
     try:
+        scratch.mkdir(parents=True)
         states = [host["adapter"] for host in assembled.hosts]
         write_checkpoint(
             scratch, [_tensors(w) for w in assembled.wholes.values()], guides, states, iteration, expert_parallel_size
@@ -117,9 +139,11 @@ def _write(
             target.rename(old)
         scratch.rename(target)
         shutil.rmtree(old, ignore_errors=True)
+        write_tracker(output, iteration)
+    except OSError as error:
+        raise StoreError(f"{target} cannot be written: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-    write_tracker(output, iteration)
 
 
 def _tensors(whole: Whole) -> Tensors:
