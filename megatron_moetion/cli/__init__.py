@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 
@@ -21,8 +22,8 @@ COMMANDS = (
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
 
-_INTERRUPTED = 130
-"""As a shell reports it."""
+_INTERRUPTED, _PIPE_CLOSED = 130, 141
+"""As a shell reports them."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return _INTERRUPTED
+    except BrokenPipeError:  # whoever read the output has enough, as head has
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _PIPE_CLOSED
 
 
 def _parser() -> argparse.ArgumentParser:

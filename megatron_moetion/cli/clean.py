@@ -65,7 +65,8 @@ def _clean(args: argparse.Namespace) -> int:
     if (args.run_id is None) != args.all:
         raise ConfigError("give the name of a run, or --all, and not both")
     stores = args.store or [store for store in [store_folder(MoetionConfig())] if store.is_dir()]
-    runs = [_look(store, run_id) for store in stores for run_id in runs_in(store) if args.run_id in (None, run_id)]
+    names = [(store, run_id) for store in stores for run_id in runs_in(store) if args.run_id in (None, run_id)]
+    runs = [run for store, run_id in names if (run := _look(store, run_id)) is not None]
     if args.run_id is not None and not runs:
         where = ", ".join(map(str, stores)) or "this user's store in /dev/shm"
         raise StoreError(f"there is no run {args.run_id!r} in {where}; moetion list shows all")
@@ -79,30 +80,49 @@ def _clean(args: argparse.Namespace) -> int:
     if idle and not args.yes and not _asked(args, idle):
         _print(args, runs, removed=[])
         return 2
-    removed: list[_Run] = []
-    try:
-        for run in idle:
-            remove(run.folder, SystemClock())
-            removed.append(run)
-            if not args.json:
-                say(f"removed {run.run_id}, {size(run.memory_bytes)}")
-        for store in stores:
-            remove_leftovers(store)
-    finally:
-        _print(args, runs, removed)
+    removed, failed = _remove(args, idle, stores)
+    _print(args, runs, removed)
+    if failed:
+        raise StoreError("; ".join(failed))
     return 0
 
 
-def _look(store: Path, run_id: str) -> _Run:
+def _remove(args: argparse.Namespace, idle: list[_Run], stores: list[Path]) -> tuple[list[_Run], list[str]]:
+    """The runs that have gone, and why others have not: one that stays does not keep the others."""
+    removed: list[_Run] = []
+    failed: list[str] = []
+    for run in idle:
+        try:
+            remove(run.folder, SystemClock())
+        except StoreError as error:
+            failed.append(str(error))
+            continue
+        removed.append(run)
+        if not args.json:
+            say(f"removed {run.run_id}, {size(run.memory_bytes)}")
+    for store in stores:
+        try:
+            remove_leftovers(store)
+        except StoreError as error:
+            failed.append(str(error))
+    return removed, failed
+
+
+def _look(store: Path, run_id: str) -> _Run | None:
+    """None where the run has gone meanwhile."""
     folder = store / run_id
-    nodes = [look_at(path, run_id) for path in node_folders([folder], run_id)]
+    try:
+        nodes = [look_at(path, run_id) for path in node_folders([folder], run_id)]
+        kept = why_not(folder, nodes)
+    except (StoreError, OSError):
+        return None
     return _Run(
         run_id=run_id,
         folder=folder,
         memory_bytes=sum(node.memory_bytes for node in nodes),
         holds=_holds(nodes),
         started_s=max((node.started_s for node in nodes if node.started_s is not None), default=None),
-        kept=why_not(folder, nodes),
+        kept=kept,
     )
 
 

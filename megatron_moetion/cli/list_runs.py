@@ -10,7 +10,7 @@ from typing import Any
 
 from megatron_moetion.cli.stores import add_flags, ago, console, judge_run, now, print_json, say, size, table
 from megatron_moetion.errors import StoreError
-from megatron_moetion.inspect.look import default_stores, look_at, node_folders, runs_in
+from megatron_moetion.inspect.look import closed_in, default_stores, look_at, node_folders, runs_in
 
 
 def add(commands: Any) -> None:
@@ -30,22 +30,23 @@ def add(commands: Any) -> None:
 def _list(args: argparse.Namespace) -> int:
     stores = args.store or default_stores()
     listed: list[dict[str, Any]] = []
-    unreadable: list[dict[str, str]] = []
+    unreadable: list[str] = []
     for store in stores:
         try:
             runs = runs_in(store)
+            unreadable.extend(closed_in(store))
         except StoreError as error:
             if args.store:
                 raise
-            unreadable.append({"path": str(store), "problem": str(error)})
+            unreadable.append(str(error))
             continue
         listed.extend(row for run_id in runs if (row := _row(store, run_id)) is not None)
     if args.json:
         print_json({"stores": [str(store) for store in stores], "runs": listed, "unreadable": unreadable})
         return 0
     _show(stores, listed)
-    for store in unreadable:
-        say(f"not shown: {store['problem']}")
+    for problem in unreadable:
+        say(f"not shown: {problem}")
     return 0
 
 

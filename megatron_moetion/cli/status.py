@@ -20,7 +20,6 @@ from megatron_moetion.cli.stores import (
     numbers,
     positive,
     print_json,
-    processes,
     recovery,
     recovery_words,
     say,
@@ -29,7 +28,7 @@ from megatron_moetion.cli.stores import (
 )
 from megatron_moetion.errors import StoreError
 from megatron_moetion.inspect.judge import JudgedCopy, Judgement
-from megatron_moetion.inspect.look import ArenaFile, NodeFiles, words_of
+from megatron_moetion.inspect.look import ArenaFile, NodeFiles, users_in_words, words_of
 from megatron_moetion.store.sharedfile import free_bytes
 
 NOT_KNOWN = (
@@ -165,8 +164,8 @@ def _show(run_id: str, nodes: Sequence[NodeFiles], judged: Judgement) -> None:
         say(f"began {ago(history.lineage / 1e9, now())} ago; last start {ago(started, now())} ago{back}")
     else:
         say(f"run {run_id}")
-    used = {pid for node in nodes for pid in node.processes}
-    say(f"in use by {len(used)} process(es): {processes(used)}" if used else "no process of this machine uses it")
+    used = sorted({pid for node in nodes for pid in node.processes})
+    say(f"in use by {users_in_words(used)}" if used else "no process of this machine uses it")
     if identity is not None:
         elsewhere = "; ranks that are not here may know of a later one" if judged.missing else ""
         say(f"captured up to iteration {judged.newest}; stable: {_iteration(history.stable)}{elsewhere}")

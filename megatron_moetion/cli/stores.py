@@ -8,7 +8,7 @@ import json
 import math
 import sys
 import time
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,7 @@ from rich.table import Table
 
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.inspect.judge import Copy, Judgement, judge, newest_history
-from megatron_moetion.inspect.look import NodeFiles, default_stores, look_at, node_folders, words_of
-
-_NAMED = 4
-"""Processes that are named; more are counted."""
+from megatron_moetion.inspect.look import NodeFiles, default_stores, look_at, node_folders
 
 
 def add_flags(parser: argparse.ArgumentParser, store: str) -> None:
@@ -140,13 +137,6 @@ def numbers(found: Iterable[int]) -> str:
         else:
             spans.append([number, number])
     return ", ".join(str(a) if a == b else f"{a}-{b}" for a, b in spans)
-
-
-def processes(pids: Collection[int]) -> str:
-    """Who uses a run."""
-    named = [words_of(pid) for pid in sorted(pids)[:_NAMED]]
-    more = [f"{len(pids) - len(named)} more"] if len(pids) > len(named) else []
-    return ", ".join(named + more)
 
 
 def positive(flag: str, value: float) -> float:

@@ -89,6 +89,18 @@ def runs_in(store: Path) -> list[str]:
     return sorted(name for name in _names(store) if not name.startswith(".") and _node_folders(store / name))
 
 
+def closed_in(store: Path) -> list[str]:
+    """Of the folders in a store those that cannot be read, each with the reason: runs of other users, most likely."""
+    found = []
+    for name in _names(store):
+        if not name.startswith(".") and _is_folder(store / name):
+            try:
+                _names(store / name)
+            except StoreError as error:
+                found.append(str(error))
+    return found
+
+
 def node_folders(places: Iterable[Path], run_id: str) -> list[Path]:
     """The folders of a run's nodes in these places, in order.
 
@@ -99,6 +111,9 @@ def node_folders(places: Iterable[Path], run_id: str) -> list[Path]:
     found = [folder for place in places for folder in _in_place(place, run_id)]
     if found:
         return list(dict.fromkeys(found))
+    for place in places:
+        if _is_name(run_id) and _is_folder(place / run_id):
+            _names(place / run_id)  # it is there; if it cannot be read, that is what to say
     others = [name for place in places for name in runs_in(place)]
     here = f"; these are: {', '.join(dict.fromkeys(others))}" if others else ""
     looked = ", ".join(map(str, places)) or f"{SHARED_MEMORY}/{_NAME_OF_STORES}"
@@ -172,6 +187,12 @@ def words_of(pid: int) -> str:
     return describe(pid) if pid > 0 else "a process of another container"
 
 
+def users_in_words(pids: Sequence[int]) -> str:
+    """Processes that use a run, for a person: ranks are started alike, so one of them is described."""
+    others = f" and {len(pids) - 1} more ({', '.join(map(str, pids[1:]))})" if len(pids) > 1 else ""
+    return words_of(pids[0]) + others
+
+
 # -- inside --------------------------------------------------------------------------------------------------------
 
 
@@ -180,9 +201,14 @@ def _in_place(place: Path, run_id: str) -> list[Path]:
         raise StoreError(f"--store {place} is no folder")
     if any(name.endswith(".arena") for name in _names(place)):
         return [place]
-    if run_id not in ("", ".", "..") and "/" not in run_id and _is_folder(place / run_id):
+    if _is_name(run_id) and _is_folder(place / run_id):
         return _node_folders(place / run_id)
     return _node_folders(place)
+
+
+def _is_name(run_id: str) -> bool:
+    """Whether a run may be called so."""
+    return bool(run_id) and not run_id.startswith(".") and "/" not in run_id
 
 
 def _node_folders(folder: Path) -> list[Path]:

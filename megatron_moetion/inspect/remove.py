@@ -12,7 +12,7 @@ from pathlib import Path
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import StoreError
-from megatron_moetion.inspect.look import NodeFiles, processes_naming, words_of
+from megatron_moetion.inspect.look import NodeFiles, processes_naming, users_in_words, words_of
 from megatron_moetion.store.lock import NodeLock
 
 _ASIDE = ".removed-"
@@ -28,9 +28,7 @@ def why_not(folder: Path, nodes: list[NodeFiles]) -> str | None:
         return f"{folder} belongs to user {status.st_uid}; only that user may remove it with this command"
     users = sorted({pid for node in nodes for pid in node.processes})
     if users:
-        return f"it is in use by {', '.join(words_of(pid) for pid in users[:4])}" + (
-            f" and {len(users) - 4} more" if len(users) > 4 else ""
-        )
+        return f"it is in use by {users_in_words(users)}"
     named = processes_naming(folder.name)
     if named:
         return f"{words_of(named[0])} was started with its name, and may be about to start it again"
@@ -44,11 +42,11 @@ def remove(folder: Path, clock: Clock) -> None:
     begins in a new folder, or finds the lock taken.
     """
     with ExitStack() as locks:
-        for node in sorted(folder.iterdir()):
-            if node.is_dir() and not node.is_symlink():
-                locks.callback(NodeLock.take(node, 0, 1, wait_s=0, say=lambda text: None, clock=clock).close)
         aside = folder.with_name(f"{_ASIDE}{uuid.uuid4().hex}")
         try:
+            for node in sorted(folder.iterdir()):
+                if node.is_dir() and not node.is_symlink():
+                    locks.callback(NodeLock.take(node, 0, 1, wait_s=0, say=lambda text: None, clock=clock).close)
             folder.rename(aside)
         except OSError as error:
             raise StoreError(f"{folder} cannot be removed: {error.strerror}") from error

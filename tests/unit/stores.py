@@ -16,18 +16,19 @@ OPTIONS = {"full": {}, "popularity": {"experts_per_snapshot": 1}}
 """Settings of a job, by mode."""
 
 
-def left_by_a_job(store: Path, run_id: str = "my-run", mode: str = "full", steps: int = 6) -> list[Path]:
-    """The folders of both nodes of a job that has crashed."""
+def left_by_a_job(store: Path, run_id: str = "tools-run", mode: str = "full", late: int = 0) -> list[Path]:
+    """The folders of both nodes of a job that has crashed after 6 steps. ``late``: rank 1 drops this snapshot."""
     job = Job(store, mode=mode, run_id=run_id, **OPTIONS[mode])
     job.start()
-    job.train(steps)
+    job.drop(1, {late})
+    job.train(6)
     job.crash()
     job._end()
     return [store / run_id / f"node{n}" for n in range(2)]
 
 
 @contextmanager
-def living_job(store: Path, run_id: str = "my-run", mode: str = "full") -> Iterator[subprocess.Popen[str]]:
+def living_job(store: Path, run_id: str = "tools-run", mode: str = "full") -> Iterator[subprocess.Popen[str]]:
     """A process in which a job trains until the end; it has taken its first step."""
     command = [sys.executable, __file__, str(store), run_id, mode]
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}

@@ -62,10 +62,11 @@ def test_all_processes_that_hold_a_lock_are_found(tmp_path: Path) -> None:
 
 def test_a_process_that_was_started_with_the_runs_name_is_found() -> None:
     sleep = "import sys; print('up', flush=True); sys.stdin.read()"
+    run_id = f"named-{os.getpid()}"
     for words, environment in (
-        (["--rdzv-id", "named-run"], {}),
-        (["--moetion-run-id=named-run"], {}),
-        ([], {"TORCHELASTIC_RUN_ID": "named-run"}),
+        (["--rdzv-id", run_id], {}),
+        ([f"--moetion-run-id={run_id}"], {}),
+        ([], {"TORCHELASTIC_RUN_ID": run_id}),
     ):
         with subprocess.Popen(
             [sys.executable, "-c", sleep, *words], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
@@ -73,10 +74,10 @@ def test_a_process_that_was_started_with_the_runs_name_is_found() -> None:
         ) as process:  # fmt: skip
             assert process.stdout is not None
             process.stdout.readline()
-            assert processes_naming("named-run") == [process.pid]
-            assert processes_naming("named") == []
+            assert processes_naming(run_id) == [process.pid]
+            assert processes_naming(run_id[:-1]) == []
             process.kill()
-    assert processes_naming("named-run") == []
+    assert processes_naming(run_id) == []
 
 
 def test_the_runs_of_a_store_are_its_folders_with_nodes(store: Path, tmp_path: Path) -> None:
@@ -84,20 +85,20 @@ def test_the_runs_of_a_store_are_its_folders_with_nodes(store: Path, tmp_path: P
     (tmp_path / "no-run" / "other").mkdir(parents=True)
     (tmp_path / ".hidden" / "node0").mkdir(parents=True)
     assert runs_in(tmp_path) == []
-    assert runs_in(store) == ["my-run"]
+    assert runs_in(store) == ["tools-run"]
     with pytest.raises(StoreError, match="cannot be read: No such file"):
         runs_in(tmp_path / "missing")
 
 
 def test_a_run_is_found_by_its_store_its_folder_or_a_node(store: Path, tmp_path: Path) -> None:
-    nodes = [store / "my-run" / f"node{n}" for n in (0, 1)]
-    assert node_folders([store], "my-run") == nodes
-    assert node_folders([store / "my-run"], "my-run") == nodes
-    assert node_folders([nodes[1], nodes[1]], "my-run") == nodes[1:]
-    with pytest.raises(StoreError, match=r"no run 'other' in .*these are: my-run\. .*--store"):
+    nodes = [store / "tools-run" / f"node{n}" for n in (0, 1)]
+    assert node_folders([store], "tools-run") == nodes
+    assert node_folders([store / "tools-run"], "tools-run") == nodes
+    assert node_folders([nodes[1], nodes[1]], "tools-run") == nodes[1:]
+    with pytest.raises(StoreError, match=r"no run 'other' in .*these are: tools-run\. .*--store"):
         node_folders([store], "other")
     with pytest.raises(StoreError, match="no folder"):
-        node_folders([tmp_path / "missing"], "my-run")
+        node_folders([tmp_path / "missing"], "tools-run")
     for strange in ("..", "", "a/b", "x" * (RUN_ID_BYTES_MAX + 100)):
         with pytest.raises(StoreError, match="there is no run"):
             node_folders([store], strange)
@@ -110,7 +111,7 @@ def test_a_run_may_be_called_as_nodes_are(tmp_path: Path) -> None:
 
 
 def test_a_node_says_which_ranks_ran_there(store: Path) -> None:
-    found = look_at(store / "my-run" / "node1", "my-run")
+    found = look_at(store / "tools-run" / "node1", "tools-run")
     assert found.ranks == (1,)
     assert found.started_s is not None
     assert found.processes == ()
@@ -126,7 +127,7 @@ def test_what_is_no_arena_is_named_and_the_others_are_read(tmp_path: Path) -> No
     (node / "rank00009.arena").symlink_to(node / "rank00000.arena")
     os.mkfifo(node / "rank00010.arena")
     (node / "rank00003.pid").write_text("[]")
-    found = look_at(node, "my-run")
+    found = look_at(node, "tools-run")
     sound = [a.path.name for a in found.arenas if a.page is not None]
     assert sound == ["rank00000.arena", "rank00001.arena"]
     problems = {a.path.name: (a.problem, a.foreign) for a in found.arenas if a.problem}
@@ -141,15 +142,15 @@ def test_what_is_no_arena_is_named_and_the_others_are_read(tmp_path: Path) -> No
 def test_files_of_another_user_are_read_and_a_closed_folder_is_named(
     store: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    node = store / "my-run" / "node0"
+    node = store / "tools-run" / "node0"
     monkeypatch.setattr(os, "geteuid", lambda: 12345)
-    assert all(a.page is not None for a in look_at(node, "my-run").arenas)
+    assert all(a.page is not None for a in look_at(node, "tools-run").arenas)
 
     def refuse(path: object) -> list[str]:
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(look.os, "listdir", refuse)
-    found = look_at(node, "my-run")
+    found = look_at(node, "tools-run")
     assert found.arenas == ()
     assert "cannot be read: Permission denied" in str(found.problem)
 
@@ -214,14 +215,14 @@ def test_an_arena_that_has_gone_was_never_there(tmp_path: Path) -> None:
 
 def test_a_job_that_trains_is_seen_and_not_disturbed(tmp_path: Path) -> None:
     with living_job(tmp_path) as job:
-        nodes = [tmp_path / "my-run" / f"node{n}" for n in (0, 1)]
+        nodes = [tmp_path / "tools-run" / f"node{n}" for n in (0, 1)]
         stable = []
         for _ in range(10):
-            found = [look_at(node, "my-run") for node in nodes]
+            found = [look_at(node, "tools-run") for node in nodes]
             assert [node.processes for node in found] == [(job.pid,)] * 2
             arenas = [a for node in found for a in node.arenas]
             assert [a.problem for a in arenas] == [None] * 4
             stable.append(max(a.page.stable for a in arenas if a.page is not None))
         assert stable == sorted(stable)
         assert job.poll() is None
-    assert look_at(nodes[0], "my-run").processes == ()
+    assert look_at(nodes[0], "tools-run").processes == ()
