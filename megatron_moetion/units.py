@@ -132,6 +132,8 @@ class Inventory:
     units: tuple[Unit, ...]
     place: str = ""
     """Which parts this rank has of what other ranks have under the same names."""
+    guide: str = ""
+    """Where a checkpoint on disk has each tensor: the adapter's words, for whoever reads captures without it."""
 
     def __post_init__(self) -> None:
         names = [u.name for u in self.units]
@@ -162,7 +164,7 @@ class Inventory:
 
     @cached_property
     def fingerprint(self) -> str:
-        """SHA-256 over everything that gives captured bytes their meaning; addresses are left out."""
+        """SHA-256 over everything that gives captured bytes their meaning; addresses and guide are left out."""
         digest = hashlib.sha256(self.place.encode())
         for unit in self.units:
             digest.update(f"{unit.name}|{unit.kind}|{unit.reserved_bytes}\n".encode())

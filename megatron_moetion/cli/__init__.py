@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_moetion.cli import clean, list_runs, plan, report, status, verify
+from megatron_moetion.cli import clean, export, list_runs, plan, report, status, verify
 from megatron_moetion.cli.parser import Parser
 from megatron_moetion.errors import MoetionError
 
@@ -17,6 +17,7 @@ COMMANDS = (
     list_runs,
     status,
     verify,
+    export,
     clean,
     report,
 )

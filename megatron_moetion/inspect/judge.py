@@ -174,7 +174,7 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     usable = [j.copy for j in judged if not j.problem]
     owners = sorted({copy.owner for copy in usable})
     units = {copy.owner: copy.units for copy in usable}
-    held = _held(usable, identity.mode)
+    held = held_by_owner(usable, identity.mode)
     reaches = {owner: Reach.of(owner, units[owner], held[owner], choose, vetoed) for owner in owners}
     reach = reaches[owners[0]]
     for owner in owners[1:]:
@@ -235,7 +235,7 @@ def _problem(copy: Copy, leader: ArenaSpec, newest: History) -> str | None:
     return None
 
 
-def _held(usable: Sequence[Copy], mode: str) -> dict[int, dict[int, set[int]]]:
+def held_by_owner(usable: Sequence[Copy], mode: str) -> dict[int, dict[int, set[int]]]:
     """By owner and unit: iterations. Of an expert that several ranks have shards of, those that all of these have."""
     tables: dict[int, dict[int, Records]] = {}
     for copy in usable:

@@ -20,6 +20,7 @@ from megatron.core.utils import get_model_config
 from torch import nn
 
 from megatron_moetion.mcore.chain import chain
+from megatron_moetion.mcore.guide import guide
 from megatron_moetion.mcore.homes import Homes
 from megatron_moetion.mcore.inventory import gradient_of, take_inventory
 from megatron_moetion.mcore.layout import ModelLayout
@@ -126,7 +127,11 @@ class MegatronState:
             )
             if count_tokens:
                 refuse_shared_scales(self._tensors.units)
-            self._inventory = Inventory(units=(*self._tensors.units, host_unit(self.host_state())), place=place())
+            self._inventory = Inventory(
+                units=(*self._tensors.units, host_unit(self.host_state())),
+                place=place(),
+                guide=guide(model, layout, self._links),
+            )
             self._hooks = hooks.pop_all()
 
     def inventory(self) -> Inventory:

@@ -3,7 +3,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,12 @@ from megatron.core.utils import unwrap_model
 from torch import distributed as dist
 
 from megatron_moetion.errors import ConfigError, UnsupportedState
+from megatron_moetion.mcore.guide import checkpoint_metadata
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
 from megatron_moetion.mcore.topology import is_same, parallel_sizes
+from megatron_moetion.mcore.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
 from megatron_moetion.pretrain.progress import RunState
 
-TRACKER = "latest_checkpointed_iteration.txt"
 _GROUP_STATE = ("params", "step")
 """The fields of a parameter group that are no settings; the scheduler computes rate and decay."""
 
@@ -37,22 +37,6 @@ def check_supported(optimizer: MegatronOptimizer) -> None:
                 f"--save and --load do not work with torch's {type(inner.optimizer).__name__}: Megatron-Core restores "
                 "its step counts wrongly; install Apex or Transformer Engine for a FusedAdam"
             )
-
-
-def checkpoint_folder(root: str, iteration: int) -> Path:
-    """Megatron-LM's name for the checkpoint of one iteration."""
-    return Path(root) / f"iter_{iteration:07d}"
-
-
-def latest_iteration(root: str) -> int | None:
-    """The iteration that the tracker file names, or None without one."""
-    tracker = Path(root) / TRACKER
-    if not tracker.is_file():
-        return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
-        raise ConfigError(f"{tracker} holds {text!r}; it must hold the number of an iteration")
-    return int(text)
 
 
 def last_saved(root: str) -> int:
@@ -80,7 +64,7 @@ def save_checkpoint(
     if dist.get_rank() == 0:
         folder.mkdir(parents=True, exist_ok=True)
     dist.barrier()
-    metadata = _metadata()
+    metadata = checkpoint_metadata()
     state = _sharded_state(model, optimizer, metadata, is_loading=False)
     state["rng_state"] = _sharded_rng(rng_states())
     state |= {
@@ -125,7 +109,7 @@ def load_checkpoint(
     load_progress(common["progress"])
     same_topology = is_same(common["topology"], parallel_sizes())
     settings_of_groups = [{k: v for k, v in group.items() if k not in _GROUP_STATE} for group in optimizer.param_groups]
-    metadata = _metadata()
+    metadata = checkpoint_metadata()
     with torch.no_grad():
         state = _sharded_state(model, optimizer, metadata, is_loading=True)
         if same_topology:
@@ -147,16 +131,6 @@ def load_checkpoint(
     return iteration
 
 
-def _metadata() -> dict[str, Any]:
-    """How Megatron-Core lays the state out; 'fully_reshardable' loads under another topology, too."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
-
-
 def _model_keys(model: list[Any]) -> list[str]:
     return ["model"] if len(model) == 1 else [f"model{i}" for i in range(len(model))]
 
@@ -175,13 +149,3 @@ def _sharded_state(
 def _sharded_rng(states: dict[str, Any]) -> ShardedObject:
     """One entry a global rank: expert parallel ranks draw from streams of their own."""
     return ShardedObject("rng_state", states, (dist.get_world_size(),), (dist.get_rank(),))
-
-
-def write_tracker(root: Path, iteration: int) -> None:
-    """Name the newest checkpoint below ``root``, durably: the file is either the old one or the new one."""
-    temporary = root / f".{TRACKER}.tmp"
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(str(iteration))
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(root / TRACKER)

@@ -19,6 +19,7 @@ from torch import distributed as dist
 from megatron_moetion.errors import ProtectionLost
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
+from megatron_moetion.mcore.tracker import latest_iteration
 from megatron_moetion.pretrain import checkpoint, flags
 from megatron_moetion.pretrain.corpus import SampleSource, Split, batches, sample_numbers
 from megatron_moetion.pretrain.model import build_model, build_optimizer
@@ -162,7 +163,7 @@ class Trainer:
 
     def _newest_on_disk(self) -> int | None:
         """The iteration of the newest checkpoint below ``--load``, or None if there is none."""
-        return None if self.args.load is None else checkpoint.latest_iteration(self.args.load)
+        return None if self.args.load is None else latest_iteration(self.args.load)
 
     def _go_on(self) -> None:
         """State of an earlier start is in place: flags that are not as they were then act from here on."""

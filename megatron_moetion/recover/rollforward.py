@@ -10,16 +10,25 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from typing import Protocol
 
+from megatron_moetion.arrays import Bytes
 from megatron_moetion.framework import StepReplayer
 from megatron_moetion.snapshot.packer import Packer
-from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Record
+
+
+class Payloads(Protocol):
+    """The bytes of captures by slot: an arena, or captures of several."""
+
+    def payload(self, slot: int) -> Bytes:
+        """A capture's bytes."""
+        ...
 
 
 def roll_forward(
     packer: Packer,
-    arena: Arena,
+    arena: Payloads,
     records: Sequence[Record],
     *,
     log_of: Mapping[int, int],

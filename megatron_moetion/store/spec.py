@@ -19,9 +19,10 @@ from megatron_moetion.arrays import Int64s
 from megatron_moetion.config import flag_of
 from megatron_moetion.errors import CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
+from megatron_moetion.store.sheet import sheet_of
 from megatron_moetion.units import Inventory, UnitKind, align_up
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
 _SHAPE_BYTES = 8
@@ -58,6 +59,8 @@ class ArenaSpec:
     slots: tuple[tuple[int, int], ...]
     experts: int = 0
     """Of the owner's experts, how many a snapshot may hold: what the number of slots comes from. For messages."""
+    sheet: str = ""
+    """What the bytes of captures are, for a reader without the model: see ``store/sheet.py``."""
 
     @classmethod
     def of(
@@ -72,6 +75,7 @@ class ArenaSpec:
             units=tuple((u.name, int(u.kind), u.nbytes) for u in inventory.units),
             slots=tuple(sorted(pools.items())),
             experts=experts,
+            sheet=sheet_of(inventory),
         )
 
     @property
@@ -104,6 +108,7 @@ class ArenaSpec:
                 units=tuple((str(n), int(UnitKind(k)), int(b)) for n, k, b in raw["units"]),
                 slots=tuple((int(b), int(c)) for b, c in raw["slots"]),
                 experts=int(raw.get("experts", 0)),
+                sheet=str(raw["sheet"]),
             )
             for field in fields(ArenaIdentity):
                 value = getattr(found.identity, field.name)

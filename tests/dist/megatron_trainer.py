@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import itertools
+import json
 import os
 import random
 import sys
@@ -296,6 +297,7 @@ def _examine(trainer: Trainer, count_tokens: bool) -> dict[str, Any]:
         "spans": _master_spans(inventory),
         "elements": _elements(trainer),
         "sharded": trainer.args.use_distributed_optimizer,
+        "guide": json.loads(inventory.guide),
     }
     state.close()
     return found

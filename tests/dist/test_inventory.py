@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -72,6 +73,28 @@ def test_all_ranks_together_hold_every_element_of_every_parameter(ranks: list[di
         for tensor, role, start, end in found["spans"]
     )
     assert total == 3 * owned_elements(ranks), "main values and two moments"
+
+
+@pytest.mark.parametrize("case", [c for c in CASES if "distributed" in c])
+def test_the_guides_of_all_ranks_place_every_tensor_and_cover_what_a_checkpoint_has(
+    ranks: list[dict[str, Any]],
+) -> None:
+    """``moetion export`` has nothing else to go by."""
+    guides = [found["guide"] for found in ranks]
+    assert [(g["problem"], g["left_out"]) for g in guides] == [(None, [])] * len(guides)
+    views = [v for g in guides for entry in g["parameters"] for v in entry["views"]]
+    parts = {(v["key"], tuple(v["global_offset"])): math.prod(v["shape"]) for v in views}
+    whole = {v["key"]: math.prod(v["global_shape"]) for v in views}
+    assert {key: sum(n for (k, _), n in parts.items() if k == key) for key in whole} == whole
+    for found, guide in zip(ranks, guides, strict=True):
+        entries = {tensor: guide["parameters"][number] for tensor, number in guide["tensors"].items()}
+        stepped = {tensor for tensor, *_ in found["spans"]}
+        assert stepped <= {tensor for tensor, entry in entries.items() if entry["views"] and entry["link"] is not None}
+
+
+@pytest.mark.parametrize("case", ["pp2 ep2, fp32, untied", "ep2 dp2, bf16"])
+def test_a_guide_says_where_there_is_none(ranks: list[dict[str, Any]]) -> None:
+    assert all("--use-distributed-optimizer" in found["guide"]["problem"] for found in ranks)
 
 
 @pytest.mark.parametrize("case", proving("recovery"))

@@ -139,7 +139,7 @@ def test_a_long_name_and_a_damaged_arena_do_not_break_the_list(store: Path, caps
     name = "n" * 200
     (store / "tools-run").rename(store / name)
     for arena in (store / name).glob("node*/*.arena"):
-        arena.write_bytes(b"MOETION2" + bytes(100))
+        arena.write_bytes(b"MOETION3" + bytes(100))
     shown = run(capsys, "list", "--store", store)
     table = shown[: shown.index(f"{name}: ")]
     assert max(map(len, table.splitlines())) <= 80
@@ -323,7 +323,7 @@ def test_verify_names_what_is_damaged_and_where_it_is_whole(store: Path, capsys:
 def test_verify_names_arenas_that_cannot_be_used(store: Path, capsys: pytest.CaptureFixture[str]) -> None:
     broken, foreign = (store / "tools-run" / "node0" / f"rank0000{n}.arena" for n in (0, 1))
     broken.write_bytes(broken.read_bytes()[:40] + b"?" + broken.read_bytes()[41:])
-    foreign.write_bytes(b"MOETION3" + foreign.read_bytes()[8:])
+    foreign.write_bytes(b"MOETION9" + foreign.read_bytes()[8:])
     found = document(capsys, "verify", "tools-run", "--store", store, code=1)
     assert [p["path"] for p in found["problems"]] == [str(broken), str(foreign)]
     assert "the header does not verify" in found["problems"][0]["problem"]

@@ -352,7 +352,7 @@ def test_a_truncated_file_is_corrupt(tmp_path: Path, size: int) -> None:
         open_arena(path)
 
 
-def rewrite_header(path: Path, magic: bytes = b"MOETION2", **identity_fields: object) -> None:
+def rewrite_header(path: Path, magic: bytes = b"MOETION3", **identity_fields: object) -> None:
     """A header that verifies, with other fields."""
     data = bytearray(path.read_bytes())
     document = json.loads(data[32 : 32 + int.from_bytes(data[8:16], "little")])
@@ -365,7 +365,7 @@ def rewrite_header(path: Path, magic: bytes = b"MOETION2", **identity_fields: ob
 
 
 @pytest.mark.parametrize(
-    ("magic", "more"), [(b"MOETION1", {}), (b"MOETION9", {"x": 1}), (b"MOETION2", {"new_field": 1})]
+    ("magic", "more"), [(b"MOETION1", {}), (b"MOETION9", {"x": 1}), (b"MOETION3", {"new_field": 1})]
 )
 def test_an_arena_of_another_version_is_a_stranger_and_not_damaged(
     tmp_path: Path, magic: bytes, more: dict[str, object]
@@ -374,7 +374,7 @@ def test_an_arena_of_another_version_is_a_stranger_and_not_damaged(
     arena.close()
     rewrite_header(Path(arena.name), magic, **more)
     for look in (open_arena, peek_arena):
-        with pytest.raises(IdentityMismatch, match=r"another version.*its format is '.*this version reads 2"):
+        with pytest.raises(IdentityMismatch, match=r"another version.*its format is '.*this version reads 3"):
             look(Path(arena.name))
 
 
@@ -392,7 +392,7 @@ def test_a_header_that_claims_many_slots_is_corrupt_before_they_are_counted(tmp_
     huge = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 1 << 40),)).to_json()
     data = bytearray(Path(arena.name).read_bytes())
     digest = hashlib.blake2b(huge, digest_size=16).digest()
-    data[: 32 + len(huge)] = b"MOETION2" + len(huge).to_bytes(8, "little") + digest + huge
+    data[: 32 + len(huge)] = b"MOETION3" + len(huge).to_bytes(8, "little") + digest + huge
     Path(arena.name).write_bytes(data)
     for look in (open_arena, peek_arena):
         with pytest.raises(CorruptArena, match="its header says"):

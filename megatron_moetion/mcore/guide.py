@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The guide to a rank's tensors: under which key, and where in it, a ``torch_dist`` checkpoint has each of them.
+
+Megatron's own ``sharded_state_dict`` of the model is asked once, when the inventory is taken; it holds views of the
+live tensors. What its factories make of a parameter (the two halves of a gated layer, one matrix an expert) are views
+of that parameter, too: shape, strides and offset are written down. The optimizer's tensors have the keys of the model's
+with a prefix, in the format ``fully_reshardable``. Nothing here may stop a run: what cannot be told is named.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
+from megatron.core.distributed import DistributedDataParallel
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.utils import unwrap_model
+
+from megatron_moetion.mcore.layout import ModelLayout
+from megatron_moetion.mcore.shards import shards
+from megatron_moetion.mcore.topology import parallel_sizes
+
+GUIDE_VERSION = 1
+_OBJECT_BYTES_MAX = 1 << 16
+
+
+def checkpoint_metadata() -> dict[str, Any]:
+    """How Megatron-Core lays the state out; 'fully_reshardable' loads under another topology, too."""
+    return {
+        "distrib_optim_sharding_type": "fully_reshardable",
+        "singleton_local_shards": False,
+        "chained_optim_avoid_prefix": True,
+        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
+    }
+
+
+def guide(model: Sequence[DistributedDataParallel], layout: ModelLayout, links: Sequence[MegatronOptimizer]) -> str:
+    """The guide as JSON. ``problem`` in it says why this state cannot be exported, for a person; None if it can."""
+    document: dict[str, Any] = {"version": GUIDE_VERSION, "sizes": parallel_sizes(), "problem": None}
+    try:
+        document |= _placements(model, layout, links)
+    except Exception as error:  # a model's own code runs here, and training needs nothing of this
+        document["problem"] = f"{type(error).__name__}: {error}"
+    return json.dumps(document)
+
+
+def _placements(
+    model: Sequence[DistributedDataParallel], layout: ModelLayout, links: Sequence[MegatronOptimizer]
+) -> dict[str, Any]:
+    other = [type(link).__name__ for link in links if not isinstance(link, DistributedOptimizer)]
+    if other:
+        return {"problem": f"the optimizer is a {other[0]}; --use-distributed-optimizer is what can be exported"}
+    found = _Sharded(model)
+    stepped = {id(shard.parameter): where for shard, where in _groups(links)}
+    parameters: list[dict[str, Any]] = []
+    tensors: dict[str, int] = {}
+    for tensor, names, key in (
+        *((p, [place.tensor for place in places], id(p)) for p, places in layout.parameters()),
+        *((b, [place.tensor], None) for b, place in layout.buffers()),
+    ):
+        if not tensor.numel():
+            continue
+        tensors |= dict.fromkeys(names, len(parameters))
+        link, group = stepped.get(key, (None, None)) if key is not None else (None, None)
+        parameters.append(
+            {
+                "numel": tensor.numel(),
+                "dtype": str(tensor.dtype).removeprefix("torch."),
+                "link": link,
+                "group": group,
+                "views": found.views_of(tensor),
+            }
+        )
+    return {
+        "parameters": parameters,
+        "tensors": tensors,
+        "objects": found.objects,
+        "left_out": sorted({*found.left_out, *found.unplaced()}),
+        "optimizers": [_kind_of(link.optimizer) for link in links],
+    }
+
+
+class _Sharded:
+    """What Megatron's sharded state dict says of this rank's model."""
+
+    def __init__(self, model: Sequence[DistributedDataParallel]) -> None:
+        self.objects: list[dict[str, Any]] = []
+        self.left_out: list[str] = []
+        self._views: dict[int, list[ShardedTensor]] = {}
+        self._bases: dict[int, torch.Tensor] = {}
+        self._seen: set[int] = set()
+        metadata = checkpoint_metadata()
+        for chunk in model:
+            for entry in _values(unwrap_model(chunk).sharded_state_dict(metadata=metadata)):
+                if isinstance(entry, ShardedObject):
+                    self._note_object(entry)
+                elif entry.data.numel():
+                    made = list(_values(entry.build())) if isinstance(entry, ShardedTensorFactory) else [entry]
+                    self._views.setdefault(entry.data.data_ptr(), made)
+                    self._bases.setdefault(entry.data.data_ptr(), entry.data)
+
+    def views_of(self, tensor: torch.Tensor) -> list[dict[str, Any]]:
+        """What a checkpoint has of a tensor; nothing where it has it not."""
+        address = tensor.data_ptr()
+        self._seen.add(address)
+        found = []
+        for sharded in self._views.get(address, ()):
+            data = sharded.data
+            first, rest = divmod(data.data_ptr() - address, tensor.element_size())
+            last = first + sum((n - 1) * step for n, step in zip(data.shape, data.stride(), strict=True))
+            if rest or first < 0 or last >= tensor.numel() or data.dtype is not tensor.dtype:
+                raise ValueError(f"{sharded.key} is no view of its parameter")
+            found.append(
+                {
+                    "key": sharded.key,
+                    "shape": list(data.shape),
+                    "strides": list(data.stride()),
+                    "first": first,
+                    "global_shape": list(sharded.global_shape),
+                    "global_offset": list(sharded.global_offset),
+                    "fragments": list(sharded.axis_fragmentations) if sharded.axis_fragmentations else None,
+                    "prepended": sharded.prepend_axis_num,
+                    "may_differ": bool(sharded.allow_shape_mismatch),
+                }
+            )
+        if found and sum(torch.Size(v["shape"]).numel() for v in found) != tensor.numel():
+            raise ValueError(f"{found[0]['key']} and its like are not all of their parameter")
+        return found
+
+    def unplaced(self) -> list[str]:
+        """Keys of tensors that a checkpoint has and that ``views_of`` was not asked for."""
+        return [s.key for address, made in self._views.items() if address not in self._seen for s in made]
+
+    def _note_object(self, entry: ShardedObject) -> None:
+        """A few bytes beside the tensors: what modules of Transformer Engine keep, empty without FP8."""
+        data = entry.data
+        if isinstance(data, io.BytesIO):
+            kind, content = "stream", data.getvalue()
+        elif isinstance(data, torch.Tensor) and data.dtype is torch.uint8 and data.dim() == 1:
+            kind, content = "bytes", bytes(data.cpu().tolist())
+        elif data is None:
+            kind, content = "none", b""
+        else:
+            self.left_out.append(entry.key)
+            return
+        if len(content) > _OBJECT_BYTES_MAX:
+            self.left_out.append(entry.key)
+            return
+        self.objects.append(
+            {
+                "key": entry.key,
+                "kind": kind,
+                "content": base64.b64encode(content).decode(),
+                "global_shape": list(entry.global_shape),
+                "global_offset": list(entry.global_offset),
+            }
+        )
+
+
+def _values(tree: Any) -> Iterator[Any]:
+    """The sharded entries of a state dict, at any depth."""
+    if isinstance(tree, (ShardedTensor, ShardedTensorFactory, ShardedObject)):
+        yield tree
+    elif isinstance(tree, Mapping):
+        for value in tree.values():
+            yield from _values(value)
+    elif isinstance(tree, (list, tuple)):
+        for value in tree:
+            yield from _values(value)
+
+
+def _groups(links: Sequence[MegatronOptimizer]) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """Each shard with the numbers of its optimizer and of its parameter group there."""
+    for number, link in enumerate(links):
+        groups = [g for g, group in enumerate(link.optimizer.param_groups) for _ in group["params"]]
+        for shard, group in zip(shards(link), groups, strict=True):
+            yield shard, (number, group)
+
+
+def _kind_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+    """What a replay of its steps has to know beside the groups' fields."""
+    return {"name": type(optimizer).__name__, "adam_w_mode": bool(getattr(optimizer, "adam_w_mode", True))}

@@ -1,0 +1,83 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sheet of an arena: what the bytes of its captures are, for a reader that has not the model. Pure.
+
+It lists the regions of each unit as the owner's inventory has them, and holds the adapter's guide, which says where a
+checkpoint on disk has each tensor. It stands in the arena's header, so every replica has it, and a snapshot carries
+none of it. As text it is Base64 of zlib of JSON; the header's digest covers it.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from dataclasses import dataclass
+from typing import Any
+
+from megatron_moetion.errors import CorruptArena
+from megatron_moetion.units import Inventory, Region, Role
+
+SHEET_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Span:
+    """A region without an address: elements from ``start`` on of a tensor, ``nbytes`` of them."""
+
+    tensor: str
+    role: Role
+    dtype: str
+    start: int
+    nbytes: int
+
+    @classmethod
+    def of(cls, region: Region) -> Span:
+        """What stays of a region when its process has gone."""
+        return cls(tensor=region.tensor, role=region.role, dtype=region.dtype, start=region.start, nbytes=region.nbytes)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sheet:
+    """``units``: the regions of each unit, by its number, in the order of its capture's bytes."""
+
+    place: str
+    """See ``Inventory``."""
+    units: tuple[tuple[Span, ...], ...]
+    guide: dict[str, Any]
+    """The adapter's; empty where it gave none."""
+
+
+def sheet_of(inventory: Inventory) -> str:
+    """The sheet of a rank with this inventory, as an arena's header has it."""
+    tensors: dict[str, int] = {}
+    units = [
+        [[tensors.setdefault(r.tensor, len(tensors)), int(r.role), r.dtype, r.start, r.nbytes] for r in unit.regions]
+        for unit in inventory.units
+    ]
+    document = {
+        "version": SHEET_VERSION,
+        "place": inventory.place,
+        "tensors": list(tensors),
+        "units": units,
+        "guide": json.loads(inventory.guide) if inventory.guide else {},
+    }
+    return base64.b64encode(zlib.compress(json.dumps(document, separators=(",", ":")).encode())).decode()
+
+
+def read_sheet(text: str) -> Sheet:
+    """Inverse of ``sheet_of``; ``CorruptArena`` where the text is none of this version."""
+    try:
+        raw = json.loads(zlib.decompress(base64.b64decode(text, validate=True)))
+        if raw["version"] != SHEET_VERSION:
+            raise ValueError(f"its version is {raw['version']!r}, and this program reads {SHEET_VERSION}")
+        tensors = [str(name) for name in raw["tensors"]]
+        units = tuple(
+            tuple(
+                Span(tensor=tensors[t], role=Role(role), dtype=str(dtype), start=int(start), nbytes=int(nbytes))
+                for t, role, dtype, start, nbytes in regions
+            )
+            for regions in raw["units"]
+        )
+        return Sheet(place=str(raw["place"]), units=units, guide=dict(raw["guide"]))
+    except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
+        raise CorruptArena(f"the sheet of the arena cannot be read: {error}") from error

@@ -1,0 +1,261 @@
+# SPDX-License-Identifier: Apache-2.0
+"""``moetion export``: a job is killed for good, and what its nodes held goes on as a checkpoint in another layout.
+
+The undisturbed run saves every iteration by Megatron's own way; an export of iteration T has to equal its checkpoint
+of T bit for bit, and so has what another layout saves after it has loaded the export.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jobs import Nursery, damage_captures, logs
+from megatron.core import dist_checkpointing
+from test_restarts import WORLD_SIZE, Run
+from torch import distributed as dist
+
+from megatron_moetion.errors import NothingRecoverable
+from megatron_moetion.export.survey import survey
+from megatron_moetion.inspect.look import node_folders
+from megatron_moetion.mcore.tracker import checkpoint_folder, latest_iteration
+from megatron_moetion.snapshot.packer import HostPool
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
+
+ITERATIONS = 7
+DIES = 6
+COMMON = f"--lr 1e-2 --train-iters {ITERATIONS} --lr-decay-iters 20 --swiglu --moe-router-enable-expert-bias"
+COMMON += " --moe-router-score-function sigmoid --disable-bias-linear"
+PLACED = f"{COMMON} --pipeline-model-parallel-size 2"
+EXACT = "exact --moetion-period 3"
+FEW_EXPERTS = "popularity --moetion-experts-per-snapshot 1 --moetion-max-experts-per-snapshot 1"
+
+
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[Nursery]:
+    found = Nursery("trainer")
+    yield found
+    found.close()
+
+
+class Dead:
+    """Runs that were killed in iteration ``DIES``, by mode, and the one that was not."""
+
+    def __init__(self, trainers: Nursery, folder: Path, store: Path) -> None:
+        self._trainers, self._folder, self._store = trainers, folder, store
+        self._stores: dict[str, Path] = {}
+        self._saved: Path | None = None
+
+    def run(self, name: str, flags: str) -> Run:
+        return Run(self._trainers, self._folder / name, self._store / name, flags)
+
+    def saved(self, iteration: int) -> dict[str, Any]:
+        """The undisturbed run's own checkpoint."""
+        if self._saved is None:
+            self._saved = self._folder / "saved"
+            self.run("undisturbed", f"{PLACED} --save {self._saved} --save-interval 1").finish()
+        return content_of(checkpoint_folder(str(self._saved), iteration))
+
+    def store(self, mode: str, copy: Path) -> Path:
+        """A copy of what the dead run of this mode has left: a folder with one for each node."""
+        name = mode.split()[0]
+        if mode not in self._stores:
+            run = self.run(name, f"{PLACED} --moetion --moetion-mode {mode} --moetion-ranks-per-node 2")
+            attempt = run.attempt(f"--moetion-inject-fault 0:1:{DIES}:before-select")
+            assert -9 in attempt.codes, logs(run.folder / "0")
+            self._stores[mode] = run.store / "restarts"
+        return Path(shutil.copytree(self._stores[mode], copy))
+
+
+@pytest.fixture(scope="module")
+def dead(trainers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Dead]:
+    store = Path("/dev/shm") / f"moetion-export-{os.getpid()}"
+    yield Dead(trainers, tmp_path_factory.mktemp("runs"), store)
+    shutil.rmtree(store, ignore_errors=True)
+
+
+def export(output: Path, *stores: Path, more: str = "") -> tuple[int, dict[str, Any], str]:
+    """The program, as a user calls it: exit code, document, and what it says."""
+    done = subprocess.run(
+        [
+            sys.executable,
+            "-W",
+            "ignore",
+            "-m",
+            "megatron_moetion.cli",
+            "export",
+            "restarts",
+            "--json",
+            "--output",
+            str(output),
+            "--store",
+            *map(str, stores),
+            *more.split(),
+        ],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    return done.returncode, json.loads(done.stdout) if done.stdout else {}, done.stderr
+
+
+def content_of(folder: Path) -> dict[str, Any]:
+    """All that a checkpoint has, read by Megatron-Core: tensors by key, random states, and what is common."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        found = dist_checkpointing.load_plain_tensors(str(folder))
+    finally:
+        dist.destroy_process_group()
+    return dict(found)
+
+
+def differing(a: dict[str, Any], b: dict[str, Any]) -> list[str]:
+    """Keys of one alone, and of what differs in any bit."""
+    return [k for k in sorted({*a, *b}) if k not in a or k not in b or not _same(a[k], b[k])]
+
+
+def _same(a: Any, b: Any) -> bool:
+    if isinstance(a, torch.Tensor):
+        return a.dtype is b.dtype and a.shape == b.shape and torch.equal(a, b)
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(_same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(_same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
+
+
+def but(found: dict[str, Any], *names: str) -> dict[str, Any]:
+    return {k: v for k, v in found.items() if k not in names}
+
+
+RUN_S_OWN = ("progress",)
+"""Holds the record of all flags; those of saving and of in-memory checkpoints differ."""
+
+
+@pytest.mark.parametrize("mode", ["full", EXACT])
+def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dead, tmp_path: Path, mode: str) -> None:
+    """Of both nodes, and of either one alone, whose replicas stand in for the other."""
+    store = dead.store(mode, tmp_path / "store")
+    iteration = None
+    for number, folders in enumerate(([store], [store / "node0"], [store / "node1"])):
+        output = tmp_path / f"out{number}"
+        code, found, said = export(output, *folders)
+        assert code == 0, said
+        assert iteration in (None, found["iteration"]), "either node has the same iteration"
+        iteration = found["iteration"]
+        assert DIES - 2 <= iteration < DIES
+        assert latest_iteration(str(output)) == iteration
+        exported = content_of(checkpoint_folder(str(output), iteration))
+        saved = dead.saved(iteration)
+        assert differing(but(saved, *RUN_S_OWN), but(exported, *RUN_S_OWN)) == []
+        assert {k: v for k, v in exported["progress"].items() if k != "flags"} == {
+            k: v for k, v in saved["progress"].items() if k != "flags"
+        }
+        assert sum(k.startswith("optimizer.state.") for k in exported) > 30
+    assert found["replayed_steps"] == (0 if mode == "full" else pytest.approx(2, abs=1))
+
+
+@pytest.mark.parametrize("size", [4, 1])
+def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path, size: int) -> None:
+    """One stage and four-way experts, or none: what it has loaded is what it saves at once, and it trains."""
+    output, again = tmp_path / "out", tmp_path / "again"
+    for_it = f"--expert-model-parallel-size {size}"
+    code, found, said = export(output, dead.store("full", tmp_path / "store") / "node1", more=for_it)
+    assert code == 0, said
+    iteration = found["iteration"]
+    other = f"{COMMON} {for_it} --load {output}"
+    loaded = dead.run(f"other{size}", f"{other} --save {again}").finish(f"--train-iters {iteration}")
+    assert loaded.lines(f"> training from iteration {iteration} to {iteration}"), loaded.output[-2000:]
+    exported, saved = (content_of(checkpoint_folder(str(f), iteration)) for f in (output, again))
+    tensors = [{k: v for k, v in c.items() if isinstance(v, torch.Tensor)} for c in (exported, saved)]
+    assert differing(*tensors) == []
+    trained = dead.run(f"trained{size}", other).finish()
+    assert list(trained.losses) == list(range(iteration + 1, ITERATIONS + 1))
+
+
+def test_the_same_layout_goes_on_bitwise(dead: Dead, tmp_path: Path) -> None:
+    undisturbed = dead.run("reference", PLACED).finish()
+    output = tmp_path / "out"
+    code, found, said = export(output, dead.store(EXACT, tmp_path / "store"))
+    assert code == 0, said
+    resumed = dead.run("resumed", f"{PLACED} --load {output}").finish()
+    assert resumed.losses == {i: loss for i, loss in undisturbed.losses.items() if i > found["iteration"]}
+
+
+def test_stale_experts_are_named(dead: Dead, tmp_path: Path) -> None:
+    code, found, said = export(tmp_path / "out", dead.store(FEW_EXPERTS, tmp_path / "store"))
+    assert code == 0, said
+    exported, saved = content_of(Path(found["checkpoint"])), dead.saved(found["iteration"])
+    assert found["stale"]
+    assert all(captured < found["iteration"] for captured in found["stale"].values())
+    different = differing(but(saved, *RUN_S_OWN), but(exported, *RUN_S_OWN))
+    assert different, "experts are older"
+    assert all(".experts." in key for key in different)
+
+
+def test_what_is_there_is_not_overwritten_without_force(dead: Dead, tmp_path: Path) -> None:
+    store, output = dead.store("full", tmp_path / "store"), tmp_path / "out"
+    _, found, _ = export(output, store)
+    marked = Path(found["checkpoint"]) / "mark"
+    marked.touch()
+    code, _, said = export(output, store)
+    assert (code, marked.exists()) == (2, True)
+    assert "--force" in said
+    code, _, said = export(output, store, more="--force")
+    assert (code, marked.exists()) == (0, False), said
+    assert sorted(p.name for p in output.iterdir()) == [marked.parent.name, "latest_checkpointed_iteration.txt"]
+
+
+def test_what_is_missing_is_named(dead: Dead, tmp_path: Path) -> None:
+    store = dead.store("full", tmp_path / "store")
+    for node in ("node0", "node1"):
+        (store / node / "rank00002.arena").unlink()
+    code, _, said = export(tmp_path / "out", store)
+    assert code == 3
+    assert "no copy of rank(s) 2 of 4" in said
+    assert not (tmp_path / "out").exists()
+
+
+def look(store: Path, say: Callable[[str], None] = lambda line: None) -> Any:
+    return survey(node_folders([store], "restarts"), "restarts", HostPool(1), say)
+
+
+def test_damaged_captures_give_way_to_whole_copies(dead: Dead, tmp_path: Path) -> None:
+    store = dead.store("full", tmp_path / "store")
+    whole = look(store)
+    own, replica = store / "node0/rank00000.arena", store / "node1/rank00000.arena"
+    damage_captures(own, [whole.iteration])
+    found = look(store)
+    assert found.iteration == whole.iteration
+    assert [n for n in found.notes if str(own) in n and "1 capture(s)" in n]
+    for other in [i for i in whole.reachable if i != whole.iteration]:
+        damage_captures(replica, [other])
+        damage_captures(own, [other])
+    damage_captures(replica, [whole.iteration])
+    with pytest.raises(NothingRecoverable, match=rf"iteration {whole.iteration}: rank 0 has no copy of "):
+        look(store)
+
+
+def test_arenas_of_other_settings_are_passed_over(dead: Dead, tmp_path: Path) -> None:
+    both = dead.store("full", tmp_path / "a")
+    shutil.rmtree(both / "node0")
+    dead.store(EXACT, tmp_path / "b").joinpath("node0").rename(both / "node0")
+    found = look(both)
+    others = {"full": "node0", "exact": "node1"}[found.identity.mode]
+    assert len([n for n in found.notes if f"/{others}/" in n and "is of other settings: mode" in n]) == WORLD_SIZE
+
+
+def test_each_rank_has_its_places(dead: Dead, tmp_path: Path) -> None:
+    guides = [owner.sheet.guide for owner in look(dead.store("full", tmp_path / "store")).owners]
+    assert [len(guides), {g["problem"] for g in guides}] == [WORLD_SIZE, {None}]
+    assert all(g["left_out"] == [] for g in guides)
