@@ -98,7 +98,7 @@ def excerpt() -> str:
     return "\n".join(line.removeprefix("    ") for line in lines)
 
 
-@pytest.mark.parametrize("page", ["docs/own_loop.md"])
+@pytest.mark.parametrize("page", ["README.md", "docs/own_loop.md"])
 def test_documents_show_the_lines_that_run(page: str) -> None:
     shown = excerpt()
     assert "megatron_moetion.attach(" in shown
