@@ -106,9 +106,11 @@ def _require_memory(found: Found) -> None:
     needs: dict[tuple[str, tuple[int, ...]], int] = {}
     for entry in (entry for owner in found.owners for entry in owner.sheet.guide["parameters"]):
         for view in entry["views"]:
-            stepped = _STATE_BYTES if entry["link"] is not None else 0
-            each = stepped + getattr(torch, entry["dtype"]).itemsize
-            needs[view["key"], tuple(view["global_offset"])] = each * torch.Size(view["shape"]).numel()
+            dtype = getattr(torch, entry["dtype"])
+            is_stepped, is_own = entry["link"] is not None, dtype is not torch.float32
+            each = _STATE_BYTES + is_own * dtype.itemsize if is_stepped else dtype.itemsize
+            copies = 1 if len(entry["views"]) == 1 else 2  # Megatron's writer clones what is a part of a tensor
+            needs[view["key"], tuple(view["global_offset"])] = each * copies * torch.Size(view["shape"]).numel()
     need, have = sum(needs.values()), available_bytes()
     if need > have:
         raise StoreError(
