@@ -139,7 +139,7 @@ def main() -> None:
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--pipeline", type=int, default=2, help="pipeline parallel size")
     parser.add_argument("--experts", type=int, default=2, help="expert parallel size")
-    parser.add_argument("--mode", default="full", choices=("full", "popularity", "exact"))
+    parser.add_argument("--mode", default="auto", choices=("auto", "full", "popularity", "exact"))
     parser.add_argument("--run-id", default="", help="start again under the same one to go on")
     parser.add_argument("--store", default="", help="folder for the arenas; default: below /dev/shm")
     parser.add_argument("--ranks-per-node", type=int, default=0, help="emulate nodes of so many ranks")

@@ -414,8 +414,15 @@ class _Loop:
     def costs(self, config: MoetionConfig, copies: Copies) -> dict[str, Sequence[Cost] | str]:
         """What each mode would take on this rank, or why its state cannot be captured in it. Talks to no other rank."""
         found: dict[str, Sequence[Cost] | str] = {}
+        graphs = graph_settings(get_model_config(self.model[0]))
         for mode in config.allowed_modes:
             chosen = config.in_mode(mode)
+            if graphs and mode == "popularity":
+                found[mode] = (
+                    "tokens have to be counted before CUDA graphs are captured, so it is never chosen later: "
+                    "--moetion-mode popularity begins with it"
+                )
+                continue
             try:
                 with ExitStack() as undo:
                     state, _ = self.state(chosen)

@@ -18,8 +18,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megatron_moetion
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError
+from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore import attach as attach_module
+from megatron_moetion.plan.costs import Copies
 
 
 @pytest.fixture(autouse=True)
@@ -175,3 +176,20 @@ def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
             True
         ] * len(expected)
     assert made == ["steady"] * 3
+
+
+@pytest.mark.parametrize("graphs", ["none", "full_iteration"])
+def test_mode_auto_does_not_come_to_popularity_once_graphs_are_captured(
+    monkeypatch: pytest.MonkeyPatch, graphs: str
+) -> None:
+    def state(*_: Any) -> None:
+        raise UnsupportedState("nothing can be captured here")
+
+    chunk = of(DistributedDataParallel)
+    torch.nn.Module.__init__(chunk)
+    chunk.config = SimpleNamespace(cuda_graph_impl=graphs, cuda_graph_modules=[])
+    monkeypatch.setattr(attach_module._Loop, "state", state)
+    loop = attach_module._Loop([chunk], GOOD["optimizer"], None, None, None)
+    found = loop.costs(MoetionConfig(run_id="r"), Copies(replicas=1, ranks_per_node=8))
+    assert found["full"] == found["exact"] == "nothing can be captured here"
+    assert ("CUDA graphs" in str(found["popularity"])) == (graphs != "none")
