@@ -459,7 +459,8 @@ def _image(trainer: Trainer, state: MegatronState) -> dict[str, str]:
         name: hashlib.blake2b(ctypes.string_at(_span(t)[0], _size([_span(t)])), digest_size=8).hexdigest()
         for name, t in _everything(trainer, _token_buffers(state)).items()
     }
-    host = {k: v for k, v in state.host_state().items() if k != "steps"}  # a run without checkpoints remembers none
+    # A run without checkpoints remembers no steps, and does not say that it has trained.
+    host = {k: v for k, v in state.host_state().items() if k not in ("steps", "trained")}
     return {**found, "host": hashlib.blake2b(encode(host)).hexdigest()}
 
 
