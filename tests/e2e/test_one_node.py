@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(400)]
 ROOT = Path(__file__).parents[2]
 MODEL = (
     "--num-layers 1 --hidden-size 16 --num-attention-heads 2 --seq-length 16 --num-experts 4 --moe-ffn-hidden-size 16 "
-    "--expert-model-parallel-size 2 --micro-batch-size 1 --train-iters 8 --lr 1e-3 --mock-data --eval-iters 0 "
+    "--expert-model-parallel-size 2 --micro-batch-size 1 --train-iters 14 --lr 1e-3 --mock-data --eval-iters 0 "
     "--log-interval 1 --use-distributed-optimizer --distributed-timeout-minutes 2"
 )
 
@@ -31,7 +31,7 @@ def store() -> Iterator[Path]:
 
 def test_the_flag_alone_survives_a_killed_process_and_leaves_nothing_behind(store: Path) -> None:
     launcher = "-W ignore -m torch.distributed.run --nproc-per-node 2 --max-restarts 10 --standalone"
-    flags = f"{MODEL} --moetion --moetion-inject-fault 0:1:5:mid-pack --moetion-store {store}"
+    flags = f"{MODEL} --moetion --moetion-inject-fault 0:1:10:mid-pack --moetion-store {store}"
     done = subprocess.run(
         [sys.executable, *launcher.split(), str(ROOT / "pretrain_gpt_moe.py"), *flags.split()],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
