@@ -16,29 +16,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-from megatron.core import parallel_state
 from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor, ShardedTensorFactory
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.utils import unwrap_model
 
+from megatron_moetion.mcore.disk_format import checkpoint_metadata
 from megatron_moetion.mcore.layout import ModelLayout
 from megatron_moetion.mcore.shards import shards
 from megatron_moetion.mcore.topology import parallel_sizes
 
 GUIDE_VERSION = 1
 _OBJECT_BYTES_MAX = 1 << 16
-
-
-def checkpoint_metadata() -> dict[str, Any]:
-    """How Megatron-Core lays the state out; 'fully_reshardable' loads under another topology, too."""
-    return {
-        "distrib_optim_sharding_type": "fully_reshardable",
-        "singleton_local_shards": False,
-        "chained_optim_avoid_prefix": True,
-        "dp_cp_group": parallel_state.get_data_parallel_group(with_context_parallel=True),
-    }
 
 
 def guide(model: Sequence[DistributedDataParallel], layout: ModelLayout, links: Sequence[MegatronOptimizer]) -> str:
