@@ -24,6 +24,7 @@ PHASE_COLORS = {
     "network": "#A6761D",
     "fetch": BLUE,
     "verify": "#CC79A7",
+    "pin": "#8DD3C7",
     "replicate": "#7B3294",
     "restore": GREEN,
     "resync": "#F0E442",
