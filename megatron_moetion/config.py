@@ -180,6 +180,20 @@ class MoetionConfig:
     in_flight_bytes: int = setting(
         64 << 20, "most bytes handed to the network at once by one rank", minimum=1, metavar="BYTES", expert=True
     )
+    save: str = setting(
+        "",
+        "folder for checkpoints on disk that processes beside training write from the memory of the nodes, so that "
+        "training does not stop for them; all nodes must see it. Default: that of --save. 'off': training writes them "
+        "itself. In mode 'popularity' it always does",
+        metavar="DIR",
+    )
+    save_interval: int = setting(
+        0, "iterations between such checkpoints; 0: as --save-interval says, else only when the job is ended by a "
+        "signal", minimum=0,
+    )  # fmt: skip
+    save_limit_s: int = setting(
+        1800, "longest that one such checkpoint may take until it is given up", minimum=1, expert=True
+    )
     state_hash_interval: int = setting(
         0,
         "iterations between hashes of the whole training state in the log and --moetion-report; 0: none",
@@ -202,6 +216,11 @@ class MoetionConfig:
                     f"{flag_of('moetion_' + one)} {getattr(self, one)} and --moetion-snapshot-bytes "
                     f"{self.snapshot_bytes} both say how large a snapshot is; give one"
                 )
+        if self.save_interval and not self.save:
+            raise ConfigError(
+                f"--moetion-save-interval is {self.save_interval}, and nothing says where checkpoints go; give "
+                f"--moetion-save DIR (or --save DIR) too"
+            )
         if 0 < self.max_experts_per_snapshot < self.experts_per_snapshot:
             raise ConfigError(
                 f"--moetion-max-experts-per-snapshot {self.max_experts_per_snapshot} is less than "

@@ -15,7 +15,6 @@ from megatron_moetion.modes.mode import Remark
 from megatron_moetion.replicate.pipeline import Skip
 from megatron_moetion.run.running import Running, freeze
 from megatron_moetion.select.book import ExpertState
-from megatron_moetion.store.retention import Settled
 
 
 class Session:
@@ -39,6 +38,11 @@ class Session:
         if self._is_open:
             run.pipeline.wait_until_released()
         return run.arenas.own.page.stable
+
+    @property
+    def writes_checkpoints(self) -> bool:
+        """Whether checkpoints on disk are written beside training, which need not stop for them."""
+        return self.running.releases.writes
 
     def before_optimizer_step(self) -> None:
         """Return once live state may be written; a late snapshot is dropped. Called by the optimizer hook.
@@ -81,7 +85,8 @@ class Session:
         12. ``summary.state_hash``, where one is due.
         13. ``mode.contents``: the snapshot's units are chosen.
         14. ``adapter.moved``: addresses are checked right before they are read.
-        15. ``pipeline.submit``: arenas release what ``settle`` allowed, then units are packed and replicated.
+        15. ``releases.take``, ``pipeline.submit``: arenas release what ``settle`` allowed and nobody still copies, then
+            units are packed and replicated.
         """
         run = self._open()
         if (unread := run.scheduler.cut(iteration, is_typical=stepped)) is not None:
@@ -101,7 +106,7 @@ class Session:
         if run.mode.waits_for_replication:
             with run.scheduler.urgent():
                 run.pipeline.catch_up(run.max_stall_s)
-        release = self._learn()
+        self._learn()
         problem = self._agree(iteration, stepped=stepped)
         if not healthy:
             problem = Skip(reason="unhealthy")
@@ -116,7 +121,7 @@ class Session:
                 text = f"snapshots are dropped, iteration {run.agreement.stable} stays: {why}"
                 run.journal.warn_once(problem.reason, iteration, text)
                 contents = problem
-        run.pipeline.submit(iteration, contents, release)
+        run.pipeline.submit(iteration, contents, run.releases.take())
         run.summary.drops(iteration, run.pipeline)
         for kind, text in run.pipeline.remarks():
             run.journal.warn_once(f"{kind} {iteration}", iteration, text)
@@ -130,16 +135,14 @@ class Session:
             text = f"a recovery may go on from this iteration or the one before, which are not healthy: {unwritten}"
             run.journal.warn_once("vetoes", max(iterations), text)
 
-    def _learn(self) -> Settled | None:
-        """What the results of agreements that have come allow arenas to release; None without news."""
+    def _learn(self) -> None:
+        """Hear the results of agreements that have come, and what they allow arenas to release."""
         run = self.running
-        release: Settled | None = None
         for agreed in run.agreement.poll():
             settled = run.mode.settle(agreed)
             if agreed.is_news:
-                release = settled if release is None else release.followed_by(settled)
+                run.releases.learn(settled)
             run.journal.hear(agreed.notes)
-        return release
 
     def _agree(self, iteration: int, *, stepped: bool) -> Skip | None:
         """Why this step cannot be captured, None if it can."""
@@ -223,6 +226,7 @@ class Session:
         with run.undo:
             with run.scheduler.urgent():
                 run.pipeline.drain()
+            run.releases.finish(run.save_limit_s)
             newest, stable = run.agreement.newest, run.agreement.stable
             is_whole = run.summary.at_end(newest, run.pipeline, run.mode.layers(run.packer), stable)
         if is_whole:

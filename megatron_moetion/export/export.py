@@ -20,7 +20,7 @@ from megatron_moetion.export.survey import Found, Owner, Say, survey
 from megatron_moetion.framework import StepReplayer
 from megatron_moetion.mcore.offline import Stretch, offline_steps
 from megatron_moetion.mcore.torch_dist import Tensors, write_checkpoint
-from megatron_moetion.mcore.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
+from megatron_moetion.persist.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.sharedfile import available_bytes
 from megatron_moetion.units import Role

@@ -92,6 +92,27 @@ def survey(folders: Sequence[Path], run_id: str, pool: HostPool, say: Say, itera
     return _choose(judged, [arena for _, arena in arenas], folders, iteration, notes)
 
 
+def owner_alone(arena: Arena, iteration: int) -> Owner:
+    """One rank, from its own arena: just the captures that lead to ``iteration``, not verified.
+
+    ``NothingRecoverable`` where some are not there; ``ConfigError`` for state that cannot be exported.
+    """
+    copy = Copy.of(0, arena.spec, arena.page)
+    choose = CHOOSE[arena.spec.identity.mode]
+    chosen = choose(copy.units, held_by_owner([copy], arena.spec.identity.mode)[copy.owner], iteration)
+    if isinstance(chosen, str):
+        raise NothingRecoverable(f"iteration {iteration} is not in {arena.name} (any more): {chosen}")
+    wanted = set(chosen)
+    records = Records.of([r for r in copy.records if r.key in wanted])
+    return Owner(
+        rank=copy.owner,
+        sheet=_sheet(arena, copy.owner),
+        units=copy.units,
+        sources=(Source(arena=arena, records=records),),
+        chosen=tuple(chosen),
+    )
+
+
 def _open_all(folders: Sequence[Path], run_id: str, notes: list[str]) -> list[tuple[int, Arena]]:
     """The arenas of this run that can be opened, each with the number of its folder."""
     found: list[tuple[int, Arena]] = []

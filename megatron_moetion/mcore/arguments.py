@@ -60,8 +60,14 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def moetion_config(args: argparse.Namespace) -> MoetionConfig:
-    """The settings that were given; every other field keeps its default. Raises ``ConfigError``."""
-    flags = vars(args)
+    """The settings that were given; every other field keeps its default. Raises ``ConfigError``.
+
+    Where checkpoints on disk go, and how often, is as for Megatron-LM, unless it is said.
+    """
+    flags = dict(vars(args))
+    for name in ("save", "save_interval"):
+        if flags.get(name):
+            flags.setdefault(MOETION_PREFIX + name, flags[name])
     names = [f.name for f in dataclasses.fields(MoetionConfig)]
     return MoetionConfig(**{n: flags[MOETION_PREFIX + n] for n in names if MOETION_PREFIX + n in flags})
 

@@ -209,6 +209,11 @@ class Attached:
         """See ``Session.stable_iteration``; -1 before ``start``."""
         return self._session.stable_iteration if self._session is not None else -1
 
+    @property
+    def writes_checkpoints(self) -> bool:
+        """See ``Session.writes_checkpoints``; False before ``start``."""
+        return self._session is not None and self._session.writes_checkpoints
+
     def close(self) -> None:
         """Finish the snapshots under way and undo everything that ``attach`` did; see ``Session.close``."""
         with self._undo:

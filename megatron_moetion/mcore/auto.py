@@ -133,6 +133,11 @@ class AutoAttached:
         """See ``Session.stable_iteration``; -1 before the choice."""
         return self._attached.stable_iteration if self._attached is not None else -1
 
+    @property
+    def writes_checkpoints(self) -> bool:
+        """See ``Session.writes_checkpoints``; False before the choice."""
+        return self._attached is not None and self._attached.writes_checkpoints
+
     def close(self) -> None:
         """See ``Attached.close``."""
         if self._is_open and self._attached is None and self._iteration >= 0 and self._fabric.rank == 0:

@@ -86,6 +86,8 @@ class Adapter:
         """An iteration was skipped, and its samples are not counted yet."""
         self._is_healthy = True
         self._saves_again = False
+        self._left_to_memory = -1
+        """The last iteration whose checkpoint was left to the processes beside training."""
         self._gave_communicator = False
 
     # -- before training ------------------------------------------------------------------------------
@@ -186,6 +188,8 @@ class Adapter:
         self._tell_skipped()
         self._attached.close()
         self._attached = None
+        if self._left_to_memory == self._state.iteration:  # no later iteration has shown that all ranks have it
+            self._save_unless_saved(call.arguments)
         if isinstance(result, SystemExit):
             raise result
         return result
@@ -193,8 +197,12 @@ class Adapter:
     def _save_if_due(self, loop: Mapping[str, Any]) -> None:
         """Write the checkpoint of a recovered iteration, which the fault may have cut short: its snapshot is older."""
         flags, iteration = self._training.get_args(), self._state.iteration
-        if not (flags.save and flags.save_interval and iteration) or iteration % flags.save_interval:
-            return
+        is_due = flags.save and flags.save_interval and iteration and not iteration % flags.save_interval
+        if is_due and not self._attached.writes_checkpoints:
+            self._save_unless_saved(loop)
+
+    def _save_unless_saved(self, loop: Mapping[str, Any]) -> None:
+        flags, iteration = self._training.get_args(), self._state.iteration
         from megatron_moetion.pretrain.checkpoint import last_saved
 
         if last_saved(flags.save) != iteration:
@@ -207,6 +215,16 @@ class Adapter:
                 checkpointing_context=loop["checkpointing_context"],
                 train_data_iterator=loop["train_data_iterator"],
             )
+
+    def save_checkpoint_and_time(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        """Leave the checkpoints of ``--save-interval`` to the processes beside training, where there are such."""
+        if self._attached is not None and self._attached.writes_checkpoints:
+            call = inspect.signature(original).bind(*args, **kwargs).arguments
+            interval = self._training.get_args().save_interval
+            if interval and not call["iteration"] % interval and not call.get("non_persistent_ckpt"):
+                self._left_to_memory = call["iteration"]
+                return None
+        return original(*args, **kwargs)
 
     def get_forward_backward_func(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Give schedules the communicator that is watched, where ``train()`` was not given it."""

@@ -58,7 +58,7 @@ def newest_on_disk(flags: Any) -> int | None:
 
 def tracked(folder: Path) -> int | None:
     """The iteration that the tracker file in a folder of checkpoints names; None without one, or for a release."""
-    from megatron_moetion.mcore.tracker import TRACKER, latest_iteration
+    from megatron_moetion.persist.tracker import TRACKER, latest_iteration
 
     tracker = folder / TRACKER
     if tracker.is_file() and tracker.read_text(encoding="utf-8").strip() == "release":

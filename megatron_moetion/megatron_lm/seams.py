@@ -27,6 +27,7 @@ REPLACED: Mapping[str, tuple[str, ...]] = {
     f"{TRAINING}:train_step": (),
     f"{TRAINING}:dummy_train_step": (),
     f"{TRAINING}:checkpoint_and_decide_exit": ("iteration", "num_floating_point_operations_so_far"),
+    f"{TRAINING}:save_checkpoint_and_time": ("iteration", "non_persistent_ckpt"),
     f"{TRAINING}:get_forward_backward_func": (),
 }
 """What is replaced, and the arguments that are read by name."""

@@ -119,6 +119,8 @@ class SnapshotMode(Protocol):
     """Of this rank's arena."""
     note: str | None = None
     """Why sizes are not the usual ones, for a person."""
+    loses_tokens: bool = False
+    """Whether the state that a recovery finds may be older than its iteration, in part."""
     waits_for_replication: bool = False
     """Whether training waits for the last snapshot to be replicated, for at most ``max_stall_ms``."""
     choose: Choose

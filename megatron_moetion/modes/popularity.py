@@ -124,6 +124,7 @@ class PopularityMode(SnapshotMode):
     """See the module."""
 
     name = "popularity"
+    loses_tokens = True
     choose = staticmethod(choose_newest_experts)
 
     def __init__(

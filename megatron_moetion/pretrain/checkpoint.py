@@ -19,7 +19,7 @@ from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore.disk_format import checkpoint_metadata
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
 from megatron_moetion.mcore.topology import is_same, parallel_sizes
-from megatron_moetion.mcore.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
+from megatron_moetion.persist.tracker import TRACKER, checkpoint_folder, latest_iteration, write_tracker
 from megatron_moetion.pretrain.progress import RunState
 
 _GROUP_STATE = ("params", "step")

@@ -19,7 +19,7 @@ from torch import distributed as dist
 from megatron_moetion.errors import ProtectionLost
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.mcore.rng import load_rng_states, rng_states
-from megatron_moetion.mcore.tracker import latest_iteration
+from megatron_moetion.persist.tracker import latest_iteration
 from megatron_moetion.pretrain import checkpoint, flags
 from megatron_moetion.pretrain.corpus import SampleSource, Split, batches, sample_numbers
 from megatron_moetion.pretrain.model import build_model, build_optimizer
@@ -96,7 +96,7 @@ class Trainer:
                 if resumed is not None:
                     self._go_on()
                     # A snapshot is older than the checkpoint of its iteration, which may be missing or cut short.
-                    self._save_if_due()
+                    self._save_if_due(session)
             self._train(session)
         if self.args.eval_iters and self.progress.evaluated != self.progress.iteration:
             self.evaluate()
@@ -122,7 +122,7 @@ class Trainer:
                 self.pipeline_arguments = session.pipeline_arguments  # mode auto has them once it has chosen
                 self.reporter.scalars(progress, session.scalars)
                 self._leave_if_lost(result, session)
-            self._save_if_due()
+            self._save_if_due(session)
             if args.exit_interval is not None and progress.iteration % args.exit_interval == 0:
                 say(f"> leaving at iteration {progress.iteration}, a multiple of --exit-interval")
                 break
@@ -177,8 +177,10 @@ class Trainer:
         if self.args.save is not None:
             self._saved = checkpoint.last_saved(self.args.save)
 
-    def _save_if_due(self) -> None:
-        """Save at multiples of ``--save-interval``, once each."""
+    def _save_if_due(self, session: Any) -> None:
+        """Save at multiples of ``--save-interval``, once each, unless that is done beside training."""
+        if session is not None and session.writes_checkpoints:
+            return
         iteration, interval = self.progress.iteration, self.args.save_interval
         if interval is not None and iteration and iteration % interval == 0 and self._saved != iteration:
             self.save()

@@ -8,11 +8,14 @@ import os
 import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 from megatron_moetion.clock import Clock, SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.observe.fault import make_probe, parse_faults
 from megatron_moetion.observe.process import process_start
+from megatron_moetion.persist.process import WriterProcess
+from megatron_moetion.persist.saver import Writer
 from megatron_moetion.replicate.link import Timing
 from megatron_moetion.replicate.speed import PROBE_BYTES
 from megatron_moetion.replicate.worker import SystemThreads, Threads
@@ -63,6 +66,8 @@ class Host:
     nonce: Callable[[], int] = lambda: secrets.randbits(32)
     process_start: Callable[[], float] = process_start
     """Unix time, seconds."""
+    start_writer: Callable[[Mapping[str, Any]], Writer] = WriterProcess
+    """From its settings: the process that writes this rank's part of checkpoints on disk."""
     at_exit: Callable[[Callable[[], None]], object] = atexit.register
     """Have something done when the interpreter ends in good order."""
     end: Callable[[int], object] = os._exit

@@ -13,6 +13,7 @@ from megatron_moetion.errors import DeviceFault
 from megatron_moetion.framework import StateAdapter
 from megatron_moetion.modes.mode import SnapshotMode
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.persist.saver import Releases
 from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.agreement import Agreement, combine_words
 from megatron_moetion.replicate.channel import Fabric
@@ -57,6 +58,7 @@ class Running:
     pipeline: Pipeline
     agreement: Agreement
     vetoes: Vetoes
+    releases: Releases
     protection: Protection
     upkeep: Upkeep
     summary: Summary
@@ -69,6 +71,7 @@ class Running:
     replicas: int
     max_stall_s: float
     timeout_s: float
+    save_limit_s: float
     undo: ExitStack
     leaving: ExitStack
     """Stops the threads without waiting for other ranks."""
@@ -131,8 +134,10 @@ class Prepared:
         if not self.packer.settle():
             raise DeviceFault("the device is late with the first copy of state that changes between steps")
 
-    def begin(self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int) -> Running:
-        """Start the threads of a run whose stable iteration is ``iteration``; takes over ``arenas``."""
+    def begin(
+        self, arenas: OpenArenas, placement: Placement, iteration: int, epoch: int, releases: Releases
+    ) -> Running:
+        """Start the threads of a run whose stable iteration is ``iteration``; takes over arenas and releases."""
         config, rank = self.config, self.fabric.rank
         pipeline = Pipeline(
             packer=self.packer,
@@ -147,9 +152,10 @@ class Prepared:
             threads=self.host.threads,
         )
         reducer = self.fabric.reducer("agreement", range(self.fabric.world_size), combine_words)
-        for close in (arenas.close, self.packer.close, pipeline.close):
+        for close in (arenas.close, self.packer.close, pipeline.close, releases.close):
             self.undo.callback(close)
         self.leaving.callback(pipeline.abandon, 0.0)
+        self.leaving.callback(releases.close)
         protection = Protection(
             journal=self.journal,
             rank=rank,
@@ -183,6 +189,7 @@ class Prepared:
             arenas=arenas,
             pipeline=pipeline,
             agreement=Agreement(reducer, iteration),
+            releases=releases,
             vetoes=Vetoes(self.node.path, rank, arenas.own.page.lineage, epoch),
             protection=protection,
             upkeep=upkeep,
@@ -194,6 +201,7 @@ class Prepared:
             replicas=config.replicas,
             max_stall_s=config.max_stall_ms / 1000,
             timeout_s=config.timeout_s,
+            save_limit_s=config.save_limit_s,
             undo=self.undo,
             leaving=self.leaving,
             forget=self._forget,

@@ -24,8 +24,10 @@ from megatron_moetion.replicate.witness import Past
 from megatron_moetion.run.health import ended_before, watch
 from megatron_moetion.run.network import PROBE_PATIENCE_S, look_at_network, say_network
 from megatron_moetion.run.running import Prepared, Running
+from megatron_moetion.run.saving import Saving, agree_on_saving, make_releases
 from megatron_moetion.select.book import share_lost
 from megatron_moetion.snapshot.host_state import decode
+from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.units import UnitKind
 
 
@@ -85,6 +87,7 @@ class Starter:
 
     def __init__(self, prepared: Prepared) -> None:
         self._run = prepared
+        self._saving: Saving | None = None
 
     def start(self, disk: Disk | None = None) -> tuple[Running, Resumed | None]:
         """Recover the newest state from memory or disk, or begin; then a baseline is stable. Collective.
@@ -126,6 +129,7 @@ class Starter:
         loaded = load_from_disk(self._run.fabric, disk, in_memory, newest, self._run.journal)
         if source is None and isinstance(plan, RecoveryPlan) and loaded is None:
             raise self._no_way_on(plan)
+        self._saving = agree_on_saving(self._run)
         resumed = None
         if source is not None and (loaded is None or loaded <= source.iteration):
             running, resumed = self._recover(startup, findings, source, phases, newest)
@@ -178,7 +182,7 @@ class Starter:
         startup.commit(fetched)
         self._run.probe("restored", -1)
         self._run.adapter.resync()
-        running = self._run.begin(fetched.arenas, findings.placement, plan.iteration, plan.epoch)
+        running = self._begin_at(fetched.arenas, findings, plan.iteration, plan.epoch)
         on_all_ranks(self._run.fabric, self._run.freeze)
         peers = self._run.adapter.expert_peers() or (self._run.fabric.rank,)
         meeting = Meeting(self._run.fabric, "tokens of shared experts", peers, add, self._run.config.timeout_s)
@@ -282,7 +286,7 @@ class Starter:
         phases.done("pin")
         if lost is not None:
             self._run.journal.warn_once("fresh", iteration, f"memory holds nothing to recover ({lost}); starting here")
-        running = self._run.begin(arenas, findings.placement, iteration, epoch=0)
+        running = self._begin_at(arenas, findings, iteration, epoch=0)
         pipeline = running.pipeline
         on_all_ranks(self._run.fabric, self._run.freeze)
         pipeline.submit(iteration, self._run.mode.baseline(iteration, self._run.packer))
@@ -299,6 +303,10 @@ class Starter:
         phases.done("baseline")
         self._run.journal.event("began", iteration=iteration, phases_s=dict(phases.seconds))
         return running
+
+    def _begin_at(self, arenas: OpenArenas, findings: Findings, iteration: int, epoch: int) -> Running:
+        releases = make_releases(self._run, self._saving, arenas.own, epoch)
+        return self._run.begin(arenas, findings.placement, iteration, epoch, releases)
 
     def _lost(self, findings: Findings) -> str | None:
         """Why state that this run once had is gone; None where there never was any. Collective."""

@@ -3,6 +3,8 @@
 
 from __future__ import annotations
 
+import mmap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ import numpy as np
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import CorruptArena
 from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.population import Population
 
 
@@ -55,3 +58,21 @@ class PrivateFile:
 def read_only(path: Path) -> Arena:
     """Open an arena for reading. Its writer, if it has one, may go on. Errors as ``open_arena``."""
     return Arena(PrivateFile(path))
+
+
+def take_over(arena: Arena, records: Records, num_threads: int) -> None:
+    """Make the bytes of these captures this process's own, where ``read_only`` opened the arena.
+
+    The kernel copies a page when something is written to it, so every page is written to as it is. What a writer does
+    meanwhile is in the copy or not: verify the captures afterwards. The memory is this process's until the arena is
+    closed and no view of it is left.
+    """
+    slots = [record.slot for record in records if not record.is_zero]
+
+    def own(slot: int) -> None:
+        for view in (arena.payload(slot), arena.digests(slot).view(np.uint8)):
+            view[:: mmap.PAGESIZE] |= 0
+            view[-1:] |= 0
+
+    with ThreadPoolExecutor(num_threads) as threads:
+        list(threads.map(own, slots))

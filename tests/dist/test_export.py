@@ -26,7 +26,7 @@ from torch import distributed as dist
 from megatron_moetion.errors import NothingRecoverable
 from megatron_moetion.export.survey import survey
 from megatron_moetion.inspect.look import node_folders
-from megatron_moetion.mcore.tracker import checkpoint_folder, latest_iteration
+from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration
 from megatron_moetion.snapshot.packer import HostPool
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]

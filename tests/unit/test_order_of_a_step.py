@@ -50,7 +50,8 @@ STEP = [
     "probe before-select",  # an injected fault strikes when ranks have begun to agree and nothing is chosen yet
     "mode.contents",  # after ``settle``, ``counts`` and ``freeze``
     "adapter.moved",  # last, right before addresses are read
-    "pipeline.submit",  # after the freeze; releases what ``settle`` allowed first
+    "releases.take",  # after ``settle``: what arenas may release, less what is being copied to disk
+    "pipeline.submit",  # after the freeze; releases that first
     "summary.drops",
     "pipeline.remarks",  # what the snapshots before have brought about
 ]
@@ -75,8 +76,8 @@ class Written:
         return call
 
 
-WATCHED = ("scheduler", "adapter", "protection", "pipeline", "upkeep", "mode", "agreement", "packer", "summary")
-SILENT = {"packer.staged", "pipeline.rounds", "pipeline.redundancy"}
+WATCHED = ("scheduler", "adapter", "protection", "pipeline", "upkeep", "mode", "agreement", "packer", "summary", "releases")
+SILENT = {"releases.learn", "packer.staged", "pipeline.rounds", "pipeline.redundancy"}
 """Asked by parts, at any time."""
 
 

@@ -23,6 +23,7 @@ FLOORS = [
     {"replicate"},
     {"schedule"},
     {"recover"},
+    {"persist"},
     {"modes"},
     {"run"},
     {"session"},

@@ -1,0 +1,253 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The process that writes one rank's part of checkpoints on disk, from the rank's arena, while training goes on.
+
+``persist/process.py`` starts it in the rank's process group and speaks with it over pipes, a JSON document a line. It
+makes the captures of an iteration its own, verifies them, tells the rank, and writes. Ranks meet in a folder below the
+checkpoints': each leaves its tensors and a table of them there, and rank 0's process makes them a checkpoint.
+
+On SIGTERM, which a supervisor sends to whole groups when a job must leave, the processes of all ranks agree in such a
+folder on the newest stable iteration, write that, and end. Without its rank a process ends what it is at, and itself.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import shutil
+import signal
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from megatron_moetion.clock import Clock, SystemClock
+from megatron_moetion.errors import MoetionError
+from megatron_moetion.export.export import RankPart, replayer
+from megatron_moetion.export.assemble import memory_bytes, write_rank
+from megatron_moetion.export.meeting import Meeting, MeetingFailed
+from megatron_moetion.export.survey import owner_alone
+from megatron_moetion.mcore.torch_dist import finish
+from megatron_moetion.persist.tracker import DRAFT, checkpoint_folder, clear_drafts, latest_iteration, publish
+from megatron_moetion.snapshot.host_state import decode, encode
+from megatron_moetion.recover.survey import intact
+from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.store.reading import read_only, take_over
+from megatron_moetion.store.sharedfile import available_bytes
+
+JOIN_S = 20.0
+"""How long a process waits, after SIGTERM, for those of all other ranks: else only some are to end."""
+ORPHAN_S = 120.0
+"""How long rank 0's process waits for the parts of others when its rank has gone."""
+_AFTER_RANK_S = 2.0
+"""A signal to the whole group may come a little later than the end of the rank."""
+_NICE = 10
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """What the rank tells its process at the start; see ``run/saving.py``."""
+
+    arena: str
+    root: str
+    rank: int
+    world_size: int
+    local_ranks: int
+    history: str
+    """Of the run, as far as this start: the names of folders carry it, so that two starts share none."""
+    limit_s: float
+
+
+class Rank(Protocol):
+    """The rank, as its writer sees it."""
+
+    is_ending: bool
+    """Whether the job has been told to end."""
+
+    def next(self) -> Mapping[str, Any] | None:
+        """The next message; None when there will be none: the rank has gone, or the job ends."""
+        ...
+
+    @property
+    def is_there(self) -> bool:
+        """Whether the rank's process lives."""
+        ...
+
+    def say(self, **document: Any) -> None:
+        """Tell the rank, if it is there."""
+        ...
+
+
+class Pipes:
+    """The rank behind two pipes. Takes over SIGTERM."""
+
+    def __init__(self, inward: int, outward: int) -> None:
+        self._inward, self._outward = inward, outward
+        self._rest = b""
+        self._is_open = True
+        self._parent = os.getppid()
+        self.is_ending = False
+        self._woken, wake = os.pipe()
+        for end in (self._woken, wake):
+            os.set_blocking(end, False)
+        signal.signal(signal.SIGTERM, self._end)
+        signal.set_wakeup_fd(wake)
+
+    def next(self) -> Mapping[str, Any] | None:
+        """See ``Rank``."""
+        while not self.is_ending:
+            line, found, rest = self._rest.partition(b"\n")
+            if found:
+                self._rest = rest
+                message: dict[str, Any] = json.loads(line)
+                return message
+            inputs = [self._woken, *([self._inward] if self._is_open else [])]
+            ready, _, _ = select.select(inputs, [], [], None if self._is_open else _AFTER_RANK_S)
+            if self._woken in ready:
+                os.read(self._woken, 64)
+            elif ready:
+                data = os.read(self._inward, 1 << 16)
+                self._rest += data
+                self._is_open = bool(data)
+            else:
+                return None
+        return None
+
+    @property
+    def is_there(self) -> bool:
+        """See ``Rank``."""
+        return os.getppid() == self._parent
+
+    def say(self, **document: Any) -> None:
+        """See ``Rank``."""
+        with suppress(OSError):
+            os.write(self._outward, json.dumps(document).encode() + b"\n")
+
+    def _end(self, *_: object) -> None:
+        self.is_ending = True
+
+
+class Service:
+    """Writes what a rank asks for, one checkpoint after the other."""
+
+    def __init__(self, settings: Settings, rank: Rank, num_threads: int, clock: Clock) -> None:
+        self._settings = settings
+        self._rank = rank
+        self._num_threads = num_threads
+        self._pool = HostPool(num_threads)
+        self._clock = clock
+        self._root = Path(settings.root)
+
+    def run(self) -> None:
+        """Serve until nothing more will come."""
+        while (message := self._rank.next()) is not None:
+            iteration = message["iteration"]
+            meeting = self._meeting(f"iter_{iteration:07d}")
+            if message["what"] == "save":
+                self._attempt(iteration, meeting, lambda at: self._save(iteration, at, self._written()))
+            else:
+                self._attempt(iteration, meeting, lambda at: at.fail(f"it was still writing that of {message['busy']}"))
+        if self._rank.is_ending:
+            self._attempt(-1, self._meeting("iter_ending"), self._save_newest)
+
+    def _meeting(self, name: str) -> Meeting:
+        folder = self._root / f".{name}.{self._settings.history}{DRAFT}"
+        return Meeting(folder, self._settings.rank, self._settings.world_size, self._clock)
+
+    def _attempt(self, iteration: int, meeting: Meeting, write: Callable[[Meeting], None]) -> None:
+        """Whatever goes wrong is said to the rank and to the other processes, and costs this checkpoint alone."""
+        try:
+            meeting.enter()
+            write(meeting)
+        except (MoetionError, MeetingFailed, OSError, MemoryError) as error:
+            why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+            with suppress(OSError):
+                meeting.fail(why)
+            if self._settings.rank == 0:
+                shutil.rmtree(meeting.folder, ignore_errors=True)
+            self._rank.say(what="failed", iteration=iteration, why=why)
+        finally:
+            meeting.leave()
+
+    def _save(self, iteration: int, meeting: Meeting, written: int) -> None:
+        """``written``: the newest checkpoint on disk before anything of this one was."""
+        began = self._clock.monotonic()
+        document, copy_s = self._write_part(iteration, meeting.folder, began)
+        meeting.add_part(encode(document))
+        if self._settings.rank == 0:
+            clear_drafts(self._root, but=meeting.folder)
+            parts = [decode(part) for part in meeting.parts(lambda: self._time_left(began))]
+            finish(meeting.folder, parts, iteration)
+            meeting.tidy()
+            newest = self._written()
+            publish(meeting.folder, self._root, iteration, is_newest=newest == written or newest < iteration)
+        self._rank.say(
+            what="saved",
+            iteration=iteration,
+            folder=str(checkpoint_folder(self._settings.root, iteration)),
+            nbytes=document["nbytes"],
+            copy_s=copy_s,
+            seconds=self._clock.monotonic() - began,
+        )
+
+    def _write_part(self, iteration: int, folder: Path, began: float) -> tuple[dict[str, Any], float]:
+        """What ``finish`` needs of this rank's part, and the seconds until the rank could go on as it likes."""
+        arena = read_only(Path(self._settings.arena))
+        try:
+            owner = owner_alone(arena, iteration)
+            (source,) = owner.sources
+            copied = int(source.records.table["nbytes"].sum())
+            need = (copied + memory_bytes(owner)) * self._settings.local_ranks
+            if need > (have := available_bytes()):
+                raise MeetingFailed(
+                    f"its node would need {need / 2**30:,.1f} GiB of memory beside the arenas and has "
+                    f"{have / 2**30:,.1f} GiB available"
+                )
+            take_over(arena, source.records, self._num_threads)
+            if not intact(arena, source.records, self._pool).all():
+                raise MeetingFailed("its captures were released before the copy of them was complete")
+            copy_s = self._clock.monotonic() - began
+            self._rank.say(what="copied", iteration=iteration)
+            part = RankPart(folder, self._settings.rank, self._settings.world_size)
+            try:
+                write_rank(owner, iteration, part, self._pool, replayer)
+                return part.close(), copy_s
+            except BaseException:
+                part.abandon()
+                raise
+        finally:
+            arena.close()
+
+    def _save_newest(self, meeting: Meeting) -> None:
+        """The job ends: write what all ranks have, if all of them end."""
+        until = self._clock.monotonic() + JOIN_S
+        arena = read_only(Path(self._settings.arena))
+        stable = arena.page.stable
+        arena.close()
+        written = self._written()
+        iteration = meeting.choose(stable, lambda: until - self._clock.monotonic())
+        if iteration > written:
+            self._save(iteration, meeting, written)
+
+    def _written(self) -> int:
+        try:
+            found = latest_iteration(self._settings.root)
+        except (OSError, ValueError):
+            found = None
+        return -1 if found is None else found
+
+    def _time_left(self, began: float) -> float:
+        limit_s = self._settings.limit_s if self._rank.is_there else min(self._settings.limit_s, ORPHAN_S)
+        return began + limit_s - self._clock.monotonic()
+
+
+def serve(inward: int, outward: int) -> None:
+    """Serve the rank behind these pipes until it is gone, or until a signal ends the job."""
+    rank = Pipes(inward, outward)
+    if (first := rank.next()) is None:
+        return
+    settings = Settings(**first)
+    os.nice(_NICE)
+    threads = max(1, len(os.sched_getaffinity(0)) // settings.local_ranks)
+    Service(settings, rank, threads, SystemClock()).run()

@@ -1,0 +1,89 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Whether checkpoints on disk are written from memory, as all ranks have it, and what has them written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_moetion.errors import CorruptArena
+from megatron_moetion.persist.saver import Releases, Saver, Writer
+from megatron_moetion.persist.tracker import latest_iteration
+from megatron_moetion.run.running import Prepared
+from megatron_moetion.store.arena import Arena
+from megatron_moetion.store.sheet import read_sheet
+
+OFF = "off"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saving:
+    """Equal on all ranks."""
+
+    written: int
+    """The iteration of the newest checkpoint that is there, -1 without one."""
+    problem: str = ""
+    """Why some rank's state cannot be written from memory; empty where it can."""
+
+
+def agree_on_saving(run: Prepared) -> Saving | None:
+    """None where no checkpoints were asked for, or training is to write them. Collective otherwise."""
+    if run.config.save in ("", OFF):
+        return None
+    mine = Saving(written=_written(run.config.save) if run.fabric.rank == 0 else -1, problem=_problem(run))
+    return Saving(**run.fabric.reduce(asdict(mine), _joined))
+
+
+def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int) -> Releases:
+    """What a session asks before arenas release anything: plain, or with checkpoints written on the way."""
+    if saving is None:
+        return Releases()
+    if saving.problem:
+        if run.fabric.rank == 0:
+            run.journal.info(0, f"training writes the checkpoints in {run.config.save} itself: {saving.problem}")
+        return Releases()
+    settings = {
+        "arena": arena.name,
+        "root": str(Path(run.config.save).absolute()),
+        "rank": run.fabric.rank,
+        "world_size": run.fabric.world_size,
+        "local_ranks": run.node.num_ranks,
+        "history": f"{arena.page.lineage:x}-{epoch}",
+        "limit_s": run.config.save_limit_s,
+    }
+
+    def start() -> Writer:
+        return run.host.start_writer(settings)
+
+    return Saver(
+        interval=run.config.save_interval,
+        written=saving.written,
+        start_writer=start,
+        journal=run.journal,
+        clock=run.host.clock,
+        speaks=run.fabric.rank == 0,
+    )
+
+
+def _problem(run: Prepared) -> str:
+    if run.mode.loses_tokens:
+        return f"in mode {run.mode.name!r} some experts in memory are older than the iteration"
+    try:
+        guide = read_sheet(run.mode.spec.sheet).guide
+    except CorruptArena as error:
+        return str(error)
+    return str(guide.get("problem", "the framework gave no guide to its tensors") or "")
+
+
+def _written(root: str) -> int:
+    try:
+        found = latest_iteration(root)
+    except (OSError, ValueError):
+        found = None  # whatever it is, the next checkpoint replaces it
+    return -1 if found is None else found
+
+
+def _joined(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:
+    return {"written": max(mine["written"], theirs["written"]), "problem": mine["problem"] or theirs["problem"]}
