@@ -191,6 +191,12 @@ class MoetionConfig:
         0, "iterations between such checkpoints; 0: as --save-interval says, else only when the job is ended by a "
         "signal", minimum=0,
     )  # fmt: skip
+    grace_s: int = setting(
+        0,
+        "with --save: seconds that a process which gets SIGTERM stays at most, while the stable iteration is written "
+        "to disk; 0: it ends at once, and the process that writes goes on as long as the machine lets it",
+        minimum=0,
+    )
     save_limit_s: int = setting(
         1800, "longest that one such checkpoint may take until it is given up", minimum=1, expert=True
     )

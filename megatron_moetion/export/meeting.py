@@ -16,6 +16,7 @@ from pathlib import Path
 from megatron_moetion.clock import Clock
 
 _POLL_S = 0.1
+_WAIT_POLL_S = 0.5
 _PART, _FAILED, _READY, _CHOSEN = "moetion-part-", "moetion-failed-", "moetion-ready-", "moetion-chosen"
 _WHY_MAX = 1000
 
@@ -68,6 +69,13 @@ class Meeting:
                 raise MeetingFailed(f"{_listed(self._missing(there))} of {self._world_size} have not written their parts")
             self._clock.sleep(_POLL_S)
         return [(self.folder / name).read_bytes() for name in sorted(there)]
+
+    def wait_for_rank_0(self, time_left: Callable[[], float]) -> None:
+        """Return once rank 0's process has made the folder a checkpoint, or has given it up."""
+        while self.folder.exists():
+            if time_left() <= 0:
+                raise MeetingFailed("rank 0's process has not put the parts together")
+            self._clock.sleep(_WAIT_POLL_S)
 
     def tidy(self) -> None:
         """Remove the small files; what stays is the checkpoint."""

@@ -141,15 +141,18 @@ class Service:
 
     def run(self) -> None:
         """Serve until nothing more will come."""
+        self._rank.say(what="ready", iteration=-1)
         while (message := self._rank.next()) is not None:
             iteration = message["iteration"]
             meeting = self._meeting(f"iter_{iteration:07d}")
             if message["what"] == "save":
                 self._attempt(iteration, meeting, lambda at: self._save(iteration, at, self._written()))
             else:
-                self._attempt(iteration, meeting, lambda at: at.fail(f"it was still writing that of {message['busy']}"))
+                self._attempt(iteration, meeting, lambda _: _give_up(f"that of {message['busy']} was not done yet"))
         if self._rank.is_ending:
             self._attempt(-1, self._meeting("iter_ending"), self._save_newest)
+        if self._settings.rank == 0:
+            clear_drafts(self._root)
 
     def _meeting(self, name: str) -> Meeting:
         folder = self._root / f".{name}.{self._settings.history}{DRAFT}"
@@ -182,6 +185,10 @@ class Service:
             meeting.tidy()
             newest = self._written()
             publish(meeting.folder, self._root, iteration, is_newest=newest == written or newest < iteration)
+        else:
+            meeting.wait_for_rank_0(lambda: self._time_left(began))
+            if not checkpoint_folder(self._settings.root, iteration).exists():
+                raise MeetingFailed("rank 0's process has given it up")
         self._rank.say(
             what="saved",
             iteration=iteration,
@@ -240,6 +247,10 @@ class Service:
     def _time_left(self, began: float) -> float:
         limit_s = self._settings.limit_s if self._rank.is_there else min(self._settings.limit_s, ORPHAN_S)
         return began + limit_s - self._clock.monotonic()
+
+
+def _give_up(why: str) -> None:
+    raise MeetingFailed(why)
 
 
 def serve(inward: int, outward: int) -> None:

@@ -11,6 +11,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Any
 
 MODULE = "megatron_moetion.export"
@@ -68,6 +69,12 @@ class WriterProcess:
         if code is not None:
             return f"exit code {code}" if code >= 0 else f"signal {-code}"
         return None if self._takes else "it reads nothing"
+
+    def end(self, limit_s: float) -> None:
+        """See ``Writer``."""
+        self._process.terminate()
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(limit_s)
 
     def close(self) -> None:
         """See ``Writer``. Nobody waits for it: it ends by itself."""

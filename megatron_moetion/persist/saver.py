@@ -12,10 +12,13 @@ from typing import Any, Protocol
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.observe.journal import Journal
+from megatron_moetion.persist.grace import Grace
 from megatron_moetion.store.retention import Settled
 
 HOLD_S = 20.0
 """Longest that captures are kept for the writer's copy. Afterwards the copy does not verify, and is given up."""
+START_S = 60.0
+"""As long again, for a writer that is only just starting."""
 _POLL_S = 0.05
 
 
@@ -33,6 +36,10 @@ class Writer(Protocol):
     @property
     def ended(self) -> str | None:
         """How it has ended, None while it lives."""
+        ...
+
+    def end(self, limit_s: float) -> None:
+        """The job is told to end: have the newest stable iteration written, and wait for that. From any thread."""
         ...
 
     def close(self) -> None:
@@ -70,7 +77,8 @@ class Saver(Releases):
 
     Equal results on all ranks lead to equal choices, without a word between them. ``start_writer`` makes the rank's
     process; it is called again where one has ended. ``written``: the iteration of the newest checkpoint that is there.
-    ``speaks``: on rank 0, which says for all ranks what has become of a checkpoint.
+    ``speaks``: on rank 0, which says for all ranks what has become of a checkpoint. ``grace_s``: how long a process
+    that gets SIGTERM stays for its writer, 0: not at all; ``end`` ends it with an exit code.
     """
 
     writes = True
@@ -84,15 +92,22 @@ class Saver(Releases):
         journal: Journal,
         clock: Clock,
         speaks: bool,
+        grace_s: float,
+        end: Callable[[int], object],
     ) -> None:
         super().__init__()
         self._interval = interval
         self._due = _next(written, interval)
         self._start_writer = start_writer
         self._writer = start_writer()
+        self._is_ready = False
+        """The writer has come up."""
         self._journal = journal
         self._clock = clock
         self._speaks = speaks
+        self._grace = Grace(lambda: self._writer.end(grace_s), end)
+        if grace_s and (why := self._grace.begin()) is not None:
+            journal.warn_once("grace", written, f"this process ends at once when it gets SIGTERM: {why}")
         self._later: Settled | None = None
         """What may be released once the copy is made."""
         self._copying: int | None = None
@@ -114,7 +129,8 @@ class Saver(Releases):
     def take(self) -> Settled | None:
         """See ``Releases``."""
         self._hear()
-        if self._copying is not None and self._clock.monotonic() - self._copy_since > HOLD_S:
+        limit_s = HOLD_S if self._is_ready else START_S
+        if self._copying is not None and self._clock.monotonic() - self._copy_since > limit_s:
             self._copying = None
         if self._copying is None and self._later is not None:
             self._now, self._later = _joined(self._now, self._later), None
@@ -136,6 +152,7 @@ class Saver(Releases):
 
     def close(self) -> None:
         """See ``Releases``. What is being written goes on."""
+        self._grace.close()
         self._hear()
         self._writer.close()
 
@@ -143,7 +160,7 @@ class Saver(Releases):
         """Have it written; a save that is still under way costs this one."""
         self._hear()
         if self._writer.ended is not None:
-            self._writer = self._start_writer()
+            self._writer, self._is_ready = self._start_writer(), False
         busy = self._writing
         message: dict[str, Any] = {"what": "save", "iteration": iteration}
         if busy is not None:
@@ -158,6 +175,8 @@ class Saver(Releases):
         for said in self._writer.hear():
             iteration = said["iteration"]
             match said["what"]:
+                case "ready":
+                    self._is_ready, self._copy_since = True, self._clock.monotonic()
                 case "copied" if iteration == self._copying:
                     self._copying = None
                 case "saved":

@@ -64,6 +64,8 @@ def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int
         journal=run.journal,
         clock=run.host.clock,
         speaks=run.fabric.rank == 0,
+        grace_s=run.config.grace_s,
+        end=run.host.end,
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from session_job import Adapter, Job
 
 from megatron_moetion.observe.journal import Journal
-from megatron_moetion.persist.saver import HOLD_S, Releases, Saver
+from megatron_moetion.persist.saver import HOLD_S, START_S, Releases, Saver
 from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
 
@@ -53,8 +53,14 @@ class Writer:
         said, self.says = self.says, []
         return said
 
+    def end(self, limit_s: float) -> None:
+        raise AssertionError("there is no grace here")
+
     def close(self) -> None:
         self.is_closed = True
+
+    def ready(self) -> None:
+        self.says.append({"what": "ready", "iteration": -1})
 
     def copied(self, iteration: int) -> None:
         self.says.append({"what": "copied", "iteration": iteration})
@@ -81,6 +87,8 @@ class Setting:
             journal=Journal(0, 0, self.report, self.clock),
             clock=self.clock,
             speaks=speaks,
+            grace_s=0,
+            end=lambda code: None,
         )
 
     def start(self) -> Writer:
@@ -169,10 +177,15 @@ def test_a_checkpoint_that_a_fault_cut_short_is_written_after_the_restart(tmp_pa
     assert told(setting.writer) == [("save", 24)]
 
 
-def test_a_copy_that_takes_too_long_keeps_nothing_for_ever(setting: Setting) -> None:
+@pytest.mark.parametrize("comes_up", [True, False])
+def test_a_copy_that_takes_too_long_keeps_nothing_for_ever(setting: Setting, comes_up: bool) -> None:
     setting.learn(10)
     assert setting.learn(11) is None
     setting.clock.now += HOLD_S + 1
+    if comes_up:
+        setting.writer.ready()
+    assert setting.learn() is None, "the writer was only just starting"
+    setting.clock.now += (HOLD_S if comes_up else START_S) + 1
     assert setting.learn() == Settled(stable=11, whole={11: True})
     setting.writer.failed(10, "its captures were released")
     setting.learn(20)
