@@ -24,14 +24,14 @@ from typing import Any, Protocol
 
 from megatron_moetion.clock import Clock, SystemClock
 from megatron_moetion.errors import MoetionError
-from megatron_moetion.export.export import RankPart, replayer
 from megatron_moetion.export.assemble import memory_bytes, write_rank
+from megatron_moetion.export.export import RankPart, replayer
 from megatron_moetion.export.meeting import Meeting, MeetingFailed
 from megatron_moetion.export.survey import owner_alone
 from megatron_moetion.mcore.torch_dist import finish
 from megatron_moetion.persist.tracker import DRAFT, checkpoint_folder, clear_drafts, latest_iteration, publish
-from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.recover.survey import intact
+from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.reading import read_only, take_over
 from megatron_moetion.store.sharedfile import available_bytes

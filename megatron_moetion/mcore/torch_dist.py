@@ -1,119 +1,258 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes a ``torch_dist`` checkpoint from tensors and a guide to them, in one process, without model or GPU.
+"""Writes a ``torch_dist`` checkpoint from stretches of tensors and guides to them, without model, GPU or process group.
 
-Megatron's own ``dist_checkpointing.save`` writes. Format ``fully_reshardable``: each parameter and each of its
-optimizer tensors is one global tensor, which any other layout can load.
+Format ``fully_reshardable``: each parameter and each of its optimizer tensors is one global tensor, which any other
+layout can load. Several processes may write one checkpoint. Each has a ``PartWriter`` with a file of its own, and what
+``close`` returns goes to one process, which calls ``finish``. Until then a folder has tensors and no names for them.
+
+The files are those of ``torch.distributed.checkpoint``, whose classes are stored: one file a part with a saved tensor
+behind the other, and ``.metadata``. ``common.pt`` and ``metadata.json`` are written by Megatron-Core.
 """
 
 from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import os
+import pickle
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTensor
-from torch import distributed as dist
+from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
+from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.metadata import (
+    BytesStorageMetadata,
+    ChunkStorageMetadata,
+    Metadata,
+    MetadataIndex,
+    TensorProperties,
+    TensorStorageMetadata,
+)
 
+from megatron_moetion.errors import CorruptArena
+from megatron_moetion.mcore.boxes import Box, View, missing
+from megatron_moetion.mcore.disk_common import common_part, common_state, telling
 from megatron_moetion.mcore.rng import decoded
+from megatron_moetion.persist.tracker import make_durable
+from megatron_moetion.units import Role
 
-CONTENT = {
-    "distrib_optim_sharding_type": "fully_reshardable",
-    "singleton_local_shards": False,
-    "chained_optim_avoid_prefix": True,
+CHUNK_BYTES = 64 << 20
+"""A piece of a tensor that is saved by itself has as many at most, and is in memory twice more while it is written."""
+_METADATA = ".metadata"
+_PREFIXES = {
+    Role.MASTER: "optimizer.state.param.",
+    Role.EXP_AVG: "optimizer.state.exp_avg.",
+    Role.EXP_AVG_SQ: "optimizer.state.exp_avg_sq.",
+    Role.WEIGHT: "",
+    Role.BUFFER: "",
 }
-"""What a loader is told of the content: as ``checkpoint_metadata``, less its group."""
-_OPTIMIZER_KEYS = {"main": "param", "exp_avg": "exp_avg", "exp_avg_sq": "exp_avg_sq"}
+"""What stands before a parameter's own key; these roles can be written."""
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Tensors:
-    """One parameter or buffer of the model, as flat tensors; ``guide`` is its entry in a rank's guide.
+@dataclass(frozen=True, kw_only=True)
+class _Target:
+    """One tensor of the checkpoint, as far as a view of one parameter reaches."""
 
-    ``weight`` is what the model computes with, in its own type; a trained parameter has main value and moments too.
+    key: str
+    offset: tuple[int, ...]
+    shape: tuple[int, ...]
+
+
+class PartWriter:
+    """One process's part of a checkpoint: stretches of tensors, in any order, each written as it is added.
+
+    ``folder`` is there; ``index`` is no other part's. What was added once is not written again: ranks may hold copies
+    of the same. Nothing of what is added is kept. Leaving it as a context closes the file, complete or not. ``OSError``
+    where it cannot be written.
     """
 
-    guide: Mapping[str, Any]
-    weight: torch.Tensor
-    main: torch.Tensor | None = None
-    exp_avg: torch.Tensor | None = None
-    exp_avg_sq: torch.Tensor | None = None
+    def __init__(self, folder: Path, index: int, *, chunk_bytes: int = CHUNK_BYTES) -> None:
+        self._name = f"__{index}_0.distcp"
+        self._file = (folder / self._name).open("wb", buffering=0)
+        self._chunk_bytes = chunk_bytes
+        self._position = 0
+        self._tensors: dict[str, dict[str, Any]] = {}
+        self._pieces: dict[_Target, list[list[Any]]] = defaultdict(list)
+        self._covered: dict[_Target, list[tuple[int, int]]] = defaultdict(list)
+        self._objects: dict[str, list[int]] = {}
+        self._ranks: list[dict[str, Any]] = []
+        self.nbytes = 0
+        """Of tensors, so far."""
+
+    def __enter__(self) -> PartWriter:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+
+    def add(self, entry: Mapping[str, Any], role: Role, start: int, values: torch.Tensor) -> None:
+        """Elements from ``start`` on of one parameter or buffer, flat and contiguous, in this role.
+
+        ``entry``: that of the guide. A main value is written twice, as what the optimizer has and, in the model's type,
+        as what the model has.
+        """
+        dtype = getattr(torch, entry["dtype"])
+        for fields in entry["views"]:
+            view = View(fields["shape"], fields["strides"], fields["first"])
+            first, last = view.before(start), view.before(start + values.numel())
+            if role is Role.MASTER:
+                self._put(fields, view, fields["key"], (first, last), start, values, dtype)
+            key = _PREFIXES[role] + fields["key"]
+            self._put(fields, view, key, (first, last), start, values, values.dtype)
+
+    def add_rank(self, rank: int, world_size: int, guide: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+        """What a rank has beside tensors: its random states, small objects of its modules, and what is common to all.
+
+        ``state``: the adapter's host state.
+        """
+        self._put_object(ShardedObject("rng_state", None, (world_size,), (rank,)), decoded(state["rng"]))
+        for entry in guide["objects"]:
+            place = ShardedObject(entry["key"], None, tuple(entry["global_shape"]), tuple(entry["global_offset"]))
+            self._put_object(place, _object(entry["kind"], base64.b64decode(entry["content"])))
+        self._ranks.append(common_part(rank, guide, state))
+
+    def close(self) -> dict[str, Any]:
+        """Make the part durable. Returns what ``finish`` needs of it: numbers, text, lists and tables by text, and in
+        ``ranks`` tuples and bytes too (``snapshot/host_state.py`` encodes all of these)."""
+        os.fsync(self._file.fileno())
+        self._file.close()
+        targets = [
+            {"key": t.key, "offset": list(t.offset), "shape": list(t.shape), "pieces": pieces}
+            for t, pieces in self._pieces.items()
+        ]
+        return {
+            "file": self._name,
+            "nbytes": self.nbytes,
+            "tensors": self._tensors,
+            "targets": targets,
+            "objects": self._objects,
+            "ranks": telling(self._ranks),
+        }
+
+    def _put(
+        self,
+        fields: Mapping[str, Any],
+        view: View,
+        key: str,
+        places: tuple[int, int],
+        start: int,
+        values: torch.Tensor,
+        dtype: torch.dtype,
+    ) -> None:
+        target = _Target(key=key, offset=tuple(fields["global_offset"]), shape=view.shape)
+        covered = self._covered[target]
+        for first, last in list(missing(covered, *places)):
+            for box in view.boxes(first, last, max(1, self._chunk_bytes // dtype.itemsize)):
+                at = view.first - start + sum(o * s for o, s in zip(box.offset, view.strides, strict=True))
+                found = torch.as_strided(values, box.shape, view.strides, values.storage_offset() + at)
+                self._put_box(target, fields, box, found, dtype)
+            covered.append((first, last))
+        covered.sort()
+
+    def _put_box(
+        self, target: _Target, fields: Mapping[str, Any], box: Box, found: torch.Tensor, dtype: torch.dtype
+    ) -> None:
+        extra = fields["prepended"]
+        offset = [o + b for o, b in zip(target.offset, (*[0] * extra, *box.offset), strict=True)]
+        shape = [*[1] * extra, *box.shape]
+        kind = {"dtype": str(dtype).removeprefix("torch."), "shape": list(fields["global_shape"])}
+        if self._tensors.setdefault(target.key, kind) != kind:
+            raise CorruptArena(f"{target.key} is {kind} on one rank and {self._tensors[target.key]} on another")
+        position, length = self._save(found.to(dtype, copy=True, memory_format=torch.contiguous_format).view(shape))
+        self._pieces[target].append([box.start, box.end, offset, shape, position, length])
+        self.nbytes += found.numel() * dtype.itemsize
+
+    def _put_object(self, place: ShardedObject, data: Any) -> None:
+        if place.unique_key not in self._objects:
+            self._objects[place.unique_key] = [*self._save([data])]
+
+    def _save(self, value: Any) -> tuple[int, int]:
+        """Where it lies in the file, and its bytes there."""
+        saved = io.BytesIO()
+        torch.save(value, saved)
+        position, length = self._position, saved.tell()
+        rest = saved.getbuffer()
+        while rest.nbytes:
+            rest = rest[self._file.write(rest) :]
+        self._position += length
+        return position, length
 
 
-def write_checkpoint(
-    folder: Path,
-    tensors: Sequence[Tensors],
-    guides: Sequence[Mapping[str, Any]],
-    states: Sequence[Mapping[str, Any]],
-    iteration: int,
-    expert_parallel_size: int | None = None,
+def finish(
+    folder: Path, parts: Sequence[Mapping[str, Any]], iteration: int, expert_parallel_size: int | None = None
 ) -> None:
-    """Write the whole state into an empty folder. ``guides`` and ``states`` (the adapter's host state) by rank.
+    """Give the tensors of all parts their names: after this the folder is a checkpoint.
 
-    ``expert_parallel_size``: of who will load it; None: one that, like the run's own, is 1, or is not.
+    ``parts``: what each ``PartWriter.close`` has returned. ``expert_parallel_size``: of who will load it; None: one
+    that, like the run's own, is 1, or is not. ``CorruptArena`` where some elements of a tensor are in no part.
     """
-    document: dict[str, Any] = {
-        "model": [sharded for each in tensors for sharded in _of_model(each)],
-        "optimizer": _common_of_optimizers(states, expert_parallel_size),
-        "param_state": [sharded for each in tensors for sharded in _of_optimizer(each)],
-        "objects": _objects(guides),
-        "rng_state": [
-            ShardedObject("rng_state", decoded(state["rng"]), (len(states),), (rank,))
-            for rank, state in enumerate(states)
-        ],
-        "iteration": iteration,
-        "checkpoint_version": 3.0,
-        "progress": states[0]["user"],
-        "topology": guides[0]["sizes"],
-    }
-    if states[0]["scheduler"] is not None:
-        document["opt_param_scheduler"] = _scheduler(states[0])
-    with _alone():
-        dist_checkpointing.save(document, str(folder), content_metadata=CONTENT)
+    metadata = _metadata(parts)
+    common = common_state([rank for part in parts for rank in part["ranks"]], iteration, expert_parallel_size)
+    torch.save(common, folder / COMMON_STATE_FNAME)
+    make_durable(folder / COMMON_STATE_FNAME)
+    with (folder / _METADATA).open("wb") as file:
+        pickle.dump(metadata, file)
+    make_durable(folder / _METADATA)
+    save_config(CheckpointingConfig("torch_dist"), str(folder))
+    make_durable(folder / "metadata.json")
+    make_durable(folder)
 
 
-def _of_model(tensors: Tensors) -> Iterator[ShardedTensor]:
-    for view in tensors.guide["views"]:
-        yield _sharded(view, tensors.weight, view["key"])
+def _metadata(parts: Sequence[Mapping[str, Any]]) -> Metadata:
+    tensors: dict[str, dict[str, Any]] = {}
+    pieces: dict[_Target, list[tuple[list[Any], str]]] = defaultdict(list)
+    stored: dict[str, TensorStorageMetadata | BytesStorageMetadata] = {}
+    places: dict[MetadataIndex, _StorageInfo] = {}
+    for part in parts:
+        for key, kind in part["tensors"].items():
+            if tensors.setdefault(key, kind) != kind:
+                raise CorruptArena(f"{key} is {kind} in one part and {tensors[key]} in another")
+        for found in part["targets"]:
+            target = _Target(key=found["key"], offset=tuple(found["offset"]), shape=tuple(found["shape"]))
+            pieces[target].extend((piece, part["file"]) for piece in found["pieces"])
+        for key, (position, length) in part["objects"].items():
+            stored[key] = BytesStorageMetadata()
+            places.setdefault(MetadataIndex(key), _StorageInfo(part["file"], position, length))
+    numel: dict[str, int] = defaultdict(int)
+    for target, of_target in sorted(pieces.items(), key=lambda item: (item[0].key, item[0].offset)):
+        kind = tensors[target.key]
+        tensor = stored.setdefault(target.key, _tensor(kind))
+        assert isinstance(tensor, TensorStorageMetadata), f"{target.key} is a tensor and an object"
+        for piece, file in _needed(target, of_target):
+            _, _, offset, shape, position, length = piece
+            index = MetadataIndex(target.key, offset, len(tensor.chunks))
+            places[index] = _StorageInfo(file, position, length)
+            tensor.chunks.append(ChunkStorageMetadata(torch.Size(offset), torch.Size(shape)))
+        numel[target.key] += prod(target.shape)
+    for key, count in numel.items():
+        if count != prod(tensors[key]["shape"]):
+            raise CorruptArena(f"no rank has all of {key}: {count} of {prod(tensors[key]['shape'])} elements are there")
+    return Metadata(state_dict_metadata=stored, storage_data=places, version=CURRENT_DCP_VERSION)
 
 
-def _of_optimizer(tensors: Tensors) -> Iterator[ShardedTensor]:
-    for name, key in _OPTIMIZER_KEYS.items():
-        found: torch.Tensor | None = getattr(tensors, name)
-        if found is not None:
-            for view in tensors.guide["views"]:
-                yield _sharded(view, found, f"optimizer.state.{key}.{view['key']}")
+def _needed(target: _Target, pieces: Iterable[tuple[list[Any], str]]) -> Iterable[tuple[list[Any], str]]:
+    """Those that together are the target; copies of what others have already are left out."""
+    end = 0
+    for piece, file in sorted(pieces, key=lambda found: (found[0][0], -found[0][1])):
+        start, last = piece[:2]
+        if start > end:
+            break
+        if last > end:
+            yield piece, file
+            end = last
+    if end != prod(target.shape):
+        raise CorruptArena(f"no rank has all of {target.key}: of the part at {target.offset} it ends at element {end}")
 
 
-def _sharded(view: Mapping[str, Any], flat: torch.Tensor, key: str) -> ShardedTensor:
-    data = torch.as_strided(flat, view["shape"], view["strides"], view["first"]).contiguous()
-    return ShardedTensor(
-        key,
-        data,
-        data.dtype,
-        tuple(view["shape"]),
-        tuple(view["global_shape"]),
-        tuple(view["global_offset"]),
-        tuple(view["fragments"]) if view["fragments"] else None,
-        0,
-        view["prepended"],
-        view["may_differ"],
-    )
-
-
-def _objects(guides: Sequence[Mapping[str, Any]]) -> list[ShardedObject]:
-    """What modules keep beside tensors. The same on all ranks that have it, so the first one's is taken."""
-    found: dict[tuple[str, tuple[int, ...]], ShardedObject] = {}
-    for entry in (entry for guide in guides for entry in guide["objects"]):
-        place = (entry["key"], tuple(entry["global_offset"]))
-        data = _object(entry["kind"], base64.b64decode(entry["content"]))
-        found.setdefault(place, ShardedObject(entry["key"], data, tuple(entry["global_shape"]), place[1]))
-    return list(found.values())
+def _tensor(kind: Mapping[str, Any]) -> TensorStorageMetadata:
+    return TensorStorageMetadata(TensorProperties(dtype=getattr(torch, kind["dtype"])), torch.Size(kind["shape"]), [])
 
 
 def _object(kind: str, content: bytes) -> Any:
@@ -124,62 +263,3 @@ def _object(kind: str, content: bytes) -> Any:
             return torch.tensor(list(content), dtype=torch.uint8)
         case _:
             return None
-
-
-def _common_of_optimizers(states: Sequence[Mapping[str, Any]], expert_parallel_size: int | None) -> dict[Any, Any]:
-    """Groups and loss scalers. A rank without experts has fewer of them, so the fullest rank's are taken.
-
-    With expert parallelism Megatron has one optimizer for dense parameters and one for experts, else one for all.
-    """
-    fullest = max(states, key=lambda s: (len(s["optimizers"]), sum(len(f["groups"]) for f in s["optimizers"])))
-    found = [_common_of_one(fields) for fields in fullest["optimizers"]]
-    if expert_parallel_size == 1 and len(found) > 1:
-        found = [one for one in found if not any(map(_is_of_experts, _groups_of(one)))]
-    elif expert_parallel_size is not None and expert_parallel_size > 1 and len(found) == 1:
-        groups = [{**group, "is_expert_parallel": True} for group in _groups_of(found[0])]
-        found.append({**found[0], "optimizer": {"param_groups": groups}})
-    return found[0] if len(found) == 1 else dict(enumerate(found))
-
-
-def _groups_of(common: Mapping[str, Any]) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = common["optimizer"]["param_groups"]
-    return found
-
-
-def _is_of_experts(group: Mapping[str, Any]) -> bool:
-    return bool(group.get("is_expert_parallel"))
-
-
-def _common_of_one(fields: Mapping[str, Any]) -> dict[str, Any]:
-    counts = [g["step"] for g in fields["groups"] if "step" in g]
-    step = fields["steps"] if fields["steps"] is not None else (counts[0] if counts else None)
-    groups = [{**group, **({"step": int(step)} if step is not None else {})} for group in fields["groups"]]
-    found: dict[str, Any] = {
-        "optimizer": {"param_groups": groups},
-        "param_state_sharding_type": CONTENT["distrib_optim_sharding_type"],
-    }
-    if fields["grad_scaler"] is not None:
-        scaler = dict(fields["grad_scaler"])
-        scaler["scale"] = torch.tensor([scaler["scale"]], dtype=torch.float32)
-        found["grad_scaler"] = scaler
-    return found
-
-
-def _scheduler(state: Mapping[str, Any]) -> dict[str, Any]:
-    """As ``OptimizerParamScheduler.state_dict`` has it."""
-    names = (
-        "max_lr", "lr_warmup_steps", "lr_decay_style", "lr_decay_steps", "min_lr", "start_wd", "end_wd",
-        "wd_incr_style", "wd_incr_steps",
-    )  # fmt: skip
-    given = state["given"]["scheduler"] or {}
-    return {**{name: given[name] for name in names if name in given}, "num_steps": state["scheduler"]}
-
-
-@contextmanager
-def _alone() -> Iterator[None]:
-    """Megatron's writer speaks to a process group: one of this process alone."""
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()

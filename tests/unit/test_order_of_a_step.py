@@ -76,7 +76,18 @@ class Written:
         return call
 
 
-WATCHED = ("scheduler", "adapter", "protection", "pipeline", "upkeep", "mode", "agreement", "packer", "summary", "releases")
+WATCHED = (
+    "scheduler",
+    "adapter",
+    "protection",
+    "pipeline",
+    "upkeep",
+    "mode",
+    "agreement",
+    "packer",
+    "summary",
+    "releases",
+)
 SILENT = {"releases.learn", "packer.staged", "pipeline.rounds", "pipeline.redundancy"}
 """Asked by parts, at any time."""
 

@@ -1,53 +1,187 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common part of an exported checkpoint: optimizers as the loader's expert parallelism wants them."""
+"""A checkpoint that several processes have written stretch by stretch is one that Megatron-Core and torch can load."""
 
 from __future__ import annotations
 
+import random
+from collections.abc import Iterator, Sequence
+from math import prod
+from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedObject
+from megatron.core.dist_checkpointing.serialization import load_sharded_metadata
+from torch import distributed as dist
 
-from megatron_moetion.mcore.torch_dist import _common_of_optimizers
+from megatron_moetion.errors import CorruptArena
+from megatron_moetion.mcore.torch_dist import PartWriter, finish
+from megatron_moetion.snapshot.host_state import decode, encode
+from megatron_moetion.units import Role
 
-
-def fields(*groups: dict[str, Any], steps: float | None = None, scaler: dict[str, Any] | None = None) -> dict[str, Any]:
-    return {"groups": list(groups), "steps": steps, "grad_scaler": scaler}
-
-
-DENSE = fields({"wd_mult": 1.0, "is_expert_parallel": False, "step": 7}, {"wd_mult": 0.0, "is_expert_parallel": False})
-EXPERTS = fields({"wd_mult": 1.0, "is_expert_parallel": True, "step": 7})
-
-
-def experts_in(common: dict[Any, Any]) -> list[bool]:
-    return [group["is_expert_parallel"] for group in common["optimizer"]["param_groups"]]
+RANKS = 4
 
 
-def test_the_fullest_rank_says_what_there_is() -> None:
-    """A stage without experts has one optimizer."""
-    found = _common_of_optimizers([{"optimizers": [DENSE]}, {"optimizers": [DENSE, EXPERTS]}], None)
-    assert [experts_in(found[0]), experts_in(found[1])] == [[False, False], [True]]
-    assert {g["step"] for one in found.values() for g in one["optimizer"]["param_groups"]} == {7}
+def view(key: str, shape: Sequence[int], first: int = 0, **fields: Any) -> dict[str, Any]:
+    """Of the guide: a contiguous part of a parameter that is the whole tensor of the checkpoint."""
+    strides = [prod(shape[d + 1 :]) for d in range(len(shape))]
+    return {
+        "key": key, "shape": list(shape), "strides": strides, "first": first, "global_shape": list(shape),
+        "global_offset": [0] * len(shape), "fragments": None, "prepended": 0, "may_differ": False, **fields,
+    }  # fmt: skip
 
 
-def test_one_optimizer_for_who_has_no_expert_parallelism() -> None:
-    found = _common_of_optimizers([{"optimizers": [DENSE, EXPERTS]}], 1)
-    assert experts_in(found) == [False, False]
+def entry(*views: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
+    numel = sum(prod(v["shape"]) for v in views)
+    return {"numel": numel, "dtype": dtype, "link": 0, "group": 0, "views": list(views)}
 
 
-def test_two_optimizers_for_who_has() -> None:
-    found = _common_of_optimizers([{"optimizers": [DENSE]}], 4)
-    assert [experts_in(found[0]), experts_in(found[1])] == [[False, False], [True, True]]
+GATED = entry(
+    view("fc1", (6, 5), global_shape=[24, 5], global_offset=[0, 0]),
+    view("fc1", (6, 5), 30, global_shape=[24, 5], global_offset=[12, 0]),
+)
+OTHER_GATED = entry(
+    view("fc1", (6, 5), global_shape=[24, 5], global_offset=[6, 0]),
+    view("fc1", (6, 5), 30, global_shape=[24, 5], global_offset=[18, 0]),
+)
+"""Of the other tensor parallel rank."""
+EXPERTS = [
+    entry(view("experts", (7, 3), global_shape=[2, 7, 3], global_offset=[e, 0, 0], prepended=1)) for e in range(2)
+]
+TRANSPOSED = entry({**view("weight1", (4, 9)), "strides": [1, 4]})
+NORM = entry(view("norm", (13,)), dtype="float32")
+MODEL = [GATED, OTHER_GATED, *EXPERTS, TRANSPOSED, NORM]
+ROLES = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 
 
-@pytest.mark.parametrize(("steps", "expected"), [(5.0, 5), (None, 7)])
-def test_steps_stand_in_each_group(steps: float | None, expected: int) -> None:
-    """Torch's optimizers count them per parameter, the fused ones per group, and empty groups not at all."""
-    found = _common_of_optimizers([{"optimizers": [{**DENSE, "steps": steps}]}], None)
-    assert [group["step"] for group in found["optimizer"]["param_groups"]] == [expected, expected]
+@pytest.fixture
+def values() -> list[dict[Role, torch.Tensor]]:
+    source = torch.Generator().manual_seed(3)
+    return [{role: torch.randn(e["numel"], generator=source) for role in ROLES} for e in MODEL]
 
 
-def test_a_loss_scaler_is_as_megatron_loads_it() -> None:
-    scaler = {"scale": 1024.0, "growth_tracker": 3, "hysteresis_tracker": 2}
-    found = _common_of_optimizers([{"optimizers": [fields(scaler=scaler)]}], None)
-    assert found["grad_scaler"]["scale"].tolist() == [1024.0]
-    assert found["grad_scaler"]["growth_tracker"] == 3
+def host_state(rank: int) -> dict[str, Any]:
+    group = {"lr": 0.1, "betas": (0.9, 0.95), "step": 5, "is_expert_parallel": False}
+    return {
+        "rng": {
+            "torch": b"1", "cuda": b"2", "tracker": {"one": b"3"}, "numpy": ("MT19937", bytes(16), 0, 0, 0.0),
+            "python": (3, bytes(8), None),
+        },
+        "user": {"iteration": 5, "rank": rank}, "scheduler": 40,
+        "given": {"scheduler": {"max_lr": 0.1}},
+        "optimizers": [{"groups": [group] * (1 + (rank == 2)), "steps": None, "grad_scaler": None}],
+    }  # fmt: skip
+
+
+GUIDE = {
+    "sizes": {"world": RANKS},
+    "objects": [
+        {"key": "extra", "kind": "none", "content": "", "global_shape": [1], "global_offset": [0]},
+        {"key": "scales", "kind": "bytes", "content": "AQI=", "global_shape": [1], "global_offset": [0]},
+    ],
+}
+
+
+def cut(numel: int, source: random.Random) -> list[tuple[int, int]]:
+    """Stretches that are all of a tensor, cut anywhere."""
+    ends = sorted({*source.sample(range(1, numel), min(3, numel - 1)), numel})
+    return list(zip([0, *ends], ends, strict=False))
+
+
+def written(folder: Path, values: list[dict[Role, torch.Tensor]], num_parts: int, seed: int) -> list[dict[str, Any]]:
+    """Each stretch goes to one part, and some of them to two."""
+    source = random.Random(seed)
+    stretches = [
+        (number, role, start, end)
+        for number, tensors in enumerate(values)
+        for role in tensors
+        for start, end in cut(MODEL[number]["numel"], source)
+    ]
+    source.shuffle(stretches)
+    parts = []
+    for index in range(num_parts):
+        with PartWriter(folder, index, chunk_bytes=40) as writer:
+            for place, (number, role, start, end) in enumerate(stretches):
+                if place % num_parts == index or source.random() < 0.2:
+                    writer.add(MODEL[number], role, start, values[number][role][start:end])
+            for rank in range(index, RANKS, num_parts):
+                writer.add_rank(rank, RANKS, GUIDE, host_state(rank))
+            parts.append(decode(encode(writer.close())))
+    return parts
+
+
+@pytest.fixture
+def alone() -> Iterator[None]:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+def expected(values: list[dict[Role, torch.Tensor]], role: Role) -> dict[str, torch.Tensor]:
+    gated = torch.cat([values[n][role].view(2, 6, 5) for n in (0, 1)], 1).reshape(24, 5)
+    experts = torch.stack([values[n][role].view(7, 3) for n in (2, 3)])
+    return {"fc1": gated, "experts": experts, "weight1": values[4][role].view(9, 4).T, "norm": values[5][role]}
+
+
+@pytest.mark.parametrize(("num_parts", "seed"), [(1, 0), (2, 1), (3, 2)])
+def test_parts_of_several_processes_are_one_checkpoint(
+    tmp_path: Path, values: list[dict[Role, torch.Tensor]], alone: None, num_parts: int, seed: int
+) -> None:
+    parts = written(tmp_path, values, num_parts, seed)
+    finish(tmp_path, list(reversed(parts)), 5)
+    loaded = dist_checkpointing.load_plain_tensors(str(tmp_path))
+    for role, prefix in zip(ROLES, ("param", "exp_avg", "exp_avg_sq"), strict=True):
+        for key, tensor in expected(values, role).items():
+            assert torch.equal(loaded[f"optimizer.state.{prefix}.{key}"], tensor), key
+    for key, tensor in expected(values, Role.MASTER).items():
+        dtype = torch.float32 if key == "norm" else torch.bfloat16
+        assert torch.equal(loaded[key], tensor.to(dtype))
+        assert loaded[key].dtype is dtype
+    assert loaded["progress"] == {"iteration": 5, "rank": 0}, "the lowest rank speaks for the loop"
+    assert len(loaded["optimizer"]["optimizer"]["param_groups"]) == 2, "the fullest one for the optimizer"
+    assert loaded["opt_param_scheduler"] == {"max_lr": 0.1, "num_steps": 40}
+    assert dist_checkpointing.load_content_metadata(str(tmp_path))["distrib_optim_sharding_type"] == "fully_reshardable"
+    names = load_sharded_metadata(str(tmp_path))
+    assert {"extra/shard_0_1", "scales/shard_0_1", *(f"rng_state/shard_{r}_{RANKS}" for r in range(RANKS))} < {*names}
+    asked = {
+        "scales": ShardedObject("scales", None, (1,), (0,)),
+        "rng": ShardedObject("rng_state", None, (RANKS,), (2,)),
+    }
+    objects = dist_checkpointing.load(asked, str(tmp_path), validate_access_integrity=False)
+    assert objects["scales"].tolist() == [1, 2]
+    assert objects["rng"]["torch_rng_state"].tolist() == [*b"1"]
+
+
+def test_a_stretch_that_no_part_has_is_an_error(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
+    with PartWriter(tmp_path, 0) as writer:
+        writer.add(NORM, Role.MASTER, 0, values[5][Role.MASTER][:9])
+        writer.add_rank(0, 1, GUIDE, host_state(0))
+        part = writer.close()
+    with pytest.raises(CorruptArena, match=r"no rank has all of norm: .* ends at element 9"):
+        finish(tmp_path, [part], 5)
+    assert not (tmp_path / ".metadata").exists()
+
+
+def test_a_shard_that_no_part_has_is_an_error(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
+    with PartWriter(tmp_path, 0) as writer:
+        writer.add(EXPERTS[0], Role.MASTER, 0, values[2][Role.MASTER])
+        writer.add_rank(0, 1, GUIDE, host_state(0))
+        part = writer.close()
+    with pytest.raises(CorruptArena, match=r"no rank has all of .*experts: 21 of 42 elements"):
+        finish(tmp_path, [part], 5)
+
+
+def test_copies_are_written_once(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
+    with PartWriter(tmp_path, 0) as writer:
+        for _ in range(3):
+            writer.add(NORM, Role.MASTER, 0, values[5][Role.MASTER])
+        assert writer.nbytes == 2 * 13 * 4
+
+
+def test_ranks_that_disagree_on_a_tensor_are_refused(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
+    with PartWriter(tmp_path, 0) as writer:
+        writer.add(NORM, Role.BUFFER, 0, values[5][Role.MASTER][:5])
+        with pytest.raises(CorruptArena, match=r"norm is .*float16.* on one rank and .*float32"):
+            writer.add(NORM, Role.BUFFER, 5, values[5][Role.MASTER][5:].half())

@@ -145,7 +145,9 @@ def test_what_follows_the_iteration_is_held_until_the_writer_has_its_copy(settin
     assert setting.events == [("saved", 10)]
 
 
-@pytest.mark.parametrize("heard", [[[9], [10], [11], [12]], [[9, 10, 11, 12]], [[9, 10], [11, 12]], [[9], [10, 11, 12]]])
+@pytest.mark.parametrize(
+    "heard", [[[9], [10], [11], [12]], [[9, 10, 11, 12]], [[9, 10], [11, 12]], [[9], [10, 11, 12]]]
+)
 def test_ranks_choose_the_same_iteration_however_results_come(tmp_path: Path, heard: list[list[int]]) -> None:
     setting = Setting(tmp_path)
     released = [setting.learn(*results) for results in heard]
