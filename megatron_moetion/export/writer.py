@@ -28,7 +28,7 @@ from megatron_moetion.export.assemble import memory_bytes, write_rank
 from megatron_moetion.export.export import RankPart, replayer
 from megatron_moetion.export.meeting import Meeting, MeetingFailed
 from megatron_moetion.export.survey import owner_alone
-from megatron_moetion.mcore.torch_dist import finish
+from megatron_moetion.mcore.torch_dist import PartWriter, finish
 from megatron_moetion.persist.tracker import DRAFT, checkpoint_folder, clear_drafts, latest_iteration, publish
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.snapshot.host_state import decode, encode
@@ -143,16 +143,19 @@ class Service:
         """Serve until nothing more will come."""
         self._rank.say(what="ready", iteration=-1)
         while (message := self._rank.next()) is not None:
-            iteration = message["iteration"]
-            meeting = self._meeting(f"iter_{iteration:07d}")
-            if message["what"] == "save":
-                self._attempt(iteration, meeting, lambda at: self._save(iteration, at, self._written()))
-            else:
-                self._attempt(iteration, meeting, lambda _: _give_up(f"that of {message['busy']} was not done yet"))
+            self._answer(message["iteration"], busy=message.get("busy"))
         if self._rank.is_ending:
             self._attempt(-1, self._meeting("iter_ending"), self._save_newest)
         if self._settings.rank == 0:
             clear_drafts(self._root)
+
+    def _answer(self, iteration: int, busy: int | None) -> None:
+        def write(meeting: Meeting) -> None:
+            if busy is not None:
+                raise MeetingFailed(f"that of iteration {busy} was not done yet")
+            self._save(iteration, meeting, self._written())
+
+        self._attempt(iteration, self._meeting(f"iter_{iteration:07d}"), write)
 
     def _meeting(self, name: str) -> Meeting:
         folder = self._root / f".{name}.{self._settings.history}{DRAFT}"
@@ -216,13 +219,9 @@ class Service:
                 raise MeetingFailed("its captures were released before the copy of them was complete")
             copy_s = self._clock.monotonic() - began
             self._rank.say(what="copied", iteration=iteration)
-            part = RankPart(folder, self._settings.rank, self._settings.world_size)
-            try:
-                write_rank(owner, iteration, part, self._pool, replayer)
-                return part.close(), copy_s
-            except BaseException:
-                part.abandon()
-                raise
+            with PartWriter(folder, self._settings.rank) as writer:
+                write_rank(owner, iteration, RankPart(writer, self._settings.world_size), self._pool, replayer)
+                return writer.close(), copy_s
         finally:
             arena.close()
 
@@ -247,10 +246,6 @@ class Service:
     def _time_left(self, began: float) -> float:
         limit_s = self._settings.limit_s if self._rank.is_there else min(self._settings.limit_s, ORPHAN_S)
         return began + limit_s - self._clock.monotonic()
-
-
-def _give_up(why: str) -> None:
-    raise MeetingFailed(why)
 
 
 def serve(inward: int, outward: int) -> None:

@@ -32,7 +32,8 @@ class WriterProcess:
             env=environment,
             bufsize=0,
         )
-        assert self._process.stdin is not None and self._process.stdout is not None
+        assert self._process.stdin is not None, "a pipe"
+        assert self._process.stdout is not None, "a pipe"
         self._to, self._from = self._process.stdin, self._process.stdout
         for pipe in (self._to, self._from):
             os.set_blocking(pipe.fileno(), False)

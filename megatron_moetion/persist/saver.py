@@ -162,10 +162,7 @@ class Saver(Releases):
         if self._writer.ended is not None:
             self._writer, self._is_ready = self._start_writer(), False
         busy = self._writing
-        message: dict[str, Any] = {"what": "save", "iteration": iteration}
-        if busy is not None:
-            message = {"what": "leave_out", "iteration": iteration, "busy": busy}
-        if not self._writer.send(message):
+        if not self._writer.send({"iteration": iteration, "busy": busy}):
             self._tell(iteration, "the process that writes it takes nothing")
         elif busy is None:
             self._copying = self._writing = iteration

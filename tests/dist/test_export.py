@@ -259,3 +259,29 @@ def test_each_rank_has_its_places(dead: Dead, tmp_path: Path) -> None:
     guides = [owner.sheet.guide for owner in look(dead.store("full", tmp_path / "store")).owners]
     assert [len(guides), {g["problem"] for g in guides}] == [WORLD_SIZE, {None}]
     assert all(g["left_out"] == [] for g in guides)
+
+
+# -- beside training ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("mode", ["full", EXACT])
+def test_what_is_written_beside_training_is_what_training_would_have_written(
+    dead: Dead, tmp_path: Path, mode: str
+) -> None:
+    """From memory, by other processes; the last checkpoint, which no later iteration has made stable, by training."""
+    folder = tmp_path / "beside"
+    run = dead.run(
+        f"beside-{mode.split()[0]}",
+        f"{PLACED} --moetion --moetion-mode {mode} --moetion-ranks-per-node 2 --save {folder} --save-interval 2",
+    )
+    done = run.finish()
+    assert [line for line in done.output.splitlines() if "checkpoint written to" in line], logs(run.folder / "0")
+    assert sorted(p.name for p in folder.glob("iter_*")) == ["iter_0000002", f"iter_{ITERATIONS:07d}"]
+    assert latest_iteration(str(folder)) == ITERATIONS
+    written, saved = content_of(checkpoint_folder(str(folder), 2)), dead.saved(2)
+    assert differing(but(saved, *RUN_S_OWN), but(written, *RUN_S_OWN)) == []
+    assert all(number == "iteration 2" for number in _lines_of_saves(done.output))
+
+
+def _lines_of_saves(output: str) -> list[str]:
+    return [line.split(": ")[0].split(" ", 3)[3] for line in output.splitlines() if "checkpoint written to" in line]

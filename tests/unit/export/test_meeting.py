@@ -87,7 +87,7 @@ def test_where_one_rank_is_not_ending_nothing_is_chosen(tmp_path: Path, absent: 
 def test_a_folder_that_is_gone_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
     made = meetings(tmp_path)
     (tmp_path / ".draft").rmdir()
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         made[1].add_part(b"")
-    with pytest.raises(OSError):
+    with pytest.raises(FileNotFoundError):
         made[0].parts(never)
