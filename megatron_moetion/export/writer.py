@@ -16,6 +16,7 @@ import os
 import select
 import shutil
 import signal
+import sys
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
@@ -128,6 +129,31 @@ class Pipes:
         self.is_ending = True
 
 
+class _Log:
+    """In place of a rank that ends: what it would have been told is for people."""
+
+    is_ending = True
+    is_there = False
+
+    def __init__(self, rank: int) -> None:
+        self._number = rank
+
+    def next(self) -> None:
+        """Nothing more."""
+        return
+
+    def say(self, **document: Any) -> None:
+        """On standard error: rank 0 what has become of the checkpoint, the others why it is not."""
+        match document["what"]:
+            case "saved" if self._number == 0:
+                text = f"checkpoint written to {document['folder']} in {document['seconds']:.1f} s, as the job ends"
+            case "failed":
+                text = f"no checkpoint is written as the job ends: {document['why']}"
+            case _:
+                return
+        print(f"[moetion] rank {self._number}: {text}", file=sys.stderr, flush=True)
+
+
 class Service:
     """Writes what a rank asks for, one checkpoint after the other."""
 
@@ -141,10 +167,11 @@ class Service:
 
     def run(self) -> None:
         """Serve until nothing more will come."""
-        self._rank.say(what="ready", iteration=-1)
+        self._rank.say(what="ready", iteration=-1, root=self._settings.root)
         while (message := self._rank.next()) is not None:
             self._answer(message["iteration"], busy=message.get("busy"))
         if self._rank.is_ending:
+            self._rank = _Log(self._settings.rank)
             self._attempt(-1, self._meeting("iter_ending"), self._save_newest)
         if self._settings.rank == 0:
             clear_drafts(self._root)
@@ -233,8 +260,10 @@ class Service:
         arena.close()
         written = self._written()
         iteration = meeting.choose(stable, lambda: until - self._clock.monotonic())
-        if iteration > written:
+        if iteration > max(written, 0):
             self._save(iteration, meeting, written)
+        elif self._settings.rank == 0:
+            shutil.rmtree(meeting.folder, ignore_errors=True)
 
     def _written(self) -> int:
         try:

@@ -102,6 +102,8 @@ class Saver(Releases):
         self._writer = start_writer()
         self._is_ready = False
         """The writer has come up."""
+        self._has_come_up = False
+        """Any has."""
         self._journal = journal
         self._clock = clock
         self._speaks = speaks
@@ -174,6 +176,7 @@ class Saver(Releases):
             match said["what"]:
                 case "ready":
                     self._is_ready, self._copy_since = True, self._clock.monotonic()
+                    self._say_ready(said)
                 case "copied" if iteration == self._copying:
                     self._copying = None
                 case "saved":
@@ -185,6 +188,14 @@ class Saver(Releases):
         if self._writing is not None and (how := self._writer.ended) is not None:
             self._tell(self._writing, f"the process that writes it has ended ({how})")
             self._copying = self._writing = None
+
+    def _say_ready(self, said: Mapping[str, Any]) -> None:
+        if self._speaks and not self._has_come_up:
+            often = f"one every {self._interval} iterations, and " if self._interval else ""
+            where = f"checkpoints go to {said['root']} from memory, beside training"
+            iteration = max(self._due - self._interval, 0)
+            self._journal.info(iteration, f"{where}: {often}one when SIGTERM ends the job")
+        self._has_come_up = True
 
     def _say_saved(self, iteration: int, said: Mapping[str, Any]) -> None:
         if not self._speaks:

@@ -228,7 +228,7 @@ def test_a_checkpoint_on_disk_gives_way_to_the_flags_as_well(runs: Any, tmp_path
 def test_a_checkpoint_that_was_cut_short_is_written_by_the_restart(runs: Any, tmp_path: Path) -> None:
     """Killed while it saves 6, of which memory has a snapshot: 6 is saved before training goes on, and not again."""
     saved = tmp_path / "saved"
-    run = runs(MODES[0], f"--lr 1e-2 --save {saved} --save-interval 3")
+    run = runs(MODES[0], f"--lr 1e-2 --save {saved} --save-interval 3 --moetion-save off")
     first = run.attempt(die_in_save=6)
     assert -9 in first.codes
     assert (saved / "latest_checkpointed_iteration.txt").read_text() == "3"
@@ -245,7 +245,7 @@ def test_a_checkpoint_that_was_cut_short_is_written_by_the_restart(runs: Any, tm
 def test_what_was_saved_and_evaluated_at_the_end_is_not_repeated(runs: Any, tmp_path: Path) -> None:
     """Killed before the tracker has the last checkpoint: the same state, saved once; evaluated once, by the first."""
     saved = tmp_path / "saved"
-    flags = f"--lr 1e-2 --save {saved} --eval-iters 1 --eval-interval 5"
+    flags = f"--lr 1e-2 --save {saved} --eval-iters 1 --eval-interval 5 --moetion-save off"
     run = runs(MODES[0], flags)
     first = run.attempt(die_in_save=10)
     assert -9 in first.codes
@@ -265,7 +265,8 @@ def test_after_recoveries_in_vain_the_checkpoint_on_disk_is_taken_and_the_run_is
     runs: Any, tmp_path: Path
 ) -> None:
     """Killed in iteration 6 each time. What memory has is newer than what disk has, and is given up in the end."""
-    run = runs(MODES[0], f"--lr 1e-2 --save {tmp_path / 'saved'} --load {tmp_path / 'saved'} --save-interval 4")
+    saved = tmp_path / "saved"
+    run = runs(MODES[0], f"--lr 1e-2 --save {saved} --load {saved} --save-interval 4 --moetion-save off")
     killed = [run.attempt(f"--moetion-inject-fault {run.attempts}:2:6:before-select")]
     while "without getting further" not in killed[-1].output:
         assert len(killed) < 6

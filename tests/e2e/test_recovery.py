@@ -100,7 +100,7 @@ def moetion(store: Path, mode: str, more: str = "") -> str:
 
 
 def save_at(folder: Path) -> str:
-    return f"--save {folder / 'saved'} --save-interval {SAVED_AT}"
+    return f"--save {folder / 'saved'} --save-interval {SAVED_AT} --moetion-save off"
 
 
 def assert_loads_as_it_went_on(saved: Path, run: Run) -> None:

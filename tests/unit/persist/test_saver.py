@@ -60,7 +60,7 @@ class Writer:
         self.is_closed = True
 
     def ready(self) -> None:
-        self.says.append({"what": "ready", "iteration": -1})
+        self.says.append({"what": "ready", "iteration": -1, "root": "/disk"})
 
     def copied(self, iteration: int) -> None:
         self.says.append({"what": "copied", "iteration": iteration})
