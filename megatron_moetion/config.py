@@ -57,7 +57,9 @@ def setting(default: Any, help: str, **metadata: Any) -> Any:
 
 @dataclass(frozen=True, kw_only=True)
 class MoetionConfig:
-    """Settings of one run; equal on all ranks unless ``per_rank``. Sizes in bytes, times in the unit the name ends with."""
+    """Settings of one run; equal on all ranks, unless ``per_rank`` says otherwise. Sizes in bytes, times in the unit
+    that the name ends with.
+    """
 
     mode: str = setting(
         AUTO,
