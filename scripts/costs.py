@@ -52,11 +52,11 @@ def read(benchmark: str) -> Measured:
 def table() -> str:
     """The table as Markdown, and what was run."""
     rows: list[tuple[str, str, Callable[[Figures, str], str]]] = [
-        ("time of an iteration, ratio to none (95%); training fills both cores", "overhead", on_full_cores),
-        ("the same, another model", "exact_mode", with_small_model),
-        (f"the same; each host's link carries {LINK}", "replication_overhead", on_a_slow_link),
+        ("time of an iteration, ratio to none (95%), where training fills both cores", "overhead", on_full_cores),
+        ("the same, a smaller model", "exact_mode", with_small_model),
+        (f"the same, where each host's link carries {LINK}", "replication_overhead", on_a_slow_link),
         ("bytes of a snapshot, per parameter", "exact_mode", sent_bytes),
-        ("host memory, bytes per parameter and copy", "exact_mode", host_bytes),
+        ("host memory, bytes per parameter, for the arena and for each replica", "exact_mode", host_bytes),
         ("iterations that a fault repeats, mean (most)", "exact_mode", repeated),
         ("seconds of a recovery, once processes run", "exact_mode", recovery),
         ("tokens that experts lost by four faults in 300 iterations", "accuracy_under_faults", lost_tokens),
