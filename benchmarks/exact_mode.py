@@ -26,6 +26,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -387,7 +388,7 @@ def summarise(ranks: list[dict[str, Any]], size: Size, model: str) -> list[Any]:
     return results
 
 
-def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
+def plot(figures: Mapping[str, float | None], size: Size, path: Path) -> None:
     """Bytes, host memory, recovery and iteration time over the period, beside the formulas and the other modes."""
     import matplotlib
 
@@ -396,59 +397,62 @@ def plot(figures: dict[str, float | None], size: Size, path: Path) -> None:
 
     colors = dict(zip(MODELS, ("#0072B2", "#009E73", "#D55E00"), strict=True))
     fine = np.geomspace(size.periods[0], size.periods[-1], 100)
-    figure, axes = pyplot.subplots(2, 2, figsize=(12, 9), layout="constrained")
+    figure, axes = pyplot.subplots(2, 2, figsize=(12, 10), layout="constrained")
     bytes_, memory, recovery, overhead = axes.flat
-    bytes_.axhline(12, color="#222222", label="full")
-    bytes_.plot(
-        fine, 2 + 10 / fine, color="#8c8c8c", linestyle="--", label="MoEvement's largest slot, W = P, by its formula"
-    )
-    memory.axhline(36, color="#222222", label="full, by the formula")
-    for gradient, style in ((4, "-"), (2, ":")):
-        bytes_.plot(
-            fine, 12 / fine + gradient, color="#222222", linestyle=style, linewidth=1, label=f"12 / P + {gradient}"
-        )
-        label = f"24 + {gradient} (P + 6)"
-        memory.plot(fine, 24 + gradient * (fine + 6), color="#222222", linestyle=style, linewidth=1, label=label)
+    bytes_.axhline(12, color="#222222", label="mode full")
+    memory.axhline(36, color="#222222", label="mode full, by the formula 36")
+    for gradient, style, kind in ((4, "-", "fp32"), (2, ":", "bf16")):
+        how = {"color": "#222222", "linestyle": style, "linewidth": 1}
+        bytes_.plot(fine, 12 / fine + gradient, **how, label=f"formula 12/P + {gradient}, {kind} gradients")
+        memory.plot(fine, 24 + gradient * (fine + 6), **how, label=f"formula 24 + {gradient} (P + 6), {kind} gradients")
+    bytes_.plot(fine, 2 + 10 / fine, color="#8c8c8c", linestyle="--", label="MoEvement's largest, by its formula")
     for number, model in enumerate(size.models):
+        words = in_words(model)
         parameters = figures[f"{model}: parameters, all ranks"] or 1.0
         full = (figures[f"{model}: full: bytes"] or 0.0) / parameters
         exact = {p: f"{model}: exact P {p}" for p in size.periods}
-        shares = [figures[f"{at}: bytes, share of full's, before the saving on zeros"] or 0.0 for at in exact.values()]
-        saved = [figures[f"{at}: bytes, share of full's"] or 0.0 for at in exact.values()]
+        shares = [figures[f"{at}: bytes, share of full's"] or 0.0 for at in exact.values()]
         arenas = [
             (figures[f"{at}: host memory, all ranks, one replica"] or 0.0) / parameters / 2 for at in exact.values()
         ]
         seconds = [figures[f"{at}: of it, restoring state"] or 0.0 for at in exact.values()]
-        how = {"color": colors[model], "markersize": 7}
-        bytes_.plot(list(exact), [s * full for s in shares], "o", **how, label=f"{model}")
-        bytes_.plot(list(exact), [s * full for s in saved], "x", **how)
-        memory.plot(list(exact), arenas, "o", **how, label=model)
-        recovery.plot(list(exact), seconds, "o-", **how, label=f"exact, {model}")
+        marks = {"color": colors[model], "markersize": 7}
+        bytes_.plot(list(exact), [s * full for s in shares], "o", **marks, label=words)
+        memory.plot(list(exact), arenas, "o", **marks, label=words)
+        recovery.plot(list(exact), seconds, "o-", **marks, label=f"mode exact, {words}")
         ratios, low, high = (
             np.array([figures[f"{model}: {arm}: {what}"] or math.nan for arm in size.arms[1:]])
             for what in ("iteration time, ratio to none", "the same, lower end of 95%", "the same, upper end of 95%")
         )
         places = np.arange(len(ratios)) + (number - 1) * 0.15
         spread = [ratios - low, high - ratios]
-        overhead.errorbar(places, ratios, yerr=spread, fmt="o", capsize=3, color=colors[model], label=model)
+        overhead.errorbar(places, ratios, yerr=spread, fmt="o", capsize=3, color=colors[model], label=words)
         other = figures[f"{model}: full: of it, restoring state"] or 0.0
-        recovery.axhline(other, color=colors[model], linestyle="--", linewidth=1, label=f"full, {model}")
-    bytes_.set(title="Bytes a parameter and iteration (x: less gradients of zeros)", ylim=(0, 20))
-    memory.set(title="Host memory, bytes a parameter and copy", ylim=(0, None))
-    recovery.set(title="Recovery: loading state and replaying, seconds", ylim=(0, None))
+        recovery.axhline(other, color=colors[model], linestyle="--", linewidth=1, label=f"mode full, {words}")
+    bytes_.set(title="Bytes of a snapshot", ylabel="bytes per parameter and iteration", ylim=(0, 22))
+    memory.set(title="Host memory", ylabel="bytes per parameter and copy", ylim=(0, 160))
+    recovery.set(title="Loading state and replaying steps in a recovery", ylabel="seconds", ylim=(0, None))
     for axis in (bytes_, memory, recovery):
         axis.set_xscale("log", base=2)
         axis.set_xticks(size.periods, [str(p) for p in size.periods])
-        axis.set_xlabel("period P")
-    overhead.set_title("Iteration time, ratio to no snapshots, with its 95% interval")
+        axis.set_xlabel("period P of mode exact (iterations)")
+    overhead.set(title="Time of an iteration with a snapshot", ylabel="ratio to none, with its 95% interval")
     overhead.axhline(1, color="#222222", linewidth=1)
+    overhead.set_ylim(None, 1.75)
     overhead.set_xticks(range(len(size.arms) - 1), [arm.replace(" P ", "\nP = ") for arm in size.arms[1:]])
+    overhead.set_xlabel("mode")
     for axis in axes.flat:
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, frameon=False, loc="upper left")
         axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     pyplot.close(figure)
+
+
+def in_words(model: str) -> str:
+    """``E 8, fp32 gradients``, a model's key in the results, as pictures have it."""
+    experts, _, gradients = model.removeprefix("E ").partition(", ")
+    return f"{experts} experts, {gradients}"
 
 
 if __name__ == "__main__":

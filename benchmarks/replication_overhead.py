@@ -32,7 +32,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -56,6 +56,15 @@ STALENESS_CAP = 32
 OURS = "popularity-bubble"
 OTHERS = ("full-eager", "full-bubble", "popularity-eager")
 ARMS = ("off", *OTHERS, OURS)
+IN_PICTURES = {
+    "full-eager": ("mode full, sent at once", "#999999", -0.12),
+    "full-bubble": ("mode full, sent in the gaps of training", "#444444", -0.04),
+    "popularity-eager": ("mode popularity, sent at once", "#E69F00", 0.04),
+    "popularity-bubble": ("mode popularity, sent in the gaps of training", "#D55E00", 0.12),
+}
+"""By arm: words, colour and place beside the link's mark."""
+ITERATION = ": iteration without snapshots"
+"""How the first figure of each link ends."""
 BATCH = 48
 """Sequences an iteration. The fewer, the more bytes of state there are for each byte that training sends and each
 second that it computes; large runs have thousands."""
@@ -165,7 +174,7 @@ def main() -> int:
         [f"model: {layout.flags}", f"{size.batch} sequences an iteration", f"staleness cap {STALENESS_CAP}"],
     )
     if args.plot is not None:
-        plot(summaries, args.plot)
+        plot({result.name: result.value for result in results}, args.plot)
     return 0
 
 
@@ -370,7 +379,7 @@ def results_of(
     link = _name(rate)
     off = arms["off"]
     results = [
-        Result(name=f"{link}: iteration without snapshots", value=off["seconds"], unit="s"),
+        Result(name=f"{link}{ITERATION}", value=off["seconds"], unit="s"),
         at_most(f"{link}: cost of the hooks", off["hooks"] / off["seconds"], "share", 0.002),
     ]
     for name in ARMS[1:]:
@@ -437,30 +446,31 @@ def headline(summaries: Mapping[float, Mapping[str, Mapping[str, float]]], layou
     ]
 
 
-def plot(summaries: Mapping[float, Mapping[str, Mapping[str, float]]], path: Path) -> None:
-    """Slowdown over the rate of the link, one line an arm, with intervals."""
+def plot(figures: Mapping[str, float | None], path: Path) -> None:
+    """Slowdown over the rate of the link, one line an arm, with intervals; ``figures`` are results by name."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    colors = dict(zip(ARMS[1:], ("#b0b0b0", "#707070", "#e39a4a", "#d1342f"), strict=True))
-    rates: Sequence[float] = sorted(summaries)
-    labels = [_name(r) for r in rates]
-    figure, axis = pyplot.subplots(figsize=(8, 4.8), layout="constrained")
-    for arm in ARMS[1:]:
-        middle = np.array([summaries[r][arm]["slowdown"] for r in rates]) * 100
-        low = np.array([summaries[r][arm]["low"] for r in rates]) * 100
-        high = np.array([summaries[r][arm]["high"] for r in rates]) * 100
-        axis.errorbar(
-            range(len(rates)), middle, yerr=[middle - low, high - middle], label=arm, color=colors[arm], marker="o",
-            capsize=3, linewidth=1.8,
-        )  # fmt: skip
+    found = {name.removesuffix(ITERATION) for name in figures if name.endswith(ITERATION)}
+    links = sorted(found, key=lambda link: float(link.split()[0]) if link[0].isdigit() else math.inf)
+    figure, axis = pyplot.subplots(figsize=(8, 5.2), layout="constrained")
+    for arm, (words, color, offset) in IN_PICTURES.items():
+        slowdown, low, high = (
+            np.array([figures[f"{link}: {arm}: slowdown{end}"] or 0.0 for link in links]) * 100
+            for end in ("", ", lower end of 95%", ", upper end of 95%")
+        )
+        places = np.arange(len(links)) + offset
+        axis.errorbar(places, slowdown, yerr=[slowdown - low, high - slowdown], label=words, color=color, marker="o",
+                      capsize=3, linewidth=0, elinewidth=1.8)  # fmt: skip
     axis.axhline(0, color="#444444", linewidth=0.8)
-    axis.set_xticks(range(len(rates)), labels)
+    axis.set_xticks(range(len(links)), links)
+    axis.set_xlim(-0.5, len(links) - 0.5)
     axis.set_xlabel("link of each host")
-    axis.set_ylabel("slowdown with a snapshot every iteration, %")
-    axis.legend(frameon=False)
+    axis.set_ylabel("slowdown of training (%), with its 95% interval")
+    axis.set_title("What a snapshot every iteration costs", loc="left", fontweight="bold")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False)
     axis.spines[["top", "right"]].set_visible(False)
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)

@@ -161,7 +161,7 @@ def main() -> None:
     decay = {"start_wd": 0.1, "end_wd": 0.1, "wd_incr_steps": 100, "wd_incr_style": "constant"}
     scheduler = OptimizerParamScheduler(optimizer, init_lr=0.0, max_lr=3e-3, min_lr=3e-4, **schedule, **decay)
 
-    # README.md and docs/own_loop.md have these lines:
+    # docs/own_loop.md has these lines:
     # after init_process_group, initialize_model_parallel and the random seeds; before the first step
     session = megatron_moetion.attach(
         model=model,

@@ -17,25 +17,21 @@ from quickstart_summary import Run, differences
 
 # Okabe and Ito's palette: told apart also by colour-blind readers.
 BLACK, GREY, ORANGE, SKY, GREEN, BLUE, RED = "#222222", "#8c8c8c", "#E69F00", "#56B4E9", "#009E73", "#0072B2", "#D55E00"
-PHASE_COLORS = {
-    "detect": GREY,
-    "restart": "#c4c4c4",
-    "survey": SKY,
-    "network": "#A6761D",
-    "fetch": BLUE,
-    "verify": "#CC79A7",
-    "pin": "#8DD3C7",
-    "replicate": "#7B3294",
-    "restore": GREEN,
-    "resync": "#F0E442",
-    "epoch": BLACK,
-    "first_step": ORANGE,
+PHASES = {
+    "detect": ("notice the loss, start processes", GREY),
+    "restart": ("import libraries, build the model", "#c4c4c4"),
+    "survey": ("read what is in memory", SKY),
+    "network": ("measure the network", "#A6761D"),
+    "fetch": ("fetch from the other node", BLUE),
+    "verify": ("verify", "#CC79A7"),
+    "pin": ("pin memory for the GPU", "#8DD3C7"),
+    "replicate": ("copy to the other node again", "#B07CC6"),
+    "restore": ("write state into the model", GREEN),
+    "resync": ("gather parameters", "#F0E442"),
+    "epoch": ("note the recovery", BLACK),
+    "first_step": ("first iteration", ORANGE),
 }
-PHASE_LABELS = {
-    "detect": "detect, start processes",
-    "restart": "restart: import, build model",
-    "first_step": "first step",
-}
+"""What a recovery's phases are called in the picture, and their colours."""
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -57,7 +53,7 @@ def draw(path: Path, reference: Run, runs: Sequence[Run], entries: Sequence[Mapp
         figure.get_layout_engine().set(h_pad=0.09, w_pad=0.12)
         grid = figure.add_gridspec(3, len(runs), height_ratios=[4.2, 1.2, 0.55 + 0.5 * len(runs)])
         figure.suptitle(
-            "A node is lost in the middle of training; its state comes back from its peer's memory "
+            "A node is lost in the middle of training; its state comes back from another node's memory "
             "(each mode with its default settings)",
             fontsize=14, fontweight="bold", x=0.012, ha="left",
         )  # fmt: skip
@@ -95,7 +91,7 @@ def _draw_losses(axes: Axes, reference: Run, run: Run, entry: Mapping[str, Any])
     axes.annotate(text, xy=(killed, 0.97), xycoords=("data", "axes fraction"), xytext=(10, 0),
                   textcoords="offset points", va="top", color=RED)  # fmt: skip
     axes.set_title(_title(entry), fontweight="bold")
-    axes.set_ylabel("training loss")
+    axes.set_ylabel("training loss (nats)")
     axes.legend(loc="upper left", bbox_to_anchor=(0.505, 0.72), fontsize=9)
     axes.tick_params(labelbottom=False)
 
@@ -116,13 +112,13 @@ def _draw_differences(axes: Axes, reference: Run, run: Run, entry: Mapping[str, 
     axes.set_ylim(-0.04, 1.0) if largest == 0 else axes.set_ylim(-0.04 * largest, 1.45 * largest)
     if largest == 0:
         axes.set_yticks([0.0])
-        text, color = "bitwise equal:\nlargest distance 0.0", GREEN
+        text, color = "bitwise equal:\nlargest difference 0.0", GREEN
     else:
-        text, color = f"largest distance {largest:.2g}", BLUE
+        text, color = f"largest difference {largest:.2g}", BLUE
     if entry["plt"]:
         text += f"\n{100 * entry['plt']:.2g}% of tokens lost"
     axes.annotate(text, xy=(0.012, 0.94), xycoords="axes fraction", va="top", color=color, fontweight="bold")
-    axes.set_ylabel("distance to\nfault-free")
+    axes.set_ylabel("difference of loss\nto fault-free")
     axes.set_xlabel("iteration")
 
 
@@ -133,8 +129,8 @@ def _draw_recoveries(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     for row, entry in enumerate(entries):
         left = 0.0
         for phase, seconds in entry["recovery_seconds"].items():
-            label = PHASE_LABELS.get(phase, phase)
-            axes.barh(row, seconds, left=left, height=0.62, color=PHASE_COLORS.get(phase, BLACK),
+            label, color = PHASES.get(phase, (phase, BLACK))
+            axes.barh(row, seconds, left=left, height=0.62, color=color,
                       edgecolor="white", linewidth=0.8, label=None if phase in named else label)  # fmt: skip
             if seconds > 0.035 * longest:
                 axes.text(left + seconds / 2, row, f"{seconds:.1f}", ha="center", va="center", fontsize=9,
@@ -146,13 +142,13 @@ def _draw_recoveries(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     axes.set_ylim(len(entries) - 0.5, -0.5)
     axes.set_xlim(0, 1.08 * longest)
     axes.set_xlabel("seconds since the node was lost")
-    axes.set_title("How long the recovery took", fontweight="bold")
+    axes.set_title("How long it took until training went on", fontweight="bold")
     axes.tick_params(left=False)
     axes.spines["left"].set_visible(False)
     axes.figure.legend(
         *axes.get_legend_handles_labels(),
         loc="outside lower left",
-        ncols=len(named),
+        ncols=-(-len(named) // 2),
         fontsize=9,
         columnspacing=1.2,
         handlelength=1.0,

@@ -15,6 +15,7 @@ from benchmarks._common import Result, at_least, at_most
 from benchmarks.accuracy_under_faults.study import (
     FIXED_FAULTS,
     MARGIN,
+    MODELS,
     OLD_CHECKPOINT_ITERATIONS,
     POWER,
     TRAIN_ITERATIONS,
@@ -30,6 +31,19 @@ BASE = "fault-free"
 WITHIN_BUDGET = ("default", "recalibrated", "recalibrated-random-faults")
 """Arms that are expected to be as good as a run without faults."""
 OLD = f"restart, {OLD_CHECKPOINT_ITERATIONS} iterations old"
+IN_PICTURES = {
+    "default": "default settings",
+    "recalibrated": "with capacity recalibration",
+    "recalibrated-random-faults": "with recalibration, faults at random",
+    "small-k": "few experts a snapshot",
+    "small-k-recalibrated": "few experts, with recalibration",
+    "small-k-sequential-recalibrated": "few experts in turn, with recalibration",
+    "small-k-current-moments": "few experts, moments of the fault",
+    "small-k-recalibrated-current-moments": "few experts, recalibration, moments of the fault",
+    "control": "control: one expert a snapshot, 27 faults",
+    OLD: f"restart from a checkpoint {OLD_CHECKPOINT_ITERATIONS} iterations old",
+}
+"""Arms in words, in the order of the picture."""
 SHOWN = (-0.03, 0.07)
 """Nats that the picture shows; what is beyond is written in it."""
 _STUDENT = (math.nan, 12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -208,27 +222,31 @@ def draw(runs: Runs, path: Path) -> None:
     from matplotlib import pyplot as plt
 
     models = [m for m, arms in runs.items() if len(arms.get(BASE, {})) > 1]
-    fig, panels = plt.subplots(1, max(len(models), 1), figsize=(6 * max(len(models), 1), 4.2), squeeze=False)
-    for panel, model in zip(panels[0], models, strict=False):
+    panels = max(len(models), 1)
+    fig, axes = plt.subplots(1, panels, figsize=(2 + 5 * panels, 4.8), squeeze=False, sharey=True, layout="constrained")
+    for panel, model in zip(axes[0], models, strict=False):
         arms = runs[model]
-        names = [arm for arm in order(arms) if len(differences(arms, arm)) > 1]
+        names = [arm for arm in IN_PICTURES if (arm in arms or arm == OLD) and len(differences(arms, arm)) > 1]
         for height, arm in enumerate(reversed(names)):
             values = differences(arms, arm)
             mean, low, high = interval(values)
             if mean > SHOWN[1]:
                 panel.annotate(f"{mean:+.2f} →", (SHOWN[1], height), ha="right", va="center", color="tab:blue")
                 continue
-            panel.plot(values, [height] * len(values), ".", color="0.7")
-            panel.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color="tab:blue")
+            panel.plot(values, [height] * len(values), ".", color="0.7", label="one seed")
+            panel.errorbar(mean, height, xerr=[[mean - low], [high - mean]], fmt="o", capsize=4, color="tab:blue",
+                           label="mean, with its 95% interval")  # fmt: skip
         panel.axvspan(-MARGIN, MARGIN, color="tab:green", alpha=0.12, label=f"margin, {MARGIN} nats")
         panel.axvline(0, color="0.3", linewidth=0.8)
-        panel.set_yticks(range(len(names)), list(reversed(names)))
+        panel.set_yticks(range(len(names)), [IN_PICTURES[arm] for arm in reversed(names)])
         panel.set_xlim(*SHOWN)
         panel.set_ylim(-0.7, len(names) - 0.3)
         panel.set_xlabel("difference of validation loss (nats)")
-        panel.set_title(f"{model}, {len(arms[BASE])} seeds: with faults, less without")
-        panel.legend(loc="center right", fontsize=8)
-    fig.tight_layout()
+        panel.set_title(f"{MODELS[model].experts} experts, {len(arms[BASE])} seeds")
+    if models:
+        handles = dict(zip(*reversed(axes[0][0].get_legend_handles_labels()), strict=True))
+        fig.legend(handles.values(), handles.keys(), loc="outside lower right", ncols=3, fontsize=9, frameon=False)
+    fig.suptitle("Training with faults against training without; what stays below the margin is as good")
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=130)
     plt.close(fig)

@@ -158,7 +158,8 @@ def draw(bars: Sequence[Bar], path: Path) -> None:
         raise ConfigError("drawing needs matplotlib: pip install 'megatron-moetion[plots]'") from error
     ranks = sorted({b.rank for b in bars})
     lanes = [lane for lane in LANES if lane != "iteration" and any(b.lane == lane for b in bars)]
-    origin = min(b.begin_s for b in bars if b.lane == "iteration")
+    first = min((b for b in bars if b.lane == "iteration"), key=lambda b: b.begin_s)
+    origin = first.begin_s
     height = 0.26 * len(lanes) * len(ranks) + 1.2
     figure, axis = pyplot.subplots(figsize=(13, height), layout="constrained")
     labels, places = [], []
@@ -175,9 +176,9 @@ def draw(bars: Sequence[Bar], path: Path) -> None:
             if block == 0:
                 middle = (bar.begin_s + bar.end_s) / 2 - origin
                 axis.text(middle, 0.75, f"iteration {bar.value}", ha="center", va="bottom", fontsize=8)
-    axis.set_yticks(places, labels, fontsize=7)
+    axis.set_yticks(places, labels, fontsize=8)
     axis.set_ylim(min(places) - 0.8, 1.9)
-    axis.set_xlabel("seconds")
+    axis.set_xlabel(f"seconds since iteration {first.value} began")
     axis.spines[["top", "right", "left"]].set_visible(False)
     axis.tick_params(axis="y", length=0)
     try:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
@@ -57,9 +57,6 @@ from megatron_moetion.store.spec import ArenaShape, ArenaSpec, arena_name
 from megatron_moetion.store.vetoes import vetoed_in
 from megatron_moetion.units import UnitKind
 
-_OF_ONE_RANK = ("store", "pack_threads", "pack_sms", "max_stall_ms", "report", "trace_dir", "inject_fault",
-                "max_unprotected_iterations", "network_interface")  # fmt: skip
-"""Settings that may differ between ranks."""
 _REASONS_MAX = 3
 """Iterations of which it is said why they cannot be recovered."""
 
@@ -184,7 +181,8 @@ class Startup:
 
     def _require_one_run(self, attempt: int) -> tuple[int, int]:
         """Rank 0's nonce, and the highest attempt; ``ConfigError`` where ranks were started differently."""
-        config = {k: v for k, v in asdict(self._config).items() if k not in _OF_ONE_RANK}
+        of_all = [f.name for f in fields(self._config) if not f.metadata.get("per_rank")]
+        config = {name: getattr(self._config, name) for name in of_all}
         config["trace_dir"] = bool(self._config.trace_dir)  # the folder may differ; hooks on all ranks or on none
         identity = {k: v for k, v in asdict(self._spec.identity).items() if k not in ("owner", "layout")}
         # Ranks that replicate at other iterations, or in other slices, would never agree on anything.

@@ -18,6 +18,7 @@ from typing import IO
 import pytest
 
 ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "own_loop.md"
 EXAMPLE = ROOT / "examples" / "own_loop.py"
 ITERATIONS = 14
 KILLED_AT = 6
@@ -92,17 +93,16 @@ def test_the_loop_goes_on_bit_for_bit_after_a_lost_node(tmp_path: Path, store: P
 
 
 def excerpt() -> str:
-    """The lines of the example that documents show; ``python tests/e2e/test_own_loop.py`` prints them."""
-    begin, end = "    # README.md and docs/own_loop.md have these lines:\n", "    # Here these lines end.\n"
+    """The lines of the example that the page shows; ``python tests/e2e/test_own_loop.py`` prints them."""
+    begin, end = "    # docs/own_loop.md has these lines:\n", "    # Here these lines end.\n"
     lines = EXAMPLE.read_text().partition(begin)[2].partition(end)[0].splitlines()
     return "\n".join(line.removeprefix("    ") for line in lines)
 
 
-@pytest.mark.parametrize("page", ["README.md", "docs/own_loop.md"])
-def test_documents_show_the_lines_that_run(page: str) -> None:
+def test_the_page_shows_the_lines_that_run() -> None:
     shown = excerpt()
     assert "megatron_moetion.attach(" in shown
-    assert f"```python\n{shown}\n```\n" in (ROOT / page).read_text(), f"{page} should show:\n{shown}"
+    assert f"```python\n{shown}\n```\n" in PAGE.read_text(), f"{PAGE.name} should show:\n{shown}"
 
 
 if __name__ == "__main__":
