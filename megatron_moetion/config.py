@@ -21,10 +21,11 @@ TOPICS = (
     "Mode popularity",
     "When a snapshot travels",
     "When something fails",
+    "Checkpoints on disk",
     "What a run tells",
 )
 """What settings are about, in the order of docs/flags.md."""
-_RUN, _COPIES, _CONTENTS, _POPULARITY, _TRAVEL, _FAULTS, _OUTPUT = TOPICS
+_RUN, _COPIES, _CONTENTS, _POPULARITY, _TRAVEL, _FAULTS, _DISK, _OUTPUT = TOPICS
 _REFUSED = "refused: go back to the old value, or take another --moetion-run-id"
 _ROOM = "refused where arenas would need another size: go back to the old value, or take another --moetion-run-id"
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
@@ -316,23 +317,39 @@ class MoetionConfig:
     )
     save: str = setting(
         "",
-        "folder for checkpoints on disk that processes beside training write from the memory of the nodes, so that "
-        "training does not stop for them; all nodes must see it. Default: that of --save. 'off': training writes them "
-        "itself. In mode 'popularity' it always does",
+        "folder for checkpoints on disk that processes beside training write from memory, so that training does not "
+        "stop for them; every node must see it. Default: that of --save. 'off': training writes its checkpoints "
+        "itself, as it does in mode 'popularity' in any case",
+        topic=_DISK,
         metavar="DIR",
+        used_in=("full", "exact"),
     )
     save_interval: int = setting(
-        0, "iterations between such checkpoints; 0: as --save-interval says, else only when the job is ended by a "
-        "signal", minimum=0,
-    )  # fmt: skip
+        0,
+        "iterations between such checkpoints; 0: as --save-interval says. Without either there is one when the job is "
+        "told to end",
+        topic=_DISK,
+        unit="iterations",
+        minimum=0,
+        used_in=("full", "exact"),
+    )
     grace_s: int = setting(
         0,
-        "with --save: seconds that a process which gets SIGTERM stays at most, while the stable iteration is written "
-        "to disk; 0: it ends at once, and the process that writes goes on as long as the machine lets it",
+        "most seconds that a process which gets SIGTERM stays while the stable iteration is written to disk; 0: it "
+        "ends at once, and what writes goes on as long as the machine lets it",
+        topic=_DISK,
+        unit="seconds",
         minimum=0,
+        used_in=("full", "exact"),
     )
     save_limit_s: int = setting(
-        1800, "longest that one such checkpoint may take until it is given up", minimum=1, expert=True
+        1800,
+        "longest that one such checkpoint may take until it is given up",
+        topic=_DISK,
+        unit="seconds",
+        minimum=1,
+        used_in=("full", "exact"),
+        expert=True,
     )
     state_hash_interval: int = setting(
         0,

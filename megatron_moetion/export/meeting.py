@@ -98,6 +98,7 @@ class Meeting:
                 self._put(_CHOSEN, str(max(int(name.rsplit("-", 1)[1]) for name in there)).encode())
             if chosen.exists():
                 return int(chosen.read_text())
+            self._require_no_failure()
             if time_left() <= 0:
                 raise MeetingFailed("not all ranks' processes were told to end, so nothing is written")
             self._clock.sleep(_POLL_S)

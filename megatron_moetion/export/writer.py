@@ -37,13 +37,15 @@ from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.reading import read_only, take_over
 from megatron_moetion.store.sharedfile import available_bytes
 
-JOIN_S = 20.0
+JOIN_S = 10.0
 """How long a process waits, after SIGTERM, for those of all other ranks: else only some are to end."""
 ORPHAN_S = 120.0
 """How long rank 0's process waits for the parts of others when its rank has gone."""
 _AFTER_RANK_S = 2.0
 """A signal to the whole group may come a little later than the end of the rank."""
 _NICE = 10
+_ENDING = "iter_ending"
+"""The meeting of processes that were told to end."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,6 +60,8 @@ class Settings:
     history: str
     """Of the run, as far as this start: the names of folders carry it, so that two starts share none."""
     limit_s: float
+    is_waited_for: bool
+    """Whether ranks that are told to end stay until their processes have."""
 
 
 class Rank(Protocol):
@@ -168,13 +172,24 @@ class Service:
     def run(self) -> None:
         """Serve until nothing more will come."""
         self._rank.say(what="ready", iteration=-1, root=self._settings.root)
-        while (message := self._rank.next()) is not None:
-            self._answer(message["iteration"], busy=message.get("busy"))
+        while (message := self._rank.next()) is not None and not message.get("is_over"):
+            self._answer(message["iteration"], message["busy"])
         if self._rank.is_ending:
             self._rank = _Log(self._settings.rank)
-            self._attempt(-1, self._meeting("iter_ending"), self._save_newest)
+            self._attempt(-1, self._meeting(_ENDING), self._save_newest)
+        elif message is None and self._settings.is_waited_for:
+            self._say_gone()
+            return  # what it has said stays for a while
         if self._settings.rank == 0:
             clear_drafts(self._root)
+
+    def _say_gone(self) -> None:
+        """The rank has failed: those that are told to end for that need not wait for a checkpoint."""
+        meeting = self._meeting(_ENDING)
+        with suppress(OSError):
+            meeting.enter()
+            meeting.fail("its rank has ended by itself")
+        meeting.leave()
 
     def _answer(self, iteration: int, busy: int | None) -> None:
         def write(meeting: Meeting) -> None:

@@ -71,6 +71,9 @@ class Releases:
     def close(self) -> None:
         """No more results will come."""
 
+    def abandon(self) -> None:
+        """The process is about to end, and not because all is done."""
+
 
 class Saver(Releases):
     """Has the first stable iteration written that reaches a multiple of ``interval`` (0: none of them).
@@ -154,8 +157,13 @@ class Saver(Releases):
 
     def close(self) -> None:
         """See ``Releases``. What is being written goes on."""
-        self._grace.close()
         self._hear()
+        self._writer.send({"is_over": True})
+        self.abandon()
+
+    def abandon(self) -> None:
+        """See ``Releases``. What is being written goes on."""
+        self._grace.close()
         self._writer.close()
 
     def _begin(self, iteration: int) -> None:

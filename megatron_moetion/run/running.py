@@ -155,7 +155,7 @@ class Prepared:
         for close in (arenas.close, self.packer.close, pipeline.close, releases.close):
             self.undo.callback(close)
         self.leaving.callback(pipeline.abandon, 0.0)
-        self.leaving.callback(releases.close)
+        self.leaving.callback(releases.abandon)
         protection = Protection(
             journal=self.journal,
             rank=rank,

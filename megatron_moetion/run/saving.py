@@ -52,6 +52,7 @@ def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int
         "local_ranks": run.node.num_ranks,
         "history": f"{arena.page.lineage:x}-{epoch}",
         "limit_s": run.config.save_limit_s,
+        "is_waited_for": run.config.grace_s > 0,
     }
 
     def start() -> Writer:

@@ -84,6 +84,15 @@ def test_where_one_rank_is_not_ending_nothing_is_chosen(tmp_path: Path, absent: 
             each.choose(5, lambda left=left: next(left))  # type: ignore[misc]
 
 
+def test_a_rank_that_has_ended_by_itself_keeps_nobody_waiting(tmp_path: Path) -> None:
+    made = meetings(tmp_path)
+    found = together(
+        *(lambda m=m: m.choose(5, never) for m in made[:3]),  # type: ignore[misc]
+        lambda: made[3].fail("its rank has ended by itself"),
+    )
+    assert found[:3] == ["rank 3: its rank has ended by itself"] * 3
+
+
 def test_a_folder_that_is_gone_is_an_error_and_no_endless_wait(tmp_path: Path) -> None:
     made = meetings(tmp_path)
     (tmp_path / ".draft").rmdir()
