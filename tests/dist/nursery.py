@@ -17,6 +17,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,9 @@ def _launch(request: Mapping[str, Any], run_rank: Callable[[Mapping[str, Any], M
             for pid in (p for p in ranks if ranks[p] not in codes):
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.005)
+    for pid in ranks:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, signal.SIGKILL)  # what it has started and left behind
     return {"codes": [codes[r] for r in sorted(codes)], "late": late}
 
 
@@ -89,6 +93,7 @@ def _fork(
     code = BUG
     try:
         _die_with_parent()
+        os.setpgid(0, 0)
         log = os.open(
             Path(request["folder"]) / f"rank{environment['RANK']}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600
         )
