@@ -8,6 +8,7 @@ import math
 import random
 import types
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ class Attached:
         self.told: list[Any] = []
         self.baseline: dict[str, Any] | None = None
         self.pipeline_arguments = {"p2p_communicator": "watched", "pg_collection": "groups"}
+        self.writes_checkpoints = False
 
     def __call__(self, **arguments: Any) -> Attached:
         self.arguments = arguments
@@ -76,6 +78,8 @@ class Loop:
         self.skipped: set[int] = set()
         self.losses: dict[int, float] = {}
         self.ends = ends
+        self.saves_locally_at = 0
+        self.writes_checkpoints = False
         self.adapter: Any = None
 
     def load_checkpoint(self, model: Any, checkpointing_context: Any = None) -> tuple[int, int]:
@@ -118,10 +122,18 @@ class Loop:
 
     def decide(self, model: Any, iteration: int, num_floating_point_operations_so_far: int) -> bool:
         self.calls.append(("decide", iteration))
+        if self.args.save_interval and iteration % self.args.save_interval == 0:
+            self.adapter.save_checkpoint_and_time(self.save_and_time, iteration, model)
+        if iteration == self.saves_locally_at:
+            self.adapter.save_checkpoint_and_time(self.save_and_time, iteration, model, non_persistent_ckpt=True)
         return False
+
+    def save_and_time(self, iteration: int, model: Any, non_persistent_ckpt: bool = False) -> None:
+        self.calls.append(("saved in time", iteration, non_persistent_ckpt))
 
     def run(self, memory: dict[str, Any] | None = None, between: Callable[[], Any] = lambda: None) -> Attached:
         attached = Attached(memory)
+        attached.writes_checkpoints = self.writes_checkpoints
         self.adapter = Adapter(self.module, attached)
         self.adapter.setup_model_and_optimizer(self.setup, "type", checkpointing_context="context")
         between()  # data loaders are built
@@ -336,3 +348,28 @@ def test_what_disk_holds(tmp_path: Path) -> None:
     tracker.write_text("many")
     with pytest.raises(ConfigError, match="holds 'many'"):
         newest_on_disk(flags)
+
+
+@pytest.mark.parametrize("ends", [None, SystemExit(0)])
+@pytest.mark.parametrize(("last", "by_training"), [(2, [("saved", 4)]), (4, [])])
+def test_checkpoints_are_left_to_the_processes_beside_training_but_for_the_last(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, last: int, by_training: list[Any], ends: BaseException | None
+) -> None:
+    """No later iteration shows that all ranks have the last one, so training writes it, unless it is on disk."""
+    from megatron_moetion.pretrain import checkpoint
+
+    monkeypatch.setattr(checkpoint, "last_saved", lambda root: last)
+    loop = Loop(save=str(tmp_path), save_interval=2, ends=ends)
+    loop.writes_checkpoints, loop.iterations, loop.saves_locally_at = True, range(1, 5), 2
+    with pytest.raises(SystemExit) if ends else nullcontext():
+        loop.run()
+    saved = [call for call in loop.calls if call[0].startswith("saved")]
+    assert saved == [("saved in time", 2, True), *by_training]
+
+
+def test_where_nobody_writes_beside_training_it_saves_as_ever(tmp_path: Path) -> None:
+    loop = Loop(save=str(tmp_path), save_interval=2)
+    loop.iterations = range(1, 5)
+    loop.run()
+    saved = [call for call in loop.calls if call[0].startswith("saved")]
+    assert saved == [("saved in time", 2, False), ("saved in time", 4, False)]

@@ -28,6 +28,7 @@ SIGNATURES = {
         "train_step": "forward_step_func, data_iterator",
         "dummy_train_step": "data_iterator",
         "checkpoint_and_decide_exit": "model, iteration, num_floating_point_operations_so_far",
+        "save_checkpoint_and_time": "iteration, model, non_persistent_ckpt=False, train_data_iterator=None",
         "get_forward_backward_func": "",
         "get_args": "",
         "load_checkpoint": "ddp_model, checkpointing_context=None",
