@@ -54,8 +54,27 @@ class NodeFolder:
     """How arenas get their memory."""
 
     def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
-        """See ``NodeLock.take``."""
-        return NodeLock.take(self.path, self.position, self.num_ranks, wait_s=wait_s, say=say, clock=self.clock)
+        """See ``NodeLock.take``. A folder that another process removes at this moment is made again."""
+        _make_folder(self.path)
+        taken = NodeLock.take(self.path, self.position, self.num_ranks, wait_s=wait_s, say=say, clock=self.clock)
+        if not taken.has_file:
+            self.make_again(taken)
+        return taken
+
+    def leave(self) -> None:
+        """Remove the folder if it is of no use: it holds no arena, and no process has it locked, this one neither.
+
+        Of a node's processes that end without an arena the last one removes it.
+        """
+        if self.arenas():
+            return
+        with suppress(StoreError, OSError):  # it is in use, or another process has just removed it
+            whole = NodeLock.take(self.path, 0, 1, wait_s=0, say=lambda text: None, clock=self.clock)
+            try:
+                if not self.arenas():
+                    self.remove()
+            finally:
+                whole.close()
 
     def arenas(self) -> list[str]:
         """The names of all arenas that are here, whoever left them, sorted."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -219,5 +220,10 @@ def test_mode_auto_chooses_the_strongest_mode_that_fits_and_a_restart_keeps_it(
     assert f"iteration {chosen_at}:" in chosen
     assert "exact P=" in chosen
     assert "popularity K=" in chosen
+    measured = re.search(r"Measured on rank \d, the tightest: the network has (\S+) of (\S+) s for them at", chosen)
+    assert measured is not None, chosen
+    idle_s, iteration_s = map(float, measured.groups())
+    assert 0 <= idle_s < iteration_s
+    assert run.output.count("replicas go over ") == 2  # once a start
     (recovery,) = run.recoveries
     assert recovery["iteration"] >= chosen_at
