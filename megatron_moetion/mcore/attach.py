@@ -313,8 +313,10 @@ def tie(loop: Loop, claimed: Claimed, undo: ExitStack) -> Attached:
     with ExitStack() as unless_tied:
         unless_tied.callback(claimed.close)
         config, fabric = claimed.config, claimed.fabric
-        modes = config.allowed_modes
-        mode = modes[0] if len(modes) == 1 else agreed_mode(fabric, on_all_ranks(fabric, claimed.node.mode_found))
+        mode, *others = config.allowed_modes
+        if others:
+            found, _ = on_all_ranks(fabric, claimed.node.mode_found)
+            mode = agreed_mode(fabric, found)
         run = loop.attach(config.in_mode(mode), claimed, undo) if mode else choosing(loop, claimed)
         unless_tied.pop_all()
         return Attached(loop, run, undo)

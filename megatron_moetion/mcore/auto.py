@@ -81,7 +81,7 @@ class Choosing:
         ours = run.node.num_ranks / max(run.local_ranks, run.node.num_ranks)  # nodes of one machine share its memory
         choice = self._trial.choose(
             network=seen,
-            node_bytes=int((run.node.free_bytes() + run.node.bytes_here()) * ours),
+            node_bytes=int(run.node.room_bytes() * ours),
             device_bytes=self._loop.free_device_bytes(),
         )
         if fabric.rank == 0:

@@ -21,8 +21,6 @@ WARM_UP = 2
 """Iterations that are no examples: compilers and allocators are at work."""
 MEASURED = 4
 """Iterations that are."""
-STORE_SHARE = 0.9
-"""Share of the store's free memory that arenas may take."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +111,7 @@ class Trial:
         """
         mine = {
             "link": self._link(network) if network is not None else None,
-            "node": int(STORE_SHARE * node_bytes),
+            "node": node_bytes,
             "device": device_bytes,
         }
         found = self._fabric.reduce(mine, _tightest)

@@ -17,7 +17,7 @@ from megatron_moetion.plan.choice import Choice
 from megatron_moetion.plan.costs import SHARE, Cost, HostMemory
 from megatron_moetion.replicate.fabric import SocketFabric
 from megatron_moetion.run.network import Network
-from megatron_moetion.run.trial import MEASURED, STORE_SHARE, WARM_UP, Offers, Trial, agreed_mode, offers_of_all
+from megatron_moetion.run.trial import MEASURED, WARM_UP, Offers, Trial, agreed_mode, offers_of_all
 from megatron_moetion.schedule.planner import HEADROOM
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import DEADLINE_SHARE, Scheduler, no_drawing
@@ -199,7 +199,7 @@ def test_a_rank_whose_probe_failed_takes_what_the_others_saw_at_least(least: flo
 
 
 def test_memory_of_the_tightest_node_is_what_there_is() -> None:
-    short = int((1 << 30) / STORE_SHARE) - 8
+    short = (1 << 30) - 1
     first, second = chosen([None, None], room=(NODE, short))
     assert first == second
     assert not first.fits
