@@ -306,7 +306,7 @@ def attach(
 
 
 def tie(loop: Loop, claimed: Claimed, undo: ExitStack) -> Attached:
-    """In the only mode that settings allow, in that of the run's arenas, or in one that is still to be chosen.
+    """Attach in the only mode that settings allow, in that of the run's arenas, or in one that is still to be chosen.
 
     Collective; takes over ``claimed`` and what ``undo`` holds. After an error nothing of ``claimed`` stays open.
     """
