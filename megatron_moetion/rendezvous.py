@@ -182,5 +182,7 @@ def _answer_all(store: dist.Store, world_size: int, token: str, deadline: float)
 def wait_a_little(deadline: float, complaint: str) -> None:
     """Pause between two looks into a store; ``ChannelError`` with the complaint after the deadline (monotonic, s)."""
     if time.monotonic() > deadline:
-        raise ChannelError(f"{complaint} within the timeout of the process group (--distributed-timeout-minutes)")
+        raise ChannelError(
+            f"{complaint} within the timeout of the process group (--distributed-timeout-minutes, or timeout=)"
+        )
     time.sleep(POLL_INTERVAL_S)

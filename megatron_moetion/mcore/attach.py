@@ -10,15 +10,14 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from operator import or_
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from megatron_moetion.config import MoetionConfig, flag_of, resolved_schedule
-from megatron_moetion.errors import ConfigError, UnsupportedState
-from megatron_moetion.mcore.auto import AutoAttached
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.mcore.auto import Choosing, choosing
 from megatron_moetion.mcore.device_notes import (
     check_graphs,
     connections_note,
@@ -35,26 +34,22 @@ from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.observe.trace import Trace, trace_name
-from megatron_moetion.plan.choice import Choice
-from megatron_moetion.plan.costs import Copies, Cost, costs_of_inventory
 from megatron_moetion.recover.capacity import CapacityRules
 from megatron_moetion.recover.disk import Disk
 from megatron_moetion.rendezvous import replacement_warning, restart_warning
 from megatron_moetion.replicate.addresses import job_store
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.fabric import SocketFabric
-from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness, witness_of
 from megatron_moetion.run.host import Host
-from megatron_moetion.run.network import PROBE_PATIENCE_S, look_at_network
-from megatron_moetion.run.prepare import prepare, settled_replicas
+from megatron_moetion.run.network import Network
+from megatron_moetion.run.prepare import Claimed, claim, settle
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.run.starter import Resumed, Starter
-from megatron_moetion.run.trial import Trial, agreed_mode, offers_of_all
+from megatron_moetion.run.trial import agreed_mode
 from megatron_moetion.schedule.recorder import EventStopwatch, HostStopwatch
-from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
+from megatron_moetion.schedule.scheduler import Draw, Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
-from megatron_moetion.select.budget import experts_per_snapshot
 from megatron_moetion.session import Session
 from megatron_moetion.store.node import restart_count, run_id_of
 
@@ -65,6 +60,7 @@ try:
     from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
     from megatron.core.utils import get_model_config
 
+    from megatron_moetion.mcore.chain import chain
     from megatron_moetion.mcore.refusals import refuse_sharded_wrappers
     from megatron_moetion.mcore.state import MegatronState, Stateful, is_megatrons
     from megatron_moetion.mcore.step_watch import StepWatch
@@ -89,6 +85,13 @@ class NoState:
         """Nothing to load."""
 
 
+class InMode(NamedTuple):
+    """A run whose mode is known: its sizes are settled, and its state is hooked."""
+
+    prepared: Prepared
+    state: MegatronState
+
+
 class Attached:
     """A run tied to a Megatron loop: call ``start`` once, ``on_step_end`` after each iteration, then ``close``.
 
@@ -96,21 +99,12 @@ class Attached:
     without ``close`` does what it can in a few seconds, and says so.
     """
 
-    def __init__(
-        self,
-        prepared: Prepared,
-        state: MegatronState,
-        model: Sequence[DistributedDataParallel],
-        undo: ExitStack,
-        communicator: TimedCommunicator | None = None,
-    ) -> None:
+    def __init__(self, loop: Loop, run: InMode | Choosing, undo: ExitStack) -> None:
         """Takes over what ``undo`` holds: it undoes all that ``attach`` did, the run itself aside."""
-        self._prepared = prepared
-        self._state = state
-        self._model = model
-        self._communicator = communicator
+        self._loop = loop
+        self._choosing = run if isinstance(run, Choosing) else None
+        self._run = run if isinstance(run, InMode) else None
         self._session: Session | None = None
-        self.scheduler = prepared.scheduler
         self.pipeline_arguments: dict[str, Any] = {}
         """After ``start``: what to pass to Megatron's schedule, so that its traffic is seen.
 
@@ -132,40 +126,42 @@ class Attached:
         disk wins. Without it, disk is asked only when memory holds nothing. Returns what was recovered from memory,
         None otherwise. For errors see ``Starter.start``. From here on training's traffic is watched, if snapshots or
         a trace depend on it.
+
+        In mode ``auto`` a run that has nothing to lose yet begins here without a baseline. It comes with the choice,
+        some iterations later, in ``on_step_end``.
         """
-        self._state.loaded()  # by the loop, since attach
+        if self._choosing is not None:
+            if self._choosing.is_first:
+                self.pipeline_arguments = self._choosing.begin(load_persistent)
+                return None
+            self._settle(self._choosing)
+        state = self._in_mode().state
+        state.loaded()  # by the loop, since attach
 
         def load() -> int | None:
             iteration = load_persistent() if load_persistent is not None else None
-            self._state.loaded()
+            state.loaded()
             return iteration
 
-        disk = Disk(load=load if load_persistent is not None else None, newest=newest_persistent)
-        running, resumed = Starter(self._prepared).start(disk)
+        return self._start(Disk(load=load if load_persistent is not None else None, newest=newest_persistent))
+
+    def _settle(self, choosing: Choosing) -> None:
+        """Choose the mode of this run. Collective."""
+        self._run = choosing.settle(self._undo)
+        self._choosing = None
+
+    def _start(self, disk: Disk) -> Resumed | None:
+        prepared, state = self._in_mode()
+        running, resumed = Starter(prepared).start(disk)
         session = self._session = Session(running)
-        for optimizer in self._state.inner_optimizers():
+        for optimizer in state.inner_optimizers():
             handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
             self._undo.callback(handle.remove)
         if self.scheduler.draws or (self.scheduler.needs_windows and running.replicas):
-            share_elsewhere = elsewhere(running.node_of, running.fabric.rank)
-            recorder = self.scheduler.recorder
-            traffic = TrafficHooks(
-                self._model,
-                recorder,
-                share_elsewhere,
-                sees_all=self.scheduler.draws,
-                communicator=self._communicator,
-            )
-            self._undo.callback(traffic.close)
-            self.pipeline_arguments = traffic.pipeline_arguments
-            watch = StepWatch(self._model, self._state.inner_optimizers(), again=self.scheduler.run_again)
-            self._undo.callback(watch.close)
+            given = self.pipeline_arguments.get("p2p_communicator")
+            found = self._loop.watch(self.scheduler, running.node_of, self._undo, given)
+            self.pipeline_arguments = self.pipeline_arguments or found
         return resumed
-
-    def begin_at(self, iteration: int) -> None:
-        """Begin a run whose loop has come to ``iteration`` without snapshots; what it is now is its baseline."""
-        self._state.has_trained = True
-        self.start(load_persistent=lambda: iteration)
 
     def restore_rng(self) -> None:
         """Put the random generators back to where ``start`` recovered them. Talks to no other rank.
@@ -175,25 +171,43 @@ class Attached:
         nothing where nothing was recovered, or where the run had not finished an iteration: its generators are where
         the same draws took them in the first start. ``ConfigError`` before ``start``.
         """
-        if self._session is None:
+        if self._session is not None:
+            self._in_mode().state.restore_rng()
+        elif self._choosing is None or not self._choosing.has_begun:
             raise ConfigError("call start() before restore_rng()")
-        self._state.restore_rng()
+
+    @property
+    def scheduler(self) -> Scheduler:
+        """This rank's; ``ConfigError`` before mode ``auto`` has chosen."""
+        return self._in_mode().prepared.scheduler
 
     @property
     def session(self) -> Session:
-        """What runs since ``start``; ``ConfigError`` before."""
+        """What runs since ``start``; ``ConfigError`` before, and before mode ``auto`` has chosen."""
+        self._in_mode()
         if self._session is None:
             raise ConfigError("call start() before on_step_end()")
         return self._session
 
+    def _in_mode(self) -> InMode:
+        if self._run is None:
+            raise ConfigError("mode auto has not chosen yet, so there is no session")
+        return self._run
+
     def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
-        """See ``Session.on_step_end``."""
-        self._state.has_trained = True
+        """See ``Session.on_step_end``; before mode ``auto`` has chosen it comes one iteration nearer to that."""
+        if self._choosing is not None:
+            if self._choosing.step_end(iteration, healthy=healthy, stepped=stepped):
+                self._settle(self._choosing)
+                self._in_mode().state.has_trained = True
+                self._start(Disk(load=lambda: iteration))  # what the loop has come to is the baseline
+            return
+        self._in_mode().state.has_trained = True
         self.session.on_step_end(iteration, healthy=healthy, stepped=stepped)
 
     def experts(self) -> tuple[ExpertState, ...]:
-        """See ``Session.experts``."""
-        return self.session.experts()
+        """See ``Session.experts``; empty before there is a session."""
+        return self._session.experts() if self._session is not None else ()
 
     def drain(self) -> None:
         """See ``Session.drain``; before ``start`` there is nothing to wait for."""
@@ -201,12 +215,12 @@ class Attached:
             self._session.drain()
 
     def scalars(self) -> dict[str, float]:
-        """See ``Session.scalars``."""
-        return self.session.scalars()
+        """See ``Session.scalars``; empty before there is a session."""
+        return self._session.scalars() if self._session is not None else {}
 
     @property
     def stable_iteration(self) -> int:
-        """See ``Session.stable_iteration``; -1 before ``start``."""
+        """See ``Session.stable_iteration``; -1 before there is a session."""
         return self._session.stable_iteration if self._session is not None else -1
 
     @property
@@ -216,18 +230,26 @@ class Attached:
 
     def close(self) -> None:
         """Finish the snapshots under way and undo everything that ``attach`` did; see ``Session.close``."""
+        if sys.exc_info()[0] is not None:
+            self.abandon()
+            return
         with self._undo:
             if self._session is not None:
                 self._session.close()
-            else:
-                self._prepared.close()
+            elif self._run is not None:
+                self._run.prepared.close()
+            elif self._choosing is not None:
+                self._choosing.close()
 
     def abandon(self, wait_s: float = 0.0) -> bool:
         """See ``Session.abandon``; everything that ``attach`` did is undone."""
         with self._undo:
             if self._session is not None:
                 return self._session.abandon(wait_s)
-            self._prepared.abandon()
+            if self._run is not None:
+                self._run.prepared.abandon()
+            elif self._choosing is not None:
+                self._choosing.abandon()
             return True
 
     def __enter__(self) -> Attached:
@@ -242,9 +264,9 @@ class Attached:
             self.abandon()
             return
         _logger.warning(
-            "[moetion] rank %d: the loop ended without session.close(); its last snapshots get %.0f s",
+            "[moetion] rank %d: the loop ended without session.close(); %s",
             torch.distributed.get_rank() if torch.distributed.is_initialized() else -1,
-            EXIT_WAIT_S,
+            f"its last snapshots get {EXIT_WAIT_S:.0f} s" if self._session is not None else "there is no snapshot",
         )
         self.abandon(EXIT_WAIT_S)
 
@@ -257,7 +279,7 @@ def attach(
     config: MoetionConfig,
     user_state: Stateful | None = None,
     p2p_communicator: TimedCommunicator | None = None,
-) -> Attached | AutoAttached:
+) -> Attached:
     """Prepare in-memory checkpointing; collective over all ranks.
 
     ``model`` is the DDP-wrapped model, or the list of its chunks, ``optimizer`` what ``get_megatron_optimizer``
@@ -272,66 +294,37 @@ def attach(
         model = [model]
     check_attach_arguments(model, optimizer, opt_param_scheduler, config, user_state, p2p_communicator)
     host = Host()
-    loop = _Loop(model, optimizer, opt_param_scheduler, user_state, p2p_communicator)
-    with ExitStack() as saying:
-        show_log(saying)
+    loop = Loop(model, optimizer, opt_param_scheduler, user_state, p2p_communicator)
+    with ExitStack() as undo, ExitStack() as unless_attached:
+        show_log(undo)
         _say_once(
             version_note(installed()),
             restart_warning(host.environment) if torch.distributed.get_rank() == 0 else None,  # asks the store
             replacement_warning(host.environment),
         )
-    with ExitStack() as unless_attached:
         fabric = _connect(config, host)
-        unless_attached.callback(fabric.close)  # else it is the run's to close
-        if len(config.allowed_modes) == 1:
-            attached: Attached | AutoAttached = loop.attach(config.in_mode(*config.allowed_modes), host, fabric)
-        else:
-            attached = _attach_auto(loop, config, host, fabric)
+        unless_attached.callback(fabric.close)
+        witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment))
+        attached = tie(loop, claim(config=config, fabric=fabric, witness=witness, host=host), undo)
         unless_attached.pop_all()
         return attached
 
 
-def _attach_auto(loop: _Loop, config: MoetionConfig, host: Host, fabric: SocketFabric) -> Attached | AutoAttached:
-    """In the mode of the arenas that this run has left, or in one that is still to be chosen. Collective."""
-    node = on_all_ranks(
-        fabric,
-        lambda: host.open_node(
-            config, run_id_of(config, host.environment), host.environment, fabric.world_size, host.clock
-        ),
-    )
-    found = agreed_mode(fabric, on_all_ranks(fabric, node.mode_found))
-    if found:
-        return loop.attach(config.in_mode(found), host, fabric)
-    with ExitStack() as undo:
-        show_log(undo)
-        replicas = settled_replicas(config.replicas, fabric, node.key)
-        placement = place(fabric.gather(node.key), replicas)
-        offers = offers_of_all(fabric, loop.costs(config, Copies(replicas=replicas, ranks_per_node=node.num_ranks)))
-        witness = on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment))
-        is_restart = restart_count(host.environment) > 0 or (fabric.rank == 0 and witness.past().had_baseline)
-        is_restart = bool(fabric.reduce(is_restart, or_))
-        local_ranks = int(host.environment.get("LOCAL_WORLD_SIZE", "1"))
+def tie(loop: Loop, claimed: Claimed, undo: ExitStack) -> Attached:
+    """Attach in the only mode that settings allow, in that of the run's arenas, or in one that is still to be chosen.
 
-        def choose(trial: Trial) -> Choice:
-            room = (node.free_bytes() + node.bytes_here()) * node.num_ranks // max(local_ranks, node.num_ranks)
-            on_device = loop.device.type == "cuda"
-            seen = look_at_network(fabric, placement, host, min(PROBE_PATIENCE_S, config.timeout_s))
-            return trial.choose(
-                link_bytes_a_s=seen["least"] or None if seen is not None else None,
-                node_bytes=room,
-                device_bytes=torch.cuda.mem_get_info(loop.device)[0] if on_device else None,
-            )
-
-        return AutoAttached(
-            config=config,
-            fabric=fabric,
-            offers=offers,
-            trial=Trial(fabric, offers, host.clock, lost_token_budget=config.lost_token_budget),
-            choose=choose,
-            attach=lambda chosen: loop.attach(chosen, host, fabric),
-            is_first=not is_restart,
-            undo=undo,
-        )
+    Collective; takes over ``claimed`` and what ``undo`` holds. After an error nothing of ``claimed`` stays open.
+    """
+    with ExitStack() as unless_tied:
+        unless_tied.callback(claimed.close)
+        config, fabric = claimed.config, claimed.fabric
+        mode, *others = config.allowed_modes
+        if others:
+            found, _ = on_all_ranks(fabric, claimed.node.mode_found)
+            mode = agreed_mode(fabric, found)
+        run = loop.attach(config.in_mode(mode), claimed, undo) if mode else choosing(loop, claimed)
+        unless_tied.pop_all()
+        return Attached(loop, run, undo)
 
 
 def _connect(config: MoetionConfig, host: Host) -> SocketFabric:
@@ -352,12 +345,12 @@ def _connect(config: MoetionConfig, host: Host) -> SocketFabric:
 
 
 @dataclass(frozen=True, eq=False)
-class _Loop:
+class Loop:
     """What ``attach`` is given of a training loop."""
 
     model: Sequence[DistributedDataParallel]
     optimizer: MegatronOptimizer
-    scheduler: OptimizerParamScheduler | Stateful | None
+    opt_param_scheduler: OptimizerParamScheduler | Stateful | None
     user_state: Stateful | None
     communicator: TimedCommunicator | None
 
@@ -366,85 +359,100 @@ class _Loop:
         """Where the model is."""
         return next(self.model[0].parameters()).device
 
-    def attach(self, config: MoetionConfig, host: Host, fabric: SocketFabric) -> Attached:
-        """In the mode of ``config``. Collective; the result closes ``fabric``, and after an error the caller does."""
-        with ExitStack() as undo, ExitStack() as unless_attached:
-            show_log(undo)
-            trace = _trace(config, host.environment) if config.trace_dir else None
-            model_config, on_device = get_model_config(self.model[0]), self.device.type == "cuda"
-            graphs, schedule = graph_settings(model_config), resolved_schedule(config.schedule, on_device=on_device)
-            check_graphs(graphs, recalibrates=config.recalibrates)
-            _say_once(
-                graph_note(graphs, schedule),
-                dispatcher_note(model_config),
-                stash_note(model_config),
-                padding_note(model_config, counts_tokens=config.mode == "popularity"),
-                connections_note(host.environment) if on_device else None,
-            )
-            is_capturing = torch.cuda.is_current_stream_capturing if graphs else None
-            scheduler = Scheduler(
-                schedule_with_graphs(schedule, graphs),
-                EventStopwatch(torch.cuda.Event, is_capturing) if on_device else HostStopwatch(host.clock),
-                clock=host.clock,
-                condition=host.threads.condition(),
-                eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
-                draw=trace.add if trace is not None else no_drawing,
-                is_waited_for=config.mode == "exact",
-            )
+    @property
+    def graphs(self) -> dict[str, Any]:
+        """See ``graph_settings``."""
+        return graph_settings(get_model_config(self.model[0]))
 
-            def make_state() -> tuple[MegatronState, Blueprint]:
-                state, blueprint = self.state(config)
-                undo.callback(state.close)  # also where it fails on another rank
-                return state, blueprint
+    def free_device_bytes(self) -> int | None:
+        """Memory that this rank's GPU has left; None without one."""
+        return torch.cuda.mem_get_info(self.device)[0] if self.device.type == "cuda" else None
 
-            state, blueprint = on_all_ranks(fabric, make_state)
-            prepared = prepare(
-                config=config,
-                adapter=state,
-                blueprint=blueprint,
-                fabric=fabric,
-                topology=topology(),
-                scheduler=scheduler,
-                witness=on_all_ranks(fabric, lambda: _witness(config, fabric.rank, host.environment)),
-                host=host,
-            )
-            unless_attached.callback(prepared.close)
+    def attach(
+        self, config: MoetionConfig, claimed: Claimed, undo: ExitStack, network: Network | None = None
+    ) -> InMode:
+        """In the mode of ``config``, with hooks that ``undo`` removes. Collective; see ``settle``."""
+        host, fabric = claimed.host, claimed.fabric
+        model_config = get_model_config(self.model[0])
+        check_graphs(self.graphs, recalibrates=config.recalibrates)
+        _say_once(
+            graph_note(self.graphs, self._schedule(config)),
+            dispatcher_note(model_config),
+            stash_note(model_config),
+            padding_note(model_config, counts_tokens=config.mode == "popularity"),
+            connections_note(host.environment) if self.device.type == "cuda" else None,
+        )
+        trace = _trace(config, host.environment) if config.trace_dir else None
+        scheduler = self.scheduler(config, host, trace.add if trace is not None else no_drawing)
+
+        def make_state() -> tuple[MegatronState, Blueprint]:
+            state, blueprint = self.state(config)
+            undo.callback(state.close)  # also where it fails on another rank
+            return state, blueprint
+
+        state, blueprint = on_all_ranks(fabric, make_state)
+        prepared = settle(
+            claimed,
+            config,
+            adapter=state,
+            blueprint=blueprint,
+            topology=topology(),
+            scheduler=scheduler,
+            network=network,
+        )
+        with ExitStack() as unless_traced:
+            unless_traced.callback(prepared.close)
             if trace is not None:  # the folder of the run is ours by now
                 undo.callback(trace.close)
                 on_all_ranks(fabric, trace.open)
-            attached = Attached(prepared, state, self.model, undo, self.communicator)
-            unless_attached.pop_all()
-            return attached
+            unless_traced.pop_all()
+        return InMode(prepared, state)
 
-    def costs(self, config: MoetionConfig, copies: Copies) -> dict[str, Sequence[Cost] | str]:
-        """What each mode would take on this rank, or why its state cannot be captured in it. Talks to no other rank."""
-        found: dict[str, Sequence[Cost] | str] = {}
-        graphs = graph_settings(get_model_config(self.model[0]))
-        for mode in config.allowed_modes:
-            chosen = config.in_mode(mode)
-            if graphs and mode == "popularity":
-                found[mode] = (
-                    "tokens have to be counted before CUDA graphs are captured, so it is never chosen later: "
-                    "--moetion-mode popularity begins with it"
-                )
-                continue
-            try:
-                with ExitStack() as undo:
-                    state, _ = self.state(chosen)
-                    undo.callback(state.close)
-                    experts = len(state.tokens.token_counters()) if state.tokens is not None else 0
-                    limits = experts_per_snapshot(chosen, experts) if mode == "popularity" else None
-                    found[mode] = costs_of_inventory(
-                        mode, state.inventory(), copies, limits=limits, period=config.period
-                    )
-            except (UnsupportedState, ConfigError) as error:
-                found[mode] = str(error)
-        return found
+    def scheduler(self, config: MoetionConfig, host: Host, draw: Draw = no_drawing) -> Scheduler:
+        """One for this model and this machine."""
+        is_capturing = torch.cuda.is_current_stream_capturing if self.graphs else None
+        on_device = self.device.type == "cuda"
+        return Scheduler(
+            schedule_with_graphs(self._schedule(config), self.graphs),
+            EventStopwatch(torch.cuda.Event, is_capturing) if on_device else HostStopwatch(host.clock),
+            clock=host.clock,
+            condition=host.threads.condition(),
+            eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
+            draw=draw,
+            is_waited_for=config.mode == "exact",
+        )
+
+    def _schedule(self, config: MoetionConfig) -> str:
+        return resolved_schedule(config.schedule, on_device=self.device.type == "cuda")
+
+    def watch(
+        self,
+        scheduler: Scheduler,
+        node_of: Sequence[int],
+        undo: ExitStack,
+        communicator: TimedCommunicator | None = None,
+    ) -> dict[str, Any]:
+        """Have the scheduler hear of training's traffic until ``undo``; see ``TrafficHooks.pipeline_arguments``.
+
+        ``communicator``: what the schedule was given since ``attach``.
+        """
+        traffic = TrafficHooks(
+            self.model,
+            scheduler.recorder,
+            elsewhere(node_of, torch.distributed.get_rank()),
+            sees_all=scheduler.draws,
+            communicator=communicator or self.communicator,
+        )
+        undo.callback(traffic.close)
+        optimizers = [link.optimizer for link in chain(self.optimizer)]
+        undo.callback(StepWatch(self.model, optimizers, again=scheduler.run_again).close)
+        return traffic.pipeline_arguments
 
     def state(self, config: MoetionConfig) -> tuple[MegatronState, Blueprint]:
         """The state that the mode needs to be told of, and the mode's blueprint. Raises where it cannot be captured."""
-        require_names(self.model, self.optimizer, self.scheduler if is_megatrons(self.scheduler) else None)
-        return _state(self.model, self.optimizer, self.scheduler, config, self.user_state)
+        scheduler = self.opt_param_scheduler
+        require_names(self.model, self.optimizer, scheduler if is_megatrons(scheduler) else None)
+        return _state(self.model, self.optimizer, scheduler, config, self.user_state)
 
 
 def _interface(config: MoetionConfig, environment: Mapping[str, str]) -> tuple[str, str]:

@@ -1,137 +1,95 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Mode ``auto`` around a training loop: the mode is that of the run's arenas, or is chosen after a few iterations."""
+"""Mode ``auto``: a run whose mode is still to be chosen, after a few iterations that show what there is."""
 
 from __future__ import annotations
 
-import atexit
-import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
+from dataclasses import asdict, replace
 from typing import TYPE_CHECKING, Any
 
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError
-from megatron_moetion.plan.choice import Choice
-from megatron_moetion.run.starter import Resumed
-from megatron_moetion.run.trial import MEASURED, WARM_UP, Offers, Trial
+from megatron_moetion.errors import ConfigError, UnsupportedState, shared
+from megatron_moetion.plan.costs import Copies, Cost, costs_of_inventory
+from megatron_moetion.recover.disk import Disk, load_from_disk
+from megatron_moetion.replicate.placement import Placement, place
+from megatron_moetion.replicate.witness import Past
+from megatron_moetion.run.network import look_at_network
+from megatron_moetion.run.prepare import Claimed
+from megatron_moetion.run.trial import MEASURED, WARM_UP, Offers, Trial, offers_of_all
+from megatron_moetion.select.budget import experts_per_snapshot
 
 if TYPE_CHECKING:
-    from megatron_moetion.mcore.attach import Attached
-    from megatron_moetion.replicate.fabric import SocketFabric
-    from megatron_moetion.schedule.scheduler import Scheduler
-    from megatron_moetion.select.book import ExpertState
-    from megatron_moetion.session import Session
-
-_logger = logging.getLogger("megatron_moetion")
+    from megatron_moetion.mcore.attach import InMode, Loop
 
 
-class AutoAttached:
-    """As ``Attached``, whose mode is chosen while the first iterations train without snapshots.
+class Choosing:
+    """A run between ``attach`` and the choice of its mode. Nothing is captured meanwhile.
 
-    Nothing is lost meanwhile that a run without checkpoints would not lose: a fault before the choice begins anew, or
-    from the checkpoint on disk. A run that is restarted, and one that is known to have had a state to lose, chooses at
-    once, by memory alone.
+    Nothing is lost that a run without checkpoints would not lose: a fault before the choice begins anew, or from the
+    checkpoint on disk. A run that may have had a state to lose chooses as it starts, by memory alone.
     """
 
     def __init__(
-        self,
-        *,
-        config: MoetionConfig,
-        fabric: SocketFabric,
-        offers: Offers,
-        trial: Trial,
-        choose: Callable[[Trial], Choice],
-        attach: Callable[[MoetionConfig], Attached],
-        is_first: bool,
-        undo: ExitStack,
+        self, loop: Loop, claimed: Claimed, placement: Placement, offers: Offers, trial: Trial, *, is_first: bool
     ) -> None:
-        """Takes over ``fabric``, which ``attach`` takes from it. ``is_first``: whether there is nothing to lose yet."""
-        self._config = config
-        self._fabric = fabric
+        """Takes over ``claimed``. ``is_first``: whether there is nothing to lose yet. See ``choosing``."""
+        self.is_first = is_first
+        self._loop = loop
+        self._claimed = claimed
+        self._placement = placement
         self._offers = offers
         self._trial = trial
-        self._choose = choose
-        self._attach = attach
-        self._is_first = is_first
-        self._attached: Attached | None = None
-        self._iteration = -1
+        self._iteration: int | None = None
         self._is_open = True
-        undo.callback(self._let_go)
-        atexit.register(self.abandon)
-        undo.callback(atexit.unregister, self.abandon)
-        self._undo = undo.pop_all()
+        self._hooks = ExitStack()
 
-    def start(
-        self,
-        load_persistent: Callable[[], int | None] | None = None,
-        newest_persistent: Callable[[], int | None] | None = None,
-    ) -> Resumed | None:
-        """See ``Attached.start``. The baseline of a run's first start comes with the choice."""
-        if not self._is_first:
-            self._begin(-1)
-            return self._chosen().start(load_persistent, newest_persistent)
-        loaded = load_persistent() if load_persistent is not None else None
+    @property
+    def has_begun(self) -> bool:
+        """Whether the loop may train."""
+        return self._iteration is not None
+
+    def begin(self, load_persistent: Callable[[], int | None] | None) -> dict[str, Any]:
+        """Load from disk, if there is something, and begin to measure. Returns pipeline arguments. Collective."""
+        run = self._claimed
+        loaded = load_from_disk(run.fabric, Disk(load=load_persistent), None, -1, run.journal)
         self._iteration = loaded or 0
-        if self._fabric.rank == 0:
-            _logger.info(
-                "[moetion] rank 0 iteration %d: mode auto: snapshots begin after %d iterations, which show how long "
-                "one takes; a fault before costs what has been trained since this start",
+        if run.fabric.rank == 0:
+            run.journal.info(
                 self._iteration,
-                WARM_UP + MEASURED,
+                f"mode auto: snapshots begin after {WARM_UP + MEASURED} iterations, which show what an iteration "
+                "leaves for them; a fault before costs what has been trained since this start",
             )
-        return None
+        if not run.config.replicas:
+            return {}
+        return self._loop.watch(self._trial.scheduler, self._placement.node_of, self._hooks)
 
-    def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
-        """See ``Session.on_step_end``; or one iteration nearer to the choice."""
+    def step_end(self, iteration: int, *, healthy: bool, stepped: bool) -> bool:
+        """See ``Trial.step_end``. ``ConfigError`` before ``begin`` and after the end."""
         if not self._is_open:
             raise ConfigError("the session was closed; on_step_end() cannot follow close()")
-        if self._attached is not None:
-            self._attached.on_step_end(iteration, healthy=healthy, stepped=stepped)
-            return
-        if self._iteration < 0:
+        if not self.has_begun:
             raise ConfigError("call start() before on_step_end()")
         self._iteration = iteration
-        if self._trial.step_end(healthy=healthy, stepped=stepped):
-            self._begin(iteration)
-            self._chosen().begin_at(iteration)
+        return self._trial.step_end(iteration, healthy=healthy, stepped=stepped)
 
-    def restore_rng(self) -> None:
-        """See ``Attached.restore_rng``."""
-        if self._attached is not None:
-            self._attached.restore_rng()
-
-    @property
-    def pipeline_arguments(self) -> dict[str, Any]:
-        """See ``Attached``. Empty until the mode is chosen: ask for it in each iteration."""
-        return self._attached.pipeline_arguments if self._attached is not None else {}
-
-    @property
-    def session(self) -> Session:
-        """See ``Attached``."""
-        return self._chosen().session
-
-    @property
-    def scheduler(self) -> Scheduler:
-        """See ``Attached``."""
-        return self._chosen().scheduler
-
-    def experts(self) -> tuple[ExpertState, ...]:
-        """See ``Session.experts``."""
-        return self._attached.experts() if self._attached is not None else ()
-
-    def drain(self) -> None:
-        """See ``Session.drain``; before the choice there is nothing to wait for."""
-        if self._attached is not None:
-            self._attached.drain()
-
-    def scalars(self) -> dict[str, float]:
-        """See ``Session.scalars``; empty before the choice."""
-        return self._attached.scalars() if self._attached is not None else {}
-
-    @property
-    def stable_iteration(self) -> int:
-        """See ``Session.stable_iteration``; -1 before the choice."""
-        return self._attached.stable_iteration if self._attached is not None else -1
+    def settle(self, undo: ExitStack) -> InMode:
+        """Choose, and attach in that mode; see ``Loop.attach``. Collective."""
+        self._hooks.close()
+        run, fabric = self._claimed, self._claimed.fabric
+        seen = look_at_network(fabric, self._placement, run.host, run.config.timeout_s)
+        ours = run.node.num_ranks / max(run.local_ranks, run.node.num_ranks)  # nodes of one machine share its memory
+        choice = self._trial.choose(
+            network=seen,
+            node_bytes=int(run.node.room_bytes() * ours),
+            device_bytes=self._loop.free_device_bytes(),
+        )
+        if fabric.rank == 0:
+            iteration = -1 if self._iteration is None else self._iteration
+            left_out = "".join(f"; {mode} is left out: {why}" for mode, why in self._offers.refused.items())
+            run.journal.info(iteration, f"mode auto: {choice.line}{left_out}")
+            run.journal.event("chosen", iteration=iteration, **asdict(choice), refused=dict(self._offers.refused))
+        return self._loop.attach(run.config.in_mode(choice.mode, choice.period), run, undo, seen)
 
     @property
     def writes_checkpoints(self) -> bool:
@@ -139,47 +97,64 @@ class AutoAttached:
         return self._attached is not None and self._attached.writes_checkpoints
 
     def close(self) -> None:
-        """See ``Attached.close``."""
-        if self._is_open and self._attached is None and self._iteration >= 0 and self._fabric.rank == 0:
-            _logger.warning(
-                "[moetion] rank 0 iteration %d: the run ended before mode auto had chosen: there is no snapshot",
-                self._iteration,
+        """End a run that has not chosen."""
+        if self._is_open and self._iteration is not None and self._claimed.fabric.rank == 0:
+            text = "the run ended before mode auto had chosen: there is no snapshot"
+            self._claimed.journal.warn(self._iteration, text)
+        self._is_open = False
+        with self._hooks:
+            self._claimed.close()
+
+    def abandon(self) -> None:
+        """The same without waiting for other ranks, in a process that is about to end."""
+        self._is_open = False
+        with self._hooks:
+            self._claimed.abandon()
+
+
+def choosing(loop: Loop, claimed: Claimed) -> Choosing:
+    """Ask all ranks what each mode would take. Collective. ``UnsupportedState`` where no mode can capture the state."""
+    config, fabric, node = claimed.config, claimed.fabric, claimed.node
+    try:
+        placement = place(fabric.gather(node.key), config.replicas)
+    except ConfigError as error:
+        raise shared(error) from None
+    copies = Copies(replicas=config.replicas, ranks_per_node=node.num_ranks)
+    offers = offers_of_all(fabric, costs(loop, config, copies))
+    past = claimed.witness.past() if fabric.rank == 0 else Past()
+    attempt, past = fabric.reduce([claimed.attempt, asdict(past)], lambda low, high: [max(low[0], high[0]), low[1]])
+    seen = replace(config, schedule="steady") if config.schedule == "eager" else config  # it leaves training its share
+    trial = Trial(
+        fabric,
+        offers,
+        loop.scheduler(seen, claimed.host),
+        claimed.host.clock,
+        replicas=config.replicas,
+        lost_token_budget=config.lost_token_budget,
+        sees_traffic=not loop.graphs,
+    )
+    is_first = not past["had_baseline"] and (past["is_known"] or attempt == 0)
+    return Choosing(loop, claimed, placement, offers, trial, is_first=is_first)
+
+
+def costs(loop: Loop, config: MoetionConfig, copies: Copies) -> dict[str, Sequence[Cost] | str]:
+    """What each mode would take on this rank, or why its state cannot be captured in it. Talks to no other rank."""
+    found: dict[str, Sequence[Cost] | str] = {}
+    for mode in config.allowed_modes:
+        chosen = config.in_mode(mode)
+        if loop.graphs and mode == "popularity":
+            found[mode] = (
+                "tokens have to be counted before CUDA graphs are captured, so it is never chosen later: "
+                "--moetion-mode popularity begins with it"
             )
-        self._is_open = False
-        with self._undo:
-            if self._attached is not None:
-                self._attached.close()
-
-    def abandon(self, wait_s: float = 0.0) -> bool:
-        """See ``Attached.abandon``."""
-        self._is_open = False
-        with self._undo:
-            if self._attached is not None:
-                return self._attached.abandon(wait_s)
-            self._undo.pop_all()
-            self._fabric.abandon()
-            return True
-
-    def __enter__(self) -> AutoAttached:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
-
-    def _chosen(self) -> Attached:
-        if self._attached is None:
-            raise ConfigError("mode auto has not chosen yet; there is no session before")
-        return self._attached
-
-    def _begin(self, iteration: int) -> None:
-        """Choose, and attach in that mode. Collective."""
-        choice = self._choose(self._trial)
-        if self._fabric.rank == 0:
-            left_out = "".join(f"; {mode} is left out: {why}" for mode, why in self._offers.refused.items())
-            _logger.info("[moetion] rank 0 iteration %d: mode auto: %s%s", iteration, choice.line, left_out)
-        self._attached = self._attach(self._config.in_mode(choice.mode, choice.period))
-
-    def _let_go(self) -> None:
-        """Close the fabric, unless a run has taken it over."""
-        if self._attached is None:
-            self._fabric.close()
+            continue
+        try:
+            with ExitStack() as undo:
+                state, _ = loop.state(chosen)
+                undo.callback(state.close)
+                experts = len(state.tokens.token_counters()) if state.tokens is not None else 0
+                limits = experts_per_snapshot(chosen, experts) if mode == "popularity" else None
+                found[mode] = costs_of_inventory(mode, state.inventory(), copies, limits=limits, period=config.period)
+        except (UnsupportedState, ConfigError) as error:
+            found[mode] = str(error)
+    return found

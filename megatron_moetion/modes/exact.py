@@ -32,8 +32,6 @@ from megatron_moetion.store.retention import Chains, Retention, Settled
 from megatron_moetion.store.spec import ArenaSpec
 from megatron_moetion.units import UnitKind
 
-_STORE_SHARE = 0.9
-"""Share of the store's free memory that arenas may take before a shorter period is chosen."""
 _PERIODS = range(DEFAULT_PERIOD, MIN_PERIOD - 1, -1)
 """From the usual one down."""
 _EVERY_SIZE = (1 << 63) - 1
@@ -54,10 +52,10 @@ class ExactBlueprint:
         if config.snapshot_bytes:
             return {"shortest": shortest_period(self.cut(site, MAX_PERIOD), config.snapshot_bytes)}
         return {
-            "found": site.node.period_found(),
+            "found": site.node.mode_found()[1],
             "arenas": site.local_ranks * (1 + config.replicas),
             "needs": [self.spec(site, self.cut(site, p)).nbytes for p in _PERIODS],
-            "room": _STORE_SHARE * (site.node.free_bytes() + site.node.bytes_here()),
+            "room": site.node.room_bytes(),
         }
 
     def build(self, site: Site, facts: Sequence[Mapping[str, Any]]) -> ExactMode:

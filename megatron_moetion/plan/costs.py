@@ -242,8 +242,9 @@ def costs_of_inventory(
 ) -> tuple[Cost, ...]:
     """What a mode takes for the units that a run has: ``exact`` with several periods, ``popularity`` with two K.
 
-    The inventory is that mode's, for ``exact`` with gradients; ``limits`` are those of the rank's experts. ``period``:
-    the only one. Raises as ``gradient_log``. Host state is taken as it is without the modes' own.
+    Each rank has as many costs of a mode, so that they can be compared. The inventory is that mode's, for ``exact``
+    with gradients; ``limits`` are those of the rank's experts. ``period``: the only one. Raises as ``gradient_log``.
+    Host state is taken as it is without the modes' own.
     """
     units = inventory.units
     changing = total_bytes(u for u in units if u.kind is not UnitKind.FROZEN)
@@ -255,7 +256,7 @@ def costs_of_inventory(
     assert limits is not None, "mode popularity takes experts"
     experts = sorted((u.nbytes for u in units if u.kind is UnitKind.EXPERT), reverse=True)
     slots = popularity_copies(units, limits.most)
-    taken = ((k, changing - sum(experts) + sum(experts[:k])) for k in sorted({limits.fewest, limits.usual}))
+    taken = ((k, changing - sum(experts) + sum(experts[:k])) for k in (limits.fewest, limits.usual))
     return tuple(_cost(copies, mode, units, slots, nbytes, experts=k) for k, nbytes in taken)
 
 

@@ -119,7 +119,7 @@ class Trainer:
                 self.evaluate()
             if session is not None:
                 session.on_step_end(progress.iteration, healthy=result.is_healthy)
-                self.pipeline_arguments = session.pipeline_arguments  # mode auto has them once it has chosen
+                self.pipeline_arguments = session.pipeline_arguments  # may change as mode auto chooses
                 self.reporter.scalars(progress, session.scalars)
                 self._leave_if_lost(result, session)
             self._save_if_due(session)

@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from megatron_moetion.errors import ChannelError
@@ -19,38 +21,57 @@ _NAMES = 4
 """Names of interfaces that are told."""
 
 
-def look_at_network(fabric: Fabric, placement: Placement, host: Host, timeout_s: float) -> dict[str, Any] | None:
-    """Each rank sends something to the first rank that holds its replicas, all at once; what they saw. Collective.
+@dataclass(frozen=True, kw_only=True)
+class Network:
+    """What ranks have seen of the network, each on its way to the first rank that holds its replicas, all at once."""
 
-    ``least`` and ``mean``: bytes per second of one rank, and ``rank``, which saw the least; ``unknown``: ranks whose
-    probe failed, which is no reason for a start to fail; ``interfaces``: names of interfaces. None without replicas.
+    bytes_per_s: float | None
+    """This rank's; None where its probe failed. All else is the same on all ranks."""
+    least: float
+    """Of one rank."""
+    rank: int
+    """The one that saw the least; -1 where every probe failed."""
+    mean: float
+    unknown: int
+    """Ranks whose probe failed, which is no reason for a start to fail."""
+    interfaces: tuple[str, ...]
+    """Some of their names."""
+
+
+def look_at_network(fabric: Fabric, placement: Placement, host: Host, timeout_s: float) -> Network | None:
+    """Each rank sends something to the first rank that holds its replicas, all at once. Collective.
+
+    None without replicas. Waits ``PROBE_PATIENCE_S`` for an answer, or ``timeout_s`` if that is less.
     """
     holders = placement.holders[fabric.rank]
     if not holders:
         return None
-    speed, unknown = 0.0, 0
-    try:
-        most_bytes = host.link_probe_bytes
-        speed = measure_link(fabric.mesh, holders[0], clock=host.clock, timeout_s=timeout_s, most_bytes=most_bytes)
-    except ChannelError:
-        unknown = 1
+    speed = None
+    with suppress(ChannelError):
+        speed = measure_link(
+            fabric.mesh,
+            holders[0],
+            clock=host.clock,
+            timeout_s=min(PROBE_PATIENCE_S, timeout_s),
+            most_bytes=host.link_probe_bytes,
+        )
     mine = {
-        "least": None if unknown else [speed, fabric.rank],
-        "sum": speed,
-        "unknown": unknown,
+        "least": None if speed is None else [speed, fabric.rank],
+        "sum": speed or 0.0,
+        "unknown": int(speed is None),
         "interfaces": [fabric.address.interface],
     }
-    found: dict[str, Any] = fabric.reduce(mine, _both)
+    found = fabric.reduce(mine, _both)
     known = fabric.world_size - found["unknown"]
     least, rank = found["least"] or (0.0, -1)
-    return {
-        "least": least,
-        "rank": rank,
-        "mean": found["sum"] / known if known else 0.0,
-        "unknown": found["unknown"],
-        "interfaces": found["interfaces"],
-        "address": fabric.address.host,
-    }
+    return Network(
+        bytes_per_s=speed,
+        least=least,
+        rank=rank,
+        mean=found["sum"] / known if known else 0.0,
+        unknown=found["unknown"],
+        interfaces=tuple(found["interfaces"]),
+    )
 
 
 def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -63,13 +84,14 @@ def _both(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def say_network(journal: Journal, iteration: int, seen: Mapping[str, Any]) -> None:
-    """One line, and an event."""
-    names = ", ".join(name or "?" for name in seen["interfaces"])
-    failed = f"; {seen['unknown']} rank(s) could not measure it" if seen["unknown"] else ""
-    journal.info(
-        iteration,
-        f"replicas go over {names} (rank 0 at {seen['address']}): {seen['mean'] / 1e9:.2f} GB/s a rank, with all of "
-        f"them sending at once for a moment; the least {seen['least'] / 1e9:.2f} GB/s (rank {seen['rank']}){failed}",
+def say_network(journal: Journal, iteration: int, seen: Network, address: str) -> None:
+    """One line, and an event. ``address`` is the one at which others reach this rank, which is rank 0."""
+    names = ", ".join(name or "?" for name in seen.interfaces)
+    speeds = (
+        f"{seen.mean / 1e9:.2f} GB/s a rank, with all of them sending at once for a moment; the least "
+        f"{seen.least / 1e9:.2f} GB/s (rank {seen.rank})"
     )
-    journal.event("network", **seen)
+    failed = f"{seen.unknown} rank(s) could not measure it"
+    found = failed if seen.rank < 0 else f"{speeds}; {failed}" if seen.unknown else speeds
+    journal.info(iteration, f"replicas go over {names} (rank 0 at {address}): {found}")
+    journal.event("network", address=address, **asdict(seen))

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
@@ -19,6 +19,7 @@ from megatron_moetion.replicate.collective import on_all_ranks, require_same
 from megatron_moetion.replicate.speed import serve_probes
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
 from megatron_moetion.run.host import Host, Probe
+from megatron_moetion.run.network import Network
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.schedule.scheduler import Scheduler
 from megatron_moetion.snapshot.packer import HostPool
@@ -28,6 +29,38 @@ from megatron_moetion.store.spec import ArenaIdentity
 
 _LOCK_SHARE = 0.8
 """Share of the ranks' timeout for each other that a rank waits for the lock on its folder."""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Claimed:
+    """This rank's place on its node, which no other process uses. ``close`` it, or give it to ``settle``."""
+
+    config: MoetionConfig
+    """With ``replicas`` as they are, and ``mode`` as it was given."""
+    fabric: Fabric
+    witness: Witness
+    host: Host
+    run_id: str
+    attempt: int
+    local_ranks: int
+    """Ranks of this machine."""
+    journal: Journal
+    probe: Probe
+    node: NodeFolder
+    lock: NodeLock
+    undo: ExitStack
+    """Closes all of it, in the right order."""
+
+    def close(self) -> None:
+        """Close everything. The folder goes too, where it holds no arena and no other rank uses it."""
+        self.undo.close()
+
+    def abandon(self) -> None:
+        """The same without waiting for other ranks, in a process that is about to end."""
+        self.undo.pop_all()
+        self.lock.close()
+        self.node.leave()
+        self.fabric.abandon()
 
 
 def prepare(
@@ -41,11 +74,17 @@ def prepare(
     witness: Witness = NO_WITNESS,
     host: Host | None = None,
 ) -> Prepared:
-    """Claim this rank's node for the run and settle sizes with all ranks. Collective; takes over ``fabric``.
+    """``claim``, then ``settle``."""
+    claimed = claim(config=config, fabric=fabric, witness=witness, host=host)
+    return settle(claimed, config, adapter=adapter, blueprint=blueprint, topology=topology, scheduler=scheduler)
+
+
+def claim(*, config: MoetionConfig, fabric: Fabric, witness: Witness = NO_WITNESS, host: Host | None = None) -> Claimed:
+    """Claim this rank's node for the run. Collective; takes over ``fabric``.
 
     Raises ``ConfigError`` for settings that cannot be kept, ``StoreError`` where the store cannot be written or another
-    process uses it, ``UnsupportedState`` and ``DeviceFault`` for state that cannot be packed, ``ChannelError`` on a
-    lost peer: the same on all ranks where its ``shared`` says so. Then nothing stays open.
+    process uses it, ``ChannelError`` on a lost peer: the same on all ranks where its ``shared`` says so. Then nothing
+    stays open.
     """
     host = host if host is not None else Host()
     rank = fabric.rank
@@ -54,24 +93,57 @@ def prepare(
         undo.callback(fabric.close)
         serve_probes(fabric.mesh)
 
-        def claim() -> tuple[str, Probe, Journal, NodeFolder]:
+        def open_folder() -> tuple[str, Probe, Journal, NodeFolder]:
             run_id = run_id_of(config, host.environment)
             report = Path(config.report) if config.report and rank == 0 else None
-            return (
-                run_id,
-                host.make_probe(config, attempt, rank),
-                Journal(rank, attempt, report, host.clock),
-                host.open_node(config, run_id, host.environment, fabric.world_size, host.clock),
-            )
+            probe, journal = host.make_probe(config, attempt, rank), Journal(rank, attempt, report, host.clock)
+            node = host.open_node(config, run_id, host.environment, fabric.world_size, host.clock)
+            undo.callback(node.leave)  # also where another rank has none
+            return run_id, probe, journal, node
 
-        run_id, probe, journal, node = on_all_ranks(fabric, claim)
-        config = replace(config, replicas=settled_replicas(config.replicas, fabric, node.key))
+        run_id, probe, journal, node = on_all_ranks(fabric, open_folder)
+        replicas = settled_replicas(config.replicas, fabric, node.key)
         lock = _take_lock(fabric, node, config, journal, undo)
         on_all_ranks(fabric, lambda: write_pid(node, rank, attempt))
+        return Claimed(
+            config=replace(config, replicas=replicas),
+            fabric=fabric,
+            witness=witness,
+            host=host,
+            run_id=run_id,
+            attempt=attempt,
+            local_ranks=int(host.environment.get("LOCAL_WORLD_SIZE", "1")),
+            journal=journal,
+            probe=probe,
+            node=node,
+            lock=lock,
+            undo=undo.pop_all(),
+        )
+
+
+def settle(
+    claimed: Claimed,
+    config: MoetionConfig,
+    *,
+    adapter: StateAdapter,
+    blueprint: Blueprint,
+    topology: str,
+    scheduler: Scheduler,
+    network: Network | None = None,
+) -> Prepared:
+    """Settle sizes with all ranks, in the mode of ``config``. Collective; takes over ``claimed``.
+
+    ``config`` is the one of ``claimed``, whose mode may have been chosen since. ``network``: what was seen of it
+    meanwhile. Raises as ``claim``, and ``UnsupportedState`` and ``DeviceFault`` for state that cannot be packed. Then
+    nothing stays open.
+    """
+    fabric, host, node, rank = claimed.fabric, claimed.host, claimed.node, claimed.fabric.rank
+    config = replace(config, replicas=claimed.config.replicas)
+    with claimed.undo.pop_all() as undo:
         site = Site(
             config=config,
             identity=ArenaIdentity(
-                run_id=run_id,
+                run_id=claimed.run_id,
                 owner=rank,
                 world_size=fabric.world_size,
                 topology=topology,
@@ -81,10 +153,10 @@ def prepare(
             ),
             inventory=adapter.inventory(),
             node=node,
-            local_ranks=int(host.environment.get("LOCAL_WORLD_SIZE", "1")),
+            local_ranks=claimed.local_ranks,
             fabric=fabric,
             expert_peers=adapter.expert_peers() or (rank,),
-            journal=journal,
+            journal=claimed.journal,
         )
         require_same(fabric, {"mode": config.mode})  # what follows is a mode's own, and some of it collective
         facts = fabric.gather(on_all_ranks(fabric, lambda: blueprint.facts(site)))
@@ -101,17 +173,18 @@ def prepare(
             adapter=adapter,
             fabric=fabric,
             scheduler=scheduler,
-            witness=witness,
+            witness=claimed.witness,
             host=host,
-            journal=journal,
-            probe=probe,
+            journal=claimed.journal,
+            probe=claimed.probe,
             node=replace(node, memory=memory),
-            lock=lock,
-            attempt=attempt,
+            lock=claimed.lock,
+            attempt=claimed.attempt,
             mode=mode,
             pool=pool,
             packer=packer,
             pinning=pinning,
+            network=network,
             undo=undo.pop_all(),
             leaving=leaving,
         )

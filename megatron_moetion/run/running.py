@@ -24,6 +24,7 @@ from megatron_moetion.replicate.protection import Distance, Protection, limit_of
 from megatron_moetion.replicate.replication import Replication
 from megatron_moetion.replicate.witness import Witness
 from megatron_moetion.run.host import Host, Probe
+from megatron_moetion.run.network import Network
 from megatron_moetion.run.summary import Summary
 from megatron_moetion.run.upkeep import Upkeep
 from megatron_moetion.schedule.pace import EvenPace, spread_share
@@ -98,6 +99,8 @@ class Prepared:
     pool: HostPool
     packer: Packer
     pinning: Pinning
+    network: Network | None
+    """What was seen of it before the start; None: nothing yet."""
     undo: ExitStack
     """Closes all of it, in the right order."""
     leaving: ExitStack
@@ -117,6 +120,9 @@ class Prepared:
         """
         self.undo.pop_all()
         self.leaving.close()
+        if not self.node.arenas():  # else the lock stays too
+            self.lock.close()
+            self.node.leave()
         self.fabric.abandon()
 
     @property

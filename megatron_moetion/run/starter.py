@@ -22,7 +22,7 @@ from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.pipeline import SnapshotCounts
 from megatron_moetion.replicate.witness import Past
 from megatron_moetion.run.health import ended_before, watch
-from megatron_moetion.run.network import PROBE_PATIENCE_S, look_at_network, say_network
+from megatron_moetion.run.network import look_at_network, say_network
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.run.saving import Saving, agree_on_saving, make_releases
 from megatron_moetion.select.book import share_lost
@@ -116,8 +116,8 @@ class Starter:
         )
         self._run.undo.callback(startup.close)
         findings = startup.survey(self._run.attempt)
-        seen = look_at_network(
-            self._run.fabric, findings.placement, self._run.host, min(PROBE_PATIENCE_S, self._run.config.timeout_s)
+        seen = self._run.network or look_at_network(
+            self._run.fabric, findings.placement, self._run.host, self._run.config.timeout_s
         )
         phases.done("network")
         plan = findings.outcome
@@ -139,7 +139,7 @@ class Starter:
             self._run.witness.note_baseline()
         self._announce(running, findings)
         if seen is not None and self._run.fabric.rank == 0:
-            say_network(self._run.journal, running.agreement.stable, seen)
+            say_network(self._run.journal, running.agreement.stable, seen, self._run.fabric.address.host)
         for stack in (self._run.undo, self._run.leaving):
             stack.callback(self._run.journal.unshare)
         self._run.journal.share()

@@ -3,8 +3,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from operator import and_
 from typing import Any
 
@@ -13,13 +14,13 @@ from megatron_moetion.errors import UnsupportedState, shared
 from megatron_moetion.plan.choice import STRONGEST_FIRST, Choice, choose
 from megatron_moetion.plan.costs import SHARE, Cost, HostMemory, Resources
 from megatron_moetion.replicate.channel import Fabric
+from megatron_moetion.run.network import Network
+from megatron_moetion.schedule.scheduler import Scheduler
 
 WARM_UP = 2
-"""Iterations whose time does not count: compilers and allocators are at work."""
+"""Iterations that are no examples: compilers and allocators are at work."""
 MEASURED = 4
-"""Iterations whose time counts."""
-STORE_SHARE = 0.9
-"""Share of the store's free memory that arenas may take."""
+"""Iterations that are."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,21 +59,36 @@ def agreed_mode(fabric: Fabric, found: str) -> str:
 class Trial:
     """The first iterations of a run whose mode is to be chosen. Its methods that say so are collective."""
 
-    def __init__(self, fabric: Fabric, offers: Offers, clock: Clock, *, lost_token_budget: float) -> None:
+    def __init__(
+        self,
+        fabric: Fabric,
+        offers: Offers,
+        scheduler: Scheduler,
+        clock: Clock,
+        *,
+        replicas: int,
+        lost_token_budget: float,
+        sees_traffic: bool = True,
+    ) -> None:
+        """``scheduler`` hears of training's traffic, and moves nothing; ``sees_traffic``: whether of all of it."""
         self._fabric = fabric
         self._offers = offers
+        self.scheduler = scheduler
         self._clock = clock
+        self._replicas = replicas
         self._budget = lost_token_budget
+        self._sees_traffic = sees_traffic
         self._steps = 0
         self._began_s = 0.0
 
-    def step_end(self, *, healthy: bool, stepped: bool) -> bool:
+    def step_end(self, iteration: int, *, healthy: bool, stepped: bool) -> bool:
         """An iteration is over; whether it is time to choose. Collective once enough of them are measured.
 
         ``healthy``: whether this rank's loop calls the state good enough to go back to; ``stepped``: whether the
         optimizer took its step, as on all ranks.
         """
         self._steps += stepped
+        self.scheduler.cut(iteration, is_typical=stepped and self._steps > WARM_UP)
         if self._steps < WARM_UP:
             return False
         if self._steps == WARM_UP:
@@ -87,17 +103,45 @@ class Trial:
         count = self._steps - WARM_UP
         return (self._clock.monotonic() - self._began_s) / count if count > 0 else None
 
-    def choose(self, *, link_bytes_a_s: float | None, node_bytes: int, device_bytes: int | None) -> Choice:
-        """The strongest mode that fits on every rank. Collective.
+    def choose(self, *, network: Network | None, node_bytes: int, device_bytes: int | None) -> Choice:
+        """The strongest mode that fits on every rank. Collective; right after ``step_end``, or before any iteration.
 
-        ``link_bytes_a_s``: what this rank's link to its holders carries, None if there is none or it is not known;
-        ``node_bytes``: room for arenas on its node; ``device_bytes``: free memory of its GPU, None without one.
+        ``network``: None where no replica leaves this rank; ``node_bytes``: room for arenas on its node;
+        ``device_bytes``: free memory of its GPU, None without one. The line ends with what was measured.
         """
-        seconds = self.iteration_s
-        link = None if link_bytes_a_s is None or seconds is None else int(SHARE * link_bytes_a_s * seconds)
-        found = self._fabric.reduce([link, int(STORE_SHARE * node_bytes), device_bytes], _tightest)
-        resources = Resources(link_bytes=found[0], node_bytes=found[1], device_bytes=found[2])
-        return choose(self._offers.costs, resources, lost_token_budget=self._budget)
+        mine = {
+            "link": self._link(network) if network is not None else None,
+            "node": node_bytes,
+            "device": device_bytes,
+        }
+        found = self._fabric.reduce(mine, _tightest)
+        link = found["link"]
+        resources = Resources(
+            link_bytes=link["nbytes"] if link is not None else None,
+            node_bytes=found["node"],
+            device_bytes=found["device"],
+        )
+        choice = choose(self._offers.costs, resources, lost_token_budget=self._budget)
+        if link is None:
+            return choice
+        return replace(choice, line=f"{choice.line}. Measured on rank {link['rank']}, the tightest: {link['why']}")
+
+    def _link(self, network: Network) -> dict[str, Any] | None:
+        """What this rank's link carries for snapshots in an iteration, in bytes, and why; None where nobody knows."""
+        bytes_per_s, seconds = network.bytes_per_s or network.least, self.iteration_s
+        if not bytes_per_s or seconds is None:
+            return None
+        nbytes = SHARE * bytes_per_s * seconds
+        why = (
+            f"an iteration takes {seconds:.2f} s at {bytes_per_s / 1e6:.0f} MB/s; what training sends was not seen, "
+            f"so {SHARE:.0%} of that counts"
+        )
+        if self._sees_traffic:
+            self.scheduler.learn(bytes_per_s)
+            carried = self.scheduler.carries(self._replicas)
+            if math.isfinite(carried.nbytes):
+                nbytes, why = carried.nbytes * self._replicas, carried.why
+        return {"nbytes": int(nbytes), "why": why, "rank": self._fabric.rank}
 
 
 def _numbered(mine: Mapping[str, Sequence[Cost] | str]) -> list[tuple[int, Cost]]:
@@ -123,5 +167,11 @@ def _larger(one: Any, other: Any) -> Any:
     return one if isinstance(one, str) else max(one, other)
 
 
-def _tightest(lower: Sequence[int | None], higher: Sequence[int | None]) -> list[int | None]:
-    return [min((x for x in pair if x is not None), default=None) for pair in zip(lower, higher, strict=True)]
+def _tightest(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:
+    links = [link for link in (lower["link"], higher["link"]) if link is not None]
+    devices = [nbytes for nbytes in (lower["device"], higher["device"]) if nbytes is not None]
+    return {
+        "link": min(links, key=lambda link: int(link["nbytes"]), default=None),
+        "node": min(lower["node"], higher["node"]),
+        "device": min(devices, default=None),
+    }

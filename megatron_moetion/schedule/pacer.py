@@ -52,6 +52,11 @@ class Meter:
         self.bytes_per_s = UNKNOWN_BYTES_PER_S
         """The most that the link has lately been seen to carry for this rank. Read by the training thread too."""
 
+    @property
+    def is_known(self) -> bool:
+        """Whether any transfer was measured yet."""
+        return bool(self._seen)
+
     def learn(self, bytes_per_s: float) -> None:
         """One more transfer has shown this bandwidth."""
         self._seen.append(bytes_per_s)

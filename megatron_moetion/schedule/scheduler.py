@@ -136,19 +136,28 @@ class Scheduler:
             self._timelines.append(timeline)
         if self._pacer is not None:
             rate = self._pacer.bytes_per_s
-            is_news = is_example or rate != self._rhythm_bytes_per_s
-            if is_news:
-                self._rhythm, self._rhythm_bytes_per_s = planner.rhythm(tuple(self._timelines), rate), rate
-            self._pacer.begin_iteration(self._rhythm)
-            if is_news:
-                slice_s = self._pacer.slice_bytes() / rate
-                self._fillable = planner.whole_slices(self._rhythm.windows, slice_s)
+            if is_example or rate != self._rhythm_bytes_per_s:
+                self._find_rhythm(self._pacer, rate)
+            else:
+                self._pacer.begin_iteration(self._rhythm)
         if timeline is not None and self.draws:
             self._draw_iteration(timeline)
         if self.recorder.num_dropped == self._num_dropped:
             return None
         self._num_dropped = self.recorder.num_dropped
         return self.recorder.problem
+
+    def _find_rhythm(self, pacer: Pacer, bytes_per_s: float) -> None:
+        """An iteration begins, and there is news of the ones before or of the network."""
+        self._rhythm, self._rhythm_bytes_per_s = planner.rhythm(tuple(self._timelines), bytes_per_s), bytes_per_s
+        pacer.begin_iteration(self._rhythm)
+        self._fillable = planner.whole_slices(self._rhythm.windows, pacer.slice_bytes() / bytes_per_s)
+
+    def learn(self, bytes_per_s: float) -> None:
+        """The network carries this, as was seen otherwise than by a transfer. Call it right after ``cut``."""
+        self._meter.learn(bytes_per_s)
+        if self._pacer is not None:
+            self._find_rhythm(self._pacer, self._pacer.bytes_per_s)
 
     def _draw_iteration(self, timeline: Timeline) -> None:
         at = timeline.begin_s
@@ -227,18 +236,24 @@ class Scheduler:
         """Bytes of a snapshot that the windows of both links carry in an iteration.
 
         A snapshot leaves the device once and crosses the network ``replicas`` times. Training moves nothing between
-        device and host, so that link's window is the iteration. Infinite in schedule ``eager``, and before
-        anything was measured.
+        device and host, so that link's window is the iteration. A link that nothing has gone over yet limits nothing.
+        Infinite in schedule ``eager``, and before any iteration was measured.
         """
         is_settled = len(self._timelines) == TIMELINES
+        nothing_limits = Carried(nbytes=math.inf, why="", is_settled=is_settled)
         if self._paced is None or not self._timelines:
-            return Carried(nbytes=math.inf, why="", is_settled=is_settled)
+            return nothing_limits
         typical_s = typical_duration(self._timelines)
-        windows: dict[Link, Sequence[Window]] = {Link.D2H: (Window(begin_s=0.0, end_s=typical_s),)}
-        rates = {Link.D2H: self._packing.bytes_per_s}
-        if replicas:
+        windows: dict[Link, Sequence[Window]] = {}
+        rates: dict[Link, float] = {}
+        if self._packing.is_known:
+            windows[Link.D2H] = (Window(begin_s=0.0, end_s=typical_s),)
+            rates[Link.D2H] = self._packing.bytes_per_s
+        if replicas and self._paced.is_known:
             windows[Link.NETWORK] = self._windows(self._timelines, typical_s)
             rates[Link.NETWORK] = self._paced.bytes_per_s / replicas
+        if not windows:
+            return nothing_limits
         capacity, link = planner.capacity_bytes(windows, rates)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"

@@ -32,6 +32,8 @@ _ROOM_LOCK = "room.lock"
 _MADE_UP = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d{30,39}")
 """A random UUID, as text or as a number, which is what torch gives a job without a name."""
 
+ROOM_SHARE = 0.9
+"""Share of the store's free memory that arenas may take where a run chooses their size."""
 RUN_ID_BYTES_MAX = 200
 """File systems take names of up to 255 bytes."""
 
@@ -54,8 +56,27 @@ class NodeFolder:
     """How arenas get their memory."""
 
     def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
-        """See ``NodeLock.take``."""
-        return NodeLock.take(self.path, self.position, self.num_ranks, wait_s=wait_s, say=say, clock=self.clock)
+        """See ``NodeLock.take``. A folder that another process removes at this moment is made again."""
+        _make_folder(self.path)
+        taken = NodeLock.take(self.path, self.position, self.num_ranks, wait_s=wait_s, say=say, clock=self.clock)
+        if not taken.has_file:
+            self.make_again(taken)
+        return taken
+
+    def leave(self) -> None:
+        """Remove the folder if it is of no use: it holds no arena, and no process has it locked, this one neither.
+
+        Of a node's processes that end without an arena the last one removes it.
+        """
+        if self.arenas():
+            return
+        with suppress(StoreError, OSError):  # it is in use, or another process has just removed it
+            whole = NodeLock.take(self.path, 0, 1, wait_s=0, say=lambda text: None, clock=self.clock)
+            try:
+                if not self.arenas():
+                    self.remove()
+            finally:
+                whole.close()
 
     def arenas(self) -> list[str]:
         """The names of all arenas that are here, whoever left them, sorted."""
@@ -82,27 +103,16 @@ class NodeFolder:
         """Where an arena stands, for messages."""
         return str(self.path / name)
 
-    def period_found(self) -> int:
-        """The period of arenas of mode ``exact`` that are here and hold something; 0 without any."""
-        for name in self.arenas():
-            try:
-                spec, page = self.peek_arena(name)
-            except StoreError:  # damaged or another's: the survey says so
-                continue
-            if spec.identity.period and page.stable >= 0:
-                return spec.identity.period
-        return 0
-
-    def mode_found(self) -> str:
-        """The mode of arenas that are here and hold something; empty without any."""
+    def mode_found(self) -> tuple[str, int]:
+        """Mode and period of arenas that are here and hold something; "" and 0 without any."""
         for name in self.arenas():
             try:
                 spec, page = self.peek_arena(name)
             except StoreError:  # damaged or another's: the survey says so
                 continue
             if page.stable >= 0:
-                return spec.identity.mode
-        return ""
+                return spec.identity.mode, spec.identity.period
+        return "", 0
 
     def bytes_here(self) -> int:
         """Memory that arenas here take, whoever left them."""
@@ -111,6 +121,10 @@ class NodeFolder:
     def free_bytes(self) -> int:
         """Memory that is left for arenas."""
         return free_bytes(self.path)
+
+    def room_bytes(self) -> int:
+        """Memory that arenas of this machine may take as a run starts, whatever of it arenas here have already."""
+        return int(ROOM_SHARE * (self.free_bytes() + self.bytes_here()))
 
     def spare_bytes(self) -> int:
         """Memory that one more arena may take while training runs."""

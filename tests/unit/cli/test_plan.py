@@ -3,10 +3,8 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any
-
 import pytest
+from plan_command import document, plan
 
 from megatron_moetion import cli
 
@@ -20,18 +18,6 @@ HUGE = "--dense-parameters 1T --expert-parameters 1T --experts 9999 --period 64 
 @pytest.fixture(autouse=True)
 def wide(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "100")
-
-
-def plan(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert cli.main(["plan", *arguments.split()]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    return shown.out
-
-
-def document(arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(plan(f"{arguments} --json", capsys))
-    return found
 
 
 def test_the_table_has_a_row_for_each_mode_and_ends_with_a_sentence(capsys: pytest.CaptureFixture[str]) -> None:

@@ -4,10 +4,9 @@
 from __future__ import annotations
 
 import argparse
-import json
-from typing import Any
 
 import pytest
+from plan_command import document, plan
 
 from megatron_moetion import cli
 
@@ -25,18 +24,6 @@ BY_HAND = (
 @pytest.fixture(autouse=True)
 def usual_width(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", "80")
-
-
-def plan(arguments: str, capsys: pytest.CaptureFixture[str]) -> str:
-    assert cli.main(["plan", *arguments.split()]) == 0
-    shown = capsys.readouterr()
-    assert shown.err == ""
-    return shown.out
-
-
-def document(arguments: str, capsys: pytest.CaptureFixture[str]) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads(plan(f"{arguments} --json", capsys))
-    return found
 
 
 def test_a_preset_and_its_flags_by_hand_are_the_same(capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,11 +6,13 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from fabrics import loopback_fabrics
 from megatron.core import parallel_state
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import ChainedOptimizer
@@ -20,6 +22,7 @@ import megatron_moetion
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore import attach as attach_module
+from megatron_moetion.mcore.auto import costs
 from megatron_moetion.plan.costs import Copies
 
 
@@ -130,7 +133,7 @@ def test_a_program_with_a_log_of_its_own_keeps_it(log: logging.Logger) -> None:
 
 
 def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
-    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """One line each, from rank 0 alone; a whole-iteration graph takes the schedule with it."""
     made: list[str] = []
@@ -154,12 +157,12 @@ def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
         fp8="hybrid",
     )
     monkeypatch.setattr(attach_module, "Scheduler", scheduler)
-    monkeypatch.setattr(attach_module, "_connect", lambda *_: SimpleNamespace(close=lambda: None))
+    monkeypatch.setattr(attach_module, "_connect", lambda *_: loopback_fabrics(1)[0])
     monkeypatch.setattr(attach_module, "restart_warning", lambda environment: "a restart by torchrun would fail")
     for rank, mode in ((0, "popularity"), (0, "full"), (1, "full")):
         monkeypatch.setattr(torch.distributed, "get_rank", lambda rank=rank: rank)
         caplog.clear()
-        config = MoetionConfig(run_id="r", mode=mode, schedule="bubble")
+        config = MoetionConfig(run_id="r", store=str(tmp_path), mode=mode, schedule="bubble")
         with pytest.raises(Stop), caplog.at_level(logging.WARNING, "megatron_moetion"):
             megatron_moetion.attach(**{**GOOD, "model": [chunk], "config": config})
         counted = ["experts' inputs are padded"] if mode == "popularity" else []
@@ -176,6 +179,7 @@ def test_settings_that_checkpointing_depends_on_are_logged_before_anything_else(
             True
         ] * len(expected)
     assert made == ["steady"] * 3
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("graphs", ["none", "full_iteration"])
@@ -188,8 +192,8 @@ def test_mode_auto_does_not_come_to_popularity_once_graphs_are_captured(
     chunk = of(DistributedDataParallel)
     torch.nn.Module.__init__(chunk)
     chunk.config = SimpleNamespace(cuda_graph_impl=graphs, cuda_graph_modules=[])
-    monkeypatch.setattr(attach_module._Loop, "state", state)
-    loop = attach_module._Loop([chunk], GOOD["optimizer"], None, None, None)
-    found = loop.costs(MoetionConfig(run_id="r"), Copies(replicas=1, ranks_per_node=8))
+    monkeypatch.setattr(attach_module.Loop, "state", state)
+    loop = attach_module.Loop([chunk], GOOD["optimizer"], None, None, None)
+    found = costs(loop, MoetionConfig(run_id="r"), Copies(replicas=1, ranks_per_node=8))
     assert found["full"] == found["exact"] == "nothing can be captured here"
     assert ("CUDA graphs" in str(found["popularity"])) == (graphs != "none")

@@ -27,7 +27,7 @@ from megatron_moetion.select.rotation import remembered_steps
 from megatron_moetion.snapshot.capture import Captured, Contents
 from megatron_moetion.snapshot.gradlog import gradient_log
 from megatron_moetion.store.manifest import NO_SLOT, Page, Records
-from megatron_moetion.store.node import NodeFolder
+from megatron_moetion.store.node import ROOM_SHARE, NodeFolder
 from megatron_moetion.store.sharedfile import create_arena
 from megatron_moetion.store.spec import arena_name
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
@@ -85,14 +85,11 @@ class Memory:
     folder: NodeFolder
     free: float = 1e15
 
-    def free_bytes(self) -> float:
-        return self.free
+    def room_bytes(self) -> int:
+        return int(ROOM_SHARE * (self.free + self.folder.bytes_here()))
 
-    def bytes_here(self) -> int:
-        return self.folder.bytes_here()
-
-    def period_found(self) -> int:
-        return self.folder.period_found()
+    def mode_found(self) -> tuple[str, int]:
+        return self.folder.mode_found()
 
 
 class Ranks:
@@ -192,7 +189,7 @@ def test_a_restart_keeps_the_period_of_the_arenas_that_are_there_whatever_asked_
     assert [s.note for s in again] == [None, None]
     assert again[1].spec == before.spec
     assert ranks.settle(period=5)[1].spec == before.spec
-    assert [node.period_found() for node in ranks.nodes] == [0, 5]
+    assert [node.mode_found() for node in ranks.nodes] == [("", 0), ("exact", 5)]
 
 
 def test_what_a_start_that_failed_has_left_says_nothing_and_counts_as_room(ranks: Ranks, tmp_path: Path) -> None:

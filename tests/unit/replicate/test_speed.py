@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import logging
 import time
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from session_job import Job, together
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ChannelError
+from megatron_moetion.observe.journal import Journal
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.speed import measure_link, serve_probes
 from megatron_moetion.run.host import Host
-from megatron_moetion.run.network import look_at_network
+from megatron_moetion.run.network import Network, look_at_network, say_network
 
 
 class SlowWire(Faults):
@@ -64,17 +66,28 @@ def test_ranks_look_at_the_network_together_and_a_failed_probe_is_counted() -> N
     placement = place(["a", "a", "b", "b"], 1)
     look = [partial(look_at_network, fabric, placement, host, 0.5) for fabric in fabrics]
     whole = together(*look)
-    assert all(seen == whole[0] for seen in whole)
-    assert whole[0]["unknown"] == 0
-    assert whole[0]["rank"] in range(4)
-    assert 0 < whole[0]["least"] <= whole[0]["mean"]
-    assert (whole[0]["interfaces"], whole[0]["address"]) == (["lo"], "127.0.0.1")
+    first = whole[0]
+    assert all(replace(seen, bytes_per_s=None) == replace(first, bytes_per_s=None) for seen in whole)
+    assert first.unknown == 0
+    assert first.least == whole[first.rank].bytes_per_s
+    assert 0 < first.least <= first.mean
+    assert first.interfaces == ("lo",)
     with faults.cut({0}, {2}, "probe"):
         parts = together(*look)
-    assert parts[3]["unknown"] == 2
-    assert parts[3]["rank"] in (1, 3)
+    assert [seen.bytes_per_s is None for seen in parts] == [True, False, True, False]
+    assert parts[3].unknown == 2
+    assert parts[3].rank in (1, 3)
     alone = place(["a", "a", "b", "b"], 0)
     assert look_at_network(fabrics[0], alone, host, 0.5) is None
+
+
+def test_a_network_that_nobody_could_measure_is_no_number_in_the_log(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    with caplog.at_level(logging.INFO, "megatron_moetion"):
+        unknown = Network(bytes_per_s=None, least=0.0, rank=-1, mean=0.0, unknown=4, interfaces=("lo",))
+        say_network(Journal(0, 0, None, SystemClock()), 7, unknown, "10.0.0.1")
+    assert "replicas go over lo (rank 0 at 10.0.0.1): 4 rank(s) could not measure it" in caplog.text
 
 
 @pytest.mark.parametrize("replicas", [0, 1])

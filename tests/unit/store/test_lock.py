@@ -4,18 +4,22 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
+from support import node_folder
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import StoreError
 from megatron_moetion.store.lock import NodeLock, alone
 from megatron_moetion.store.mapping import MappedFile
+from megatron_moetion.store.node import NODE_MARKER
 
 HOLD = """
 import os, sys, time
@@ -126,11 +130,11 @@ def test_the_wait_is_the_clocks(tmp_path: Path) -> None:
 
     holder, clock, said = Holder(tmp_path), Clock(), list[str]()
     try:
-        with pytest.raises(StoreError, match="after 5000 s"):
-            NodeLock.take(tmp_path, 0, 1, wait_s=5000, say=said.append, clock=clock)
+        with pytest.raises(StoreError, match="after 200 s"):
+            NodeLock.take(tmp_path, 0, 1, wait_s=200, say=said.append, clock=clock)
     finally:
         holder.kill()
-    assert clock.now_s == pytest.approx(5000, abs=1)
+    assert clock.now_s == pytest.approx(200, abs=1)
     assert len(said) == 1
 
 
@@ -194,3 +198,42 @@ def test_a_mapping_is_not_inherited_and_goes_with_its_last_array(tmp_path: Path)
     del view
     assert str(path) not in Path("/proc/self/maps").read_text()
     assert not any(os.readlink(f"/proc/self/fd/{n}") == str(path) for n in os.listdir("/proc/self/fd") if n != str(fd))
+
+
+def test_of_the_processes_that_leave_a_node_without_an_arena_the_last_one_removes_its_folder(tmp_path: Path) -> None:
+    node = node_folder(tmp_path / "run" / "node0", position=0, num_ranks=2)
+    lock = node.lock(0.1, lambda _: None)
+    other = Holder(node.path, 1, 2)
+    try:
+        lock.close()
+        node.leave()
+        assert node.path.is_dir(), "another rank is still there"
+    finally:
+        other.kill()
+    (node.path / "rank00000.arena").touch()
+    node.leave()
+    assert node.arenas(), "somebody may want to recover this"
+    node.clear_arena("rank00000.arena")
+    node.leave()
+    assert list(tmp_path.iterdir()) == []
+    node.leave()
+
+
+def test_a_start_that_meets_the_end_of_an_early_one_has_its_folder(tmp_path: Path) -> None:
+    """It knows the folder already when the other process removes it, or waits for the lock of that process."""
+    node = node_folder(tmp_path / "run" / "node0")
+    node.lock(0.1, lambda _: None).close()
+    node.leave()
+    node.lock(0.1, lambda _: None).close()
+    assert node.path.is_dir()
+    other = Holder(node.path)
+
+    class WhileItWaits(SystemClock):
+        def sleep(self, seconds: float) -> None:
+            shutil.rmtree(node.path, ignore_errors=True)
+            other.kill()
+
+    lock = replace(node, clock=WhileItWaits()).lock(20, lambda _: None)
+    assert lock.has_file
+    assert (node.path / NODE_MARKER).read_text() == node.key
+    lock.close()
