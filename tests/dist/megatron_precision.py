@@ -94,7 +94,7 @@ def main(folder: Path, store: Path, case: str | None, environment: Mapping[str, 
 
 
 def _examine(trainer: Trainer, folder: Path) -> dict[str, Any]:
-    """Capture, go on, scramble, write back and go on again. In between, a checkpoint on disk is made of the captures."""
+    """Capture, write a checkpoint on disk of that, go on, scramble, write back and go on again."""
     state = _state(trainer, count_tokens=True)
     inventory = state.inventory()
     counters = [_span(t) for t in _token_buffers(state)]
