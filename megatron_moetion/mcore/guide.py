@@ -105,7 +105,10 @@ def _problem(optimizer: MegatronOptimizer) -> str | None:
         )
     whole = [type(o.optimizer).__name__ for o in chain.links(optimizer) if not chain.is_elementwise(o.optimizer)]
     if whole:
-        return f"the optimizer has a {whole[0]}, whose state is of whole matrices"
+        return (
+            f"the optimizer has a {whole[0]} outside of a LayerWiseDistributedOptimizer, and no export of one was ever "
+            f"compared with a checkpoint of Megatron's"
+        )
     return None
 
 
