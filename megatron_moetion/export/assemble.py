@@ -19,6 +19,7 @@ from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ConfigError, CorruptArena
 from megatron_moetion.export.survey import Owner
 from megatron_moetion.framework import StepReplayer
+from megatron_moetion.mcore.offline import require_replayable
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.snapshot.host_state import decode
@@ -68,11 +69,7 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
     Captures are verified once more after they were copied. ``CorruptArena`` where one has changed, ``ConfigError`` for
     steps that cannot be replayed here.
     """
-    if _has_scales(owner) and log_units(owner.units):
-        raise ConfigError(
-            f"rank {owner.rank} has captures and logged gradients (mode 'exact') of an optimizer that keeps its state "
-            f"in less than fp32: how its steps round is known on its own machines only; restart the run there"
-        )
+    refuse(owner)
     chosen = _Chosen(owner)
     (host_unit,) = (u for u, (_, kind) in enumerate(owner.units) if kind is UnitKind.HOST)
     (record,) = (r for r in chosen.records if r.unit == host_unit)
@@ -99,6 +96,18 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
             part.add(stretch)
     part.add_rank(owner, state)
     return replayed
+
+
+def refuse(owner: Owner) -> None:
+    """``ConfigError`` where the steps since a rank's captures cannot be replayed in another process."""
+    if not log_units(owner.units):
+        return
+    if _has_scales(owner):
+        raise ConfigError(
+            f"rank {owner.rank} has captures and logged gradients (mode 'exact') of an optimizer that keeps its state "
+            f"in less than fp32: how its steps round is known on its own machines only; restart the run there"
+        )
+    require_replayable(owner.sheet.guide["optimizers"])
 
 
 def batches(owner: Owner) -> Iterator[list[int]]:

@@ -16,7 +16,7 @@ import torch
 
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ConfigError, StoreError
-from megatron_moetion.export.assemble import Stretch, memory_bytes, write_rank
+from megatron_moetion.export.assemble import Stretch, memory_bytes, refuse, write_rank
 from megatron_moetion.export.survey import Found, Owner, Say, survey
 from megatron_moetion.framework import StepReplayer
 from megatron_moetion.mcore import offline
@@ -65,6 +65,8 @@ def export(
     say(f"iteration {found.iteration}: mode {found.identity.mode}, {found.identity.world_size} ranks")
     target = checkpoint_folder(str(output), found.iteration)
     _require_free(output, target, force=force)
+    for owner in found.owners:
+        refuse(owner)
     _require_memory(found)
     replayed = 0
     try:

@@ -26,7 +26,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -236,7 +236,7 @@ def _metadata(parts: Sequence[Mapping[str, Any]]) -> Metadata:
     for key, count in numel.items():
         if count != prod(tensors[key]["shape"]):
             raise CorruptArena(f"no rank has all of {key}: {count} of {prod(tensors[key]['shape'])} elements are there")
-    return Metadata(state_dict_metadata=stored, storage_data=places, version=CURRENT_DCP_VERSION)
+    return Metadata(state_dict_metadata=stored, storage_data=places)
 
 
 def _needed(target: _Target, pieces: Iterable[tuple[list[Any], str]]) -> Iterable[tuple[list[Any], str]]:

@@ -7,12 +7,9 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 from megatron_moetion.errors import ConfigError
-from megatron_moetion.export.assemble import batches, memory_bytes, write_rank
-from megatron_moetion.mcore.offline import offline_steps
-from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.export.assemble import batches, memory_bytes, refuse
 from megatron_moetion.store.sheet import Span
 from megatron_moetion.units import Role, UnitKind
 
@@ -59,12 +56,15 @@ def test_what_has_scales_is_put_together() -> None:
 def test_logged_steps_on_state_in_less_than_fp32_are_refused() -> None:
     rank = owner((*DENSE, spans(Role.REMAINDER, "int16")), (*LOGS[0], spans(Role.GRAD)), HOST)
     with pytest.raises(ConfigError, match=r"rank 3 has captures and logged gradients .*in less than fp32"):
-        write_rank(rank, 5, None, HostPool(1), None)  # type: ignore[arg-type]
+        refuse(rank)
 
 
 def test_logged_steps_of_another_optimizer_than_adam_are_refused() -> None:
-    state = {"optimizers": [{"groups": [{}]}], "steps": []}
-    kind = {"link": "DistributedOptimizer", "name": "SGD", "adam_w_mode": True}
-    with pytest.raises(ConfigError, match=r"optimizer 0 of the run is a SGD.*a restart of the run"):
-        offline_steps([], [kind], state)
-    assert torch.optim.SGD.__name__ == kind["name"]
+    rank = owner((*DENSE, spans()), (*LOGS[0], spans(Role.GRAD)), HOST)
+    rank.sheet.guide = {"optimizers": [{"name": "FusedAdam"}, {"name": "SGD"}]}
+    with pytest.raises(ConfigError, match=r"optimizer 1 of the run is a SGD.*a restart of the run"):
+        refuse(rank)
+
+
+def test_the_same_captured_whole_can_be_exported() -> None:
+    refuse(owner((*DENSE, spans(Role.REMAINDER, "int16")), HOST))
