@@ -19,6 +19,7 @@ from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ConfigError, CorruptArena
 from megatron_moetion.export.survey import Owner
 from megatron_moetion.framework import StepReplayer
+from megatron_moetion.mcore.offline import require_replayable
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.snapshot.host_state import decode
@@ -30,20 +31,20 @@ from megatron_moetion.units import Inventory, Region, Role, Unit, UnitKind
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "uint8": 1,
               "bool": 1}  # fmt: skip
-_EXPORTED = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ, Role.WEIGHT, Role.BUFFER, Role.GRAD)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Stretch:
     """Elements from ``start`` on of one tensor: the bytes of each role that is captured of it, the gradient's too.
 
-    ``entry``: that of the rank's guide.
+    ``entry``: that of the rank's guide. ``scales``: by their names in the optimizer, fp32 of one element.
     """
 
     entry: Mapping[str, Any]
     start: int
     arrays: Mapping[Role, Bytes]
     dtypes: Mapping[Role, str]
+    scales: Mapping[str, Bytes]
 
 
 MakeReplayer = Callable[[Owner, list[Stretch], Mapping[str, Any]], StepReplayer]
@@ -66,9 +67,9 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
     """Give one rank's state at ``iteration`` to ``part``; returns how many optimizer steps were replayed.
 
     Captures are verified once more after they were copied. ``CorruptArena`` where one has changed, ``ConfigError`` for
-    state that has no place in a checkpoint.
+    steps that cannot be replayed here.
     """
-    _refuse(owner)
+    refuse(owner)
     chosen = _Chosen(owner)
     (host_unit,) = (u for u, (_, kind) in enumerate(owner.units) if kind is UnitKind.HOST)
     (record,) = (r for r in chosen.records if r.unit == host_unit)
@@ -97,10 +98,28 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
     return replayed
 
 
+def refuse(owner: Owner) -> None:
+    """``ConfigError`` where the steps since a rank's captures cannot be replayed in another process."""
+    if not log_units(owner.units):
+        return
+    if _has_scales(owner):
+        raise ConfigError(
+            f"rank {owner.rank} has captures and logged gradients (mode 'exact') of an optimizer that keeps its state "
+            f"in less than fp32: how its steps round is known on its own machines only; restart the run there"
+        )
+    require_replayable(owner.sheet.guide["optimizers"])
+
+
 def batches(owner: Owner) -> Iterator[list[int]]:
-    """Units that are put together at a time, by number. What a log belongs to shares steps with all others of it."""
+    """Units that are put together at a time, by number.
+
+    What a log belongs to shares steps with all others of it. Where there are scales, one may be in another unit than
+    what it belongs to.
+    """
     logs = log_units(owner.units)
     together = sorted({*logs, *logs.values()})
+    if _has_scales(owner):
+        together = [unit for unit, (_, kind) in enumerate(owner.units) if kind is not UnitKind.HOST]
     if together:
         yield together
     for unit, (_, kind) in enumerate(owner.units):
@@ -114,13 +133,16 @@ def memory_bytes(owner: Owner) -> int:
     return max((sum(units[u][2] for u in batch) for batch in batches(owner)), default=0)
 
 
-def _refuse(owner: Owner) -> None:
-    for span in (span for spans in owner.sheet.units for span in spans):
-        if span.role not in _EXPORTED:
-            raise ConfigError(
-                f"rank {owner.rank} has a {span.role.name} of {span.tensor}: the state of a precision-aware "
-                f"optimizer, or of scaled moments, cannot be exported yet"
-            )
+def _has_scales(owner: Owner) -> bool:
+    """Whether an optimizer keeps its state in less than fp32."""
+    spans = (span for spans in owner.sheet.units for span in spans)
+    return any(
+        span.role in (Role.MODEL, Role.REMAINDER, Role.SCALE) or (span.role in _STATE and span.dtype != "float32")
+        for span in spans
+    )
+
+
+_STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 
 
 class _Memory:
@@ -128,8 +150,7 @@ class _Memory:
 
     def __init__(self, owner: Owner, units: Sequence[int]) -> None:
         self._owner = owner
-        guide = owner.sheet.guide
-        self._entries = {name: guide["parameters"][number] for name, number in guide["tensors"].items()}
+        self._numbers: Mapping[str, int] = owner.sheet.guide["tensors"]
         self._spans: dict[tuple[str, Role], list[Span]] = defaultdict(list)
         for span in (span for unit in units for span in owner.sheet.units[unit]):
             self._spans[span.tensor, span.role].append(span)
@@ -147,16 +168,32 @@ class _Memory:
         """
         roles: dict[str, dict[Role, str]] = defaultdict(dict)
         for (tensor, role), spans in self._spans.items():
-            roles[tensor][role] = spans[0].dtype
-        found = []
+            if role is not Role.SCALE:
+                roles[tensor][role] = spans[0].dtype
+        found, scales = [], self._scales()
         for tensor, dtypes in roles.items():
-            entry = self._entries.get(tensor)
-            if entry is None or (is_stepped and entry["link"] is None) or not (is_stepped or entry["views"]):
-                continue  # counts of tokens have no entry
-            leading = Role.MASTER if Role.MASTER in dtypes else next(iter(dtypes))
+            if tensor not in self._numbers:
+                continue  # counts of tokens
+            entry = self._owner.sheet.guide["parameters"][self._numbers[tensor]]
+            if entry["link"] is None if is_stepped else not entry["views"]:
+                continue
+            leading = next(role for role in dtypes if role is not Role.GRAD)
             for start, end in _merged(self._spans[tensor, leading]):
                 arrays = {r: self._bytes(tensor, r, dtype, start, end) for r, dtype in dtypes.items()}
-                found.append(Stretch(entry=entry, start=start, arrays=arrays, dtypes=dtypes))
+                found.append(
+                    Stretch(
+                        entry=entry, start=start, arrays=arrays, dtypes=dtypes, scales=scales[self._numbers[tensor]]
+                    )
+                )
+        return found
+
+    def _scales(self) -> dict[int, dict[str, Bytes]]:
+        """By parameter. They are named after one of its tensors, and the state that they belong to."""
+        found: dict[int, dict[str, Bytes]] = defaultdict(dict)
+        for (name, role), (_, array) in self._arrays.items():
+            if role is Role.SCALE:
+                tensor, *state = name.rsplit(".", 2)
+                found[self._numbers[tensor]][".".join(state)] = array
         return found
 
     def _unit(self, number: int) -> Unit:

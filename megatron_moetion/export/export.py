@@ -16,7 +16,7 @@ import torch
 
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import ConfigError, StoreError
-from megatron_moetion.export.assemble import Stretch, memory_bytes, write_rank
+from megatron_moetion.export.assemble import Stretch, memory_bytes, refuse, write_rank
 from megatron_moetion.export.survey import Found, Owner, Say, survey
 from megatron_moetion.framework import StepReplayer
 from megatron_moetion.mcore import offline
@@ -65,11 +65,13 @@ def export(
     say(f"iteration {found.iteration}: mode {found.identity.mode}, {found.identity.world_size} ranks")
     target = checkpoint_folder(str(output), found.iteration)
     _require_free(output, target, force=force)
+    for owner in found.owners:
+        refuse(owner)
     _require_memory(found)
     replayed = 0
     try:
         with Draft(output, found.iteration) as draft, PartWriter(draft.folder, 0) as writer:
-            part = RankPart(writer, found.identity.world_size)
+            part = RankPart(writer)
             for number, owner in enumerate(found.owners, 1):
                 replayed = max(replayed, write_rank(owner, found.iteration, part, pool, replayer))
                 say(f"wrote rank {owner.rank} ({number} of {len(found.owners)})")
@@ -93,18 +95,18 @@ def export(
 class RankPart:
     """Writes what ``write_rank`` gives of any number of ranks into one part of a checkpoint."""
 
-    def __init__(self, writer: PartWriter, world_size: int) -> None:
-        self._writer, self._world_size = writer, world_size
+    def __init__(self, writer: PartWriter) -> None:
+        self._writer = writer
 
     def add(self, stretch: Stretch) -> None:
         """Write it."""
-        for role, data in stretch.arrays.items():
-            if role is not Role.GRAD:
-                self._writer.add(stretch.entry, role, stretch.start, _tensor(data, stretch.dtypes[role]))
+        tensors = {role: _tensor(data, stretch.dtypes[role]) for role, data in stretch.arrays.items()}
+        scales = {name: _tensor(data, "float32") for name, data in stretch.scales.items()}
+        self._writer.add(stretch.entry, stretch.start, tensors, scales)
 
     def add_rank(self, owner: Owner, state: Mapping[str, Any]) -> None:
         """Write what is no tensor."""
-        self._writer.add_rank(owner.rank, self._world_size, owner.sheet.guide, state)
+        self._writer.add_rank(owner.rank, owner.sheet.guide, state)
 
 
 def _require_free(output: Path, target: Path, *, force: bool) -> None:

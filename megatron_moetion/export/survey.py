@@ -12,6 +12,7 @@ from pathlib import Path
 
 from megatron_moetion.errors import ConfigError, CorruptArena, NothingRecoverable, StoreError
 from megatron_moetion.inspect.judge import CHOOSE, Copy, Judgement, held_by_owner, judge, newest_history
+from megatron_moetion.mcore.guide import GUIDE_VERSION
 from megatron_moetion.recover.plan import Units, what_is_missing
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.snapshot.packer import HostPool
@@ -195,7 +196,12 @@ def _sheet(arena: Arena, rank: int) -> Sheet:
         sheet = read_sheet(arena.spec.sheet)
     except CorruptArena as error:
         raise CorruptArena(f"{arena.name}: {error}") from error
-    if problem := sheet.guide.get("problem", "the framework gave no guide to its tensors"):
+    if sheet.guide.get("version") != GUIDE_VERSION:
+        raise ConfigError(
+            f"the state of rank {rank} cannot be exported: {arena.name} was written by another version of MoEtion (its "
+            f"guide is of version {sheet.guide.get('version')}, this program reads {GUIDE_VERSION}); export with that"
+        )
+    if problem := sheet.guide["problem"]:
         raise ConfigError(f"the state of rank {rank} cannot be exported: {problem}")
     return sheet
 

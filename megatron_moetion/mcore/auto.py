@@ -91,11 +91,6 @@ class Choosing:
             run.journal.event("chosen", iteration=iteration, **asdict(choice), refused=dict(self._offers.refused))
         return self._loop.attach(run.config.in_mode(choice.mode, choice.period), run, undo, seen)
 
-    @property
-    def writes_checkpoints(self) -> bool:
-        """See ``Session.writes_checkpoints``; False before the choice."""
-        return self._attached is not None and self._attached.writes_checkpoints
-
     def close(self) -> None:
         """End a run that has not chosen."""
         if self._is_open and self._iteration is not None and self._claimed.fabric.rank == 0:

@@ -20,34 +20,52 @@ from megatron.core.dist_checkpointing.mapping import ShardedObject, ShardedTenso
 from megatron.core.distributed import DistributedDataParallel
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
+from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import unwrap_model
 
+from megatron_moetion.mcore import chain
 from megatron_moetion.mcore.disk_format import checkpoint_metadata
 from megatron_moetion.mcore.layout import ModelLayout
-from megatron_moetion.mcore.shards import shards
-from megatron_moetion.mcore.topology import parallel_sizes
+from megatron_moetion.mcore.shards import held, shards
+from megatron_moetion.mcore.topology import parallel_ranks, parallel_sizes
+from megatron_moetion.units import Role
 
-GUIDE_VERSION = 1
+GUIDE_VERSION = 2
 _OBJECT_BYTES_MAX = 1 << 16
 
 
-def guide(model: Sequence[DistributedDataParallel], layout: ModelLayout, links: Sequence[MegatronOptimizer]) -> str:
-    """The guide as JSON. ``problem`` in it says why this state cannot be exported, for a person; None if it can."""
-    document: dict[str, Any] = {"version": GUIDE_VERSION, "sizes": parallel_sizes(), "problem": None}
+def guide(
+    model: Sequence[DistributedDataParallel],
+    layout: ModelLayout,
+    optimizer: MegatronOptimizer,
+    flags: Mapping[str, Any] | None = None,
+) -> str:
+    """The guide as JSON. ``problem`` in it says why this state cannot be exported, for a person; None if it can.
+
+    ``flags``: of a loop that has Megatron-LM's, by their names there. What is no plain value of them is left out.
+    """
+    document: dict[str, Any] = {
+        "version": GUIDE_VERSION,
+        "sizes": parallel_sizes(),
+        "ranks": parallel_ranks(),
+        "flags": None if flags is None else {name: value for name, value in flags.items() if _is_plain(value)},
+        "problem": None,
+    }
     try:
-        document |= _placements(model, layout, links)
+        document |= _placements(model, layout, optimizer)
     except Exception as error:  # a model's own code runs here, and training needs nothing of this
         document["problem"] = f"{type(error).__name__}: {error}"
     return json.dumps(document)
 
 
 def _placements(
-    model: Sequence[DistributedDataParallel], layout: ModelLayout, links: Sequence[MegatronOptimizer]
+    model: Sequence[DistributedDataParallel], layout: ModelLayout, optimizer: MegatronOptimizer
 ) -> dict[str, Any]:
-    other = [type(link).__name__ for link in links if not isinstance(link, DistributedOptimizer)]
-    if other:
-        return {"problem": f"the optimizer is a {other[0]}; --use-distributed-optimizer is what can be exported"}
+    if problem := _problem(optimizer):
+        return {"problem": problem}
+    links = chain.links(optimizer)
     found = _Sharded(model)
+    of_state = [_names_of_state(link.optimizer) for link in links]
     stepped = {id(shard.parameter): where for shard, where in _groups(links)}
     parameters: list[dict[str, Any]] = []
     tensors: dict[str, int] = {}
@@ -65,6 +83,7 @@ def _placements(
                 "dtype": str(tensor.dtype).removeprefix("torch."),
                 "link": link,
                 "group": group,
+                "keys": {} if link is None else _keys(links[link], of_state[link], tensor),
                 "views": found.views_of(tensor),
             }
         )
@@ -73,8 +92,40 @@ def _placements(
         "tensors": tensors,
         "objects": found.objects,
         "left_out": sorted({*found.left_out, *found.unplaced()}),
-        "optimizers": [_kind_of(link.optimizer) for link in links],
+        "optimizers": [_kind_of(link) for link in links],
     }
+
+
+def _problem(optimizer: MegatronOptimizer) -> str | None:
+    """Why a checkpoint of this optimizer has no format that another layout could load."""
+    if chain.layer_wise(optimizer):
+        return (
+            "the optimizer is a LayerWiseDistributedOptimizer, which gives each rank whole parameters: its checkpoints "
+            "keep parameter groups by rank, and no other layout has the same"
+        )
+    whole = [type(o.optimizer).__name__ for o in chain.links(optimizer) if not chain.is_elementwise(o.optimizer)]
+    if whole:
+        return (
+            f"the optimizer has a {whole[0]} outside of a LayerWiseDistributedOptimizer, and no export of one was ever "
+            f"compared with a checkpoint of Megatron's"
+        )
+    return None
+
+
+def _names_of_state(optimizer: torch.optim.Optimizer) -> dict[Role, str]:
+    """What the optimizer calls the state of each role, scales aside."""
+    parameters = (p for group in optimizer.param_groups for p in group["params"])
+    return {found.role: found.name.partition(".")[0] for p in parameters for found in held(optimizer, p)}
+
+
+def _keys(link: MegatronOptimizer, names: Mapping[Role, str], parameter: torch.Tensor) -> dict[str, str]:
+    """By role, under which key Megatron's checkpoints have a state; main values that are the parameter have none."""
+    moments = {role.name: names[role] for role in (Role.EXP_AVG, Role.EXP_AVG_SQ) if role in names}
+    if isinstance(link, DistributedOptimizer):
+        return {**moments, Role.MASTER.name: "param", Role.REMAINDER.name: "param"}
+    if isinstance(link, Float16OptimizerWithFloat16Params) and parameter.dtype is not torch.float32:
+        return {**moments, Role.MASTER.name: "fp32_param"}
+    return moments
 
 
 class _Sharded:
@@ -166,6 +217,12 @@ def _values(tree: Any) -> Iterator[Any]:
             yield from _values(value)
 
 
+def _is_plain(value: Any) -> bool:
+    if isinstance(value, (list, tuple)):
+        return all(map(_is_plain, value))
+    return value is None or type(value) in (bool, int, float, str)
+
+
 def _groups(links: Sequence[MegatronOptimizer]) -> Iterator[tuple[Any, tuple[int, int]]]:
     """Each shard with the numbers of its optimizer and of its parameter group there."""
     for number, link in enumerate(links):
@@ -174,6 +231,11 @@ def _groups(links: Sequence[MegatronOptimizer]) -> Iterator[tuple[Any, tuple[int
             yield shard, (number, group)
 
 
-def _kind_of(optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    """What a replay of its steps has to know beside the groups' fields."""
-    return {"name": type(optimizer).__name__, "adam_w_mode": bool(getattr(optimizer, "adam_w_mode", True))}
+def _kind_of(link: MegatronOptimizer) -> dict[str, Any]:
+    """How its checkpoints are, and what a replay of its steps has to know beside the groups' fields."""
+    inner = link.optimizer
+    return {
+        "link": type(link).__name__,
+        "name": type(inner).__name__,
+        "adam_w_mode": bool(getattr(inner, "adam_w_mode", True)),
+    }

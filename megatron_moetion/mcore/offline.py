@@ -40,16 +40,27 @@ class Stretch:
     """As it was reduced, in any type."""
 
 
+def require_replayable(optimizers: Sequence[Mapping[str, Any]]) -> None:
+    """``ConfigError`` where a CPU cannot take the steps of one of these kinds, as the guide has them."""
+    for number, kind in enumerate(optimizers):
+        if kind["name"] != _FUSED and kind["name"] not in _TORCH:
+            raise ConfigError(
+                f"optimizer {number} of the run is a {kind['name']}, and this state is captures and logged gradients "
+                f"(mode 'exact'): its steps can be replayed on its own machines only, by a restart of the run"
+            )
+
+
 def offline_steps(
     stretches: Sequence[Stretch], optimizers: Sequence[Mapping[str, Any]], state: Mapping[str, Any]
 ) -> StepLog:
     """What replays one rank's steps. ``optimizers``: of each its kind, as the guide has it; ``state``: the adapter's.
 
-    ``ConfigError`` for optimizers whose step no CPU can take.
+    Errors as ``require_replayable``.
     """
+    require_replayable(optimizers)
     fields = state["optimizers"]
     links = [
-        _Link(number, kind, fields[number], [s for s in stretches if s.link == number])
+        _Link(kind, fields[number], [s for s in stretches if s.link == number])
         for number, kind in enumerate(optimizers)
     ]
     as_links = cast("list[MegatronOptimizer]", links)
@@ -75,9 +86,7 @@ class _Scaler:
 class _Link:
     """In place of a ``MegatronOptimizer`` that holds state."""
 
-    def __init__(
-        self, number: int, kind: Mapping[str, Any], fields: Mapping[str, Any], stretches: Sequence[Stretch]
-    ) -> None:
+    def __init__(self, kind: Mapping[str, Any], fields: Mapping[str, Any], stretches: Sequence[Stretch]) -> None:
         groups: list[dict[str, Any]] = [{"params": []} for _ in fields["groups"]]
         self._parameters: list[torch.nn.Parameter] = []
         self.found_inf = torch.zeros(1)
@@ -92,14 +101,9 @@ class _Link:
             states[parameter] = {name: getattr(stretch, name) for name in _STATE}
         if kind["name"] == _FUSED:
             self.optimizer: torch.optim.Optimizer = FusedAdam(groups, adam_w_mode=kind["adam_w_mode"])
-        elif kind["name"] in _TORCH:
+        else:
             self.optimizer = _TORCH[kind["name"]](groups, foreach=False)
             states = {p: {"step": torch.zeros(()), **state} for p, state in states.items()}
-        else:
-            raise ConfigError(
-                f"optimizer {number} of the run is a {kind['name']}, and this state is captures and logged gradients "
-                f"(mode 'exact'): its steps can be replayed on its own machines only, by a restart of the run"
-            )
         self.optimizer.state.update(states)
 
     def get_parameters(self) -> list[torch.nn.Parameter]:

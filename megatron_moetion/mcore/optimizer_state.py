@@ -14,6 +14,8 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.chain import makes_its_own_state
+from megatron_moetion.mcore.shards import MASTER_KEY
+from megatron_moetion.units import Role
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:
@@ -134,6 +136,19 @@ def set_steps(link: MegatronOptimizer, value: float) -> None:
             state["step"].fill_(value)
         elif "step" in state:  # Lion counts in plain numbers
             state["step"] = int(value)
+
+
+def unscaled(role: Role, name: str, values: torch.Tensor, scales: Mapping[str, torch.Tensor]) -> torch.Tensor:
+    """What a captured state stands for, in fp32, as Megatron's checkpoints have it; ``values`` itself where it is that.
+
+    ``name``: of the state in a checkpoint. ``scales``: by the names of ``shards``. A remainder is a number like others.
+    """
+    name = MASTER_KEY if role is Role.MASTER else name
+    if values.dtype is torch.uint8:
+        return values.view(torch.float8_e4m3fn).float().mul_(scales[f"{name}.scale_inv"])
+    if values.dtype is torch.float16 and f"{name}.factor" in scales:
+        return values.float().mul_(scales[f"{name}.factor"])
+    return values.float()
 
 
 def _scaler_of(link: MegatronOptimizer) -> Any:

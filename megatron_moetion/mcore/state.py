@@ -7,7 +7,7 @@ import hashlib
 import logging
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
-from typing import Any, Protocol, TypeGuard
+from typing import Any, Protocol, TypeGuard, runtime_checkable
 
 import torch
 from megatron.core import parallel_state
@@ -54,6 +54,15 @@ class Stateful(Protocol):
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Put back what ``state_dict`` returned."""
+        ...
+
+
+@runtime_checkable
+class HasFlags(Protocol):
+    """A training loop's state that knows the loop's flags; Megatron-LM's ``args`` in a checkpoint are made of them."""
+
+    def flags(self) -> Mapping[str, Any]:
+        """By Megatron-LM's names, as they are when training begins."""
         ...
 
 
@@ -130,7 +139,7 @@ class MegatronState:
             self._inventory = Inventory(
                 units=(*self._tensors.units, host_unit(self.host_state())),
                 place=place(),
-                guide=guide(model, layout, self._links),
+                guide=guide(model, layout, optimizer, user_state.flags() if isinstance(user_state, HasFlags) else None),
             )
             self._hooks = hooks.pop_all()
 

@@ -23,6 +23,15 @@ def parallel_sizes() -> dict[str, int]:
     }
 
 
+def parallel_ranks() -> dict[str, int]:
+    """Where this rank is in the groups by which Megatron-LM keeps random states."""
+    return {
+        "tensor": parallel_state.get_tensor_model_parallel_rank(),
+        "pipeline": parallel_state.get_pipeline_model_parallel_rank(),
+        "data_context": parallel_state.get_data_parallel_rank(with_context_parallel=True),
+    }
+
+
 def is_same(saved: Mapping[str, int], now: Mapping[str, int]) -> bool:
     """Whether ``saved`` sizes are those of ``now``, as far as they were saved: checkpoints named fewer of them once."""
     return all(now.get(name) == size for name, size in saved.items())

@@ -26,7 +26,7 @@ import torch
 from megatron.core.dist_checkpointing.core import CheckpointingConfig, save_config
 from megatron.core.dist_checkpointing.mapping import ShardedObject
 from megatron.core.dist_checkpointing.strategies.common import COMMON_STATE_FNAME
-from torch.distributed.checkpoint.filesystem import CURRENT_DCP_VERSION, _StorageInfo
+from torch.distributed.checkpoint.filesystem import _StorageInfo
 from torch.distributed.checkpoint.metadata import (
     BytesStorageMetadata,
     ChunkStorageMetadata,
@@ -38,22 +38,16 @@ from torch.distributed.checkpoint.metadata import (
 
 from megatron_moetion.errors import CorruptArena
 from megatron_moetion.mcore.boxes import Box, View, missing
-from megatron_moetion.mcore.disk_common import common_part, common_state, telling
-from megatron_moetion.mcore.rng import decoded
+from megatron_moetion.mcore.disk_common import common_part, common_state, random_states, telling
+from megatron_moetion.mcore.optimizer_state import unscaled
 from megatron_moetion.persist.tracker import make_durable
 from megatron_moetion.units import Role
 
 CHUNK_BYTES = 64 << 20
 """A piece of a tensor that is saved by itself has as many at most, and is in memory twice more while it is written."""
 _METADATA = ".metadata"
-_PREFIXES = {
-    Role.MASTER: "optimizer.state.param.",
-    Role.EXP_AVG: "optimizer.state.exp_avg.",
-    Role.EXP_AVG_SQ: "optimizer.state.exp_avg_sq.",
-    Role.WEIGHT: "",
-    Role.BUFFER: "",
-}
-"""What stands before a parameter's own key; these roles can be written."""
+_OF_MODEL = (Role.MODEL, Role.WEIGHT, Role.BUFFER, Role.MASTER)
+"""What the model's own tensor is written from: the first of these that there is."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,30 +86,38 @@ class PartWriter:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
 
-    def add(self, entry: Mapping[str, Any], role: Role, start: int, values: torch.Tensor) -> None:
-        """Elements from ``start`` on of one parameter or buffer, flat and contiguous, in this role.
+    def add(
+        self,
+        entry: Mapping[str, Any],
+        start: int,
+        tensors: Mapping[Role, torch.Tensor],
+        scales: Mapping[str, torch.Tensor] | None = None,
+    ) -> None:
+        """Elements from ``start`` on of one parameter or buffer: a flat and contiguous tensor for each role.
 
-        ``entry``: that of the guide. A main value is written twice, as what the optimizer has and, in the model's type,
-        as what the model has.
+        ``entry``: that of the guide. ``scales``: by name, fp32 of one element, of tensors that are stored with one; a
+        checkpoint has what they stand for, in fp32. Gradients are passed over.
         """
-        dtype = getattr(torch, entry["dtype"])
+        of_model = next(role for role in _OF_MODEL if role in tensors)
         for fields in entry["views"]:
             view = View(fields["shape"], fields["strides"], fields["first"])
-            first, last = view.before(start), view.before(start + values.numel())
-            if role is Role.MASTER:
-                self._put(fields, view, fields["key"], (first, last), start, values, dtype)
-            key = _PREFIXES[role] + fields["key"]
-            self._put(fields, view, key, (first, last), start, values, values.dtype)
+            self._put(fields, view, fields["key"], start, tensors[of_model], getattr(torch, entry["dtype"]))
+            for role, values in tensors.items():
+                if name := entry["keys"].get(role.name):
+                    plain = unscaled(role, name, values, scales or {})
+                    self._put(fields, view, f"optimizer.state.{name}.{fields['key']}", start, plain, torch.float32)
 
-    def add_rank(self, rank: int, world_size: int, guide: Mapping[str, Any], state: Mapping[str, Any]) -> None:
+    def add_rank(self, rank: int, guide: Mapping[str, Any], state: Mapping[str, Any]) -> None:
         """What a rank has beside tensors: its random states, small objects of its modules, and what is common to all.
 
         ``state``: the adapter's host state.
         """
-        self._put_object(ShardedObject("rng_state", None, (world_size,), (rank,)), decoded(state["rng"]))
+        for states in random_states(rank, guide, state):
+            self._put_object(states)
         for entry in guide["objects"]:
-            place = ShardedObject(entry["key"], None, tuple(entry["global_shape"]), tuple(entry["global_offset"]))
-            self._put_object(place, _object(entry["kind"], base64.b64decode(entry["content"])))
+            data = _object(entry["kind"], base64.b64decode(entry["content"]))
+            place = tuple(entry["global_shape"]), tuple(entry["global_offset"])
+            self._put_object(ShardedObject(entry["key"], data, *place))
         self._ranks.append(common_part(rank, guide, state))
 
     def close(self) -> dict[str, Any]:
@@ -141,13 +143,13 @@ class PartWriter:
         fields: Mapping[str, Any],
         view: View,
         key: str,
-        places: tuple[int, int],
         start: int,
         values: torch.Tensor,
         dtype: torch.dtype,
     ) -> None:
         target = _Target(key=key, offset=tuple(fields["global_offset"]), shape=view.shape)
         covered = self._covered[target]
+        places = view.before(start), view.before(start + values.numel())
         for first, last in list(missing(covered, *places)):
             for box in view.boxes(first, last, max(1, self._chunk_bytes // dtype.itemsize)):
                 at = view.first - start + sum(o * s for o, s in zip(box.offset, view.strides, strict=True))
@@ -169,9 +171,9 @@ class PartWriter:
         self._pieces[target].append([box.start, box.end, offset, shape, position, length])
         self.nbytes += found.numel() * dtype.itemsize
 
-    def _put_object(self, place: ShardedObject, data: Any) -> None:
-        if place.unique_key not in self._objects:
-            self._objects[place.unique_key] = [*self._save([data])]
+    def _put_object(self, sharded: ShardedObject) -> None:
+        if sharded.unique_key not in self._objects:
+            self._objects[sharded.unique_key] = [*self._save([sharded.data])]
 
     def _save(self, value: Any) -> tuple[int, int]:
         """Where it lies in the file, and its bytes there."""
@@ -234,7 +236,7 @@ def _metadata(parts: Sequence[Mapping[str, Any]]) -> Metadata:
     for key, count in numel.items():
         if count != prod(tensors[key]["shape"]):
             raise CorruptArena(f"no rank has all of {key}: {count} of {prod(tensors[key]['shape'])} elements are there")
-    return Metadata(state_dict_metadata=stored, storage_data=places, version=CURRENT_DCP_VERSION)
+    return Metadata(state_dict_metadata=stored, storage_data=places)
 
 
 def _needed(target: _Target, pieces: Iterable[tuple[list[Any], str]]) -> Iterable[tuple[list[Any], str]]:

@@ -46,6 +46,11 @@ class LoopState:
         flags = self._training.get_args()
         self.iteration, self.operations = flags.iteration, flags.num_floating_point_operations_so_far
 
+    def flags(self) -> Mapping[str, Any]:
+        """All of Megatron's flags."""
+        found: dict[str, Any] = vars(self._training.get_args())
+        return found
+
     def state_dict(self) -> dict[str, Any]:
         """Numbers by name."""
         flags = self._training.get_args()

@@ -12,6 +12,7 @@ import ctypes
 import dataclasses
 import hashlib
 import importlib.util
+import json
 import os
 import sys
 from collections import defaultdict
@@ -194,6 +195,7 @@ def _inventory(rank: int, case: Case, store: Path) -> dict[str, Any]:
     found |= {
         "optimizers": sorted({type(o).__name__ for o in state.inner_optimizers() if o.param_groups}),
         "chain": type(trainer.optimizer).__name__,
+        "not_exported": json.loads(state.inventory().guide)["problem"],
         "counted_elsewhere": sum(c.expert not in experts for c in counters),
         "peers": list(state.expert_peers()),
         "experts": sorted(c.expert for c in counters),

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from megatron_disk import differs_from_megatrons
 from megatron_exact import _case
 from megatron_trainer import (
     WORLD_SIZE,
@@ -86,14 +87,14 @@ def main(folder: Path, store: Path, case: str | None, environment: Mapping[str, 
         notes.write("case", **_case(rank, CASES[case], store))
     else:
         for name, model in CASES.items():
-            notes.write("case", name=name, **_examine(_build(rank, model)))
+            notes.write("case", name=name, **_examine(_build(rank, model), folder / name.replace(" ", "-")))
             _tear_down()
     dist.barrier()
     return 0
 
 
-def _examine(trainer: Trainer) -> dict[str, Any]:
-    """Capture, go on, scramble, write back and go on again."""
+def _examine(trainer: Trainer, folder: Path) -> dict[str, Any]:
+    """Capture, write a checkpoint on disk of that, go on, scramble, write back and go on again."""
     state = _state(trainer, count_tokens=True)
     inventory = state.inventory()
     counters = [_span(t) for t in _token_buffers(state)]
@@ -102,6 +103,7 @@ def _examine(trainer: Trainer) -> dict[str, Any]:
     trainer.train_step()
     found: dict[str, Any] = _coverage(inventory, [_span(t) for t in _owned(trainer)], counters)
     captures = _capture(state, inventory)
+    found["on_disk"] = differs_from_megatrons(trainer, state, folder)
     moved, before = state.moved(), _gathered_image(trainer, state)
     expected = _step(trainer), _gathered_image(trainer, state)
     changed = sorted(k for k in before if before[k] != expected[1][k])

@@ -12,6 +12,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,14 +21,17 @@ import pytest
 import torch
 from jobs import Nursery, damage_captures, logs
 from megatron.core import dist_checkpointing
-from test_restarts import WORLD_SIZE, Run
+from test_restarts import MODEL, WORLD_SIZE, Run
 from torch import distributed as dist
 
 from megatron_moetion.errors import NothingRecoverable
-from megatron_moetion.export.survey import survey
+from megatron_moetion.export.assemble import Stretch, memory_bytes, write_rank
+from megatron_moetion.export.export import replayer
+from megatron_moetion.export.survey import Owner, survey
 from megatron_moetion.inspect.look import node_folders
 from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration
 from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.units import UnitKind
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
 
@@ -55,8 +59,8 @@ class Dead:
         self._stores: dict[str, Path] = {}
         self._saved: Path | None = None
 
-    def run(self, name: str, flags: str) -> Run:
-        return Run(self._trainers, self._folder / name, self._store / name, flags)
+    def run(self, name: str, flags: str, model: str = MODEL) -> Run:
+        return Run(self._trainers, self._folder / name, self._store / name, flags, model)
 
     def saved(self, iteration: int) -> dict[str, Any]:
         """The undisturbed run's own checkpoint."""
@@ -83,7 +87,7 @@ def dead(trainers: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     shutil.rmtree(store, ignore_errors=True)
 
 
-def export(output: Path, *stores: Path, more: str = "") -> tuple[int, dict[str, Any], str]:
+def export(output: Path, *stores: Path, more: str = "", run_id: str = "restarts") -> tuple[int, dict[str, Any], str]:
     """The program, as a user calls it: exit code, document, and what it says."""
     done = subprocess.run(
         [
@@ -93,7 +97,7 @@ def export(output: Path, *stores: Path, more: str = "") -> tuple[int, dict[str, 
             "-m",
             "megatron_moetion.cli",
             "export",
-            "restarts",
+            run_id,
             "--json",
             "--output",
             str(output),
@@ -165,6 +169,23 @@ def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dea
     assert found["replayed_steps"] == (0 if mode == "full" else pytest.approx(2, abs=1))
 
 
+@pytest.mark.parametrize("precision", ["--bf16", ""])
+def test_optimizers_that_each_rank_has_whole(dead: Dead, tmp_path: Path, precision: str) -> None:
+    """Without ``--use-distributed-optimizer`` main values have another name on disk, or are the model's parameters."""
+    model = MODEL.replace("--use-distributed-optimizer", "").replace("--bf16", precision)
+    flags = f"{COMMON} --save {tmp_path / 'saved'} --save-interval 1 --moetion --moetion-ranks-per-node 2"
+    run = dead.run(f"whole{precision}", f"{flags} --moetion-mode {EXACT}", model)
+    attempt = run.attempt(f"--moetion-inject-fault 0:1:{DIES}:before-select")
+    assert -9 in attempt.codes, logs(run.folder / "0")
+    code, found, said = export(tmp_path / "out", run.store / "restarts")
+    assert code == 0, said
+    roots = (tmp_path / "saved", tmp_path / "out")
+    contents = [content_of(checkpoint_folder(str(root), found["iteration"])) for root in roots]
+    assert differing(*(but(content, "args") for content in contents)) == []
+    mains = [key for key in contents[1] if key.startswith("optimizer.state.fp32_param.")]
+    assert bool(mains) == bool(precision)
+
+
 @pytest.mark.parametrize("size", [4, 1])
 def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path, size: int) -> None:
     """One stage and four-way experts, or none: what it has loaded is what it saves at once, and it trains."""
@@ -214,6 +235,62 @@ def test_what_is_there_is_not_overwritten_without_force(dead: Dead, tmp_path: Pa
     code, _, said = export(output, store, more="--force")
     assert (code, marked.exists()) == (0, False), said
     assert sorted(p.name for p in output.iterdir()) == [marked.parent.name, "latest_checkpointed_iteration.txt"]
+
+
+def test_exports_that_die_leave_what_was_there(dead: Dead, tmp_path: Path) -> None:
+    """In any place, or for want of room; the next one clears up behind them, and goes through."""
+    store, output = dead.store("full", tmp_path / "store"), tmp_path / "out"
+    code, found, said = export(output, store)
+    assert code == 0, said
+    folder, iteration = Path(found["checkpoint"]), found["iteration"]
+    (folder / "mark").touch()
+    program = Path(__file__).parent / "dying_exports.py"
+    died = subprocess.run(
+        [sys.executable, "-W", "ignore", str(program), str(output), str(store)],
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=True,
+    )
+    ends = [json.loads(line) for line in died.stdout.splitlines()]
+    assert [end["code"] for end in ends] == [-9] * 6 + [2], died.stderr
+    for end in ends:
+        drafts = [name for name in end["there"] if name.endswith(".draft")]
+        assert len(drafts) == (end["code"] == -9 and end["phase"] != "before the tracker file"), end
+        assert {folder.name, "latest_checkpointed_iteration.txt"} <= {*end["there"]}, end
+    assert "iter_" in died.stderr
+    assert "cannot be written: File too large" in died.stderr
+    assert latest_iteration(str(output)) == iteration
+    assert not (folder / "mark").exists(), "one was complete, and died before the tracker file was written"
+    assert differing(*(content_of(folder), dead.saved(iteration))) == ["progress"]
+    assert sorted(p.name for p in output.iterdir()) == [folder.name, "latest_checkpointed_iteration.txt"]
+
+
+def test_the_state_of_a_run_is_never_in_memory_whole(dead: Dead, tmp_path: Path) -> None:
+    """Mode ``full``: a unit at a time. Mode ``exact``: what a rank's steps are replayed on."""
+    for mode in ("full", EXACT):
+        found = look(dead.store(mode, tmp_path / mode.split()[0]))
+        for owner in found.owners:
+            tracemalloc.start()
+            write_rank(owner, found.iteration, Nowhere(), HostPool(1), replayer)
+            peak = tracemalloc.get_traced_memory()[1]
+            tracemalloc.stop()
+            units = owner.sources[0].arena.spec.units
+            whole = sum(nbytes for _, kind, nbytes in units if kind != UnitKind.HOST)
+            host = next(nbytes for _, kind, nbytes in units if kind == UnitKind.HOST)
+            assert memory_bytes(owner) < whole if mode == "full" else memory_bytes(owner) <= whole
+            assert peak < memory_bytes(owner) + 16 * host, "the document of a rank, and its tables"
+
+
+class Nowhere:
+    """Forgets what it is given."""
+
+    def add(self, stretch: Stretch) -> None:
+        pass
+
+    def add_rank(self, owner: Owner, state: Any) -> None:
+        pass
 
 
 def test_what_is_missing_is_named(dead: Dead, tmp_path: Path) -> None:

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Megatron's own ``pretrain()`` loses a node and goes on, bit for bit: PP 2 x EP 2 under torchrun, its data loaders."""
+"""Megatron's own ``pretrain()`` loses a node and goes on, bit for bit: PP 2 x EP 2 under torchrun, its data loaders.
+
+What the other node's memory held when the node was lost is exported, too, and an unmodified ``pretrain()`` loads it.
+"""
 
 from __future__ import annotations
 
@@ -16,6 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
+from test_export import content_of, differing, export
+
+from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration
 
 pytestmark = [
     pytest.mark.dist,
@@ -44,14 +51,14 @@ FLAGS = (
 class Job:
     """One run of the script under ``torchrun``."""
 
-    def __init__(self, folder: Path, *flags: str) -> None:
+    def __init__(self, folder: Path, *flags: str, ranks: int = 4) -> None:
         folder.mkdir()
         self.losses, self.log = folder / "losses.jsonl", folder / "log.txt"
         environment = {
             "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
             "PYTHONPATH": str(HERE.parents[1]),
         }  # fmt: skip
-        launcher = "-m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts 1"
+        launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts 1"
         script = [str(HERE / "megatron_lm_on_cpu.py"), str(self.losses), str(HERE / "megatron_lm_gpt.py")]
         with self.log.open("wb") as log:
             self._agent = subprocess.Popen(
@@ -73,6 +80,14 @@ class Job:
 
     def finish(self) -> None:
         assert self._agent.wait(100) == 0, self.said()
+
+    def run(self) -> dict[int, set[str]]:
+        """To its end; the curve."""
+        try:
+            self.finish()
+        finally:
+            self.end()
+        return self.curve()
 
     def said(self) -> str:
         return self.log.read_text()[-9000:]
@@ -101,11 +116,7 @@ def store() -> Iterator[Path]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, set[str]]:
     """The losses of the same training without checkpoints and without a fault."""
     job = Job(tmp_path_factory.mktemp("reference") / "job")
-    try:
-        job.finish()
-    finally:
-        job.end()
-    curve = job.curve()
+    curve = job.run()
     assert set(curve) == set(range(1, ITERATIONS + 1)) - {SKIPPED}
     assert "moetion" not in job.log.read_text()
     return curve
@@ -125,6 +136,7 @@ def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
         for pid_file in (store / "job" / "node1").glob("rank*.pid"):
             psutil.Process(json.loads(pid_file.read_text())["pid"]).kill()
         shutil.rmtree(store / "job" / "node1")
+        shutil.copytree(store / "job" / "node0", tmp_path / "rescued" / "node0")
         job.finish()
     finally:
         job.end()
@@ -133,3 +145,37 @@ def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
     assert recovered["fetched_units"] > 0, "node 1 has nothing of its own"
     assert job.curve() == undisturbed
     assert "summary is missing" not in job.log.read_text(), "noise of ranks that end after a fault"
+    go_on = {"full": goes_on_in_another_layout, "exact": goes_on_bitwise}[mode]
+    go_on(exported(tmp_path), tmp_path, undisturbed)
+
+
+def exported(folder: Path) -> Path:
+    """A checkpoint of what was copied."""
+    code, found, said = export(folder / "exported", folder / "rescued", run_id="job")
+    assert code == 0, said
+    assert found["left_out"] == []
+    return folder / "exported"
+
+
+def goes_on_bitwise(checkpoints: Path, folder: Path, undisturbed: dict[int, set[str]]) -> None:
+    """Megatron's own ``--load``, without MoEtion."""
+    iteration = latest_iteration(str(checkpoints))
+    assert iteration is not None
+    resumed = Job(folder / "resumed", "--load", str(checkpoints))
+    assert resumed.run() == {i: losses for i, losses in undisturbed.items() if i > iteration}
+    assert "moetion" not in resumed.log.read_text().replace(str(HERE.parents[1]), "")
+
+
+def goes_on_in_another_layout(checkpoints: Path, folder: Path, undisturbed: dict[int, set[str]]) -> None:
+    """One stage and two ranks: what Megatron has loaded is what it saves at once."""
+    iteration = latest_iteration(str(checkpoints))
+    assert iteration is not None
+    again = folder / "again"
+    flags = f"--pipeline-model-parallel-size 1 --load {checkpoints} --save {again} --dist-ckpt-optim-fully-reshardable"
+    flags += f" --train-iters {iteration} --lr-decay-iters {ITERATIONS}"
+    Job(folder / "other", *flags.split(), ranks=2).run()
+    contents = [content_of(checkpoint_folder(str(root), iteration)) for root in (checkpoints, again)]
+    assert differing(*({k: v for k, v in c.items() if isinstance(v, torch.Tensor)} for c in contents)) == []
+    samples = [{k: v for k, v in vars(c["args"]).items() if k.endswith("_samples")} for c in contents]
+    assert samples[0] == samples[1]
+    assert samples[0]["consumed_train_samples"] > 0

@@ -101,6 +101,7 @@ def test_each_parameter_is_whole_on_one_rank_and_what_was_captured_can_be_put_ba
         assert of_rank["differs_after_step"] == []
         assert of_rank["moved"] is None
         assert "was replaced" in of_rank["moved_later"]
+        assert "LayerWiseDistributedOptimizer, which gives each rank whole" in of_rank["not_exported"]
         for kind, part in (REFUSED if "lion" not in case or "rest" in case else {}).items():
             assert part in of_rank["refused"][kind]
         for tensor, role, start, end in of_rank["spans"]:

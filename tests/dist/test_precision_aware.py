@@ -126,6 +126,12 @@ def test_scrambled_state_is_restored_bitwise_and_so_is_the_next_step(ranks: list
         assert found["differs_after_step"] == []
 
 
+@pytest.mark.parametrize("case", CASES)
+def test_an_export_is_what_megatron_saves(ranks: list[dict[str, Any]]) -> None:
+    """State in less than fp32 is on disk as what it stands for; each rank has written its part."""
+    assert [found["on_disk"] for found in ranks] == [[]] * 4
+
+
 @pytest.mark.parametrize("case", proving("recovery", REPLAYED))
 def test_replayed_steps_lead_to_the_same_bits(nursery: Nursery, store: Path, tmp_path: Path, case: str) -> None:
     """Mode ``exact``: at every recovery, before every fault and at the end, as without faults."""

@@ -58,8 +58,9 @@ class Attempt:
 class Run:
     """Attempts that share a run id, a store and a folder."""
 
-    def __init__(self, nursery: Nursery, folder: Path, store: Path, flags: str) -> None:
+    def __init__(self, nursery: Nursery, folder: Path, store: Path, flags: str, model: str = MODEL) -> None:
         self.folder, self.store = folder, store
+        self._model = model
         self._nursery = nursery
         self._flags = flags
         self.attempts = 0
@@ -70,7 +71,7 @@ class Run:
         folder = self.folder / str(self.attempts)
         folder.mkdir(parents=True)
         where = f"--moetion-store {self.store} --moetion-run-id restarts" if "--moetion " in self._flags else ""
-        argv = f"{MODEL} {self._flags} {where} --metrics-path {folder / 'metrics.jsonl'} {flags}".split()
+        argv = f"{self._model} {self._flags} {where} --metrics-path {folder / 'metrics.jsonl'} {flags}".split()
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]

@@ -67,6 +67,7 @@ PURE = [
     "pretrain/flags.py",
     "modes/choices.py",
     "inspect/judge.py",
+    "mcore/boxes.py",
     "plan/costs.py",
     "plan/advice.py",
     "plan/choice.py",

@@ -22,6 +22,7 @@ from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.units import Role
 
 RANKS = 4
+KEYS = {"MASTER": "param", "REMAINDER": "param", "EXP_AVG": "exp_avg", "EXP_AVG_SQ": "exp_avg_sq"}
 
 
 def view(key: str, shape: Sequence[int], first: int = 0, **fields: Any) -> dict[str, Any]:
@@ -35,7 +36,7 @@ def view(key: str, shape: Sequence[int], first: int = 0, **fields: Any) -> dict[
 
 def entry(*views: dict[str, Any], dtype: str = "bfloat16") -> dict[str, Any]:
     numel = sum(prod(v["shape"]) for v in views)
-    return {"numel": numel, "dtype": dtype, "link": 0, "group": 0, "views": list(views)}
+    return {"numel": numel, "dtype": dtype, "link": 0, "group": 0, "keys": KEYS, "views": list(views)}
 
 
 GATED = entry(
@@ -77,6 +78,9 @@ def host_state(rank: int) -> dict[str, Any]:
 
 GUIDE = {
     "sizes": {"world": RANKS},
+    "ranks": {},
+    "flags": None,
+    "optimizers": [{"link": "DistributedOptimizer"}],
     "objects": [
         {"key": "extra", "kind": "none", "content": "", "global_shape": [1], "global_offset": [0]},
         {"key": "scales", "kind": "bytes", "content": "AQI=", "global_shape": [1], "global_offset": [0]},
@@ -93,21 +97,16 @@ def cut(numel: int, source: random.Random) -> list[tuple[int, int]]:
 def written(folder: Path, values: list[dict[Role, torch.Tensor]], num_parts: int, seed: int) -> list[dict[str, Any]]:
     """Each stretch goes to one part, and some of them to two."""
     source = random.Random(seed)
-    stretches = [
-        (number, role, start, end)
-        for number, tensors in enumerate(values)
-        for role in tensors
-        for start, end in cut(MODEL[number]["numel"], source)
-    ]
+    stretches = [(n, start, end) for n in range(len(values)) for start, end in cut(MODEL[n]["numel"], source)]
     source.shuffle(stretches)
     parts = []
     for index in range(num_parts):
         with PartWriter(folder, index, chunk_bytes=40) as writer:
-            for place, (number, role, start, end) in enumerate(stretches):
+            for place, (number, start, end) in enumerate(stretches):
                 if place % num_parts == index or source.random() < 0.2:
-                    writer.add(MODEL[number], role, start, values[number][role][start:end])
+                    writer.add(MODEL[number], start, {role: t[start:end] for role, t in values[number].items()})
             for rank in range(index, RANKS, num_parts):
-                writer.add_rank(rank, RANKS, GUIDE, host_state(rank))
+                writer.add_rank(rank, GUIDE, host_state(rank))
             parts.append(decode(encode(writer.close())))
     return parts
 
@@ -156,8 +155,8 @@ def test_parts_of_several_processes_are_one_checkpoint(
 
 def test_a_stretch_that_no_part_has_is_an_error(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
     with PartWriter(tmp_path, 0) as writer:
-        writer.add(NORM, Role.MASTER, 0, values[5][Role.MASTER][:9])
-        writer.add_rank(0, 1, GUIDE, host_state(0))
+        writer.add(NORM, 0, {Role.MASTER: values[5][Role.MASTER][:9]})
+        writer.add_rank(0, GUIDE, host_state(0))
         part = writer.close()
     with pytest.raises(CorruptArena, match=r"no rank has all of norm: .* ends at element 9"):
         finish(tmp_path, [part], 5)
@@ -166,8 +165,8 @@ def test_a_stretch_that_no_part_has_is_an_error(tmp_path: Path, values: list[dic
 
 def test_a_shard_that_no_part_has_is_an_error(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
     with PartWriter(tmp_path, 0) as writer:
-        writer.add(EXPERTS[0], Role.MASTER, 0, values[2][Role.MASTER])
-        writer.add_rank(0, 1, GUIDE, host_state(0))
+        writer.add(EXPERTS[0], 0, {Role.MASTER: values[2][Role.MASTER]})
+        writer.add_rank(0, GUIDE, host_state(0))
         part = writer.close()
     with pytest.raises(CorruptArena, match=r"no rank has all of .*experts: 21 of 42 elements"):
         finish(tmp_path, [part], 5)
@@ -176,12 +175,37 @@ def test_a_shard_that_no_part_has_is_an_error(tmp_path: Path, values: list[dict[
 def test_copies_are_written_once(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
     with PartWriter(tmp_path, 0) as writer:
         for _ in range(3):
-            writer.add(NORM, Role.MASTER, 0, values[5][Role.MASTER])
+            writer.add(NORM, 0, {Role.MASTER: values[5][Role.MASTER]})
         assert writer.nbytes == 2 * 13 * 4
 
 
 def test_ranks_that_disagree_on_a_tensor_are_refused(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
     with PartWriter(tmp_path, 0) as writer:
-        writer.add(NORM, Role.BUFFER, 0, values[5][Role.MASTER][:5])
+        writer.add(NORM, 0, {Role.MASTER: values[5][Role.MASTER][:5]})
         with pytest.raises(CorruptArena, match=r"norm is .*float16.* on one rank and .*float32"):
-            writer.add(NORM, Role.BUFFER, 5, values[5][Role.MASTER][5:].half())
+            writer.add({**NORM, "dtype": "float16"}, 5, {Role.MASTER: values[5][Role.MASTER][5:]})
+
+
+def test_a_state_in_less_than_fp32_is_what_it_stands_for(tmp_path: Path, alone: None) -> None:
+    """The lower halves of main values are numbers of their own, as in Megatron's own checkpoints."""
+    tensors = {
+        Role.MODEL: torch.arange(13, dtype=torch.bfloat16),
+        Role.REMAINDER: torch.arange(-6, 7, dtype=torch.int16),
+        Role.EXP_AVG: torch.arange(13).to(torch.float8_e4m3fn).view(torch.uint8),
+        Role.EXP_AVG_SQ: torch.arange(13, dtype=torch.float16),
+    }
+    scales = {"exp_avg.scale_inv": torch.tensor([0.5]), "exp_avg_sq.factor": torch.tensor([3.0])}
+    with PartWriter(tmp_path, 0) as writer:
+        writer.add({**NORM, "dtype": "bfloat16"}, 0, tensors, scales)
+        writer.add_rank(0, GUIDE, host_state(0))
+        finish(tmp_path, [writer.close()], 5)
+    loaded = dist_checkpointing.load_plain_tensors(str(tmp_path))
+    assert torch.equal(loaded["norm"], tensors[Role.MODEL])
+    expected = {
+        "param": torch.arange(-6, 7).float(), "exp_avg": torch.arange(13).float() / 2,
+        "exp_avg_sq": torch.arange(13).float() * 3,
+    }  # fmt: skip
+    for name, values in expected.items():
+        found = loaded[f"optimizer.state.{name}.norm"]
+        assert torch.equal(found, values), name
+        assert found.dtype is torch.float32

@@ -1,0 +1,70 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which units of a rank are put together at a time, and what cannot be replayed away from its machines."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from megatron_moetion.errors import ConfigError
+from megatron_moetion.export.assemble import batches, memory_bytes, refuse
+from megatron_moetion.store.sheet import Span
+from megatron_moetion.units import Role, UnitKind
+
+
+def owner(*units: tuple[str, UnitKind, tuple[Span, ...]]) -> Any:
+    """A rank with these units, of 100 bytes each."""
+    arena = SimpleNamespace(spec=SimpleNamespace(units=[(name, kind, 100) for name, kind, _ in units]))
+    return SimpleNamespace(
+        rank=3,
+        units=[(name, kind) for name, kind, _ in units],
+        sheet=SimpleNamespace(units=tuple(spans for _, _, spans in units)),
+        sources=[SimpleNamespace(arena=arena)],
+    )
+
+
+def spans(role: Role = Role.MASTER, dtype: str = "float32") -> tuple[Span, ...]:
+    return (Span(tensor="weight", role=role, dtype=dtype, start=0, nbytes=64),)
+
+
+DENSE = ("layers.0.dense", UnitKind.DENSE)
+EXPERT = ("layers.0.experts.0", UnitKind.EXPERT)
+LOGS = (("layers.0.dense.grad", UnitKind.LOG), ("layers.0.experts.0.grad", UnitKind.LOG))
+HOST = ("host", UnitKind.HOST, ())
+
+
+def test_units_without_a_log_are_written_one_by_one() -> None:
+    rank = owner((*DENSE, spans()), HOST, (*EXPERT, spans()))
+    assert list(batches(rank)) == [[0], [2]]
+    assert memory_bytes(rank) == 100
+
+
+def test_what_has_a_log_is_put_together() -> None:
+    logs = [(*log, spans(Role.GRAD)) for log in LOGS]
+    rank = owner((*DENSE, spans()), (*EXPERT, spans()), *logs, ("frozen", UnitKind.FROZEN, spans(Role.WEIGHT)), HOST)
+    assert list(batches(rank)) == [[0, 1, 2, 3], [4]]
+    assert memory_bytes(rank) == 400
+
+
+def test_what_has_scales_is_put_together() -> None:
+    rank = owner((*DENSE, spans(Role.EXP_AVG, "float16")), HOST, (*EXPERT, spans()))
+    assert list(batches(rank)) == [[0, 2]]
+
+
+def test_logged_steps_on_state_in_less_than_fp32_are_refused() -> None:
+    rank = owner((*DENSE, spans(Role.REMAINDER, "int16")), (*LOGS[0], spans(Role.GRAD)), HOST)
+    with pytest.raises(ConfigError, match=r"rank 3 has captures and logged gradients .*in less than fp32"):
+        refuse(rank)
+
+
+def test_logged_steps_of_another_optimizer_than_adam_are_refused() -> None:
+    rank = owner((*DENSE, spans()), (*LOGS[0], spans(Role.GRAD)), HOST)
+    rank.sheet.guide = {"optimizers": [{"name": "FusedAdam"}, {"name": "SGD"}]}
+    with pytest.raises(ConfigError, match=r"optimizer 1 of the run is a SGD.*a restart of the run"):
+        refuse(rank)
+
+
+def test_the_same_captured_whole_can_be_exported() -> None:
+    refuse(owner((*DENSE, spans(Role.REMAINDER, "int16")), HOST))
