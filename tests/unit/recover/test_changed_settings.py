@@ -42,9 +42,11 @@ def trained(folder: Path, **settings: Any) -> int:
     return job.iteration
 
 
-def test_every_setting_says_whether_it_may_change() -> None:
-    may_change = {f.name for f in fields(MoetionConfig) if "fixed" not in f.metadata}
-    assert set(OTHER) == may_change
+def test_every_setting_says_whether_it_may_change_and_is_tested() -> None:
+    fixed = {f.name for f in fields(MoetionConfig) if "fixed" in f.metadata}
+    assert set(OTHER) == {f.name for f in fields(MoetionConfig)} - fixed
+    elsewhere = {"run_id", "store", "period"}  # another run, another memory; tests/dist/test_exact_faults.py
+    assert fixed == {name for _, _, now, _ in FIXED for name in now} | elsewhere
 
 
 @pytest.mark.parametrize("mode", ["full", "popularity"])
@@ -65,7 +67,9 @@ def test_settings_that_may_change_go_on_from_the_same_state(tmp_path: Path, mode
 def test_a_setting_that_is_fixed_is_refused_with_both_values(
     tmp_path: Path, mode: str, before: dict[str, Any], now: dict[str, Any], message: str
 ) -> None:
-    trained(tmp_path, **{"mode": mode, **before})
+    first = Job(tmp_path, **{"mode": mode, **before})
+    first.start()  # a snapshot of the first state is stable
+    first.crash()
     second = Job(tmp_path, attempt=1, **{"mode": mode, **before, **now})
     with pytest.raises(IdentityMismatch, match=message.replace("(", r"\(")):
         second.start()
