@@ -262,7 +262,7 @@ class Service:
             copy_s = self._clock.monotonic() - began
             self._rank.say(what="copied", iteration=iteration)
             with PartWriter(folder, self._settings.rank) as writer:
-                write_rank(owner, iteration, RankPart(writer, self._settings.world_size), self._pool, replayer)
+                write_rank(owner, iteration, RankPart(writer), self._pool, replayer)
                 return writer.close(), copy_s
         finally:
             arena.close()
