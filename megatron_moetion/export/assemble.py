@@ -2,8 +2,8 @@
 """From the captures of one rank to its part of a checkpoint: its state at an iteration, a little of it at a time.
 
 Without a gradient log each unit is complete by itself: it is copied out of the arena, verified, written, and
-forgotten. With one (mode ``exact``) the state of the rank is put together in memory, where its steps are replayed in
-place. Nothing of another rank is needed, so several processes may write several ranks.
+forgotten. With one (mode ``exact``) so are units that share a tensor, whose steps are replayed in place in between.
+Nothing of another rank is needed, so several processes may write several ranks.
 """
 
 from __future__ import annotations
@@ -85,7 +85,8 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
             log_of = log_units([owner.units[u] for u in units])
             if log_of:
                 replayer = make_replayer(owner, memory.stretches(is_stepped=True), state)
-                replayed = roll_forward(packer, chosen, records, log_of=log_of, to=iteration, replayer=replayer)
+                steps = roll_forward(packer, chosen, records, log_of=log_of, to=iteration, replayer=replayer)
+                replayed = max(replayed, steps)
             else:
                 for each in records:
                     packer.scatter(each.unit, chosen.payload(each.slot))
@@ -113,24 +114,36 @@ def refuse(owner: Owner) -> None:
 def batches(owner: Owner) -> Iterator[list[int]]:
     """Units that are put together at a time, by number.
 
-    What a log belongs to shares steps with all others of it. Where there are scales, one may be in another unit than
-    what it belongs to.
+    Those that share a tensor, where steps are replayed: a step of it is taken in one piece, as in training. All, where
+    there are scales: one may be in another unit than what it belongs to.
     """
-    logs = log_units(owner.units)
-    together = sorted({*logs, *logs.values()})
+    units = [unit for unit, (_, kind) in enumerate(owner.units) if kind is not UnitKind.HOST]
     if _has_scales(owner):
-        together = [unit for unit, (_, kind) in enumerate(owner.units) if kind is not UnitKind.HOST]
-    if together:
-        yield together
-    for unit, (_, kind) in enumerate(owner.units):
-        if unit not in set(together) and kind is not UnitKind.HOST:
-            yield [unit]
+        yield units
+    elif log_units(owner.units):
+        yield from _sharing_tensors(owner, units)
+    else:
+        yield from ([unit] for unit in units)
 
 
 def memory_bytes(owner: Owner) -> int:
     """What ``write_rank`` holds at most of this rank's state."""
     units = owner.sources[0].arena.spec.units
     return max((sum(units[u][2] for u in batch) for batch in batches(owner)), default=0)
+
+
+def _sharing_tensors(owner: Owner, units: Sequence[int]) -> list[list[int]]:
+    found: list[tuple[set[str], list[int]]] = []
+    for unit in units:
+        tensors, together = {span.tensor for span in owner.sheet.units[unit]}, [unit]
+        others = []
+        for its_tensors, its_units in found:
+            if its_tensors.isdisjoint(tensors):
+                others.append((its_tensors, its_units))
+            else:
+                tensors, together = tensors | its_tensors, its_units + together
+        found = [*others, (tensors, sorted(together))]
+    return [together for _, together in found]
 
 
 def _has_scales(owner: Owner) -> bool:

@@ -58,10 +58,10 @@ class Stateful(Protocol):
 
 
 @runtime_checkable
-class HasFlags(Protocol):
+class HasMegatronFlags(Protocol):
     """A training loop's state that knows the loop's flags; Megatron-LM's ``args`` in a checkpoint are made of them."""
 
-    def flags(self) -> Mapping[str, Any]:
+    def megatron_flags(self) -> Mapping[str, Any]:
         """By Megatron-LM's names, as they are when training begins."""
         ...
 
@@ -139,7 +139,12 @@ class MegatronState:
             self._inventory = Inventory(
                 units=(*self._tensors.units, host_unit(self.host_state())),
                 place=place(),
-                guide=guide(model, layout, optimizer, user_state.flags() if isinstance(user_state, HasFlags) else None),
+                guide=guide(
+                    model,
+                    layout,
+                    optimizer,
+                    user_state.megatron_flags() if isinstance(user_state, HasMegatronFlags) else None,
+                ),
             )
             self._hooks = hooks.pop_all()
 

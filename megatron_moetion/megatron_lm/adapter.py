@@ -46,7 +46,7 @@ class LoopState:
         flags = self._training.get_args()
         self.iteration, self.operations = flags.iteration, flags.num_floating_point_operations_so_far
 
-    def flags(self) -> Mapping[str, Any]:
+    def megatron_flags(self) -> Mapping[str, Any]:
         """All of Megatron's flags."""
         found: dict[str, Any] = vars(self._training.get_args())
         return found

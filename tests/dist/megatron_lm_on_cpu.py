@@ -1,19 +1,25 @@
 # SPDX-License-Identifier: Apache-2.0
 """``python -m megatron_moetion.megatron_lm`` on the CPU: the first argument is a file for losses, then as there.
 
-Of Megatron's functions only ``training_log`` is replaced here, to write down every bit of every loss.
+Of Megatron's functions only ``training_log`` is replaced here, to write down every bit of every loss. With ``ASIDE``
+in the environment data loaders leave the generator alone that dropout draws from, as on a GPU, where that is another
+one: Megatron loads random states before it builds loaders.
 """
 
 from __future__ import annotations
 
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any
 
+import torch
 from official_pretrain import redirect
 
 from megatron_moetion.megatron_lm.__main__ import run
+
+ASIDE = "LOADERS_DRAW_ASIDE"
 
 
 def note_losses(path: Path) -> None:
@@ -30,7 +36,22 @@ def note_losses(path: Path) -> None:
     training.training_log = training_log
 
 
+def draw_aside() -> None:
+    """Whoever makes an iterator of a data loader finds torch's generator as it was."""
+    from torch.utils.data import DataLoader
+
+    original = DataLoader.__iter__
+
+    def iterate(self: Any) -> Any:
+        with torch.random.fork_rng(devices=()):
+            return original(self)
+
+    DataLoader.__iter__ = iterate
+
+
 if __name__ == "__main__":
     redirect()
+    if ASIDE in os.environ:
+        draw_aside()
     note_losses(Path(sys.argv[1]))
     sys.exit(run(sys.argv[2:]))

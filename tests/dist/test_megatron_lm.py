@@ -51,13 +51,15 @@ FLAGS = (
 class Job:
     """One run of the script under ``torchrun``."""
 
-    def __init__(self, folder: Path, *flags: str, ranks: int = 4) -> None:
+    def __init__(self, folder: Path, *flags: str, ranks: int = 4, aside: bool = False) -> None:
         folder.mkdir()
         self.losses, self.log = folder / "losses.jsonl", folder / "log.txt"
         environment = {
             "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo", "CUDA_VISIBLE_DEVICES": "", "PYTHONWARNINGS": "ignore",
             "PYTHONPATH": str(HERE.parents[1]),
         }  # fmt: skip
+        if aside:
+            environment["LOADERS_DRAW_ASIDE"] = "1"
         launcher = f"-m torch.distributed.run --standalone --nproc-per-node {ranks} --max-restarts 1"
         script = [str(HERE / "megatron_lm_on_cpu.py"), str(self.losses), str(HERE / "megatron_lm_gpt.py")]
         with self.log.open("wb") as log:
@@ -161,7 +163,7 @@ def goes_on_bitwise(checkpoints: Path, folder: Path, undisturbed: dict[int, set[
     """Megatron's own ``--load``, without MoEtion."""
     iteration = latest_iteration(str(checkpoints))
     assert iteration is not None
-    resumed = Job(folder / "resumed", "--load", str(checkpoints))
+    resumed = Job(folder / "resumed", "--load", str(checkpoints), aside=True)
     assert resumed.run() == {i: losses for i, losses in undisturbed.items() if i > iteration}
     assert "moetion" not in resumed.log.read_text().replace(str(HERE.parents[1]), "")
 

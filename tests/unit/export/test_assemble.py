@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -41,11 +42,13 @@ def test_units_without_a_log_are_written_one_by_one() -> None:
     assert memory_bytes(rank) == 100
 
 
-def test_what_has_a_log_is_put_together() -> None:
-    logs = [(*log, spans(Role.GRAD)) for log in LOGS]
-    rank = owner((*DENSE, spans()), (*EXPERT, spans()), *logs, ("frozen", UnitKind.FROZEN, spans(Role.WEIGHT)), HOST)
-    assert list(batches(rank)) == [[0, 1, 2, 3], [4]]
-    assert memory_bytes(rank) == 400
+def test_slices_of_one_tensor_are_put_together_with_their_logs() -> None:
+    """A third slice has another one, and the last unit of the first tensor is listed behind it."""
+    first, other = spans(), (Span(tensor="other", role=Role.MASTER, dtype="float32", start=0, nbytes=64),)
+    logs = [(*LOGS[0], spans(Role.GRAD)), (*LOGS[1], tuple(replace(s, role=Role.GRAD) for s in other))]
+    rank = owner((*DENSE, first), (*EXPERT, other), *logs, HOST, ("layers.0.dense#1", UnitKind.DENSE, first))
+    assert sorted(batches(rank)) == [[0, 2, 5], [1, 3]]
+    assert memory_bytes(rank) == 300
 
 
 def test_what_has_scales_is_put_together() -> None:

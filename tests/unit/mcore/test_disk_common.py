@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The common part of an exported checkpoint: optimizers as the loader's expert parallelism wants them."""
+"""The common part of an exported checkpoint, and what Megatron-LM looks for in one."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from megatron_moetion.mcore.disk_common import _common_of_optimizers
+from megatron_moetion.mcore.disk_common import _common_of_optimizers, common_part, common_state, random_states
 
 
 def fields(*groups: dict[str, Any], steps: float | None = None, scaler: dict[str, Any] | None = None) -> dict[str, Any]:
@@ -65,3 +65,47 @@ def test_a_loss_scaler_is_as_megatron_loads_it() -> None:
     found = _common_of_optimizers([of(fields(scaler=scaler))], None)
     assert found["grad_scaler"]["scale"].tolist() == [1024.0]
     assert found["grad_scaler"]["growth_tracker"] == 3
+
+
+FLAGS: dict[str, Any] = {"num_layers": 4, "no_save_rng": True, "consumed_train_samples": 0, "ckpt_format": "torch"}
+GUIDE: dict[str, Any] = {
+    "sizes": {"world": 8, "pipeline": 2, "tensor": 2}, "ranks": {"pipeline": 1, "tensor": 0, "data_context": 0},
+    "flags": FLAGS, "optimizers": [{"link": "DistributedOptimizer"}],
+}  # fmt: skip
+STATE: dict[str, Any] = {
+    "optimizers": [DENSE], "scheduler": 40, "given": {"scheduler": {"max_lr": 0.1}},
+    "user": {"iteration": 5, "operations": 7e9, "consumed_train_samples": 40, "skipped_train_samples": 8},
+    "rng": {
+        "torch": b"1", "cuda": b"2", "tracker": {"one": b"3"}, "numpy": ("MT19937", bytes(16), 0, 0, 0.0),
+        "python": (3, bytes(8), None),
+    },
+}  # fmt: skip
+
+
+def test_megatron_lm_finds_its_args_with_the_samples_of_the_iteration() -> None:
+    found = common_state([common_part(3, GUIDE, STATE)], 5)
+    assert vars(found["args"]) == {
+        "num_layers": 4, "ckpt_format": "torch_dist", "no_save_rng": None, "no_save_optim": None,
+        "consumed_train_samples": 40, "skipped_train_samples": 8,
+    }  # fmt: skip
+    assert (found["iteration"], found["num_floating_point_operations_so_far"]) == (5, 7e9)
+
+
+def test_a_loop_without_its_flags_has_none() -> None:
+    found = common_state([common_part(3, {**GUIDE, "flags": None}, STATE)], 5)
+    assert not {"args", "num_floating_point_operations_so_far"} & found.keys()
+
+
+def test_megatron_lm_finds_random_states_by_pipeline_and_tensor_rank() -> None:
+    assert [s.unique_key for s in random_states(3, GUIDE, STATE)] == ["rng_state/shard_3_8", "rng_state/shard_1.0_2.2"]
+    (one,) = random_states(3, GUIDE, STATE)[1].data
+    assert one["torch_rng_state"].tolist() == [*b"1"]
+    replica = {**GUIDE, "ranks": {**GUIDE["ranks"], "data_context": 1}}
+    for guide in (replica, {**GUIDE, "flags": None}):
+        assert [s.unique_key for s in random_states(3, guide, STATE)] == ["rng_state/shard_3_8"]
+
+
+def test_random_states_that_megatron_lm_would_gather_are_left_out_and_not_asked_for() -> None:
+    guide = {**GUIDE, "flags": {**FLAGS, "data_parallel_random_init": True}}
+    assert len(random_states(3, guide, STATE)) == 1
+    assert common_state([common_part(3, guide, STATE)], 5)["args"].no_save_rng is True
