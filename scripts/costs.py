@@ -59,6 +59,7 @@ def table() -> str:
         ("host memory, bytes per parameter, for the arena and for each replica", "exact_mode", host_bytes),
         ("iterations that a fault repeats, mean (most)", "exact_mode", repeated),
         ("seconds of a recovery, once processes run", "exact_mode", recovery),
+        ("tensors that a recovery brought back otherwise", "exact_mode", changed_tensors),
         ("tokens that experts lost by four faults in 300 iterations", "accuracy_under_faults", lost_tokens),
     ]
     letters: dict[str, str] = {}
@@ -131,11 +132,21 @@ def repeated(figures: Figures, mode: str) -> str:
     return f"{sum(iterations * share for iterations, share in enumerate(shares)):.2f} ({most})"
 
 
+def changed_tensors(figures: Figures, mode: str) -> str:
+    """How many of all; mode ``popularity`` does not promise any."""
+    begin = f"{MODEL}: {MODES[mode]}: tensors that came back otherwise, of "
+    found = [name for name in figures if name.startswith(begin)]
+    if not found:
+        return "those of stale experts"
+    return f"{value(figures, found[0]):.0f} of {int(found[0].removeprefix(begin)):,}"
+
+
 def lost_tokens(figures: Figures, mode: str) -> str:
-    """The share, of models of 64 and 8 experts."""
-    if mode != "popularity":
-        return "none"
-    many, few = (value(figures, f"{model}: default: PLT at worst") for model in ("E64", "E8"))
+    """The share at worst, of models of 64 and 8 experts."""
+    arm = {"popularity": "default"}.get(mode, mode)
+    if f"E64: {arm}: PLT at worst" not in figures:
+        return UNKNOWN
+    many, few = (value(figures, f"{model}: {arm}: PLT at worst") for model in ("E64", "E8"))
     return f"at worst {many:.1%} with 64 experts, {few:.1%} with 8"
 
 

@@ -32,6 +32,8 @@ PHASES = {
     "first_step": ("first iteration", ORANGE),
 }
 """What a recovery's phases are called in the picture, and their colours."""
+_SHOWN_S = 0.005
+"""Phases that are shorter cannot be seen, such as those of a GPU where there is none."""
 STYLE = {
     "font.size": 10,
     "axes.spines.top": False,
@@ -118,7 +120,7 @@ def _draw_differences(axes: Axes, reference: Run, run: Run, entry: Mapping[str, 
     if entry["plt"]:
         text += f"\n{100 * entry['plt']:.2g}% of tokens lost"
     axes.annotate(text, xy=(0.012, 0.94), xycoords="axes fraction", va="top", color=color, fontweight="bold")
-    axes.set_ylabel("difference of loss\nto fault-free")
+    axes.set_ylabel("difference\nto fault-free")
     axes.set_xlabel("iteration")
 
 
@@ -129,6 +131,8 @@ def _draw_recoveries(axes: Axes, entries: Sequence[Mapping[str, Any]]) -> None:
     for row, entry in enumerate(entries):
         left = 0.0
         for phase, seconds in entry["recovery_seconds"].items():
+            if seconds < _SHOWN_S:
+                continue
             label, color = PHASES.get(phase, (phase, BLACK))
             axes.barh(row, seconds, left=left, height=0.62, color=color,
                       edgecolor="white", linewidth=0.8, label=None if phase in named else label)  # fmt: skip
