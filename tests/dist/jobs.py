@@ -31,7 +31,7 @@ KILLED = -9
 class Nursery:
     """The process that ranks are forked from."""
 
-    def __init__(self, kind: str, start_limit_s: float = 60) -> None:
+    def __init__(self, kind: str, start_limit_s: float = 180) -> None:
         quiet = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self._process = subprocess.Popen(
             [sys.executable, str(HERE / "nursery.py"), kind],
