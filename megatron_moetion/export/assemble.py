@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -47,8 +48,8 @@ class Stretch:
     scales: Mapping[str, Bytes]
 
 
-MakeReplayer = Callable[[Owner, list[Stretch], Mapping[str, Any]], StepReplayer]
-"""From what one rank's optimizers step on, and the adapter's host state."""
+MakeReplayer = Callable[[Owner, list[Stretch], Mapping[str, Any]], AbstractContextManager[StepReplayer]]
+"""From what one rank's optimizers step on, and the adapter's host state; left when the steps are taken."""
 
 
 class Part(Protocol):
@@ -76,25 +77,24 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
     content = bytes(chosen.payload(record.slot))
     chosen.require_intact([record], pool)
     state = decode(content)["adapter"]
-    replayed = 0
-    for units in batches(owner):
-        memory = _Memory(owner, units)
+
+    def write(units: list[int]) -> int:
+        """These units; nothing of them is left in memory."""
+        memory, steps = _Memory(owner, units), 0
         records = [replace(r, unit=units.index(r.unit)) for r in chosen.records if r.unit in set(units)]
         packer = Packer(memory.inventory, owner.sources[0].arena.spec.identity.chunk_bytes, pool, None)
-        try:
-            log_of = log_units([owner.units[u] for u in units])
-            if log_of:
-                replayer = make_replayer(owner, memory.stretches(is_stepped=True), state)
+        if log_of := log_units([owner.units[u] for u in units]):
+            with make_replayer(owner, memory.stretches(is_stepped=True), state) as replayer:
                 steps = roll_forward(packer, chosen, records, log_of=log_of, to=iteration, replayer=replayer)
-                replayed = max(replayed, steps)
-            else:
-                for each in records:
-                    packer.scatter(each.unit, chosen.payload(each.slot))
-        finally:
-            packer.close()
+        else:
+            for each in records:
+                packer.scatter(each.unit, chosen.payload(each.slot))
         chosen.require_intact(records, pool)
         for stretch in memory.stretches():
             part.add(stretch)
+        return steps
+
+    replayed = max((write(units) for units in batches(owner)), default=0)
     part.add_rank(owner, state)
     return replayed
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -136,8 +137,10 @@ def _tensor(data: Bytes, dtype: str) -> torch.Tensor:
     return torch.from_numpy(data).view(getattr(torch, dtype))
 
 
-def replayer(owner: Owner, stretches: Sequence[Stretch], state: Mapping[str, Any]) -> StepReplayer:
-    """What repeats the steps of one rank's optimizers on these stretches, in place."""
+def replayer(
+    owner: Owner, stretches: Sequence[Stretch], state: Mapping[str, Any]
+) -> AbstractContextManager[StepReplayer]:
+    """What repeats the steps of one rank's optimizers on these stretches, in place. Left, it lets go of them."""
     held = [
         offline.Stretch(
             link=each.entry["link"],
@@ -149,4 +152,4 @@ def replayer(owner: Owner, stretches: Sequence[Stretch], state: Mapping[str, Any
         )
         for each in stretches
     ]
-    return offline.offline_steps(held, owner.sheet.guide["optimizers"], state)
+    return closing(offline.offline_steps(held, owner.sheet.guide["optimizers"], state))

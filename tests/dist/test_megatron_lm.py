@@ -27,7 +27,7 @@ from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration
 pytestmark = [
     pytest.mark.dist,
     pytest.mark.slow,
-    pytest.mark.timeout(240),
+    pytest.mark.timeout(400),
     pytest.mark.skipif(
         importlib.util.find_spec("megatron.training") is None, reason="this Megatron comes without its training loop"
     ),
