@@ -240,7 +240,8 @@ class Replication:
         """Faults are handled where they happen; an error that ends a link's thread is a bug, and must show."""
         for run in [r for r in self._runs if r.done()]:
             self._runs.remove(run)
-            run.result()
+            if not run.cancelled():  # else it had not begun when all was closed
+                run.result()
 
     def _active(self) -> list[Link]:
         return [self._links[s.holder] for s in self._seats if s.holder is not None]

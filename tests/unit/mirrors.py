@@ -21,7 +21,7 @@ from megatron_moetion.replicate.holder import Holder
 from megatron_moetion.replicate.link import Timing
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.replicate.replication import Replication
-from megatron_moetion.replicate.worker import SystemThreads
+from megatron_moetion.replicate.worker import SystemThreads, Threads
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.node import NodeFolder
@@ -98,9 +98,11 @@ class Ranks:
         probe: Callable[[str, int], None] = no_probe,
         held_probe: Callable[[str, int], None] = no_probe,
         states: Sequence[ToyState] | None = None,
+        threads: Threads | None = None,
         **network: Any,
     ) -> None:
         self.faults = Wires()
+        self.threads = threads or SystemThreads()
         self.fabrics = loopback_fabrics(num_ranks, cuts=self.faults, **network)
         self.states = list(states or [ToyState(num_experts=2, seed=r) for r in range(num_ranks)])
         self.packers = [make_packer(s.inventory()) for s in self.states]
@@ -141,7 +143,7 @@ class Ranks:
             patience=self.patience,
             timeout_s=LONG_S,
             clock=SystemClock(),
-            threads=SystemThreads(),
+            threads=self.threads,
             timing=self.timing,
         )
 

@@ -23,6 +23,7 @@ from megatron_moetion.recover.plan import choose_newest_experts, choose_same_ite
 from megatron_moetion.recover.report import ArenaReport, History
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.substitutes import ASKED_MAX, substitutes_of
+from megatron_moetion.replicate.worker import SystemThreads, ThreadWorker
 from megatron_moetion.store.sharedfile import peek_arena
 from megatron_moetion.units import UnitKind
 
@@ -77,6 +78,31 @@ def test_substitutes_are_on_the_next_nodes_of_the_ring_at_the_same_place() -> No
     assert substitutes_of(14, placement) == (0, 2, 4)
     assert all(len(substitutes_of(r, placement)) == ASKED_MAX for r in range(16))
     assert substitutes_of(0, place(["a", "b"], 1)) == ()
+
+
+class Busy(SystemThreads):
+    """Threads that come to what they are for when there is time."""
+
+    def __init__(self) -> None:
+        self.has_time = threading.Event()
+        self.workers: list[ThreadWorker] = []
+
+    def worker(self, name: str) -> ThreadWorker:
+        self.workers.append(ThreadWorker(name))
+        self.workers[-1].submit(self.has_time.wait)
+        return self.workers[-1]
+
+
+def test_links_that_have_not_begun_when_all_ends_are_no_bug(tmp_path: Path) -> None:
+    busy = Busy()
+    with running(tmp_path, 2, threads=busy) as ranks:
+        for replication in ranks.replications:
+            replication.abandon()
+        busy.has_time.set()
+        for worker in busy.workers:
+            worker.close()
+        for replication in ranks.replications:
+            replication.wait(0)
 
 
 def test_a_holder_that_stays_away_costs_a_copy_and_is_taken_back(tmp_path: Path) -> None:
