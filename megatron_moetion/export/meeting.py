@@ -66,9 +66,7 @@ class Meeting:
         while len(there := self._names(_PART)) < self._world_size:
             self._require_no_failure()
             if time_left() <= 0:
-                raise MeetingFailed(
-                    f"{_listed(self._missing(there))} of {self._world_size} have not written their parts"
-                )
+                raise MeetingFailed(f"{_listed(self._missing(there))} of {self._world_size} never wrote a part")
             self._clock.sleep(_POLL_S)
         return [(self.folder / name).read_bytes() for name in sorted(there)]
 

@@ -7,6 +7,7 @@ of T bit for bit, and so has what another layout saves after it has loaded the e
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +26,19 @@ from megatron.core import dist_checkpointing
 from test_restarts import MODEL, WORLD_SIZE, Run
 from torch import distributed as dist
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import NothingRecoverable
 from megatron_moetion.export.assemble import Stretch, memory_bytes, write_rank
 from megatron_moetion.export.export import replayer
+from megatron_moetion.export.meeting import Meeting
 from megatron_moetion.export.survey import Owner, survey
+from megatron_moetion.export.writer import Service, Settings
 from megatron_moetion.inspect.look import node_folders
-from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration
+from megatron_moetion.mcore.torch_dist import PartWriter
+from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration, write_tracker
 from megatron_moetion.snapshot.packer import HostPool
+from megatron_moetion.store.reading import read_only
+from megatron_moetion.store.spec import arena_name
 from megatron_moetion.units import UnitKind
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
@@ -341,24 +349,177 @@ def test_each_rank_has_its_places(dead: Dead, tmp_path: Path) -> None:
 # -- beside training ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("mode", ["full", EXACT])
-def test_what_is_written_beside_training_is_what_training_would_have_written(
-    dead: Dead, tmp_path: Path, mode: str
-) -> None:
+def test_what_is_written_beside_training_is_what_training_would_have_written(dead: Dead, tmp_path: Path) -> None:
     """From memory, by other processes; the last checkpoint, which no later iteration has made stable, by training."""
     folder = tmp_path / "beside"
     run = dead.run(
-        f"beside-{mode.split()[0]}",
-        f"{PLACED} --moetion --moetion-mode {mode} --moetion-ranks-per-node 2 --save {folder} --save-interval 2",
+        "beside",
+        f"{PLACED} --moetion --moetion-mode {EXACT} --moetion-ranks-per-node 2 --save {folder} --save-interval 2",
     )
     done = run.finish()
-    assert [line for line in done.output.splitlines() if "checkpoint written to" in line], logs(run.folder / "0")
+    (line,) = [line for line in done.output.splitlines() if "checkpoint written to" in line]
+    assert line.startswith("[moetion] rank 0 iteration 2: "), line
     assert sorted(p.name for p in folder.glob("iter_*")) == ["iter_0000002", f"iter_{ITERATIONS:07d}"]
     assert latest_iteration(str(folder)) == ITERATIONS
     written, saved = content_of(checkpoint_folder(str(folder), 2)), dead.saved(2)
     assert differing(but(saved, *RUN_S_OWN), but(written, *RUN_S_OWN)) == []
-    assert all(number == "iteration 2" for number in _lines_of_saves(done.output))
 
 
-def _lines_of_saves(output: str) -> list[str]:
-    return [line.split(": ")[0].split(" ", 3)[3] for line in output.splitlines() if "checkpoint written to" in line]
+class Asking:
+    """A rank that asks its writer for some iterations, and then is gone or is told to end."""
+
+    def __init__(self, *iterations: int, is_ending: bool = False) -> None:
+        self._wanted = [{"iteration": i, "busy": None} for i in iterations]
+        self.is_ending = is_ending
+        self.is_there = True
+        self.heard: list[dict[str, Any]] = []
+
+    def next(self) -> Any:
+        return self._wanted.pop(0) if self._wanted else None
+
+    def say(self, **document: Any) -> None:
+        self.heard.append(document)
+
+    @property
+    def fates(self) -> list[tuple[str, int]]:
+        return [(h["what"], h["iteration"]) for h in self.heard if h["what"] != "ready"]
+
+    @property
+    def why(self) -> str:
+        return " ".join(h["why"] for h in self.heard if h["what"] == "failed")
+
+
+class Writers:
+    """The writers of all ranks of a dead run, in threads of this process."""
+
+    def __init__(self, store: Path, root: Path, limit_s: float = 60.0) -> None:
+        self.root = root
+        self._settings = [
+            Settings(
+                arena=str(store / f"node{rank // 2}" / arena_name(rank)), root=str(root), rank=rank,
+                world_size=WORLD_SIZE, local_ranks=2, history="a-0", limit_s=limit_s, is_waited_for=False,
+            )
+            for rank in range(WORLD_SIZE)
+        ]  # fmt: skip
+
+    @property
+    def stable(self) -> int:
+        pages = [read_only(Path(s.arena)).page for s in self._settings]
+        return max(page.stable for page in pages)
+
+    def serve(self, *ranks: Asking | None) -> None:
+        services = [
+            Service(settings, rank, 1, SystemClock())
+            for settings, rank in zip(self._settings, ranks, strict=True)
+            if rank is not None
+        ]
+        with ThreadPoolExecutor(len(services)) as threads:
+            for done in [threads.submit(each.run) for each in services]:
+                done.result()
+
+    @property
+    def left(self) -> list[str]:
+        return sorted(p.name for p in self.root.iterdir()) if self.root.exists() else []
+
+
+TRACKER_AND = ["iter_{:07d}", "latest_checkpointed_iteration.txt"]
+
+
+@pytest.mark.parametrize("is_told_to_end", [False, True])
+def test_the_writers_of_all_ranks_make_one_checkpoint(dead: Dead, tmp_path: Path, is_told_to_end: bool) -> None:
+    writers = Writers(dead.store("full", tmp_path / "store"), tmp_path / "disk")
+    wanted = () if is_told_to_end else (writers.stable,)
+    ranks = [Asking(*wanted, is_ending=is_told_to_end) for _ in range(WORLD_SIZE)]
+    writers.serve(*ranks)
+    iteration = latest_iteration(str(writers.root))
+    assert iteration == writers.stable
+    assert writers.left == [name.format(iteration) for name in TRACKER_AND]
+    if not is_told_to_end:
+        assert [rank.fates for rank in ranks] == [[("copied", iteration), ("saved", iteration)]] * WORLD_SIZE
+    written, saved = content_of(checkpoint_folder(str(writers.root), iteration)), dead.saved(iteration)
+    assert differing(but(saved, *RUN_S_OWN), but(written, *RUN_S_OWN)) == []
+    writers.serve(*(Asking(is_ending=True) for _ in range(WORLD_SIZE)))
+    assert writers.left == [name.format(iteration) for name in TRACKER_AND], "it is there already"
+
+
+def _damage(store: Path, rank: int, iteration: int) -> None:
+    damage_captures(store / f"node{rank // 2}" / arena_name(rank), [iteration])
+
+
+def _delete(store: Path, rank: int, iteration: int) -> None:
+    (store / f"node{rank // 2}" / arena_name(rank)).unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "why"), [(_damage, "released before the copy of them was complete"), (_delete, "cannot be read")]
+)
+@pytest.mark.parametrize("rank", [0, 3])
+def test_captures_that_are_not_there_cost_that_checkpoint(
+    dead: Dead, tmp_path: Path, harm: Callable[[Path, int, int], None], why: str, rank: int
+) -> None:
+    """The older one stays the newest, nothing is left over, and every rank hears of it."""
+    store = dead.store("full", tmp_path / "store")
+    writers = Writers(store, tmp_path / "disk")
+    iteration = writers.stable
+    harm(store, rank, iteration)
+    writers.root.mkdir()
+    (writers.root / "latest_checkpointed_iteration.txt").write_text("1")
+    ranks = [Asking(iteration) for _ in range(WORLD_SIZE)]
+    writers.serve(*ranks)
+    assert latest_iteration(str(writers.root)) == 1
+    assert [name for name in writers.left if name.startswith("iter")] == []
+    assert all(each.fates[-1] == ("failed", iteration) for each in ranks)
+    assert why in ranks[rank].why
+    assert why in ranks[0].why, "rank 0 speaks for all"
+
+
+def test_a_disk_that_is_full_costs_that_checkpoint_and_the_next_one_is_written(
+    dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    writers = Writers(dead.store("full", tmp_path / "store"), tmp_path / "disk")
+    iteration = writers.stable
+    with monkeypatch.context() as patch:
+        patch.setattr(PartWriter, "close", _full)
+        ranks = [Asking(iteration) for _ in range(WORLD_SIZE)]
+        writers.serve(*ranks)
+    assert "No space left on device" in ranks[0].why
+    assert latest_iteration(str(writers.root)) is None
+    assert [name for name in writers.left if name.startswith("iter")] == []
+    writers.serve(*(Asking(iteration) for _ in range(WORLD_SIZE)))
+    assert latest_iteration(str(writers.root)) == iteration
+
+
+def _full(*_: object) -> Any:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/disk")
+
+
+@pytest.mark.parametrize("absent", [0, 2])
+def test_a_writer_that_is_gone_keeps_the_others_waiting_no_longer_than_the_limit(
+    dead: Dead, tmp_path: Path, absent: int
+) -> None:
+    writers = Writers(dead.store("full", tmp_path / "store"), tmp_path / "disk", limit_s=8.0)
+    iteration = writers.stable
+    ranks = [None if rank == absent else Asking(iteration) for rank in range(WORLD_SIZE)]
+    writers.serve(*ranks)
+    heard = [each for each in ranks if each is not None]
+    assert all(each.fates[-1] == ("failed", iteration) for each in heard)
+    assert ("rank 2 of 4 never wrote" if absent else "has not put the parts together") in heard[0].why
+    assert latest_iteration(str(writers.root)) is None
+
+
+def test_an_older_checkpoint_that_comes_late_does_not_become_the_newest(
+    dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training has written its last checkpoint by itself meanwhile."""
+    writers = Writers(dead.store("full", tmp_path / "store"), tmp_path / "disk")
+    iteration = writers.stable
+    tidy = Meeting.tidy
+
+    def tidy_late(meeting: Meeting) -> None:
+        write_tracker(writers.root, iteration + 5)
+        tidy(meeting)
+
+    monkeypatch.setattr(Meeting, "tidy", tidy_late)
+    writers.serve(*(Asking(iteration) for _ in range(WORLD_SIZE)))
+    assert latest_iteration(str(writers.root)) == iteration + 5
+    assert checkpoint_folder(str(writers.root), iteration).is_dir()

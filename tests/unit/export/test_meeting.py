@@ -64,7 +64,7 @@ def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
     made = meetings(tmp_path, 12)
     made[0].add_part(b"")
     left = iter([1.0, 0.0])
-    with pytest.raises(MeetingFailed, match=r"ranks 1, 2, 3, 4, 5, 6, 7, 8, \.\.\. of 12 have not written"):
+    with pytest.raises(MeetingFailed, match=r"ranks 1, 2, 3, 4, 5, 6, 7, 8, \.\.\. of 12 never wrote a part"):
         made[0].parts(lambda: next(left))
 
 
