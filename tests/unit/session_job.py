@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +67,10 @@ class TroubledPacker(Packer):
 
 
 class Job:
-    """One attempt of a job: ranks, one a node, that train in step. ``device``: by rank, options of ``make_device``."""
+    """One attempt of a job: ranks, one a node, that train in step. ``device``: by rank, options of ``make_device``.
+
+    ``drain_s``: how long a rank waits for the other one after each step; None: as for anything.
+    """
 
     def __init__(
         self,
@@ -80,6 +83,7 @@ class Job:
         host: Mapping[str, Any] | None = None,
         state: type[ToyState] | None = None,
         device: Mapping[int, Mapping[str, Any]] | None = None,
+        drain_s: float | None = None,
         **settings: object,
     ) -> None:
         ranks = 2
@@ -98,6 +102,7 @@ class Job:
         self.fabrics = loopback_fabrics(ranks, timeout_s=self.config.timeout_s, cuts=self.network)
         self._host = host or {}
         self._device = device or {}
+        self._drain_s = drain_s if drain_s is not None else float(self.config.timeout_s)
         self.sessions: list[Session] = []
         self.iteration = 0
         self.prepared: list[Prepared] = []
@@ -136,7 +141,7 @@ class Job:
     ) -> list[Resumed | None]:
         disk = Disk(load=load, newest=newest)
         found = together(*(lambda r=r: self.start_rank(r, disk) for r in range(len(self.prepared))))  # type: ignore[misc]
-        self.sessions = [Session(running) for running, _ in found]
+        self.sessions = [Session(replace(running, timeout_s=self._drain_s)) for running, _ in found]
         self.iteration = self.sessions[0].stable_iteration
         return [resumed for _, resumed in found]
 

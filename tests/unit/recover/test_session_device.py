@@ -124,7 +124,7 @@ def test_a_call_that_fails_drops_snapshots_with_one_line_and_training_goes_on(
 
 @pytest.mark.parametrize("call", ["scatter", "pack_uploaded"])
 def test_a_device_that_fails_for_good_ends_the_process_where_it_can_be_restarted(tmp_path: Path, call: str) -> None:
-    job, device = begun(tmp_path, max_restarts=3, max_unprotected_iterations=3)
+    job, device = begun(tmp_path, max_restarts=3, max_unprotected_iterations=3, drain_s=2)
     device.failing = frozenset([call])
     with pytest.raises(ProtectionLost, match="an illegal memory access was encountered"):
         job.train(20)

@@ -603,7 +603,7 @@ def test_a_restart_that_ended_unprotected_in_the_same_place_does_not_end_the_pro
 
 
 def test_a_device_that_failed_counts_as_the_end_of_protection(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    job = trained(tmp_path, 4, max_restarts=3)
+    job = trained(tmp_path, 4, max_restarts=3, drain_s=2)
 
     def fail() -> NoReturn:
         raise DeviceFault("an illegal address")
