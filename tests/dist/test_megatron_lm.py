@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from official_flags import MODEL, STAGES
 
 pytestmark = [
     pytest.mark.dist,
@@ -28,16 +29,8 @@ pytestmark = [
 HERE = Path(__file__).parent
 ITERATIONS, SKIPPED = 16, 6
 FLAGS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall "
-    f"--micro-batch-size 1 --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-2 --lr-decay-style cosine "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --use-distributed-optimizer --bf16 "
-    "--transformer-impl local --distributed-backend gloo --no-bias-gelu-fusion --no-bias-dropout-fusion "
-    "--no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--use-cpu-initialization --disable-bias-linear --eval-interval 3 --eval-iters 1 --log-interval 1 "
-    f"--iterations-to-skip {SKIPPED} "
-    "--tokenizer-type NullTokenizer --vocab-size 127 --mock-data --split 90,5,5 --num-workers 0 "
-    "--distributed-timeout-minutes 2"
+    f"{MODEL} {STAGES} --bf16 --global-batch-size 8 --train-iters {ITERATIONS} --eval-interval 3 --eval-iters 1 "
+    f"--iterations-to-skip {SKIPPED}"
 )
 
 
