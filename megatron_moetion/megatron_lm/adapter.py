@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
+from operator import and_
 from types import ModuleType
 from typing import Any
 
@@ -151,7 +152,8 @@ class Adapter:
             if resumed is not None:
                 from megatron_moetion.megatron_lm.rerun import take_over
 
-                take_over(flags, resumed.iteration)
+                fabric = attached.session.running.fabric
+                take_over(flags, resumed.iteration, lambda here: bool(fabric.reduce(here, and_)))
         except BaseException:
             attached.abandon()
             raise
