@@ -81,6 +81,9 @@ def undisturbed(nursery: Nursery, folder: Path, flags: str) -> dict[int, set[str
     return run.losses
 
 
+@pytest.mark.proves(
+    "Megatron's own pretrain() under megatron_lm, with --fp16, a batch size schedule and asynchronous saves", "recovery"
+)
 def test_fp16_a_growing_batch_and_megatrons_own_saves(ranks: Nursery, tmp_path: Path, store: Path) -> None:
     """It is left by ``--exit-duration-in-mins``, then a node is lost while Megatron may be saving.
 
@@ -108,6 +111,9 @@ def test_fp16_a_growing_batch_and_megatrons_own_saves(ranks: Nursery, tmp_path: 
     assert len(expected) == 17
 
 
+@pytest.mark.proves(
+    "Megatron's own pretrain() under megatron_lm, with virtual pipeline stages, left by a signal", "recovery"
+)
 def test_virtual_stages_and_every_way_to_leave(ranks: Nursery, tmp_path: Path, store: Path) -> None:
     """By a signal to one rank, on all; by ``sys.exit`` on one rank alone; by the loss of a node."""
     flags = f"{MODEL} {STAGES} {BITS} --num-layers 4 --num-layers-per-virtual-pipeline-stage 1 --eval-interval 3 "
@@ -128,6 +134,9 @@ def test_virtual_stages_and_every_way_to_leave(ranks: Nursery, tmp_path: Path, s
     assert set(expected) == set(range(1, 14))
 
 
+@pytest.mark.proves(
+    "Megatron's own pretrain() under megatron_lm, a step put off by the rerun state machine", "recovery"
+)
 def test_a_step_that_the_rerun_state_machine_has_put_off_is_run_again(
     ranks: Nursery, tmp_path: Path, store: Path
 ) -> None:
