@@ -27,6 +27,7 @@ ALONE = 7
 RERUN, FAILED = 16, 17
 """Exit codes of Megatron's rerun state machine: to be run again elsewhere, and not to be trusted."""
 BITS = "--bf16 --global-batch-size 8 --train-iters 13"
+UNDER = "Megatron's own pretrain() under megatron_lm"
 Act = tuple[int, int, str]
 """Rank, iteration, and what happens there: see ``megatron_lm_ranks``."""
 
