@@ -16,7 +16,8 @@ from official_flags import MODEL, STAGES
 
 pytestmark = [
     pytest.mark.dist,
-    pytest.mark.timeout(240),
+    pytest.mark.slow,
+    pytest.mark.timeout(400),
     pytest.mark.skipif(
         importlib.util.find_spec("megatron.training") is None, reason="this Megatron comes without its training loop"
     ),
