@@ -19,7 +19,7 @@ from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.reading import read_only
-from megatron_moetion.store.sheet import Sheet, read_sheet
+from megatron_moetion.store.sheet import Sheet, export_problem, read_sheet
 from megatron_moetion.store.spec import ArenaIdentity
 from megatron_moetion.store.vetoes import vetoed_in
 from megatron_moetion.units import UnitKind
@@ -201,7 +201,7 @@ def _sheet(arena: Arena, rank: int) -> Sheet:
             f"the state of rank {rank} cannot be exported: {arena.name} was written by another version of MoEtion (its "
             f"guide is of version {sheet.guide.get('version')}, this program reads {GUIDE_VERSION}); export with that"
         )
-    if problem := sheet.guide["problem"]:
+    if problem := export_problem(sheet.guide):
         raise ConfigError(f"the state of rank {rank} cannot be exported: {problem}")
     return sheet
 

@@ -13,7 +13,7 @@ from megatron_moetion.persist.saver import Releases, Saver, Writer
 from megatron_moetion.persist.tracker import latest_iteration
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.sheet import read_sheet
+from megatron_moetion.store.sheet import export_problem, read_sheet
 
 OFF = "off"
 
@@ -74,10 +74,9 @@ def _problem(run: Prepared) -> str:
     if run.mode.loses_tokens:
         return f"in mode {run.mode.name!r} some experts in memory are older than the iteration"
     try:
-        guide = read_sheet(run.mode.spec.sheet).guide
+        return export_problem(read_sheet(run.mode.spec.sheet).guide) or ""
     except CorruptArena as error:
         return str(error)
-    return str(guide.get("problem", "the framework gave no guide to its tensors") or "")
 
 
 def _written(root: str) -> int:

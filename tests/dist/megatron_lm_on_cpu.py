@@ -8,9 +8,15 @@ one: Megatron loads random states before it builds loaders.
 
 from __future__ import annotations
 
+import ctypes
 import json
+import multiprocessing
 import os
+import signal
 import sys
+from collections.abc import Callable
+from functools import partial
+from multiprocessing.managers import SyncManager
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +24,13 @@ import torch
 from official_pretrain import redirect
 
 from megatron_moetion.megatron_lm.__main__ import run
+from megatron_moetion.pretrain.launch import lead
 
 ASIDE = "LOADERS_DRAW_ASIDE"
 
 
-def note_losses(path: Path) -> None:
+def note_losses(path: Path, then: Callable[[int], None] = lambda iteration: None) -> None:
+    """``then`` is called with each iteration, on every rank, before Megatron saves or decides to leave."""
     from megatron.training import training
 
     original = training.training_log
@@ -31,6 +39,7 @@ def note_losses(path: Path) -> None:
         if losses:
             with path.open("a") as out:
                 out.write(json.dumps({"iteration": iteration, "loss": float(losses["lm loss"]).hex()}) + "\n")
+        then(iteration)
         return original(losses, total, rate, iteration, *args, **kwargs)
 
     training.training_log = training_log
@@ -49,9 +58,19 @@ def draw_aside() -> None:
     DataLoader.__iter__ = iterate
 
 
+def save_at_once() -> None:
+    """Megatron's first save starts a process that imports all of it once more, and stays where this one is killed."""
+    from megatron.core.dist_checkpointing.strategies import filesystem_async
+
+    manager = SyncManager(ctx=multiprocessing.get_context("fork"))
+    manager.start(partial(ctypes.CDLL(None).prctl, 1, signal.SIGKILL))  # PR_SET_PDEATHSIG
+    filesystem_async._results_queue = manager.Queue()
+
+
 if __name__ == "__main__":
     redirect()
     if ASIDE in os.environ:
         draw_aside()
+    save_at_once()
     note_losses(Path(sys.argv[1]))
-    sys.exit(run(sys.argv[2:]))
+    lead(partial(run, sys.argv[2:]))
