@@ -13,6 +13,7 @@ import os
 from collections.abc import Callable, Mapping
 from datetime import timedelta
 from functools import partial
+from operator import and_
 from types import ModuleType
 from typing import Any
 
@@ -85,6 +86,8 @@ class Adapter:
         self._skipped = False
         """An iteration was skipped, and its samples are not counted yet."""
         self._is_healthy = True
+        self._is_leaving = False
+        """Megatron has decided, on all ranks alike, to leave after this iteration."""
         self._saves_again = False
         self._gave_communicator = False
 
@@ -146,6 +149,11 @@ class Adapter:
         )
         try:
             resumed = attached.start(load_persistent=load, newest_persistent=partial(newest_on_disk, flags))
+            if resumed is not None:
+                from megatron_moetion.megatron_lm.rerun import take_over
+
+                fabric = attached.session.running.fabric
+                take_over(flags, resumed.iteration, lambda here: bool(fabric.reduce(here, and_)))
         except BaseException:
             attached.abandon()
             raise
@@ -177,15 +185,19 @@ class Adapter:
             if self._saves_again:
                 self._save_if_due(call.arguments)
             result = original(*call.args, **call.kwargs)
-        except SystemExit as leaving:  # by a flag or a signal, on all ranks alike
-            result = leaving
-        except BaseException:
-            self._attached.abandon()
-            self._attached = None
-            raise
+        except BaseException as error:
+            if not (self._is_leaving and isinstance(error, SystemExit)):
+                self._attached.abandon()  # perhaps the other ranks go on, and wait for this one
+                self._attached = None
+                raise
+            result = error
         self._tell_skipped()
-        self._attached.close()
-        self._attached = None
+        attached, self._attached = self._attached, None
+        if isinstance(result, SystemExit) and result.code:  # the job is to be started again, and needs its memory
+            attached.drain()
+            attached.abandon()
+        else:
+            attached.close()
         if isinstance(result, SystemExit):
             raise result
         return result
@@ -230,6 +242,7 @@ class Adapter:
         result = original(*args, **kwargs)
         if self._attached is not None:
             self._is_healthy = is_healthy(losses=result[0], skipped=bool(result[1]), grad_norm=result[5])
+            self._is_leaving = bool(result[3])
         return result
 
     def dummy_train_step(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
@@ -253,7 +266,9 @@ class Adapter:
             self._state.iteration = call["iteration"]
             self._state.operations = call["num_floating_point_operations_so_far"]
             self._attached.on_step_end(self._state.iteration, healthy=self._is_healthy)
-        return original(*args, **kwargs)
+        decided = original(*args, **kwargs)
+        self._is_leaving = bool(decided)
+        return decided
 
 
 class DeferredLoad:

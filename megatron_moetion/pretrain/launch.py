@@ -195,7 +195,19 @@ def main(argv: Sequence[str]) -> NoReturn:
 def lead(program: Callable[[], int]) -> NoReturn:
     """The whole process, which ends with ``program``'s code, or at once after the traceback of what nobody expected."""
     sys.excepthook = _leave_after_traceback
-    leave(program())
+    try:
+        code = program()
+    except SystemExit as leaving:
+        code = _code_of(leaving)
+    leave(code)
+
+
+def _code_of(leaving: SystemExit) -> int:
+    """What Python itself would end with; a text goes to standard error."""
+    if leaving.code is None or isinstance(leaving.code, int):
+        return leaving.code or 0
+    print(leaving.code, file=sys.stderr)
+    return 1
 
 
 def _leave_after_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:

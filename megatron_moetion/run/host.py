@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
@@ -41,6 +42,11 @@ def _host_memory(pci_bus_id: str, num_threads: int) -> HostMemory:
     return HostMemory(num_threads=num_threads, node=numa_node(pci_bus_id))
 
 
+def at_good_end(action: Callable[[], None]) -> None:
+    """Have something done when the interpreter ends, except where an exception that nobody caught ends it."""
+    atexit.register(lambda: None if getattr(sys, "last_value", None) is not None else action())
+
+
 @dataclass(frozen=True, kw_only=True)
 class Host:
     """The machine of a run: one real implementation of each part, which tests and simulations replace by others."""
@@ -63,7 +69,7 @@ class Host:
     nonce: Callable[[], int] = lambda: secrets.randbits(32)
     process_start: Callable[[], float] = process_start
     """Unix time, seconds."""
-    at_exit: Callable[[Callable[[], None]], object] = atexit.register
+    at_exit: Callable[[Callable[[], None]], object] = at_good_end
     """Have something done when the interpreter ends in good order."""
     end: Callable[[int], object] = os._exit
     """End this process at once, with an exit code."""

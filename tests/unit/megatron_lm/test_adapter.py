@@ -6,6 +6,7 @@ from __future__ import annotations
 import argparse
 import math
 import random
+import sys
 import types
 from collections.abc import Callable
 from pathlib import Path
@@ -33,6 +34,8 @@ class Attached:
         self.memory = memory
         self.told: list[Any] = []
         self.baseline: dict[str, Any] | None = None
+        fabric = types.SimpleNamespace(reduce=lambda value, both: value)
+        self.session = types.SimpleNamespace(running=types.SimpleNamespace(fabric=fabric))
         self.pipeline_arguments = {"p2p_communicator": "watched", "pg_collection": "groups"}
 
     def __call__(self, **arguments: Any) -> Attached:
@@ -52,7 +55,11 @@ class Attached:
     def on_step_end(self, iteration: int, *, healthy: bool = True, stepped: bool = True) -> None:
         self.told.append((iteration, healthy, stepped, self.state.state_dict()["consumed_train_samples"]))
 
+    def drain(self) -> None:
+        self.told.append("drain")
+
     def close(self) -> None:
+        assert sys.exc_info()[0] is None, "while an exception is handled the real one does not wait either"
         self.told.append("close")
 
     def abandon(self) -> None:
@@ -62,7 +69,10 @@ class Attached:
 class Loop:
     """``megatron.training.training``: an iteration consumes 8 samples and costs 100 operations."""
 
-    def __init__(self, official: bool = True, ends: BaseException | None = None, **args: Any) -> None:
+    def __init__(
+        self, official: bool = True, ends: BaseException | None = None, decided: str = "", **args: Any
+    ) -> None:
+        """``ends``: what is raised after the last iteration; ``decided``: by whom, ``step`` or ``exit``, if at all."""
         self.args = argparse.Namespace(**{**ARGS, **args})
         self.module: Any = types.ModuleType("training")
         self.module.get_args = lambda: self.args
@@ -76,6 +86,7 @@ class Loop:
         self.skipped: set[int] = set()
         self.losses: dict[int, float] = {}
         self.ends = ends
+        self.decided = decided
         self.adapter: Any = None
 
     def load_checkpoint(self, model: Any, checkpointing_context: Any = None) -> tuple[int, int]:
@@ -99,7 +110,10 @@ class Loop:
                 self.adapter.dummy_train_step(lambda data: None, "data")
                 self.args.consumed_train_samples += 8
                 continue
-            self.adapter.train_step(self.step, self.losses.get(iteration, 1.0))
+            leaves = self.decided == "step" and iteration == self.iterations[-1]
+            self.adapter.train_step(self.step, self.losses.get(iteration, 1.0), leaves)
+            if leaves:
+                break
             self.args.consumed_train_samples += 8
             operations += 100
             self.adapter.checkpoint_and_decide_exit(self.decide, "model", iteration, operations)
@@ -113,12 +127,12 @@ class Loop:
         return self.train(model, optimizer, opt_param_scheduler, train_data_iterator, checkpointing_context)
 
     @staticmethod
-    def step(loss: float) -> tuple[Any, ...]:
-        return {"lm loss": loss}, 0, False, False, 0, 2.0, None, 0
+    def step(loss: float, leaves: bool) -> tuple[Any, ...]:
+        return {"lm loss": loss}, 0, leaves, leaves, 16 if leaves else 0, 2.0, None, 0
 
     def decide(self, model: Any, iteration: int, num_floating_point_operations_so_far: int) -> bool:
         self.calls.append(("decide", iteration))
-        return False
+        return self.decided == "exit" and iteration == self.iterations[-1]
 
     def run(self, memory: dict[str, Any] | None = None, between: Callable[[], Any] = lambda: None) -> Attached:
         attached = Attached(memory)
@@ -233,24 +247,31 @@ def test_health(losses: dict[str, Any], skipped: bool, grad_norm: float | None, 
     assert is_healthy(losses=losses, skipped=skipped, grad_norm=grad_norm) is healthy
 
 
-def test_leaving_by_a_flag_or_signal_closes_and_leaves_with_the_same_code() -> None:
-    loop, attached = Loop(ends=SystemExit(3)), None
-    with pytest.raises(SystemExit) as caught:
-        attached = loop.run()
-    assert attached is None
-    assert caught.value.code == 3
-    assert loop.adapter._attached is None
-
-
-@pytest.mark.parametrize(("ends", "last"), [(SystemExit(0), "close"), (RuntimeError("a peer is gone"), "abandon")])
-def test_a_fault_waits_for_nobody(ends: BaseException, last: str) -> None:
-    loop, attached = Loop(ends=ends), Attached(None)
+@pytest.mark.parametrize(
+    ("ends", "decided", "last"),
+    [
+        (SystemExit(0), "exit", ["close"]),
+        (SystemExit(None), "exit", ["close"]),
+        (SystemExit(16), "step", ["drain", "abandon"]),
+        (SystemExit(0), "", ["abandon"]),
+        (SystemExit(3), "", ["abandon"]),
+        (RuntimeError("a peer is gone"), "", ["abandon"]),
+        (RuntimeError("the disk is full"), "exit", ["abandon"]),
+        (KeyboardInterrupt(), "", ["abandon"]),
+    ],
+)
+def test_who_leaves_with_all_others_waits_for_them_and_nobody_else(
+    ends: BaseException, decided: str, last: list[str]
+) -> None:
+    """Nothing is removed at the end of what is to be started again."""
+    loop, attached = Loop(ends=ends, decided=decided), Attached(None)
     loop.adapter = Adapter(loop.module, attached)
     loop.adapter.setup_model_and_optimizer(loop.setup, "type")
-    with pytest.raises(type(ends)):
+    with pytest.raises(type(ends)) as caught:
         loop.adapter.train(loop.module.train, ["model"], "optimizer", "scheduler", "data", "context")
-    assert attached.told[-1] == last
-    assert [what for what in attached.told if isinstance(what, str)] == [last]
+    assert caught.value is ends
+    assert [what for what in attached.told if isinstance(what, str)] == last
+    assert loop.adapter._attached is None
 
 
 def test_a_start_that_fails_leaves_nothing_behind() -> None:

@@ -205,3 +205,19 @@ def test_what_nobody_expected_ends_the_process_although_threads_still_work(raise
     assert done.returncode == code
     assert "Traceback" in done.stderr
     assert f"error: rank 3 on {HOST}: {raised[:8]}" in done.stderr.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("left_with", "code", "said"), [("7", 7, ""), ("'no data'", 1, "no data")])
+def test_a_script_that_leaves_with_a_code_is_gone_although_threads_still_work(
+    left_with: str, code: int, said: str
+) -> None:
+    script = (
+        "import sys, threading, time\n"
+        "from megatron_moetion.pretrain.launch import lead\n"
+        "def program():\n"
+        "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
+        f"    sys.exit({left_with})\n"
+        "lead(program)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stderr.strip()) == (code, said)
