@@ -18,7 +18,7 @@ from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.reading import read_only
-from megatron_moetion.store.sheet import Sheet, read_sheet
+from megatron_moetion.store.sheet import Sheet, export_problem, read_sheet
 from megatron_moetion.store.spec import ArenaIdentity
 from megatron_moetion.store.vetoes import vetoed_in
 from megatron_moetion.units import UnitKind
@@ -174,7 +174,7 @@ def _sheet(arena: Arena, rank: int) -> Sheet:
         sheet = read_sheet(arena.spec.sheet)
     except CorruptArena as error:
         raise CorruptArena(f"{arena.name}: {error}") from error
-    if problem := sheet.guide.get("problem", "the framework gave no guide to its tensors"):
+    if problem := export_problem(sheet.guide):
         raise ConfigError(f"the state of rank {rank} cannot be exported: {problem}")
     return sheet
 

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from operator import and_
@@ -26,6 +27,7 @@ from megatron_moetion.run.network import PROBE_PATIENCE_S, look_at_network, say_
 from megatron_moetion.run.running import Prepared, Running
 from megatron_moetion.select.book import share_lost
 from megatron_moetion.snapshot.host_state import decode
+from megatron_moetion.store.sheet import export_problem
 from megatron_moetion.units import UnitKind
 
 
@@ -139,6 +141,7 @@ class Starter:
         for stack in (self._run.undo, self._run.leaving):
             stack.callback(self._run.journal.unshare)
         self._run.journal.share()
+        self._warn_of_export(running.agreement.stable)
         watch(self._run, running)
         return running, resumed
 
@@ -310,6 +313,14 @@ class Starter:
         if isinstance(outcome, RecoveryPlan) or not (outcome.began or past.had_baseline or is_unknown):
             return None
         return outcome.reason
+
+    def _warn_of_export(self, iteration: int) -> None:
+        """Where the rescue by ``moetion export`` would be refused: now, and not when the job is dead."""
+        guide = self._run.adapter.inventory().guide
+        if guide and (problem := export_problem(json.loads(guide))) is not None:
+            self._run.journal.warn_once(
+                "export", iteration, f"moetion export could not turn this run's memory into a checkpoint: {problem}"
+            )
 
     def _announce(self, running: Running, findings: Findings) -> None:
         config, mode, journal, packer = self._run.config, self._run.mode, self._run.journal, self._run.packer

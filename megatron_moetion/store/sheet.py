@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import zlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,6 +63,12 @@ def sheet_of(inventory: Inventory) -> str:
         "guide": json.loads(inventory.guide) if inventory.guide else {},
     }
     return base64.b64encode(zlib.compress(json.dumps(document, separators=(",", ":")).encode())).decode()
+
+
+def export_problem(guide: Mapping[str, Any]) -> str | None:
+    """Why the state of the rank that a guide is of cannot become a checkpoint on disk; None if it can."""
+    problem = guide.get("problem", "the framework gave no guide to its tensors")
+    return None if problem is None else str(problem)
 
 
 def read_sheet(text: str) -> Sheet:

@@ -3,17 +3,20 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import pytest
 from fabrics import loopback_fabrics
-from session_job import Job, together
+from session_job import Adapter, Job, together
 
 from megatron_moetion.run.prepare import settled_replicas
+from megatron_moetion.units import Inventory
 
 MADE_UP = "1c1b4a52-0f0e-4c79-8b34-5ad1e0b0a9d7"
 """As torchrun makes up a run id."""
@@ -39,6 +42,34 @@ def test_a_run_goes_on_with_the_settled_number(tmp_path: Path) -> None:
     job.start()
     assert [prepared.config.replicas for prepared in job.prepared] == [1, 1]
     assert [session.running.replicas for session in job.sessions] == [1, 1]
+
+
+class WithGuide(Adapter):
+    """A state whose framework says whether a checkpoint has a place for it."""
+
+    problem: str | None = None
+
+    def inventory(self) -> Inventory:
+        return replace(super().inventory(), guide=json.dumps({"problem": self.problem}))
+
+
+class NotExported(WithGuide):
+    problem = "the optimizer is a Lion"
+
+
+@pytest.mark.parametrize(("state", "lines"), [(WithGuide, 0), (NotExported, 1)])
+def test_a_run_that_export_could_not_rescue_says_so_when_it_begins_and_when_it_goes_on(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, state: type[WithGuide], lines: int
+) -> None:
+    for attempt in range(2):
+        caplog.clear()
+        job = Job(tmp_path, attempt=attempt, state=state)
+        with caplog.at_level(logging.INFO):
+            job.start()
+            job.train(3)
+            job.crash()
+        found = said(caplog, "moetion export could not")
+        assert ["2 ranks" in line and "a Lion" in line for line in found] == [True] * lines
 
 
 @pytest.mark.parametrize(("elastic_id", "is_removed"), [(MADE_UP, True), ("my-run", False)])
