@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import socket
 import subprocess
 import sys
 from collections import Counter, defaultdict
@@ -108,6 +109,21 @@ def notes_in(path: Path) -> list[dict[str, Any]]:
     """One rank's notes; SIGKILL may have cut the last line short."""
     lines = path.read_text().splitlines(keepends=True) if path.exists() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def places(world_size: int, attempt: int) -> list[dict[str, str]]:
+    """The environments of all ranks as ``torchrun`` sets them, on one machine, with a port that is free."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        {
+            "RANK": str(rank), "WORLD_SIZE": str(world_size), "LOCAL_RANK": str(rank),
+            "LOCAL_WORLD_SIZE": str(world_size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+            "TORCHELASTIC_RESTART_COUNT": str(attempt),
+        }
+        for rank in range(world_size)
+    ]  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,7 @@ DRIVERS = {
     "reruns": ("megatron_reruns", ("folder", "store")),
     "te": ("te_models", ("folder",)),
     "fp8": ("fp8_ranks", ("folder",)),
+    "megatron_lm": ("megatron_lm_ranks", ("folder", "argv", "acts")),
     "trainer": ("bundled_trainer", ("argv", "die_in_save", "poison")),
 }
 """By kind of job: the module whose ``main`` is one rank, and what of a request it is called with."""

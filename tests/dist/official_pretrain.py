@@ -125,12 +125,13 @@ def build_model(
     config = core_transformer_config_from_args(args)
     return GPTModel(
         config=config,
-        transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=False),
+        transformer_layer_spec=get_gpt_decoder_block_spec(config, use_transformer_engine=False, vp_stage=vp_stage),
         vocab_size=args.padded_vocab_size,
         max_sequence_length=SEQUENCE,
         pre_process=pre_process,
         post_process=post_process,
         pg_collection=more.get("pg_collection"),
+        vp_stage=vp_stage,
     )
 
 

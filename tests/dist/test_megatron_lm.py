@@ -16,6 +16,7 @@ from typing import Any
 
 import psutil
 import pytest
+from official_flags import MODEL, STAGES
 
 pytestmark = [
     pytest.mark.dist,
@@ -28,16 +29,8 @@ pytestmark = [
 HERE = Path(__file__).parent
 ITERATIONS, SKIPPED = 16, 6
 FLAGS = (
-    "--num-layers 2 --hidden-size 32 --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
-    "--num-experts 4 --moe-router-topk 2 --moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall "
-    f"--micro-batch-size 1 --global-batch-size 8 --train-iters {ITERATIONS} --lr 1e-2 --lr-decay-style cosine "
-    "--pipeline-model-parallel-size 2 --expert-model-parallel-size 2 --use-distributed-optimizer --bf16 "
-    "--transformer-impl local --distributed-backend gloo --no-bias-gelu-fusion --no-bias-dropout-fusion "
-    "--no-masked-softmax-fusion --no-persist-layer-norm --no-gradient-accumulation-fusion --no-rope-fusion "
-    "--use-cpu-initialization --disable-bias-linear --eval-interval 3 --eval-iters 1 --log-interval 1 "
-    f"--iterations-to-skip {SKIPPED} "
-    "--tokenizer-type NullTokenizer --vocab-size 127 --mock-data --split 90,5,5 --num-workers 0 "
-    "--distributed-timeout-minutes 2"
+    f"{MODEL} {STAGES} --bf16 --global-batch-size 8 --train-iters {ITERATIONS} --eval-interval 3 --eval-iters 1 "
+    f"--iterations-to-skip {SKIPPED}"
 )
 
 
@@ -112,13 +105,15 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[int, set[str]]
 
 
 @pytest.mark.proves("Megatron's own pretrain() under megatron_lm", "recovery")
-@pytest.mark.parametrize("mode", ["full", "exact"])
 def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
-    undisturbed: dict[int, set[str]], tmp_path: Path, store: Path, mode: str
+    undisturbed: dict[int, set[str]], tmp_path: Path, store: Path
 ) -> None:
-    """With dropout, evaluations and a skipped iteration; a node's two ranks die at once and its memory is gone."""
+    """With dropout, evaluations and a skipped iteration; a node's two ranks die at once and its memory is gone.
+
+    ``test_megatron_lm_flags.py`` and ``test_lost_node.py`` have mode ``full``.
+    """
     report = tmp_path / "events.jsonl"
-    moetion = f"--moetion --moetion-mode {mode} --moetion-ranks-per-node 2 --moetion-run-id job"
+    moetion = "--moetion --moetion-mode exact --moetion-ranks-per-node 2 --moetion-run-id job"
     job = Job(tmp_path / "job", *moetion.split(), "--moetion-store", str(store), "--moetion-report", str(report))
     try:
         job.await_iteration(7)

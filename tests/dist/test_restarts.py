@@ -6,14 +6,13 @@ from __future__ import annotations
 import json
 import re
 import shutil
-import socket
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
-from jobs import Nursery, content, logs
+from jobs import Nursery, content, logs, places
 
 from megatron_moetion.pretrain.loop import UNHEALTHY_MAX
 
@@ -71,17 +70,7 @@ class Run:
         folder.mkdir(parents=True)
         where = f"--moetion-store {self.store} --moetion-run-id restarts" if "--moetion " in self._flags else ""
         argv = f"{MODEL} {self._flags} {where} --metrics-path {folder / 'metrics.jsonl'} {flags}".split()
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
-        environments = [
-            {
-                "RANK": str(rank), "WORLD_SIZE": str(WORLD_SIZE), "LOCAL_RANK": str(rank),
-                "LOCAL_WORLD_SIZE": str(WORLD_SIZE), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-                "TORCHELASTIC_RESTART_COUNT": str(self.attempts),
-            }
-            for rank in range(WORLD_SIZE)
-        ]  # fmt: skip
+        environments = places(WORLD_SIZE, self.attempts)
         self.attempts += 1
         faults = {"die_in_save": die_in_save, "poison": poison}
         codes = self._nursery.launch(100, folder=str(folder), argv=argv, ranks=environments, **faults)

@@ -7,6 +7,7 @@ makes it a node.
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import shutil
@@ -15,21 +16,43 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import psutil
 import pytest
+from official_flags import MODEL
 
 pytestmark = [pytest.mark.e2e, pytest.mark.slow, pytest.mark.timeout(300)]
 
 ROOT = Path(__file__).parents[2]
 ITERATIONS = 60
-MODEL = (
-    "--num-layers 1 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 --num-experts 4 "
-    "--expert-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8 --bf16 --use-distributed-optimizer "
-    f"--train-iters {ITERATIONS} --lr 1e-2 --lr-decay-style cosine --log-interval 1 --eval-iters 0 "
-    "--distributed-timeout-minutes 1"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trainer:
+    """What torchrun starts. ``{folder}`` is that of a job, where ``losses.jsonl`` gets the bits of its losses."""
+
+    program: str
+    flags: str
+    field: str
+    """Of a line of ``losses.jsonl``: every bit of the loss."""
+
+
+BUNDLED = Trainer(
+    program="pretrain_gpt_moe.py",
+    flags="--num-layers 1 --hidden-size 32 --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 "
+    "--num-experts 4 --expert-model-parallel-size 2 --micro-batch-size 4 --global-batch-size 8 --bf16 "
+    f"--use-distributed-optimizer --train-iters {ITERATIONS} --lr 1e-2 --lr-decay-style cosine --log-interval 1 "
+    "--eval-iters 0 --distributed-timeout-minutes 1 --metrics-path {folder}/losses.jsonl",
+    field="loss_hex",
+)
+OFFICIAL = Trainer(
+    program="tests/dist/megatron_lm_on_cpu.py {folder}/losses.jsonl tests/dist/megatron_lm_gpt.py",
+    flags=f"{MODEL} --expert-model-parallel-size 2 --bf16 --global-batch-size 4 --train-iters {ITERATIONS} "
+    "--eval-interval 100 --eval-iters 0",
+    field="loss",
 )
 HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
 FIRST, SECOND, SPARE = HOSTS
@@ -59,7 +82,8 @@ SCONTROL = f"#!/bin/sh\nprintf '%s\\n' {' '.join(HOSTS)}\n"
 class Job:
     """A job of two nodes and a spare, as the batch script runs it."""
 
-    def __init__(self, folder: Path, memory: Path) -> None:
+    def __init__(self, trainer: Trainer, folder: Path, memory: Path) -> None:
+        self.trainer = trainer
         self.folder = folder
         self.memory = memory
         self.log = folder / "log.txt"
@@ -75,17 +99,21 @@ class Job:
             "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "3",
             "SLURM_JOB_NODELIST": "these", "SPARES": "1", "RANKS_PER_NODE": "1", "MODE": "full",
             "STORE": f"{memory}/@node", "CHECKPOINT_DIR": str(folder / "saved"), "MASTER_PORT": str(port),
-            "PYTHON": sys.executable, "BEAT_S": "0.5",
+            "PYTHON": sys.executable, "BEAT_S": "0.5", "PROGRAM": trainer.program.format(folder=folder),
         }  # fmt: skip
-        files = f"--metrics-path {folder / 'metrics.jsonl'} --moetion-report {folder / 'events.jsonl'}"
+        flags = f"{trainer.flags.format(folder=folder)} --moetion-report {folder / 'events.jsonl'}"
         with self.log.open("wb") as log:
             self._script = subprocess.Popen(
-                ["bash", "scripts/slurm/pretrain_gpt_moe.sbatch", *MODEL.split(), *files.split()],
+                ["bash", "scripts/slurm/pretrain_gpt_moe.sbatch", *flags.split()],
                 cwd=ROOT, env=environment() | settings, stdout=log, stderr=subprocess.STDOUT,
             )  # fmt: skip
 
     def events(self, name: str) -> list[dict[str, Any]]:
         return [e for e in read(self.folder / "events.jsonl") if e["event"] == name]
+
+    def curve(self) -> dict[int, set[str]]:
+        """Every bit of the losses of each iteration, in all its executions."""
+        return curve(self.trainer, self.folder)
 
     def node(self, host: str) -> list[psutil.Process]:
         """What runs there, from the node's script to the ranks."""
@@ -135,9 +163,21 @@ def read(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
-def curve(folder: Path) -> dict[int, str]:
-    """Loss, every bit of it, of the last execution of each iteration."""
-    return {step["iteration"]: step["loss_hex"] for step in read(folder / "metrics.jsonl")}
+def curve(trainer: Trainer, folder: Path) -> dict[int, set[str]]:
+    found: dict[int, set[str]] = {}
+    for step in read(folder / "losses.jsonl"):
+        if trainer.field in step:
+            found.setdefault(step["iteration"], set()).add(step[trainer.field])
+    return found
+
+
+def undisturbed(trainer: Trainer, folder: Path) -> dict[int, set[str]]:
+    """The losses of the same training under one agent, without checkpoints."""
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node=2"
+    line = f"{launcher} {trainer.program} {trainer.flags}".format(folder=folder)
+    command = [sys.executable, *line.split()]
+    subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=120)
+    return curve(trainer, folder)
 
 
 @pytest.fixture
@@ -147,26 +187,16 @@ def memory() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@pytest.fixture
-def undisturbed(tmp_path: Path) -> dict[int, str]:
-    """The losses of the same training under one agent, without checkpoints."""
-    launcher = "-m torch.distributed.run --standalone --nproc-per-node=2 pretrain_gpt_moe.py"
-    command = [sys.executable, *launcher.split(), *MODEL.split(), "--metrics-path", str(tmp_path / "metrics.jsonl")]
-    subprocess.run(command, cwd=ROOT, env=environment(), check=True, stdout=subprocess.DEVNULL, timeout=120)
-    return curve(tmp_path)
-
-
-def test_a_spare_changes_nothing_until_it_takes_a_lost_nodes_place(
-    undisturbed: dict[int, str], tmp_path: Path, memory: Path
-) -> None:
+def test_a_spare_changes_nothing_until_it_takes_a_lost_nodes_place(tmp_path: Path, memory: Path) -> None:
     """After a process died the same nodes go on; after a node died the spare does; every loss is as without a fault."""
-    job = Job(tmp_path / "job", memory)
+    expected = undisturbed(BUNDLED, tmp_path)
+    job = Job(BUNDLED, tmp_path / "job", memory)
     try:
-        job.await_it("training", lambda: len(curve(job.folder)) >= 4)
+        job.await_it("training", lambda: len(job.curve()) >= 4)
         job.kill_a_rank(SECOND)
         job.await_it("recovered", lambda: len(job.events("recovered")) == 1)
         again = job.events("recovered")[0]["iteration"]
-        job.await_it("going on", lambda: max(curve(job.folder)) >= again + 6)
+        job.await_it("going on", lambda: max(job.curve()) >= again + 6)
         job.lose(SECOND)
         assert job.wait() == 0, job.log.read_text()[-9000:]
     finally:
@@ -175,6 +205,28 @@ def test_a_spare_changes_nothing_until_it_takes_a_lost_nodes_place(
     assert of_a_process["fetched_units"] == 0, "the spare must not have taken a living node's place"
     assert of_a_node["fetched_units"] > 0
     assert of_a_node["iteration"] > of_a_process["iteration"]
-    assert curve(job.folder) == undisturbed
+    assert job.curve() == expected
     assert f"{SPARE}: taking the place of {SECOND}" in job.log.read_text()
     assert not list(memory.glob("*/4711")), "memory of a finished run is removed"
+
+
+@pytest.mark.proves("Megatron's own pretrain() under megatron_lm", "recovery")
+@pytest.mark.skipif(
+    importlib.util.find_spec("megatron.training") is None, reason="this Megatron comes without its training loop"
+)
+def test_a_spare_takes_a_lost_nodes_place_in_megatrons_own_training(tmp_path: Path, memory: Path) -> None:
+    """Two agents and a spare, each with a rank of Megatron's own ``pretrain()`` under the launcher."""
+    expected = undisturbed(OFFICIAL, tmp_path)
+    job = Job(OFFICIAL, tmp_path / "job", memory)
+    try:
+        job.await_it("training", lambda: len(job.curve()) >= 6)
+        job.lose(SECOND)
+        assert job.wait() == 0, job.log.read_text()[-9000:]
+    finally:
+        job.end()
+    (recovered,) = job.events("recovered")
+    assert recovered["fetched_units"] > 0
+    assert 4 <= recovered["iteration"] < ITERATIONS
+    assert set(expected) == set(range(1, ITERATIONS + 1))
+    assert job.curve() == expected
+    assert f"{SPARE}: taking the place of {SECOND}" in job.log.read_text()

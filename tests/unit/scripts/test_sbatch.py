@@ -309,6 +309,18 @@ def test_settings_can_be_overridden(tmp_path):
     assert step[entry + 1 : entry + 8] == ["--device", "gpu", "--num-layers", "2", "--bf16", "--seed", "7"]
 
 
+def test_another_program_gets_the_same_flags_and_none_of_the_bundled_trainer(tmp_path):
+    slurm = Slurm(tmp_path, nodes=2)
+    code, output = slurm.run("--bf16", PROGRAM="-m megatron_moetion.megatron_lm /opt/megatron-lm/pretrain_gpt.py")
+    assert code == 0, output
+    entry = slurm.step.index("/opt/megatron-lm/pretrain_gpt.py")
+    assert slurm.step[entry - 2 : entry + 3] == [
+        "-m", "megatron_moetion.megatron_lm", "/opt/megatron-lm/pretrain_gpt.py", "--bf16", "--save",
+    ]  # fmt: skip
+    assert "--moetion" in slurm.step
+    assert "--device" not in slurm.step
+
+
 @pytest.mark.parametrize("spares", ["2", "-1"])
 def test_impossible_spares_are_refused(tmp_path, spares):
     slurm = Slurm(tmp_path, nodes=2)
