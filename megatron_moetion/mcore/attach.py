@@ -8,7 +8,7 @@ import logging
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -353,6 +353,8 @@ class Loop:
     opt_param_scheduler: OptimizerParamScheduler | Stateful | None
     user_state: Stateful | None
     communicator: TimedCommunicator | None
+    initial_settings: dict[str, Any] = field(default_factory=dict)
+    """Of the first state that was made, before training: mode ``auto`` makes another one later."""
 
     @property
     def device(self) -> torch.device:
@@ -452,7 +454,11 @@ class Loop:
         """The state that the mode needs to be told of, and the mode's blueprint. Raises where it cannot be captured."""
         scheduler = self.opt_param_scheduler
         require_names(self.model, self.optimizer, scheduler if is_megatrons(scheduler) else None)
-        return _state(self.model, self.optimizer, scheduler, config, self.user_state)
+        state, blueprint = _state(self.model, self.optimizer, scheduler, config, self.user_state)
+        if not self.initial_settings:
+            self.initial_settings.update(state.initial_settings)
+        state.initial_settings = self.initial_settings
+        return state, blueprint
 
 
 def _interface(config: MoetionConfig, environment: Mapping[str, str]) -> tuple[str, str]:

@@ -82,6 +82,9 @@ class MegatronState:
     """The inputs of recent optimizer steps; None where steps are not replayed."""
     has_trained: bool = False
     """Whether an iteration of the run has ended. Captured, and put back; the owner sets it before a capture."""
+    initial_settings: Mapping[str, Any]
+    """See ``initial_settings`` of ``mcore/settings.py``. Captured; the owner puts those of this start in their place
+    where it makes the state only after training has changed some."""
     _recovered_rng: Mapping[str, Any] | None = None
 
     def __init__(
@@ -121,7 +124,7 @@ class MegatronState:
                     model, self.inner_optimizers(), zeroed=self.tokens.discard, stepping=self.tokens.commit
                 )
                 hooks.callback(watch.close)
-            self._initial_settings = initial_settings(self._links, scheduler if is_megatrons(scheduler) else None)
+            self.initial_settings = initial_settings(self._links, scheduler if is_megatrons(scheduler) else None)
             by_link = [list(shards(link)) for link in self._links]
             if log_steps:
                 self.step_log = StepLog(optimizer, self._links, [_sample(of_link) for of_link in by_link])
@@ -174,7 +177,7 @@ class MegatronState:
             "trained": self.has_trained,
             "scheduler": self.scheduler_state(),
             "optimizers": optimizers,
-            "given": self._initial_settings,  # arenas have it under this name
+            "given": self.initial_settings,  # arenas have it under this name
             "steps": self.step_log.state(optimizers) if self.step_log is not None else None,
             "user": self._user_state.state_dict(),
         }
@@ -185,7 +188,7 @@ class MegatronState:
         self._recovered_rng = decoded(state["rng"])
         load_rng_states(self._recovered_rng)
         self.load_scheduler(state["scheduler"])
-        settled = settle(state["given"], self._initial_settings, [f["groups"] for f in state["optimizers"]])
+        settled = settle(state["given"], self.initial_settings, [f["groups"] for f in state["optimizers"]])
         for link, fields, groups in zip(self._links, state["optimizers"], settled.groups, strict=True):
             load_fields(link, {**fields, "groups": groups})
         if settled.acts and is_megatrons(self._scheduler):
