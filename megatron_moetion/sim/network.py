@@ -159,6 +159,12 @@ class SimSocket:
                 end._error = errno.ECONNRESET
                 end._wake()
 
+    def is_between(self, nodes: tuple[int, int] | None) -> bool:
+        """Whether it is one end of a connection, between these nodes where two are named."""
+        if self.peer_of is None or self._is_closed or self.peer_of._process is self._process:
+            return False
+        return nodes is None or {self.node, self.peer_of.node} == {*nodes}
+
     def connect(self, peer: SimSocket) -> None:
         """The two are a connection."""
         self.peer_of, peer.peer_of = peer, self
