@@ -62,6 +62,8 @@ class Begun:
     launched_s: float
     ranks: set[int] = field(default_factory=set)
     lost_tokens: int = 0
+    captured: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By rank and expert: the iteration that its bytes are of (mode ``popularity``)."""
 
 
 @dataclass(kw_only=True)
@@ -94,6 +96,8 @@ class Checker:
         self.vetoed: set[int] = set()
         self.replicas = model.replicas
         self._begun: Begun | None = None
+        self._recoveries: list[Begun] = []
+        """Those that the present history has been through."""
         self._launched_s = 0.0
         self._stable: dict[int, int] = {}
         self._pages: dict[int, int] = {}
@@ -154,8 +158,11 @@ class Checker:
         if rank in begun.ranks:
             raise Violation(f"rank {rank} has started twice")
         begun.ranks.add(rank)
-        self._check_state(rank, iteration, mark, state, counts, lost_tokens if recovered else 0)
+        if lost_tokens != begun.lost_tokens:
+            raise Violation(f"rank {rank} reports {lost_tokens} lost tokens, others {begun.lost_tokens}")
+        self._check_state(begun, rank, iteration, mark, state, counts)
         if len(begun.ranks) == self.model.ranks:
+            self._check_losses(begun)
             self.had_baseline = True
             self.consented = False
             self.claims = [Claim(iteration, self.replicas, begun.launched_s, "all ranks have started")]
@@ -271,14 +278,30 @@ class Checker:
 
     # -- state -----------------------------------------------------------------------------------------
 
+    def _check_losses(self, begun: Begun) -> None:
+        """Shards of an expert are of one iteration, and tokens trained since then are reported as lost, once."""
+        self._recoveries = [r for r in self._recoveries if r.iteration < begun.iteration] if begun.recovered else []
+        for (rank, expert), captured in begun.captured.items():
+            if captured != begun.captured.get((rank % 2, expert)):
+                raise Violation(f"shards of expert {expert} of rank {rank} come from two iterations: {begun.captured}")
+        lost = 0
+        for (rank, expert), captured in begun.captured.items():
+            before = [(r.captured.get((rank, expert), r.iteration), r.iteration) for r in self._recoveries]
+            for i in range(captured + 1, begun.iteration + 1):
+                if not any(a < i <= b for a, b in before):
+                    lost += truth.tokens(rank, i, expert)
+        if lost != begun.lost_tokens:
+            raise Violation(f"{lost} tokens were lost, and {begun.lost_tokens} were reported")
+        self._recoveries.append(begun)
+
     def _check_state(
         self,
+        begun: Begun,
         rank: int,
         iteration: int,
         mark: bytes,
         state: Mapping[str, bytes],
         counts: Sequence[int],
-        lost_tokens: int,
     ) -> None:
         if mark != self.chain[iteration]:
             raise Violation(f"rank {rank} resumes iteration {iteration} of another history")
@@ -290,8 +313,11 @@ class Checker:
                 continue
             if self.model.mode != "popularity" or ".experts." not in name:
                 raise Violation(f"rank {rank} has wrong bytes in {name} at iteration {iteration}")
-            if not any(data == self._state(rank, name, c) for c in range(iteration)):
+            captured = next((c for c in range(iteration - 1, -1, -1) if data == self._state(rank, name, c)), None)
+            if captured is None:
                 raise Violation(f"rank {rank} has bytes of no iteration of this history in {name} at {iteration}")
+            expert = int(name.rpartition(".")[2]) % self.model.experts
+            begun.captured[rank, expert] = captured
 
     def _state(self, rank: int, unit: str, iteration: int) -> bytes:
         if unit == FROZEN:

@@ -146,6 +146,8 @@ class Cluster:
         self.barrier = Barrier(simulator, shape.ranks)
         self.ended = SimEvent(simulator)
         self.exit_codes: list[int | None] = []
+        self.goal = 1 << 40
+        """The iteration at which the run ends."""
         self._seed = seed
         self._folder = folder
         self._machines = 0
@@ -164,6 +166,11 @@ class Cluster:
         )
         machine.make()
         return machine
+
+    def end_after(self, iterations: int) -> None:
+        """Let the run end so many iterations from now, and not before the shape's."""
+        newest = max((r.state.iteration for r in self.ranks), default=0)
+        self.goal = max(self.shape.iterations, newest + iterations)
 
     def launch(self) -> list[int | None]:
         """One attempt, from its processes' start to their end; their exit codes."""
@@ -312,7 +319,7 @@ class Cluster:
 
     def _loop(self, rank: Rank, running: Running, session: Session) -> None:
         shape, state, simulator = self.shape, rank.state, self.simulator
-        while state.iteration < shape.iterations:
+        while state.iteration < self.goal:
             rank.clock.sleep(shape.step_s * 0.9)
             self.barrier.meet(rank.number, state.iteration)
             session.before_optimizer_step()

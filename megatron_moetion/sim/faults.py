@@ -45,6 +45,9 @@ class Fault:
         return ", ".join(parts)
 
 
+SETTLING_S = 15.0
+"""From the end of the last fault until nothing may be seen of it any more, beyond what the calm iterations allow."""
+CALM_ITERATIONS = 40
 KINDS = {
     "kill": 10, "kill-at": 12, "kill-all": 2, "lose-node": 5, "lose-in-recovery": 3, "swap-node": 2, "return-node": 2,
     "stop": 4, "slow": 3, "cut": 6, "cut-one-way": 3, "isolate": 3, "delay": 8, "reset": 14, "damage": 10, "drop": 8,
@@ -87,7 +90,6 @@ class Injector:
         self._referee = referee
         self._simulator = cluster.simulator
         self._chance = random.Random(len(faults) * 31 + cluster.shape.ranks)
-        self._left = len(faults)
         self._is_closed = False
         self._armed: list[Fault] = []
         self._messages: list[Fault] = []
@@ -127,7 +129,8 @@ class Injector:
         cluster.cuts = lambda rank: _Wire(self, rank)
         for fault in faults:
             self._simulator.at(fault.at_s, lambda fault=fault: self._do(fault))  # type: ignore[misc]
-        referee.is_calm = not faults
+        over_s = max((fault.at_s + fault.seconds for fault in faults), default=0.0)
+        self._simulator.at(over_s + SETTLING_S, self._become_calm)
 
     def close(self) -> None:
         """Do nothing any more."""
@@ -142,31 +145,22 @@ class Injector:
     def _do(self, fault: Fault) -> None:
         if self._is_closed:
             return
-        self._left -= 1
         if self._actions[fault.kind](fault):
             self._note(fault)
-        self._become_calm()
 
     def _note(self, fault: Fault) -> None:
         self.counts[fault.kind] += 1
         self._referee.say(str(fault))
 
     def _become_calm(self) -> None:
-        """Once the last fault is over: attempts that begin later are undisturbed."""
-        if not self._left:
-            self._armed.clear()
-            self._messages.clear()
-            wait_s = 60.0
-
-            def calm() -> None:
-                self._cluster.settings.clear()
-
-                def at_launch() -> None:
-                    self._referee.is_calm = True
-
-                self._at_launch.append(at_launch)
-
-            self._simulator.at(self._simulator.now_s + wait_s, calm)
+        """The last fault is over, and so is what it left: training goes on for so long that all must be well again."""
+        if self._is_closed:
+            return
+        self._armed.clear()
+        self._messages.clear()
+        self._referee.say("no fault comes any more")
+        self._referee.is_calm = True
+        self._cluster.end_after(CALM_ITERATIONS)
 
     # -- processes -------------------------------------------------------------------------------------
 

@@ -126,8 +126,8 @@ class Referee(Watcher):
             took_s=took_s,
             num_threads=len(rank.process.tasks),
         )
-        steps = self._steps[rank.number] = self._steps.get(rank.number, 0) + 1
-        if self.is_calm and steps >= CALM_ITERATIONS and rank.state.iteration == self.shape.iterations:
+        steps = self._steps[rank.number] = self._steps.get(rank.number, 0) + self.is_calm
+        if steps >= CALM_ITERATIONS:
             self.checker.calm(rank.number, rank.state.iteration, run.agreement.stable, run.agreement.redundancy)
 
     def _is_full(self, session: Session) -> bool:
@@ -176,7 +176,7 @@ def _train(cluster: Cluster, referee: Referee, injector: Injector) -> None:
     for _ in range(ATTEMPTS_MAX):
         injector.before_launch()
         referee.launching(cluster)
-        limit_s = ATTEMPT_LIMIT_S + 4 * cluster.shape.iterations * cluster.shape.step_s
+        limit_s = ATTEMPT_LIMIT_S
         attempt = cluster.attempt + 1
 
         def judge(attempt: int = attempt, limit_s: float = limit_s) -> None:

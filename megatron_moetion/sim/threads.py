@@ -174,6 +174,8 @@ class SimEvent:
         self._simulator = simulator
         self._is_set = False
         self._waiting: list[Task] = []
+        self._told: list[Task] = []
+        """Those that waited when it came about: they go on although it may have been cleared since."""
 
     def is_set(self) -> bool:
         """See ``Event``."""
@@ -182,6 +184,7 @@ class SimEvent:
     def set(self) -> None:
         """See ``Event``."""
         self._is_set = True
+        self._told += [task for task in self._waiting if task not in self._told]
         for task in self._waiting:
             self._simulator.wake(task)
 
@@ -194,13 +197,15 @@ class SimEvent:
         simulator, me = self._simulator, self._simulator.current
         simulator.check()
         until_s = None if timeout is None else simulator.now_s + timeout
-        while not self._is_set and (until_s is None or simulator.now_s < until_s):
-            self._waiting.append(me)
-            try:
+        self._waiting.append(me)
+        try:
+            while not self._is_set and me not in self._told and (until_s is None or simulator.now_s < until_s):
                 simulator.block("an event", until_s)
-            finally:
-                self._waiting.remove(me)
-        return self._is_set
+            return self._is_set or me in self._told
+        finally:
+            self._waiting.remove(me)
+            if me in self._told:
+                self._told.remove(me)
 
 
 class SimFuture(Future[T]):

@@ -202,7 +202,7 @@ def _region(unit: str, tensor: str, array: npt.NDArray[Any], role: Role, *, at_o
         unit=unit,
         tensor=tensor,
         role=role,
-        dtype="int64" if tensor == "counts" else "int32",
+        dtype="int64" if tensor == "counts" else "float32",
         start=0,
         nbytes=array.nbytes,
         address=array.ctypes.data,

@@ -26,6 +26,7 @@ FLOORS = [
     {"modes"},
     {"run"},
     {"session"},
+    {"sim"},
     {"mcore"},
     {"pretrain"},
     {"megatron_lm"},
