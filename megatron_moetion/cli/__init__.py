@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="moetion", description="Plan a run with MoEtion, look after its memory, draw its traces, or simulate faults.")
+    parser = Parser(
+        prog="moetion",
+        description="Plan a run with MoEtion, look after its memory, draw its traces, or simulate faults.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

@@ -7,9 +7,8 @@ import argparse
 import logging
 import multiprocessing
 import os
-import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -63,7 +62,7 @@ def _run(args: argparse.Namespace) -> int:
         Story(seed=seed, ranks=args.ranks, mode=args.mode, faults=args.faults, kept=kept)
         for seed in range(args.first, args.first + args.seeds)
     ]
-    say = (lambda text: None) if args.json else (lambda text: print(text, flush=True))
+    say = _silent if args.json else _say
     totals, failures, attempts, checks = Counter[str](), list[dict[str, Any]](), 0, 0
     for story, outcome in _played(stories, args.jobs):
         totals += outcome.faults
@@ -94,7 +93,21 @@ def _run(args: argparse.Namespace) -> int:
     return 1 if failures else 0
 
 
-def _failure(story: Story, outcome: Outcome, args: argparse.Namespace, shortened: Any, say: Any) -> dict[str, Any]:
+def _say(text: str) -> None:
+    print(text, flush=True)
+
+
+def _silent(text: str) -> None:
+    """Standard output is for the document."""
+
+
+def _failure(
+    story: Story,
+    outcome: Outcome,
+    args: argparse.Namespace,
+    shortened: Callable[[Story], Story],
+    say: Callable[[str], None],
+) -> dict[str, Any]:
     say(f"  {outcome.problem}\n  repeat it: {story.line}")
     short = story if args.no_shrink else shortened(story)
     if short is not story:
@@ -110,7 +123,7 @@ def _played(stories: list[Story], jobs: int) -> Iterator[tuple[Story, Outcome]]:
             yield from zip(stories, map(_play, stories), strict=True)
         return
     context = multiprocessing.get_context("spawn")  # simulated threads and a fork do not go together
-    with ProcessPoolExecutor(jobs, mp_context=context, max_tasks_per_child=50) as pool:
+    with ProcessPoolExecutor(jobs, mp_context=context) as pool:
         yield from zip(stories, pool.map(_play_pinned, stories), strict=True)
 
 

@@ -89,8 +89,8 @@ class Checker:
         self.had_baseline = False
         self.consented = False
         """A person has agreed to begin from nothing."""
-        self.on_disk: dict[int, bytes] = {}
-        """Checkpoints on disk: marks by iteration."""
+        self.on_disk: dict[int, tuple[bytes, ...]] = {}
+        """Checkpoints on disk: by iteration, the history that led there."""
         self.reachable: int | None = None
         """What memory held at the launch of this attempt, by a naive look; None: unknown."""
         self.vetoed: set[int] = set()
@@ -149,9 +149,10 @@ class Checker:
                 lost_tokens=lost_tokens,
             )
             self._judge_start(begun)
-            self.chain = self.chain[: iteration + 1] if recovered or iteration else [truth.START]
-            if not recovered and iteration:
-                self.chain[iteration:] = [self.on_disk[iteration]]
+            if recovered:
+                self.chain = self.chain[: iteration + 1]
+            else:
+                self.chain = list(self.on_disk[iteration]) if iteration else [truth.START]
         here = (begun.iteration, begun.recovered, begun.epoch)
         if (iteration, recovered, epoch) != here:
             raise Violation(f"rank {rank} starts at {(iteration, recovered, epoch)}, others at {here}")
@@ -189,6 +190,15 @@ class Checker:
                 raise Violation(f"loaded {begun.iteration} from disk, and {floor} stands; losses {self.losses[-5:]}")
         elif self.had_baseline and not self.consented:
             raise Violation("began from nothing, and there was a state to lose")
+
+    def stable_history(self) -> tuple[bytes, ...]:
+        """The present history, as far as some rank knows it to be stable."""
+        stable = max(self._stable.values(), default=max((c.stable for c in self.claims), default=0))
+        return tuple(self.chain[: stable + 1])
+
+    def is_past(self, history: Sequence[bytes]) -> bool:
+        """Whether the present history has gone on from this one."""
+        return tuple(self.chain[: len(history)]) == tuple(history)
 
     def floor(self) -> Claim | None:
         """The strongest claim that still stands."""
@@ -265,6 +275,10 @@ class Checker:
         if redundancy and set(entry.known.values()) == {stable}:
             self.claims.append(Claim(stable, redundancy, since_s, f"redundancy said in round {heard}"))
 
+    def saved_on_disk(self, iteration: int) -> None:
+        """A checkpoint of this iteration is complete."""
+        self.on_disk[iteration] = tuple(self.chain[: iteration + 1])
+
     def vetoes(self, iteration: int) -> None:
         """A rank has called this iteration unhealthy."""
         self.vetoed |= {iteration - 1, iteration}
@@ -338,9 +352,7 @@ class Checker:
         return words
 
     def _counts(self, rank: int, iteration: int) -> list[int]:
-        return [
-            sum(truth.tokens(rank, i, e) for i in range(1, iteration + 1)) for e in range(self.model.experts)
-        ]
+        return [sum(truth.tokens(rank, i, e) for i in range(1, iteration + 1)) for e in range(self.model.experts)]
 
     # -- arenas ----------------------------------------------------------------------------------------
 

@@ -6,9 +6,8 @@ Each rank runs the production code: fabric, ``prepare``, ``Starter``, ``Session`
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,7 @@ from megatron_moetion.modes.full import FullBlueprint
 from megatron_moetion.modes.mode import Blueprint
 from megatron_moetion.modes.popularity import PopularityBlueprint
 from megatron_moetion.recover.disk import Disk
-from megatron_moetion.replicate.connection import Cuts
+from megatron_moetion.replicate.connection import NO_CUTS, Cuts
 from megatron_moetion.replicate.fabric import SocketFabric
 from megatron_moetion.replicate.link import Timing
 from megatron_moetion.replicate.witness import StoreWitness
@@ -34,7 +33,7 @@ from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
 from megatron_moetion.sim.memory import Machine, SimNode
 from megatron_moetion.sim.network import Network, SimKernel
-from megatron_moetion.sim.schedule import Killed, Process, Simulator, Stuck
+from megatron_moetion.sim.schedule import Killed, Process, Simulator
 from megatron_moetion.sim.threads import SimClock, SimEvent, SimThreads
 from megatron_moetion.sim.trainee import Descender, Trainee
 from megatron_moetion.snapshot.packer import HostPool, Packer
@@ -60,6 +59,8 @@ class Shape:
     iterations: int = 40
     experts: int = 2
     step_s: float = 0.4
+    save_every: int = 0
+    """Iterations between checkpoints on disk; 0: there are none."""
 
     @property
     def nodes(self) -> int:
@@ -82,6 +83,9 @@ class Watcher:
     def saved(self, rank: Rank, session: Session, took_s: float) -> None:
         """``on_step_end`` has returned."""
 
+    def on_disk(self, iteration: int) -> None:
+        """A checkpoint on disk is complete."""
+
     def failed(self, rank: Rank, error: MoetionError) -> None:
         """A rank ends with an error of the runtime."""
 
@@ -100,6 +104,15 @@ class Rank:
     threads: SimThreads
     slow_pack_s: float = 0.0
     unhealthy: bool = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Saved:
+    """One rank's part of a checkpoint on disk."""
+
+    mark: bytes
+    arrays: Mapping[str, bytes]
+    counts: tuple[int, ...]
 
 
 @dataclass(eq=False)
@@ -138,9 +151,11 @@ class Cluster:
         self.watcher = watcher
         self.settings: dict[str, Any] = {}
         """Changes to the run's settings, from the next attempt on."""
-        self.cuts: Callable[[Rank], Cuts] | None = None
+        self.cuts: Callable[[Rank], Cuts] = lambda rank: NO_CUTS
         self.probes: Callable[[Rank, str, int], None] = lambda rank, point, iteration: None
-        self.disk: Callable[[Rank], Disk] = lambda rank: Disk()
+        self.disk: dict[int, dict[int, Saved]] = {}
+        """Checkpoints on disk: by iteration, the state of each rank. They appear when they are complete."""
+        self._saving: dict[tuple[int, int], dict[int, Saved]] = {}
         self.attempt = -1
         self.ranks: list[Rank] = []
         self.barrier = Barrier(simulator, shape.ranks)
@@ -161,9 +176,7 @@ class Cluster:
         """An empty one."""
         number = self._machines
         self._machines += 1
-        machine = Machine(
-            simulator=self.simulator, key=f"m{number}", number=number, folder=self._folder / f"m{number}"
-        )
+        machine = Machine(simulator=self.simulator, key=f"m{number}", number=number, folder=self._folder / f"m{number}")
         machine.make()
         return machine
 
@@ -291,7 +304,7 @@ class Cluster:
             clock=rank.clock,
             threads=rank.threads,
             kernel=rank.kernel,
-            **({"cuts": self.cuts(rank)} if self.cuts is not None else {}),
+            cuts=self.cuts(rank),
         )
         prepared = prepare(
             config=config,
@@ -311,7 +324,7 @@ class Cluster:
             witness=StoreWitness(self._witness, RUN_ID, is_first=True),
             host=self._host(rank),
         )
-        running, resumed = Starter(prepared).start(self.disk(rank))
+        running, resumed = Starter(prepared).start(self._disk(rank))
         session = Session(running)
         self.watcher.started(rank, running, resumed)
         self._loop(rank, running, session)
@@ -331,7 +344,34 @@ class Cluster:
             session.on_step_end(state.iteration, healthy=not rank.unhealthy)
             rank.unhealthy = False
             self.watcher.saved(rank, session, simulator.now_s - began_s)
+            if shape.save_every and not state.iteration % shape.save_every:
+                self._save(rank)
         session.drain()
+
+    def _save(self, rank: Rank) -> None:
+        state = rank.state
+        part = self._saving.setdefault((rank.attempt, state.iteration), {})
+        part[rank.number] = Saved(
+            mark=state.mark,
+            arrays={name: array.tobytes() for name, array in state.arrays.items()},
+            counts=tuple(state.counts.tolist()),
+        )
+        if len(part) == self.shape.ranks:
+            self.disk[state.iteration] = part
+            self.watcher.on_disk(state.iteration)
+
+    def _disk(self, rank: Rank) -> Disk:
+        def newest() -> int | None:
+            return max(self.disk, default=None)
+
+        def load() -> int | None:
+            found = newest()
+            if found is not None:
+                saved = self.disk[found][rank.number]
+                rank.state.load(found, saved.mark, saved.arrays, saved.counts)
+            return found
+
+        return Disk(load=load, newest=newest) if self.shape.save_every else Disk()
 
     def _host(self, rank: Rank) -> Host:
         per_node = self.shape.ranks_per_node

@@ -94,7 +94,8 @@ class Injector:
         self._armed: list[Fault] = []
         self._messages: list[Fault] = []
         self._at_launch: list[Callable[[], None]] = []
-        self._away: list[Machine] = []
+        self._away: list[tuple[Machine, tuple[bytes, ...]]] = []
+        """Nodes that were taken out, and the history up to what was stable then."""
         self._skip: dict[tuple[int, int], int] = {}
         self._actions: dict[str, Callable[[Fault], bool]] = {
             "kill": self._kill,
@@ -270,18 +271,24 @@ class Injector:
         for rank in cluster.ranks:
             if rank.machine is machine:
                 self._end(rank)
-        self._away.append(machine)
+        self._away.append((machine, self._referee.checker.stable_history()))
         self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
         cluster.machines[fault.rank] = cluster.new_machine()
         return True
 
     def _return_node(self, fault: Fault) -> bool:
-        """A node that was taken out is back, with memory as old as then, in the place of another one."""
+        """A node that was taken out is back, with memory as old as then, in the place of another one.
+
+        One of a history that the run has not gone on from stays away: that takes the loss of all later copies before,
+        and then memory alone cannot tell which of two histories is the present one.
+        """
         if not self._away:
             return False
-        old = self._away.pop(0)
+        old, history = self._away.pop(0)
 
         def at_launch() -> None:
+            if not self._referee.checker.is_past(history):
+                return
             machine = self._cluster.machines[fault.rank]
             self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
             self._cluster.machines[fault.rank] = old

@@ -14,7 +14,6 @@ from typing import cast
 import numpy as np
 
 from megatron_moetion.arrays import Bytes
-from megatron_moetion.clock import Clock
 from megatron_moetion.errors import CorruptArena, StoreError
 from megatron_moetion.sim.schedule import Process, Simulator
 from megatron_moetion.store.arena import Arena, first_bytes, read_arena

@@ -134,6 +134,11 @@ class Referee(Watcher):
         holders = session.running.pipeline.holders()
         return sum(h.is_active for h in holders) >= session.running.replicas
 
+    def on_disk(self, iteration: int) -> None:
+        """See ``Watcher``."""
+        self.say(f"disk has iteration {iteration}")
+        self.checker.saved_on_disk(iteration)
+
     def failed(self, rank: Rank, error: MoetionError) -> None:
         """See ``Watcher``."""
         self.say(f"rank {rank.number} ends: {type(error).__name__}: {str(error)[:300]}")

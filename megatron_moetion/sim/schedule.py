@@ -8,6 +8,7 @@ who goes on, and of what is due at which virtual moment. Time passes only while 
 
 from __future__ import annotations
 
+import _thread
 import heapq
 import random
 import struct
@@ -16,8 +17,6 @@ import zlib
 from collections.abc import Callable
 from contextlib import suppress
 
-STACK_BYTES = 512 << 10
-"""Of a simulated thread; the runtime's calls are not deep."""
 _STEP_S = 2e-6
 """What a thread takes each time it goes on, so that nobody can turn round and round at one moment."""
 _STEPS_AT_ONCE_MAX = 200_000
@@ -109,8 +108,7 @@ class Simulator:
                 self.wake(other)
             self._hand_over()
 
-        thread = threading.Thread(target=run, name=f"{process.name}/{name}", daemon=True)
-        thread.start()
+        _thread.start_new_thread(run, ())  # ``threading.Thread`` waits until the thread has begun, which takes longer
         self._ready.append(task)
         return task
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A seed's story: the run and the faults that follow from it, the line that repeats it, and a shorter one that fails."""
+"""A seed's story: the run and its faults, the line that repeats it, and a shorter story that fails too."""
 
 from __future__ import annotations
 
@@ -42,6 +42,7 @@ class Story:
             ranks_per_node=per_node,
             replicas=replicas,
             schedule=schedule,
+            save_every=chance.choice((0, 0, 11)),
         )
 
     def all_faults(self) -> list[Fault]:

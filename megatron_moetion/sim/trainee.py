@@ -4,7 +4,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -59,6 +59,13 @@ class Trainee:
 
     def _change(self) -> None:
         self._fill()
+
+    def load(self, iteration: int, mark: bytes, arrays: Mapping[str, bytes], counts: Sequence[int]) -> None:
+        """From a checkpoint on disk."""
+        self.iteration, self.mark = iteration, mark
+        for name, data in arrays.items():
+            self.arrays[name][:] = np.frombuffer(data, dtype=np.uint8)
+        self.counts[:] = counts
 
     # -- StateAdapter ----------------------------------------------------------------------------------
 
