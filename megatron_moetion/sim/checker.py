@@ -283,8 +283,10 @@ class Checker:
         """A rank has called this iteration unhealthy."""
         self.vetoed |= {iteration - 1, iteration}
 
-    def calm(self, rank: int, iteration: int, stable: int, redundancy: int) -> None:
-        """Nothing has gone wrong for long."""
+    def calm(self, rank: int, iteration: int, stable: int, redundancy: int, *, is_found: bool) -> None:
+        """Nothing has gone wrong for long. ``is_found``: whether the rank's arena stands under its name."""
+        if not is_found:
+            raise Violation(f"no fault for long, and a restart would not find the arena of rank {rank}")
         if iteration - stable > LAG_MAX:
             raise Violation(f"no fault for long, and rank {rank} is at {iteration} with {stable} stable")
         if redundancy < self.replicas:

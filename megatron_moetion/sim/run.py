@@ -128,7 +128,13 @@ class Referee(Watcher):
         )
         steps = self._steps[rank.number] = self._steps.get(rank.number, 0) + self.is_calm
         if steps >= CALM_ITERATIONS:
-            self.checker.calm(rank.number, rank.state.iteration, run.agreement.stable, run.agreement.redundancy)
+            self.checker.calm(
+                rank.number,
+                rank.state.iteration,
+                run.agreement.stable,
+                run.agreement.redundancy,
+                is_found=f"rank{rank.number:05d}.arena" in rank.machine.files,
+            )
 
     def _is_full(self, session: Session) -> bool:
         holders = session.running.pipeline.holders()

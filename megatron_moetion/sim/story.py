@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moetion.sim.cluster import Shape
-from megatron_moetion.sim.faults import Fault, draw
+from megatron_moetion.sim.faults import KINDS, Fault, draw
 from megatron_moetion.sim.run import Outcome, run
 
 RUNS_MAX = 80
@@ -25,6 +25,8 @@ class Story:
     ranks: int
     mode: str = "any"
     faults: int = 60
+    kinds: tuple[str, ...] = ()
+    """Of its faults; none named: all."""
     kept: tuple[int, ...] | None = None
 
     @property
@@ -47,7 +49,7 @@ class Story:
 
     def all_faults(self) -> list[Fault]:
         """The faults that are drawn."""
-        return draw(self.seed, self.shape, self.faults)
+        return draw(self.seed, self.shape, self.faults, kinds=self.kinds or tuple(KINDS))
 
     def chosen(self) -> list[Fault]:
         """Those that take place."""
@@ -61,10 +63,11 @@ class Story:
     @property
     def line(self) -> str:
         """What repeats it, in a shell."""
+        kinds = f" --kinds {','.join(self.kinds)}" if self.kinds else ""
         kept = "" if self.kept is None else f" --keep {','.join(map(str, self.kept)) or 'none'}"
         return (
             f"moetion simulate --first {self.seed} --seeds 1 --ranks {self.ranks} --mode {self.mode} "
-            f"--faults {self.faults}{kept}"
+            f"--faults {self.faults}{kinds}{kept}"
         )
 
 

@@ -73,6 +73,9 @@ PURE = [
     "plan/parallel.py",
     "plan/presets.py",
     "plan/shape.py",
+    "sim/checker.py",
+    "sim/reader.py",
+    "sim/truth.py",
 ]
 IMPURE_MODULES = {
     "torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess",
