@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from megatron_moetion.cli import clean, export, list_runs, plan, report, status, verify
+from megatron_moetion.cli import clean, export, list_runs, plan, report, simulate, status, verify
 from megatron_moetion.cli.parser import Parser
 from megatron_moetion.errors import MoetionError
 
@@ -20,6 +20,7 @@ COMMANDS = (
     export,
     clean,
     report,
+    simulate,
 )
 """In the order of ``moetion --help``. Each has ``add(commands)``, which sets ``run``: arguments to an exit code."""
 
@@ -43,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(prog="moetion", description="Plan a run with MoEtion, look after its memory, or draw its traces.")
+    parser = Parser(
+        prog="moetion",
+        description="Plan a run with MoEtion, look after its memory, draw its traces, or simulate faults.",
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     for command in COMMANDS:
         command.add(commands)

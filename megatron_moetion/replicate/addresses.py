@@ -4,7 +4,6 @@
 from __future__ import annotations
 
 import json
-import secrets
 import socket
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -48,17 +47,20 @@ class Directory:
             self._prefix = f"{_PREFIX}/{store.add(f'{_PREFIX}/times/{rank}', 1)}"
         self.token = b""
 
-    def join(self, host: str, port: int, ranks_per_host: int, timeout_s: float) -> Job:
-        """Say where this rank listens; learn of the job. Rank 0 decides. ``ChannelError`` after the timeout."""
+    def join(self, host: str, port: int, ranks_per_host: int, timeout_s: float, *, token: bytes) -> Job:
+        """Say where this rank listens; learn of the job. ``ChannelError`` after the timeout.
+
+        Rank 0 decides: ``token`` is random bytes, of which those of rank 0 become the job's.
+        """
         with _errors():
             self._store.set(f"{self._prefix}/at/{self._rank}", json.dumps([host, port]))
             if self._rank == 0:
-                job = json.dumps([secrets.token_hex(32), ranks_per_host])
+                job = json.dumps([token.hex(), ranks_per_host])
                 self._store.set(f"{self._prefix}/job", job)
             else:
                 job = self._get("job", "rank 0", timeout_s)
-        token, ranks_per_host = json.loads(job)
-        self.token = bytes.fromhex(token)
+        told, ranks_per_host = json.loads(job)
+        self.token = bytes.fromhex(told)
         return Job(token=self.token, ranks_per_host=int(ranks_per_host))
 
     def find(self, peer: int, timeout_s: float) -> tuple[str, int]:

@@ -57,7 +57,7 @@ class Agreement:
         self._reducer = reducer
         self._iterations = {-1: iteration}
         """The iteration of each snapshot, by number, as far back as a result may reach."""
-        self._heard = -1
+        self.heard = -1
         """The last round whose result has come."""
         self._open: set[int] = set()
         self._vetoed: set[int] = set()
@@ -100,7 +100,7 @@ class Agreement:
         """
         number = self._number + 1
         self._iterations[number] = iteration
-        heard = self._heard
+        heard = self.heard
         self._iterations = {
             n: i
             for n, i in self._iterations.items()
@@ -126,7 +126,7 @@ class Agreement:
 
     def _learn(self, result: Reduced) -> Agreed:
         able, alive, votes, redundancy = result.words
-        self._heard = result.number
+        self.heard = result.number
         recent = self._recent(result.number)
         able &= bits_of(self._open, recent)  # what was given up stays so: its captures may be gone
         newest = newest_common(able, recent)

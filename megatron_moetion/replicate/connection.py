@@ -14,6 +14,7 @@ from megatron_moetion.arrays import Bytes
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Gate
+from megatron_moetion.replicate.kernel import Kernel, Socket
 
 PROGRESS_S = 10.0
 """A send or receive under way fails where no byte moves for so long."""
@@ -65,12 +66,13 @@ class SocketConnection:
 
     def __init__(
         self,
-        sock: socket.socket,
+        sock: Socket,
         rank: int,
         peer: int,
         purpose: str,
         *,
         clock: Clock,
+        kernel: Kernel,
         progress_s: float,
         unsent_bytes: int,
         cuts: Cuts,
@@ -80,6 +82,7 @@ class SocketConnection:
         self.purpose = purpose
         self._socket = sock
         self._clock = clock
+        self._kernel = kernel
         self._progress_s = progress_s
         self._cuts = cuts
         self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
@@ -124,7 +127,7 @@ class SocketConnection:
             if not self._users:
                 self._socket.close()
 
-    def detach(self) -> socket.socket:
+    def detach(self) -> Socket:
         """The socket itself, non-blocking: it is the caller's from now on, and this connection is closed."""
         with self._lock:
             assert not self._users, "somebody uses this connection"
@@ -141,6 +144,7 @@ class SocketConnection:
             self.peer,
             self.purpose,
             clock=self._clock,
+            kernel=self._kernel,
             progress_s=self._progress_s,
             unsent_bytes=self._most_unsent_bytes,
             cuts=self._cuts,
@@ -207,9 +211,7 @@ class SocketConnection:
             first = _passed(views, first, taken)
 
     def _wait(self, event: int, timeout_s: float) -> None:
-        poll = select.poll()
-        poll.register(self._socket, event)
-        if not poll.poll(timeout_s * 1000):
+        if not self._kernel.wait(self._socket, event, timeout_s):
             raise TimeoutError(f"nothing moved for {timeout_s:g} s")
 
     def _allow_unsent(self, nbytes: int) -> None:
@@ -250,7 +252,7 @@ def _slices(parts: Sequence[Bytes], slice_bytes: int) -> Iterator[list[memoryvie
         yield views
 
 
-def _tune(sock: socket.socket, progress_s: float) -> None:
+def _tune(sock: Socket, progress_s: float) -> None:
     """No byte waits for more to come, and a peer that has gone without a word is noticed."""
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, int(progress_s * 1000))

@@ -20,11 +20,9 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import random
 import selectors
 import socket
 import struct
-import threading
 import zlib
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
@@ -37,10 +35,11 @@ from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.replicate.connection import NO_CUTS, Cuts, SocketConnection
+from megatron_moetion.replicate.kernel import Socket
 from megatron_moetion.replicate.rounds import KEPT, Kind, Merge, Rounds, Say
 from megatron_moetion.replicate.sockets import JOIN_S, SocketMesh
 from megatron_moetion.replicate.tree import ARITY, place_of
-from megatron_moetion.replicate.worker import Threads
+from megatron_moetion.replicate.worker import Thread, Threads
 
 PURPOSE = "control"
 HEARTBEAT_S = 1.0
@@ -54,8 +53,6 @@ QUEUED_BYTES_MAX = 2 * FRAME_BYTES_MAX
 DIAL_S = 5.0
 FLUSH_S = 2.0
 """What a fabric that is closed gives its last words to leave."""
-_CHANCE = random.SystemRandom()
-"""Training's own generators are part of its state: nothing may be drawn from them here."""
 _REDIAL_S = (0.05, 1.0)
 _LENGTH = struct.Struct("<I")
 _HEAD = struct.Struct("<III")
@@ -127,7 +124,7 @@ class _Neighbour:
     is_parent: bool = False
     is_watched: bool = False
     """In the tree of all ranks: its silence is told of."""
-    socket: socket.socket | None = None
+    socket: Socket | None = None
     is_dialling: bool = False
     dial_at_s: float = 0.0
     pause_s: float = _REDIAL_S[0]
@@ -169,15 +166,14 @@ class Control:
         self._silent: dict[int, float] = {}
         self._beat_s = clock.monotonic()
         self._flush_s = 0.0
-        self._thread: threading.Thread | None = None
+        self._thread: Thread | None = None
         if mesh is not None:
-            self._selector = selectors.DefaultSelector()
-            self._wake_out, self._wake_in = socket.socketpair()
+            self._selector = mesh.kernel.selector()
+            self._wake_out, self._wake_in = mesh.kernel.pair()
             for end in (self._wake_out, self._wake_in):
                 end.setblocking(False)
             self._selector.register(self._wake_out, selectors.EVENT_READ, None)
-            self._thread = threading.Thread(target=self._run, name="moetion-control", daemon=True)
-            self._thread.start()
+            self._thread = threads.start(self._run, "moetion-control")
             mesh.serve(PURPOSE, self._adopt)
 
     def join(
@@ -297,7 +293,7 @@ class Control:
         neighbour.queued_bytes += len(frame)
 
     def _wake(self) -> None:
-        if self._thread is not None and threading.current_thread() is not self._thread:
+        if self._thread is not None and not self._thread.is_current:
             with contextlib.suppress(OSError):  # full: it is awake
                 self._wake_in.send(b"\0")
 
@@ -312,7 +308,8 @@ class Control:
         neighbour.arrived.clear()
         neighbour.queued.clear()
         neighbour.queued_bytes = 0
-        neighbour.dial_at_s = self._clock.monotonic() + neighbour.pause_s * _CHANCE.uniform(0.5, 1.0)
+        assert self._mesh is not None, "a rank that is alone has no neighbours"
+        neighbour.dial_at_s = self._clock.monotonic() + neighbour.pause_s * self._mesh.kernel.between(0.5, 1.0)
         neighbour.pause_s = min(_REDIAL_S[1], neighbour.pause_s * 2)
 
     # -- the thread ------------------------------------------------------------------------------------

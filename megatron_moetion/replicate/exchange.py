@@ -50,7 +50,7 @@ class SocketChannel:
         out: Mapping[int, deque[memoryview]],
         into: Mapping[int, deque[memoryview]],
     ) -> None:
-        with selectors.DefaultSelector() as selector:
+        with self._mesh.kernel.selector() as selector:
             for peer, connection in connections.items():
                 _watch(selector, connection, out.get(peer), into.get(peer))
             while selector.get_map():

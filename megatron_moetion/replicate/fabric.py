@@ -13,16 +13,19 @@ from torch import distributed as dist
 from megatron_moetion.clock import Clock
 from megatron_moetion.config import flag_of
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.replicate.addresses import Directory, own_address
+from megatron_moetion.replicate.addresses import Directory
 from megatron_moetion.replicate.channel import Address, Channel, Combine, Connection, Mesh, Message
 from megatron_moetion.replicate.connection import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts
 from megatron_moetion.replicate.control import HEARTBEAT_S, Control
 from megatron_moetion.replicate.exchange import SocketChannel
+from megatron_moetion.replicate.kernel import SYSTEM_KERNEL, Kernel
 from megatron_moetion.replicate.reducer import TreeReducer
 from megatron_moetion.replicate.sockets import SocketMesh
 from megatron_moetion.replicate.tree import ARITY
 from megatron_moetion.replicate.worker import Threads
 
+TOKEN_BYTES = 32
+"""Of what keeps jobs apart that share a network."""
 _COLLECTIVES_KEPT = 4
 """Collective calls without a result that are remembered: a rank that timed out in more than these gives them up."""
 
@@ -45,6 +48,7 @@ class SocketFabric:
         interface: str = "",
         interface_setting: str = flag_of("moetion_network_interface"),
         master: str = "",
+        kernel: Kernel = SYSTEM_KERNEL,
         cuts: Cuts = NO_CUTS,
         heartbeat_s: float = HEARTBEAT_S,
         arity: int = ARITY,
@@ -61,19 +65,23 @@ class SocketFabric:
         if world_size == 1:
             control = Control(None, rank, ranks_per_host=1, clock=clock, threads=threads)
             return cls(rank, 1, AloneMesh(), AloneChannel(), control, timeout_s, (), Address(interface="", host=""))
-        address = own_address(interface, master, is_one_host=world_size <= ranks_per_host, setting=interface_setting)
+        is_one_host = world_size <= ranks_per_host
+        address = kernel.address(interface, master, is_one_host=is_one_host, setting=interface_setting)
         directory = Directory(store, rank, clock)
         mesh = SocketMesh(
             rank,
             world_size,
             directory,
             clock=clock,
+            threads=threads,
+            kernel=kernel,
             progress_s=min(timeout_s, progress_s),
             unsent_bytes=min(UNSENT_BYTES, in_flight_bytes),
             cuts=cuts,
         )
         try:
-            job = directory.join(address.host, mesh.port, ranks_per_host, timeout_s)
+            token = kernel.random_bytes(TOKEN_BYTES)
+            job = directory.join(address.host, mesh.port, ranks_per_host, timeout_s, token=token)
             control = Control(
                 mesh,
                 rank,

@@ -7,7 +7,6 @@ then receives, then verifies and lists: cut short anywhere, the arena still has 
 
 from __future__ import annotations
 
-import threading
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -29,6 +28,7 @@ from megatron_moetion.replicate.frames import (
     send_frame,
 )
 from megatron_moetion.replicate.mirror import Received, decode_update, plain, update_bytes_max
+from megatron_moetion.replicate.worker import Lock, Threads
 from megatron_moetion.snapshot.digest import num_chunks_of, scatter_digests, verify
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
@@ -56,6 +56,7 @@ class Holder:
         node: NodeFolder,
         pool: HostPool,
         probe: Callable[[str, int], None],
+        threads: Threads,
         timeout_s: float = 120.0,
         idle_s: float = 3600.0,
     ) -> None:
@@ -67,11 +68,11 @@ class Holder:
         self._probe = probe
         self._timeout_s = timeout_s
         self._idle_s = idle_s
-        self._guard = threading.Lock()
-        self._making = threading.Lock()
+        self._guard = threads.lock()
+        self._making = threads.lock()
         self._is_quiet = False
         self._connections: dict[int, Connection] = {}
-        self._in_use: dict[int, threading.Lock] = defaultdict(threading.Lock)
+        self._in_use: dict[int, Lock] = defaultdict(threads.lock)
         """By owner: held while its arena here is used. One thread at a time uses it."""
         mesh.serve(PURPOSE, self._handle)
 

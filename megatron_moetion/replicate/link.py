@@ -22,6 +22,7 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection, Gate, Mesh
 from megatron_moetion.replicate.frames import PURPOSE, Frame, Kind, Opening, receive_frame, send_frame
 from megatron_moetion.replicate.mirror import Difference, Update, among, difference, plain, table_of
+from megatron_moetion.replicate.worker import Lock
 from megatron_moetion.snapshot.digest import gather_digests, num_chunks_of
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
@@ -74,11 +75,11 @@ class Turns:
     followed it at once would send twice as fast as it says. ``count``: links that share an iteration.
     """
 
-    def __init__(self, pacing: Pacing, count: int) -> None:
+    def __init__(self, pacing: Pacing, count: int, lock: Lock) -> None:
         self.gate = pacing.gate
         self._pacing = pacing
         self._count = count
-        self._lock = threading.Lock()
+        self._lock = lock
 
     @contextmanager
     def transfer(

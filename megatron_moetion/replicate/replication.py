@@ -101,7 +101,7 @@ class Replication:
         self._clock = clock
         self._threads = threads
         self._timing = timing if timing is not None else Timing(answer_s=timeout_s)
-        self._turns = Turns(pacing, len(placement.holders[rank]))
+        self._turns = Turns(pacing, len(placement.holders[rank]), threads.lock())
         self._substitutes = substitutes_of(rank, placement)
         self._changed = threads.condition()
         self._links: dict[int, Link] = {}

@@ -24,8 +24,6 @@ import contextlib
 import hashlib
 import hmac
 import logging
-import os
-import random
 import socket
 import struct
 import threading
@@ -37,16 +35,15 @@ from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.addresses import Directory
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.replicate.connection import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts, SocketConnection
+from megatron_moetion.replicate.kernel import SYSTEM_KERNEL, Kernel, Socket
+from megatron_moetion.replicate.worker import Thread, Threads
 
 MAGIC = b"MOETNET1"
 HELLO_S = 5.0
 """What a hello, or its answer, may take."""
 JOIN_S = 0.3
 """What threads get to end when a mesh is closed or abandoned, all of them together."""
-_CHANCE = random.SystemRandom()
-"""Training's own generators are part of its state: nothing may be drawn from them here."""
 _HEAD = struct.Struct("<8sII16sB")
-_BACKLOG = 1024
 _STRANGERS = 256
 """Connections whose hello is awaited at once; more are closed."""
 _RETRY_S = (0.02, 0.5)
@@ -66,6 +63,8 @@ class SocketMesh:
         directory: Directory,
         *,
         clock: Clock,
+        threads: Threads,
+        kernel: Kernel = SYSTEM_KERNEL,
         progress_s: float = PROGRESS_S,
         hello_s: float = HELLO_S,
         unsent_bytes: int = UNSENT_BYTES,
@@ -75,6 +74,8 @@ class SocketMesh:
         self.world_size = world_size
         self._directory = directory
         self._clock = clock
+        self._of_threads = threads
+        self.kernel = kernel
         self._progress_s = progress_s
         self._hello_s = hello_s
         self._unsent_bytes = unsent_bytes
@@ -82,10 +83,10 @@ class SocketMesh:
         self._handlers: dict[str, Callable[[SocketConnection], None]] = {}
         self._lock = threading.RLock()  # a signal handler may abandon what this thread is in the middle of
         self._open: set[SocketConnection] = set()
-        self._threads: set[threading.Thread] = set()
+        self._threads: set[Thread] = set()
         self._strangers = 0
-        self._is_closed = threading.Event()
-        self._listener = _listen()
+        self._is_closed = threads.event()
+        self._listener = kernel.listen()
         self.port = int(self._listener.getsockname()[1])
         self.start(self._accept, "moetion-listen")
 
@@ -100,7 +101,7 @@ class SocketMesh:
                 return self._dial_once(peer, purpose, max(0.05, left_s))
             except (OSError, ChannelError) as error:
                 pause_s = min(longest_s, pause_s * 2)
-                wait_s = pause_s * _CHANCE.uniform(0.5, 1.0)
+                wait_s = pause_s * self.kernel.between(0.5, 1.0)
                 if self._is_closed.is_set() or self._clock.monotonic() + wait_s >= deadline_s:
                     raise ChannelError(f"rank(s) [{peer}] cannot be reached: {error}") from error
             self._is_closed.wait(wait_s)
@@ -120,7 +121,7 @@ class SocketMesh:
             connection.close()
         deadline_s = self._clock.monotonic() + JOIN_S
         for thread in threads:
-            if thread is not threading.current_thread():
+            if not thread.is_current:
                 thread.join(max(0.0, deadline_s - self._clock.monotonic()))
 
     close = abandon
@@ -130,7 +131,7 @@ class SocketMesh:
     def _dial_once(self, peer: int, purpose: str, timeout_s: float) -> SocketConnection:
         place = self._directory.find(peer, timeout_s)
         limit_s = min(timeout_s, self._hello_s)
-        sock = socket.create_connection(place, timeout=limit_s)
+        sock = self.kernel.dial(place, limit_s)
         try:
             deadline_s = self._clock.monotonic() + limit_s
             challenge = self._read(sock, _CHALLENGE_BYTES, deadline_s)
@@ -145,19 +146,20 @@ class SocketMesh:
 
     def _hello(self, peer: int, purpose: str, challenge: bytes) -> bytes:
         name = purpose.encode("ascii")
-        text = _HEAD.pack(MAGIC, self.rank, peer, os.urandom(16), len(name)) + name
+        text = _HEAD.pack(MAGIC, self.rank, peer, self.kernel.random_bytes(16), len(name)) + name
         return text + self._mac(challenge + text)
 
     def _mac(self, text: bytes) -> bytes:
         return hmac.digest(self._directory.token, text, hashlib.sha256)
 
-    def _take(self, sock: socket.socket, peer: int, purpose: str) -> SocketConnection:
+    def _take(self, sock: Socket, peer: int, purpose: str) -> SocketConnection:
         connection = SocketConnection(
             sock,
             self.rank,
             peer,
             purpose,
             clock=self._clock,
+            kernel=self.kernel,
             progress_s=self._progress_s,
             unsent_bytes=self._unsent_bytes,
             cuts=self._cuts,
@@ -186,7 +188,7 @@ class SocketMesh:
                 sock.close()
         self._listener.close()
 
-    def _welcome(self, sock: socket.socket) -> None:
+    def _welcome(self, sock: Socket) -> None:
         """Read a hello and serve its purpose."""
         try:
             connection, handler = self._known(sock)
@@ -207,10 +209,10 @@ class SocketMesh:
         finally:
             connection.close()
 
-    def _known(self, sock: socket.socket) -> tuple[SocketConnection, Callable[[SocketConnection], None]]:
+    def _known(self, sock: Socket) -> tuple[SocketConnection, Callable[[SocketConnection], None]]:
         """The connection of a rank of this job, and who serves its purpose. ``OSError`` where it is none."""
         deadline_s = self._clock.monotonic() + self._hello_s
-        sock.sendall(challenge := os.urandom(_CHALLENGE_BYTES))
+        sock.sendall(challenge := self.kernel.random_bytes(_CHALLENGE_BYTES))
         head = self._read(sock, _HEAD.size, deadline_s)
         magic, peer, to, _, length = _HEAD.unpack(head)
         if magic != MAGIC or to != self.rank or not 0 <= peer < self.world_size:
@@ -225,7 +227,7 @@ class SocketMesh:
         sock.sendall(self._mac(mac))
         return self._take(sock, peer, purpose), handler
 
-    def _read(self, sock: socket.socket, nbytes: int, deadline_s: float) -> bytes:
+    def _read(self, sock: Socket, nbytes: int, deadline_s: float) -> bytes:
         """Exactly so many bytes of a socket that blocks. ``OSError`` where they do not arrive in time."""
         found = bytearray()
         while len(found) < nbytes:
@@ -238,19 +240,10 @@ class SocketMesh:
 
     def start(self, call: Callable[[], None], name: str) -> bool:
         """Call this in a thread that gets a moment to end when the mesh is closed; False where the process ends."""
-        thread = threading.Thread(target=call, name=name, daemon=True)
         try:
-            thread.start()
+            thread = self._of_threads.start(call, name)
         except RuntimeError:  # the interpreter ends, or the system has no thread to give
             return False
         with self._lock:
             self._threads = {each for each in self._threads if each.is_alive()} | {thread}
         return True
-
-
-def _listen() -> socket.socket:
-    """On a free port of all interfaces."""
-    if socket.has_dualstack_ipv6():
-        with contextlib.suppress(OSError):
-            return socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG)
-    return socket.create_server(("", 0), backlog=_BACKLOG)

@@ -11,6 +11,7 @@ import queue
 import threading
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, wait
+from types import TracebackType
 from typing import Any, ParamSpec, Protocol, TypeVar
 
 T = TypeVar("T")
@@ -36,6 +37,41 @@ class Event(Protocol):
 
     def wait(self, timeout: float | None = None) -> bool:
         """Return once it has come about, or after the timeout (seconds); whether it has."""
+        ...
+
+
+class Lock(Protocol):
+    """Held by one thread at a time."""
+
+    def acquire(self, blocking: bool = True, timeout: float = -1) -> bool:
+        """See ``threading.Lock``."""
+        ...
+
+    def release(self) -> None:
+        """See ``threading.Lock``."""
+        ...
+
+    def __enter__(self) -> bool: ...
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None, /
+    ) -> None: ...
+
+
+class Thread(Protocol):
+    """A call that runs by itself."""
+
+    @property
+    def is_current(self) -> bool:
+        """Whether it is this thread that asks."""
+        ...
+
+    def is_alive(self) -> bool:
+        """Whether it has not ended."""
+        ...
+
+    def join(self, timeout: float | None = None) -> None:
+        """Return once it has ended, or after the timeout (seconds)."""
         ...
 
 
@@ -70,6 +106,14 @@ class Threads(Protocol):
         """One that nobody waits on."""
         ...
 
+    def lock(self) -> Lock:
+        """One that nobody holds. For what may be held while something else is waited for."""
+        ...
+
+    def start(self, call: Callable[[], None], name: str) -> Thread:
+        """Call this in a thread that keeps no process alive. ``RuntimeError`` where there is no thread to be had."""
+        ...
+
     def wait(self, futures: Collection[Future[None]], timeout_s: float) -> bool:
         """Return once all are done, or after the timeout; whether all are."""
         ...
@@ -90,9 +134,28 @@ class SystemThreads:
         """See ``Threads``."""
         return threading.Condition()
 
+    def lock(self) -> Lock:
+        """See ``Threads``."""
+        return threading.Lock()
+
+    def start(self, call: Callable[[], None], name: str) -> Thread:
+        """See ``Threads``."""
+        thread = SystemThread(target=call, name=name, daemon=True)
+        thread.start()
+        return thread
+
     def wait(self, futures: Collection[Future[None]], timeout_s: float) -> bool:
         """See ``Threads``."""
         return not wait(futures, timeout_s).not_done
+
+
+class SystemThread(threading.Thread):
+    """See ``Thread``."""
+
+    @property
+    def is_current(self) -> bool:
+        """See ``Thread``."""
+        return threading.current_thread() is self
 
 
 class ThreadWorker:

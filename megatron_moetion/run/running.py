@@ -231,6 +231,7 @@ class Prepared:
             node=self.node,
             pool=self.pool,
             probe=self.probe,
+            threads=self.host.threads,
             timeout_s=self.config.timeout_s,
         )
         return Replication(

@@ -234,15 +234,21 @@ def _make_folder(path: Path) -> None:
 
 
 def write_pid(node: NodeFolder, rank: int, attempt: int) -> None:
-    """Leave this process's id where an operator, or a test, finds it."""
+    """Leave this process's id where an operator, or a test, finds it. ``StoreError`` where that fails."""
     scratch = node.path / f".rank{rank:05d}.pid.{os.getpid()}"
-    scratch.write_text(json.dumps({"pid": os.getpid(), "rank": rank, "attempt": attempt}))
     path = node.path / f"rank{rank:05d}.pid"
     try:
-        scratch.rename(path)
-    except OSError:
-        clear(path)
-        scratch.rename(path)
+        scratch.write_text(json.dumps({"pid": os.getpid(), "rank": rank, "attempt": attempt}))
+        try:
+            scratch.rename(path)
+        except OSError:
+            clear(path)
+            scratch.rename(path)
+    except OSError as error:
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}. If somebody has deleted the store as this run started, start "
+            f"it again; else choose another with --moetion-store"
+        ) from error
 
 
 def _key(path: Path) -> str:

@@ -130,6 +130,7 @@ class Ranks:
             node=Node.like(node_folder(self.folders[rank]), has_room=rank in self.room),
             pool=POOL,
             probe=self.held_probe,
+            threads=SystemThreads(),
             timeout_s=self.timing.answer_s,
         )
         return Replication(

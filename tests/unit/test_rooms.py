@@ -27,6 +27,7 @@ FLOORS = [
     {"modes"},
     {"run"},
     {"session"},
+    {"sim"},
     {"mcore"},
     {"pretrain"},
     {"megatron_lm"},
@@ -74,6 +75,9 @@ PURE = [
     "plan/parallel.py",
     "plan/presets.py",
     "plan/shape.py",
+    "sim/checker.py",
+    "sim/reader.py",
+    "sim/truth.py",
 ]
 IMPURE_MODULES = {
     "torch", "time", "os", "random", "megatron", "threading", "socket", "subprocess",

@@ -34,7 +34,7 @@ def test_the_busiest_rank_has_as_many_connections_at_any_size() -> None:
 def test_requests_and_bytes_of_a_store_are_counted() -> None:
     store: Any = CountedStore(dist.HashStore())
     directory = Directory(store, 0, SystemClock())
-    directory.join("127.0.0.1", 5, 8, 1.0)
+    directory.join("127.0.0.1", 5, 8, 1.0, token=b"")
     assert store.requests == 3
     before = store.nbytes
     assert directory.find(0, 1.0) == ("127.0.0.1", 5)

@@ -432,6 +432,7 @@ class Buddies:
             node=node_folder(folder),
             pool=POOL,
             probe=no_probe,
+            threads=SystemThreads(),
             timeout_s=TIMING.answer_s,
         )
         return Replication(

@@ -3,6 +3,7 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import os
 import socket
 import struct
 import threading
@@ -24,6 +25,7 @@ from megatron_moetion.replicate import addresses, sockets
 from megatron_moetion.replicate.addresses import Directory, job_store, own_address
 from megatron_moetion.replicate.channel import Address, Connection, Mesh
 from megatron_moetion.replicate.sockets import SocketMesh
+from megatron_moetion.replicate.worker import SystemThreads
 
 
 class OpenGate:
@@ -224,8 +226,8 @@ def test_a_handler_that_fails_closes_its_connection_and_no_other(
 def mesh_of(rank: int, store: dist.Store, **options: float) -> tuple[SocketMesh, Directory]:
     clock = SystemClock()
     directory = Directory(store, rank, clock)
-    mesh = SocketMesh(rank, 2, directory, clock=clock, **options)
-    directory.join("127.0.0.1", mesh.port, 1, 5.0)
+    mesh = SocketMesh(rank, 2, directory, clock=clock, threads=SystemThreads(), **options)
+    directory.join("127.0.0.1", mesh.port, 1, 5.0, token=os.urandom(32))
     return mesh, directory
 
 
@@ -291,7 +293,7 @@ def test_somebody_else_at_a_ranks_address_is_not_taken_for_it() -> None:
     store = dist.HashStore()
     mesh, _ = mesh_of(0, store)
     with socket.create_server(("127.0.0.1", 0)) as stranger:
-        Directory(store, 1, SystemClock()).join("127.0.0.1", stranger.getsockname()[1], 1, 5.0)
+        Directory(store, 1, SystemClock()).join("127.0.0.1", stranger.getsockname()[1], 1, 5.0, token=b"")
 
         def answer() -> None:
             caller, _ = stranger.accept()
@@ -334,10 +336,10 @@ class CountingStore:
 def test_a_rank_asks_the_store_a_handful_of_times_and_twice_for_each_peer() -> None:
     store: Any = CountingStore()
     first = Directory(store, 0, SystemClock())
-    first.join("10.0.0.1", 1, 8, 5.0)
+    first.join("10.0.0.1", 1, 8, 5.0, token=bytes(32))
     assert store.requests == 3
     second = Directory(store, 1, SystemClock())
-    job = second.join("10.0.0.2", 2, 99, 5.0)
+    job = second.join("10.0.0.2", 2, 99, 5.0, token=b"another")
     assert store.requests == 3 + 4
     assert (job.ranks_per_host, job.token) == (8, first.token)
     for _ in range(3):
@@ -349,15 +351,15 @@ def test_a_second_fabric_on_the_same_store_finds_its_own_ranks() -> None:
     store = dist.HashStore()
     for port in (1, 2):
         first, second = (Directory(store, rank, SystemClock()) for rank in range(2))
-        first.join("a", port, 1, 5.0)
-        second.join("b", 10 * port, 1, 5.0)
+        first.join("a", port, 1, 5.0, token=b"")
+        second.join("b", 10 * port, 1, 5.0, token=b"")
         assert first.find(1, 5.0) == ("b", 10 * port)
 
 
 def test_a_rank_that_never_comes_is_waited_for_in_vain() -> None:
     directory = Directory(dist.HashStore(), 1, SystemClock())
     with pytest.raises(ChannelError, match=r"rank 0 has not said within 0.05 s where it listens"):
-        directory.join("a", 1, 1, 0.05)
+        directory.join("a", 1, 1, 0.05, token=b"")
 
 
 def test_a_store_that_is_lost_is_a_channel_error() -> None:

@@ -1,0 +1,410 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The independent checker: a naive model of what a run promises, told of events and asked after each of them.
+
+It knows nothing of the production code. State it knows from ``truth``, arenas from ``reader``.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+from megatron_moetion.sim import truth
+from megatron_moetion.sim.reader import Capture, Contents, mark_of, read
+
+DENSE, FROZEN, HOST = "layers.0.dense", "frozen", "host"
+STEP_LIMIT_S = 60.0
+"""What ``on_step_end`` may take at most: the limits of all waits in it."""
+THREADS_MAX = 200
+ATTEMPT_LIMIT_S = 900.0
+"""What an attempt may take beyond its steps."""
+CALM_ITERATIONS = 25
+"""Without a fault for so long, the stable iteration is close, and redundancy is back."""
+LAG_MAX = 12
+
+
+class Violation(Exception):
+    """A promise was broken."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """What the checker has to know of a run's shape."""
+
+    ranks: int
+    replicas: int
+    mode: str
+    experts: int
+    dense_bytes: int
+    expert_bytes: int
+    frozen: Mapping[int, bytes]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A recovery goes back to ``stable`` or later, while at most ``losses`` memories are lost since ``since_s``."""
+
+    stable: int
+    losses: int
+    since_s: float
+    why: str
+
+
+@dataclass(kw_only=True)
+class Begun:
+    """What the ranks of one attempt have said about their start."""
+
+    iteration: int
+    recovered: bool
+    epoch: int
+    launched_s: float
+    ranks: set[int] = field(default_factory=set)
+    lost_tokens: int = 0
+    captured: dict[tuple[int, int], int] = field(default_factory=dict)
+    """By rank and expert: the iteration that its bytes are of (mode ``popularity``)."""
+
+
+@dataclass(kw_only=True)
+class _Round:
+    began_s: float
+    known: dict[int, int] = field(default_factory=dict)
+    full: dict[int, bool] = field(default_factory=dict)
+
+
+class Checker:
+    """One run's. All methods raise ``Violation``."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self.checks = 0
+        self.chain: list[bytes] = [truth.START]
+        """The marks of the present history, by iteration."""
+        self.marks: dict[int, set[bytes]] = defaultdict(set, {0: {truth.START}})
+        """Of all histories."""
+        self.losses: list[tuple[float, str, str]] = []
+        """When memory was lost or damaged, whose, and how."""
+        self.claims: list[Claim] = []
+        self.had_baseline = False
+        self.consented = False
+        """A person has agreed to begin from nothing."""
+        self.on_disk: dict[int, tuple[bytes, ...]] = {}
+        """Checkpoints on disk: by iteration, the history that led there."""
+        self.reachable: int | None = None
+        """What memory held at the launch of this attempt, by a naive look; None: unknown."""
+        self.vetoed: set[int] = set()
+        self.replicas = model.replicas
+        self._begun: Begun | None = None
+        self._recoveries: list[Begun] = []
+        """Those that the present history has been through."""
+        self._launched_s = 0.0
+        self._stable: dict[int, int] = {}
+        self._pages: dict[int, int] = {}
+        self._rounds: dict[int, _Round] = {}
+        self._heard = -1
+        self._words: dict[bytes, dict[tuple[int, str], bytes]] = {}
+        """State by mark, rank and unit, in mode ``exact``."""
+
+    # -- attempts --------------------------------------------------------------------------------------
+
+    def launching(self, now_s: float, images: Sequence[tuple[str, bytes]]) -> None:
+        """All processes are gone, and new ones are about to start on these arenas (place, bytes)."""
+        self._begun, self._launched_s = None, now_s
+        self._stable, self._pages, self._rounds, self._heard = {}, {}, {}, -1
+        found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
+        if not self.losses or all(how == "lost" for _, _, how in self.losses):
+            if len(found) != len(images):
+                raise Violation("an arena that nobody damaged cannot be read")
+            for place, contents in found:
+                self._check_whole(place, contents)
+        self.reachable = self._newest([contents for _, contents in found])
+
+    def lost(self, now_s: float, memory: str, how: str) -> None:
+        """A node's memory is lost (``lost``) or damaged (``damaged``)."""
+        self.losses.append((now_s, memory, how))
+
+    def started(
+        self,
+        now_s: float,
+        rank: int,
+        *,
+        iteration: int,
+        recovered: bool,
+        epoch: int,
+        mark: bytes,
+        state: Mapping[str, bytes],
+        counts: Sequence[int],
+        lost_tokens: int,
+    ) -> None:
+        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters."""
+        self.checks += 1
+        begun = self._begun
+        if begun is None:
+            begun = self._begun = Begun(
+                iteration=iteration,
+                recovered=recovered,
+                epoch=epoch,
+                launched_s=self._launched_s,
+                lost_tokens=lost_tokens,
+            )
+            self._judge_start(begun)
+            if recovered:
+                self.chain = self.chain[: iteration + 1]
+            else:
+                self.chain = list(self.on_disk[iteration]) if iteration else [truth.START]
+        here = (begun.iteration, begun.recovered, begun.epoch)
+        if (iteration, recovered, epoch) != here:
+            raise Violation(f"rank {rank} starts at {(iteration, recovered, epoch)}, others at {here}")
+        if rank in begun.ranks:
+            raise Violation(f"rank {rank} has started twice")
+        begun.ranks.add(rank)
+        if lost_tokens != begun.lost_tokens:
+            raise Violation(f"rank {rank} reports {lost_tokens} lost tokens, others {begun.lost_tokens}")
+        self._check_state(begun, rank, iteration, mark, state, counts)
+        if len(begun.ranks) == self.model.ranks:
+            self._check_losses(begun)
+            self.had_baseline = True
+            self.consented = False
+            self.claims = [Claim(iteration, self.replicas, begun.launched_s, "all ranks have started")]
+
+    def _judge_start(self, begun: Begun) -> None:
+        floor = self.floor()
+        if begun.recovered:
+            if floor is not None and begun.iteration < floor.stable:
+                raise Violation(f"recovered {begun.iteration}, and {floor} stands; losses {self.losses[-5:]}")
+            if self.reachable is not None and begun.iteration > self.reachable:
+                raise Violation(f"recovered {begun.iteration}, and memory held {self.reachable} at most")
+            is_sure = not self.vetoed and not any(
+                how == "damaged" or since_s >= self._launched_s for since_s, _, how in self.losses
+            )
+            if is_sure and self.reachable is not None and begun.iteration < self.reachable:
+                raise Violation(f"recovered {begun.iteration}, and memory held {self.reachable}")
+            newest = max(self.on_disk, default=-1)
+            if newest > begun.iteration:
+                raise Violation(f"recovered {begun.iteration} from memory, and disk has {newest}")
+        elif begun.iteration:
+            if begun.iteration not in self.on_disk:
+                raise Violation(f"began at {begun.iteration}, which is not on disk")
+            if floor is not None and begun.iteration < floor.stable:
+                raise Violation(f"loaded {begun.iteration} from disk, and {floor} stands; losses {self.losses[-5:]}")
+        elif self.had_baseline and not self.consented:
+            raise Violation("began from nothing, and there was a state to lose")
+
+    def stable_history(self) -> tuple[bytes, ...]:
+        """The present history, as far as some rank knows it to be stable."""
+        stable = max(self._stable.values(), default=max((c.stable for c in self.claims), default=0))
+        return tuple(self.chain[: stable + 1])
+
+    def is_past(self, history: Sequence[bytes]) -> bool:
+        """Whether the present history has gone on from this one."""
+        return tuple(self.chain[: len(history)]) == tuple(history)
+
+    def floor(self) -> Claim | None:
+        """The strongest claim that still stands."""
+        standing = [c for c in self.claims if len({m for at_s, m, _ in self.losses if at_s >= c.since_s}) <= c.losses]
+        return max(standing, key=lambda c: c.stable, default=None)
+
+    def gave_up(self, text: str) -> None:
+        """A start has ended with: nothing can be recovered."""
+        floor = self.floor()
+        if floor is not None:
+            raise Violation(f"nothing recoverable, and {floor} stands; losses {self.losses[-5:]}: {text}")
+        if not self.had_baseline and not self.losses:
+            raise Violation(f"nothing recoverable, and there was nothing to lose: {text}")
+
+    # -- steps -----------------------------------------------------------------------------------------
+
+    def stepped(self, rank: int, attempt: int, iteration: int, mark: bytes) -> None:
+        """A rank has made a training step."""
+        if iteration == len(self.chain):
+            expected = truth.mark_after(self.chain[-1], iteration, attempt)
+            self.chain.append(expected)
+            self.marks[iteration].add(expected)
+        elif iteration > len(self.chain):
+            raise Violation(f"rank {rank} makes step {iteration} after {len(self.chain) - 1}")
+        if self.chain[iteration] != mark:
+            raise Violation(f"rank {rank} is in another history at iteration {iteration}")
+
+    def before_save(self, now_s: float, rank: int, round_number: int, *, is_full: bool) -> None:
+        """A rank is about to say what it holds. ``is_full``: all of its holders count at this moment."""
+        entry = self._rounds.setdefault(round_number, _Round(began_s=now_s))
+        entry.full[rank] = is_full
+
+    def saved(
+        self,
+        rank: int,
+        round_number: int,
+        *,
+        stable: int,
+        on_page: int,
+        heard: int,
+        redundancy: int,
+        is_full: bool,
+        took_s: float,
+        num_threads: int,
+    ) -> None:
+        """It has. ``heard``: the last round whose result it knows, with which ``redundancy`` came."""
+        self.checks += 1
+        if took_s > STEP_LIMIT_S:
+            raise Violation(f"rank {rank} waited {took_s:.1f} s in on_step_end")
+        if num_threads > THREADS_MAX:
+            raise Violation(f"rank {rank} has {num_threads} threads")
+        if stable < self._stable.get(rank, -1) or on_page < self._pages.get(rank, -1):
+            raise Violation(f"T went back on rank {rank}: {stable} ({on_page}) after {self._stable}, {self._pages}")
+        if on_page > stable:
+            raise Violation(f"rank {rank} has written {on_page} as stable, and knows {stable}")
+        self._stable[rank], self._pages[rank] = stable, on_page
+        entry = self._rounds.get(round_number)
+        if entry is not None:
+            entry.known[rank] = stable
+            entry.full[rank] &= is_full
+        if heard > self._heard:
+            self._heard = heard
+            self._claim(heard, stable, redundancy)
+
+    def _claim(self, heard: int, stable: int, redundancy: int) -> None:
+        """The newest report replaces all before it."""
+        entry = self._rounds.get(heard)
+        if entry is None or len(entry.known) < self.model.ranks:
+            return
+        since_s = entry.began_s
+        self.claims = [Claim(stable, 0, since_s, f"stable in round {heard}")]
+        if all(entry.full.values()):
+            self.claims.append(Claim(stable, self.replicas, since_s, f"all holders count in round {heard}"))
+        if redundancy and set(entry.known.values()) == {stable}:
+            self.claims.append(Claim(stable, redundancy, since_s, f"redundancy said in round {heard}"))
+
+    def saved_on_disk(self, iteration: int) -> None:
+        """A checkpoint of this iteration is complete."""
+        self.on_disk[iteration] = tuple(self.chain[: iteration + 1])
+
+    def vetoes(self, iteration: int) -> None:
+        """A rank has called this iteration unhealthy."""
+        self.vetoed |= {iteration - 1, iteration}
+
+    def calm(self, rank: int, iteration: int, stable: int, redundancy: int, *, is_found: bool) -> None:
+        """Nothing has gone wrong for long. ``is_found``: whether the rank's arena stands under its name."""
+        if not is_found:
+            raise Violation(f"no fault for long, and a restart would not find the arena of rank {rank}")
+        if iteration - stable > LAG_MAX:
+            raise Violation(f"no fault for long, and rank {rank} is at {iteration} with {stable} stable")
+        if redundancy < self.replicas:
+            raise Violation(f"no fault for long, and rank {rank} has redundancy {redundancy} of {self.replicas}")
+
+    # -- state -----------------------------------------------------------------------------------------
+
+    def _check_losses(self, begun: Begun) -> None:
+        """Shards of an expert are of one iteration, and tokens trained since then are reported as lost, once."""
+        self._recoveries = [r for r in self._recoveries if r.iteration < begun.iteration] if begun.recovered else []
+        for (rank, expert), captured in begun.captured.items():
+            if captured != begun.captured.get((rank % 2, expert)):
+                raise Violation(f"shards of expert {expert} of rank {rank} come from two iterations: {begun.captured}")
+        lost = 0
+        for (rank, expert), captured in begun.captured.items():
+            before = [(r.captured.get((rank, expert), r.iteration), r.iteration) for r in self._recoveries]
+            for i in range(captured + 1, begun.iteration + 1):
+                if not any(a < i <= b for a, b in before):
+                    lost += truth.tokens(rank, i, expert)
+        if lost != begun.lost_tokens:
+            raise Violation(f"{lost} tokens were lost, and {begun.lost_tokens} were reported")
+        self._recoveries.append(begun)
+
+    def _check_state(
+        self,
+        begun: Begun,
+        rank: int,
+        iteration: int,
+        mark: bytes,
+        state: Mapping[str, bytes],
+        counts: Sequence[int],
+    ) -> None:
+        if mark != self.chain[iteration]:
+            raise Violation(f"rank {rank} resumes iteration {iteration} of another history")
+        if list(counts) != self._counts(rank, iteration):
+            raise Violation(f"rank {rank} has token counts {list(counts)} at {iteration}")
+        for name, data in state.items():
+            expected = self._state(rank, name, iteration)
+            if data == expected:
+                continue
+            if self.model.mode != "popularity" or ".experts." not in name:
+                raise Violation(f"rank {rank} has wrong bytes in {name} at iteration {iteration}")
+            captured = next((c for c in range(iteration - 1, -1, -1) if data == self._state(rank, name, c)), None)
+            if captured is None:
+                raise Violation(f"rank {rank} has bytes of no iteration of this history in {name} at {iteration}")
+            expert = int(name.rpartition(".")[2]) % self.model.experts
+            begun.captured[rank, expert] = captured
+
+    def _state(self, rank: int, unit: str, iteration: int) -> bytes:
+        if unit == FROZEN:
+            return self.model.frozen[rank]
+        nbytes = self.model.dense_bytes if unit == DENSE else self.model.expert_bytes
+        if self.model.mode != "exact":
+            return truth.contents(self.chain[iteration], rank, unit, nbytes)
+        first = iteration
+        while first > 0 and (rank, unit) not in self._words.get(self.chain[first], {}):
+            first -= 1
+        if first == 0:
+            words = truth.contents(truth.START, rank, unit, nbytes)
+        else:
+            words = self._words[self.chain[first]][rank, unit]
+        for i in range(first + 1, iteration + 1):
+            words = truth.stepped(words, truth.gradient(self.chain[i], rank, unit, nbytes, i), i)
+        self._words.setdefault(self.chain[iteration], {})[rank, unit] = words
+        return words
+
+    def _counts(self, rank: int, iteration: int) -> list[int]:
+        return [sum(truth.tokens(rank, i, e) for i in range(1, iteration + 1)) for e in range(self.model.experts)]
+
+    # -- arenas ----------------------------------------------------------------------------------------
+
+    def _check_whole(self, place: str, contents: Contents) -> None:
+        """Whole or invisible: what a page lists is what some history had then."""
+        if self.model.mode == "exact":
+            return
+        for capture in contents.captures:
+            self.checks += 1
+            if not any(self._is_of(contents.owner, capture, mark) for mark in self.marks[capture.iteration]):
+                raise Violation(f"{place} lists {capture.unit} of iteration {capture.iteration} with other bytes")
+
+    def _is_of(self, owner: int, capture: Capture, mark: bytes) -> bool:
+        if capture.unit == HOST:
+            try:
+                return mark_of(capture.data) == mark
+            except (ValueError, KeyError, struct.error):
+                return False
+        if capture.unit == FROZEN:
+            return capture.data.startswith(self.model.frozen[owner])
+        nbytes = self.model.dense_bytes if capture.unit == DENSE else self.model.expert_bytes
+        if not capture.data.startswith(truth.contents(mark, owner, capture.unit, nbytes)):
+            return False
+        if capture.unit == DENSE:
+            found = struct.unpack_from(f"<{self.model.experts}q", capture.data, -(-nbytes // 64) * 64)
+            return list(found) == self._counts(owner, capture.iteration)
+        return True
+
+    def _newest(self, found: Iterable[Contents]) -> int | None:
+        """The newest iteration of the present history of which every unit of every rank is in memory."""
+        if self.model.mode == "exact":
+            return None
+        have: dict[tuple[int, str], set[int]] = defaultdict(set)
+        for contents in found:
+            for capture in contents.captures:
+                i = capture.iteration
+                if i < len(self.chain) and self._is_of(contents.owner, capture, self.chain[i]):
+                    have[contents.owner, capture.unit].add(i)
+        ranks = range(self.model.ranks)
+        best = -1
+        for i in range(len(self.chain)):
+            whole = all(i in have[r, DENSE] and i in have[r, HOST] and have[r, FROZEN] for r in ranks)
+            if whole and all(self._has_expert(have, r, e, i) for r in ranks for e in range(self.model.experts)):
+                best = i
+        return best
+
+    def _has_expert(self, have: Mapping[tuple[int, str], set[int]], rank: int, expert: int, iteration: int) -> bool:
+        name = f"layers.0.experts.{rank % 2 * self.model.experts + expert}"
+        if self.model.mode == "full":
+            return iteration in have[rank, name]
+        sharers = range(rank % 2, self.model.ranks, 2)
+        common = set.intersection(*(have[r, name] for r in sharers))
+        return any(c <= iteration for c in common)

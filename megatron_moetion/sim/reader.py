@@ -1,0 +1,92 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Arenas as ``docs/snapshot_format.md`` describes them, read without the production code. Pure."""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import json
+import struct
+from dataclasses import dataclass
+
+_BLOCK = 4096
+_NO_SLOT = 0xFFFFFFFF
+
+
+@dataclass(frozen=True, kw_only=True)
+class Capture:
+    """One record of the current page, and the bytes that it stands for."""
+
+    unit: str
+    iteration: int
+    epoch: int
+    data: bytes
+
+
+@dataclass(frozen=True, kw_only=True)
+class Contents:
+    """What an arena says."""
+
+    owner: int
+    stable: int
+    epoch: int
+    lineage: int
+    captures: tuple[Capture, ...]
+
+
+def read(image: bytes) -> Contents | None:
+    """An arena's contents; None where its header or both pages do not verify."""
+    length = struct.unpack_from("<Q", image, 8)[0] if len(image) >= 32 else 0
+    document = image[32 : 32 + length]
+    if image[:8] != b"MOETION3" or _digest(document) != image[16:32]:
+        return None
+    spec = json.loads(document)
+    sizes = [size for size, count in spec["slots"] for _ in range(count)]
+    chunk = spec["identity"]["chunk_bytes"]
+    has_logs = any(kind == 5 for _, kind, _ in spec["units"])
+    most = len(sizes) * (2 if has_logs else 1)
+    area = _up(48 + 16 * 32 + 48 * most + 16)
+    first = _up(32 + length)
+    starts, cursor = [], first + 2 * area
+    for size in sizes:
+        starts.append(cursor)
+        cursor = _up(cursor + size + 8 * -(-size // chunk))
+    pages = [page for page in (_page(image[a : a + area]) for a in (first, first + area)) if page is not None]
+    if not pages or cursor != len(image):
+        return None
+    sequence, epoch, stable, lineage, records = max(pages)
+    del sequence
+    captures = []
+    for unit, of_epoch, iteration, slot, nbytes in records:
+        name, _, size = spec["units"][unit]
+        data = bytes(size) if slot == _NO_SLOT else image[starts[slot] : starts[slot] + nbytes]
+        captures.append(Capture(unit=name, iteration=iteration, epoch=of_epoch, data=data))
+    owner = int(spec["identity"]["owner"])
+    return Contents(owner=owner, stable=stable, epoch=epoch, lineage=lineage, captures=tuple(captures))
+
+
+def mark_of(host_state: bytes) -> bytes:
+    """The mark that a capture of the host state holds."""
+    length = int(struct.unpack_from("<Q", host_state)[0])
+    document = json.loads(host_state[8 : 8 + length])
+    return base64.b64decode(document["adapter"]["mark"]["$bytes"])
+
+
+def _page(data: bytes) -> tuple[int, int, int, int, tuple[tuple[int, int, int, int, int], ...]] | None:
+    if data[:8] != b"MOEPAGE1":
+        return None
+    sequence, epoch, count, stable, branches, _, lineage = struct.unpack_from("<QIIqIIQ", data, 8)
+    start = 48 + 16 * branches
+    end = start + 48 * count
+    if branches > 32 or end + 16 > len(data) or _digest(data[:end]) != data[end : end + 16]:
+        return None
+    rows = [struct.unpack_from("<IIqIIQQQ", data, start + 48 * n) for n in range(count)]
+    return sequence, epoch, stable, lineage, tuple((u, e, i, slot, size) for u, e, i, slot, _, size, _, _ in rows)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _up(nbytes: int) -> int:
+    return -(-nbytes // _BLOCK) * _BLOCK

@@ -1,0 +1,207 @@
+# SPDX-License-Identifier: Apache-2.0
+"""One simulated run: a seed, a shape and a list of faults in, a verdict out."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from megatron_moetion.errors import MoetionError, NothingRecoverable
+from megatron_moetion.run.running import Running
+from megatron_moetion.run.starter import Resumed
+from megatron_moetion.session import Session
+from megatron_moetion.sim import truth
+from megatron_moetion.sim.checker import ATTEMPT_LIMIT_S, CALM_ITERATIONS, Checker, Model, Violation
+from megatron_moetion.sim.cluster import Cluster, Rank, Shape, Watcher
+from megatron_moetion.sim.faults import Fault, Injector
+from megatron_moetion.sim.schedule import Simulator, Stuck
+from megatron_moetion.sim.trainee import DENSE_BYTES, EXPERT_BYTES
+
+ATTEMPTS_MAX = 200
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a run."""
+
+    problem: str | None
+    """The broken promise, or the error that no rank should have; None where all was well."""
+    trace: int
+    """A digest of every event in order: equal for equal seeds."""
+    attempts: int
+    faults: Counter[str] = field(default_factory=Counter)
+    """Fault events that took place, by kind."""
+    checks: int = 0
+    virtual_s: float = 0.0
+    story: tuple[str, ...] = ()
+    """The last events, for a person."""
+
+
+class Referee(Watcher):
+    """Tells the checker what happens, and stops the run where it objects."""
+
+    def __init__(self, simulator: Simulator, shape: Shape) -> None:
+        self.simulator = simulator
+        self.shape = shape
+        frozen = {r: truth.contents(b"frozen", r, "frozen", 64) for r in range(shape.ranks)}
+        self.checker = Checker(
+            Model(
+                ranks=shape.ranks,
+                replicas=shape.replicas,
+                mode=shape.mode,
+                experts=shape.experts,
+                dense_bytes=DENSE_BYTES,
+                expert_bytes=EXPERT_BYTES,
+                frozen=frozen,
+            )
+        )
+        self.story: list[str] = []
+        self.is_calm = False
+        """No fault comes any more in this run."""
+        self.consent_needed = False
+        self._rounds: dict[int, int] = {}
+        self._steps: dict[int, int] = {}
+
+    def say(self, text: str) -> None:
+        """A line of the story."""
+        self.story.append(f"{self.simulator.now_s:9.3f} s  {text}")
+        self.simulator.note(text)
+        del self.story[:-400]
+
+    def launching(self, cluster: Cluster) -> None:
+        """See ``Checker.launching``."""
+        self._rounds, self._steps = {}, {}
+        self.consent_needed = False
+        self.checker.replicas = cluster.config().replicas
+        images = [(f"{m.key}/{n}", f.array.tobytes()) for m in cluster.machines for n, f in sorted(m.files.items())]
+        self.say(f"attempt {cluster.attempt + 1} on {', '.join(m.key for m in cluster.machines)}")
+        self.checker.launching(self.simulator.now_s, images)
+
+    def started(self, rank: Rank, running: Running, resumed: Resumed | None) -> None:
+        """See ``Watcher``."""
+        state = rank.state
+        if not rank.number:
+            self.say(f"rank 0 starts at {state.iteration}, {'recovered' if resumed else 'new'}")
+        self.checker.started(
+            self.simulator.now_s,
+            rank.number,
+            iteration=running.agreement.stable,
+            recovered=resumed is not None,
+            epoch=resumed.epoch if resumed is not None else 0,
+            mark=state.mark,
+            state={name: array.tobytes() for name, array in state.arrays.items()},
+            counts=state.counts.tolist(),
+            lost_tokens=resumed.lost_tokens if resumed is not None else 0,
+        )
+
+    def stepped(self, rank: Rank) -> None:
+        """See ``Watcher``."""
+        self.checker.stepped(rank.number, rank.attempt, rank.state.iteration, rank.state.mark)
+
+    def before_save(self, rank: Rank, session: Session) -> None:
+        """See ``Watcher``."""
+        self._rounds[rank.number] = self._rounds.get(rank.number, -1) + (
+            rank.state.iteration % session.running.interval == 0
+        )
+        if rank.unhealthy:
+            self.checker.vetoes(rank.state.iteration)
+        self.checker.before_save(
+            self.simulator.now_s, rank.number, self._rounds[rank.number], is_full=self._is_full(session)
+        )
+
+    def saved(self, rank: Rank, session: Session, took_s: float) -> None:
+        """See ``Watcher``."""
+        run = session.running
+        self.checker.saved(
+            rank.number,
+            self._rounds[rank.number],
+            stable=run.agreement.stable,
+            on_page=session.stable_iteration,
+            heard=run.agreement.heard,
+            redundancy=run.agreement.redundancy,
+            is_full=self._is_full(session),
+            took_s=took_s,
+            num_threads=len(rank.process.tasks),
+        )
+        steps = self._steps[rank.number] = self._steps.get(rank.number, 0) + self.is_calm
+        if steps >= CALM_ITERATIONS:
+            self.checker.calm(
+                rank.number,
+                rank.state.iteration,
+                run.agreement.stable,
+                run.agreement.redundancy,
+                is_found=f"rank{rank.number:05d}.arena" in rank.machine.files,
+            )
+
+    def _is_full(self, session: Session) -> bool:
+        holders = session.running.pipeline.holders()
+        return sum(h.is_active for h in holders) >= session.running.replicas
+
+    def on_disk(self, iteration: int) -> None:
+        """See ``Watcher``."""
+        self.say(f"disk has iteration {iteration}")
+        self.checker.saved_on_disk(iteration)
+
+    def failed(self, rank: Rank, error: MoetionError) -> None:
+        """See ``Watcher``."""
+        self.say(f"rank {rank.number} ends: {type(error).__name__}: {str(error)[:300]}")
+        if isinstance(error, NothingRecoverable):
+            self.checker.gave_up(str(error))
+            self.consent_needed = True
+
+
+def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
+    """Train through all these faults, then on without any; one process, no other effects."""
+    with tempfile.TemporaryDirectory(prefix="moetion-sim-") as folder:
+        simulator = Simulator(seed)
+        referee = Referee(simulator, shape)
+        cluster = Cluster(simulator, shape, Path(folder), seed, referee)
+        injector = Injector(cluster, referee, faults)
+        problem = None
+        try:
+            _train(cluster, referee, injector)
+        except (Violation, Stuck, MoetionError, AssertionError) as error:
+            problem = f"{type(error).__name__}: {error}"
+        except Exception as error:
+            problem = f"{type(error).__name__}: {error}"
+        finally:
+            trace = simulator.trace
+            injector.close()
+            cluster.close()
+    return Outcome(
+        problem=problem,
+        trace=trace,
+        attempts=cluster.attempt + 1,
+        faults=injector.counts,
+        checks=referee.checker.checks,
+        virtual_s=simulator.now_s,
+        story=tuple(referee.story),
+    )
+
+
+def _train(cluster: Cluster, referee: Referee, injector: Injector) -> None:
+    simulator = cluster.simulator
+    for _ in range(ATTEMPTS_MAX):
+        injector.before_launch()
+        referee.launching(cluster)
+        limit_s = ATTEMPT_LIMIT_S
+        attempt = cluster.attempt + 1
+
+        def judge(attempt: int = attempt, limit_s: float = limit_s) -> None:
+            if cluster.attempt == attempt and not all(r.process.is_dead for r in cluster.ranks):
+                simulator.problem = Violation(f"an attempt lasts {limit_s:.0f} s and longer: {simulator.describe()}")
+
+        simulator.at(simulator.now_s + limit_s, judge)
+        codes = cluster.launch()
+        referee.say(f"attempt {cluster.attempt} ended with {codes}")
+        if not any(codes):
+            return
+        if referee.consent_needed:
+            cluster.settings["allow_fresh"] = True
+            referee.checker.consented = True
+        else:
+            cluster.settings.pop("allow_fresh", None)
+    raise Violation(f"{ATTEMPTS_MAX} attempts, and no end")

@@ -1,0 +1,97 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A seed's story: the run and its faults, the line that repeats it, and a shorter story that fails too."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+from megatron_moetion.sim.cluster import Shape
+from megatron_moetion.sim.faults import KINDS, Fault, draw
+from megatron_moetion.sim.run import Outcome, run
+
+RUNS_MAX = 80
+"""Runs that shortening a story may take."""
+_MODES = ("full", "popularity", "exact")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Story:
+    """Everything that decides a run. ``kept``: the faults that take place, by number; None: all."""
+
+    seed: int
+    ranks: int
+    mode: str = "any"
+    faults: int = 60
+    kinds: tuple[str, ...] = ()
+    """Of its faults; none named: all."""
+    kept: tuple[int, ...] | None = None
+
+    @property
+    def shape(self) -> Shape:
+        """The run: what is not given follows from the seed."""
+        chance = random.Random(self.seed ^ 0x5A9E)
+        mode = chance.choice(_MODES)
+        per_node = chance.choice([n for n in (1, 1, 2, 4) if self.ranks % n == 0 and self.ranks // n > 1] or [1])
+        nodes = self.ranks // per_node
+        schedule = chance.choice(("eager", "eager", "steady", "bubble"))
+        replicas = min(chance.choice((1, 1, 1, 2)), nodes - 1)
+        return Shape(
+            ranks=self.ranks,
+            mode=mode if self.mode == "any" else self.mode,
+            ranks_per_node=per_node,
+            replicas=replicas,
+            schedule=schedule,
+            save_every=chance.choice((0, 0, 11)),
+        )
+
+    def all_faults(self) -> list[Fault]:
+        """The faults that are drawn."""
+        return draw(self.seed, self.shape, self.faults, kinds=self.kinds or tuple(KINDS))
+
+    def chosen(self) -> list[Fault]:
+        """Those that take place."""
+        found = self.all_faults()
+        return found if self.kept is None else [found[n] for n in self.kept]
+
+    def play(self) -> Outcome:
+        """What becomes of it. The process's hashes of strings do not matter, nor does the machine."""
+        return run(self.seed, self.shape, self.chosen())
+
+    @property
+    def line(self) -> str:
+        """What repeats it, in a shell."""
+        kinds = f" --kinds {','.join(self.kinds)}" if self.kinds else ""
+        kept = "" if self.kept is None else f" --keep {','.join(map(str, self.kept)) or 'none'}"
+        return (
+            f"moetion simulate --first {self.seed} --seeds 1 --ranks {self.ranks} --mode {self.mode} "
+            f"--faults {self.faults}{kinds}{kept}"
+        )
+
+
+def shortened(story: Story, say: Callable[[str], None] = lambda text: None) -> Story:
+    """A story of as few faults as can be found, which fails too: parts are left out as long as that does no harm."""
+    numbers = list(range(len(story.all_faults())) if story.kept is None else story.kept)
+    runs, size = 0, max(1, len(numbers) // 2)
+    while numbers and runs < RUNS_MAX:
+        start, is_shorter = 0, False
+        while start < len(numbers) and runs < RUNS_MAX:
+            rest = [*numbers[:start], *numbers[start + size :]]
+            runs += 1
+            if replace(story, kept=tuple(rest)).play().problem is not None:
+                numbers, is_shorter = rest, True
+                say(f"{len(numbers)} faults are enough")
+            else:
+                start += size
+        if size == 1 and not is_shorter:
+            break
+        size = max(1, size // 2)
+    return replace(story, kept=tuple(numbers))
+
+
+def pin(number: int) -> None:
+    """Have this process run on one processor: its threads take turns, and handing over is cheap then."""
+    able: Sequence[int] = sorted(os.sched_getaffinity(0))
+    os.sched_setaffinity(0, {able[number % len(able)]})

@@ -1,0 +1,396 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Faults of our own in the production code, which simulated runs must find: the proof that they can fail.
+
+``python tests/sim/mutations.py`` looks for the first seed that finds each of them, and prints one JSON line for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+PACKAGE = Path(__file__).parents[2] / "megatron_moetion"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mutation:
+    """One change of one file: ``old``, which stands there once, becomes ``new``."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    mode: str = "any"
+    """Of the runs that look for it."""
+    kinds: str = ""
+    """Kinds of faults that look for it, comma separated; none: all."""
+    review: str = ""
+    """The fault of an earlier review that it brings back, by its number there."""
+
+    def mutated(self) -> str:
+        """The file's text with the fault."""
+        text = (PACKAGE / self.file).read_text()
+        assert text.count(self.old) == 1, f"{self.name}: {self.file} has {text.count(self.old)} of {self.old!r}"
+        return text.replace(self.old, self.new)
+
+
+MUTATIONS = (
+    Mutation(
+        name="a holder lists what does not verify",
+        file="replicate/holder.py",
+        old="if not verify(self._pool, chunk_bytes, addresses, sizes, update.digests, expected).all():",
+        new="if not len(verify(self._pool, chunk_bytes, addresses, sizes, update.digests, expected)):",
+        mode="full",
+    ),
+    Mutation(
+        name="a survey believes every digest",
+        file="recover/survey.py",
+        old='found[stored] = verify(pool, chunk_bytes, addresses, sizes, digests, records.table["digest"][stored])',
+        new="found[stored] = True",
+        mode="full",
+        kinds="flip,kill-all",
+    ),
+    Mutation(
+        name="captures of dead histories count",
+        file="store/manifest.py",
+        old='found[is_old] = records.table["iteration"][is_old] <= min(later, default=_LAST)',
+        new="found[is_old] = True",
+        kinds="kill,kill-at,swap-node,return-node",
+    ),
+    Mutation(
+        name="a recovery forgets its branch",
+        file="recover/restore.py",
+        old='"branches": self.plan.branches,',
+        new='"branches": self.plan.branches[:-1],',
+        kinds="kill,kill-all,kill-at,late-pack",
+    ),
+    Mutation(
+        name="a recovery does not begin an epoch",
+        file="recover/restore.py",
+        old='"records": _among(page.records, wanted).replace(epoch=self.plan.epoch),\n                    "epoch": self.plan.epoch,',
+        new='"records": page.records,',
+        kinds="kill,kill-all,kill-at",
+    ),
+    Mutation(
+        name="buddies' copies are not completed",
+        file="recover/startup.py",
+        old='for phase, legs in (("fetch", fetches), ("replicate", copies)):',
+        new='for phase, legs in (("fetch", fetches),):',
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="ranks need not all reach T",
+        file="recover/plan.py",
+        old="iterations=tuple(i for i in self.iterations if i in later.iterations),",
+        new="iterations=self.iterations or later.iterations,",
+        kinds="kill-at,late-pack,kill",
+    ),
+    Mutation(
+        name="the oldest iteration is chosen, not the newest",
+        file="recover/plan.py",
+        old="iteration = next((i for i in reach.iterations if i not in vetoed), reach.iterations[0])",
+        new="iteration = next((i for i in reach.iterations[::-1] if i not in vetoed), reach.iterations[0])",
+        kinds="kill",
+    ),
+    Mutation(
+        name="what one rank recovers counts for all",
+        file="replicate/agreement.py",
+        old="return [*(a & b for a, b in masks), min(redundancy)]",
+        new="return [*(a | b for a, b in masks), min(redundancy)]",
+        kinds="late-pack,kill-at,grown,moved,lose-node",
+    ),
+    Mutation(
+        name="redundancy is that of the best rank",
+        file="replicate/agreement.py",
+        old="return [*(a & b for a, b in masks), min(redundancy)]",
+        new="return [*(a & b for a, b in masks), max(redundancy)]",
+        kinds="cut,isolate,lose-node",
+    ),
+    Mutation(
+        name="bits of a mask are off by one",
+        file="replicate/agreement.py",
+        old="return next((iteration for k, iteration in enumerate(recent[:WINDOW]) if mask >> k & 1), None)",
+        new="return next((iteration for k, iteration in enumerate(recent[:WINDOW]) if mask >> (k + 1) & 1), None)",
+        kinds="kill,late-pack",
+    ),
+    Mutation(
+        name="T follows the last result, also back",
+        file="replicate/agreement.py",
+        old="stable = self.stable if newest is None else max(self.stable, newest)",
+        new="stable = self.stable if newest is None else newest - 1",
+        kinds="late-pack",
+    ),
+    Mutation(
+        name="snapshots are whole without their holders",
+        file="replicate/replication.py",
+        old="if iteration not in self._whole and all(iteration in s.whole for s in states):",
+        new="if iteration not in self._whole:",
+        kinds="cut,isolate,lose-node",
+    ),
+    Mutation(
+        name="a mirror is whole up to what it lacks",
+        file="replicate/mirror.py",
+        old='iterations = iterations[iterations < missing.table["iteration"].min()]',
+        new='iterations = iterations[iterations <= missing.table["iteration"].min()]',
+        kinds="cut,lose-node,reset",
+    ),
+    Mutation(
+        name="a link that has failed is not made again",
+        file="replicate/link.py",
+        old="self._pause(self._timing.pause_s(self._in_a_row, self._chance.random()))",
+        new="return",
+        review="F3",
+        kinds="reset",
+    ),
+    Mutation(
+        name="a header of replication is not verified",
+        file="replicate/frames.py",
+        old="if digest_of(pool, words[:-1].view(np.uint8)) != int(words[-1]):",
+        new="if not len(words):",
+        review="F12",
+        kinds="damage",
+    ),
+    Mutation(
+        name="a message of replication is not verified",
+        file="replicate/frames.py",
+        old="if digest_of(pool, body) != digest:",
+        new="if digest_of(pool, body) is None:",
+        kinds="damage",
+    ),
+    Mutation(
+        name="the stable capture is released",
+        file="store/retention.py",
+        old="is_last[:-1] = is_new[1:] | (unit[1:] != unit[:-1])",
+        new="is_last[:-1] = False",
+        kinds="kill,kill-at",
+    ),
+    Mutation(
+        name="slots are free before they are dropped",
+        file="store/arena.py",
+        old="            self._taken[slots] = True\n            return slots",
+        new="            return slots",
+        kinds="kill",
+    ),
+    Mutation(
+        name="a commit overwrites what the current page lists",
+        file="store/arena.py",
+        old="self._next_page = 1 - self._next_page",
+        new="pass",
+        kinds="kill,kill-at",
+    ),
+    Mutation(
+        name="the optimizer does not wait for the copy",
+        file="session.py",
+        old="self.running.pipeline.finish_packing(self.running.max_stall_s)",
+        new="pass",
+        kinds="late-pack,kill",
+    ),
+    Mutation(
+        name="a late copy is not cancelled",
+        file="replicate/pipeline.py",
+        old="                    if not self._live_is_read.is_set():\n                        self._packer.cancel()",
+        new="                    pass",
+        kinds="late-pack,kill",
+    ),
+    Mutation(
+        name="state that cannot wait is copied late",
+        file="snapshot/packer.py",
+        old="        if len(self._frozen_by_host):\n            self._pool.scatter(self._frozen_by_host)",
+        new="",
+        kinds="kill",
+    ),
+    Mutation(
+        name="every third freeze is left out",
+        file="session.py",
+        old="        unfrozen = self._freeze()\n",
+        new="        unfrozen = self._freeze() if iteration % 3 else None\n",
+        kinds="kill",
+    ),
+    Mutation(
+        name="a dropped snapshot counts as taken",
+        file="replicate/pipeline.py",
+        old="self._mark(iteration, self._outcome.is_there)",
+        new="self._mark(iteration, True)",
+        kinds="late-pack,grown,moved,kill",
+    ),
+    Mutation(
+        name="what is released is forgotten",
+        file="session.py",
+        old="run.pipeline.submit(iteration, contents, release)",
+        new="run.pipeline.submit(iteration, contents, None)",
+        kinds="kill",
+    ),
+    Mutation(
+        name="old memory beats newer disk",
+        file="recover/disk.py",
+        old="if disk.load is None or (in_memory is not None and newest <= in_memory):",
+        new="if disk.load is None or in_memory is not None:",
+        review="F1",
+        kinds="kill,kill-all,lose-node,lose-in-recovery",
+    ),
+    Mutation(
+        name="a restart without arenas starts anew by itself",
+        file="run/starter.py",
+        old="if isinstance(outcome, RecoveryPlan) or not (outcome.began or past.had_baseline or is_unknown):",
+        new="if isinstance(outcome, RecoveryPlan) or True:",
+        kinds="lose-node,lose-in-recovery",
+    ),
+    Mutation(
+        name="a run that died before its first snapshot cannot start",
+        file="run/starter.py",
+        old="is_unknown = findings.restarted and not findings.summary.found and not past.is_known",
+        new="is_unknown = findings.restarted and not findings.summary.found",
+        review="F10",
+        kinds="kill-at,kill",
+    ),
+    Mutation(
+        name="shards of an expert may come from two iterations",
+        file="recover/shared.py",
+        old="twice = np.where(both[:, 1:] == both[:, :-1], both[:, 1:], _NONE)  # no iteration is in one row twice",
+        new="twice = both[:, 1:]",
+        mode="popularity",
+        kinds="kill,late-pack,kill-at",
+    ),
+    Mutation(
+        name="steps are replayed from the wrong end",
+        file="recover/rollforward.py",
+        old="for iteration in range(min(captured, default=to), to + 1):",
+        new="for iteration in range(to, min(captured, default=to) - 1, -1):",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="a chain may have a hole",
+        file="recover/plan.py",
+        old="            if base is None:\n                return f\"no captures and gradients of {name} that reach it\"",
+        new="            if base is None:\n                base = max((i for i in found if i <= iteration), default=iteration)",
+        mode="exact",
+        kinds="late-pack,grown,kill",
+    ),
+    Mutation(
+        name="a zero gradient keeps the last one",
+        file="recover/rollforward.py",
+        old="                    packer.clear(unit)\n",
+        new="                    pass\n",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="gradients that lead to T are released",
+        file="store/retention.py",
+        old="leads_to_stable = is_log & (base != _NEVER) & (base < iteration) & (iteration <= stable)",
+        new="leads_to_stable = is_log & (base != _NEVER) & (base < iteration) & (iteration < stable)",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="a child's word is lost with its connection",
+        file="replicate/rounds.py",
+        old="self._up(number, payload) for number, payload in sorted(self._said.items())",
+        new="self._up(number, payload) for number, payload in sorted(self._said.items())[:0]",
+        kinds="reset,cut",
+    ),
+    Mutation(
+        name="a child that is back misses results",
+        file="replicate/rounds.py",
+        old="return [Say(peer=child, kind=Kind.DOWN, number=n, payload=p) for n, p in self._history if n > last]",
+        new="return []",
+        kinds="reset,cut",
+    ),
+    Mutation(
+        name="a store that was deleted stays so",
+        file="session.py",
+        old="        run.upkeep.check(iteration)\n",
+        new="",
+        review="F9",
+        kinds="delete-store,kill",
+    ),
+)  # fmt: skip
+
+
+@contextmanager
+def mutated_package(mutation: Mutation) -> Iterator[Path]:
+    """A folder that has the package with this fault; first on ``sys.path`` it is the one that is imported."""
+    with tempfile.TemporaryDirectory(prefix="moetion-mutation-") as folder:
+        shutil.copytree(PACKAGE, Path(folder) / PACKAGE.name, ignore=shutil.ignore_patterns("__pycache__"))
+        (Path(folder) / PACKAGE.name / mutation.file).write_text(mutation.mutated())
+        yield Path(folder)
+
+
+def look_for(mutation: Mutation, seeds: range, ranks: int, limit_s: float) -> dict[str, Any]:
+    """The first of these seeds that finds the fault, in a process of its own, within so many seconds of its time."""
+    with mutated_package(mutation) as folder:
+        read, write = os.pipe()
+        child = os.fork()
+        if not child:
+            os.close(read)
+            found: dict[str, Any] = {}
+            try:
+                sys.path.insert(0, str(folder))
+                found = _look(mutation, seeds, ranks, limit_s)
+            except BaseException:
+                found = {"error": traceback.format_exc()[-2000:]}
+            os.write(write, json.dumps(found).encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as answer:
+            text = answer.read()
+        os.waitpid(child, 0)
+    found = json.loads(text) if text else {"error": "the process has died"}
+    return {"mutation": mutation.name, "file": mutation.file, "review": mutation.review, **found}
+
+
+def _look(mutation: Mutation, seeds: range, ranks: int, limit_s: float) -> dict[str, Any]:
+    import logging
+
+    logging.disable(logging.CRITICAL)
+    from megatron_moetion.sim.story import Story, pin
+
+    pin(os.getpid())
+    tried = 0
+    for seed in seeds:
+        if time.process_time() > limit_s:
+            break
+        kinds = tuple(filter(None, mutation.kinds.split(",")))
+        story = Story(seed=seed, ranks=ranks, mode=mutation.mode, kinds=kinds, faults=20 if kinds else 60)
+        tried += 1
+        problem = story.play().problem
+        if problem is not None:
+            return {"seed": seed, "tried": tried, "problem": problem[:300], "repeat": story.line}
+    return {"seed": None, "tried": tried}
+
+
+def main() -> int:
+    """Look for all of them, or for those whose names hold a word."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("words", nargs="*", help="only mutations whose names hold one of these")
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=40)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--limit-s", type=float, default=60.0, help="of processor time, for each")
+    args = parser.parse_args()
+    import torch  # noqa: F401  # once, for all forked processes
+
+    missed = 0
+    for mutation in MUTATIONS:
+        if args.words and not any(word in mutation.name for word in args.words):
+            continue
+        found = look_for(mutation, range(args.first, args.first + args.seeds), args.ranks, args.limit_s)
+        missed += found.get("seed") is None
+        print(json.dumps(found), flush=True)
+    return 1 if missed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
