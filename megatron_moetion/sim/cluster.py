@@ -161,6 +161,8 @@ class Cluster:
         self.barrier = Barrier(simulator, shape.ranks)
         self.ended = SimEvent(simulator)
         self.exit_codes: list[int | None] = []
+        self.step_s = shape.step_s
+        """How long a training step takes now."""
         self.goal = 1 << 40
         """The iteration at which the run ends."""
         self._seed = seed
@@ -333,12 +335,12 @@ class Cluster:
     def _loop(self, rank: Rank, running: Running, session: Session) -> None:
         shape, state, simulator = self.shape, rank.state, self.simulator
         while state.iteration < self.goal:
-            rank.clock.sleep(shape.step_s * 0.9)
+            rank.clock.sleep(self.step_s * 0.9)
             self.barrier.meet(rank.number, state.iteration)
             session.before_optimizer_step()
             state.advance()
             self.watcher.stepped(rank)
-            rank.clock.sleep(shape.step_s * 0.1)
+            rank.clock.sleep(self.step_s * 0.1)
             self.watcher.before_save(rank, session)
             began_s = simulator.now_s
             session.on_step_end(state.iteration, healthy=not rank.unhealthy)

@@ -47,7 +47,7 @@ class Fault:
 
 SETTLING_S = 15.0
 """From the end of the last fault until nothing may be seen of it any more, beyond what the calm iterations allow."""
-CALM_ITERATIONS = 40
+CALM_ITERATIONS = 30
 KINDS = {
     "kill": 10, "kill-at": 12, "kill-all": 2, "lose-node": 5, "lose-in-recovery": 3, "swap-node": 2, "return-node": 2,
     "stop": 4, "slow": 3, "cut": 6, "cut-one-way": 3, "isolate": 3, "delay": 8, "reset": 14, "damage": 10, "drop": 8,
@@ -131,7 +131,9 @@ class Injector:
         for fault in faults:
             self._simulator.at(fault.at_s, lambda fault=fault: self._do(fault))  # type: ignore[misc]
         over_s = max((fault.at_s + fault.seconds for fault in faults), default=0.0)
-        self._simulator.at(over_s + SETTLING_S, self._become_calm)
+        if faults:
+            self._simulator.at(over_s, self._settle)
+        self._simulator.at(over_s + (SETTLING_S if faults else 0.0), self._become_calm)
 
     def close(self) -> None:
         """Do nothing any more."""
@@ -153,12 +155,17 @@ class Injector:
         self.counts[fault.kind] += 1
         self._referee.say(str(fault))
 
+    def _settle(self) -> None:
+        """Nothing new goes wrong; steps are long, so that few of them are made until all has settled."""
+        self._cluster.step_s = 4 * self._cluster.shape.step_s
+
     def _become_calm(self) -> None:
         """The last fault is over, and so is what it left: training goes on for so long that all must be well again."""
         if self._is_closed:
             return
         self._armed.clear()
         self._messages.clear()
+        self._cluster.step_s = self._cluster.shape.step_s
         self._referee.say("no fault comes any more")
         self._referee.is_calm = True
         self._cluster.end_after(CALM_ITERATIONS)

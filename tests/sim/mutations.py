@@ -78,7 +78,8 @@ MUTATIONS = (
     Mutation(
         name="a recovery does not begin an epoch",
         file="recover/restore.py",
-        old='"records": _among(page.records, wanted).replace(epoch=self.plan.epoch),\n                    "epoch": self.plan.epoch,',
+        old='"records": _among(page.records, wanted).replace(epoch=self.plan.epoch),\n'
+        '                    "epoch": self.plan.epoch,',
         new='"records": page.records,',
         kinds="kill,kill-all,kill-at",
     ),
@@ -273,8 +274,8 @@ MUTATIONS = (
     Mutation(
         name="a chain may have a hole",
         file="recover/plan.py",
-        old="            if base is None:\n                return f\"no captures and gradients of {name} that reach it\"",
-        new="            if base is None:\n                base = max((i for i in found if i <= iteration), default=iteration)",
+        old='return f"no captures and gradients of {name} that reach it"',
+        new="base = max((i for i in found if i <= iteration), default=iteration)",
         mode="exact",
         kinds="late-pack,grown,kill",
     ),
