@@ -169,8 +169,8 @@ def goes_on_in_another_layout(checkpoints: Path, folder: Path) -> None:
     iteration = latest_iteration(str(checkpoints))
     assert iteration is not None
     again = folder / "again"
-    flags = f"--pipeline-model-parallel-size 1 --load {checkpoints} --save {again} --dist-ckpt-optim-fully-reshardable"
-    flags += f" --train-iters {iteration} --lr-decay-iters {ITERATIONS}"
+    flags = f"--pipeline-model-parallel-size 1 --load {checkpoints} --save {again} --save-interval 1000"
+    flags += f" --dist-ckpt-optim-fully-reshardable --train-iters {iteration} --lr-decay-iters {ITERATIONS}"
     Job(folder / "other", *flags.split(), ranks=2).run()
     contents = [content_of(checkpoint_folder(str(root), iteration)) for root in (checkpoints, again)]
     assert differing(*({k: v for k, v in c.items() if isinstance(v, torch.Tensor)} for c in contents)) == []
