@@ -38,16 +38,15 @@ class WriterProcess:
         for pipe in (self._to, self._from):
             os.set_blocking(pipe.fileno(), False)
         self._heard = b""
-        self._takes = self.send(settings)
+        self.send(settings)
 
     def send(self, message: Mapping[str, Any]) -> bool:
         """See ``Writer``."""
         line = json.dumps(message).encode() + b"\n"
         try:
-            self._takes = self._to.write(line) == len(line)  # else it has not read for long, and the rest is lost
+            return self._to.write(line) == len(line)  # else it has not read for long
         except OSError:
-            self._takes = False
-        return self._takes
+            return False
 
     def hear(self) -> list[dict[str, Any]]:
         """See ``Writer``. A line that is no document ends the process: something else has written there."""
@@ -67,9 +66,9 @@ class WriterProcess:
     def ended(self) -> str | None:
         """See ``Writer``."""
         code = self._process.poll()
-        if code is not None:
-            return f"exit code {code}" if code >= 0 else f"signal {-code}"
-        return None if self._takes else "it reads nothing"
+        if code is None:
+            return None
+        return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
     def end(self, limit_s: float) -> None:
         """See ``Writer``."""

@@ -47,6 +47,27 @@ class Writer(Protocol):
         ...
 
 
+class NoWriter:
+    """In place of a process that could not be started: every checkpoint fails for that reason, and it is tried again."""
+
+    def __init__(self, why: str) -> None:
+        self.ended: str | None = why
+
+    def send(self, message: Mapping[str, Any]) -> bool:
+        """Nobody is there."""
+        return False
+
+    def hear(self) -> list[dict[str, Any]]:
+        """Nothing."""
+        return []
+
+    def end(self, limit_s: float) -> None:
+        """Nothing to wait for."""
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
 class Releases:
     """What agreements allow arenas to release, on its way to them. Used by the training thread."""
 
@@ -110,7 +131,9 @@ class Saver(Releases):
         self._journal = journal
         self._clock = clock
         self._speaks = speaks
-        self._grace = Grace(lambda: self._writer.end(grace_s), end)
+        self._is_ending = False
+        """The job has been told to end, and what is stable is being written."""
+        self._grace = Grace(lambda: self._end(grace_s), end)
         if grace_s and (why := self._grace.begin()) is not None:
             journal.warn_once("grace", written, f"this process ends at once when it gets SIGTERM: {why}")
         self._later: Settled | None = None
@@ -134,6 +157,8 @@ class Saver(Releases):
     def take(self) -> Settled | None:
         """See ``Releases``."""
         self._hear()
+        if self._is_ending:  # training may still go on, for no longer than the writer takes
+            return None
         limit_s = HOLD_S if self._is_ready else START_S
         if self._copying is not None and self._clock.monotonic() - self._copy_since > limit_s:
             self._copying = None
@@ -166,6 +191,11 @@ class Saver(Releases):
         self._grace.close()
         self._writer.close()
 
+    def _end(self, grace_s: float) -> None:
+        """The last words of this process, in a thread of their own."""
+        self._is_ending = True
+        self._writer.end(grace_s)
+
     def _begin(self, iteration: int) -> None:
         """Have it written; a save that is still under way costs this one."""
         self._hear()
@@ -173,7 +203,8 @@ class Saver(Releases):
             self._writer, self._is_ready = self._start_writer(), False
         busy = self._writing
         if not self._writer.send({"iteration": iteration, "busy": busy}):
-            self._tell(iteration, "the process that writes it takes nothing")
+            how = self._writer.ended
+            self._tell(iteration, f"there is no process that writes it ({how})" if how else "its process takes nothing")
         elif busy is None:
             self._copying = self._writing = iteration
             self._copy_since = self._clock.monotonic()

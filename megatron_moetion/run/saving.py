@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_moetion.errors import CorruptArena
-from megatron_moetion.persist.saver import Releases, Saver, Writer
+from megatron_moetion.persist.saver import NoWriter, Releases, Saver, Writer
 from megatron_moetion.persist.tracker import latest_iteration
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.store.arena import Arena
@@ -49,14 +49,17 @@ def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int
         "root": str(Path(run.config.save).absolute()),
         "rank": run.fabric.rank,
         "world_size": run.fabric.world_size,
-        "local_ranks": run.node.num_ranks,
+        "local_ranks": max(run.node.num_ranks, int(run.host.environment.get("LOCAL_WORLD_SIZE", "1"))),
         "history": f"{arena.page.lineage:x}-{epoch}",
         "limit_s": run.config.save_limit_s,
         "is_waited_for": run.config.grace_s > 0,
     }
 
     def start() -> Writer:
-        return run.host.start_writer(settings)
+        try:
+            return run.host.start_writer(settings)
+        except OSError as error:
+            return NoWriter(f"it cannot be started: {error}")
 
     return Saver(
         interval=run.config.save_interval,

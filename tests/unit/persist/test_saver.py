@@ -13,7 +13,7 @@ import pytest
 from session_job import Adapter, Job
 
 from megatron_moetion.observe.journal import Journal
-from megatron_moetion.persist.saver import HOLD_S, START_S, Releases, Saver
+from megatron_moetion.persist.saver import HOLD_S, START_S, NoWriter, Releases, Saver
 from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
 
@@ -42,6 +42,7 @@ class Writer:
         self.ended: str | None = None
         self.takes = True
         self.is_closed = False
+        self.ends_within = 0.0
         self.while_asked: Callable[[], None] = lambda: None
 
     def send(self, message: Mapping[str, Any]) -> bool:
@@ -54,7 +55,7 @@ class Writer:
         return said
 
     def end(self, limit_s: float) -> None:
-        raise AssertionError("there is no grace here")
+        self.ends_within = limit_s
 
     def close(self) -> None:
         self.is_closed = True
@@ -242,6 +243,25 @@ def test_the_end_waits_for_what_is_being_written_and_not_for_ever(setting: Setti
     assert setting.writer.is_closed
 
 
+def test_while_the_last_checkpoint_is_written_nothing_is_released(setting: Setting) -> None:
+    assert setting.learn(1) is not None
+    setting.saver._end(5.0)  # by the thread that a signal wakes; training goes on meanwhile
+    assert setting.writer.ends_within == 5.0
+    assert setting.learn(2) is None
+    assert setting.learn(3) is None
+
+
+def test_a_process_that_cannot_be_started_costs_checkpoints_and_is_tried_again(setting: Setting) -> None:
+    processes = iter([NoWriter("it cannot be started: no memory"), NoWriter("it cannot be started: no memory")])
+    setting.saver._writer = next(processes)
+    setting.saver._start_writer = lambda: next(processes, None) or setting.start()
+    assert setting.learn(10) is not None
+    assert setting.learn(11) is not None, "nothing is held for nobody"
+    assert setting.events == [("save_failed", 10)]
+    setting.learn(20)
+    assert told(setting.writer) == [("save", 20)]
+
+
 def test_only_rank_0_speaks_for_all(tmp_path: Path) -> None:
     setting = Setting(tmp_path, speaks=False)
     setting.learn(10)
@@ -307,6 +327,18 @@ def test_a_session_keeps_the_iteration_in_its_arenas_and_training_goes_on(tmp_pa
     for session in made.sessions:
         session.abandon()
     assert all(w.is_closed for w in writers)
+
+
+def test_a_run_begins_although_no_process_can_be_started(tmp_path: Path) -> None:
+    def start(settings: Mapping[str, Any]) -> Writer:
+        raise OSError("out of memory")
+
+    made = Job(
+        tmp_path / "store", state=Guided, host={"start_writer": start}, save=str(tmp_path / "disk"), save_interval=2
+    )
+    made.start()
+    made.train(5)
+    assert all(session.stable_iteration >= 3 for session in made.sessions)
 
 
 @pytest.mark.parametrize(("mode", "state"), [("popularity", Guided), ("full", Unguided)])
