@@ -235,7 +235,7 @@ class Adapter:
 
     def save_checkpoint_and_time(self, original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Leave the checkpoints of ``--save-interval`` to the processes beside training, where there are such."""
-        if self._attached is not None and self._attached.writes_checkpoints:
+        if self._attached is not None and self._attached.writes_checkpoints and not self._is_leaving:
             call = inspect.signature(original).bind(*args, **kwargs).arguments
             interval = self._training.get_args().save_interval
             if interval and not call["iteration"] % interval and not call.get("non_persistent_ckpt"):

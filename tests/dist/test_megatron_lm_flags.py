@@ -101,7 +101,7 @@ def test_fp16_a_growing_batch_and_megatrons_own_saves(ranks: Nursery, tmp_path: 
         "--exit-duration-in-mins 600"
     )
     expected = undisturbed(ranks, tmp_path / "undisturbed", flags)
-    run = Run(ranks, tmp_path / "run", f"{flags} {saves}", "full", store)
+    run = Run(ranks, tmp_path / "run", f"{flags} {saves} --moetion-save off", "full", store)
     run.end([(2, 5, "late")], {0})
     assert "exiting program after" in run.output
     run.end([(3, 9, "SIGKILL")], {KILLED})

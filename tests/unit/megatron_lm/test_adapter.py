@@ -117,6 +117,8 @@ class Loop:
             leaves = self.decided == "step" and iteration == self.iterations[-1]
             self.adapter.train_step(self.step, self.losses.get(iteration, 1.0), leaves)
             if leaves:
+                if self.args.save_interval:
+                    self.adapter.save_checkpoint_and_time(self.save_and_time, iteration, "model")
                 break
             self.args.consumed_train_samples += 8
             operations += 100
@@ -386,6 +388,15 @@ def test_checkpoints_are_left_to_the_processes_beside_training_but_for_the_last(
         loop.run()
     saved = [call for call in loop.calls if call[0].startswith("saved")]
     assert saved == [("saved in time", 2, True), *by_training]
+
+
+def test_a_step_that_is_to_be_run_again_elsewhere_is_saved_by_megatron(tmp_path: Path) -> None:
+    """What its rerun state machine knows of it is in that checkpoint alone."""
+    loop = Loop(save=str(tmp_path), save_interval=4, ends=SystemExit(16), decided="step")
+    loop.writes_checkpoints, loop.iterations = True, range(1, 5)
+    with pytest.raises(SystemExit):
+        loop.run()
+    assert ("saved in time", 4, False) in loop.calls
 
 
 def test_where_nobody_writes_beside_training_it_saves_as_ever(tmp_path: Path) -> None:
