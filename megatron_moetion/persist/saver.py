@@ -48,7 +48,7 @@ class Writer(Protocol):
 
 
 class NoWriter:
-    """In place of a process that could not be started: every checkpoint fails for that reason, and it is tried again."""
+    """In place of a process that could not be started: a checkpoint fails for that reason, and it is tried again."""
 
     def __init__(self, why: str) -> None:
         self.ended: str | None = why
