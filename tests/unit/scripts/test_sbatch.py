@@ -144,7 +144,7 @@ def test_one_node(tmp_path):
     assert value(step, "--rdzv-endpoint") == "n0:24711"
     assert value(step, "--moetion-run-id") == "4711"
     assert value(step, "--moetion-store") == "/memory/store"
-    assert value(step, "--moetion-mode") == "popularity"
+    assert value(step, "--moetion-mode") == "auto"
     assert value(step, "--data-path") == "a path"
     assert value(step, "--save") == str(tmp_path / "checkpoints")
     assert slurm.cleaned == ["n0"]
