@@ -226,7 +226,7 @@ class Session:
         with run.undo:
             with run.scheduler.urgent():
                 run.pipeline.drain()
-            run.releases.finish(run.save_limit_s)
+            run.releases.finish(min(run.save_limit_s, run.timeout_s))
             newest, stable = run.agreement.newest, run.agreement.stable
             is_whole = run.summary.at_end(newest, run.pipeline, run.mode.layers(run.packer), stable)
         if is_whole:

@@ -27,7 +27,7 @@ from megatron_moetion.snapshot.host_state import decode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.chains import log_units
 from megatron_moetion.store.manifest import Record, Records
-from megatron_moetion.store.sheet import Span
+from megatron_moetion.store.sheet import Span, has_scales
 from megatron_moetion.units import Inventory, Region, Role, Unit, UnitKind
 
 ITEM_BYTES = {"float32": 4, "float64": 8, "bfloat16": 2, "float16": 2, "int64": 8, "int32": 4, "int16": 2, "uint8": 1,
@@ -103,7 +103,7 @@ def refuse(owner: Owner) -> None:
     """``ConfigError`` where the steps since a rank's captures cannot be replayed in another process."""
     if not log_units(owner.units):
         return
-    if _has_scales(owner):
+    if has_scales(owner.sheet):
         raise ConfigError(
             f"rank {owner.rank} has captures and logged gradients (mode 'exact') of an optimizer that keeps its state "
             f"in less than fp32: how its steps round is known on its own machines only; restart the run there"
@@ -118,7 +118,7 @@ def batches(owner: Owner) -> Iterator[list[int]]:
     there are scales: one may be in another unit than what it belongs to.
     """
     units = [unit for unit, (_, kind) in enumerate(owner.units) if kind is not UnitKind.HOST]
-    if _has_scales(owner):
+    if has_scales(owner.sheet):
         yield units
     elif log_units(owner.units):
         yield from _sharing_tensors(owner, units)
@@ -144,18 +144,6 @@ def _sharing_tensors(owner: Owner, units: Sequence[int]) -> list[list[int]]:
                 tensors, together = tensors | its_tensors, its_units + together
         found = [*others, (tensors, sorted(together))]
     return [together for _, together in found]
-
-
-def _has_scales(owner: Owner) -> bool:
-    """Whether an optimizer keeps its state in less than fp32."""
-    spans = (span for spans in owner.sheet.units for span in spans)
-    return any(
-        span.role in (Role.MODEL, Role.REMAINDER, Role.SCALE) or (span.role in _STATE and span.dtype != "float32")
-        for span in spans
-    )
-
-
-_STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 
 
 class _Memory:

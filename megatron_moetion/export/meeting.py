@@ -18,6 +18,8 @@ from megatron_moetion.clock import Clock
 _POLL_S = 0.1
 _WAIT_POLL_S = 0.5
 _PART, _FAILED, _READY, _CHOSEN = "moetion-part-", "moetion-failed-", "moetion-ready-", "moetion-chosen"
+NOTHING = -1
+"""In place of an iteration: there is nothing to be written."""
 _WHY_MAX = 1000
 
 
@@ -53,26 +55,38 @@ class Meeting:
 
     # -- parts ----------------------------------------------------------------------------------------
 
-    def add_part(self, document: bytes) -> None:
-        """This rank's part is in the folder, and this says what is in it."""
-        self._put(f"{_PART}{self._rank:05d}", document)
+    def add_part(self, iteration: int, document: bytes) -> None:
+        """This rank's part of ``iteration`` is in the folder, and this says what is in it."""
+        self._put(f"{_PART}{iteration}-{self._rank:05d}", document)
 
     def fail(self, why: str) -> None:
-        """This rank will have no part, so nobody need wait for it."""
-        self._put(f"{_FAILED}{self._rank:05d}", why[:_WHY_MAX].encode())
+        """This rank will have no part, so nobody need wait for it. Works without room on the disk."""
+        try:
+            self._put(f"{_FAILED}{self._rank:05d}", why[:_WHY_MAX].encode())
+        except OSError:
+            (self.folder / f"{_FAILED}{self._rank:05d}").touch()
 
-    def parts(self, time_left: Callable[[], float]) -> list[bytes]:
+    def parts(self, iteration: int, time_left: Callable[[], float]) -> list[bytes]:
         """The documents of all ranks, by rank. ``MeetingFailed`` where a rank has none, or when no time is left."""
-        while len(there := self._names(_PART)) < self._world_size:
+        kind = f"{_PART}{iteration}-"
+        while len(there := self._names(kind)) < self._world_size:
             self._require_no_failure()
             if time_left() <= 0:
-                raise MeetingFailed(f"{_listed(self._missing(there))} of {self._world_size} never wrote a part")
+                missing = sorted(set(range(self._world_size)) - {int(name.removeprefix(kind)) for name in there})
+                raise MeetingFailed(f"{_listed(missing)} of {self._world_size} never wrote a part")
             self._clock.sleep(_POLL_S)
         return [(self.folder / name).read_bytes() for name in sorted(there)]
 
+    def require_rank_0(self) -> None:
+        """``MeetingFailed`` where rank 0's process has given the checkpoint up."""
+        found = self.folder / f"{_FAILED}{0:05d}"
+        if found.exists():
+            raise MeetingFailed(f"rank 0: {found.read_text(errors='replace')}")
+
     def wait_for_rank_0(self, time_left: Callable[[], float]) -> None:
-        """Return once rank 0's process has made the folder a checkpoint, or has given it up."""
+        """Return once rank 0's process has made the folder a checkpoint; ``MeetingFailed`` where it has given it up."""
         while self.folder.exists():
+            self.require_rank_0()
             if time_left() <= 0:
                 raise MeetingFailed("rank 0's process has not put the parts together")
             self._clock.sleep(_WAIT_POLL_S)
@@ -82,33 +96,41 @@ class Meeting:
         for name in [*self._names(_PART), *self._names(_FAILED), *self._names(_READY), *self._names(_CHOSEN)]:
             (self.folder / name).unlink(missing_ok=True)
 
+    def clear(self) -> None:
+        """Remove all but the words of who has failed, which others may still be looking for."""
+        for name in os.listdir(self.folder):
+            if not name.startswith(_FAILED):
+                with suppress(OSError):
+                    (self.folder / name).unlink()
+
     # -- the iteration --------------------------------------------------------------------------------
 
-    def choose(self, stable: int, time_left: Callable[[], float]) -> int:
-        """The newest iteration that any rank calls stable, so that all have it. Each rank says which one it does.
+    def choose(self, stable: int, written: int, time_left: Callable[[], float]) -> int:
+        """The newest iteration that any rank calls stable, so that all have it; ``NOTHING`` if it is on disk already.
 
+        Each rank says which one it calls so, and rank 0 decides; ``written`` is the newest on disk, as that one has it.
         ``MeetingFailed`` where not all ranks come in time.
         """
         self._put(f"{_READY}{self._rank:05d}-{stable}", b"")
         chosen = self.folder / _CHOSEN
-        while True:
-            if self._rank == 0 and len(there := self._names(_READY)) == self._world_size:
-                self._put(_CHOSEN, str(max(int(name.rsplit("-", 1)[1]) for name in there)).encode())
-            if chosen.exists():
-                return int(chosen.read_text())
-            self._require_no_failure()
+        while not chosen.exists():
+            if self._rank == 0:
+                self._require_no_failure()
+                said = {name.rsplit("-", 1)[0]: int(name.rsplit("-", 1)[1]) for name in self._names(_READY)}
+                if len(said) == self._world_size:
+                    newest = max(said.values())
+                    self._put(_CHOSEN, str(newest if newest > written else NOTHING).encode())
+                    continue
+            self.require_rank_0()
             if time_left() <= 0:
                 raise MeetingFailed("not all ranks' processes were told to end, so nothing is written")
-            self._clock.sleep(_POLL_S)
+            self._clock.sleep(_POLL_S if self._rank == 0 else _WAIT_POLL_S)
+        return int(chosen.read_text())
 
     # -- files ----------------------------------------------------------------------------------------
 
     def _names(self, kind: str) -> list[str]:
         return [name for name in os.listdir(self.folder) if name.startswith(kind)]
-
-    def _missing(self, there: list[str]) -> list[int]:
-        found = {int(name.removeprefix(_PART)) for name in there}
-        return [rank for rank in range(self._world_size) if rank not in found]
 
     def _require_no_failure(self) -> None:
         for name in sorted(self._names(_FAILED)):

@@ -24,12 +24,11 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from megatron_moetion.clock import Clock, SystemClock
-from megatron_moetion.errors import MoetionError
 from megatron_moetion.export.assemble import memory_bytes, write_rank
 from megatron_moetion.export.export import RankPart, replayer
-from megatron_moetion.export.meeting import Meeting, MeetingFailed
+from megatron_moetion.export.meeting import NOTHING, Meeting, MeetingFailed
 from megatron_moetion.export.survey import owner_alone
-from megatron_moetion.mcore.torch_dist import PartWriter, finish
+from megatron_moetion.mcore.torch_dist import PartWriter, finish, part_name
 from megatron_moetion.persist.tracker import DRAFT, checkpoint_folder, clear_drafts, latest_iteration, publish
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.snapshot.host_state import decode, encode
@@ -41,6 +40,8 @@ JOIN_S = 10.0
 """How long a process waits, after SIGTERM, for those of all other ranks: else only some are to end."""
 ORPHAN_S = 120.0
 """How long rank 0's process waits for the parts of others when its rank has gone."""
+_LOOK_S = 5.0
+"""How often a process looks whether its rank is there: a forked child of the rank may hold its pipe open."""
 _AFTER_RANK_S = 2.0
 """A signal to the whole group may come a little later than the end of the rank."""
 _NICE = 10
@@ -60,6 +61,8 @@ class Settings:
     history: str
     """Of the run, as far as this start: the names of folders carry it, so that two starts share none."""
     limit_s: float
+    pid: int
+    """Of the rank's process."""
     is_waited_for: bool
     """Whether ranks that are told to end stay until their processes have."""
 
@@ -91,7 +94,8 @@ class Pipes:
         self._inward, self._outward = inward, outward
         self._rest = b""
         self._is_open = True
-        self._parent = os.getppid()
+        self.pid = os.getppid()
+        """The rank's; who knows better sets it."""
         self.is_ending = False
         self._woken, wake = os.pipe()
         for end in (self._woken, wake):
@@ -108,21 +112,23 @@ class Pipes:
                 message: dict[str, Any] = json.loads(line)
                 return message
             inputs = [self._woken, *([self._inward] if self._is_open else [])]
-            ready, _, _ = select.select(inputs, [], [], None if self._is_open else _AFTER_RANK_S)
+            ready, _, _ = select.select(inputs, [], [], _LOOK_S if self._is_open else _AFTER_RANK_S)
             if self._woken in ready:
                 os.read(self._woken, 64)
             elif ready:
                 data = os.read(self._inward, 1 << 16)
                 self._rest += data
                 self._is_open = bool(data)
-            else:
+            elif not self._is_open:
                 return None
+            else:
+                self._is_open = self.is_there
         return None
 
     @property
     def is_there(self) -> bool:
         """See ``Rank``."""
-        return os.getppid() == self._parent
+        return os.getppid() == self.pid
 
     def say(self, **document: Any) -> None:
         """See ``Rank``."""
@@ -137,10 +143,15 @@ class _Log:
     """In place of a rank that ends: what it would have been told is for people."""
 
     is_ending = True
-    is_there = False
 
-    def __init__(self, rank: int) -> None:
-        self._number = rank
+    def __init__(self, rank: Rank, number: int) -> None:
+        self._rank = rank
+        self._number = number
+
+    @property
+    def is_there(self) -> bool:
+        """It does not matter any more: a supervisor sets the limit."""
+        return True
 
     def next(self) -> None:
         """Nothing more."""
@@ -151,7 +162,7 @@ class _Log:
         match document["what"]:
             case "saved" if self._number == 0:
                 text = f"checkpoint written to {document['folder']} in {document['seconds']:.1f} s, as the job ends"
-            case "failed":
+            case "failed" if self._number == 0:
                 text = f"no checkpoint is written as the job ends: {document['why']}"
             case _:
                 return
@@ -168,14 +179,16 @@ class Service:
         self._pool = HostPool(num_threads)
         self._clock = clock
         self._root = Path(settings.root)
+        self._alone_since: float | None = None
+        """When the rank was first seen gone."""
 
     def run(self) -> None:
         """Serve until nothing more will come."""
         self._rank.say(what="ready", iteration=-1, root=self._settings.root)
         while (message := self._rank.next()) is not None and not message.get("is_over"):
-            self._answer(message["iteration"], message["busy"])
+            self._answer(message["iteration"], message["why"], message["free"])
         if self._rank.is_ending:
-            self._rank = _Log(self._settings.rank)
+            self._rank = _Log(self._rank, self._settings.rank)
             self._attempt(-1, self._meeting(_ENDING), self._save_newest)
         elif message is None and self._settings.is_waited_for:
             self._say_gone()
@@ -191,11 +204,11 @@ class Service:
             meeting.fail("its rank has ended by itself")
         meeting.leave()
 
-    def _answer(self, iteration: int, busy: int | None) -> None:
+    def _answer(self, iteration: int, why: str | None, free: int) -> None:
         def write(meeting: Meeting) -> None:
-            if busy is not None:
-                raise MeetingFailed(f"that of iteration {busy} was not done yet")
-            self._save(iteration, meeting, self._written())
+            if why is not None:
+                raise MeetingFailed(why)
+            self._save(iteration, meeting, self._written(), free)
 
         self._attempt(iteration, self._meeting(f"iter_{iteration:07d}"), write)
 
@@ -208,24 +221,28 @@ class Service:
         try:
             meeting.enter()
             write(meeting)
-        except (MoetionError, MeetingFailed, OSError, MemoryError) as error:
-            why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error)
+        except Exception as error:  # libraries that write raise what they like, and others must not wait for this part
+            why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error) or repr(error)
+            with suppress(OSError):
+                (meeting.folder / part_name(self._settings.rank)).unlink(missing_ok=True)
             with suppress(OSError):
                 meeting.fail(why)
             if self._settings.rank == 0:
-                shutil.rmtree(meeting.folder, ignore_errors=True)
+                with suppress(OSError):
+                    meeting.clear()
             self._rank.say(what="failed", iteration=iteration, why=why)
         finally:
             meeting.leave()
 
-    def _save(self, iteration: int, meeting: Meeting, written: int) -> None:
-        """``written``: the newest checkpoint on disk before anything of this one was."""
+    def _save(self, iteration: int, meeting: Meeting, written: int, free: int) -> None:
+        """``written``: the newest checkpoint on disk before anything of this one was; ``free``: bytes of memory."""
         began = self._clock.monotonic()
-        document, copy_s = self._write_part(iteration, meeting.folder, began)
-        meeting.add_part(encode(document))
+        meeting.require_rank_0()
+        document, copy_s = self._write_part(iteration, meeting.folder, began, free)
+        meeting.add_part(iteration, encode(document))
         if self._settings.rank == 0:
             clear_drafts(self._root, but=meeting.folder)
-            parts = [decode(part) for part in meeting.parts(lambda: self._time_left(began))]
+            parts = [decode(part) for part in meeting.parts(iteration, lambda: self._time_left(began))]
             finish(meeting.folder, parts, iteration)
             meeting.tidy()
             newest = self._written()
@@ -243,7 +260,7 @@ class Service:
             seconds=self._clock.monotonic() - began,
         )
 
-    def _write_part(self, iteration: int, folder: Path, began: float) -> tuple[dict[str, Any], float]:
+    def _write_part(self, iteration: int, folder: Path, began: float, free: int) -> tuple[dict[str, Any], float]:
         """What ``finish`` needs of this rank's part, and the seconds until the rank could go on as it likes."""
         arena = read_only(Path(self._settings.arena))
         try:
@@ -251,14 +268,15 @@ class Service:
             (source,) = owner.sources
             copied = int(source.records.table["nbytes"].sum())
             need = (copied + memory_bytes(owner)) * self._settings.local_ranks
-            if need > (have := available_bytes()):
+            if need > free:
                 raise MeetingFailed(
                     f"its node would need {need / 2**30:,.1f} GiB of memory beside the arenas and has "
-                    f"{have / 2**30:,.1f} GiB available"
+                    f"{free / 2**30:,.1f} GiB available"
                 )
             take_over(arena, source.records, self._num_threads)
+            copy_s = self._clock.monotonic() - began
             if not intact(arena, source.records, self._pool).all():
-                raise MeetingFailed("its captures were released before the copy of them was complete")
+                raise MeetingFailed(f"its captures were released before the copy of them was complete ({copy_s:.0f} s)")
             copy_s = self._clock.monotonic() - began
             self._rank.say(what="copied", iteration=iteration)
             with PartWriter(folder, self._settings.rank) as writer:
@@ -274,9 +292,9 @@ class Service:
         stable = arena.page.stable
         arena.close()
         written = self._written()
-        iteration = meeting.choose(stable, lambda: until - self._clock.monotonic())
-        if iteration > max(written, 0):
-            self._save(iteration, meeting, written)
+        iteration = meeting.choose(stable, max(written, 0), lambda: until - self._clock.monotonic())
+        if iteration != NOTHING:
+            self._save(iteration, meeting, written, available_bytes())
         elif self._settings.rank == 0:
             shutil.rmtree(meeting.folder, ignore_errors=True)
 
@@ -288,8 +306,11 @@ class Service:
         return -1 if found is None else found
 
     def _time_left(self, began: float) -> float:
-        limit_s = self._settings.limit_s if self._rank.is_there else min(self._settings.limit_s, ORPHAN_S)
-        return began + limit_s - self._clock.monotonic()
+        now = self._clock.monotonic()
+        if self._alone_since is None and not self._rank.is_there:
+            self._alone_since = now
+        left_s = began + self._settings.limit_s - now
+        return left_s if self._alone_since is None else min(left_s, self._alone_since + ORPHAN_S - now)
 
 
 def serve(inward: int, outward: int) -> None:
@@ -298,6 +319,9 @@ def serve(inward: int, outward: int) -> None:
     if (first := rank.next()) is None:
         return
     settings = Settings(**first)
+    rank.pid = settings.pid
     os.nice(_NICE)
+    with suppress(OSError):  # where memory runs out, this process goes and not training
+        Path("/proc/self/oom_score_adj").write_text("1000")
     threads = max(1, len(os.sched_getaffinity(0)) // settings.local_ranks)
     Service(settings, rank, threads, SystemClock()).run()

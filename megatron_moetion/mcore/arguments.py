@@ -65,6 +65,8 @@ def moetion_config(args: argparse.Namespace) -> MoetionConfig:
     Where checkpoints on disk go, and how often, is as for Megatron-LM, unless it is said.
     """
     flags = dict(vars(args))
+    if flags.get("save_retain_interval") or flags.get("dataloader_save"):
+        flags.setdefault(MOETION_PREFIX + "save", "off")  # what Megatron-LM does with its own checkpoints alone
     for name in ("save", "save_interval"):
         if flags.get(name):
             flags.setdefault(MOETION_PREFIX + name, flags[name])

@@ -23,9 +23,11 @@ from megatron.core.optimizer.distrib_optimizer import DistributedOptimizer
 from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params
 from megatron.core.utils import unwrap_model
 
+from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore import chain
 from megatron_moetion.mcore.disk_format import checkpoint_metadata
 from megatron_moetion.mcore.layout import ModelLayout
+from megatron_moetion.mcore.offline import require_replayable
 from megatron_moetion.mcore.shards import held, shards
 from megatron_moetion.mcore.topology import parallel_ranks, parallel_sizes
 from megatron_moetion.units import Role
@@ -87,13 +89,24 @@ def _placements(
                 "views": found.views_of(tensor),
             }
         )
+    optimizers = [_kind_of(link) for link in links]
     return {
         "parameters": parameters,
         "tensors": tensors,
         "objects": found.objects,
         "left_out": sorted({*found.left_out, *found.unplaced()}),
-        "optimizers": [_kind_of(link) for link in links],
+        "optimizers": optimizers,
+        "replay_problem": _replay_problem(optimizers),
     }
+
+
+def _replay_problem(optimizers: Sequence[Mapping[str, Any]]) -> str | None:
+    """Why logged steps of these could not be repeated on a CPU."""
+    try:
+        require_replayable(optimizers)
+    except ConfigError as error:
+        return str(error)
+    return None
 
 
 def _problem(optimizer: MegatronOptimizer) -> str | None:

@@ -59,6 +59,11 @@ class _Target:
     shape: tuple[int, ...]
 
 
+def part_name(index: int) -> str:
+    """The file that has the tensors of a part."""
+    return f"__{index}_0.distcp"
+
+
 class PartWriter:
     """One process's part of a checkpoint: stretches of tensors, in any order, each written as it is added.
 
@@ -68,7 +73,7 @@ class PartWriter:
     """
 
     def __init__(self, folder: Path, index: int, *, chunk_bytes: int = CHUNK_BYTES) -> None:
-        self._name = f"__{index}_0.distcp"
+        self._name = part_name(index)
         self._file = (folder / self._name).open("wb", buffering=0)
         self._chunk_bytes = chunk_bytes
         self._position = 0

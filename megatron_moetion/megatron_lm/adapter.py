@@ -22,6 +22,7 @@ import torch
 from megatron_moetion.errors import ConfigError, shared
 from megatron_moetion.mcore.arguments import moetion_config
 from megatron_moetion.megatron_lm.flags import newest_on_disk, refuse, takes_part
+from megatron_moetion.pretrain.flags import compare, record
 from megatron_moetion.pretrain.process import Process
 from megatron_moetion.rendezvous import fresh_store, open_store, replacement_warning
 
@@ -41,6 +42,14 @@ class LoopState:
         """Floating-point operations so far, by Megatron's count."""
         self.has_loaders = False
         """Whether the data loaders were built, which draw random numbers. Only a baseline is older than they are."""
+        self.flags_changed = ""
+        """After a recovery: a line that lists the flags that differ from those of the last start and act from here on.
+        """
+        self._record = b""
+
+    def note_flags(self) -> None:
+        """Remember the flags of this start, which the next one is compared with."""
+        self._record = record(self._training.get_args())
 
     def read_flags(self) -> None:
         """Take over the iteration and the count that Megatron keeps among its flags until the loop runs."""
@@ -53,9 +62,10 @@ class LoopState:
         return found
 
     def state_dict(self) -> dict[str, Any]:
-        """Numbers by name."""
+        """Numbers by name, and the flags' record."""
         flags = self._training.get_args()
         return {
+            "flags": self._record,
             "iteration": self.iteration,
             "operations": self.operations,
             "has_loaders": self.has_loaders,
@@ -63,7 +73,11 @@ class LoopState:
         }
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Put back what ``state_dict`` returned, where Megatron's loop begins with it; the batch size follows."""
+        """Put back what ``state_dict`` returned, where Megatron's loop begins with it; the batch size follows.
+
+        ``ConfigError`` where flags differ that must not.
+        """
+        self.flags_changed = compare(state["flags"], self._record, same_run=True)
         flags = self._training.get_args()
         for name in self.COUNTERS:
             setattr(flags, name, state[name])
@@ -147,6 +161,7 @@ class Adapter:
             return flags.iteration or None
 
         self._state.read_flags()
+        self._state.note_flags()
         attached = self._attach(
             model=model,
             optimizer=optimizer,
@@ -164,6 +179,8 @@ class Adapter:
         except BaseException:
             attached.abandon()
             raise
+        if self._state.flags_changed and Process.from_environment(os.environ).rank == 0:
+            _logger.warning("[moetion] rank 0: %s", self._state.flags_changed)
         self._attached = attached
         self._saves_again = resumed is not None
         if self._state.has_loaders:

@@ -30,7 +30,7 @@ def take_over(flags: Any, iteration: int, on_all: Callable[[bool], bool]) -> boo
     if flags.load is None or flags.finetune:
         return False
     folder = str(checkpoint_folder(flags.load, iteration))
-    if not on_all(tracked(Path(flags.load)) == iteration and _holds_a_step(folder, flags, iteration)):
+    if not on_all(_newest_is(flags.load, iteration) and _holds_a_step(folder, flags, iteration)):
         return False
     from megatron.core import dist_checkpointing
     from megatron.core.rerun_state_machine import get_rerun_state_machine
@@ -39,6 +39,13 @@ def take_over(flags: Any, iteration: int, on_all: Callable[[bool], bool]) -> boo
     wanted = machine.state_dict(data_iterator=None, ckpt_format="torch_dist", force=True)
     machine.load_state_dict(dist_checkpointing.load({"rerun_state_machine": wanted}, folder)["rerun_state_machine"])
     return True
+
+
+def _newest_is(root: str, iteration: int) -> bool:
+    try:
+        return tracked(Path(root)) == iteration
+    except (OSError, ValueError):
+        return False
 
 
 def _holds_a_step(folder: str, flags: Any, iteration: int) -> bool:

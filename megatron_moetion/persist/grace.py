@@ -26,6 +26,7 @@ class Grace:
         self._last_words = last_words
         self._end = end
         self._wake = -1
+        self._is_open = False
 
     def begin(self) -> str | None:
         """Take over the signal. Returns why that cannot be; None where it is done."""
@@ -41,6 +42,8 @@ class Grace:
             os.close(self._wake)
             return "something else in this process waits for signals"
         signal.signal(signal.SIGTERM, _nothing)
+        self._is_open = True
+        os.register_at_fork(before=_hold_back, after_in_parent=_let_through, after_in_child=self._forget)
         threading.Thread(target=self._wait, args=(woken,), name="moetion-grace", daemon=True).start()
         return None
 
@@ -51,15 +54,35 @@ class Grace:
             signal.set_wakeup_fd(-1)
             os.write(self._wake, _STOP)
             os.close(self._wake)
+        self._is_open = False
+
+    def _forget(self) -> None:
+        """In a forked child: its signals are its own, and must not end this process."""
+        if self._is_open:
+            self._is_open = False
+            signal.set_wakeup_fd(-1)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        _let_through()
 
     def _wait(self, woken: int) -> None:
         while number := os.read(woken, 1):
             if number == _STOP:
                 break
             if number[0] == signal.SIGTERM:
-                self._last_words()
-                self._end(EXIT_CODE)
+                try:
+                    self._last_words()
+                finally:
+                    self._end(EXIT_CODE)
         os.close(woken)
+
+
+def _hold_back() -> None:
+    """While a process forks: what comes for the child must not find this process's handler in it."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+
+
+def _let_through() -> None:
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
 
 
 def _nothing(*_: object) -> None:

@@ -25,6 +25,7 @@ class WriterProcess:
     def __init__(self, settings: Mapping[str, Any]) -> None:
         environment = {k: v for k, v in os.environ.items() if not k.startswith(_MADE_BY_LAUNCHERS)}
         environment["CUDA_VISIBLE_DEVICES"] = ""
+        environment["PYTHONPATH"] = os.pathsep.join(filter(None, sys.path))  # the same Megatron as here
         self._process = subprocess.Popen(
             [sys.executable, "-m", MODULE],
             stdin=subprocess.PIPE,
@@ -69,6 +70,10 @@ class WriterProcess:
         if code is None:
             return None
         return f"exit code {code}" if code >= 0 else f"signal {-code}"
+
+    def kill(self) -> None:
+        """See ``Writer``."""
+        self._process.kill()
 
     def end(self, limit_s: float) -> None:
         """See ``Writer``."""

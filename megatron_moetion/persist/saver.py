@@ -15,10 +15,11 @@ from megatron_moetion.observe.journal import Journal
 from megatron_moetion.persist.grace import Grace
 from megatron_moetion.store.retention import Settled
 
-HOLD_S = 20.0
-"""Longest that captures are kept for the writer's copy. Afterwards the copy does not verify, and is given up."""
-START_S = 60.0
-"""As long again, for a writer that is only just starting."""
+HOLD_S, HOLD_BYTES_A_S = 20.0, 250e6
+"""Longest that captures are kept for the writer's copy: some seconds, and more for much state. Afterwards the copy does
+not verify, and is given up."""
+START_S = 120.0
+"""For a writer that is only just starting."""
 _POLL_S = 0.05
 
 
@@ -36,6 +37,10 @@ class Writer(Protocol):
     @property
     def ended(self) -> str | None:
         """How it has ended, None while it lives."""
+        ...
+
+    def kill(self) -> None:
+        """End it at once; what it is writing is lost."""
         ...
 
     def end(self, limit_s: float) -> None:
@@ -60,6 +65,9 @@ class NoWriter:
     def hear(self) -> list[dict[str, Any]]:
         """Nothing."""
         return []
+
+    def kill(self) -> None:
+        """Nobody is there."""
 
     def end(self, limit_s: float) -> None:
         """Nothing to wait for."""
@@ -101,6 +109,8 @@ class Saver(Releases):
 
     Equal results on all ranks lead to equal choices, without a word between them. ``start_writer`` makes the rank's
     process; it is called again where one has ended. ``written``: the iteration of the newest checkpoint that is there.
+    ``state_bytes``: of this rank; ``limit_s``: after that a writer that has not done with one is ended; ``free_bytes``:
+    memory that may be taken on this node.
     ``speaks``: on rank 0, which says for all ranks what has become of a checkpoint. ``grace_s``: how long a process
     that gets SIGTERM stays for its writer, 0: not at all; ``end`` ends it with an exit code.
     """
@@ -112,6 +122,9 @@ class Saver(Releases):
         *,
         interval: int,
         written: int,
+        state_bytes: int,
+        limit_s: float,
+        free_bytes: Callable[[], int],
         start_writer: Callable[[], Writer],
         journal: Journal,
         clock: Clock,
@@ -121,6 +134,9 @@ class Saver(Releases):
     ) -> None:
         super().__init__()
         self._interval = interval
+        self._hold_s = HOLD_S + state_bytes / HOLD_BYTES_A_S
+        self._limit_s = limit_s + self._hold_s
+        self._free_bytes = free_bytes
         self._due = _next(written, interval)
         self._start_writer = start_writer
         self._writer = start_writer()
@@ -143,6 +159,7 @@ class Saver(Releases):
         self._copy_since = 0.0
         self._writing: int | None = None
         """The iteration that is on its way to disk."""
+        self._writing_since = 0.0
 
     def learn(self, settled: Settled) -> None:
         """See ``Releases``; what follows the iteration that is to be written is held back."""
@@ -159,7 +176,7 @@ class Saver(Releases):
         self._hear()
         if self._is_ending:  # training may still go on, for no longer than the writer takes
             return None
-        limit_s = HOLD_S if self._is_ready else START_S
+        limit_s = self._hold_s if self._is_ready else START_S
         if self._copying is not None and self._clock.monotonic() - self._copy_since > limit_s:
             self._copying = None
         if self._copying is None and self._later is not None:
@@ -199,15 +216,22 @@ class Saver(Releases):
     def _begin(self, iteration: int) -> None:
         """Have it written; a save that is still under way costs this one."""
         self._hear()
-        if self._writer.ended is not None:
-            self._writer, self._is_ready = self._start_writer(), False
-        busy = self._writing
-        if not self._writer.send({"iteration": iteration, "busy": busy}):
+        why = None if self._writing is None else f"that of iteration {self._writing} is not done yet"
+        is_asked = self._ask(iteration, why)
+        if why is not None:
+            self._tell(iteration, why)
+        elif not is_asked:
             how = self._writer.ended
             self._tell(iteration, f"there is no process that writes it ({how})" if how else "its process takes nothing")
-        elif busy is None:
+        else:
             self._copying = self._writing = iteration
-            self._copy_since = self._clock.monotonic()
+            self._copy_since = self._writing_since = self._clock.monotonic()
+
+    def _ask(self, iteration: int, why: str | None) -> bool:
+        """Hand it to the writer, and to another one where that has ended. ``why``: this rank will have no part."""
+        if self._writer.ended is not None:
+            self._writer, self._is_ready = self._start_writer(), False
+        return self._writer.send({"iteration": iteration, "why": why, "free": self._free_bytes()})
 
     def _hear(self) -> None:
         for said in self._writer.hear():
@@ -219,14 +243,24 @@ class Saver(Releases):
                 case "copied" if iteration == self._copying:
                     self._copying = None
                 case "saved":
-                    self._writing = None
+                    self._writing = None if iteration == self._writing else self._writing
                     self._say_saved(iteration, said)
-                case "failed":
-                    self._copying = self._writing = None
-                    self._tell(iteration, said["why"])
-        if self._writing is not None and (how := self._writer.ended) is not None:
-            self._tell(self._writing, f"the process that writes it has ended ({how})")
-            self._copying = self._writing = None
+                case "failed" if iteration == self._writing:
+                    self._give_up(said["why"])
+        if (iteration := self._writing) is None:
+            return
+        if (how := self._writer.ended) is not None:
+            why = f"the process that writes it has ended ({how})"
+            self._give_up(why)
+            self._ask(iteration, why)  # so that the processes of other ranks hear of it
+        elif self._clock.monotonic() - self._writing_since > self._limit_s:
+            self._writer.kill()
+            self._give_up(f"it is not on disk after {self._limit_s:.0f} s")
+
+    def _give_up(self, why: str) -> None:
+        assert self._writing is not None, "there is one to give up"
+        self._tell(self._writing, why)
+        self._copying = self._writing = None
 
     def _say_ready(self, said: Mapping[str, Any]) -> None:
         if self._speaks and not self._has_come_up:

@@ -14,7 +14,7 @@ from types import TracebackType
 from megatron_moetion.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
-DRAFT, _REPLACED = ".draft", ".replaced"
+DRAFT, _REPLACED, _TRASH = ".draft", ".replaced", ".removed"
 
 
 def checkpoint_folder(root: str, iteration: int) -> Path:
@@ -35,7 +35,7 @@ def latest_iteration(root: str) -> int | None:
 
 def write_tracker(root: Path, iteration: int) -> None:
     """Name the newest checkpoint below ``root``, durably: the file is either the old one or the new one."""
-    temporary = root / f".{TRACKER}.tmp"
+    temporary = root / f".{TRACKER}.{os.getpid()}.tmp"
     with temporary.open("w", encoding="utf-8") as file:
         file.write(str(iteration))
         file.flush()
@@ -54,7 +54,12 @@ def publish(folder: Path, root: Path, iteration: int, *, is_newest: bool = True)
     old = target.with_name(f".{target.name}{_REPLACED}")
     with suppress(FileNotFoundError):
         target.rename(old)
-    folder.rename(target)
+    try:
+        folder.rename(target)
+    except OSError:
+        with suppress(OSError):
+            old.rename(target)
+        raise
     make_durable(root)
     if is_newest:
         write_tracker(root, iteration)
@@ -69,6 +74,8 @@ def clear_drafts(root: Path, but: Path | None = None) -> None:
     for left in root.glob(f".iter_*{DRAFT}"):
         if left != but:
             _remove_unless_held(left)
+    for left in root.glob(f".iter_*{_TRASH}"):
+        shutil.rmtree(left, ignore_errors=True)
     for left in root.glob(f".iter_*{_REPLACED}"):
         target = root / left.name.removeprefix(".").removesuffix(_REPLACED)
         if target.exists():
@@ -122,6 +129,9 @@ def _remove_unless_held(folder: Path) -> None:
         descriptor = os.open(folder, os.O_RDONLY)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            shutil.rmtree(folder)
+            # On some file systems a lock is seen on its own node only: under another name nobody makes it a checkpoint.
+            trash = folder.with_name(f"{folder.name}{_TRASH}")
+            folder.rename(trash)
+            shutil.rmtree(trash)
         finally:
             os.close(descriptor)

@@ -62,9 +62,11 @@ _REORDER = ("train_iters", "global_batch_size")
 
 
 def record(args: argparse.Namespace) -> bytes:
-    """The checked flags that a restart has to be compared with, ``RECORD_BYTES`` long."""
+    """The checked flags that a restart has to be compared with, ``RECORD_BYTES`` long; of another program's those that
+    it has."""
     values = vars(args)
-    kept = {name: _short(values[name]) for name, effect in EFFECTS.items() if effect is not Effect.FREE}
+    compared = (name for name, effect in EFFECTS.items() if effect is not Effect.FREE and name in values)
+    kept = {name: _short(values[name]) for name in compared}
     text = json.dumps(kept, separators=(",", ":")).encode()
     assert len(text) <= RECORD_BYTES, f"{len(text)} bytes of flags; a record has room for {RECORD_BYTES}"
     return text.ljust(RECORD_BYTES)
@@ -119,7 +121,7 @@ def _shown(value: Any) -> str:
 
 def _short(value: Any) -> Any:
     """The value, or its beginning and a digest of all of it."""
-    text = json.dumps(value)
+    text = json.dumps(value, default=str)
     if len(text) <= _LONGEST_VALUE:
-        return value
+        return json.loads(text)
     return f"{_shown(value)} (sha256 {hashlib.sha256(text.encode()).hexdigest()[:16]})"

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,7 +14,9 @@ from megatron_moetion.persist.saver import NoWriter, Releases, Saver, Writer
 from megatron_moetion.persist.tracker import latest_iteration
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.sheet import export_problem, read_sheet
+from megatron_moetion.store.sharedfile import available_bytes
+from megatron_moetion.store.sheet import export_problem, read_sheet, replay_problem
+from megatron_moetion.units import UnitKind
 
 OFF = "off"
 
@@ -36,13 +39,18 @@ def agree_on_saving(run: Prepared) -> Saving | None:
     return Saving(**run.fabric.reduce(asdict(mine), _joined))
 
 
-def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int) -> Releases:
-    """What a session asks before arenas release anything: plain, or with checkpoints written on the way."""
+def make_releases(run: Prepared, saving: Saving | None, arena: Arena, iteration: int, epoch: int) -> Releases:
+    """What a session asks before arenas release anything: plain, or with checkpoints written on the way.
+
+    The run goes on from ``iteration``: what is on disk beyond it is of another run, or was gone back from.
+    """
     if saving is None:
         return Releases()
     if saving.problem:
         if run.fabric.rank == 0:
-            run.journal.info(0, f"training writes the checkpoints in {run.config.save} itself: {saving.problem}")
+            run.journal.info(
+                iteration, f"training writes the checkpoints in {run.config.save} itself: {saving.problem}"
+            )
         return Releases()
     settings = {
         "arena": arena.name,
@@ -52,6 +60,7 @@ def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int
         "local_ranks": max(run.node.num_ranks, int(run.host.environment.get("LOCAL_WORLD_SIZE", "1"))),
         "history": f"{arena.page.lineage:x}-{epoch}",
         "limit_s": run.config.save_limit_s,
+        "pid": os.getpid(),
         "is_waited_for": run.config.grace_s > 0,
     }
 
@@ -63,7 +72,10 @@ def make_releases(run: Prepared, saving: Saving | None, arena: Arena, epoch: int
 
     return Saver(
         interval=run.config.save_interval,
-        written=saving.written,
+        written=min(saving.written, iteration),
+        state_bytes=run.state_bytes,
+        limit_s=run.config.save_limit_s,
+        free_bytes=available_bytes,
         start_writer=start,
         journal=run.journal,
         clock=run.host.clock,
@@ -77,9 +89,12 @@ def _problem(run: Prepared) -> str:
     if run.mode.loses_tokens:
         return f"in mode {run.mode.name!r} some experts in memory are older than the iteration"
     try:
-        return export_problem(read_sheet(run.mode.spec.sheet).guide) or ""
+        sheet = read_sheet(run.mode.spec.sheet)
     except CorruptArena as error:
         return str(error)
+    if (problem := export_problem(sheet.guide)) is None and run.mode.inventory.of_kind(UnitKind.LOG):
+        problem = replay_problem(sheet)
+    return problem or ""
 
 
 def _written(root: str) -> int:

@@ -308,7 +308,7 @@ class Starter:
         return running
 
     def _begin_at(self, arenas: OpenArenas, findings: Findings, iteration: int, epoch: int) -> Running:
-        releases = make_releases(self._run, self._saving, arenas.own, epoch)
+        releases = make_releases(self._run, self._saving, arenas.own, iteration, epoch)
         return self._run.begin(arenas, findings.placement, iteration, epoch, releases)
 
     def _lost(self, findings: Findings) -> str | None:

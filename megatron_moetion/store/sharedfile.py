@@ -7,7 +7,9 @@ A file gets all of its memory when it is made, so that memory cannot run out lat
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -145,14 +147,33 @@ def free_bytes(folder: Path) -> int:
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that may be taken without another process losing its own: the kernel's word, and a container's limit."""
+    """Memory that may be taken without another process losing its own: the kernel's word, and the limits of the control
+    groups (v2) that this process is in. A group can drop what it has of files on disk, so that counts as free.
+    """
     lines = (proc / "meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
     try:
-        most, used = ((cgroup / name).read_text().strip() for name in ("memory.max", "memory.current"))
+        own = (proc / "self" / "cgroup").read_text().strip().rpartition("::")[2].strip("/")
     except OSError:
-        return free
-    return free if most == "max" else min(free, max(0, int(most) - int(used)))
+        own = ""
+    for group in (cgroup / own, *(cgroup / own).parents):
+        free = min(free, _free_in(group))
+        if group == cgroup:
+            break
+    return free
+
+
+def _free_in(group: Path) -> int:
+    """What a control group may still take; very much without a limit."""
+    try:
+        most, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
+    except OSError:
+        return sys.maxsize
+    cached = 0
+    with suppress(OSError):
+        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
+        cached = sum(int(nbytes) for name, nbytes in lines if name in ("active_file", "inactive_file"))
+    return sys.maxsize if most == "max" else max(0, int(most) - int(used) + cached)
 
 
 def _no_space(folder: Path, need: int) -> StoreError:

@@ -19,6 +19,7 @@ from megatron_moetion.errors import CorruptArena
 from megatron_moetion.units import Inventory, Region, Role
 
 SHEET_VERSION = 1
+_STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,6 +69,26 @@ def sheet_of(inventory: Inventory) -> str:
 def export_problem(guide: Mapping[str, Any]) -> str | None:
     """Why the state of the rank that a guide is of cannot become a checkpoint on disk; None if it can."""
     problem = guide.get("problem", "the framework gave no guide to its tensors")
+    return None if problem is None else str(problem)
+
+
+def has_scales(sheet: Sheet) -> bool:
+    """Whether an optimizer keeps its state in less than fp32."""
+    spans = (span for spans in sheet.units for span in spans)
+    return any(
+        span.role in (Role.MODEL, Role.REMAINDER, Role.SCALE) or (span.role in _STATE and span.dtype != "float32")
+        for span in spans
+    )
+
+
+def replay_problem(sheet: Sheet) -> str | None:
+    """Why the optimizer's steps since a rank's captures cannot be repeated in another process; None if they can."""
+    if has_scales(sheet):
+        return (
+            "captures and logged gradients (mode 'exact') of an optimizer that keeps its state in less than fp32: how "
+            "its steps round is known on its own machines only; restart the run there"
+        )
+    problem = sheet.guide.get("replay_problem")
     return None if problem is None else str(problem)
 
 

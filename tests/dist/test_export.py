@@ -369,7 +369,7 @@ class Asking:
     """A rank that asks its writer for some iterations, and then is gone or is told to end."""
 
     def __init__(self, *iterations: int, is_ending: bool = False) -> None:
-        self._wanted = [{"iteration": i, "busy": None} for i in iterations]
+        self._wanted = [{"iteration": i, "why": None, "free": 1 << 40} for i in iterations]
         self.is_ending = is_ending
         self.is_there = True
         self.heard: list[dict[str, Any]] = []
@@ -396,7 +396,7 @@ class Writers:
         self.root = root
         self._settings = [
             Settings(
-                arena=str(store / f"node{rank // 2}" / arena_name(rank)), root=str(root), rank=rank,
+                arena=str(store / f"node{rank // 2}" / arena_name(rank)), root=str(root), rank=rank, pid=os.getpid(),
                 world_size=WORLD_SIZE, local_ranks=2, history="a-0", limit_s=limit_s, is_waited_for=False,
             )
             for rank in range(WORLD_SIZE)

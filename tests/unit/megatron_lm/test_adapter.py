@@ -20,6 +20,7 @@ from megatron_moetion.errors import ConfigError
 from megatron_moetion.mcore import rng
 from megatron_moetion.megatron_lm.adapter import Adapter, LoopState, is_healthy
 from megatron_moetion.megatron_lm.flags import newest_on_disk, refuse, takes_part
+from megatron_moetion.pretrain.flags import record
 
 ARGS = {
     "moetion": True, "moetion_mode": "full", "load": None, "finetune": False, "save": None, "save_interval": None,
@@ -166,7 +167,15 @@ def python_generator(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def in_memory(iteration: int, **state: Any) -> dict[str, Any]:
     samples = {"consumed_train_samples": 8 * iteration, "consumed_valid_samples": 3, "skipped_train_samples": 0}
-    return {"iteration": iteration, "operations": 100.0 * iteration, "has_loaders": True, **samples, **state}
+    flags = record(argparse.Namespace(**ARGS))
+    return {
+        "flags": flags,
+        "iteration": iteration,
+        "operations": 100.0 * iteration,
+        "has_loaders": True,
+        **samples,
+        **state,
+    }
 
 
 def test_a_run_from_the_beginning_tells_each_iteration_before_training_decides_to_leave() -> None:
@@ -176,6 +185,18 @@ def test_a_run_from_the_beginning_tells_each_iteration_before_training_decides_t
     assert attached.arguments["model"] == ["model"]
     assert attached.arguments["config"].mode == "full"
     assert attached.state.state_dict() == {**in_memory(3), "consumed_valid_samples": 0}
+
+
+def test_flags_that_make_a_run_what_it_is_must_stay_and_others_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    """A restart from memory is compared with the start before, as with the bundled trainer."""
+    began = {"seed": 1, "moe_router_topk": 2, "lr": 1e-3, "moe_layer_freq": [0, 1]}
+    memory = {**in_memory(3), "flags": record(argparse.Namespace(**began))}
+    with caplog.at_level("WARNING"):
+        Loop(**{**began, "lr": 2e-3}).run(memory)
+    assert "flags changed since the last start: --lr 0.001 -> 0.002" in caplog.text
+    for name, value in (("seed", 7), ("moe_router_topk", 1)):
+        with pytest.raises(ConfigError, match=f"{name.replace('_', '-')} {began[name]} -> {value}"):
+            Loop(**{**began, name: value}).run(memory)
 
 
 def test_memory_that_is_newer_wins_and_nothing_is_loaded_from_disk(tmp_path: Path) -> None:

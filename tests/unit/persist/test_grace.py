@@ -28,6 +28,17 @@ if sys.argv[1] == "closed":
     print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, threading.active_count() <= 2, flush=True)
 if sys.argv[1] == "stuck":
     os.read(os.pipe()[0], 1)
+if sys.argv[1] == "forks":
+    child = os.fork()
+    if not child:
+        time.sleep(60)
+    os.kill(child, signal.SIGTERM)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+    time.sleep(0.5)
+    print("goes on", flush=True)
+    os._exit(0)
+if sys.argv[1] == "fails":
+    grace._last_words = lambda: 1 / 0
 while True:
     time.sleep(0.05)
 """
@@ -64,6 +75,14 @@ def test_a_script_that_handles_the_signal_itself_goes_on_doing_so() -> None:
     assert run("handled", signal.SIGTERM) == (7, ["the training script handles SIGTERM itself"])
     code, lines = run("waited-for", signal.SIGTERM)
     assert (code, lines) == (-signal.SIGTERM, ["something else in this process waits for signals"])
+
+
+def test_the_end_of_a_forked_child_is_its_own() -> None:
+    assert run("forks") == (0, ["None", "-15", "goes on"])
+
+
+def test_last_words_that_fail_do_not_keep_a_process_alive() -> None:
+    assert run("fails", signal.SIGTERM)[0] == EXIT_CODE
 
 
 def test_a_thread_cannot_take_the_signal_over() -> None:

@@ -14,6 +14,7 @@ from session_job import Adapter, Job
 
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.persist.saver import HOLD_S, START_S, NoWriter, Releases, Saver
+from megatron_moetion.persist.tracker import write_tracker
 from megatron_moetion.store.retention import Settled
 from megatron_moetion.units import Inventory
 
@@ -54,6 +55,9 @@ class Writer:
         said, self.says = self.says, []
         return said
 
+    def kill(self) -> None:
+        self.ended = "signal 9"
+
     def end(self, limit_s: float) -> None:
         self.ends_within = limit_s
 
@@ -84,6 +88,9 @@ class Setting:
         self.saver = Saver(
             interval=interval,
             written=written,
+            state_bytes=0,
+            limit_s=1000.0,
+            free_bytes=lambda: 1 << 40,
             start_writer=self.start,
             journal=Journal(0, 0, self.report, self.clock),
             clock=self.clock,
@@ -118,7 +125,7 @@ def setting(tmp_path: Path) -> Setting:
 
 
 def told(writer: Writer) -> list[tuple[str, int]]:
-    return [("save" if m["busy"] is None else "leave_out", m["iteration"]) for m in writer.told if "is_over" not in m]
+    return [("save" if m["why"] is None else "leave_out", m["iteration"]) for m in writer.told if "is_over" not in m]
 
 
 def test_without_a_saver_everything_is_released_at_once() -> None:
@@ -203,6 +210,7 @@ def test_a_save_that_is_still_under_way_costs_the_next_one_and_holds_nothing(set
     assert setting.learn(20) is not None
     assert setting.learn(21) is not None, "there is no copy to wait for"
     assert told(setting.writer) == [("save", 10), ("leave_out", 20)]
+    assert setting.events == [("save_failed", 20)]
     setting.writer.saved(10)
     setting.learn(30)
     assert told(setting.writer)[-1] == ("save", 30)
@@ -216,9 +224,37 @@ def test_a_process_that_ends_costs_its_checkpoint_and_another_one_is_started(set
     setting.writer.ended = "signal 9"
     assert setting.learn(11) == Settled(stable=11, whole={11: True})
     assert setting.events == [("save_failed", 10)]
+    assert told(setting.writer) == [("leave_out", 10)], "so that the processes of other ranks hear of it"
     setting.learn(20)
     assert len(setting.writers) == 2
-    assert told(setting.writer) == [("save", 20)]
+    assert told(setting.writer) == [("leave_out", 10), ("save", 20)]
+
+
+def test_a_writer_that_hangs_is_ended_and_said_and_another_one_goes_on(setting: Setting) -> None:
+    setting.learn(10)
+    setting.writer.copied(10)
+    setting.learn(20)
+    assert setting.events == [("save_failed", 20)], "at once"
+    setting.clock.now += 1100.0
+    setting.learn(21)
+    assert setting.writer.ended == "signal 9"
+    assert setting.events == [("save_failed", 20), ("save_failed", 10)]
+    setting.learn(30)
+    assert len(setting.writers) == 2
+    assert told(setting.writer) == [("save", 30)]
+
+
+def test_a_late_word_of_an_older_checkpoint_does_not_touch_the_next(setting: Setting) -> None:
+    setting.learn(10)
+    setting.learn(20)
+    setting.writer.saved(10)
+    setting.learn(30)
+    setting.writer.failed(20, "that of iteration 10 is not done yet")
+    assert setting.learn(31) is None, "30 is still being copied"
+    setting.writer.copied(30)
+    setting.writer.saved(30)
+    assert setting.learn(32) is not None
+    assert setting.events == [("save_failed", 20), ("saved", 10), ("saved", 30)]
 
 
 def test_a_process_that_takes_nothing_costs_its_checkpoint(setting: Setting) -> None:
@@ -327,6 +363,17 @@ def test_a_session_keeps_the_iteration_in_its_arenas_and_training_goes_on(tmp_pa
     for session in made.sessions:
         session.abandon()
     assert all(w.is_closed for w in writers)
+
+
+def test_what_is_on_disk_beyond_where_a_run_begins_does_not_keep_it_from_saving(tmp_path: Path) -> None:
+    """Of another run, or from before it went back."""
+    (tmp_path / "disk").mkdir()
+    write_tracker(tmp_path / "disk", 5000)
+    writers: list[Writer] = []
+    made = job(tmp_path, writers)
+    made.start()
+    made.train(6)
+    assert [told(w) for w in writers] == [[("save", 4)]] * 2
 
 
 def test_a_run_begins_although_no_process_can_be_started(tmp_path: Path) -> None:

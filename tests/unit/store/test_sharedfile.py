@@ -15,3 +15,19 @@ def test_what_is_available_is_what_the_kernel_and_a_container_allow(tmp_path: Pa
     for most, found in (("max", 60 << 10), ("5000", 4000), ("900", 0)):
         (tmp_path / "memory.max").write_text(f"{most}\n")
         assert available_bytes(tmp_path, tmp_path) == found
+
+
+def test_the_limits_of_all_groups_count_and_files_that_can_be_dropped_do_not(tmp_path: Path) -> None:
+    """As of a job in a group of its own below that of the machine's service."""
+    proc, groups = tmp_path / "proc", tmp_path / "cgroup"
+    inner = groups / "slurm" / "job_1"
+    inner.mkdir(parents=True)
+    (proc / "self").mkdir(parents=True)
+    (proc / "meminfo").write_text("MemAvailable:    60 kB\n")
+    (proc / "self" / "cgroup").write_text("0::/slurm/job_1\n")
+    for group, most, used in ((inner, "max", "9000"), (inner.parent, "10000", "9500")):
+        (group / "memory.max").write_text(most)
+        (group / "memory.current").write_text(used)
+    assert available_bytes(proc, groups) == 500
+    (inner.parent / "memory.stat").write_text("anon 1000\nactive_file 3000\ninactive_file 4000\nshmem 1500\n")
+    assert available_bytes(proc, groups) == 7500
