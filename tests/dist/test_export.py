@@ -392,12 +392,12 @@ class Asking:
 class Writers:
     """The writers of all ranks of a dead run, in threads of this process."""
 
-    def __init__(self, store: Path, root: Path, limit_s: float = 60.0) -> None:
+    def __init__(self, store: Path, root: Path, limit_s: float = 60.0, history: str = "a-0") -> None:
         self.root = root
         self._settings = [
             Settings(
                 arena=str(store / f"node{rank // 2}" / arena_name(rank)), root=str(root), rank=rank, pid=os.getpid(),
-                world_size=WORLD_SIZE, local_ranks=2, history="a-0", limit_s=limit_s, is_waited_for=False,
+                world_size=WORLD_SIZE, local_ranks=2, history=history, limit_s=limit_s, is_waited_for=False,
             )
             for rank in range(WORLD_SIZE)
         ]  # fmt: skip
@@ -485,8 +485,10 @@ def test_a_disk_that_is_full_costs_that_checkpoint_and_the_next_one_is_written(
     assert "No space left on device" in ranks[0].why
     assert latest_iteration(str(writers.root)) is None
     assert [name for name in writers.left if name.startswith("iter")] == []
-    writers.serve(*(Asking(iteration) for _ in range(WORLD_SIZE)))
+    assert [p.name for p in writers.root.glob(".*/*") if "failed" not in p.name] == [], "the room is free again"
+    Writers(tmp_path / "store", writers.root, history="b-0").serve(*(Asking(iteration) for _ in range(WORLD_SIZE)))
     assert latest_iteration(str(writers.root)) == iteration
+    assert writers.left == [name.format(iteration) for name in TRACKER_AND]
 
 
 def _full(*_: object) -> Any:
