@@ -272,8 +272,9 @@ class Checker:
         self.claims = [Claim(stable, 0, since_s, f"stable in round {heard}")]
         if all(entry.full.values()):
             self.claims.append(Claim(stable, self.replicas, since_s, f"all holders count in round {heard}"))
-        if redundancy and set(entry.known.values()) == {stable}:
-            self.claims.append(Claim(stable, redundancy, since_s, f"redundancy said in round {heard}"))
+        if redundancy:
+            said = min(entry.known.values())
+            self.claims.append(Claim(said, redundancy, since_s, f"redundancy said in round {heard}"))
 
     def saved_on_disk(self, iteration: int) -> None:
         """A checkpoint of this iteration is complete."""

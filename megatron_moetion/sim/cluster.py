@@ -44,6 +44,8 @@ RUN_ID = "sim"
 CRASHED = 1
 """Exit code of a rank that has lost its peers in a step."""
 KILLED = 137
+RESTART_S = 0.5
+"""An attempt that lasts less long is followed by a pause as long."""
 POOL = HostPool(1)
 
 
@@ -161,11 +163,14 @@ class Cluster:
         self.barrier = Barrier(simulator, shape.ranks)
         self.ended = SimEvent(simulator)
         self.exit_codes: list[int | None] = []
+        self.step_s = shape.step_s
+        """How long a training step takes now."""
         self.goal = 1 << 40
         """The iteration at which the run ends."""
         self._seed = seed
         self._folder = folder
         self._machines = 0
+        self._launched_s = -RESTART_S
         self._witness = dist.HashStore()
         self._runs = 0
         self._processes: list[Process] = []
@@ -185,9 +190,15 @@ class Cluster:
         newest = max((r.state.iteration for r in self.ranks), default=0)
         self.goal = max(self.shape.iterations, newest + iterations)
 
+    def rest(self) -> None:
+        """Before ``launch``: an attempt that could not even start is not made again at once."""
+        if self.simulator.now_s - self._launched_s < RESTART_S:
+            SimClock(self.simulator).sleep(RESTART_S)
+
     def launch(self) -> list[int | None]:
         """One attempt, from its processes' start to their end; their exit codes."""
         simulator, shape = self.simulator, self.shape
+        self._launched_s = simulator.now_s
         self.attempt += 1
         self.barrier = Barrier(simulator, shape.ranks)
         self.ended.clear()
@@ -333,12 +344,12 @@ class Cluster:
     def _loop(self, rank: Rank, running: Running, session: Session) -> None:
         shape, state, simulator = self.shape, rank.state, self.simulator
         while state.iteration < self.goal:
-            rank.clock.sleep(shape.step_s * 0.9)
+            rank.clock.sleep(self.step_s * 0.9)
             self.barrier.meet(rank.number, state.iteration)
             session.before_optimizer_step()
             state.advance()
             self.watcher.stepped(rank)
-            rank.clock.sleep(shape.step_s * 0.1)
+            rank.clock.sleep(self.step_s * 0.1)
             self.watcher.before_save(rank, session)
             began_s = simulator.now_s
             session.on_step_end(state.iteration, healthy=not rank.unhealthy)

@@ -47,9 +47,10 @@ class Fault:
 
 SETTLING_S = 15.0
 """From the end of the last fault until nothing may be seen of it any more, beyond what the calm iterations allow."""
-CALM_ITERATIONS = 40
+CALM_ITERATIONS = 30
 KINDS = {
     "kill": 10, "kill-at": 12, "kill-all": 2, "lose-node": 5, "lose-in-recovery": 3, "swap-node": 2, "return-node": 2,
+    "flap-node": 3, "cut-then-lose": 4,
     "stop": 4, "slow": 3, "cut": 6, "cut-one-way": 3, "isolate": 3, "delay": 8, "reset": 14, "damage": 10, "drop": 8,
     "double": 8, "flip": 4, "fill": 3, "delete-store": 2, "clock": 3, "move": 3, "settings": 3, "late-pack": 6,
     "moved": 4, "grown": 3, "unhealthy": 3,
@@ -105,6 +106,8 @@ class Injector:
             "lose-in-recovery": self._lose_in_recovery,
             "swap-node": self._swap_node,
             "return-node": self._return_node,
+            "flap-node": self._flap_node,
+            "cut-then-lose": self._cut_then_lose,
             "stop": self._stop,
             "slow": self._slow,
             "cut": self._cut,
@@ -131,7 +134,9 @@ class Injector:
         for fault in faults:
             self._simulator.at(fault.at_s, lambda fault=fault: self._do(fault))  # type: ignore[misc]
         over_s = max((fault.at_s + fault.seconds for fault in faults), default=0.0)
-        self._simulator.at(over_s + SETTLING_S, self._become_calm)
+        if faults:
+            self._simulator.at(over_s, self._settle)
+        self._simulator.at(over_s + (SETTLING_S if faults else 0.0), self._become_calm)
 
     def close(self) -> None:
         """Do nothing any more."""
@@ -153,12 +158,17 @@ class Injector:
         self.counts[fault.kind] += 1
         self._referee.say(str(fault))
 
+    def _settle(self) -> None:
+        """Nothing new goes wrong; steps are long, so that few of them are made until all has settled."""
+        self._cluster.step_s = 4 * self._cluster.shape.step_s
+
     def _become_calm(self) -> None:
         """The last fault is over, and so is what it left: training goes on for so long that all must be well again."""
         if self._is_closed:
             return
         self._armed.clear()
         self._messages.clear()
+        self._cluster.step_s = self._cluster.shape.step_s
         self._referee.say("no fault comes any more")
         self._referee.is_calm = True
         self._cluster.end_after(CALM_ITERATIONS)
@@ -259,21 +269,15 @@ class Injector:
                     self._lose(fault.other)
                     self._note(fault)
 
-            self._simulator.at(self._simulator.now_s + 0.002 * fault.seconds, lose)
+            self._simulator.at(self._simulator.now_s + 0.01 * fault.seconds, lose)
 
         self._at_launch.append(again)
         return True
 
     def _swap_node(self, fault: Fault) -> bool:
         """A node is taken out of the run with all that it holds, as by an operator; it may return."""
-        cluster = self._cluster
-        machine = cluster.machines[fault.rank]
-        for rank in cluster.ranks:
-            if rank.machine is machine:
-                self._end(rank)
-        self._away.append((machine, self._referee.checker.stable_history()))
-        self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
-        cluster.machines[fault.rank] = cluster.new_machine()
+        self._away.append((self._cluster.machines[fault.rank], self._referee.checker.stable_history()))
+        self._swap_out(fault.rank)
         return True
 
     def _return_node(self, fault: Fault) -> bool:
@@ -294,6 +298,44 @@ class Injector:
             self._cluster.machines[fault.rank] = old
 
         self._at_launch.append(at_launch)
+        return True
+
+    def _flap_node(self, fault: Fault) -> bool:
+        """A node leaves, and is back at the start after the next one, which it causes."""
+        cluster, checker = self._cluster, self._referee.checker
+        machine = cluster.machines[fault.rank]
+        history = checker.stable_history()
+        self._swap_out(fault.rank)
+
+        def back() -> None:
+            if not self._is_closed and checker.is_past(history):
+                self._swap_out(fault.rank)
+                cluster.machines[fault.rank] = machine
+
+        def at_launch() -> None:
+            self._simulator.at(self._simulator.now_s + 0.1 + 0.3 * fault.amount, back)
+
+        self._at_launch.append(at_launch)
+        return True
+
+    def _swap_out(self, node: int) -> None:
+        cluster = self._cluster
+        machine = cluster.machines[node]
+        for rank in cluster.ranks:
+            if rank.machine is machine:
+                self._end(rank)
+        self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
+        cluster.machines[node] = cluster.new_machine()
+
+    def _cut_then_lose(self, fault: Fault) -> bool:
+        """A node can reach no other one, and a moment later it is gone."""
+        self._isolate(fault)
+
+        def lose() -> None:
+            if not self._is_closed:
+                self._lose(fault.rank)
+
+        self._simulator.at(self._simulator.now_s + 0.4 * fault.amount, lose)
         return True
 
     def _move(self, fault: Fault) -> bool:

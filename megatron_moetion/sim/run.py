@@ -185,6 +185,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
 def _train(cluster: Cluster, referee: Referee, injector: Injector) -> None:
     simulator = cluster.simulator
     for _ in range(ATTEMPTS_MAX):
+        cluster.rest()
         injector.before_launch()
         referee.launching(cluster)
         limit_s = ATTEMPT_LIMIT_S
