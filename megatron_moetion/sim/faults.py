@@ -476,12 +476,12 @@ class Injector:
         rank = self._rank(fault.rank)
         if rank is None:
             return False
-        rank.slow_pack_s = 0.1 * fault.seconds
+        rank.slow_pack_s = min(1.5, 0.5 * fault.seconds)
 
         def heal() -> None:
             rank.slow_pack_s = 0.0
 
-        self._simulator.at(self._simulator.now_s + 1.0, heal)
+        self._simulator.at(self._simulator.now_s + 3.0, heal)
         return True
 
     def _for_a_while(self, fault: Fault, begin: Callable[[Rank], None], end: Callable[[Rank], None]) -> bool:

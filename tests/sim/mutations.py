@@ -69,13 +69,6 @@ MUTATIONS = (
         kinds="flap-node,late-pack,kill",
     ),
     Mutation(
-        name="a recovery forgets its branch",
-        file="recover/restore.py",
-        old='"branches": self.plan.branches,',
-        new='"branches": self.plan.branches[:-1],',
-        kinds="flap-node,late-pack,kill",
-    ),
-    Mutation(
         name="a recovery does not begin an epoch",
         file="recover/restore.py",
         old='"records": _among(page.records, wanted).replace(epoch=self.plan.epoch),\n'
