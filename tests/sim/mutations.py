@@ -231,7 +231,7 @@ MUTATIONS = (
         old="if disk.load is None or (in_memory is not None and newest <= in_memory):",
         new="if disk.load is None or in_memory is not None:",
         review="F1",
-        kinds="kill,kill-all,lose-node,lose-in-recovery",
+        kinds="grown,moved,kill",
     ),
     Mutation(
         name="a restart without arenas starts anew by itself",
