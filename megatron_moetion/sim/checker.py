@@ -99,6 +99,8 @@ class Checker:
         self._recoveries: list[Begun] = []
         """Those that the present history has been through."""
         self._launched_s = 0.0
+        self._newest_stable = 0
+        """That any rank has ever known, or recovered."""
         self._stable: dict[int, int] = {}
         self._pages: dict[int, int] = {}
         self._rounds: dict[int, _Round] = {}
@@ -110,6 +112,8 @@ class Checker:
 
     def launching(self, now_s: float, images: Sequence[tuple[str, bytes]]) -> None:
         """All processes are gone, and new ones are about to start on these arenas (place, bytes)."""
+        newest = max(self._stable.values(), default=len(self.chain) - 1)
+        self._newest_stable = max(self._newest_stable, newest)
         self._begun, self._launched_s = None, now_s
         self._stable, self._pages, self._rounds, self._heard = {}, {}, {}, -1
         found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
@@ -361,6 +365,8 @@ class Checker:
 
     def _check_whole(self, place: str, contents: Contents) -> None:
         """Whole or invisible: what a page lists is what some history had then."""
+        if contents.stable > self._newest_stable:
+            raise Violation(f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}")
         if self.model.mode == "exact":
             return
         for capture in contents.captures:

