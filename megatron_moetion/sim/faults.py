@@ -100,6 +100,8 @@ class Injector:
         self._at_launch: list[Callable[[], None]] = []
         self._away: list[tuple[Machine, tuple[bytes, ...]]] = []
         """Nodes that were taken out, and the history up to what was stable then."""
+        self._off: dict[int, float] = {}
+        """Nodes from and to which no snapshots get through, and until when."""
         self._skip: dict[tuple[int, int], int] = {}
         self._actions: dict[str, Callable[[Fault], bool]] = {
             "kill": self._kill,
@@ -331,8 +333,11 @@ class Injector:
         cluster.machines[node] = cluster.new_machine()
 
     def _cut_then_lose(self, fault: Fault) -> bool:
-        """A node can reach no other one, and a moment later it is gone."""
-        self._isolate(fault)
+        """A node can reach no other one, or its snapshots cannot; a moment later it is gone."""
+        if fault.amount % 2:
+            self._off[self._cluster.machines[fault.rank].number] = self._simulator.now_s + fault.seconds
+        else:
+            self._isolate(fault)
 
         def lose() -> None:
             if not self._is_closed:
@@ -450,6 +455,14 @@ class Injector:
         self._messages.append(fault)
         return False
 
+    def pass_on(self, rank: int, peer: int, purpose: str) -> None:
+        """Raise ``ChannelError`` where snapshots do not get through."""
+        if purpose == "hold" and not self._is_closed:
+            per_node = self._cluster.shape.ranks_per_node
+            nodes = [self._cluster.machines[r // per_node].number for r in (rank, peer)]
+            if any(self._off.get(node, 0.0) > self._simulator.now_s for node in nodes):
+                raise ChannelError("nothing gets through")
+
     def message(self, rank: int, peer: int, purpose: str, parts: Sequence[Bytes]) -> Sequence[Bytes]:
         """What is sent in the place of these parts."""
         for fault in self._messages:
@@ -521,9 +534,11 @@ class _Wire:
 
     def dialling(self, rank: int, peer: int, purpose: str) -> None:
         """See ``Cuts``."""
+        self._injector.pass_on(rank, peer, purpose)
 
     def sending(self, rank: int, peer: int, purpose: str, parts: Sequence[Bytes]) -> Sequence[Bytes]:
         """See ``Cuts``."""
+        self._injector.pass_on(rank, peer, purpose)
         return self._injector.message(rank, peer, purpose, parts)
 
     def receiving(self, rank: int, peer: int, purpose: str) -> None:
