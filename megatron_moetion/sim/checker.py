@@ -85,6 +85,8 @@ class Checker:
         """Of all histories."""
         self.losses: list[tuple[float, str, str]] = []
         """When memory was lost or damaged, whose, and how."""
+        self.deleted: set[str] = set()
+        """Memories whose store was deleted, and has not been made again since."""
         self.claims: list[Claim] = []
         self.had_baseline = False
         self.consented = False
@@ -206,7 +208,11 @@ class Checker:
 
     def floor(self) -> Claim | None:
         """The strongest claim that still stands."""
-        standing = [c for c in self.claims if len({m for at_s, m, _ in self.losses if at_s >= c.since_s}) <= c.losses]
+        standing = [
+            c
+            for c in self.claims
+            if len({m for at_s, m, _ in self.losses if at_s >= c.since_s} | self.deleted) <= c.losses
+        ]
         return max(standing, key=lambda c: c.stable, default=None)
 
     def gave_up(self, text: str) -> None:

@@ -393,6 +393,7 @@ class Injector:
         machine = self._cluster.machines[fault.rank]
         machine.delete()
         self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
+        self._referee.checker.deleted.add(machine.key)
         return True
 
     def _clock(self, fault: Fault) -> bool:
