@@ -68,9 +68,10 @@ def _run(args: argparse.Namespace) -> int:
         for seed in range(args.first, args.first + args.seeds)
     ]
     say = _silent if args.json else _say
-    totals, failures, attempts, checks = Counter[str](), list[dict[str, Any]](), 0, 0
+    totals, failures, traces, attempts, checks = Counter[str](), list[dict[str, Any]](), list[str](), 0, 0
     for story, outcome in _played(stories, args.jobs):
         totals += outcome.faults
+        traces.append(f"{outcome.trace:08x}")
         attempts, checks = attempts + outcome.attempts, checks + outcome.checks
         say(
             f"seed {story.seed} ({story.shape.mode}, {story.shape.nodes} nodes, {story.shape.replicas} replicas): "
@@ -90,6 +91,7 @@ def _run(args: argparse.Namespace) -> int:
                 "by_kind": dict(sorted(totals.items())),
                 "attempts": attempts,
                 "checks": checks,
+                "traces": traces,
                 "failures": failures,
             }
         )

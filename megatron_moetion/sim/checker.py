@@ -85,6 +85,8 @@ class Checker:
         """Of all histories."""
         self.losses: list[tuple[float, str, str]] = []
         """When memory was lost or damaged, whose, and how."""
+        self.deleted: set[str] = set()
+        """Memories whose store was deleted, and has not been made again since."""
         self.claims: list[Claim] = []
         self.had_baseline = False
         self.consented = False
@@ -99,6 +101,8 @@ class Checker:
         self._recoveries: list[Begun] = []
         """Those that the present history has been through."""
         self._launched_s = 0.0
+        self._newest_stable = 0
+        """That any rank has ever known, or recovered."""
         self._stable: dict[int, int] = {}
         self._pages: dict[int, int] = {}
         self._rounds: dict[int, _Round] = {}
@@ -110,6 +114,8 @@ class Checker:
 
     def launching(self, now_s: float, images: Sequence[tuple[str, bytes]]) -> None:
         """All processes are gone, and new ones are about to start on these arenas (place, bytes)."""
+        newest = max(self._stable.values(), default=len(self.chain) - 1)
+        self._newest_stable = max(self._newest_stable, newest)
         self._begun, self._launched_s = None, now_s
         self._stable, self._pages, self._rounds, self._heard = {}, {}, {}, -1
         found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
@@ -202,7 +208,11 @@ class Checker:
 
     def floor(self) -> Claim | None:
         """The strongest claim that still stands."""
-        standing = [c for c in self.claims if len({m for at_s, m, _ in self.losses if at_s >= c.since_s}) <= c.losses]
+        standing = [
+            c
+            for c in self.claims
+            if len({m for at_s, m, _ in self.losses if at_s >= c.since_s} | self.deleted) <= c.losses
+        ]
         return max(standing, key=lambda c: c.stable, default=None)
 
     def gave_up(self, text: str) -> None:
@@ -272,8 +282,9 @@ class Checker:
         self.claims = [Claim(stable, 0, since_s, f"stable in round {heard}")]
         if all(entry.full.values()):
             self.claims.append(Claim(stable, self.replicas, since_s, f"all holders count in round {heard}"))
-        if redundancy and set(entry.known.values()) == {stable}:
-            self.claims.append(Claim(stable, redundancy, since_s, f"redundancy said in round {heard}"))
+        if redundancy:
+            said = min(entry.known.values())
+            self.claims.append(Claim(said, redundancy, since_s, f"redundancy said in round {heard}"))
 
     def saved_on_disk(self, iteration: int) -> None:
         """A checkpoint of this iteration is complete."""
@@ -360,6 +371,8 @@ class Checker:
 
     def _check_whole(self, place: str, contents: Contents) -> None:
         """Whole or invisible: what a page lists is what some history had then."""
+        if contents.stable > self._newest_stable:
+            raise Violation(f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}")
         if self.model.mode == "exact":
             return
         for capture in contents.captures:

@@ -44,6 +44,8 @@ RUN_ID = "sim"
 CRASHED = 1
 """Exit code of a rank that has lost its peers in a step."""
 KILLED = 137
+RESTART_S = 0.5
+"""An attempt that lasts less long is followed by a pause as long."""
 POOL = HostPool(1)
 
 
@@ -168,6 +170,7 @@ class Cluster:
         self._seed = seed
         self._folder = folder
         self._machines = 0
+        self._launched_s = -RESTART_S
         self._witness = dist.HashStore()
         self._runs = 0
         self._processes: list[Process] = []
@@ -187,9 +190,15 @@ class Cluster:
         newest = max((r.state.iteration for r in self.ranks), default=0)
         self.goal = max(self.shape.iterations, newest + iterations)
 
+    def rest(self) -> None:
+        """Before ``launch``: an attempt that could not even start is not made again at once."""
+        if self.simulator.now_s - self._launched_s < RESTART_S:
+            SimClock(self.simulator).sleep(RESTART_S)
+
     def launch(self) -> list[int | None]:
         """One attempt, from its processes' start to their end; their exit codes."""
         simulator, shape = self.simulator, self.shape
+        self._launched_s = simulator.now_s
         self.attempt += 1
         self.barrier = Barrier(simulator, shape.ranks)
         self.ended.clear()

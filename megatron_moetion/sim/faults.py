@@ -6,7 +6,7 @@ from __future__ import annotations
 import random
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from megatron_moetion.arrays import Bytes
@@ -50,6 +50,7 @@ SETTLING_S = 15.0
 CALM_ITERATIONS = 30
 KINDS = {
     "kill": 10, "kill-at": 12, "kill-all": 2, "lose-node": 5, "lose-in-recovery": 3, "swap-node": 2, "return-node": 2,
+    "flap-node": 3, "cut-then-lose": 4,
     "stop": 4, "slow": 3, "cut": 6, "cut-one-way": 3, "isolate": 3, "delay": 8, "reset": 14, "damage": 10, "drop": 8,
     "double": 8, "flip": 4, "fill": 3, "delete-store": 2, "clock": 3, "move": 3, "settings": 3, "late-pack": 6,
     "moved": 4, "grown": 3, "unhealthy": 3,
@@ -78,6 +79,9 @@ def draw(seed: int, shape: Shape, count: int, *, kinds: Sequence[str] = tuple(KI
                 amount=chance.randrange(1, 6),
             )
         )
+    early = random.Random(seed ^ 0xEA21)
+    if found and early.random() < 0.2:  # before there is a first snapshot
+        found[0] = replace(found[0], at_s=round(early.uniform(0.0, 0.08), 4))
     return sorted(found, key=lambda fault: (fault.at_s, fault.kind))
 
 
@@ -96,6 +100,8 @@ class Injector:
         self._at_launch: list[Callable[[], None]] = []
         self._away: list[tuple[Machine, tuple[bytes, ...]]] = []
         """Nodes that were taken out, and the history up to what was stable then."""
+        self._off: dict[int, float] = {}
+        """Nodes from and to which no snapshots get through, and until when."""
         self._skip: dict[tuple[int, int], int] = {}
         self._actions: dict[str, Callable[[Fault], bool]] = {
             "kill": self._kill,
@@ -105,6 +111,8 @@ class Injector:
             "lose-in-recovery": self._lose_in_recovery,
             "swap-node": self._swap_node,
             "return-node": self._return_node,
+            "flap-node": self._flap_node,
+            "cut-then-lose": self._cut_then_lose,
             "stop": self._stop,
             "slow": self._slow,
             "cut": self._cut,
@@ -266,21 +274,15 @@ class Injector:
                     self._lose(fault.other)
                     self._note(fault)
 
-            self._simulator.at(self._simulator.now_s + 0.002 * fault.seconds, lose)
+            self._simulator.at(self._simulator.now_s + 0.01 * fault.seconds, lose)
 
         self._at_launch.append(again)
         return True
 
     def _swap_node(self, fault: Fault) -> bool:
         """A node is taken out of the run with all that it holds, as by an operator; it may return."""
-        cluster = self._cluster
-        machine = cluster.machines[fault.rank]
-        for rank in cluster.ranks:
-            if rank.machine is machine:
-                self._end(rank)
-        self._away.append((machine, self._referee.checker.stable_history()))
-        self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
-        cluster.machines[fault.rank] = cluster.new_machine()
+        self._away.append((self._cluster.machines[fault.rank], self._referee.checker.stable_history()))
+        self._swap_out(fault.rank)
         return True
 
     def _return_node(self, fault: Fault) -> bool:
@@ -301,6 +303,47 @@ class Injector:
             self._cluster.machines[fault.rank] = old
 
         self._at_launch.append(at_launch)
+        return True
+
+    def _flap_node(self, fault: Fault) -> bool:
+        """A node leaves, and is back at the start after the next one, which it causes."""
+        cluster, checker = self._cluster, self._referee.checker
+        machine = cluster.machines[fault.rank]
+        history = checker.stable_history()
+        self._swap_out(fault.rank)
+
+        def back() -> None:
+            if not self._is_closed and checker.is_past(history):
+                self._swap_out(fault.rank)
+                cluster.machines[fault.rank] = machine
+
+        def at_launch() -> None:
+            self._simulator.at(self._simulator.now_s + 0.1 + 0.3 * fault.amount, back)
+
+        self._at_launch.append(at_launch)
+        return True
+
+    def _swap_out(self, node: int) -> None:
+        cluster = self._cluster
+        machine = cluster.machines[node]
+        for rank in cluster.ranks:
+            if rank.machine is machine:
+                self._end(rank)
+        self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
+        cluster.machines[node] = cluster.new_machine()
+
+    def _cut_then_lose(self, fault: Fault) -> bool:
+        """A node can reach no other one, or its snapshots cannot; a moment later it is gone."""
+        if fault.amount % 2:
+            self._off[self._cluster.machines[fault.rank].number] = self._simulator.now_s + fault.seconds
+        else:
+            self._isolate(fault)
+
+        def lose() -> None:
+            if not self._is_closed:
+                self._lose(fault.rank)
+
+        self._simulator.at(self._simulator.now_s + 0.4 * fault.amount, lose)
         return True
 
     def _move(self, fault: Fault) -> bool:
@@ -350,6 +393,7 @@ class Injector:
         machine = self._cluster.machines[fault.rank]
         machine.delete()
         self._referee.checker.lost(self._simulator.now_s, machine.key, "lost")
+        self._referee.checker.deleted.add(machine.key)
         return True
 
     def _clock(self, fault: Fault) -> bool:
@@ -412,6 +456,14 @@ class Injector:
         self._messages.append(fault)
         return False
 
+    def pass_on(self, rank: int, peer: int, purpose: str) -> None:
+        """Raise ``ChannelError`` where snapshots do not get through."""
+        if purpose == "hold" and not self._is_closed:
+            per_node = self._cluster.shape.ranks_per_node
+            nodes = [self._cluster.machines[r // per_node].number for r in (rank, peer)]
+            if any(self._off.get(node, 0.0) > self._simulator.now_s for node in nodes):
+                raise ChannelError("nothing gets through")
+
     def message(self, rank: int, peer: int, purpose: str, parts: Sequence[Bytes]) -> Sequence[Bytes]:
         """What is sent in the place of these parts."""
         for fault in self._messages:
@@ -441,12 +493,12 @@ class Injector:
         rank = self._rank(fault.rank)
         if rank is None:
             return False
-        rank.slow_pack_s = 0.1 * fault.seconds
+        rank.slow_pack_s = min(1.5, 0.5 * fault.seconds)
 
         def heal() -> None:
             rank.slow_pack_s = 0.0
 
-        self._simulator.at(self._simulator.now_s + 1.0, heal)
+        self._simulator.at(self._simulator.now_s + 3.0, heal)
         return True
 
     def _for_a_while(self, fault: Fault, begin: Callable[[Rank], None], end: Callable[[Rank], None]) -> bool:
@@ -483,9 +535,11 @@ class _Wire:
 
     def dialling(self, rank: int, peer: int, purpose: str) -> None:
         """See ``Cuts``."""
+        self._injector.pass_on(rank, peer, purpose)
 
     def sending(self, rank: int, peer: int, purpose: str, parts: Sequence[Bytes]) -> Sequence[Bytes]:
         """See ``Cuts``."""
+        self._injector.pass_on(rank, peer, purpose)
         return self._injector.message(rank, peer, purpose, parts)
 
     def receiving(self, rank: int, peer: int, purpose: str) -> None:

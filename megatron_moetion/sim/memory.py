@@ -265,9 +265,21 @@ def tear(machine: Machine, name: str, chance: random.Random) -> bool:
 
 
 def flip(machine: Machine, name: str, chance: random.Random) -> None:
-    """Flip one bit of an arena."""
+    """Flip one bit of an arena: most often one that matters, of a capture that is listed, a page, or the header."""
     array = machine.files[name].array
-    array[chance.randrange(len(array))] ^= 1 << chance.randrange(8)
+    spans = [(0, len(array))]
+    try:
+        spec, _, page = read_arena(lambda a, n: array[a : a + n].tobytes(), len(array), name)
+    except StoreError:
+        pass
+    else:
+        layout = Layout.of(spec)
+        slots = [r.slot for r in page.records if r.slot < spec.num_slots]
+        payloads = [(int(layout.slot_starts[s]), int(layout.slot_sizes[s]) + 8) for s in slots]
+        spans += [chance.choice(payloads)] * 12 if payloads else []
+        spans += [(start, 1024) for start in layout.page_starts] * 2 + [(0, 512)]
+    begin, nbytes = chance.choice(spans)
+    array[begin + chance.randrange(nbytes)] ^= 1 << chance.randrange(8)
 
 
 def _aligned(nbytes: int) -> Bytes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,6 +59,8 @@ class Referee(Watcher):
             )
         )
         self.story: list[str] = []
+        self.ranks: Callable[[], Sequence[Rank]] = list
+        """Those of the present attempt."""
         self.is_calm = False
         """No fault comes any more in this run."""
         self.consent_needed = False
@@ -126,6 +128,9 @@ class Referee(Watcher):
             took_s=took_s,
             num_threads=len(rank.process.tasks),
         )
+        here = [f"rank{r.number:05d}.arena" in r.machine.files for r in self.ranks() if r.machine is rank.machine]
+        if all(here):
+            self.checker.deleted.discard(rank.machine.key)
         steps = self._steps[rank.number] = self._steps.get(rank.number, 0) + self.is_calm
         if steps >= CALM_ITERATIONS:
             self.checker.calm(
@@ -159,6 +164,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
         simulator = Simulator(seed)
         referee = Referee(simulator, shape)
         cluster = Cluster(simulator, shape, Path(folder), seed, referee)
+        referee.ranks = lambda: cluster.ranks
         injector = Injector(cluster, referee, faults)
         problem = None
         try:
@@ -185,6 +191,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
 def _train(cluster: Cluster, referee: Referee, injector: Injector) -> None:
     simulator = cluster.simulator
     for _ in range(ATTEMPTS_MAX):
+        cluster.rest()
         injector.before_launch()
         referee.launching(cluster)
         limit_s = ATTEMPT_LIMIT_S

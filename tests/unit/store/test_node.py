@@ -158,6 +158,14 @@ def test_a_process_leaves_its_id(tmp_path: Path) -> None:
     assert left == {"pid": os.getpid(), "rank": 3, "attempt": 1}
 
 
+def test_a_store_that_was_deleted_as_a_rank_starts_is_an_error_with_a_name(tmp_path: Path) -> None:
+    """Whoever raises an ``OSError`` here tells the other ranks nothing of what to do."""
+    node = open_node(MoetionConfig(store=str(tmp_path)), "run", FOUR, 4, CLOCK)
+    shutil.rmtree(node.path)
+    with pytest.raises(StoreError, match=r"rank00003.pid cannot be written: No such file"):
+        write_pid(node, 3, 1)
+
+
 def test_arenas_are_made_opened_listed_and_cleared_by_name(tmp_path: Path) -> None:
     node = open_node(MoetionConfig(store=str(tmp_path)), "run", FOUR, 4, CLOCK)
     spec, name = spec_of(ToyState()), arena_name(0)

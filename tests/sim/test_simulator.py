@@ -1,0 +1,122 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The runtime under faults in a simulated cluster: a fixed set of seeds, a fresh one, and proof that it can fail."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mutations import MUTATIONS, look_for
+
+from megatron_moetion.sim.faults import KINDS
+from megatron_moetion.sim.story import Story
+
+ROOT = Path(__file__).parents[2]
+FIXED = ((1, 4, "full"), (2, 4, "popularity"), (3, 4, "exact"), (4, 8, "any"))
+"""Seed, ranks, mode."""
+FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
+QUICK = (
+    "a recovery does not begin an epoch",
+    "the oldest iteration is chosen, not the newest",
+    "T follows the last result, also back",
+    "the optimizer does not wait for the copy",
+)
+"""Mutations that the first seed finds within a second or two."""
+
+
+def simulate(*flags: str, hash_seed: int = 0) -> subprocess.CompletedProcess[str]:
+    environment = {**os.environ, "PYTHONHASHSEED": str(hash_seed)}
+    command = [sys.executable, "-m", "megatron_moetion.cli", "simulate", *flags]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, timeout=300, check=False)
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("seed", "ranks", "mode"), FIXED)
+def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str) -> None:
+    story = Story(seed=seed, ranks=ranks, mode=mode)
+    outcome = story.play()
+    assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
+    assert outcome.faults.total() >= 30, "faults take place"
+    assert outcome.attempts > 3, "and end processes"
+
+
+@pytest.mark.timeout(300)
+def test_a_fresh_seed() -> None:
+    story = Story(seed=random.SystemRandom().randrange(1 << 30), ranks=4)
+    outcome = story.play()
+    assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
+
+
+@pytest.mark.timeout(300)
+def test_one_seed_is_one_order_of_events_in_any_process() -> None:
+    flags = ("--first", "5", "--seeds", "1", "--ranks", "2", "--faults", "8", "--json")
+    first, second = simulate(*flags, hash_seed=1), simulate(*flags, hash_seed=2)
+    assert first.returncode == second.returncode == 0, first.stdout + first.stderr + second.stdout + second.stderr
+    assert first.stdout == second.stdout
+    document: dict[str, Any] = json.loads(first.stdout)
+    assert len(document["traces"]) == 1
+    assert document["failures"] == []
+    assert document["fault_events"] == sum(document["by_kind"].values()) > 0
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize("name", QUICK)
+def test_a_fault_of_our_own_is_found(name: str) -> None:
+    mutation = next(m for m in MUTATIONS if m.name == name)
+    seed = FOUND[name]["seed"]
+    found = look_for(mutation, range(seed, seed + 1), ranks=4, limit_s=200.0)
+    assert found.get("problem"), found
+
+
+def test_every_mutation_has_its_place_and_a_seed_that_found_it() -> None:
+    for mutation in MUTATIONS:
+        assert mutation.mutated() != (ROOT / "megatron_moetion" / mutation.file).read_text()
+        assert not set(filter(None, mutation.kinds.split(","))) - KINDS.keys()
+    assert {m.name for m in MUTATIONS} == FOUND.keys()
+    assert all(each["seed"] is not None for each in FOUND.values())
+
+
+def test_a_failure_is_shortened_and_repeated_from_its_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from megatron_moetion.cli import main
+    from megatron_moetion.sim import story as module
+    from megatron_moetion.sim.run import Outcome
+
+    def run(seed: int, shape: Any, faults: Any) -> Outcome:
+        """Fails where two faults that belong together both take place."""
+        kinds = [fault.kind for fault in faults]
+        problem = "Violation: of old" if kinds.count("kill") and kinds.count("flip") else None
+        return Outcome(problem=problem, trace=1, attempts=1)
+
+    monkeypatch.setattr(module, "run", run)
+    assert (
+        main(["simulate", "--seeds", "1", "--first", "8", "--faults", "40", "--kinds", "kill,flip,stop", "--json"]) == 1
+    )
+    (failure,) = json.loads(capsys.readouterr().out)["failures"]
+    kept = failure["shortest"].partition("--keep ")[2].split(",")
+    assert len(kept) == 2
+    assert main([*failure["shortest"].split()[1:], "--no-shrink"]) == 1
+    assert "Violation: of old" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        (["--ranks", "1"], "--ranks is from 2 to 64"),
+        (["--keep", "1,x"], "numbers of faults"),
+        (["--keep", "99"], "0 to 59"),
+        (["--kinds", "flood"], "no kind of fault"),
+    ],
+)
+def test_bad_flags_are_refused(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
+    from megatron_moetion.cli import main
+
+    assert main(["simulate", *flags]) == 2
+    assert said in capsys.readouterr().err
