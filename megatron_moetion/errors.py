@@ -67,3 +67,9 @@ class HungPeer(MoetionError):
     """A rank has been silent for so long that this process ends, so that its supervisor restarts the job."""
 
     exit_code = 5
+
+
+NOT_OURS = (
+    ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
+)  # fmt: skip
+"""What reading a JSON document raises that is none of ours, whatever it is: nested too deep, a number like no other."""

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
-from megatron_moetion.errors import CorruptArena, IdentityMismatch, StoreError
+from megatron_moetion.errors import NOT_OURS, CorruptArena, IdentityMismatch, StoreError
 from megatron_moetion.store.files import open_regular
 from megatron_moetion.store.lock import describe, holders
 from megatron_moetion.store.manifest import Page
@@ -264,7 +264,7 @@ def _pid_notes(paths: Iterable[Path]) -> Iterator[tuple[float, int, int]]:
                 found = json.loads(note.read(_NOTE_BYTES_MAX))
                 written = os.fstat(note.fileno()).st_mtime
             yield written, int(found["attempt"]), int(found["rank"])
-        except (OSError, StoreError, ValueError, TypeError, KeyError):
+        except (OSError, StoreError, *NOT_OURS):
             continue
 
 

@@ -25,7 +25,7 @@ from enum import IntEnum
 import numpy as np
 
 from megatron_moetion.arrays import Bytes
-from megatron_moetion.errors import ChannelError, CorruptArena
+from megatron_moetion.errors import NOT_OURS, ChannelError, CorruptArena
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.snapshot.digest import digest_of
 from megatron_moetion.snapshot.packer import HostPool
@@ -138,7 +138,7 @@ class Opening:
             branches = tuple(Branch(epoch=int(e), iteration=int(i), nonce=int(n)) for e, i, n in raw["branches"])
             page = Page(epoch=int(raw["epoch"]), lineage=int(raw["lineage"]), branches=branches)
             return cls(spec=ArenaSpec.from_json(raw["spec"].encode()), page=page)
-        except (ValueError, KeyError, TypeError, AttributeError, CorruptArena) as error:
+        except (*NOT_OURS, CorruptArena) as error:
             raise ChannelError(f"rank {peer} opens with something else than an arena: {error}") from error
 
     def is_history_of(self, page: Page) -> bool:

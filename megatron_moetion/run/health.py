@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_moetion.errors import HungPeer, StoreError
+from megatron_moetion.errors import NOT_OURS, HungPeer, StoreError
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.watchdog import Hang, Watchdog, named, speaks
 from megatron_moetion.run.running import Prepared, Running
@@ -49,7 +49,7 @@ def take_ended(node: NodeFolder) -> Ended | None:
         with open(open_regular(path, os.O_RDONLY)) as note:
             found = json.loads(note.read(_NOTE_BYTES_MAX))
         ended = Ended(unix_s=float(found["unix_s"]), detect_s=float(found["detect_s"]))
-    except (OSError, StoreError, ValueError, TypeError, KeyError):  # there is none, or none of ours
+    except (OSError, StoreError, *NOT_OURS):  # there is none
         ended = None
     clear(path)
     return ended

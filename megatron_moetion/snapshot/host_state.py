@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, NoReturn
 
-from megatron_moetion.errors import CorruptArena, UnsupportedState
+from megatron_moetion.errors import NOT_OURS, CorruptArena, UnsupportedState
 
 _LENGTH_BYTES = 8
 _NUMBER_BYTES = 32
@@ -28,7 +28,7 @@ def decode(data: bytes | memoryview) -> dict[str, Any]:
         raise CorruptArena(f"host state claims {length} bytes of {len(data) - _LENGTH_BYTES}")
     try:
         state = _restore(json.loads(bytes(data[_LENGTH_BYTES : _LENGTH_BYTES + length])))
-    except (ValueError, TypeError) as error:
+    except NOT_OURS as error:
         raise CorruptArena(f"host state is no document of this format: {error}") from error
     if not isinstance(state, dict):
         raise CorruptArena(f"host state is a {type(state).__name__}, not a table")

@@ -222,7 +222,15 @@ def open_node(
 
 def _make_folder(path: Path) -> None:
     """The node's folder and the run's above it, for this user alone. ``StoreError`` where either is another user's."""
-    path.parent.parent.mkdir(parents=True, exist_ok=True)
+    store = path.parent.parent
+    store.mkdir(parents=True, exist_ok=True, mode=0o755)
+    status = store.stat()
+    if status.st_uid not in (0, os.geteuid()) or (status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX):
+        raise StoreError(
+            f"{store} belongs to user {status.st_uid} and has mode {stat.S_IMODE(status.st_mode):o}: others could "
+            f"put a folder in the place of this run's. Choose another place with --moetion-store, or take the right to "
+            f"write there from others (chmod o-w)"
+        )
     for folder in (path.parent, path):
         folder.mkdir(exist_ok=True, mode=0o700)
         status = folder.lstat()

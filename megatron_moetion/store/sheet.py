@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from megatron_moetion.errors import CorruptArena
+from megatron_moetion.errors import NOT_OURS, CorruptArena
 from megatron_moetion.units import Inventory, Region, Role
 
 SHEET_VERSION = 1
@@ -107,5 +107,5 @@ def read_sheet(text: str) -> Sheet:
             for regions in raw["units"]
         )
         return Sheet(place=str(raw["place"]), units=units, guide=dict(raw["guide"]))
-    except (ValueError, KeyError, TypeError, IndexError, zlib.error) as error:
+    except (*NOT_OURS, zlib.error) as error:
         raise CorruptArena(f"the sheet of the arena cannot be read: {error}") from error

@@ -17,7 +17,7 @@ import numpy as np
 
 from megatron_moetion.arrays import Int64s
 from megatron_moetion.config import flag_of
-from megatron_moetion.errors import CorruptArena, IdentityMismatch
+from megatron_moetion.errors import NOT_OURS, CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
 from megatron_moetion.store.sheet import sheet_of
 from megatron_moetion.units import Inventory, UnitKind, align_up
@@ -119,7 +119,7 @@ class ArenaSpec:
                 raise ValueError("a size is negative")
             if max(*sizes, found.identity.chunk_bytes) > _SIZE_MAX:
                 raise ValueError("a size is larger than any memory")
-        except (ValueError, KeyError, TypeError) as error:
+        except NOT_OURS as error:
             raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
         return found
 

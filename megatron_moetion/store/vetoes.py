@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterable
 from pathlib import Path
 
-from megatron_moetion.errors import StoreError
+from megatron_moetion.errors import NOT_OURS, StoreError
 from megatron_moetion.store.files import open_regular
 
 VETOES_MAX = 32
@@ -50,5 +50,5 @@ def _read(path: Path, lineage: int, epoch: int) -> list[int]:
             found = json.loads(note.read(_NOTE_BYTES_MAX))
         is_current = (found["lineage"], found["epoch"]) == (lineage, epoch)
         return [int(i) for i in found["iterations"]] if is_current else []
-    except (OSError, StoreError, ValueError, TypeError, KeyError):  # none of ours
+    except (OSError, StoreError, *NOT_OURS):
         return []

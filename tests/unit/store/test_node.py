@@ -17,7 +17,15 @@ from megatron_moetion.clock import SystemClock
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, CorruptArena, StoreError
 from megatron_moetion.store.manifest import Page
-from megatron_moetion.store.node import is_found_again, open_node, restart_count, run_id_of, store_folder, write_pid
+from megatron_moetion.store.node import (
+    _make_folder,
+    is_found_again,
+    open_node,
+    restart_count,
+    run_id_of,
+    store_folder,
+    write_pid,
+)
 from megatron_moetion.store.spec import arena_name
 
 CLOCK = SystemClock()
@@ -184,3 +192,15 @@ def test_arenas_are_made_opened_listed_and_cleared_by_name(tmp_path: Path) -> No
     assert node.arenas() == []
     with pytest.raises(CorruptArena):
         node.open_arena(name)
+
+
+@pytest.mark.parametrize(("mode", "why"), [(0o777, "has mode 777"), (0o757, "has mode 757")])
+def test_a_store_that_others_may_write_to_is_refused(tmp_path: Path, mode: int, why: str) -> None:
+    """They could put a folder of their own in the place of a run's."""
+    store = tmp_path / "store"
+    store.mkdir()
+    store.chmod(mode)
+    with pytest.raises(StoreError, match=f"{why}: others could"):
+        _make_folder(store / "run" / "node0")
+    store.chmod(mode | 0o1000)  # as /dev/shm and /tmp are: nobody removes what is another's
+    _make_folder(store / "run" / "node0")

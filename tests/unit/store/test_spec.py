@@ -86,6 +86,10 @@ def test_the_same_owner_with_other_slots_is_refused() -> None:
 
 
 def test_a_header_of_another_shape_is_corrupt() -> None:
-    for document in (b"{}", b"[]", b"not json", b'{"identity": {"run_id": "x"}, "units": [], "slots": []}'):
+    endless = SPEC.to_json().decode().replace(f'"slots":[[{SMALL}', '"slots":[[Infinity')
+    assert "Infinity" in endless
+    deep = b"[" * 100_000 + b"]" * 100_000
+    small = b'{"identity": {"run_id": "x"}, "units": [], "slots": []}'
+    for document in (b"{}", b"[]", b"not json", b"null", b"7", small, endless.encode(), deep):
         with pytest.raises(CorruptArena, match="format"):
             ArenaSpec.from_json(document)
