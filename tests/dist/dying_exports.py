@@ -24,7 +24,8 @@ cpu_device.install()
 from megatron_moetion.errors import StoreError
 from megatron_moetion.export import export as module
 from megatron_moetion.inspect.look import node_folders
-from megatron_moetion.mcore import torch_dist, tracker
+from megatron_moetion.mcore import torch_dist
+from megatron_moetion.persist import tracker
 
 SMALL = 64 << 10
 """Bytes that a file may have where there is no room."""

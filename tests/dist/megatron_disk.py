@@ -49,7 +49,8 @@ def differs_from_megatrons(trainer: Trainer, state: MegatronState, folder: Path)
     dist.all_gather_object(parts, part)
     if rank == 0:
         finish(ours, [decode(each) for each in parts], trainer.progress.iteration)
-    theirs = save_checkpoint(str(folder), trainer.model, trainer.optimizer, trainer.scheduler, trainer.state)
+    with trainer.params_gathered():
+        theirs = save_checkpoint(str(folder), trainer.model, trainer.optimizer, trainer.scheduler, trainer.state)
     found = [dist_checkpointing.load_plain_tensors(str(each)) for each in (ours, theirs)]
     common = [{k: v for k, v in each.items() if k not in ("progress", "args")} for each in found]
     return [k for k in sorted({*common[0], *common[1]}) if not _same(*(c.get(k) for c in common))]

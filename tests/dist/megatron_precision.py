@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron_disk import differs_from_megatrons
 from megatron_exact import _case
 from megatron_trainer import (
     WORLD_SIZE,
@@ -31,6 +30,9 @@ from megatron_trainer import (
     _write_back,
     join,
 )
+
+# isort: split
+from megatron_disk import differs_from_megatrons  # what comes before has to install stand-ins first
 from torch import distributed as dist
 from toy_trainer import Notes
 

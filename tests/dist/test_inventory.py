@@ -75,7 +75,7 @@ def test_all_ranks_together_hold_every_element_of_every_parameter(ranks: list[di
     assert total == 3 * owned_elements(ranks), "main values and two moments"
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if "distributed" in c])
+@pytest.mark.parametrize("case", CASES)
 def test_the_guides_of_all_ranks_place_every_tensor_and_cover_what_a_checkpoint_has(
     ranks: list[dict[str, Any]],
 ) -> None:
@@ -90,11 +90,6 @@ def test_the_guides_of_all_ranks_place_every_tensor_and_cover_what_a_checkpoint_
         entries = {tensor: guide["parameters"][number] for tensor, number in guide["tensors"].items()}
         stepped = {tensor for tensor, *_ in found["spans"]}
         assert stepped <= {tensor for tensor, entry in entries.items() if entry["views"] and entry["link"] is not None}
-
-
-@pytest.mark.parametrize("case", ["pp2 ep2, fp32, untied", "ep2 dp2, bf16"])
-def test_a_guide_says_where_there_is_none(ranks: list[dict[str, Any]]) -> None:
-    assert all("--use-distributed-optimizer" in found["guide"]["problem"] for found in ranks)
 
 
 @pytest.mark.parametrize("case", proving("recovery"))
