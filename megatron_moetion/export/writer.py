@@ -184,6 +184,8 @@ class Service:
 
     def run(self) -> None:
         """Serve until nothing more will come."""
+        if self._settings.rank == 0:
+            clear_drafts(self._root)
         self._rank.say(what="ready", iteration=-1, root=self._settings.root)
         while (message := self._rank.next()) is not None and not message.get("is_over"):
             self._answer(message["iteration"], message["why"], message["free"])

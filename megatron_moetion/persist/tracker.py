@@ -71,7 +71,7 @@ def clear_drafts(root: Path, but: Path | None = None) -> None:
 
     A checkpoint that was about to be replaced gets its name back. ``but``: a folder that stays in any case.
     """
-    for left in root.glob(f".iter_*{DRAFT}"):
+    for left in root.glob(f".iter_*{DRAFT}"):  # nothing where there is no such folder
         if left != but:
             _remove_unless_held(left)
     for left in root.glob(f".iter_*{_TRASH}"):
