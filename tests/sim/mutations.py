@@ -184,7 +184,7 @@ MUTATIONS = (
     Mutation(
         name="what is released is forgotten",
         file="session.py",
-        old="run.pipeline.submit(iteration, contents, release)",
+        old="run.pipeline.submit(iteration, contents, run.releases.take())",
         new="run.pipeline.submit(iteration, contents, None)",
         kinds="kill",
     ),
