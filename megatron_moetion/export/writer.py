@@ -143,22 +143,18 @@ class _Log:
     """In place of a rank that ends: what it would have been told is for people."""
 
     is_ending = True
+    is_there = True
+    """It does not matter any more: a supervisor sets the limit."""
 
-    def __init__(self, rank: Rank, number: int) -> None:
-        self._rank = rank
+    def __init__(self, number: int) -> None:
         self._number = number
-
-    @property
-    def is_there(self) -> bool:
-        """It does not matter any more: a supervisor sets the limit."""
-        return True
 
     def next(self) -> None:
         """Nothing more."""
         return
 
     def say(self, **document: Any) -> None:
-        """On standard error: rank 0 what has become of the checkpoint, the others why it is not."""
+        """On standard error: rank 0 speaks for all."""
         match document["what"]:
             case "saved" if self._number == 0:
                 text = f"checkpoint written to {document['folder']} in {document['seconds']:.1f} s, as the job ends"
@@ -190,7 +186,7 @@ class Service:
         while (message := self._rank.next()) is not None and not message.get("is_over"):
             self._answer(message["iteration"], message["why"], message["free"])
         if self._rank.is_ending:
-            self._rank = _Log(self._rank, self._settings.rank)
+            self._rank = _Log(self._settings.rank)
             self._attempt(-1, self._meeting(_ENDING), self._save_newest)
         elif message is None and self._settings.is_waited_for:
             self._say_gone()
