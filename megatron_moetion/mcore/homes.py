@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from megatron_moetion.mcore.shards import MASTER_KEY, raw_tensors
+from megatron_moetion.mcore.optimizer_state import MASTER_KEY
+from megatron_moetion.mcore.shards import raw_tensors
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -14,8 +14,10 @@ from megatron.core.optimizer import MegatronOptimizer
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.chain import makes_its_own_state
-from megatron_moetion.mcore.shards import MASTER_KEY
 from megatron_moetion.units import Role
+
+MASTER_KEY = "master_param"
+"""What Transformer Engine's ``FusedAdam`` calls a main value of its own."""
 
 
 def create_state(optimizer: torch.optim.Optimizer) -> None:

@@ -21,10 +21,9 @@ from megatron.core.optimizer.optimizer import Float16OptimizerWithFloat16Params,
 
 from megatron_moetion.errors import UnsupportedState
 from megatron_moetion.mcore.chain import is_elementwise
+from megatron_moetion.mcore.optimizer_state import MASTER_KEY
 from megatron_moetion.units import Role
 
-MASTER_KEY = "master_param"
-"""What Transformer Engine's ``FusedAdam`` calls a main value of its own."""
 _STATE_ROLES = {
     "exp_avg": Role.EXP_AVG,
     "exp_avg_sq": Role.EXP_AVG_SQ,
