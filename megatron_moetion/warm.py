@@ -21,6 +21,7 @@ from datetime import timedelta
 from types import FrameType
 from typing import NoReturn
 
+import torch
 from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError, ConfigError, HungPeer, ProtectionLost
@@ -131,8 +132,13 @@ def stay(program: Callable[[], NoReturn], launch: Launch) -> int:
     """Fork the rank that runs ``program``, as often as it takes; the exit code for the launcher.
 
     Everything that ranks have in common has been imported before. Collective among the parents. ``ChannelError`` where
-    one does not come in time.
+    one does not come in time, ``ConfigError`` where this process has what cannot be shared with a fork.
     """
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        raise ConfigError(
+            "an import of this program has made a CUDA context, which a forked rank cannot use: leave "
+            "--moetion-warm-restarts out"
+        )
     store = dist.PrefixStore("moetion/warm", open_store(launch.environ, launch.rank, launch.world_size, launch.timeout))
     restarts = int(launch.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
     token = agree_on_token(store, launch.rank, launch.world_size, launch.timeout, restarts)
@@ -182,6 +188,8 @@ class _Parent:
                 pid, status = os.waitpid(-1, 0)
                 if pid == self._rank_pid:
                     self._rank_pid, code = 0, os.waitstatus_to_exitcode(status)
+                    if code:
+                        _tell_group(pid, signal.SIGTERM)
                     if self._is_told_to_end:  # the others are told by their own launchers, if they are to end
                         board.part()
                         return code, False
@@ -248,15 +256,16 @@ class _Parent:
                 pass
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
+        """To the rank and all that it has started, as launchers do it."""
         self._is_told_to_end |= number in (signal.SIGTERM, signal.SIGINT)
-        if self._rank_pid:
-            with suppress(ProcessLookupError):
-                os.kill(self._rank_pid, number)
+        _tell_group(self._rank_pid, number)
 
     def _end_rank(self) -> int:
         """End what is left of a generation at once, its memory is safe; how it has ended, 0 where it had."""
         pid, self._rank_pid = self._rank_pid, 0
-        return self._end(pid)
+        code = self._end(pid)
+        _tell_group(pid, signal.SIGTERM)  # processes that it has started end as under a launcher
+        return code
 
     def _await_rank(self) -> int:
         """Let it train on: it needs no parent for that."""
@@ -277,3 +286,10 @@ class _Parent:
     def _say(self, text: str) -> None:
         if self._launch.rank == 0:
             print(f"> {text}", flush=True)
+
+
+def _tell_group(pid: int, number: int) -> None:
+    """A rank is the first of a process group of its own; ``pid`` 0: there is none."""
+    if pid:
+        with suppress(ProcessLookupError):
+            os.killpg(pid, number)

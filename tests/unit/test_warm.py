@@ -122,6 +122,7 @@ def test_a_rank_whose_parent_is_told_to_end_is_told_and_nobody_waits_for_it(tmp_
     outcome = launch(tmp_path, {"0": "late exit 1", "0:1": "exit when told"}, signals=[["SIGTERM", 1]])
     assert outcome.codes == [1, 9, 1]
     assert outcome.generations == 1
+    assert (tmp_path / "told").exists(), "what it has started is told too"
     assert outcome.seconds < 3.9, "the limit of the meeting"
     outcome.assert_nothing_is_left()
 

@@ -45,6 +45,7 @@ def rank(folder: Path, acts: dict[str, str], number: int) -> NoReturn:
     generation = os.environ["TORCHELASTIC_RESTART_COUNT"]
     act = acts.get(f"{generation}:{number}", acts.get(generation, "end"))
     if act == "exit when told":
+        fork(lambda: helper(folder))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
     (folder / f"{generation}.{number}").write_text(str(os.getpid()))
     while len(list(folder.glob(f"{generation}.?"))) < 3:
@@ -61,6 +62,18 @@ def rank(folder: Path, acts: dict[str, str], number: int) -> NoReturn:
             os._exit(0)
     time.sleep(LIMIT_S)
     os._exit(71)
+
+
+def helper(folder: Path) -> int:
+    """A process that the rank has started: a writer of checkpoints, for instance."""
+
+    def note(*_: object) -> None:
+        (folder / "told").touch()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, note)
+    time.sleep(LIMIT_S)
+    return 0
 
 
 def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
