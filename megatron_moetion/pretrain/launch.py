@@ -128,12 +128,12 @@ def run(argv: Sequence[str]) -> int:
         error.shared = True
         complain(error, process, os.environ)
         return error.exit_code
-    if args.moetion and args.moetion_warm_restarts:
-        return _stay_warm(args, on_gpu, process)
+    if args.moetion and (restarts := moetion_config(args).warm_restarts):
+        return _stay_warm(args, on_gpu, process, restarts)
     return _train(args, on_gpu, process)
 
 
-def _stay_warm(args: argparse.Namespace, on_gpu: bool, process: Process) -> int:
+def _stay_warm(args: argparse.Namespace, on_gpu: bool, process: Process, restarts: int) -> int:
     """As the parent of this rank, which is forked from here; see ``warm``."""
     from megatron_moetion import warm
 
@@ -148,7 +148,7 @@ def _stay_warm(args: argparse.Namespace, on_gpu: bool, process: Process) -> int:
             rank=process.rank,
             world_size=process.world_size,
             environ=dict(os.environ),
-            limit=args.moetion_warm_restarts,
+            limit=restarts,
             timeout=timedelta(minutes=args.distributed_timeout_minutes),
         )
         return warm.stay(lambda: lead(partial(_train, args, on_gpu, process, source)), launch)
