@@ -3,9 +3,11 @@
 
 Four ranks (PP 2 x EP 2, two emulated nodes) train in mode ``full``. Jobs alternate: in one ``torchrun`` starts all
 processes again, in the other warm parents fork the ranks again (``--moetion-warm-restarts``). In each a rank is killed
-twice, then a node is lost (its two ranks, and its memory), then a rank is stopped, which the others find out after
+twice, then two ranks of one node with the memory of that node, then a rank is stopped, which the others find out after
 ``--moetion-hang-timeout-s``. Seconds run from the signal until the trainer says that the first new iteration is done.
 Losses of all jobs are compared bit for bit.
+
+A machine that is gone takes its parents with it, and ``torchrun`` starts everything again: that is no faster here.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ HANG_S = 4
 STEPS_BETWEEN = 6
 LIMIT_S = 120.0
 ARMS = {"torchrun": "", "warm": "--moetion-warm-restarts 8"}
-KINDS = ("killed rank", "lost node", "hung rank")
+KINDS = ("killed rank", "killed node", "hung rank")
 PHASES = ("connected, data read", "model, optimizer, state", "first step")
 _ITERATION = re.compile(r"iteration +(\d+)/")
 
@@ -159,7 +161,7 @@ def main() -> int:
     for cycle in range(cycles):
         for arm in ARMS:
             with job(arm) as running:
-                for kind, rank in (("killed rank", 3), ("killed rank", 0), ("lost node", 2), ("hung rank", 1)):
+                for kind, rank in (("killed rank", 3), ("killed rank", 0), ("killed node", 2), ("hung rank", 1)):
                     samples.append(running.cause(kind, rank))
                 for iteration, found in running.losses().items():
                     losses[iteration] |= found
@@ -184,8 +186,8 @@ def results(samples: list[Sample], losses: Mapping[int, set[str]]) -> list[Resul
             ]
     ratios = {kind: medians["warm", kind] / medians["torchrun", kind] for kind in KINDS}
     found.append(at_most("killed rank, warm / torchrun", ratios["killed rank"], "", 1 / 6))
-    found.append(at_most("lost node, warm / torchrun", ratios["lost node"], "", 1 / 3))
-    found.append(Result(name="hung rank, warm / torchrun", value=ratios["hung rank"], unit=""))
+    found += [Result(name=f"{kind}, warm / torchrun", value=ratios[kind], unit="") for kind in KINDS[1:]]
+    found.append(Result(name="lost machine, a standby / torchrun", value=None, unit="", target="<= 0.333"))
     differing = sum(len(bits) > 1 for bits in losses.values())
     found.append(at_most(f"iterations of {len(losses)} with losses that differ in any bit", differing, "", 0))
     return found

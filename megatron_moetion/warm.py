@@ -4,7 +4,8 @@
 The launcher starts parents. Each forks its rank, and forks it again where a rank of the job has died: what remains of a
 restart is to connect, to build the model and to recover. A parent has one thread, no process group and no CUDA context,
 so whatever a fresh process would find is what the fork finds. Parents learn of each other through the launcher's store.
-What they cannot mend they leave to the launcher: a node that is gone, a mistake in the settings, too many faults.
+Where it has none that outlives ranks, a process of rank 0's parent hosts one. What parents cannot mend they leave to
+the launcher: a node that is gone, a mistake in the settings, too many faults.
 """
 
 from __future__ import annotations
@@ -15,17 +16,17 @@ import os
 import signal
 import sys
 from collections.abc import Callable, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from types import FrameType
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import torch
 from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError, ConfigError, HungPeer, ProtectionLost
-from megatron_moetion.rendezvous import agree_on_token, open_store
+from megatron_moetion.rendezvous import HOSTED, agree_on_token, open_store
 
 MEET_S = 30.0
 """For the parents of all ranks, after a fault: who has lost a node hands over to the launcher afterwards."""
@@ -113,40 +114,77 @@ class Launch:
         store = open_store(self.environ, self.rank, self.world_size, self.timeout)
         return Board(store, token, generation, self.world_size)
 
+    @property
+    def has_store(self) -> bool:
+        """Whether the launcher's store outlives ranks."""
+        return self.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
     def environment_of(self, generation: int) -> dict[str, str]:
         """What the launcher would have said, had it started this rank again."""
         counts = {"TORCHELASTIC_RESTART_COUNT": generation, "TORCHELASTIC_MAX_RESTARTS": self.limit}
         return {name: str(int(self.environ.get(name) or 0) + more) for name, more in counts.items()}
 
 
-def check(environ: Mapping[str, str]) -> None:
-    """``ConfigError`` unless the launcher has a store that outlives ranks."""
-    if environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
-        raise ConfigError(
-            "--moetion-warm-restarts needs torchrun, whose store outlives the ranks; leave the flag out, or start with "
-            "torchrun"
-        )
-
-
 def stay(program: Callable[[], NoReturn], launch: Launch) -> int:
     """Fork the rank that runs ``program``, as often as it takes; the exit code for the launcher.
 
     Everything that ranks have in common has been imported before. Collective among the parents. ``ChannelError`` where
-    one does not come in time, ``ConfigError`` where this process has what cannot be shared with a fork.
+    one does not come in time, ``ConfigError`` where there is no launcher, and where this process has what cannot be
+    shared with a fork.
     """
+    if "MASTER_ADDR" not in launch.environ:
+        raise ConfigError("--moetion-warm-restarts needs a launcher that sets MASTER_ADDR: start with torchrun")
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
         raise ConfigError(
             "an import of this program has made a CUDA context, which a forked rank cannot use: leave "
             "--moetion-warm-restarts out"
         )
+    with ExitStack() as stack:
+        if not launch.has_store:
+            if launch.rank == 0:
+                stack.callback(_close_store, _host_store(launch), os.getpid())
+            os.environ[HOSTED] = "1"
+            launch = replace(launch, environ={**launch.environ, HOSTED: "1"})
+        token = _meet(launch)
+        gc.collect()
+        gc.freeze()  # memory that the forks share stays shared
+        return stack.enter_context(_Parent(program, launch, token)).run()
+
+
+def _meet(launch: Launch) -> str:
+    """What these parents call their launch. No connection stays open."""
     store = dist.PrefixStore("moetion/warm", open_store(launch.environ, launch.rank, launch.world_size, launch.timeout))
     restarts = int(launch.environ.get("TORCHELASTIC_RESTART_COUNT") or 0)
-    token = agree_on_token(store, launch.rank, launch.world_size, launch.timeout, restarts)
-    del store
-    gc.collect()
-    gc.freeze()  # memory that the forks share stays shared
-    with _Parent(program, launch, token) as parent:
-        return parent.run()
+    return agree_on_token(store, launch.rank, launch.world_size, launch.timeout, restarts)
+
+
+def _host_store(launch: Launch) -> int:
+    """A process with the launch's store; ``ChannelError`` where the port is taken."""
+    heard, says = os.pipe()
+    pid = _fork({}, lambda: _serve_store(launch, says))
+    os.close(says)
+    with open(heard, "rb") as words:
+        if not words.read(1):
+            _end(pid)
+            place = f"{launch.environ['MASTER_ADDR']}:{launch.environ['MASTER_PORT']}"
+            raise ChannelError(f"no store can be opened at {place}: the reason is above")
+    return pid
+
+
+def _serve_store(launch: Launch, says: int) -> None:
+    try:
+        store = open_store(launch.environ, 0, launch.world_size, launch.timeout)
+    except RuntimeError as error:  # torch raises nothing narrower for a port that is taken
+        print(str(error).partition("\n")[0], file=sys.stderr, flush=True)
+        os._exit(1)
+    os.write(says, b"1")
+    while store is not None:
+        signal.pause()
+
+
+def _close_store(pid: int, parent: int) -> None:
+    if os.getpid() == parent:  # a rank that ends leaves by the same way
+        _end(pid)
 
 
 class _Parent:
@@ -178,8 +216,8 @@ class _Parent:
 
     def _see_through(self, generation: int) -> tuple[int, bool]:
         """One generation: how its rank has ended, and whether another one follows."""
-        self._rank_pid = self._fork(lambda: self._be_the_rank(generation))
-        listener = self._fork(lambda: self._listen(generation))
+        self._rank_pid = _fork(self._before, lambda: self._be_the_rank(generation))
+        listener = _fork(self._before, lambda: self._listen(generation))
         code = 0
         event: str | None = None
         try:
@@ -218,31 +256,11 @@ class _Parent:
             self._say(f"the launcher's store cannot be reached, what follows is left to the launcher: {why}")
             code = self._await_rank() or code
         finally:
-            self._end(listener)
+            _end(listener)
             self._end_rank()
         return code, False
 
     # -- processes -------------------------------------------------------------------------------------
-
-    def _fork(self, act: Callable[[], None]) -> int:
-        """A child that ends with this process."""
-        parent = os.getpid()
-        sys.stdout.flush()
-        sys.stderr.flush()
-        signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
-        pid = os.fork()
-        if pid:
-            signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-            return pid
-        os.setpgid(0, 0)  # what is sent to the parent's group reaches the rank once, through the parent
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-        act()
-        os._exit(0)
 
     def _be_the_rank(self, generation: int) -> None:
         os.environ.update(self._launch.environment_of(generation))
@@ -263,7 +281,7 @@ class _Parent:
     def _end_rank(self) -> int:
         """End what is left of a generation at once, its memory is safe; how it has ended, 0 where it had."""
         pid, self._rank_pid = self._rank_pid, 0
-        code = self._end(pid)
+        code = _end(pid)
         _tell_group(pid, signal.SIGTERM)  # processes that it has started end as under a launcher
         return code
 
@@ -275,17 +293,43 @@ class _Parent:
         self._rank_pid = 0
         return os.waitstatus_to_exitcode(status)
 
-    def _end(self, pid: int) -> int:
-        if not pid:
-            return 0
-        with suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
-        return os.waitstatus_to_exitcode(status)
-
     def _say(self, text: str) -> None:
         if self._launch.rank == 0:
             print(f"> {text}", flush=True)
+
+
+def _fork(handlers: Mapping[signal.Signals, Any], act: Callable[[], None]) -> int:
+    """A child that ends with this process, with these handlers of signals."""
+    parent = os.getpid()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
+    pid = os.fork()
+    if pid:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+        return pid
+    os.setpgid(0, 0)  # what is sent to the parent's group reaches the rank once, through the parent
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(1)
+    act()
+    os._exit(0)
+
+
+def _end(pid: int) -> int:
+    """End a child at once; how it has ended, 0 where there is none."""
+    if not pid:
+        return 0
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+    try:
+        _, status = os.waitpid(pid, 0)
+    except ChildProcessError:  # it has ended before
+        return 0
+    return os.waitstatus_to_exitcode(status)
 
 
 def _tell_group(pid: int, number: int) -> None:

@@ -52,7 +52,6 @@ def _stay_warm(argv: Sequence[str], restarts: int, timeout: timedelta) -> int:
     """As the parent of this rank, which is forked from here; see ``warm``."""
     from megatron_moetion import warm
 
-    warm.check(os.environ)
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question to CUDA itself would make a context
     _stand_in_for(argv)
     for name in MODULES:

@@ -138,7 +138,6 @@ def _stay_warm(args: argparse.Namespace, on_gpu: bool, process: Process, restart
     from megatron_moetion import warm
 
     try:
-        warm.check(os.environ)
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question to CUDA itself would make a context
         _load(on_gpu)
         from megatron_moetion.pretrain.ahead import load_ahead

@@ -5,18 +5,21 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
+import torch
 
-from megatron_moetion.errors import ConfigError
-from megatron_moetion.warm import AGAIN, ENDED, LEAVE, Launch, check, exit_code_of, verdict
+from megatron_moetion.errors import ChannelError, ConfigError
+from megatron_moetion.warm import AGAIN, ENDED, LEAVE, Launch, exit_code_of, stay, verdict
 
 ROOT = Path(__file__).parents[2]
 
@@ -42,10 +45,31 @@ def test_a_rank_is_told_what_the_launcher_would_have_said() -> None:
     assert launch.environment_of(1) == {"TORCHELASTIC_RESTART_COUNT": "3", "TORCHELASTIC_MAX_RESTARTS": "7"}
 
 
-def test_a_launcher_without_a_store_of_its_own_is_refused() -> None:
-    check({"TORCHELASTIC_USE_AGENT_STORE": "True"})
-    with pytest.raises(ConfigError, match="needs torchrun"):
-        check({"MASTER_ADDR": "localhost"})
+def alone(environ: dict[str, str]) -> int:
+    def program() -> NoReturn:
+        raise AssertionError("no rank is forked")
+
+    return stay(program, Launch(rank=0, world_size=2, environ=environ, limit=1, timeout=timedelta(seconds=1)))
+
+
+def test_without_a_launcher_there_is_nobody_to_agree_with() -> None:
+    with pytest.raises(ConfigError, match="start with torchrun"):
+        alone({})
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ChannelError, match=f"no store can be opened at 127.0.0.1:{port}"):
+            alone({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def test_a_cuda_context_of_the_parent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="has made a CUDA context"):
+        alone({"MASTER_ADDR": "127.0.0.1"})
 
 
 @dataclass(frozen=True)
@@ -71,8 +95,10 @@ class Outcome:
         assert not left
 
 
-def launch(folder: Path, acts: dict[str, str], *, limit: int = 3, signals: list[Any] | None = None) -> Outcome:
-    settings = json.dumps({"acts": acts, "limit": limit, "signals": signals or []})
+def launch(
+    folder: Path, acts: dict[str, str], *, limit: int = 3, signals: Sequence[Any] = (), launcher_has_store: bool = True
+) -> Outcome:
+    settings = json.dumps({"acts": acts, "limit": limit, "signals": signals, "launcher_has_store": launcher_has_store})
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("warm_launch.py")), str(folder), settings],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
@@ -82,8 +108,10 @@ def launch(folder: Path, acts: dict[str, str], *, limit: int = 3, signals: list[
     return Outcome(found["codes"], found["seconds"], done.stdout + done.stderr, folder)
 
 
-def test_a_killed_rank_brings_all_ranks_back(tmp_path: Path) -> None:
-    outcome = launch(tmp_path, {"0": "wait", "0:1": "kill"})
+@pytest.mark.parametrize("launcher_has_store", [True, False])
+def test_a_killed_rank_brings_all_ranks_back(tmp_path: Path, launcher_has_store: bool) -> None:
+    """Where torchrun shares no store, or SLURM starts ranks, rank 0's parent has one hosted that outlives ranks."""
+    outcome = launch(tmp_path, {"0": "wait", "0:1": "kill"}, launcher_has_store=launcher_has_store)
     assert outcome.codes == [0, 0, 0]
     assert outcome.generations == 2
     assert not set(outcome.ranks(0)) & set(outcome.ranks(1))

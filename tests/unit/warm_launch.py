@@ -6,6 +6,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import sys
 import time
 from collections.abc import Callable
@@ -76,10 +77,16 @@ def helper(folder: Path) -> int:
     return 0
 
 
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
 def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
     environ = {
         "RANK": str(number), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": str(settings["launcher_has_store"]), "TORCHELASTIC_RESTART_COUNT": "0",
     }  # fmt: skip
     os.environ.update(environ)
     launch = warm.Launch(
@@ -89,10 +96,12 @@ def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> in
 
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
-    store = fork(lambda: host_store(folder / "port"))
-    while not (folder / "port").exists():
-        time.sleep(0.01)
-    port = int((folder / "port").read_text())
+    store, port = 0, free_port()
+    if settings["launcher_has_store"]:
+        store = fork(lambda: host_store(folder / "port"))
+        while not (folder / "port").exists():
+            time.sleep(0.01)
+        port = int((folder / "port").read_text())
     parents = [fork(lambda number=number: parent(folder, settings, number, port)) for number in range(3)]
     for name, who in settings.get("signals", []):
         while len(list(folder.glob("0.?"))) < 3:
@@ -105,7 +114,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         if pid in parents:
             codes[parents.index(pid)] = os.waitstatus_to_exitcode(status)
         time.sleep(0.01)
-    for pid in [store, *(p for n, p in enumerate(parents) if n not in codes)]:
+    for pid in [*([store] if store else []), *(p for n, p in enumerate(parents) if n not in codes)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
     print(json.dumps({"codes": [codes.get(n) for n in range(3)], "seconds": time.monotonic() - began}))
