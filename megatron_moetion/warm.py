@@ -28,8 +28,8 @@ from torch import distributed as dist
 from megatron_moetion.errors import ChannelError, ConfigError, HungPeer, ProtectionLost
 from megatron_moetion.rendezvous import HOSTED, agree_on_token, open_store
 
-MEET_S = 30.0
-"""For the parents of all ranks, after a fault: who has lost a node hands over to the launcher afterwards."""
+MEET_S = 60.0
+"""For the parents of all ranks after a fault: large processes take a while to end, and a lost node never comes."""
 LOOK_S = 3600.0
 """A listener asks the store again after so long."""
 ENDED, AGAIN, LEAVE = "ended", "again", "leave"
@@ -218,6 +218,8 @@ class _Parent:
         """One generation: how its rank has ended, and whether another one follows."""
         self._rank_pid = _fork(self._before, lambda: self._be_the_rank(generation))
         listener = _fork(self._before, lambda: self._listen(generation))
+        if self._is_told_to_end:  # while the rank's number was not known
+            _tell_group(self._rank_pid, signal.SIGTERM)
         code = 0
         event: str | None = None
         try:
@@ -274,9 +276,13 @@ class _Parent:
                 pass
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
-        """To the rank and all that it has started, as launchers do it."""
-        self._is_told_to_end |= number in (signal.SIGTERM, signal.SIGINT)
-        _tell_group(self._rank_pid, number)
+        """To the rank; what ends it goes to all that it has started too, as launchers do it."""
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self._is_told_to_end = True
+            _tell_group(self._rank_pid, number)
+        elif self._rank_pid:
+            with suppress(ProcessLookupError):
+                os.kill(self._rank_pid, number)
 
     def _end_rank(self) -> int:
         """End what is left of a generation at once, its memory is safe; how it has ended, 0 where it had."""
@@ -306,6 +312,8 @@ def _fork(handlers: Mapping[signal.Signals, Any], act: Callable[[], None]) -> in
     signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
     pid = os.fork()
     if pid:
+        with suppress(OSError):
+            os.setpgid(pid, pid)  # here too, so that the group is there whoever comes first
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
         return pid
     os.setpgid(0, 0)  # what is sent to the parent's group reaches the rank once, through the parent

@@ -155,6 +155,12 @@ def test_a_rank_whose_parent_is_told_to_end_is_told_and_nobody_waits_for_it(tmp_
     outcome.assert_nothing_is_left()
 
 
+def test_other_signals_reach_the_rank_and_end_nothing_by_themselves(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "late exit 0", "0:1": "note and end"}, signals=[["SIGUSR1", 1]])
+    assert outcome.codes == [0, 0, 0]
+    assert (tmp_path / "noted").exists()
+
+
 def test_a_parent_that_is_killed_takes_its_rank_with_it_and_costs_the_others_a_bounded_wait(tmp_path: Path) -> None:
     outcome = launch(tmp_path, {"0": "late exit 1", "0:1": "wait"}, signals=[["SIGKILL", 1]])
     assert outcome.codes == [1, -9, 1]
