@@ -60,6 +60,8 @@ PURE = [
     "schedule/sizes.py",
     "schedule/timeline.py",
     "replicate/placement.py",
+    "replicate/substitutes.py",
+    "replicate/survival.py",
     "replicate/agreement.py",
     "replicate/notes.py",
     "recover/plan.py",
