@@ -6,10 +6,11 @@ survives the loss of any ``replicas`` of its nodes. A larger group is a ring: ea
 ``replicas``. Without failure domains, nodes that do not fill a group join the last one. (GEMINI, SOSP'23, calls this
 mixed placement and shows that it maximises the odds of surviving simultaneous losses.)
 
-Failure domains are nested: a node's is a path of names, the outermost first. With them G = nodes // (replicas + 1)
-groups are as equal in size as can be. Since any placement in which all nodes hold equally much needs as many copies
-outside of a domain as nodes in it times ``replicas``, a domain of more than G nodes must have two of some group. Up to
-G nodes it has none: dealt out in turn, nodes that stand side by side fall into different groups.
+Failure domains are nested: a node's is a path of names, the outermost first. With them there are G = nodes //
+(replicas + 1) groups, as equal in size as can be. In any placement where all nodes hold equally much, c nodes of a
+domain hold c * (replicas + 1) copies, which are of different states only if there are as many nodes: c <= G. So more
+than G nodes in a domain have two copies of some state. Up to G have none: dealt out in turn, nodes that stand side by
+side fall into different groups.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ Domain = tuple[str, ...]
 """The names of a failure domain, the outermost first; empty where it is not known."""
 
 _LOOKS = 16
-"""Exchanges of two nodes that are looked at, a node of the run, until all nodes are dealt out anew."""
+"""Exchanges of two nodes that are tried, for each node of the run, before all are dealt out anew."""
 
 
 @dataclass(frozen=True, kw_only=True)

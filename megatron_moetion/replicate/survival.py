@@ -97,7 +97,7 @@ def describe(placement: Placement) -> str:
     """A line for the start of a run with replicas."""
     sizes = Counter(len(group) for group in placement.groups)
     groups = " and ".join(f"{count} of {size}" for size, count in sorted(sizes.items()))
-    survived = ", ".join(f"{lost}: {percent(value)}" for lost, value in shown(placement).items())
+    survived = ", ".join(f"{percent(value)} of {lost}" for lost, value in shown(placement).items())
     return f"placement: groups of nodes: {groups}; odds that all state survives lost nodes: {survived}"
 
 

@@ -101,7 +101,7 @@ def test_every_lost_domain(replicas: int, more: int, data: st.DataObject) -> Non
 def test_a_line_says_the_groups_and_the_odds() -> None:
     text = describe(of_nodes(17, 1))
     assert text.startswith("placement: groups of nodes: 7 of 2 and 1 of 3; odds that all state survives lost nodes: ")
-    assert text.endswith("1: 100%, 2: 92.6%, 3: 78.2%")
+    assert text.endswith("100% of 1, 92.6% of 2, 78.2% of 3")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from session_job import Job
 
 from megatron_moetion.errors import ConfigError
 
-ODDS = "placement: groups of nodes: 1 of 2; odds that all state survives lost nodes: 1: 100%, 2: 0%"
+ODDS = "placement: groups of nodes: 1 of 2; odds that all state survives lost nodes: 100% of 1, 0% of 2"
 
 
 @pytest.fixture(autouse=True)
