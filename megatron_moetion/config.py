@@ -112,7 +112,6 @@ class MoetionConfig:
         "blocks of SLURM's topology; 'auto', as 'slurm' where SLURM knows them; or 'off'. Other groups of nodes at a "
         "restart mean that copies move",
         topic=_COPIES,
-        values="`auto`, `slurm`, `off`, or a file",
         metavar="FILE",
     )
     network_interface: str = setting(
