@@ -201,12 +201,12 @@ class Startup:
         shape = ArenaShape.of(self._spec)
         names = hashlib.blake2b("\n".join(self._shared).encode(), digest_size=8).hexdigest() if self._shared else ""
         domain = "" if self._node.position else self._domain
-        rows = self._fabric.gather([self._node.key, shape.layout, shape.slots, shape.experts, names, domain])
+        rows = self._fabric.gather([self._node.key, domain, shape.layout, shape.slots, shape.experts, names])
         return _Facts(
             nodes=[row[0] for row in rows],
-            shapes=[ArenaShape(layout=row[1], slots=row[2], experts=row[3]) for row in rows],
-            experts=[row[4] for row in rows],
-            domains=[row[5] for row in rows],
+            domains=[row[1] for row in rows],
+            shapes=[ArenaShape(layout=row[2], slots=row[3], experts=row[4]) for row in rows],
+            experts=[row[5] for row in rows],
         )
 
     def _sum_up(self, reports: Sequence[ArenaReport]) -> Summary:
