@@ -9,8 +9,9 @@
 #   scripts/sanitize.sh thread     data races: tests/native/ alone, since neither Python nor torch is built for it
 #   scripts/sanitize.sh planted    each of them finds a fault that is put into a copy of csrc/
 #
-# All is built in copies below build/sanitize/. Ends with 1, after the report, where something is found. Leaks of Python
-# are not looked for: an interpreter keeps what it has until its process ends.
+# All is built in copies below build/sanitize/. Ends with an error, after the report, where something is found. No
+# suppressions are needed: of Python and torch only calls into csrc/ are seen, and their leaks are not looked for, since
+# an interpreter keeps what it has until its process ends.
 set -euo pipefail
 # shellcheck source=scripts/_setup.sh
 source "$(dirname -- "${BASH_SOURCE[0]}")/_setup.sh"

@@ -28,8 +28,7 @@ def add(commands: Any) -> None:
         "simulate",
         help="run the checkpointing runtime under faults, in a simulated cluster",
         usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--faults N] [--domains D] "
-        "[--kinds KIND,...] "
-        "[--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
+        "[--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
         description="Run the production code of a job's ranks in one process, with simulated time, network and memory. "
         "A seed decides what goes wrong: killed processes, lost nodes, cut links, damaged memory and messages, and "
         "more. A model that is written apart from the runtime checks the promises. Ends with exit code 1 where one is "
