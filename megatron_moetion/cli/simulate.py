@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "simulate",
         help="run the checkpointing runtime under faults, in a simulated cluster",
-        usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--faults N] [--kinds KIND,...] "
-        "[--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
+        usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--faults N] [--domains D] "
+        "[--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
         description="Run the production code of a job's ranks in one process, with simulated time, network and memory. "
         "A seed decides what goes wrong: killed processes, lost nodes, cut links, damaged memory and messages, and "
         "more. A model that is written apart from the runtime checks the promises. Ends with exit code 1 where one is "
@@ -45,6 +45,9 @@ def add(commands: Any) -> None:
         help="snapshot mode; any: the seed decides (default)",
     )
     parser.add_argument("--faults", type=int, default=60, metavar="N", help="faults of a seed (default: 60)")
+    parser.add_argument(
+        "--domains", type=int, default=0, metavar="D", help="failure domains that nodes are in (default: none)"
+    )
     parser.add_argument("--kinds", metavar="KIND,...", help="only faults of these kinds (docs/simulator.md)")
     parser.add_argument("--keep", metavar="N,N,...", help="only these of a seed's faults, by number; none: no fault")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that run seeds (default: 1)")
@@ -59,12 +62,24 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_moetion.sim.faults import KINDS
     from megatron_moetion.sim.story import Story, shortened
 
+    if args.domains < 0:
+        raise ConfigError(f"--domains is {args.domains}; it must not be negative")
     kept, kinds = _numbers(args.keep, args.faults), tuple(filter(None, (args.kinds or "").split(",")))
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ConfigError(f"there is no kind of fault {unknown[0]!r}; there are {', '.join(KINDS)}")
+    if "lose-domain" in kinds and not args.domains:
+        raise ConfigError("--kinds lose-domain needs --domains D, the failure domains that nodes are in")
     logging.disable(logging.CRITICAL)  # the runtime's own lines, of many ranks in many runs
     stories = [
-        Story(seed=seed, ranks=args.ranks, mode=args.mode, faults=args.faults, kinds=kinds, kept=kept)
+        Story(
+            seed=seed,
+            ranks=args.ranks,
+            mode=args.mode,
+            faults=args.faults,
+            kinds=kinds,
+            kept=kept,
+            domains=args.domains,
+        )
         for seed in range(args.first, args.first + args.seeds)
     ]
     say = _silent if args.json else _say

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moetion.sim.cluster import Shape
-from megatron_moetion.sim.faults import KINDS, Fault, draw
+from megatron_moetion.sim.faults import Fault, draw
 from megatron_moetion.sim.run import Outcome, run
 
 RUNS_MAX = 80
@@ -28,6 +28,8 @@ class Story:
     kinds: tuple[str, ...] = ()
     """Of its faults; none named: all."""
     kept: tuple[int, ...] | None = None
+    domains: int = 0
+    """Failure domains that nodes are in; 0: none are known."""
 
     @property
     def shape(self) -> Shape:
@@ -45,11 +47,12 @@ class Story:
             replicas=replicas,
             schedule=schedule,
             save_every=chance.choice((0, 0, 11)),
+            domains=self.domains,
         )
 
     def all_faults(self) -> list[Fault]:
         """The faults that are drawn."""
-        return draw(self.seed, self.shape, self.faults, kinds=self.kinds or tuple(KINDS))
+        return draw(self.seed, self.shape, self.faults, kinds=self.kinds)
 
     def chosen(self) -> list[Fault]:
         """Those that take place."""
@@ -64,10 +67,11 @@ class Story:
     def line(self) -> str:
         """What repeats it, in a shell."""
         kinds = f" --kinds {','.join(self.kinds)}" if self.kinds else ""
+        domains = f" --domains {self.domains}" if self.domains else ""
         kept = "" if self.kept is None else f" --keep {','.join(map(str, self.kept)) or 'none'}"
         return (
             f"moetion simulate --first {self.seed} --seeds 1 --ranks {self.ranks} --mode {self.mode} "
-            f"--faults {self.faults}{kinds}{kept}"
+            f"--faults {self.faults}{domains}{kinds}{kept}"
         )
 
 

@@ -61,6 +61,8 @@ PURE = [
     "schedule/sizes.py",
     "schedule/timeline.py",
     "replicate/placement.py",
+    "replicate/substitutes.py",
+    "replicate/survival.py",
     "replicate/agreement.py",
     "replicate/notes.py",
     "recover/plan.py",
