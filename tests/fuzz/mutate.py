@@ -12,7 +12,7 @@ import json
 import random
 import struct
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -37,9 +37,7 @@ class Shape(NamedTuple):
     """Takes whatever became of the values."""
 
 
-def mutate(
-    data: bytes, shape: Shape, seeds: Sequence[bytes], chance: random.Random, bytes_max: int = BYTES_MAX
-) -> bytes:
+def mutate(data: bytes, shape: Shape, chance: random.Random, bytes_max: int = BYTES_MAX) -> bytes:
     """Another input, from this one."""
     found = raw(data, chance)
     if chance.random() > _RAW_SHARE:
@@ -49,7 +47,7 @@ def mutate(
             for _ in range(chance.choice((1, 1, 1, 2, 3, 6))):
                 parts = changed(parts, chance)
             found = shape.together(parts)
-    return found if len(found) <= bytes_max else chance.choice(seeds)
+    return found if len(found) <= bytes_max else data
 
 
 def raw(data: bytes, chance: random.Random) -> bytes:
