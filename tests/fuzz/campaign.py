@@ -77,7 +77,7 @@ def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Pat
     with tempfile.TemporaryDirectory() as begin, timed():
         for number, data in enumerate(inputs(target).values()):
             (Path(begin) / str(number)).write_bytes(data)
-        options = [f"-max_len={BYTES_MAX}", "-timeout=0", "-rss_limit_mb=0", "-verbosity=0", "-handle_segv=1"]
+        options = [f"-max_len={BYTES_MAX}", "-timeout=1000", "-rss_limit_mb=0", "-verbosity=0", "-handle_segv=1"]
         atheris.Setup([sys.argv[0], begin, *options], run, custom_mutator=change)
         limit_address_space()
         atheris.Fuzz()
