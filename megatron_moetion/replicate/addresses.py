@@ -62,7 +62,7 @@ class Directory:
         with understood("the token of the job and the ranks of a host"):
             told, ranks_per_host = json.loads(job)
             found = Job(token=bytes.fromhex(told), ranks_per_host=int(ranks_per_host))
-            if not found.token or found.ranks_per_host < 1:
+            if found.ranks_per_host < 1:
                 raise ValueError(job)
         self.token = found.token
         return found

@@ -27,6 +27,17 @@ def why_not_offered(fd: int) -> str | None:
     return reason(f"{os.major(device)}:{os.minor(device)}", mounts, switch)
 
 
+def is_in_memory(fd: int) -> bool:
+    """Whether this file is in a tmpfs."""
+    device = os.fstat(fd).st_dev
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    mine = (line.partition(" - ") for line in mounts if f" {os.major(device)}:{os.minor(device)} " in line)
+    return any(after.startswith("tmpfs ") for _, _, after in mine)
+
+
 def reason(device: str, mounts: Iterable[str], switch: str) -> str | None:
     """Why a file on ``device`` (major:minor) cannot have huge pages.
 

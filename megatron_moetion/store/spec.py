@@ -216,7 +216,7 @@ def _contradiction(spec: ArenaSpec) -> str | None:
     """Why there is no rank with such an arena."""
     identity, units = spec.identity, {name: UnitKind(kind) for name, kind, _ in spec.units}
     kept = {nbytes for nbytes, count in spec.slots if count}
-    if not 0 <= identity.owner < identity.world_size <= _RANKS_MAX:
+    if not (0 <= identity.owner < _RANKS_MAX and 0 < identity.world_size <= _RANKS_MAX):
         return f"it is of rank {identity.owner} of {identity.world_size}; there are at most {_RANKS_MAX}"
     if len(units) != len(spec.units) or len(dict(spec.slots)) != len(spec.slots):
         return "a unit, or a size of slots, comes twice"

@@ -180,12 +180,14 @@ def text_of(value: Value) -> bytes:
 def document(data: bytes) -> Value:
     """What JSON says. Often enough for changes to its text as such, and where it is nested deep, it is left as bytes."""
     is_deep = any(opening in data for opening in _DEEP)
-    return data if is_deep or zlib.crc32(data) % 8 == 0 else json.loads(data)
+    with suppress(ValueError):
+        return data if is_deep or zlib.crc32(data) % 8 == 0 else json.loads(data)
+    return data
 
 
 RAW = Shape(lambda data: data, octets)
 JSON = Shape(document, text_of)
 SHEET = Shape(
-    lambda data: document(zlib.decompress(base64.b64decode(data))),
+    lambda data: document(zlib.decompressobj().decompress(base64.b64decode(data), BYTES_MAX)),
     lambda value: base64.b64encode(zlib.compress(text_of(value), 1)),
 )

@@ -920,13 +920,17 @@ def documents(data: bytes) -> None:
     except (ValueError, RecursionError):
         return  # refused by the fabric: see the target of the control plane
     mine = Summary(newest=History(epoch=1), found=1).to_json()
-    reach = Reach(hosts=(5, 4), iterations=(5, 4))
+    reach = Reach(hosts=(5, 4), iterations=(5, 4)).to_json()
+
+    def both(mine: Any, theirs: Any) -> Any:
+        return Reach.from_json(mine).followed_by(Reach.from_json(theirs)).to_json()
+
     for compare_notes in (
         lambda: on_all_ranks(fabric, lambda: None),  # type: ignore[arg-type,return-value]
         lambda: require_same(fabric, {"lr": 1}),  # type: ignore[arg-type]
         lambda: ended_before(fabric, node_folder(folder())),  # type: ignore[arg-type]
         lambda: fabric.reduce(mine, lambda a, b: Summary.from_json(a).followed_by(Summary.from_json(b)).to_json()),
-        lambda: plan_of(reach.followed_by(Reach.from_json(fabric.reduce(None, lambda a, b: b))), History(), 1),
+        lambda: plan_of(Reach.from_json(fabric.reduce(reach, both)), History(), 1),
     ):
         with suppress(MoetionError):
             compare_notes()
