@@ -105,9 +105,20 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for name in options.targets or TARGETS:
             report.unlink(missing_ok=True)
             limits = ["--executions", str(options.executions), "--seconds", str(options.seconds)]
-            command = [sys.executable, __file__, name, *limits, "--findings", str(options.findings), "--one", str(report)]
+            command = [
+                sys.executable,
+                __file__,
+                name,
+                *limits,
+                "--findings",
+                str(options.findings),
+                "--one",
+                str(report),
+            ]
             ended = subprocess.run(command, env={**os.environ, "TMPDIR": folder}, stderr=subprocess.PIPE, check=False)
-            said: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {"target": name, "executions": 0}
+            said: dict[str, Any] = (
+                json.loads(report.read_text()) if report.exists() else {"target": name, "executions": 0}
+            )
             if ended.returncode and not said.get("finding"):
                 said["finding"] = f"exit code {ended.returncode}: {ended.stderr.decode(errors='replace')[-2000:]}"
             found.append(said)

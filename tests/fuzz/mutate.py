@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes to inputs: of bytes as they are, and of what they mean, with digests that are right again afterwards.
 
-Without the second kind nothing would get past a digest. A *shape* takes an input apart into plain values (numbers, text,
-bytes, lists and tables), which are changed at random, and puts it together again, whatever became of them.
+Without the second kind nothing would get past a digest. A *shape* takes an input apart into plain values (numbers,
+text, bytes, lists and tables), which are changed at random, and puts it together again, whatever became of them.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ _RAW_SHARE = 0.2
 """Of changes that are to the bytes, digests and all."""
 _EDGES = [n + d for n in (0, 1 << 8, 1 << 16, 1 << 31, 1 << 32, 1 << 40, 1 << 48, 1 << 63, 1 << 64) for d in (-1, 0, 1)]
 _STRANGE: tuple[Value, ...] = (
-    None, True, False, 0.5, -0.0, float("nan"), float("inf"), 1e308, 10**400, -(10**30), "", "\ud800", "\0", "²", "x" * 300,
-    "9" * 400, [], {}, [[]], {"": []}, "host", "layers.0.dense.grad", "popularity", "exact", "full",
+    None, True, False, 0.5, -0.0, float("nan"), float("inf"), 1e308, 10**400, -(10**30), "", "\ud800", "\0", "²",
+    "x" * 300, "9" * 400, [], {}, [[]], {"": []}, "host", "layers.0.dense.grad", "popularity", "exact", "full",
 )  # fmt: skip
 
 
@@ -93,8 +93,8 @@ def _instead(value: Value, chance: random.Random) -> Value:
         return chance.choice(_STRANGE)
     if isinstance(value, int):
         return chance.choice(
-            (value + 1, value - 1, -value, value ^ 1 << chance.randrange(64), chance.choice(_EDGES), chance.getrandbits(64),
-             chance.randrange(8), chance.choice(_STRANGE))
+            (value + 1, value - 1, -value, value ^ 1 << chance.randrange(64), chance.choice(_EDGES),
+             chance.getrandbits(64), chance.randrange(8), chance.choice(_STRANGE))
         )  # fmt: skip
     if isinstance(value, bytes):
         return raw(value, chance)
@@ -106,7 +106,7 @@ def _instead(value: Value, chance: random.Random) -> Value:
         if kind == 0:
             return value[:at]
         if kind == 1 and value:
-            return value[:at] + [copied(chance.choice(value))] + value[at:]
+            return [*value[:at], copied(chance.choice(value)), *value[at:]]
         if kind == 2 and value:
             return value[:at] + [copied(value[0])] * chance.choice((2, 40)) + value[at:]
         if kind == 3:
@@ -178,7 +178,7 @@ def text_of(value: Value) -> bytes:
 
 
 def document(data: bytes) -> Value:
-    """What JSON says. Often enough for changes to its text as such, and where it is nested deep, it is left as bytes."""
+    """What JSON says. Bytes stay where they say nothing, are nested deep, and now and then: for changes to text."""
     is_deep = any(opening in data for opening in _DEEP)
     with suppress(ValueError):
         return data if is_deep or zlib.crc32(data) % 8 == 0 else json.loads(data)

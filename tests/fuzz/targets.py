@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every reader of bytes that a file of the store or a peer can hold, as a function of bytes.
 
-A target does with an input what the runtime does with it, as far as it depends on the input: reading a page includes the
-questions that a survey asks of its records. It returns when all is well, and passes errors on.
+A target does with an input what the runtime does with it, as far as it depends on the input: reading a page includes
+the questions that a survey asks of its records. It returns when all is well, and passes errors on.
 """
 
 from __future__ import annotations
@@ -186,7 +186,7 @@ def image(owner: int, mode: str) -> bytes:
                 digests[chunk] = digest_of(POOL, payload[64 * chunk : 64 * chunk + 64])
             digest = digest_of(POOL, digests.view(np.uint8))
             records.append(
-                Record(unit=number, iteration=iteration, epoch=1, slot=slot, nbytes=nbytes, digest=digest, tokens=iteration)
+                Record(unit=number, iteration=iteration, epoch=1, slot=slot, nbytes=nbytes, digest=digest, tokens=9)
             )  # fmt: skip
         arena.add(records)
     arena.edit(lambda page: {"stable": 4})
@@ -384,7 +384,8 @@ def forget_folder() -> None:
 
 def note_seeds() -> list[bytes]:
     notes: list[dict[str, Any]] = [
-        {"lineage": 5, "epoch": 1, "iterations": [3, 4]}, {"pid": 9, "rank": 0, "attempt": 2}, {"unix_s": 1.5, "detect_s": 2.0},
+        {"lineage": 5, "epoch": 1, "iterations": [3, 4]}, {"pid": 9, "rank": 0, "attempt": 2},
+        {"unix_s": 1.5, "detect_s": 2.0},
     ]  # fmt: skip
     return [json.dumps(note).encode() for note in notes] + [b"0123456789abcdef" * 2]
 
@@ -705,7 +706,7 @@ def control_seeds() -> list[bytes]:
     for role, kind in ((b"\0", 3), (b"\1", 4)):
         beats = control_frame_together([0, 0, 0, 0, [[1, 0x40000000], [0, 0x3F800000]]])
         frames = [control_frame_together([kind, 0, n, 0, body]) for n, body in enumerate(
-            (b"g" + json.dumps("host").encode(), b"r" + json.dumps(STATE_OF).encode(), b"r" + json.dumps(settings).encode())
+            (b"g" + text_of("host"), b"r" + text_of(STATE_OF), b"r" + text_of(settings))
         )]  # fmt: skip
         others = [control_frame_together([k, 1, 0, 0, b""]) for k in (1, 2)]
         found.append(joined([role, beats, *others, *frames, control_frame_together([kind, 1, 0, 0, words])]))
@@ -952,9 +953,10 @@ TARGETS = {
                seeds=arena_seeds, shape=ARENA, allowed=STORE_ERRORS),
         Target(name="sheet", reads="sheets in headers of arenas", run=read_sheets, seeds=sheet_seeds, shape=SHEET,
                allowed=(CorruptArena,)),
-        Target(name="state", reads="host state", run=read_state, seeds=state_seeds, shape=Shape(state_apart, state_together),
-               allowed=(CorruptArena,)),
-        Target(name="notes", reads="small files beside arenas", run=read_notes, seeds=note_seeds, shape=JSON, allowed=()),
+        Target(name="state", reads="host state", run=read_state, seeds=state_seeds,
+               shape=Shape(state_apart, state_together), allowed=(CorruptArena,)),
+        Target(name="notes", reads="small files beside arenas", run=read_notes, seeds=note_seeds, shape=JSON,
+               allowed=()),
         Target(name="tracker", reads="the file that names the newest checkpoint", run=read_tracker, seeds=tracker_seeds,
                shape=RAW, allowed=(ConfigError,)),
         Target(name="trace", reads="traces", run=read_trace, seeds=trace_seeds, shape=TRACE, allowed=(ConfigError,)),
@@ -970,7 +972,8 @@ TARGETS = {
                seeds=control_seeds, shape=CONTROL_SHAPE, allowed=(MoetionError,)),
         Target(name="hello", reads="the greeting of a connection, both ways", run=hello, seeds=hello_seeds,
                shape=Shape(hello_apart, hello_together), allowed=()),
-        Target(name="directory", reads="where ranks listen", run=directory, seeds=directory_seeds, shape=JSON, allowed=()),
+        Target(name="directory", reads="where ranks listen", run=directory, seeds=directory_seeds, shape=JSON,
+               allowed=()),
         Target(name="swap", reads="tables, orders and specifications at a start", run=swapped, seeds=swap_seeds,
                shape=Shape(swap_apart, swap_together), allowed=(ChannelError, CorruptArena),
                room_bytes=mutate.BYTES_MAX),

@@ -95,6 +95,7 @@ def test_what_an_input_must_not_do_is_found() -> None:
 def test_a_page_that_no_run_can_have_written_is_none() -> None:
     page = page_of("full")
     assert decode_page(encode_page(page, 64)) == page
-    for change in ({"sequence": (1 << 64) - 1}, {"lineage": (1 << 64) - 1}, {"epoch": (1 << 32) - 1}, {"stable": 1 << 62},
-                   {"stable": -2}, {"epoch": 0}, {"branches": page.branches * 2}):  # fmt: skip
+    last = (1 << 64) - 1
+    for change in ({"sequence": last}, {"lineage": last}, {"epoch": (1 << 32) - 1}, {"stable": 1 << 62}, {"stable": -2},
+                    {"epoch": 0}, {"branches": page.branches * 2}):  # fmt: skip
         assert decode_page(encode_page(replace(page, **change), 64)) is None, change
