@@ -270,7 +270,7 @@ class Selector:
         ready = [key for key in self._keys.values() if key.data is not None and key.fileobj.is_ready]
         if not ready:
             self._rests += 1
-            if self._rests > 2:
+            if self._rests > 5:
                 self._at_rest()
         return [(key, selectors.EVENT_READ) for key in ready]
 

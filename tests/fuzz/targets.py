@@ -738,7 +738,7 @@ def control(data: bytes) -> None:
     rank = int(role[:1] == b"\1")
     threads = Threads()
     mesh = ControlMesh(rank, 2, threads, Sock(b"".join(said), hangs_up=len(data) % 2 == 0))
-    plane = Control(mesh, rank, ranks_per_host=1, clock=Ticks(), threads=threads, heartbeat_s=0.05)  # type: ignore[arg-type]
+    plane = Control(mesh, rank, ranks_per_host=1, clock=Ticks(), threads=threads, heartbeat_s=0.005)  # type: ignore[arg-type]
     mesh.kernel.at_rest = plane.abandon
     fabric = SocketFabric(rank, 2, mesh, AloneChannel(), plane, 1.0, (), Address(interface="", host=""))
     reducer = fabric.reducer("stable", [0, 1], lambda mine, theirs: [a & b for a, b in zip(mine, theirs, strict=True)])

@@ -19,7 +19,7 @@ from targets import TARGETS, forget_folder, page_of, page_seeds
 
 from megatron_moetion.store.manifest import decode_page, encode_page
 
-EXECUTIONS = 60
+EXECUTIONS = 120
 TRACED_EVERY = 4
 
 
