@@ -34,8 +34,8 @@ def is_in_memory(fd: int) -> bool:
         mounts = Path("/proc/self/mountinfo").read_text().splitlines()
     except OSError:
         return False
-    mine = (line.partition(" - ") for line in mounts if f" {os.major(device)}:{os.minor(device)} " in line)
-    return any(after.startswith("tmpfs ") for _, _, after in mine)
+    name = f"{os.major(device)}:{os.minor(device)}"
+    return any(line.split()[2:3] == [name] and " - tmpfs " in line for line in mounts)
 
 
 def reason(device: str, mounts: Iterable[str], switch: str) -> str | None:
