@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fuzzing at length: each target in a process of its own, guided by coverage (atheris), with changes of ``mutate.py``.
 
-    scripts/fuzz.sh [TARGET ...] [--executions N] [--seconds S] [--json PATH] [--findings FOLDER]
+    scripts/fuzz.sh [TARGET ...] [--executions N] [--seconds S] [--json PATH] [--findings FOLDER] [--unguided]
 
 An input that does what it must not ends its target and is written to the folder. Exit code 1 if there is one.
 """
@@ -19,20 +19,23 @@ import sys
 import tempfile
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
+EXECUTIONS = 1_000_000
+"""Of each target, where nothing else is asked for."""
 TRACED_EVERY = 16
 """Of so many executions one has its memory measured; the others have a limit of address space."""
 _HERE = Path(__file__).parent
 _SHORT_S = 5.0
 
 
-def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Path) -> None:
+def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Path, *, is_guided: bool) -> None:
     """One target, in this process; it ends in here. What was done is written to ``report`` every few seconds."""
-    import atheris
-
-    with atheris.instrument_imports(include=["megatron_moetion"]):
+    if is_guided:
+        import atheris
+    with atheris.instrument_imports(include=["megatron_moetion"]) if is_guided else nullcontext():
         from corpus import inputs, keep
         from limits import Finding, execute, limit_address_space, timed
         from mutate import BYTES_MAX, mutate
@@ -48,6 +51,7 @@ def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Pat
             "seconds": round(time.monotonic() - began, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "outcomes": dict(sorted(outcomes.items())),
+            "is_guided": is_guided,
             "finding": problem,
         }
         scratch = report.with_suffix(".tmp")
@@ -74,6 +78,12 @@ def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Pat
     def change(data: bytes, size_max: int, seed: int) -> bytes:
         return mutate(bytes(data), target.shape, random.Random(seed))[:size_max]
 
+    if not is_guided:
+        limit_address_space()
+        begin_with, chance = list(inputs(target).values()), random.Random(name)
+        with timed():
+            while True:
+                run(change(chance.choice(begin_with), BYTES_MAX, chance.getrandbits(63)))
     with tempfile.TemporaryDirectory() as begin, timed():
         for number, data in enumerate(inputs(target).values()):
             (Path(begin) / str(number)).write_bytes(data)
@@ -86,14 +96,18 @@ def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Pat
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description="Fuzz the readers of arenas, frames, documents and notes.")
     parser.add_argument("targets", nargs="*", metavar="TARGET", help="all, if none is named")
-    parser.add_argument("--executions", type=int, default=1_000_000, help="of each target")
+    parser.add_argument("--executions", type=int, default=EXECUTIONS, help="of each target")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="the most that one target may take")
     parser.add_argument("--json", type=Path, help="add what was done to this file")
     parser.add_argument("--findings", type=Path, default=Path("out/findings"), help="where inputs go that fail")
+    parser.add_argument("--unguided", action="store_true", help="change inputs at random, without atheris")
     parser.add_argument("--one", type=Path, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
     if options.one is not None:
-        fuzz(options.targets[0], options.executions, options.seconds, options.findings, options.one)
+        fuzz(
+            options.targets[0], options.executions, options.seconds, options.findings, options.one,
+            is_guided=not options.unguided,
+        )  # fmt: skip
         return 0
     from targets import TARGETS
 
@@ -114,6 +128,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 str(options.findings),
                 "--one",
                 str(report),
+                *(["--unguided"] if options.unguided else []),
             ]
             ended = subprocess.run(command, env={**os.environ, "TMPDIR": folder}, stderr=subprocess.PIPE, check=False)
             said: dict[str, Any] = (
@@ -134,8 +149,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def add(path: Path, said: dict[str, Any]) -> None:
     """To the results of other targets in this file."""
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    results = {each["target"]: each for each in document.get("targets", [])} | {said["target"]: said}
-    path.write_text(json.dumps({**facts(), "targets": list(results.values())}, indent=1) + "\n")
+    result = {
+        "name": said["target"],
+        "value": said["executions"],
+        "unit": "executions",
+        "target": EXECUTIONS,
+        "met": said["executions"] >= EXECUTIONS and not said.get("finding"),
+        **{key: said.get(key) for key in ("seconds", "cpu_seconds", "is_guided", "outcomes", "finding")},
+    }
+    results = {each["name"]: each for each in document.get("results", [])} | {said["target"]: result}
+    path.write_text(json.dumps({**facts(), "results": list(results.values())}, indent=1) + "\n")
 
 
 def facts() -> dict[str, Any]:
@@ -147,7 +170,10 @@ def facts() -> dict[str, Any]:
     def git(*command: str) -> str:
         return subprocess.run(["git", *command], capture_output=True, text=True, cwd=_HERE, check=False).stdout.strip()
 
+    guide: dict[str, str] = {}
     dirty = "+" if git("status", "--porcelain", "megatron_moetion") else ""
+    with suppress(importlib.metadata.PackageNotFoundError):
+        guide = {"atheris": importlib.metadata.version("atheris")}
     return {
         "benchmark": "fuzzing",
         "date": datetime.date.today().isoformat(),
@@ -156,7 +182,8 @@ def facts() -> dict[str, Any]:
         "command": "scripts/fuzz.sh",
         "versions": {
             "python": platform.python_version(),
-            **{name: importlib.metadata.version(name) for name in ("atheris", "numpy", "torch")},
+            **{name: importlib.metadata.version(name) for name in ("numpy", "torch")},
+            **guide,
         },
     }
 
