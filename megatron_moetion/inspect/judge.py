@@ -163,15 +163,15 @@ class Judgement:
 def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     """What these copies add up to. ``vetoed``: iterations of the newest history that were called unhealthy."""
     if not copies:
-        return Judgement(
-            identity=None, history=History(), copies=(), ranks=(), missing=(), newest=-1, iteration=-1,
-            reason="there is no arena that can be read", vetoed=(), staleness=None,
-        )  # fmt: skip
+        return _nothing(History(), (), "there is no arena that can be read")
     leader = max(copies, key=lambda copy: History.of(copy.page).age)
     identity, newest = leader.spec.identity, History.of(leader.page)
     choose = CHOOSE.get(identity.mode, choose_same_iteration)
     judged = [_judged(copy, leader.spec, newest, choose) for copy in copies]
     usable = [j.copy for j in judged if not j.problem]
+    if not usable:
+        why = next(j.problem for j in judged if j.copy.spec is leader.spec)
+        return _nothing(newest, judged, f"there is no arena that can be used: the newest {why}")
     owners = sorted({copy.owner for copy in usable})
     units = {copy.owner: copy.units for copy in usable}
     held = held_by_owner(usable, identity.mode)
@@ -196,6 +196,14 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
         vetoed=tuple(sorted(vetoed)),
         staleness=_staleness(usable, held, iteration) if identity.mode == "popularity" and iteration >= 0 else None,
     )
+
+
+def _nothing(history: History, judged: Sequence[JudgedCopy], reason: str) -> Judgement:
+    """Where no arena can be used."""
+    return Judgement(
+        identity=None, history=history, copies=tuple(judged), ranks=(), missing=(), newest=-1, iteration=-1,
+        reason=reason, vetoed=(), staleness=None,
+    )  # fmt: skip
 
 
 def newest_history(copies: Sequence[Copy]) -> History | None:

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moetion.arrays import Flags, Int64s
+from megatron_moetion.errors import understood
 from megatron_moetion.recover.report import History, Summary
 from megatron_moetion.recover.shared import ITERATIONS_MAX
 from megatron_moetion.replicate.placement import Placement
@@ -140,7 +141,8 @@ class Reach:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Reach:
         """Inverse of ``to_json``."""
-        return cls(lost=raw["lost"], **{name: tuple(found) for name, found in raw.items() if name != "lost"})
+        with understood("the iterations that it can reach"):
+            return cls(lost=raw["lost"], **{name: tuple(found) for name, found in raw.items() if name != "lost"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,8 +280,9 @@ class Order:
 
     @classmethod
     def from_bytes(cls, owner: int, data: bytes) -> Order:
-        """Inverse of ``to_bytes``."""
-        return cls(owner=owner, table=np.frombuffer(data, dtype=ORDER))
+        """Inverse of ``to_bytes``; ``ChannelError`` for bytes that are no table."""
+        with understood("an order of captures"):
+            return cls(owner=owner, table=np.frombuffer(data, dtype=ORDER))
 
 
 def held_of(copies: Mapping[int, Records]) -> dict[int, set[int]]:

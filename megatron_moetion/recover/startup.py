@@ -46,6 +46,7 @@ from megatron_moetion.recover.shared import captured_at, common, iterations_of, 
 from megatron_moetion.recover.survey import share_of, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks, require_same
+from megatron_moetion.replicate.mirror import records_of
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
@@ -228,7 +229,7 @@ class Startup:
             {owner: records.table.tobytes() for owner, records in tables.items() if owner != rank},
             mine.keys() - {rank},
         )
-        copies = {mine[keeper]: Records.from_bytes(data) for keeper, data in told.items()}
+        copies = {mine[keeper]: records_of(data) for keeper, data in told.items()}
         if rank in tables:
             copies[placement.node_of[rank]] = tables[rank]
         held = held_of(copies)
