@@ -38,14 +38,17 @@ class Hosts(Protocol):
     def address(self, host: int) -> str: ...
     def store(self, host: int) -> str:
         """``--moetion-store`` of its ranks."""
+
     def memory(self, host: int) -> Path:
         """The same, as this process finds it."""
+
     def popen(
         self, host: int, argv: Sequence[str], log: Path, env: Mapping[str, str] | None = None
     ) -> subprocess.Popen[bytes]: ...
     def end_processes(self, host: int) -> None: ...
     def lose(self, host: int, *, silent: bool) -> None:
         """Processes and memory are gone."""
+
     def restore(self, host: int) -> None: ...
     def cut(self, host: int, *, off: bool) -> None: ...
     def slow(self, *, on: bool) -> None: ...
@@ -61,7 +64,7 @@ class Emulated:
     def __init__(self, testbed: Testbed) -> None:
         self._testbed = testbed
         self.why = damage.why_unavailable()
-        self.left_out = HURTS_PACKETS if self.why else ()
+        self.left_out: Collection[str] = HURTS_PACKETS if self.why else ()
         for host in range(HOSTS):
             self._shrink(host)
 
@@ -112,7 +115,7 @@ class Folders:
     """All on the loopback of this machine; a host is an agent with a store of its own."""
 
     interface = "lo"
-    left_out = NEEDS_TESTBED
+    left_out: Collection[str] = NEEDS_TESTBED
 
     def __init__(self, folder: Path, why: str) -> None:
         self._folder = folder

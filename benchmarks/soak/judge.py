@@ -52,7 +52,8 @@ def outcome_of(
         "number": fault.number, "kind": fault.kind, "ranks": fault.ranks, "point": fault.point, "iteration": at,
     }  # fmt: skip
     again = [start for start in starts if start.time_s > happened_s]
-    for start, end_s in zip(again, [*(start.time_s for start in again[1:]), float("inf")], strict=True):
+    ends_s = [*(start.time_s for start in again), float("inf")][1:]
+    for start, end_s in zip(again, ends_s, strict=True):
         first = next((step for step in steps if start.time_s < step.time_s < end_s), None)
         if first is not None:
             return Outcome(
@@ -93,6 +94,4 @@ def gaps(steps: Sequence[Step], starts: Sequence[Start]) -> list[str]:
 
 def wrong_hashes(found: Sequence[tuple[int, str]], reference: Mapping[int, str]) -> list[str]:
     """Hashes of the whole state that are not those of the run without faults."""
-    return [
-        f"state after iteration {i}: {h}, not {reference.get(i)}" for i, h in found if h != reference.get(i)
-    ]
+    return [f"state after iteration {i}: {h}, not {reference.get(i)}" for i, h in found if h != reference.get(i)]

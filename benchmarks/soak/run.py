@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -32,9 +33,7 @@ MISSED_AFTER = 4
 ORPHANS_S = 0.5
 """How long ranks outlive their agent, until what started it ends them."""
 FLIPPED_BITS = 64
-_SAID = re.compile(
-    r"rank (\d+) iteration (-?\d+): injected (\w+) at ([\w-]+), pid (\d+), ([\d.]+)"
-)
+_SAID = re.compile(r"rank (\d+) iteration (-?\d+): injected (\w+) at ([\w-]+), pid (\d+), ([\d.]+)")
 
 
 class Stuck(RuntimeError):
@@ -55,6 +54,8 @@ class Run:
         self.hashes: list[tuple[int, str]] = []
         self.events: list[dict[str, Any]] = []
         self.outcomes: dict[int, Outcome] = {}
+        self.ended = False
+        """Whether it has come to its end."""
         self.launches = 0
         self.again: list[str] = []
         """Faults inside a rank that came once more, because the next attempt was faster than this process."""
@@ -78,11 +79,11 @@ class Run:
 
     # -- the run ---------------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """To its end. Raises ``Stuck``."""
+    def train(self, until_s: float = math.inf) -> None:
+        """To its end, or until then (seconds of the monotonic clock). Raises ``Stuck``."""
         try:
             self._launch()
-            while not self._is_done():
+            while not (ended := self._is_done()) and time.monotonic() < until_s:
                 time.sleep(POLL_S)
                 self._look()
                 self._begin_due()
@@ -99,6 +100,7 @@ class Run:
                 self._hosts.end_processes(host)
             for agent in self._agents.values():
                 agent.wait()
+        self.ended = ended
         self._look()
         self._settle()
         for fault in self._faults:

@@ -19,13 +19,13 @@ IN_TRAINING = (
     *("held-dropped", "held-received", "held-listed"),
 )
 IN_RECOVERY = ("survey", "fetch", "restore", "restored")
-GAP = (4, 9)
+GAP = (3, 6)
 """Iterations between faults."""
 APART = 16
 """Iterations that memory of two hosts is hurt apart at least: redundancy is complete again by then."""
 FIRST = 6
 """No fault before this iteration, nor in so many at the end."""
-HANG_TIMEOUT_S = 10
+HANG_TIMEOUT_S = 15
 LONG_S = HANG_TIMEOUT_S + 6.0
 """Until ranks of both sides of a link have ended themselves."""
 

@@ -33,16 +33,16 @@ class Trainer:
 TRAINERS = {
     "bundled": Trainer(
         program="pretrain_gpt_moe.py",
-        flags=f"{_SHAPE} --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 32 --moe-ffn-hidden-size 64 "
-        "--micro-batch-size 2 --global-batch-size 8 --attention-dropout 0.1 --hidden-dropout 0.1 "
-        "--eval-interval 25 --eval-iters 1 --metrics-path {losses}",
+        flags=f"{_SHAPE} --ffn-hidden-size 64 --num-attention-heads 4 --seq-length 16 --moe-ffn-hidden-size 64 "
+        "--micro-batch-size 1 --global-batch-size 2 --attention-dropout 0.1 --hidden-dropout 0.1 "
+        "--eval-interval 50 --eval-iters 1 --metrics-path {losses}",
         warm="benchmarks.soak.warm_bundled",
         field="loss_hex",
     ),
     "megatron-lm": Trainer(
         program="tests/dist/megatron_lm_on_cpu.py {losses} tests/dist/megatron_lm_gpt.py",
         flags=f"{_SHAPE} --num-attention-heads 2 --seq-length 16 --max-position-embeddings 16 "
-        "--moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall --micro-batch-size 1 --global-batch-size 4 "
+        "--moe-ffn-hidden-size 32 --moe-token-dispatcher-type alltoall --micro-batch-size 1 --global-batch-size 2 "
         "--disable-bias-linear --transformer-impl local --distributed-backend gloo --no-bias-gelu-fusion "
         "--no-bias-dropout-fusion --no-masked-softmax-fusion --no-persist-layer-norm "
         "--no-gradient-accumulation-fusion --no-rope-fusion --use-cpu-initialization --tokenizer-type NullTokenizer "

@@ -4,6 +4,7 @@
 import gc
 
 import megatron_lm_on_cpu  # noqa: F401
+
 import megatron_moetion.mcore.attach
 import megatron_moetion.megatron_lm.adapter  # noqa: F401
 

@@ -27,7 +27,9 @@ def test_faults_are_parsed() -> None:
     )
 
 
-@pytest.mark.parametrize("text", ["0:1:7", "0:1:7:nowhere", "0:1:7:mid-pack:more", "0:1:7:mid-pack:SIGKILL:", "a:1:7:mid-pack"])
+@pytest.mark.parametrize(
+    "text", ["0:1:7", "0:1:7:nowhere", "0:1:7:mid-pack:more", "0:1:7:mid-pack:SIGKILL:", "a:1:7:mid-pack"]
+)
 def test_a_mistake_is_quoted(text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         parse_faults(text)
