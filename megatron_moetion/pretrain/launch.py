@@ -16,10 +16,10 @@ import textwrap
 import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
+from contextlib import suppress
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from types import TracebackType
 from typing import NoReturn
 
 from megatron_moetion.config import MoetionConfig
@@ -193,12 +193,17 @@ def main(argv: Sequence[str]) -> NoReturn:
 
 
 def lead(program: Callable[[], int]) -> NoReturn:
-    """The whole process, which ends with ``program``'s code, or at once after the traceback of what nobody expected."""
-    sys.excepthook = _leave_after_traceback
+    """The whole process, which ends with ``program``'s code, or at once after the traceback of what nobody expected.
+
+    Python would wait for every thread then, while peers and the launcher wait for this process. It is no exception hook
+    of ours: ``init_process_group`` wraps the hook that it finds, and keeps what that prints until it returns.
+    """
     try:
         code = program()
     except SystemExit as leaving:
         code = _code_of(leaving)
+    except BaseException as error:
+        code = _say_unexpected(error)
     leave(code)
 
 
@@ -210,15 +215,13 @@ def _code_of(leaving: SystemExit) -> int:
     return 1
 
 
-def _leave_after_traceback(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    """Python's own report, and one line that says whose it is.
-
-    Python would then wait for every thread, while peers and the launcher wait for this process.
-    """
-    sys.__excepthook__(kind, error, trace)
+def _say_unexpected(error: BaseException) -> int:
+    """The report that Python would print, and one line that says whose it is; the exit code."""
+    with suppress(Exception):  # of a hook of somebody else's
+        sys.excepthook(type(error), error, error.__traceback__)
     process = Process.from_environment(os.environ)
-    _say_last(textwrap.shorten(f"{kind.__name__}: {error}", 200) + " (traceback above)", process.rank)
-    leave(128 + signal.SIGINT if issubclass(kind, KeyboardInterrupt) else 1)
+    _say_last(textwrap.shorten(f"{type(error).__name__}: {error}", 200) + " (traceback above)", process.rank)
+    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
 
 
 def leave(code: int) -> NoReturn:

@@ -19,10 +19,11 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from official_flags import MODEL, STAGES
-from test_export import export
+from test_export import content_of, differing, export
 
-from megatron_moetion.persist.tracker import latest_iteration
+from megatron_moetion.persist.tracker import checkpoint_folder, latest_iteration
 
 pytestmark = [
     pytest.mark.dist,
@@ -141,7 +142,9 @@ def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
     assert recovered["fetched_units"] > 0, "node 1 has nothing of its own"
     assert job.curve() == undisturbed
     assert "summary is missing" not in job.log.read_text(), "noise of ranks that end after a fault"
-    goes_on_bitwise(exported(tmp_path), tmp_path, undisturbed)
+    checkpoints = exported(tmp_path)
+    goes_on_bitwise(checkpoints, tmp_path, undisturbed)
+    goes_on_in_another_layout(checkpoints, tmp_path)
 
 
 def exported(folder: Path) -> Path:
@@ -159,3 +162,18 @@ def goes_on_bitwise(checkpoints: Path, folder: Path, undisturbed: dict[int, set[
     resumed = Job(folder / "resumed", "--load", str(checkpoints), aside=True)
     assert resumed.run() == {i: losses for i, losses in undisturbed.items() if i > iteration}
     assert "moetion" not in resumed.log.read_text().replace(str(HERE.parents[1]), "")
+
+
+def goes_on_in_another_layout(checkpoints: Path, folder: Path) -> None:
+    """One stage and two ranks: what Megatron has loaded is what it saves at once."""
+    iteration = latest_iteration(str(checkpoints))
+    assert iteration is not None
+    again = folder / "again"
+    flags = f"--pipeline-model-parallel-size 1 --load {checkpoints} --save {again} --save-interval 1000"
+    flags += f" --dist-ckpt-optim-fully-reshardable --train-iters {iteration} --use-checkpoint-opt_param-scheduler"
+    Job(folder / "other", *flags.split(), ranks=2).run()
+    contents = [content_of(checkpoint_folder(str(root), iteration)) for root in (checkpoints, again)]
+    assert differing(*({k: v for k, v in c.items() if isinstance(v, torch.Tensor)} for c in contents)) == []
+    samples = [{k: v for k, v in vars(c["args"]).items() if k.endswith("_samples")} for c in contents]
+    assert samples[0] == samples[1]
+    assert samples[0]["consumed_train_samples"] > 0

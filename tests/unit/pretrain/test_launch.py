@@ -187,13 +187,24 @@ def test_an_error_keeps_its_exit_code_whatever_the_teardown_would_do(code: int, 
     assert "said" in done.stdout or not code
 
 
+CONNECT = "    dist.init_process_group('gloo', store=dist.HashStore(), rank=0, world_size=1)\n"
+
+
+@pytest.mark.parametrize("connect", ["", CONNECT], ids=["before-groups", "with-groups"])
 @pytest.mark.parametrize(("raised", "code"), [("KeyError('x')", 1), ("KeyboardInterrupt", 130)])
-def test_what_nobody_expected_ends_the_process_although_threads_still_work(raised: str, code: int) -> None:
-    """A thread of a pool, which Python would wait for; peers and the launcher wait for this process."""
+def test_what_nobody_expected_ends_the_process_although_threads_still_work(
+    raised: str, code: int, connect: str
+) -> None:
+    """A thread of a pool, which Python would wait for; peers and the launcher wait for this process.
+
+    torch's process group puts a hook of its own around what prints tracebacks.
+    """
     script = (
         "import threading, time\n"
+        "from torch import distributed as dist\n"
         "from megatron_moetion.pretrain import launch\n"
         "def run(argv):\n"
+        f"{connect}"
         "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
         f"    raise {raised}\n"
         "launch.run = run\n"
