@@ -100,8 +100,8 @@ def one_run(
 ) -> dict[str, object]:
     """Train with faults and compare; the record of it."""
     kept = folder.parent
-    plain = reference(machines, trainer, "", iterations, kept / f"reference-{trainer.field}")
-    hashed = reference(machines, trainer, MODES[mode], iterations, kept / f"reference-{trainer.field}-{mode}")
+    plain = reference(machines, trainer, "", iterations, kept / f"reference-{trainer.field}-{iterations}")
+    hashed = reference(machines, trainer, MODES[mode], iterations, kept / f"reference-{trainer.field}-{iterations}-{mode}")
     shutil.rmtree(folder, ignore_errors=True)
     began_s, stuck = time.time(), None
     run = Run(machines, trainer, MODES[mode], iterations, faults, folder)

@@ -70,6 +70,8 @@ class Run:
         self._later: list[tuple[float, Callable[[], None]]] = []
         """What ends faults, and when."""
         self._agents: dict[int, subprocess.Popen[bytes]] = {}
+        self._pids: dict[int, int] = {}
+        """Processes of the ranks, as of the newest start."""
         self._chance = Random(len(faults))
         folder.mkdir(parents=True)
         self._losses, self._armed = folder / "losses.jsonl", folder / "armed.json"
@@ -81,6 +83,8 @@ class Run:
 
     def train(self, until_s: float = math.inf) -> None:
         """To its end, or until then (seconds of the monotonic clock). Raises ``Stuck``."""
+        for host in range(HOSTS):  # of an earlier run
+            shutil.rmtree(self._hosts.memory(host), ignore_errors=True)
         try:
             self._launch()
             while not (ended := self._is_done()) and time.monotonic() < until_s:
@@ -116,7 +120,8 @@ class Run:
         return "\n".join(found)
 
     def _is_done(self) -> bool:
-        return bool(self._agents) and all(agent.poll() == 0 for agent in self._agents.values())
+        codes = [agent.poll() for agent in self._agents.values()]
+        return codes[0] == 0 and None not in codes
 
     # -- agents ----------------------------------------------------------------------------------------
 
@@ -163,7 +168,7 @@ class Run:
             self._launch()
             return
         for host, code in codes.items():
-            if code not in (None, 0):
+            if code not in (None, 0) and codes[0] is None:
                 self._hosts.end_processes(host)
                 self._start_agent(host)
 
@@ -178,6 +183,8 @@ class Run:
         for event in events:
             if event["event"] in ("recovered", "began"):
                 self.starts.append(Start(time_s=event["time"], iteration=event["iteration"]))
+                for host in range(HOSTS):
+                    self._pids |= self._noted_pids(host)
             if event["event"] == "state_hash" and event["rank"] == 0:
                 self.hashes.append((event["iteration"], event["hash"]))
         said = [found for lines in self._new_said for line in lines.new() if (found := _SAID.search(line))]
@@ -250,7 +257,7 @@ class Run:
     def _bring_about(self, fault: Fault) -> None:
         host, hosts = fault.host, self._hosts
         kind, _, with_kill = fault.kind.partition("+")
-        pids = self._pids(host)
+        pids = {rank: pid for rank, pid in self._pids.items() if rank // RANKS_PER_HOST == host}
         if kind == "STORE_FULL":
             hosts.fill(host)
             self._end_later(fault, lambda: (hosts.memory(host).parent / "filled").unlink(missing_ok=True))
@@ -287,12 +294,13 @@ class Run:
         if not fault.seconds:
             self._over_s[fault.number] = time.time()
 
-    def _pids(self, host: int) -> dict[int, int]:
+    def _noted_pids(self, host: int) -> dict[int, int]:
         """Processes of a host's ranks, as these have noted them."""
-        return {
-            int(path.name[4:9]): int(json.loads(path.read_text())["pid"])
-            for path in self._hosts.memory(host).glob("*/*/rank*.pid")
-        }
+        found = {}
+        for path in self._hosts.memory(host).glob("*/*/rank*.pid"):
+            with suppress(FileNotFoundError):
+                found[int(path.name[4:9])] = int(json.loads(path.read_text())["pid"])
+        return found
 
     def _end_later(self, fault: Fault, end: Callable[[], None]) -> None:
         def over() -> None:
@@ -351,7 +359,7 @@ def kill(pid: int) -> None:
 
 def flip(files: Sequence[Path], bits: int, chance: Random) -> None:
     """Flip so many bits, anywhere in these files."""
-    for _ in range(bits):
+    for _ in range(bits if files else 0):
         with chance.choice(files).open("r+b") as file:
             at = chance.randrange(os.fstat(file.fileno()).st_size)
             file.seek(at)
