@@ -12,6 +12,7 @@ import json
 import multiprocessing
 import os
 import runpy
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -30,6 +31,7 @@ def rank(program: Sequence[str], armed: str) -> None:
         flags += ["--moetion-inject-fault", ",".join(faults)]
     sys.argv = [program[0], *flags]
     sys.path.insert(0, str(Path(program[0]).parent))
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # who starts a soak in the background has it ignored
     code = 0
     try:
         runpy.run_path(program[0], run_name="__main__")
