@@ -28,7 +28,7 @@ from pathlib import Path
 from benchmarks._common import hardware, parser, report, versions
 from benchmarks.soak import tables
 from benchmarks.soak.hosts import Hosts, hosts
-from benchmarks.soak.judge import differences, gaps, wrong_hashes
+from benchmarks.soak.judge import NOT_MET, OPEN, RECOVERED, SURVIVED, differences, gaps, wrong_hashes
 from benchmarks.soak.run import Run, Stuck, reference
 from benchmarks.soak.story import Fault, story
 from benchmarks.soak.trainers import TRAINERS, Trainer
@@ -37,8 +37,9 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results" / "soak"
 MODES = {"full": "full", "exact": "exact --moetion-period 3"}
 ITERATIONS = 240
-QUICK_ITERATIONS = 60
-QUICK_DECK = ("SIGKILL", "BIT_FLIP+SIGKILL", "SIGSTOP_SIGCONT", "HOST_LOST", "LINK_DOWN", "STORE_DELETED", "OS_ABORT")
+OUTCOMES = (RECOVERED, SURVIVED, NOT_MET, OPEN)
+QUICK_ITERATIONS = 36
+QUICK_DECK = ("LINK_DOWN", "STORE_FULL", "STORE_DELETED", "BIT_FLIP+SIGKILL", "SEGFAULT", "SIGSTOP_SIGCONT")
 
 
 def main() -> int:
@@ -48,7 +49,9 @@ def main() -> int:
     options.add_argument("--modes", nargs="+", choices=MODES, default=list(MODES))
     options.add_argument("--seeds", type=int, nargs=2, default=(0, 8), metavar=("FIRST", "END"))
     options.add_argument("--iterations", type=int, default=ITERATIONS, help=f"of a run; default {ITERATIONS}")
-    options.add_argument("--hours", type=float, default=24.0, help="then the run under way is cut short; it is done again the next time")
+    options.add_argument(
+        "--hours", type=float, default=24.0, help="then the run under way is cut short; it is done again the next time"
+    )
     options.add_argument("--folder", type=Path, default=FOLDER, metavar="DIR", help="where records are kept")
     options.add_argument("--logs", type=Path, metavar="DIR", help="keep what runs wrote; default: of stuck ones only")
     options.add_argument("--report-only", action="store_true", help="run nothing; report on the records that are there")
@@ -56,7 +59,8 @@ def main() -> int:
     args = options.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         if args.quick:
-            args.folder, args.iterations, args.seeds = Path(scratch) / "records", QUICK_ITERATIONS, (0, 1)
+            args.folder, args.iterations, args.seeds = Path(scratch) / "records", QUICK_ITERATIONS, (3, 4)
+            args.modes = args.modes[:1]
         if not args.report_only:
             soak(args, args.logs or Path(scratch))
         records = tables.read(args.folder)
@@ -83,7 +87,9 @@ def soak(args: argparse.Namespace, logs: Path) -> None:
                     if time.monotonic() > until_s:
                         return
                     faults = story(seed, args.iterations, machines.left_out, *([QUICK_DECK] if args.quick else []))
-                    found = one_run(machines, TRAINERS[name], mode, args.iterations, faults, logs / record.stem, until_s)
+                    found = one_run(
+                        machines, TRAINERS[name], mode, args.iterations, faults, logs / record.stem, until_s
+                    )
                     about = {"trainer": name, "mode": mode, "seed": seed, "iterations": args.iterations}
                     record.write_text(json.dumps(about | found, indent=1) + "\n")
                     print(f"{record.stem}: {summary(found)}", flush=True)
@@ -101,7 +107,9 @@ def one_run(
     """Train with faults and compare; the record of it."""
     kept = folder.parent
     plain = reference(machines, trainer, "", iterations, kept / f"reference-{trainer.field}-{iterations}")
-    hashed = reference(machines, trainer, MODES[mode], iterations, kept / f"reference-{trainer.field}-{iterations}-{mode}")
+    hashed = reference(
+        machines, trainer, MODES[mode], iterations, kept / f"reference-{trainer.field}-{iterations}-{mode}"
+    )
     shutil.rmtree(folder, ignore_errors=True)
     began_s, stuck = time.time(), None
     run = Run(machines, trainer, MODES[mode], iterations, faults, folder)
@@ -151,7 +159,7 @@ def summary(found: dict[str, object]) -> str:
     """One line of a run."""
     faults = found["faults"]
     assert isinstance(faults, list)
-    counts = {outcome: sum(f["outcome"] == outcome for f in faults) for outcome in ("recovered", "survived", "not met")}
+    counts = {outcome: sum(f["outcome"] == outcome for f in faults) for outcome in OUTCOMES}
     told = ", ".join(f"{count} {outcome}" for outcome, count in counts.items())
     end = "STUCK" if found["stuck"] else "ended" if found["ended"] else "cut short"
     return f"{told}; {end} after {found['seconds']} s, {found['steps']} steps; differences: {found['wrong'] or 'none'}"

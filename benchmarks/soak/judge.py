@@ -13,7 +13,11 @@ from benchmarks.soak.trainers import Step
 
 STEPS_TO_SURVIVE = 3
 """Iterations that training goes on for, in the same processes, after a fault is over that it has survived."""
-RECOVERED, SURVIVED, NOT_MET = "recovered", "survived", "not met"
+RECOVERED, SURVIVED = "recovered", "survived"
+NOT_MET = "not met"
+"""Training went past a coordinate inside a rank that does not come there in every iteration."""
+OPEN = "open"
+"""The run ended before anything came of it."""
 
 
 @dataclass(frozen=True, kw_only=True)

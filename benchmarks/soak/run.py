@@ -19,7 +19,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.soak.hosts import DAMAGED_SHARE, LOST_SHARE, Hosts, ports_of
-from benchmarks.soak.judge import NOT_MET, Outcome, Start, outcome_of
+from benchmarks.soak.judge import NOT_MET, OPEN, Outcome, Start, outcome_of
 from benchmarks.soak.story import HANG_TIMEOUT_S, Fault
 from benchmarks.soak.trainers import HASH_EVERY, HOSTS, RANKS_PER_HOST, Lines, Step, Trainer, read_steps
 
@@ -108,7 +108,8 @@ class Run:
         self._look()
         self._settle()
         for fault in self._faults:
-            self.outcomes.setdefault(fault.number, self._not_met(fault))
+            happened = fault.number in self._happened_s
+            self.outcomes.setdefault(fault.number, self._without(fault, OPEN if happened else NOT_MET))
 
     def tail(self, lines: int = 60) -> str:
         """The last lines of all logs."""
@@ -328,7 +329,7 @@ class Run:
                 if became is not None:
                     self.outcomes[number] = became
             elif fault.inside and self._is_missed(fault):
-                self.outcomes[number] = self._not_met(fault)
+                self.outcomes[number] = self._without(fault, NOT_MET)
                 self._arm()
 
     def _is_missed(self, fault: Fault) -> bool:
@@ -338,14 +339,15 @@ class Run:
         since = self.starts[-1].time_s if self.starts else 0.0
         return any(s.time_s > since and s.iteration >= fault.iteration + MISSED_AFTER for s in self.steps[-1:])
 
-    def _not_met(self, fault: Fault) -> Outcome:
+    def _without(self, fault: Fault, outcome: str) -> Outcome:
+        """Of a fault that nothing came of."""
         return Outcome(
             number=fault.number,
             kind=fault.kind,
             iteration=self.steps[-1].iteration if self.steps else 0,
             ranks=fault.ranks,
             point=fault.point,
-            outcome=NOT_MET,
+            outcome=outcome,
         )
 
     def _log(self, host: int) -> Path:

@@ -10,7 +10,7 @@ from statistics import median
 from typing import Any
 
 from benchmarks._common import Result, at_least, at_most
-from benchmarks.soak.judge import NOT_MET, RECOVERED, SURVIVED
+from benchmarks.soak.judge import NOT_MET, OPEN, RECOVERED, SURVIVED
 
 Record = Mapping[str, Any]
 FAULTS_WANTED = 200
@@ -22,8 +22,8 @@ def read(folder: Path) -> list[Record]:
 
 
 def happened(records: Sequence[Record]) -> list[Mapping[str, Any]]:
-    """The faults that happened, in all runs."""
-    return [fault for record in records for fault in record["faults"] if fault["outcome"] != NOT_MET]
+    """The faults that happened and that something came of, in all runs."""
+    return [fault for record in records for fault in record["faults"] if fault["outcome"] not in (NOT_MET, OPEN)]
 
 
 def figures(records: Sequence[Record]) -> list[Result]:
@@ -63,8 +63,9 @@ def kinds(faults: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def open_ends(records: Sequence[Record]) -> int:
-    """Faults that nothing came after."""
-    return sum(record["stuck"] is not None for record in records)
+    """Faults that nothing came after, in runs that were not cut short."""
+    faults = [fault for record in records if not record["cut_short"] for fault in record["faults"]]
+    return sum(record["stuck"] is not None for record in records) + sum(f["outcome"] == OPEN for f in faults)
 
 
 def table(records: Sequence[Record]) -> str:

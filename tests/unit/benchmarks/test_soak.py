@@ -148,7 +148,7 @@ def test_ports_of_a_process_are_those_it_listens_on_for_everybody() -> None:
 
 
 RECORD = {
-    "ended": True, "stuck": None, "wrong": [], "steps": 40, "hashes": 4,
+    "ended": True, "stuck": None, "cut_short": False, "wrong": [], "steps": 40, "hashes": 4,
     "faults": [
         {"kind": "SIGKILL", "outcome": "recovered", "seconds": 4.0, "lost_iterations": 1},
         {"kind": "SIGKILL", "outcome": "recovered", "seconds": 6.0, "lost_iterations": 2},
@@ -175,6 +175,13 @@ def test_a_difference_and_a_stuck_run_miss_their_target() -> None:
         "faults", "losses and state hashes that differ from the run without faults",
         "faults after which training did not go on",
     }  # fmt: skip
+
+
+def test_a_fault_that_nothing_came_of_misses_the_target_unless_the_run_was_cut_short() -> None:
+    dangling = RECORD | {"faults": [{"kind": "SIGINT", "outcome": "open", "seconds": None, "lost_iterations": None}]}
+    assert tables.happened([dangling]) == []
+    assert tables.open_ends([dangling]) == 1
+    assert tables.open_ends([dangling | {"cut_short": True, "ended": False}]) == 0
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="a file system of its own needs root")
