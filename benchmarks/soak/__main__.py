@@ -23,6 +23,7 @@ import sys
 import tempfile
 import time
 from dataclasses import asdict
+from itertools import product
 from pathlib import Path
 
 from benchmarks._common import hardware, parser, report, versions
@@ -30,7 +31,7 @@ from benchmarks.soak import tables
 from benchmarks.soak.hosts import Hosts, hosts
 from benchmarks.soak.judge import NOT_MET, OPEN, RECOVERED, SURVIVED, differences, gaps, wrong_hashes
 from benchmarks.soak.run import Run, Stuck, reference
-from benchmarks.soak.story import Fault, story
+from benchmarks.soak.story import DECK, Fault, story
 from benchmarks.soak.trainers import TRAINERS, Trainer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -78,21 +79,17 @@ def soak(args: argparse.Namespace, logs: Path) -> None:
     with hosts(Path("/dev/shm") / f"soak-{logs.name}") as machines:
         if machines.why:
             print(f"left out: {', '.join(sorted(machines.left_out))}: {machines.why}", flush=True)
-        for seed in range(*args.seeds):
-            for name in args.trainers:
-                for mode in args.modes:
-                    record = args.folder / f"{name}-{mode}-{seed}.json"
-                    if record.exists() and not json.loads(record.read_text())["cut_short"]:
-                        continue
-                    if time.monotonic() > until_s:
-                        return
-                    faults = story(seed, args.iterations, machines.left_out, *([QUICK_DECK] if args.quick else []))
-                    found = one_run(
-                        machines, TRAINERS[name], mode, args.iterations, faults, logs / record.stem, until_s
-                    )
-                    about = {"trainer": name, "mode": mode, "seed": seed, "iterations": args.iterations}
-                    record.write_text(json.dumps(about | found, indent=1) + "\n")
-                    print(f"{record.stem}: {summary(found)}", flush=True)
+        for seed, name, mode in product(range(*args.seeds), args.trainers, args.modes):
+            record = args.folder / f"{name}-{mode}-{seed}.json"
+            if record.exists() and not json.loads(record.read_text())["cut_short"]:
+                continue
+            if time.monotonic() > until_s:
+                return
+            faults = story(seed, args.iterations, machines.left_out, QUICK_DECK if args.quick else DECK)
+            found = one_run(machines, TRAINERS[name], mode, args.iterations, faults, logs / record.stem, until_s)
+            about = {"trainer": name, "mode": mode, "seed": seed, "iterations": args.iterations}
+            record.write_text(json.dumps(about | found, indent=1) + "\n")
+            print(f"{record.stem}: {summary(found)}", flush=True)
 
 
 def one_run(
@@ -105,11 +102,9 @@ def one_run(
     until_s: float = math.inf,
 ) -> dict[str, object]:
     """Train with faults and compare; the record of it."""
-    kept = folder.parent
-    plain = reference(machines, trainer, "", iterations, kept / f"reference-{trainer.field}-{iterations}")
-    hashed = reference(
-        machines, trainer, MODES[mode], iterations, kept / f"reference-{trainer.field}-{iterations}-{mode}"
-    )
+    kept = folder.with_name(f"reference-{trainer.field}-{iterations}")
+    plain = reference(machines, trainer, "", iterations, kept)
+    hashed = reference(machines, trainer, MODES[mode], iterations, kept.with_name(f"{kept.name}-{mode}"))
     shutil.rmtree(folder, ignore_errors=True)
     began_s, stuck = time.time(), None
     run = Run(machines, trainer, MODES[mode], iterations, faults, folder)
