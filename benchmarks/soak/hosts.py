@@ -204,7 +204,10 @@ def ports_of(pids: Sequence[int]) -> list[int]:
     found = set()
     for pid in pids:
         inodes = set()
-        for entry in Path(f"/proc/{pid}/fd").iterdir():
+        descriptors = Path(f"/proc/{pid}/fd")
+        if not descriptors.is_dir():  # it has ended
+            continue
+        for entry in descriptors.iterdir():
             with suppress(OSError):
                 inodes.add(os.readlink(entry).removeprefix("socket:[").removesuffix("]"))
         for table in ("tcp", "tcp6"):

@@ -286,7 +286,7 @@ class Run:
             hosts.damage(host, lost=LOST_SHARE, damaged=0)
             self._end_later(fault, lambda: hosts.damage(host, lost=0, damaged=0))
         elif kind == "LINK_DAMAGE":
-            hosts.damage(host, lost=0, damaged=DAMAGED_SHARE, ports=ports_of(list(pids.values())))
+            hosts.damage(host, lost=0, damaged=DAMAGED_SHARE, ports=ports_of(list(self._pids.values())))
             self._end_later(fault, lambda: hosts.damage(host, lost=0, damaged=0))
         else:
             raise ValueError(f"no such fault: {fault.kind}")
