@@ -23,7 +23,7 @@ SMALL_SHM = "192m"
 """Of a host's memory, so that it can be filled."""
 SLOW_MBIT = 4.0
 LOST_SHARE = 0.03
-DAMAGED_SHARE = 0.05
+DAMAGED_SHARE = 0.3
 
 
 class Hosts(Protocol):
