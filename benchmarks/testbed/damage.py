@@ -34,7 +34,10 @@ def rules(lost_share: float, damaged_share: float, ports: Sequence[int]) -> str:
     some = [f"tcp {end}port {{ {listed} }} " for end in "sd"] if ports else [""]
     acts = ((lost_share, "drop"), (damaged_share, f"@nh,{8 * _UNTOUCHED_BYTES},32 set 0x12345678"))
     lines = [
-        f"add rule netdev {TABLE} hurt {match}{_some(share)}counter {act}" for match in some for share, act in acts if share
+        f"add rule netdev {TABLE} hurt {match}{_some(share)}counter {act}"
+        for match in some
+        for share, act in acts
+        if share
     ]
     hook = "type filter hook ingress device eth0 priority 0 ;"
     return "\n".join([f"add table netdev {TABLE}", f"add chain netdev {TABLE} hurt {{ {hook} }}", *lines]) + "\n"
