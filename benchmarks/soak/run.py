@@ -26,7 +26,7 @@ from benchmarks.soak.trainers import HASH_EVERY, HOSTS, RANKS_PER_HOST, Lines, S
 ROOT = Path(__file__).resolve().parents[2]
 PORT = 29400
 POLL_S = 0.02
-STUCK_S = 600.0
+STUCK_S = 300.0
 """Without a step, a start or a fault: the run is stuck."""
 MISSED_AFTER = 4
 """Iterations after its own at which a fault inside a rank has not come and will not."""
@@ -157,7 +157,6 @@ class Run:
         self._agents[host] = self._hosts.popen(
             host, [*argv, *flags.format(losses=self._losses).split()], self._log(host), environment
         )
-        self._moved_s = time.monotonic()
 
     def _supervise(self) -> None:
         """An agent that has ended begins again; where it hosted the rendezvous, all do."""
