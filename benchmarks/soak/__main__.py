@@ -29,7 +29,7 @@ from pathlib import Path
 from benchmarks._common import hardware, parser, report, versions
 from benchmarks.soak import tables
 from benchmarks.soak.hosts import Hosts, hosts
-from benchmarks.soak.judge import NOT_MET, OPEN, RECOVERED, SURVIVED, differences, gaps, wrong_hashes
+from benchmarks.soak.judge import NOT_MET, OPEN, OVERTAKEN, RECOVERED, SURVIVED, differences, gaps, wrong_hashes
 from benchmarks.soak.run import Run, Stuck, reference
 from benchmarks.soak.story import DECK, Fault, story
 from benchmarks.soak.trainers import TRAINERS, Trainer
@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parents[2]
 FOLDER = ROOT / "benchmarks" / "results" / "soak"
 MODES = {"full": "full", "exact": "exact --moetion-period 3"}
 ITERATIONS = 240
-OUTCOMES = (RECOVERED, SURVIVED, NOT_MET, OPEN)
+OUTCOMES = (RECOVERED, SURVIVED, OVERTAKEN, NOT_MET, OPEN)
 QUICK_ITERATIONS = 36
 QUICK_DECK = ("LINK_DOWN", "STORE_FULL", "STORE_DELETED", "BIT_FLIP+SIGKILL", "SEGFAULT", "SIGSTOP_SIGCONT")
 

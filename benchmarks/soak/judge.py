@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -16,6 +17,8 @@ STEPS_TO_SURVIVE = 3
 RECOVERED, SURVIVED = "recovered", "survived"
 NOT_MET = "not met"
 """Training went past a coordinate inside a rank that does not come there in every iteration."""
+OVERTAKEN = "overtaken"
+"""Another fault caused a restart before it was seen to be survived."""
 OPEN = "open"
 """The run ended before anything came of it."""
 
@@ -47,18 +50,28 @@ class Outcome:
 
 
 def outcome_of(
-    fault: Fault, happened_s: float, over_s: float | None, steps: Sequence[Step], starts: Sequence[Start]
+    fault: Fault,
+    happened_s: float,
+    over_s: float | None,
+    steps: Sequence[Step],
+    starts: Sequence[Start],
+    next_s: float = math.inf,
 ) -> Outcome | None:
-    """What became of a fault that happened then and was over then; None while that is open."""
+    """What became of a fault that happened then and was over then; None while that is open.
+
+    ``next_s``: when the next fault happened that training cannot go on after.
+    """
     reached = max((step for step in steps if step.time_s <= happened_s), key=lambda step: step.time_s, default=None)
     at = reached.iteration if reached else 0
     about: dict[str, Any] = {
         "number": fault.number, "kind": fault.kind, "ranks": fault.ranks, "point": fault.point, "iteration": at,
     }  # fmt: skip
     again = [start for start in starts if start.time_s > happened_s]
-    ends_s = [*(start.time_s for start in again), float("inf")][1:]
+    ends_s = [*(start.time_s for start in again), math.inf][1:]
     for start, end_s in zip(again, ends_s, strict=True):
         first = next((step for step in steps if start.time_s < step.time_s < end_s), None)
+        if first is not None and start.time_s > next_s and not causes_restart(fault.kind):
+            return Outcome(**about, outcome=OVERTAKEN)
         if first is not None:
             return Outcome(
                 **about,

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.soak.hosts import DAMAGED_SHARE, LOST_SHARE, Hosts, ports_of
 from benchmarks.soak.judge import NOT_MET, OPEN, Outcome, Start, outcome_of
-from benchmarks.soak.story import HANG_TIMEOUT_S, Fault
+from benchmarks.soak.story import HANG_TIMEOUT_S, Fault, causes_restart
 from benchmarks.soak.trainers import HASH_EVERY, HOSTS, RANKS_PER_HOST, Lines, Step, Trainer, read_steps
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -324,7 +324,9 @@ class Run:
             if number in self.outcomes:
                 continue
             if number in self._happened_s:
-                became = outcome_of(fault, self._happened_s[number], self._over_s.get(number), self.steps, self.starts)
+                at_s, fatal = self._happened_s[number], [f.number for f in self._faults if causes_restart(f.kind)]
+                next_s = min((s for n, s in self._happened_s.items() if n in fatal and s > at_s), default=math.inf)
+                became = outcome_of(fault, at_s, self._over_s.get(number), self.steps, self.starts, next_s)
                 if became is not None:
                     self.outcomes[number] = became
             elif fault.inside and self._is_missed(fault):

@@ -15,7 +15,7 @@ import pytest
 
 from benchmarks.soak import tables
 from benchmarks.soak.hosts import fill, ports_of
-from benchmarks.soak.judge import RECOVERED, SURVIVED, Start, differences, gaps, outcome_of, wrong_hashes
+from benchmarks.soak.judge import OVERTAKEN, RECOVERED, SURVIVED, Start, differences, gaps, outcome_of, wrong_hashes
 from benchmarks.soak.run import flip
 from benchmarks.soak.story import APART, DECK, FIRST, HURTS_MEMORY, NEEDS_TESTBED, Fault, story
 from benchmarks.soak.trainers import TRAINERS, Lines, Step, read_steps
@@ -88,6 +88,19 @@ def test_a_fault_is_survived_where_training_goes_on_after_it() -> None:
     assert (found.outcome, found.seconds) == (SURVIVED, 3.0)
     assert outcome_of(STOP, 102.5, None, BEFORE + late + steps((15, 106.0)), []) is None, "it is not over"
     assert outcome_of(KILL, 102.5, 102.5, BEFORE + late + steps((15, 106.0)), []) is None, "nobody survives that"
+
+
+def test_the_restart_of_the_next_fault_is_not_a_recovery_from_one_that_needs_none() -> None:
+    after, starts = steps((12, 110.0), attempt=1), [Start(time_s=108.0, iteration=11)]
+    overtaken = outcome_of(STOP, 102.5, 104.5, BEFORE + after, starts, next_s=105.0)
+    assert overtaken is not None
+    assert (overtaken.outcome, overtaken.seconds) == (OVERTAKEN, None)
+    by_itself = outcome_of(STOP, 102.5, 104.5, BEFORE + after, starts, next_s=120.0)
+    assert by_itself is not None
+    assert by_itself.outcome == RECOVERED
+    twice = outcome_of(KILL, 102.5, 102.5, BEFORE + after, starts, next_s=105.0)
+    assert twice is not None
+    assert twice.outcome == RECOVERED
 
 
 def test_every_execution_counts_and_no_iteration_may_be_missing() -> None:
