@@ -20,6 +20,8 @@ class Capture:
     unit: str
     iteration: int
     epoch: int
+    is_zero: bool
+    """It has no slot: all of its bytes are zero."""
     data: bytes
 
 
@@ -31,6 +33,8 @@ class Contents:
     stable: int
     epoch: int
     lineage: int
+    units: tuple[tuple[str, int], ...]
+    """Name and capture size of each unit."""
     captures: tuple[Capture, ...]
 
 
@@ -60,9 +64,17 @@ def read(image: bytes) -> Contents | None:
     for unit, of_epoch, iteration, slot, nbytes in records:
         name, _, size = spec["units"][unit]
         data = bytes(size) if slot == _NO_SLOT else image[starts[slot] : starts[slot] + nbytes]
-        captures.append(Capture(unit=name, iteration=iteration, epoch=of_epoch, data=data))
-    owner = int(spec["identity"]["owner"])
-    return Contents(owner=owner, stable=stable, epoch=epoch, lineage=lineage, captures=tuple(captures))
+        captures.append(
+            Capture(unit=name, iteration=iteration, epoch=of_epoch, is_zero=slot == _NO_SLOT, data=data)
+        )
+    return Contents(
+        owner=int(spec["identity"]["owner"]),
+        stable=stable,
+        epoch=epoch,
+        lineage=lineage,
+        units=tuple((name, size) for name, _, size in spec["units"]),
+        captures=tuple(captures),
+    )
 
 
 def mark_of(host_state: bytes) -> bytes:
