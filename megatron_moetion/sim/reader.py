@@ -64,9 +64,7 @@ def read(image: bytes) -> Contents | None:
     for unit, of_epoch, iteration, slot, nbytes in records:
         name, _, size = spec["units"][unit]
         data = bytes(size) if slot == _NO_SLOT else image[starts[slot] : starts[slot] + nbytes]
-        captures.append(
-            Capture(unit=name, iteration=iteration, epoch=of_epoch, is_zero=slot == _NO_SLOT, data=data)
-        )
+        captures.append(Capture(unit=name, iteration=iteration, epoch=of_epoch, is_zero=slot == _NO_SLOT, data=data))
     return Contents(
         owner=int(spec["identity"]["owner"]),
         stable=stable,

@@ -20,6 +20,7 @@ from megatron_moetion.sim.story import Story
 ROOT = Path(__file__).parents[2]
 FIXED = ((1, 4, "full"), (2, 4, "popularity"), (3, 4, "exact"), (4, 8, "any"))
 """Seed, ranks, mode."""
+ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
 DOMAINS = ((5, 8, "full", 4),)
 """Seed, ranks, mode, failure domains."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
@@ -29,6 +30,8 @@ QUICK = (
     "T follows the last result, also back",
     "the optimizer does not wait for the copy",
     "copies of a state share a failure domain",
+    "training's stream does not wait for the copies that read live state",
+    "chains end one iteration too early",
 )
 """Mutations that the first seed finds within a second or two."""
 
@@ -47,6 +50,15 @@ def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str) -> 
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults.total() >= 30, "faults take place"
     assert outcome.attempts > 3, "and end processes"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("seed", "ranks", "mode"), ON_DEVICE)
+def test_no_promise_is_broken_where_state_lies_on_devices(seed: int, ranks: int, mode: str) -> None:
+    story = Story(seed=seed, ranks=ranks, mode=mode, faults=40, state="device")
+    outcome = story.play()
+    assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
+    assert outcome.faults.total() >= 20, "faults take place"
 
 
 @pytest.mark.timeout(300)
