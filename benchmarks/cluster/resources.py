@@ -33,14 +33,14 @@ class Shared:
         self.served = 0.0
         self.busy_s = 0.0
         """Time in which anything flowed."""
-        self._streams = 0
+        self._streams = 0.0
         self._each = 0.0  # what a stream has been given since the beginning
         self._since = 0.0
-        self._flows: list[tuple[float, int, int, simpy.Event]] = []  # ends at, number, streams, its event
+        self._flows: list[tuple[float, int, float, simpy.Event]] = []  # ends at, number, streams, its event
         self._numbers = count()
         self._wakes = 0
 
-    def use(self, amount: float, streams: int = 1) -> simpy.Event:
+    def use(self, amount: float, streams: float = 1) -> simpy.Event:
         """An event that comes when each of so many streams has been given ``amount``."""
         done = self._env.event()
         if amount <= 0:
@@ -57,7 +57,7 @@ class Shared:
     @property
     def rate(self) -> float:
         """What one stream is given a second now."""
-        return min(self.capacity / max(self._streams, 1), self._most_each)
+        return min(self.capacity / self._streams, self._most_each)
 
     def _advance(self) -> None:
         passed_s = self._env.now - self._since
@@ -72,7 +72,7 @@ class Shared:
         """When the next flow ends, unless another one begins before."""
         self._wakes += 1
         if not self._flows:
-            self._each = 0.0
+            self._each = self._streams = 0.0
             return
         left = max(0.0, self._flows[0][0] - self._each)
         wake = self._env.timeout(left / self.rate, self._wakes)

@@ -19,7 +19,7 @@ import simpy
 
 from benchmarks.cluster.resources import Shared, Waiting
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.plan.costs import RankState, cost_of_exact, cost_of_full, cost_of_popularity
+from megatron_moetion.plan.costs import Cost, RankState, cost_of_exact, cost_of_full, cost_of_popularity
 from megatron_moetion.schedule.pace import REMEMBERED, spread_s, spread_share
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
@@ -100,18 +100,23 @@ class Policy:
 
     def snapshot_bytes(self, experts: int) -> float:
         """Of one rank; ``experts`` matters in mode ``popularity``."""
-        return _snapshot_bytes(self.mode, self.state, self.period, replace(self.limits, usual=experts))
+        return _cost(self.mode, self.state, self.period, replace(self.limits, usual=experts)).snapshot_bytes
+
+    @property
+    def cost(self) -> Cost:
+        """What the mode takes."""
+        return _cost(self.mode, self.state, self.period, self.limits)
 
 
 @cache
-def _snapshot_bytes(mode: str, state: RankState, period: int, limits: Limits) -> int:
+def _cost(mode: str, state: RankState, period: int, limits: Limits) -> Cost:
     match mode:
         case "full":
-            return cost_of_full(state).snapshot_bytes
+            return cost_of_full(state)
         case "exact":
-            return cost_of_exact(state, period).snapshot_bytes
+            return cost_of_exact(state, period)
         case "popularity":
-            return cost_of_popularity(state, limits).snapshot_bytes
+            return cost_of_popularity(state, limits)
     raise ValueError(f"mode {mode!r} is none of full, exact and popularity")
 
 
@@ -123,6 +128,9 @@ class Toll:
     """Of each snapshot: host state, selection, agreement."""
     byte_s: float = 0.0
     """Of each byte: packed here, sent here, received elsewhere."""
+    weight: float = 1.0
+    """Of a snapshot's stream on a link, in those of training's messages: a stream that never pauses keeps queues full,
+    and a message that comes now and then waits in them."""
     device_bytes_per_s: float | None = None
     """Of a rank's link from device to host; None: there is no device."""
 
@@ -288,7 +296,7 @@ class Ranks:
                 yield from self._admit(gate, slice_bytes)
                 posted_s = self._env.now
                 work = self._processor.use(slice_bytes * self._toll.byte_s, self._ranks)
-                yield self._link.use(slice_bytes, self._ranks) & work
+                yield self._link.use(slice_bytes / self._toll.weight, self._ranks * self._toll.weight) & work
                 gate.left(slice_bytes, posted_s)
                 left -= slice_bytes
                 self.fates.sent_bytes += slice_bytes
@@ -307,7 +315,7 @@ class Ranks:
 
 
 class Agreement:
-    """What all machines know of T: whole on each of them, read one iteration late; and the sizes that all can afford."""
+    """What all machines know: T, whole on each of them and read one iteration late, and sizes that all can afford."""
 
     def __init__(self) -> None:
         self.members: list[Ranks] = []

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import simpy
 
+from benchmarks.cluster import calibrate, papers, routing, sparsity
 from benchmarks.cluster.faults import Faults, Protection, simulate_faults
 from benchmarks.cluster.resources import Shared
 from benchmarks.cluster.run import simulate
@@ -196,3 +197,77 @@ def test_state_is_lost_when_a_group_goes_before_its_copies_are_there_again():
     expected = (1 - math.exp(-0.2)) / 2
     assert found.from_disk / found.faults == pytest.approx(expected, rel=0.1)
     assert simulate_faults(replace(protection, replicas=None), faults).from_disk == 0
+
+
+# -- published comparisons, sparsity, routing ------------------------------------------------------------------
+
+
+def test_moevements_window_is_the_shortest_that_fits():
+    given, _ = papers.data()
+    parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
+    for budget in (12.0, 7.0, 5.4, 3.0):  # bytes a parameter and iteration; 2 + 10 / W are needed
+        found = papers.window(given, 1.0, budget * parameters, operators=60)
+        assert 2 + 10 / found <= budget + 1e-6
+        assert found == 1 or 2 + 10 / (found - 1) > budget
+
+
+def test_published_figures_are_modelled_or_a_reason_is_given():
+    for row in papers.rows(number=50):
+        assert row.why
+        assert row.modelled is None or row.modelled > 0
+    by_name = {f"{r.paper}: {r.what}": r for r in papers.rows(number=50)}
+    assert by_name["GEMINI: state survives 2 of 16 nodes lost, groups of 2"].error == pytest.approx(0, abs=1e-3)
+
+
+def test_edges_are_where_the_choice_of_a_run_changes():
+    for panel in sparsity.PANELS[::3]:
+        for parameters in (1e8, 1.5e9):
+            edges = {m: float(s[0]) for m, s in sparsity.edges(panel, np.array([parameters])).items()}
+            forms = sparsity.costs(panel.state(parameters))
+            for iteration_s in (0.05, 0.5, 5.0, 50.0, 500.0):
+                if any(abs(iteration_s / edge - 1) < 0.03 for edge in edges.values()):
+                    continue
+                expected = next((m for m, edge in edges.items() if iteration_s >= edge), sparsity.NOTHING)
+                assert sparsity.chosen(forms, panel.resources(iteration_s)) == expected
+
+
+def test_with_even_routing_a_choice_by_tokens_is_a_round_and_no_better():
+    even = routing.ROUTING["exactly even"]
+    by_tokens, in_turn, by_chance = (
+        routing.at_risk(policy, even, snapshots=600) for policy in ("unsaved-tokens", "sequential", "random")
+    )
+    assert by_tokens == pytest.approx(routing.even_bound())
+    assert in_turn == pytest.approx(routing.even_bound())
+    assert by_chance > 1.7 * routing.even_bound()
+    skewed = routing.ROUTING["Zipf 1.5"]
+    assert routing.at_risk("unsaved-tokens", skewed, snapshots=600) < 0.8 * routing.at_risk(
+        "sequential", skewed, snapshots=600
+    )
+
+
+# -- calibration -----------------------------------------------------------------------------------------------
+
+
+def test_what_the_model_itself_has_measured_is_found_again():
+    """Configurations made with known numbers: fitting them gives predictions of the others, not the numbers."""
+    true = {
+        "micro_batch_s": 0.08,
+        "fixed_s": 0.15,
+        "weight": 2.0,
+        "reached_share": 0.9,
+        "snapshot_s": 0.02,
+        "byte_s": 5e-9,
+    }
+    state = replace(STATE, dense_parameters=250_000, expert_parameters=2_500_000, num_experts=32)
+    of = calibrate.Traffic(micro_batch_bytes=524_288, rest_bytes=0.0, state=state)
+
+    def measured(batch, rate):
+        configuration = {"pp": 2, "ep": 2, "batch": batch, "rate_mbit": rate}
+        times = {arm: calibrate.predict(configuration, arm, true, of) for arm in calibrate.FITTED}
+        return {"configuration": configuration, "arms": {arm: {"block_s": [s]} for arm, s in times.items()}}
+
+    found = calibrate.fit([measured(4, None), measured(12, None), measured(8, 100.0)], of)
+    unseen = {"pp": 2, "ep": 2, "batch": 6, "rate_mbit": 150.0}
+    for arm in calibrate.FITTED:
+        expected = calibrate.predict(unseen, arm, true, of)
+        assert calibrate.predict(unseen, arm, found, of) == pytest.approx(expected, rel=0.02)

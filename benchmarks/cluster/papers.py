@@ -1,0 +1,379 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Published comparisons, as models. What is assumed, and what was published, is in ``papers.json``, with its source.
+
+The models of other systems are ours, made from what is published of them. No formula here is attributed to a paper
+unless it is said so. A figure that is not reproduced stays as it is, with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cluster.faults import Faults, Outcome, Protection, simulate_faults
+from benchmarks.cluster.run import Seen, simulate
+from benchmarks.cluster.snapshots import Policy, Toll
+from benchmarks.cluster.sparsity import Published, published
+from benchmarks.cluster.training import Machines, Work
+from megatron_moetion.config import MoetionConfig
+from megatron_moetion.plan.costs import RankState, Resources, smallest_period
+from megatron_moetion.plan.presets import MACHINES
+from megatron_moetion.replicate.placement import Placement, place
+from megatron_moetion.replicate.survival import odds
+
+DATA = Path(__file__).with_name("papers.json")
+MTBF_S = {"10 min": 600.0, "19 min": 1140.0, "30 min": 1800.0, "1 h": 3600.0, "2 h": 7200.0}
+BACKWARD = 2.0
+"""Time of a backward pass, in forward passes."""
+NUM_FAULTS = 4000
+REBUILD_S = 60.0
+"""Assumed: until the copies of a lost node are there again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One published figure and ours."""
+
+    what: str
+    paper: str
+    unit: str
+    published: float
+    modelled: float | None
+    """None: it cannot be modelled from what is known."""
+    why: str
+    """What it rests on; where the two differ, the reason."""
+
+    @property
+    def error(self) -> float | None:
+        """Relative to what was published."""
+        return None if self.modelled is None else self.modelled / self.published - 1
+
+
+def data() -> tuple[dict[str, float], dict[str, Mapping[str, Any]]]:
+    """Assumptions by name, and what was published."""
+    found = json.loads(DATA.read_text())
+    return {name: a["value"] for name, a in found["assumptions"].items()}, found["published"]
+
+
+# -- other systems, as models --------------------------------------------------------------------------------
+
+
+def window(given: Mapping[str, float], iteration_s: float, bytes_per_s: float, operators: int = 64) -> int:
+    """MoEvement's window: the fewest iterations whose worst slot fits an iteration, equal operators.
+
+    Its published search: of A active operators, 12 bytes a parameter for these and 2 for the others must fit.
+    """
+    parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
+    each = parameters / operators
+    full, frozen = given["bytes_a_parameter"], given["frozen_bytes_a_parameter"]
+    for active in range(operators, 0, -1):
+        if (full * active + frozen * (operators - active)) * each <= iteration_s * bytes_per_s:
+            return math.ceil(operators / active)
+    return operators
+
+
+def best(make: Callable[[int], Protection], faults: Faults, number: int) -> tuple[int, Outcome]:
+    """The interval with the highest ETTR, of powers of 1.3; ``make``: an interval's ``Protection``."""
+    intervals = sorted({round(1.3**n) for n in range(30)})
+    tried = ((i, simulate_faults(make(i), faults, number=number)) for i in intervals)
+    return max(tried, key=lambda pair: pair[1].ettr)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Peers:
+    """The models of other systems on one cluster: seconds that a whole checkpoint takes, by where it goes."""
+
+    iteration_s: float
+    to_memory_s: float
+    """To another node's memory, over all of a node's bandwidth."""
+    to_store_s: float
+    window: int
+    replay_share: float
+    """MoEvement: time of a replayed iteration of one stage, without the pipeline's bubble."""
+
+    def gemini(self, interval: int) -> Protection:
+        """All state into another node's memory; in the gaps, so that it costs only what does not fit its interval."""
+        late_s = max(0.0, self.to_memory_s - interval * self.iteration_s)
+        return Protection(
+            iteration_s=self.iteration_s + late_s / interval,
+            useful_s=self.iteration_s,
+            interval=interval,
+            delay_s=self.to_memory_s,
+        )
+
+    def checkfreq(self, interval: int) -> Protection:
+        """All state to storage beside training; the next one waits for the one before."""
+        late_s = max(0.0, self.to_store_s - interval * self.iteration_s)
+        return Protection(
+            iteration_s=self.iteration_s + late_s / interval,
+            useful_s=self.iteration_s,
+            interval=interval,
+            delay_s=self.to_store_s,
+            replicas=None,
+        )
+
+    def moevement(self, overhead: float = 0.02) -> Protection:
+        """A window is whole at its end and is gone back to; until the next one is, so 1.5 windows on average."""
+        return Protection(
+            iteration_s=self.iteration_s * (1 + overhead),
+            useful_s=self.iteration_s,
+            interval=self.window,
+            delay_s=self.window * self.iteration_s,
+            replay_share=self.replay_share,
+        )
+
+
+def peers(given: Mapping[str, float]) -> Peers:
+    """On the cluster of MoEvement's evaluation."""
+    state = given["parameters"] * given["bytes_a_parameter"]
+    bubble = given["micro_batches"] / (given["micro_batches"] + given["stages"] - 1)
+    rank_link = given["node_bytes_per_s"] / given["gpus_a_node"]
+    return Peers(
+        iteration_s=given["iteration_s"],
+        to_memory_s=state / given["nodes"] / given["node_bytes_per_s"],
+        to_store_s=state / given["store_bytes_per_s"],
+        window=window(given, given["iteration_s"], rank_link / 2),
+        replay_share=bubble,
+    )
+
+
+# -- the table -----------------------------------------------------------------------------------------------
+
+
+def rows(number: int = NUM_FAULTS) -> list[Row]:
+    """Every published figure that we know of, with ours; ``number`` of faults in a run."""
+    given, known = data()
+    modelled = _modelled(given, number)
+    assert set(modelled) == set(known), "every published figure has a model, or a reason why there is none"
+    return [
+        Row(
+            what=str(of["what"]),
+            paper=str(of["paper"]),
+            unit=str(of["unit"]),
+            published=float(of["value"]),
+            modelled=modelled[name][0],
+            why=modelled[name][1],
+        )
+        for name, of in known.items()
+    ]
+
+
+def _modelled(given: Mapping[str, float], number: int) -> dict[str, tuple[float | None, str]]:
+    model, faults = peers(given), Faults(mtbf_s=600.0, nodes=int(given["nodes"]), node_share=0.0)
+    nodes = [str(n) for n in range(int(given["gemini_nodes"]))]
+    groups = place(nodes, 1)
+    ring = Placement(
+        node_of=groups.node_of,
+        holders=tuple(((n + 1) % len(nodes),) for n in range(len(nodes))),
+        groups=(tuple(range(len(nodes))),),
+        domains=groups.domains,
+    )
+    gemini_state = given["gemini_parameters"] * given["bytes_a_parameter"]
+    from_store_s = gemini_state / given["gemini_store_bytes_per_s"]
+    from_memory_s = gemini_state / given["gemini_nodes"] / given["gemini_node_bytes_per_s"]
+    length = 3
+    hours_s = given["hours"] * 3600
+    pcie = window(given, given["iteration_s"], given["pcie_bytes_per_s"])
+    found = {mtbf: _ettr(model, replace(faults, mtbf_s=MTBF_S[mtbf]), number) for mtbf in ("10 min", "19 min", "2 h")}
+    blocked = 1 + model.to_memory_s / given["iteration_s"]
+    recovery_s = 1.5 * model.window * given["iteration_s"] * model.replay_share
+    interval_of = {name: f"every {each[1]} iterations" for name, each in found["10 min"].items()}
+    moc = 1 / (1 + 4.7)
+    return {
+        "gemini_survives_2": (float(odds(groups, 2)), "the product's placement and its odds"),
+        "gemini_survives_3": (float(odds(groups, 3)), "the product's placement and its odds"),
+        "gemini_ring_2": (float(odds(ring, 2)), "the product's odds of a ring"),
+        "gemini_retrieval": (
+            from_store_s / from_memory_s,
+            "bytes over bandwidth at both ends; a real transfer over 400 Gbit/s does not reach the line's rate",
+        ),
+        "gemini_frequency": (None, "the iteration's time is not in what we could read; 8 fits one of 60 s"),
+        "moc_size": (
+            1 - given["moc_expert_share"] * (1 - 1 / given["moc_experts"]),
+            "MoC's own equation with its own shares; the paper's figure is not explained by it",
+        ),
+        "moevement_saved": (1 - (2 + 10 / length) / 12, "a window of 3, its largest iteration; 0.61 on average"),
+        "moevement_memory": ((length - 1) / 12, "a window of 3, equal operators"),
+        "moevement_recovery_s": (
+            recovery_s,
+            f"1.5 windows of {model.window} (by the network, 2 peers; by PCIe alone the search gives {pcie}), replayed "
+            f"by one stage without the bubble; the iteration's time is inferred, and a shorter one fits",
+        ),
+        "gemini_slowdown": (
+            blocked,
+            f"if nothing overlaps; {max(1.0, model.to_memory_s / given['iteration_s']):.2f} if all does. The published "
+            f"figure needs more bytes, or less than the line's rate",
+        ),
+        "checkfreq_ettr_10m": (
+            found["10 min"]["CheckFreq"][0],
+            f"at the interval that is best for it, {interval_of['CheckFreq']}; the published seconds of recovery fit "
+            f"an interval of some 200, which is not in what we could read",
+        ),
+        "gemini_ettr_10m": (
+            found["10 min"]["GEMINI"][0],
+            f"at the interval that is best for it, {interval_of['GEMINI']}; the published seconds fit one of 60 to 86",
+        ),
+        "gemini_ettr_2h": (found["2 h"]["GEMINI"][0], "the same"),
+        "moc_ettr_10m": (moc, "1 / (1 + 470% of overhead), without recoveries: they are not in what we could read"),
+        "moevement_ettr_10m": (found["10 min"]["MoEvement"][0], "2% of overhead as published, the recovery above"),
+        "checkfreq_consistent": (1 - 13086 / hours_s, "13,086 s of 12 h, no overhead"),
+        "gemini_consistent": ((1 - 4627 / hours_s) / 1.15, "4,627 s of 12 h, 15% of overhead"),
+        "moevement_consistent": ((1 - 241 / hours_s) / 1.02, "241 s of 12 h, 2% of overhead"),
+        "goodput_checkfreq": (
+            found["19 min"]["MoEvement"][0] / found["19 min"]["CheckFreq"][0],
+            "as for ETTR: CheckFreq at its best interval",
+        ),
+        "goodput_gemini": (
+            found["19 min"]["MoEvement"][0] / found["19 min"]["GEMINI"][0],
+            "as for ETTR: GEMINI at its best interval loses little",
+        ),
+        "goodput_moc": (None, "how MoC's share of experts grows in that run is not in what we could read"),
+        "v1_smaller": (
+            1 / (1 - given["expert_share"] * (1 - 1 / 19)),
+            "1 of 19 experts of this model's ranks; 9 needs an expert share of 0.89 and no expert at all, or 0.94 "
+            "and 1 of 19. How v1 chooses is not public: this is our mode's arithmetic",
+        ),
+        "v1_frequency": (None, "v1's cluster and iteration are not public"),
+    }
+
+
+def _ettr(model: Peers, faults: Faults, number: int) -> dict[str, tuple[float, int]]:
+    """ETTR and interval of each system."""
+    checkfreq, gemini = best(model.checkfreq, faults, number), best(model.gemini, faults, number)
+    moevement = simulate_faults(model.moevement(), faults, number=number)
+    return {
+        "CheckFreq": (checkfreq[1].ettr, checkfreq[0]),
+        "GEMINI": (gemini[1].ettr, gemini[0]),
+        "MoEvement": (moevement.ettr, model.window),
+    }
+
+
+# -- our modes -----------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, kw_only=True)
+class Ours:
+    """One mode on one cluster."""
+
+    cluster: str
+    mode: str
+    bytes_a_parameter: int
+    seen: Seen
+    slowdown: float
+    node_bytes: int
+    """Host memory of a node."""
+    ettr: Mapping[str, float]
+    """By MTBF; with a restart where its key says so."""
+
+
+def ours(given: Mapping[str, float], restart_s: float) -> list[Ours]:
+    """Our modes on the cluster of MoEvement's evaluation, at 12 and at 8 bytes a parameter."""
+    world = Machines(
+        machines=int(given["stages"]),
+        ranks=int(given["gpus_a_node"]),
+        processors=None,
+        link_bytes_per_s=given["node_bytes_per_s"],
+    )
+    turns = given["micro_batches"] + given["stages"] - 1
+    wire_s = 2 * given["message_bytes"] * given["gpus_a_node"] / given["node_bytes_per_s"]
+    turn_s = given["iteration_s"] / turns - wire_s
+    work = Work(
+        stages=int(given["stages"]),
+        micro_batches=int(given["micro_batches"]),
+        forward_s=turn_s / (1 + BACKWARD),
+        backward_s=turn_s * BACKWARD / (1 + BACKWARD),
+        message_bytes=int(given["message_bytes"]),
+    )
+    parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
+    found = []
+    for each, gradient in ((12, 4), (8, 2)):
+        state = RankState(
+            dense_parameters=round(parameters * (1 - given["expert_share"])),
+            expert_parameters=round(parameters * given["expert_share"]),
+            num_experts=int(given["experts_a_rank"]),
+            gradient_bytes=gradient,
+            exp_avg_bytes=(each - 4) // 2,
+            exp_avg_sq_bytes=(each - 4) // 2,
+        )
+        found += _modes("12 nodes, A100", world, work, state, given["pcie_bytes_per_s"], 12, 1.0, restart_s)
+    return found
+
+
+def at_scale(given: Mapping[str, float], restart_s: float) -> list[Ours]:
+    """Our modes on published models, on DGX H100 nodes with one interface for replicas."""
+    machine = MACHINES["dgx-h100"]
+    found = []
+    for run in published():
+        world, work = _as_simulated(run, machine.gpus, machine.interface_gb_per_s * 1e9)
+        mtbf = {"trace": given["mtbf_trace_s"] * 16384 / (run.nodes * machine.gpus)}
+        found += _modes(
+            run.name, world, work, run.state, given["pcie_bytes_per_s"], run.nodes, given["node_share"], restart_s, mtbf
+        )
+    return found
+
+
+def _as_simulated(run: Published, gpus: int, link_bytes_per_s: float) -> tuple[Machines, Work]:
+    """One stage on each of two nodes: what a link sees of a longer pipeline is the same."""
+    micro_batches = 16
+    turn_s = run.iteration_s / (micro_batches + 1)
+    work = Work(
+        stages=2,
+        micro_batches=micro_batches,
+        forward_s=turn_s / (1 + BACKWARD),
+        backward_s=turn_s * BACKWARD / (1 + BACKWARD),
+        message_bytes=4096 * 7168 * 2,
+    )
+    return Machines(machines=2, ranks=gpus, processors=None, link_bytes_per_s=link_bytes_per_s), work
+
+
+def _modes(
+    cluster: str,
+    world: Machines,
+    work: Work,
+    state: RankState,
+    pcie: float,
+    nodes: int,
+    node_share: float,
+    restart_s: float,
+    mtbf_s: Mapping[str, float] | None = None,
+) -> list[Ours]:
+    """Each mode with the schedule that it has on a GPU; ``exact`` with the smallest period that fits half the link."""
+    off = simulate(world, work, iterations=4, settling=2)
+    link = int(world.link_bytes_per_s / world.ranks / 2 * off.iteration_s)
+    exact = smallest_period(state, Resources(link_bytes=link))
+    found = []
+    for mode in ("full", "exact", "popularity"):
+        if mode == "exact" and exact is None:
+            continue
+        period = exact.period if exact is not None and mode == "exact" else 0
+        policy = Policy(mode=mode, schedule="steady", state=state, period=period, config=MoetionConfig())
+        seen = simulate(world, work, policy, Toll(device_bytes_per_s=pcie), iterations=12, settling=12)
+        protection = Protection(
+            iteration_s=seen.iteration_s,
+            useful_s=off.iteration_s,
+            interval=max(1, round(1 / max(seen.whole, 1e-3))),
+            delay_s=max(0.0, seen.lag_s - 0.5 * seen.iteration_s / max(seen.whole, 1e-3)),
+        )
+        ettr = {}
+        for name, mtbf in (mtbf_s or MTBF_S).items():
+            faults = Faults(mtbf_s=mtbf, nodes=nodes, node_share=node_share, rebuild_s=REBUILD_S)
+            for suffix, seconds in (("", 0.0), (", restart", restart_s)):
+                outcome = simulate_faults(replace(protection, restart_s=seconds), faults, number=NUM_FAULTS)
+                ettr[name + suffix] = outcome.ettr
+        name = f"exact P={period}" if period else mode
+        found.append(
+            Ours(
+                cluster=cluster,
+                mode=name,
+                bytes_a_parameter=state.bytes_a_parameter,
+                seen=seen,
+                slowdown=seen.iteration_s / off.iteration_s - 1,
+                node_bytes=policy.cost.node_bytes,
+                ettr=ettr,
+            )
+        )
+    return found
