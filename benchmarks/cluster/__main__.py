@@ -28,7 +28,7 @@ UNITS = {
     "micro_batch_s": "s",
     "fixed_s": "s",
     "weight": "x",
-    "reached_share": "share",
+    "link_share": "share",
     "snapshot_s": "s",
     "byte_s": "s/byte",
 }
@@ -46,13 +46,11 @@ def testbed(args: Any) -> list[Result]:
         found = calibrate.fit(known, traffic)
         results += [Result(name=f"{title}: {name}", value=value, unit=UNITS[name]) for name, value in found.items()]
         compared += [(title, figure) for each in measured for figure in calibrate.compare(each, found, traffic)]
-    for each in compared:
-        kind, configuration = ("known" if each.configuration["is_known"] else "predicted"), each.configuration
-        rate = configuration["rate_mbit"]
+    for title, each in compared:
+        kind = "known" if each.configuration["is_known"] else "predicted"
+        rate = each.configuration["rate_mbit"]
         link = "unlimited" if rate is None else f"{rate:g} Mbit/s"
-        name = (
-            f"{kind}: PP {configuration['pp']} x EP {configuration['ep']}, {configuration['batch']} sequences, {link}"
-        )
+        name = f"{kind}: {title}, {each.configuration['batch']} sequences, {link}"
         unit = "s" if each.arm == "off" else "x"
         results += [
             Result(name=f"{name}: {each.arm}, measured", value=each.measured, unit=unit),

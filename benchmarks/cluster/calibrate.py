@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits what the model does not know to some measured configurations, and predicts the others.
 
-Unknown of a layout are six numbers: seconds of a micro batch and of an iteration's rest, what share of a link's rate is
-reached, the weight of a snapshot's stream there, and the processor time of a snapshot and of its bytes. They are fitted, by least
-squares of relative errors, to iterations without snapshots and to the two arms that send at once, in the configurations
-that are marked as known. Bytes come from the links' counters and from the snapshots. All else is the model.
+Unknown of a layout are six numbers: seconds of a micro batch and of an iteration's rest, the share of a link's rate that
+messages see (above 1 where ranks of a host, which are in step here, take turns), the weight of a snapshot's stream
+there, and the processor time of a snapshot and of its bytes. They are fitted, by least squares of relative errors, to
+iterations without snapshots and to the two arms that send at once, in the configurations that are marked as known.
+Bytes come from the links' counters and from the snapshots. All else is the model.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ GUESS = {
     "micro_batch_s": 0.1,
     "fixed_s": 0.1,
     "weight": 1.5,
-    "reached_share": 0.95,
+    "link_share": 0.95,
     "snapshot_s": 0.01,
     "byte_s": 3e-9,
 }
@@ -129,7 +130,7 @@ def predict(configuration: Mapping[str, Any], arm: str, found: Found, of: Traffi
         machines=HOSTS,
         ranks=RANKS_PER_HOST,
         processors=PROCESSORS,
-        link_bytes_per_s=UNLIMITED_BYTES_PER_S if rate is None else rate * 1e6 / 8 * found["reached_share"],
+        link_bytes_per_s=UNLIMITED_BYTES_PER_S if rate is None else rate * 1e6 / 8 * found["link_share"],
         latency_s=LATENCY_S,
     )
     is_pipeline = configuration["pp"] > 1

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Measures real iterations on the testbed, for the model to be calibrated with and held to.
 
-One job trains on two emulated hosts with two ranks each. It goes through configurations (sequences an iteration, rate of
-the links), and in each through blocks of iterations without snapshots and with those of several arms, in random order.
+One job trains on two emulated hosts with two ranks each. It goes through configurations (sequences an iteration, rate
+of the links), and in each through blocks of iterations without snapshots and with those of several arms, in random
+order.
 The first blocks of a configuration are left out. The process that holds the testbed sets the links' rate and counts
 their bytes when rank 0 asks it to, through files.
 """
@@ -67,7 +68,7 @@ CONFIGURATIONS: tuple[Configuration, ...] = (
 
 
 def measure(pp: int, ep: int, path: Path, *, cycles: int = CYCLES) -> None:
-    """Run all configurations of one layout on a testbed of this machine; what was measured goes to ``path``, as JSON."""
+    """Run all configurations of one layout on a testbed of this machine; what was measured goes to ``path``: JSON."""
     from benchmarks.testbed import Job, Testbed
 
     configurations = [c for c in CONFIGURATIONS if (c.pp, c.ep) == (pp, ep)]

@@ -2,8 +2,8 @@
 """What choosing experts by their tokens is worth, by how evenly the router spreads them. Choices are the product's.
 
 Every expert is captured once in E / K snapshots on average, whoever chooses. With even routing all experts have as many
-tokens at risk as they are old, so the best that any policy can do is to take the oldest: a round. A choice by tokens can
-then only come to the same round, and a choice by chance leaves twice as much at risk. Only uneven routing gives a policy
+tokens at risk as they are old, so the best that any policy can do is to take the oldest: a round. A choice by tokens
+comes to the same round then, and one by chance leaves twice as much at risk. Only uneven routing gives a policy
 something to know.
 """
 
@@ -82,5 +82,5 @@ def at_risk(policy: str, draw: Draw, *, snapshots: int = SNAPSHOTS, seed: int = 
 
 
 def even_bound() -> float:
-    """The least that any policy leaves at risk with even routing: ages 0 to E / K - 1, all alike. Iterations' tokens."""
+    """The least that any policy leaves at risk with even routing: ages 0 to E / K - 1. Iterations' tokens."""
     return (EXPERTS / CHOSEN - 1) / 2

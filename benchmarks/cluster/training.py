@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Training as processes: pipeline stages in the order of 1F1B, or one stage with all-to-alls; and the optimizer's step.
 
-One machine stands for all that do the same: for a stage of the pipeline, or, without one, for each host that takes part.
+One machine stands for all that do the same: for a stage of the pipeline, or, without one, for a host that takes part.
 Its ranks do the same at the same time.
 """
 
