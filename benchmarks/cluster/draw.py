@@ -115,7 +115,8 @@ def model(testbed: Mapping[str, float | None], routed: Mapping[str, float | None
     right.set_title(
         f"{routing.CHOSEN} of {routing.EXPERTS} experts a snapshot: what choice is worth", loc="left", fontweight="bold"
     )
-    right.legend(frameon=False, fontsize=8.5)
+    right.set_ylim(0, 34)
+    right.legend(frameon=False, fontsize=8.5, ncols=2, loc="upper left")
     for axis in (left, right):
         axis.spines[["top", "right"]].set_visible(False)
     _save(pyplot, figure, path)
