@@ -124,6 +124,10 @@ def compare_papers(args: Any) -> list[Result]:
             Result(name=f"{name}: T is behind", value=seen.lag_s, unit="s"),
         ]
         results += [Result(name=f"{name}: ETTR, MTBF {m}", value=e, unit="ETTR") for m, e in each.ettr.items()]
+    for run, systems in ({} if args.quick else papers.peers_at_scale(given)).items():
+        for system, ettr in systems.items():
+            name = f"{run}, model of {system}"
+            results += [Result(name=f"{name}: ETTR, MTBF {m}", value=e, unit="ETTR") for m, e in ettr.items()]
     return results
 
 

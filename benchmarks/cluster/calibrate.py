@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fits what the model does not know to some measured configurations, and predicts the others.
 
-Unknown of a layout are six numbers: seconds of a micro batch and of an iteration's rest, the share of a link's rate that
-messages see (above 1 where ranks of a host, which are in step here, take turns), the weight of a snapshot's stream
+Unknown of a layout are six numbers: seconds of a micro batch and of an iteration's rest, the share of a link's rate
+that messages see (above 1 where ranks of a host, which are in step here, take turns), the weight of a snapshot's stream
 there, and the processor time of a snapshot and of its bytes. They are fitted, by least squares of relative errors, to
 iterations without snapshots and to the two arms that send at once, in the configurations that are marked as known.
 Bytes come from the links' counters and from the snapshots. All else is the model.

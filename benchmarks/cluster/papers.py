@@ -30,6 +30,8 @@ MTBF_S = {"10 min": 600.0, "19 min": 1140.0, "30 min": 1800.0, "1 h": 3600.0, "2
 BACKWARD = 2.0
 """Time of a backward pass, in forward passes."""
 NUM_FAULTS = 4000
+MICRO_BATCHES = 16
+"""Assumed, on larger clusters."""
 REBUILD_S = 60.0
 """Assumed: until the copies of a lost node are there again."""
 
@@ -62,12 +64,13 @@ def data() -> tuple[dict[str, float], dict[str, Mapping[str, Any]]]:
 # -- other systems, as models --------------------------------------------------------------------------------
 
 
-def window(given: Mapping[str, float], iteration_s: float, bytes_per_s: float, operators: int = 64) -> int:
-    """MoEvement's window: the fewest iterations whose worst slot fits an iteration, equal operators.
+def window(
+    given: Mapping[str, float], parameters: float, iteration_s: float, bytes_per_s: float, operators: int = 64
+) -> int:
+    """MoEvement's window: the fewest iterations whose worst slot fits an iteration, for a rank's equal operators.
 
     Its published search: of A active operators, 12 bytes a parameter for these and 2 for the others must fit.
     """
-    parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
     each = parameters / operators
     full, frozen = given["bytes_a_parameter"], given["frozen_bytes_a_parameter"]
     for active in range(operators, 0, -1):
@@ -132,11 +135,12 @@ def peers(given: Mapping[str, float]) -> Peers:
     state = given["parameters"] * given["bytes_a_parameter"]
     bubble = given["micro_batches"] / (given["micro_batches"] + given["stages"] - 1)
     rank_link = given["node_bytes_per_s"] / given["gpus_a_node"]
+    parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
     return Peers(
         iteration_s=given["iteration_s"],
         to_memory_s=state / given["nodes"] / given["node_bytes_per_s"],
         to_store_s=state / given["store_bytes_per_s"],
-        window=window(given, given["iteration_s"], rank_link / 2),
+        window=window(given, parameters, given["iteration_s"], rank_link / 2),
         replay_share=bubble,
     )
 
@@ -177,7 +181,8 @@ def _modelled(given: Mapping[str, float], number: int) -> dict[str, tuple[float 
     from_memory_s = gemini_state / given["gemini_nodes"] / given["gemini_node_bytes_per_s"]
     length = 3
     hours_s = given["hours"] * 3600
-    pcie = window(given, given["iteration_s"], given["pcie_bytes_per_s"])
+    rank_parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
+    pcie = window(given, rank_parameters, given["iteration_s"], given["pcie_bytes_per_s"])
     found = {mtbf: _ettr(model, replace(faults, mtbf_s=MTBF_S[mtbf]), number) for mtbf in ("10 min", "19 min", "2 h")}
     blocked = 1 + model.to_memory_s / given["iteration_s"]
     recovery_s = 1.5 * model.window * given["iteration_s"] * model.replay_share
@@ -309,20 +314,45 @@ def at_scale(given: Mapping[str, float], restart_s: float) -> list[Ours]:
     found = []
     for run in published():
         world, work = _as_simulated(run, machine.gpus, machine.interface_gb_per_s * 1e9)
-        mtbf = {"trace": given["mtbf_trace_s"] * 16384 / (run.nodes * machine.gpus)}
+        mtbf = MTBF_S | {"trace": given["mtbf_trace_s"] * 16384 / (run.nodes * machine.gpus)}
         found += _modes(
             run.name, world, work, run.state, given["pcie_bytes_per_s"], run.nodes, given["node_share"], restart_s, mtbf
         )
     return found
 
 
+def peers_at_scale(given: Mapping[str, float]) -> dict[str, dict[str, dict[str, float]]]:
+    """ETTR of the other systems' models on the same runs: by run, by system, by MTBF."""
+    machine = MACHINES["dgx-h100"]
+    found = {}
+    for run in published():
+        link = machine.interface_gb_per_s * 1e9
+        node_bytes = run.state.parameters * given["bytes_a_parameter"] * machine.gpus
+        model = Peers(
+            iteration_s=run.iteration_s,
+            to_memory_s=node_bytes / link,
+            to_store_s=node_bytes / given["store_bytes_per_s_a_node"],
+            window=window(
+                given, run.state.parameters, run.iteration_s, link / machine.gpus / 2, max(run.state.num_experts, 1)
+            ),
+            replay_share=MICRO_BATCHES / (MICRO_BATCHES + 1),
+        )
+        trace_s = given["mtbf_trace_s"] * 16384 / (run.nodes * machine.gpus)
+        of_run: dict[str, dict[str, float]] = {}
+        for name, mtbf in (MTBF_S | {"trace": trace_s}).items():
+            faults = Faults(mtbf_s=mtbf, nodes=run.nodes, node_share=0.0)
+            for system, (ettr, _) in _ettr(model, faults, NUM_FAULTS // 4).items():
+                of_run.setdefault(system, {})[name] = ettr
+        found[run.name] = of_run
+    return found
+
+
 def _as_simulated(run: Published, gpus: int, link_bytes_per_s: float) -> tuple[Machines, Work]:
     """One stage on each of two nodes: what a link sees of a longer pipeline is the same."""
-    micro_batches = 16
-    turn_s = run.iteration_s / (micro_batches + 1)
+    turn_s = run.iteration_s / (MICRO_BATCHES + 1)
     work = Work(
         stages=2,
-        micro_batches=micro_batches,
+        micro_batches=MICRO_BATCHES,
         forward_s=turn_s / (1 + BACKWARD),
         backward_s=turn_s * BACKWARD / (1 + BACKWARD),
         message_bytes=4096 * 7168 * 2,

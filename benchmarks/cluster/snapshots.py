@@ -147,8 +147,6 @@ class Fates:
     packed_bytes: float = 0.0
     waited_s: float = 0.0
     """That training waited for snapshots."""
-    stable_s: list[tuple[float, int, int]] = field(default_factory=list)
-    """At the end of each step: when, which iteration, and T."""
 
 
 class Ranks:
@@ -230,11 +228,10 @@ class Ranks:
                 while len(self._queue) > 1 and not limit.processed:
                     yield self._arrived | limit
             self.fates.waited_s += self._env.now - began
-        stable = self._agreement.heard(iteration, self)
-        self.fates.stable_s.append((self._env.now, iteration, stable))
+        stable = self._agreement.heard(iteration)
         carried = self.scheduler.carries(self._policy.state.replicas)
         mask, _ = self._sizes.vote(carried.nbytes, self._policy.snapshot_bytes)
-        self._agreement.vote(iteration, mask, self)
+        self._agreement.vote(iteration, mask)
         held = 1 + sum(i > stable for i in self.fates.whole_s) + len(self._queue)
         if not self._mode_waits and self._sizes.skips(iteration):
             self.fates.dropped[iteration] = "budget"
@@ -250,11 +247,6 @@ class Ranks:
         """All ranks' votes of a round are known."""
         if not self._mode_waits:
             self._sizes.agree(votes)
-
-    @property
-    def pending(self) -> int:
-        """Snapshots that are on their way."""
-        return len(self._queue)
 
     # -- packing and sending ---------------------------------------------------------------------------
 
@@ -322,14 +314,14 @@ class Agreement:
         self._votes: dict[int, list[int]] = {}
         self._seen: dict[int, int] = {}
 
-    def heard(self, iteration: int, member: Ranks) -> int:
+    def heard(self, iteration: int) -> int:
         """T as a machine learns it at the end of this iteration: as all said it at the end of the one before."""
         if iteration not in self._seen:
             common = set.intersection(*(set(m.fates.whole_s) for m in self.members))
             self._seen[iteration] = max(common, default=0)
         return self._seen.get(iteration - 1, 0)
 
-    def vote(self, iteration: int, mask: int, member: Ranks) -> None:
+    def vote(self, iteration: int, mask: int) -> None:
         """One machine's vote; with the last one of an iteration all of them move."""
         votes = self._votes.setdefault(iteration, [])
         votes.append(mask)

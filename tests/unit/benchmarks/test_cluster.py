@@ -206,7 +206,7 @@ def test_moevements_window_is_the_shortest_that_fits():
     given, _ = papers.data()
     parameters = given["parameters"] / (given["nodes"] * given["gpus_a_node"])
     for budget in (12.1, 7.1, 5.4, 3.01):  # bytes a parameter and iteration; 2 + 10 / W are needed
-        found = papers.window(given, 1.0, budget * parameters, operators=60)
+        found = papers.window(given, parameters, 1.0, budget * parameters, operators=60)
         assert 2 + 10 / found <= budget + 1e-6
         assert found == 1 or 2 + 10 / (found - 1) > budget
 
