@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import Result, hardware, parser, report
-from benchmarks.cluster import calibrate, papers, routing, sparsity
+from benchmarks.cluster import calibrate, ours, papers, routing, sparsity
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 MEASURED = ROOT / "benchmarks" / "results" / "cluster_measured.json"
@@ -112,7 +112,7 @@ def compare_papers(args: Any) -> list[Result]:
     restarts = {r["name"]: r["value"] for r in json.loads(RESTART.read_text())["results"]}
     restart_s = restarts["killed node, torchrun: first new step"]
     results.append(Result(name="restart of a lost node, as measured", value=restart_s, unit="s"))
-    for each in (*papers.ours(given, restart_s), *([] if args.quick else papers.at_scale(given, restart_s))):
+    for each in (*ours.on_their_cluster(given, restart_s), *([] if args.quick else ours.at_scale(given, restart_s))):
         name, seen = f"{each.cluster}, {each.bytes_a_parameter} bytes, {each.mode}", each.seen
         results += [
             Result(name=f"{name}: iteration", value=seen.iteration_s, unit="s"),

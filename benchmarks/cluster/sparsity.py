@@ -39,7 +39,6 @@ NODE_GIB = (512, 1024)
 BYTES = ((12, 4), (8, 2))
 """Of a parameter: main value and moments; and of a gradient."""
 NOTHING = "nothing"
-CHOICES = (*STRONGEST_FIRST, NOTHING)
 COLOURS = ("#0072B2", "#56B4E9", "#E69F00", "#EEEEEE")
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Protocol
 
 import simpy
@@ -44,12 +43,6 @@ class Work:
             raise ValueError(f"{self.stages} stages and {self.micro_batches} micro batches; there must be one of each")
         if self.stages > 1 and self.collectives:
             raise ValueError("all-to-alls between machines are modelled without a pipeline only")
-
-    @cached_property
-    def closed_form_s(self) -> float:
-        """An iteration on processors and links that nothing slows down: 1F1B's (m + p - 1) turns."""
-        turns = self.micro_batches + self.stages - 1
-        return turns * (self.forward_s + self.backward_s) + self.fixed_s
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import pytest
 import simpy
 
 import benchmarks.cluster.__main__ as cluster
-from benchmarks.cluster import calibrate, papers, routing, sparsity
+from benchmarks.cluster import calibrate, ours, papers, routing, sparsity
 from benchmarks.cluster.faults import Faults, Protection, simulate_faults
 from benchmarks.cluster.resources import Shared
 from benchmarks.cluster.run import simulate
@@ -302,3 +302,18 @@ def test_what_is_measured_says_where_and_how(tmp_path, monkeypatch):
     assert found["command"].startswith("python -m benchmarks.cluster testbed --measure")
     assert found["hardware"]["cores"]
     assert found["date"]
+
+
+def test_our_modes_on_a_small_cluster_cost_more_the_more_they_send():
+    found = ours.modes(
+        ours.Cluster(name="small", nodes=4, pcie_bytes_per_s=25e9, node_share=1.0),
+        world(2, 2e7),
+        PIPELINE,
+        STATE,
+        restart_s=10.0,
+        mtbf_s={"1 h": 3600.0},
+    )
+    assert [each.mode.split()[0] for each in found] == ["full", "exact", "popularity"]
+    assert all(each.ettr["1 h, restart"] < each.ettr["1 h"] <= 1 for each in found)
+    assert found[0].seen.sent_bytes > found[-1].seen.sent_bytes
+    assert found[0].node_bytes > found[-1].node_bytes
