@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_moetion.recover.plan import (
     Choose,
+    Place,
     Reach,
     Units,
     choose_chains,
@@ -58,6 +59,11 @@ class Copy:
     def owner(self) -> int:
         """The rank whose state it is."""
         return self.spec.identity.owner
+
+    @property
+    def place(self) -> Place:
+        """Where it is, and what of captures it has."""
+        return Place(self.node, self.spec.part)
 
     @property
     def units(self) -> Units:
@@ -215,7 +221,7 @@ def _judged(copy: Copy, leader: ArenaSpec, newest: History, choose: Choose) -> J
     hosts = copy.hosts
     reaches: tuple[int, ...] = ()
     if not problem and hosts:
-        reaches = Reach.of(copy.owner, copy.units, held_of({copy.node: records}), choose).iterations
+        reaches = Reach.of(copy.owner, copy.units, held_of({copy.place: records}), choose).iterations
     return JudgedCopy(copy=copy, problem=problem, captured=len(records), newest=max(hosts, default=-1), reaches=reaches)
 
 
@@ -237,9 +243,9 @@ def _problem(copy: Copy, leader: ArenaSpec, newest: History) -> str | None:
 
 def held_by_owner(usable: Sequence[Copy], mode: str) -> dict[int, dict[int, set[int]]]:
     """By owner and unit: iterations. Of an expert that several ranks have shards of, those that all of these have."""
-    tables: dict[int, dict[int, Records]] = {}
+    tables: dict[int, dict[Place, Records]] = {}
     for copy in usable:
-        tables.setdefault(copy.owner, {})[copy.node] = copy.records
+        tables.setdefault(copy.owner, {})[copy.place] = copy.records
     held = {owner: held_of(found) for owner, found in tables.items()}
     if mode != "popularity":
         return held

@@ -10,10 +10,12 @@ kind      from                    words                                         
 ``DROP``  owner                   epoch, 0, 0, 0                                               nothing
 ``YES``   holder                  epoch, 0, 0, 0                                               nothing
 ``NO``    holder                  epoch, 0, 0, 0                                               the reason, UTF-8
+``DIGESTS`` owner                 epoch, 0, 0, 0                                               ``mirror.Late``
 ========= ======================= ============================================================ ========================
 
 Captures' bytes follow an ``UPDATE`` that was answered by ``YES``, in the order of its records, without a frame: their
-chunk digests stand in the update.
+chunk digests stand in the update. Those of fragments, which are made as they are sent, follow the bytes in a frame of
+their own; it is empty where the captures have gone meanwhile.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Kind(IntEnum):
     DROP = 4
     YES = 5
     NO = 6
+    DIGESTS = 7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

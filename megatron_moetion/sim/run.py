@@ -143,7 +143,7 @@ class Referee(Watcher):
 
     def _is_full(self, session: Session) -> bool:
         holders = session.running.pipeline.holders()
-        return sum(h.is_active for h in holders) >= session.running.replicas
+        return sum(h.is_active for h in holders) >= session.running.coding.holders
 
     def on_disk(self, iteration: int) -> None:
         """See ``Watcher``."""
