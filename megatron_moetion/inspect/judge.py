@@ -53,7 +53,7 @@ class Copy:
     @classmethod
     def of(cls, node: int, spec: ArenaSpec, page: Page) -> Copy:
         """As the manifest lists it."""
-        return cls(node=node, spec=spec, page=page, records=page.records)
+        return cls(node=node, spec=spec, page=page, records=as_listed(spec, page.records))
 
     @property
     def owner(self) -> int:
@@ -91,7 +91,8 @@ class JudgedCopy:
     newest: int
     """Newest iteration that it has the host state of; -1: none."""
     reaches: tuple[int, ...]
-    """Iterations of the owner that follow from it alone, the newest first."""
+    """Iterations of the owner that follow from it alone, the newest first; from a copy of fragments with enough others
+    like it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,7 +103,8 @@ class RankState:
     reaches: tuple[int, ...]
     """Iterations of it that can be put together, the newest first; experts that ranks share have to be whole."""
     complete: int
-    """Copies that alone have all that the recovered iteration needs."""
+    """Copies that alone have all that the recovered iteration needs. Of fragments, copies that are worth as much: how
+    many nodes may be lost, and one more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -204,6 +206,11 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     )
 
 
+def as_listed(spec: ArenaSpec, records: Records) -> Records:
+    """Records of a page, of which it is not known which captures the fragments are of: one iteration has one only."""
+    return records if spec.part.is_whole else records.replace(digest=0)
+
+
 def newest_history(copies: Sequence[Copy]) -> History | None:
     """The history that a restart would go on from; None without a copy."""
     return max((History.of(copy.page) for copy in copies), key=lambda history: history.age, default=None)
@@ -221,7 +228,7 @@ def _judged(copy: Copy, leader: ArenaSpec, newest: History, choose: Choose) -> J
     hosts = copy.hosts
     reaches: tuple[int, ...] = ()
     if not problem and hosts:
-        reaches = Reach.of(copy.owner, copy.units, held_of({copy.place: records}), choose).iterations
+        reaches = Reach.of(copy.owner, copy.units, held_of({Place(copy.node): records}), choose).iterations
     return JudgedCopy(copy=copy, problem=problem, captured=len(records), newest=max(hosts, default=-1), reaches=reaches)
 
 
@@ -263,7 +270,13 @@ def held_by_owner(usable: Sequence[Copy], mode: str) -> dict[int, dict[int, set[
 
 
 def _complete(judged: Sequence[JudgedCopy], owner: int, iteration: int) -> int:
-    return len({j.copy.node for j in judged if j.copy.owner == owner and iteration in j.reaches})
+    places = {j.copy.place for j in judged if j.copy.owner == owner and iteration in j.reaches}
+    whole = {place.node for place in places if place.part.is_whole}
+    pieces: dict[tuple[int, int], set[int]] = {}
+    for _, part in places:
+        if not part.is_whole:
+            pieces.setdefault((part.data, part.parity), set()).add(part.number)
+    return len(whole) + sum(max(0, len(numbers) - data + 1) for (data, _), numbers in pieces.items())
 
 
 def _reason(

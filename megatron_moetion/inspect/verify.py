@@ -146,14 +146,21 @@ class _Reader:
         return found if _read(fd, start, found.view(np.uint8)) else None
 
 
-def whole_copies(damaged: Record, owner: int, others: Iterable[Verified]) -> list[Path]:
-    """The arenas that have the same capture, and it is whole."""
+def whole_copies(damaged: Record, spec: ArenaSpec, others: Iterable[Verified]) -> list[Path]:
+    """The arenas that have the same capture, and it is whole. ``spec``: of the arena that has it damaged.
+
+    What a damaged fragment is a part of does not show: one of its owner's whole captures is taken for it.
+    """
     return [
         other.file.path
         for other in others
         if other.file.spec is not None
-        and other.file.spec.identity.owner == owner
-        and any(record.key == damaged.key and record.digest == damaged.digest for record in other.sound)
+        and other.file.spec.identity.owner == spec.identity.owner
+        and other.file.spec.part.is_whole
+        and any(
+            record.key == damaged.key and (record.digest == damaged.digest or not spec.part.is_whole)
+            for record in other.sound
+        )
     ]
 
 

@@ -228,9 +228,9 @@ class Startup:
         for owner, part in sorted(tables):
             outgoing.setdefault(owner, []).append(tables[owner, part])
         here = outgoing.pop(rank, [])
-        data = {owner: b"".join(map(_packed, found)) for owner, found in outgoing.items()}
+        data = {owner: b"".join(map(packed, found)) for owner, found in outgoing.items()}
         told = swap(self._fabric.channel, data, mine.keys() - {rank})
-        arrived = {keeper: _unpacked(document) for keeper, document in told.items()} | ({rank: here} if here else {})
+        arrived = {keeper: unpacked(document) for keeper, document in told.items()} | ({rank: here} if here else {})
         copies = {
             at: records for keeper, places in mine.items() for at, records in zip(places, arrived[keeper], strict=True)
         }
@@ -438,14 +438,14 @@ def _key_of(word: int | list[int]) -> Key:
     return (word, WHOLE) if isinstance(word, int) else (word[0], Part.of(*word[1:]))
 
 
-def _packed(records: Records) -> bytes:
+def packed(records: Records) -> bytes:
     """A table among several."""
     data: bytes = np.int64(len(records)).tobytes() + records.table.tobytes()
     return data
 
 
-def _unpacked(document: bytes) -> list[Records]:
-    """Inverse of ``_packed``, of all of them."""
+def unpacked(document: bytes) -> list[Records]:
+    """Inverse of ``packed``, of all of them."""
     found, at = [], 0
     while at < len(document):
         nbytes = int(np.frombuffer(document, dtype=np.int64, count=1, offset=at)[0]) * RECORD.itemsize
