@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from megatron_moetion.sim import truth
-from megatron_moetion.sim.reader import Capture, Contents, mark_of, read
+from megatron_moetion.sim.reader import Capture, Contents, mark_of, read, rebuilt
 
 DENSE, FROZEN, HOST = "layers.0.dense", "frozen", "host"
 STEP_LIMIT_S = 60.0
@@ -124,6 +124,7 @@ class Checker:
                 raise Violation("an arena that nobody damaged cannot be read")
             for place, contents in found:
                 self._check_whole(place, contents)
+            self._check_rebuilt([contents for _, contents in found])
         self.reachable = self._newest([contents for _, contents in found])
 
     def lost(self, now_s: float, memory: str, how: str) -> None:
@@ -373,12 +374,19 @@ class Checker:
         """Whole or invisible: what a page lists is what some history had then."""
         if contents.stable > self._newest_stable:
             raise Violation(f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}")
-        if self.model.mode == "exact":
+        if self.model.mode == "exact" or contents.fragment:
             return
         for capture in contents.captures:
             self.checks += 1
             if not any(self._is_of(contents.owner, capture, mark) for mark in self.marks[capture.iteration]):
                 raise Violation(f"{place} lists {capture.unit} of iteration {capture.iteration} with other bytes")
+
+    def _check_rebuilt(self, found: Sequence[Contents]) -> None:
+        """The same of what any fragments that are enough make together."""
+        for contents, capture in () if self.model.mode == "exact" else rebuilt(found):
+            self.checks += 1
+            if not any(self._is_of(contents.owner, capture, mark) for mark in self.marks[capture.iteration]):
+                raise Violation(f"fragments of {capture.unit} of iteration {capture.iteration} make other bytes")
 
     def _is_of(self, owner: int, capture: Capture, mark: bytes) -> bool:
         if capture.unit == HOST:
@@ -401,11 +409,12 @@ class Checker:
         if self.model.mode == "exact":
             return None
         have: dict[tuple[int, str], set[int]] = defaultdict(set)
-        for contents in found:
-            for capture in contents.captures:
-                i = capture.iteration
-                if i < len(self.chain) and self._is_of(contents.owner, capture, self.chain[i]):
-                    have[contents.owner, capture.unit].add(i)
+        found = list(found)
+        captures = [(contents, c) for contents in found if not contents.fragment for c in contents.captures]
+        for contents, capture in [*captures, *rebuilt(found)]:
+            i = capture.iteration
+            if i < len(self.chain) and self._is_of(contents.owner, capture, self.chain[i]):
+                have[contents.owner, capture.unit].add(i)
         ranks = range(self.model.ranks)
         best = -1
         for i in range(len(self.chain)):

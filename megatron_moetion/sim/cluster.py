@@ -56,6 +56,7 @@ class Shape:
     ranks: int = 4
     ranks_per_node: int = 1
     replicas: int = 1
+    coding_nodes: int = 0
     mode: str = "full"
     schedule: str = "eager"
     iterations: int = 40
@@ -63,6 +64,13 @@ class Shape:
     step_s: float = 0.4
     save_every: int = 0
     """Iterations between checkpoints on disk; 0: there are none."""
+
+    @property
+    def copies_text(self) -> str:
+        """What nodes keep of each other, for a person."""
+        if not self.coding_nodes:
+            return f"{self.replicas} replicas"
+        return f"any {self.coding_nodes - self.replicas} of {self.coding_nodes - 1} fragments"
 
     @property
     def nodes(self) -> int:
@@ -288,6 +296,7 @@ class Cluster:
             "mode": self.shape.mode,
             "run_id": RUN_ID,
             "replicas": self.shape.replicas,
+            "coding_nodes": self.shape.coding_nodes,
             "ranks_per_node": self.shape.ranks_per_node,
             "chunk_bytes": 4096,
             "pack_threads": 1,

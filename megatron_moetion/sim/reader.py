@@ -7,20 +7,30 @@ import base64
 import hashlib
 import json
 import struct
-from dataclasses import dataclass
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import combinations
+
+from megatron_moetion.sim.galois import joined
 
 _BLOCK = 4096
+_FRAME = 64
 _NO_SLOT = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, kw_only=True)
 class Capture:
-    """One record of the current page, and the bytes that it stands for."""
+    """One record of the current page, and the bytes that it stands for: of a fragment its row alone."""
 
     unit: str
     iteration: int
     epoch: int
     data: bytes
+    nbytes: int
+    """Of the whole capture."""
+    of: int
+    """The digest of the capture that a fragment is of; 0 where ``data`` is all of it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +42,28 @@ class Contents:
     epoch: int
     lineage: int
     captures: tuple[Capture, ...]
+    fragment: int
+    """0: captures are whole."""
+    rows: int
+    """So many fragments rebuild a capture."""
+    parity: int
+
+
+def rebuilt(found: Iterable[Contents]) -> Iterator[tuple[Contents, Capture]]:
+    """Captures that fragments tell of, put together from every choice of as many as are enough, with their owner's."""
+    pieces: dict[tuple[object, ...], dict[int, tuple[Contents, Capture]]] = defaultdict(dict)
+    for contents in found:
+        for capture in contents.captures if contents.fragment else ():
+            if not capture.of:  # zeros
+                yield contents, replace(capture, data=bytes(capture.nbytes))
+                continue
+            key = (contents.owner, contents.rows, contents.parity, capture.unit, capture.iteration, capture.of)
+            pieces[key][contents.fragment] = contents, capture
+    for numbers in pieces.values():
+        contents, capture = next(iter(numbers.values()))
+        for chosen in combinations(sorted(numbers), contents.rows):
+            data = joined({n: numbers[n][1].data for n in chosen}, contents.rows, capture.nbytes)
+            yield contents, replace(capture, data=data, of=0)
 
 
 def read(image: bytes) -> Contents | None:
@@ -41,7 +73,17 @@ def read(image: bytes) -> Contents | None:
     if image[:8] != b"MOETION3" or _digest(document) != image[16:32]:
         return None
     spec = json.loads(document)
-    sizes = [size for size, count in spec["slots"] for _ in range(count)]
+    identity = spec["identity"]
+    fragment, rows, parity = identity.get("fragment", 0), identity.get("data", 1), identity.get("parity", 0)
+
+    def stored(size: int) -> int:
+        row = (size + rows - 1) // rows
+        return _FRAME + (row + 63) // 64 * 64 if fragment else size
+
+    pools: Counter[int] = Counter()
+    for size, count in spec["slots"]:
+        pools[stored(size)] += count
+    sizes = [size for size, count in sorted(pools.items()) for _ in range(count)]
     chunk = spec["identity"]["chunk_bytes"]
     has_logs = any(kind == 5 for _, kind, _ in spec["units"])
     most = len(sizes) * (2 if has_logs else 1)
@@ -59,10 +101,20 @@ def read(image: bytes) -> Contents | None:
     captures = []
     for unit, of_epoch, iteration, slot, nbytes in records:
         name, _, size = spec["units"][unit]
-        data = bytes(size) if slot == _NO_SLOT else image[starts[slot] : starts[slot] + nbytes]
-        captures.append(Capture(unit=name, iteration=iteration, epoch=of_epoch, data=data))
-    owner = int(spec["identity"]["owner"])
-    return Contents(owner=owner, stable=stable, epoch=epoch, lineage=lineage, captures=tuple(captures))
+        data, of = bytes(size) if slot == _NO_SLOT else image[starts[slot] : starts[slot] + nbytes], 0
+        if fragment and slot != _NO_SLOT:
+            (of,), data = struct.unpack_from("<Q", data), data[_FRAME:]
+        captures.append(Capture(unit=name, iteration=iteration, epoch=of_epoch, data=data, nbytes=size, of=of))
+    return Contents(
+        owner=int(identity["owner"]),
+        stable=stable,
+        epoch=epoch,
+        lineage=lineage,
+        captures=tuple(captures),
+        fragment=fragment,
+        rows=rows,
+        parity=parity,
+    )
 
 
 def mark_of(host_state: bytes) -> bytes:

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moetion._C import HostPool
 from megatron_moetion.arrays import Bytes, Digests
 from megatron_moetion.coding import FRAME_BYTES, Part
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.snapshot.digest import digest_of, is_intact
+from megatron_moetion.snapshot.packer import HostPool
 
 _CODE = "isa_l_rs_cauchy"
 """Of ISA-L's codes the one of which any ``data`` fragments rebuild the rest, whatever their numbers."""
