@@ -178,7 +178,7 @@ def _table(plan: Plan) -> Table:
     gradients = _GRADIENT_NAMES[GRADIENT_DTYPES[state.gradient_bytes]]
     table = Table(
         title=f"{size(plan.costs[0].snapshot_bytes)} bytes of state a rank, {state.ranks_per_node} rank(s) a node, "
-        f"{state.replicas} replica(s), {gradients} gradients",
+        f"{_copies(state)}, {gradients} gradients",
         caption=_caption(plan),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -216,6 +216,12 @@ def _table(plan: Plan) -> Table:
     return table
 
 
+def _copies(state: RankState) -> str:
+    """What other nodes keep."""
+    coding = state.coding
+    return f"any {coding.data} of {coding.holders} fragments" if coding.is_on else f"{state.replicas} replica(s)"
+
+
 def _is_advised(cost: Cost, plan: Plan) -> bool:
     return (cost.mode, cost.period) == (plan.advice.mode, plan.advice.period)
 
@@ -238,7 +244,8 @@ def _caption(plan: Plan) -> str:
     ]
     if state.replicas:
         lost = "node" if state.replicas == 1 else f"{state.replicas} nodes"
-        lines.append(f"Any {lost} of {state.replicas + 1} that hold each other's copies may be lost at once")
+        held = "fragments" if state.coding.is_on else "copies"
+        lines.append(f"Any {lost} of {state.coding.holders + 1} that hold each other's {held} may be lost at once")
     else:
         lines.append("Without replicas a lost node costs all that is in memory")
     marks = ["*: recommended"] if plan.advice.mode else []

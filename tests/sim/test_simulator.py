@@ -18,8 +18,11 @@ from megatron_moetion.sim.faults import KINDS
 from megatron_moetion.sim.story import Story
 
 ROOT = Path(__file__).parents[2]
-FIXED = ((1, 4, "full"), (2, 4, "popularity"), (3, 4, "exact"), (4, 8, "any"))
-"""Seed, ranks, mode."""
+FIXED = (
+    (1, 4, "full", "whole"), (2, 4, "popularity", "whole"), (3, 4, "exact", "whole"), (4, 8, "any", "whole"),
+    (1, 4, "full", "fragments"), (3, 6, "popularity", "fragments"),
+)  # fmt: skip
+"""Seed, ranks, mode, copies."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
 QUICK = (
     "a recovery does not begin an epoch",
@@ -37,9 +40,10 @@ def simulate(*flags: str, hash_seed: int = 0) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("seed", "ranks", "mode"), FIXED)
-def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str) -> None:
-    story = Story(seed=seed, ranks=ranks, mode=mode)
+@pytest.mark.parametrize(("seed", "ranks", "mode", "copies"), FIXED)
+def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str, copies: str) -> None:
+    story = Story(seed=seed, ranks=ranks, mode=mode, copies=copies)
+    assert (story.shape.coding_nodes > 0) == (copies == "fragments")
     outcome = story.play()
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults.total() >= 30, "faults take place"
@@ -48,7 +52,7 @@ def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str) -> 
 
 @pytest.mark.timeout(300)
 def test_a_fresh_seed() -> None:
-    story = Story(seed=random.SystemRandom().randrange(1 << 30), ranks=4)
+    story = Story(seed=random.SystemRandom().randrange(1 << 30), ranks=4, copies="any")
     outcome = story.play()
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
 
