@@ -13,12 +13,10 @@ from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from megatron_moetion.clock import Clock
 from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
+from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, shared
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.exchange import Meeting, swap
 from megatron_moetion.recover.opened import Opened
@@ -440,7 +438,7 @@ def _key_of(word: int | list[int]) -> Key:
 
 def packed(records: Records) -> bytes:
     """A table among several."""
-    data: bytes = np.int64(len(records)).tobytes() + records.table.tobytes()
+    data: bytes = len(records).to_bytes(8, "little") + records.table.tobytes()
     return data
 
 
@@ -448,7 +446,9 @@ def unpacked(document: bytes) -> list[Records]:
     """Inverse of ``packed``, of all of them."""
     found, at = [], 0
     while at < len(document):
-        nbytes = int(np.frombuffer(document, dtype=np.int64, count=1, offset=at)[0]) * RECORD.itemsize
+        nbytes = int.from_bytes(document[at : at + 8], "little") * RECORD.itemsize
+        if at + 8 + nbytes > len(document):
+            raise ChannelError(f"{len(document)} bytes are no tables of captures; restart to try again")
         found.append(Records.from_bytes(document[at + 8 : at + 8 + nbytes]))
         at += 8 + nbytes
     return found

@@ -25,15 +25,15 @@ from megatron_moetion.replicate.frames import PURPOSE, Frame, Kind, Opening, rec
 from megatron_moetion.replicate.mirror import Difference, Update, among, difference, encode_digests, plain, table_of
 from megatron_moetion.replicate.worker import Lock
 from megatron_moetion.snapshot.codec import Codec, is_sound, spans_of
-from megatron_moetion.snapshot.digest import capture_digests, chunk_spans, gather_digests, num_chunks_of
+from megatron_moetion.snapshot.digest import CALL_BYTES, capture_digests, chunk_spans, gather_digests, num_chunks_of
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import NO_RECORDS, RECORD, Page, Records
 
 _REASON_BYTES_MAX = 4096
 _UNKNOWN = -2
-_BATCH_BYTES = 8 << 20
-"""Of fragments, in memory at once, about."""
+_BATCH_BYTES = CALL_BYTES
+"""Of fragments, in memory at once and in one call of the pool, about."""
 _NEWS_S = 10.0
 """A link looks at its arena so often at least, whether it is told of news or not."""
 

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from megatron_moetion.coding import WHOLE
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.export.assemble import batches, memory_bytes, refuse
 from megatron_moetion.store.sheet import Span
@@ -17,7 +18,8 @@ from megatron_moetion.units import Role, UnitKind
 
 def owner(*units: tuple[str, UnitKind, tuple[Span, ...]]) -> Any:
     """A rank with these units, of 100 bytes each."""
-    arena = SimpleNamespace(spec=SimpleNamespace(units=[(name, kind, 100) for name, kind, _ in units]))
+    spec = SimpleNamespace(units=[(name, kind, 100) for name, kind, _ in units], part=WHOLE)
+    arena = SimpleNamespace(spec=spec)
     return SimpleNamespace(
         rank=3,
         units=[(name, kind) for name, kind, _ in units],
