@@ -291,6 +291,14 @@ class MoetionConfig:
         unit="seconds",
         minimum=0,
     )
+    warm_restarts: int = setting(
+        0,
+        "restarts for which processes that have imported everything stand by and fork each rank again, which takes a "
+        "part of the time of a new process; faults beyond that, and a lost node, are left to torchrun. 0: none",
+        topic=_FAULTS,
+        unit="restarts of a launch",
+        minimum=0,
+    )
     holder_patience: int = setting(
         30,
         "snapshots that a rank waits for another node that holds its replicas and takes none: then it asks other nodes "

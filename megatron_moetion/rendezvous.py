@@ -20,6 +20,8 @@ from torch import distributed as dist
 from megatron_moetion.errors import ChannelError
 
 SHARE_SWITCH = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
+HOSTED = "MOETION_STORE_IS_HOSTED"
+"""In the environment of ranks whose warm parents host the store; see ``warm``."""
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's own for gloo."""
 POLL_INTERVAL_S = 0.02
@@ -129,11 +131,11 @@ def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: 
         if world_size > 1:
             raise ChannelError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set; start with torchrun")
         return dist.HashStore()
-    launcher_hosts_it = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    is_there = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or HOSTED in environ
     return dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
-        is_master=rank == 0 and not launcher_hosts_it,
+        is_master=rank == 0 and not is_there,
         timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,

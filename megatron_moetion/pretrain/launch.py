@@ -17,10 +17,11 @@ import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from contextlib import suppress
+from datetime import timedelta
 from functools import partial
 from itertools import takewhile
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, MoetionError
@@ -122,29 +123,69 @@ def run(argv: Sequence[str]) -> int:
     process = Process.from_environment(os.environ)
     try:
         args, on_gpu = settings(argv, process, os.environ)
-        if on_gpu:
-            require_gpus(process)
     except ConfigError as error:
         # The ranks of a node read the same flags on the same machine, and read them again at every restart.
         error.shared = True
         complain(error, process, os.environ)
         return error.exit_code
+    if args.moetion and (restarts := moetion_config(args).warm_restarts):
+        return _stay_warm(args, on_gpu, process, restarts)
+    return _train(args, on_gpu, process)
+
+
+def _stay_warm(args: argparse.Namespace, on_gpu: bool, process: Process, restarts: int) -> int:
+    """As the parent of this rank, which is forked from here; see ``warm``."""
+    from megatron_moetion import warm
+
     try:
-        if not on_gpu:
-            from megatron_moetion.mcore import cpu_device
+        os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question to CUDA itself would make a context
+        _load(on_gpu)
+        from megatron_moetion.pretrain.ahead import load_ahead
 
-            cpu_device.install()
-        from megatron_moetion.mcore.engine_names import bind_engine_names
+        source = load_ahead(args)
+        launch = warm.Launch(
+            rank=process.rank,
+            world_size=process.world_size,
+            environ=dict(os.environ),
+            limit=restarts,
+            timeout=timedelta(minutes=args.distributed_timeout_minutes),
+        )
+        return warm.stay(lambda: lead(partial(_train, args, on_gpu, process, source)), launch)
+    except MoetionError as error:
+        complain(error, process, os.environ)
+        return error.exit_code
 
-        bind_engine_names()
-        _quiet_deprecations()
+
+def _train(args: argparse.Namespace, on_gpu: bool, process: Process, source: Any = None) -> int:
+    """``source``: of samples, where it is there already."""
+    try:
+        if on_gpu:
+            require_gpus(process)
+    except ConfigError as error:
+        error.shared = True
+        complain(error, process, os.environ)
+        return error.exit_code
+    try:
+        _load(on_gpu)
         from megatron_moetion.pretrain.loop import pretrain
 
-        pretrain(args, process)
+        pretrain(args, process, source)
     except MoetionError as error:
         complain(error, process, os.environ)
         return error.exit_code
     return 0
+
+
+def _load(on_gpu: bool) -> None:
+    """Import Megatron-Core, on the CPU path with CUDA's names redirected."""
+    if not on_gpu:
+        from megatron_moetion.mcore import cpu_device
+
+        cpu_device.install()
+    from megatron_moetion.mcore.engine_names import bind_engine_names
+
+    bind_engine_names()
+    _quiet_deprecations()
 
 
 def complain(error: MoetionError, process: Process, environ: Mapping[str, str]) -> None:

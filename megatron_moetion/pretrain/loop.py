@@ -37,10 +37,10 @@ AUX_LOSS_NAMES = {
 }
 
 
-def pretrain(args: argparse.Namespace, process: Process) -> None:
-    """Train to ``--train-iters`` on this rank, from wherever the run stands."""
+def pretrain(args: argparse.Namespace, process: Process, source: SampleSource | None = None) -> None:
+    """Train to ``--train-iters`` on this rank, from wherever the run stands. ``source``: where it is there already."""
     attempt = initialize(args, process)
-    source = build_source(args)
+    source = build_source(args) if source is None else source
     # The last rank is on the last pipeline stage, which has the loss.
     reporter = Reporter(args, active=process.rank == process.world_size - 1, attempt=attempt)
     with closing(reporter):

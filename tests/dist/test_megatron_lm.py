@@ -147,6 +147,28 @@ def test_a_lost_node_changes_no_bit_of_megatrons_own_training(
     goes_on_in_another_layout(checkpoints, tmp_path)
 
 
+@pytest.mark.proves("Megatron's own pretrain() under megatron_lm, ranks forked again by warm parents", "recovery")
+def test_a_rank_that_a_warm_parent_forks_again_changes_no_bit(
+    undisturbed: dict[int, set[str]], tmp_path: Path, store: Path
+) -> None:
+    """``torchrun`` has its restart left in the end."""
+    report = tmp_path / "events.jsonl"
+    moetion = "--moetion --moetion-mode full --moetion-ranks-per-node 2 --moetion-run-id job --moetion-warm-restarts 2"
+    job = Job(tmp_path / "job", *moetion.split(), "--moetion-store", str(store), "--moetion-report", str(report))
+    try:
+        for iteration, rank in ((5, 3), (9, 0)):
+            job.await_iteration(iteration)
+            (pid_file,) = store.glob(f"job/node?/rank{rank:05d}.pid")
+            psutil.Process(json.loads(pid_file.read_text())["pid"]).kill()
+        job.finish()
+    finally:
+        job.end()
+    assert [event["epoch"] for event in read(report) if event["event"] == "recovered"] == [1, 2]
+    assert job.curve() == undisturbed
+    assert job.log.read_text().count("the ranks start again from warm parents") == 2
+    assert "local_rank: " not in job.log.read_text(), "torchrun saw no process end"
+
+
 def exported(folder: Path) -> Path:
     """A checkpoint of what was copied."""
     code, found, said = export(folder / "exported", folder / "rescued", run_id="job")

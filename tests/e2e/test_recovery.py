@@ -180,6 +180,19 @@ def assert_all_traffic_is_drawn(traces: Path) -> None:
     assert sent["all-to-all"] == 0  # inside a node
 
 
+@pytest.mark.parametrize("mode", ["full", "exact --moetion-period 3"])
+def test_ranks_that_warm_parents_fork_again_are_the_uninterrupted_run(
+    reference: Run, tmp_path: Path, store: Path, mode: str
+) -> None:
+    """A rank dies in a step, another one in the recovery from that, one after it; ``torchrun`` restarts nothing."""
+    faults = "0:3:6:mid-pack,1:0:-1:restore,2:2:10:mid-replication"
+    run = train(tmp_path, moetion(store, mode, f"--moetion-warm-restarts 3 --moetion-inject-fault {faults}"))
+    assert [e["epoch"] for e in run.recoveries] == [1, 2]
+    assert run.curve == reference.curve
+    assert run.validation == reference.validation
+    assert run.output.count("the ranks start again from warm parents") == 3
+
+
 def test_a_run_that_dies_before_its_first_snapshot_is_restarted_from_the_beginning(
     reference: Run, tmp_path: Path, store: Path
 ) -> None:

@@ -29,6 +29,7 @@ FLOORS = [
     {"session"},
     {"sim"},
     {"mcore"},
+    {"warm"},
     {"pretrain"},
     {"megatron_lm"},
     {"inspect"},

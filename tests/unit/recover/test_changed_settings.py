@@ -21,6 +21,7 @@ OTHER = {
     "max_unprotected_iterations": 9, "max_fruitless_recoveries": 0, "in_flight_bytes": 1 << 20,
     "state_hash_interval": 2, "trace_dir": "traces", "report": "report.jsonl", "allow_fresh": True,
     "inject_fault": "9:0:1:before-commit", "save": "off", "save_interval": 5, "grace_s": 5, "save_limit_s": 60,
+    "warm_restarts": 3,
 }  # fmt: skip
 """A value that is not the default, of each setting that may change."""
 FIXED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [

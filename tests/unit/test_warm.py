@@ -1,0 +1,177 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parents that fork ranks again: what they decide, and what three of them do, with real processes and a real store."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pytest
+import torch
+
+from megatron_moetion.errors import ChannelError, ConfigError
+from megatron_moetion.warm import AGAIN, ENDED, LEAVE, Launch, exit_code_of, stay, verdict
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize(
+    ("code", "left", "expected"),
+    [
+        (0, 3, ENDED), (0, 0, ENDED), (-9, 1, AGAIN), (-11, 1, AGAIN), (-6, 1, AGAIN), (1, 1, AGAIN), (4, 1, AGAIN),
+        (5, 1, AGAIN), (-9, 0, LEAVE), (1, 0, LEAVE), (2, 3, LEAVE), (3, 3, LEAVE), (16, 3, LEAVE), (17, 3, LEAVE),
+    ],
+)  # fmt: skip
+def test_what_the_end_of_a_rank_means(code: int, left: int, expected: str) -> None:
+    assert verdict(code, restarts_left=left) == expected
+
+
+def test_a_signal_has_a_shells_number() -> None:
+    assert [exit_code_of(code) for code in (0, 3, -9, -15)] == [0, 3, 137, 143]
+
+
+def test_a_rank_is_told_what_the_launcher_would_have_said() -> None:
+    environ = {"TORCHELASTIC_RESTART_COUNT": "2", "TORCHELASTIC_MAX_RESTARTS": "3"}
+    launch = Launch(rank=0, world_size=1, environ=environ, limit=4, timeout=timedelta(seconds=1))
+    assert launch.environment_of(1) == {"TORCHELASTIC_RESTART_COUNT": "3", "TORCHELASTIC_MAX_RESTARTS": "7"}
+
+
+def alone(environ: dict[str, str]) -> int:
+    def program() -> NoReturn:
+        raise AssertionError("no rank is forked")
+
+    return stay(program, Launch(rank=0, world_size=2, environ=environ, limit=1, timeout=timedelta(seconds=1)))
+
+
+def test_without_a_launcher_there_is_nobody_to_agree_with() -> None:
+    with pytest.raises(ConfigError, match="start with torchrun"):
+        alone({})
+
+
+def test_a_port_that_is_taken_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(ChannelError, match=f"no store can be opened at 127.0.0.1:{port}"):
+            alone({"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)})
+
+
+def test_a_cuda_context_of_the_parent_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    with pytest.raises(ConfigError, match="has made a CUDA context"):
+        alone({"MASTER_ADDR": "127.0.0.1"})
+
+
+@dataclass(frozen=True)
+class Outcome:
+    codes: list[int | None]
+    seconds: float
+    output: str
+    folder: Path
+
+    def ranks(self, generation: int) -> list[int]:
+        """Process ids of those that began."""
+        return [int(path.read_text()) for path in sorted(self.folder.glob(f"{generation}.?"))]
+
+    @property
+    def generations(self) -> int:
+        return len({path.name.split(".")[0] for path in self.folder.glob("?.?")})
+
+    def assert_nothing_is_left(self) -> None:
+        pids = [int(path.read_text()) for path in self.folder.glob("?.?")]
+        deadline = time.monotonic() + 5
+        while (left := [pid for pid in pids if Path(f"/proc/{pid}").exists()]) and time.monotonic() < deadline:
+            time.sleep(0.02)
+        assert not left
+
+
+def launch(
+    folder: Path, acts: dict[str, str], *, limit: int = 3, signals: Sequence[Any] = (), launcher_has_store: bool = True
+) -> Outcome:
+    settings = json.dumps({"acts": acts, "limit": limit, "signals": signals, "launcher_has_store": launcher_has_store})
+    done = subprocess.run(
+        [sys.executable, str(Path(__file__).with_name("warm_launch.py")), str(folder), settings],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    return Outcome(found["codes"], found["seconds"], done.stdout + done.stderr, folder)
+
+
+@pytest.mark.parametrize("launcher_has_store", [True, False])
+def test_a_killed_rank_brings_all_ranks_back(tmp_path: Path, launcher_has_store: bool) -> None:
+    """Where torchrun shares no store, or SLURM starts ranks, rank 0's parent has one hosted that outlives ranks."""
+    outcome = launch(tmp_path, {"0": "wait", "0:1": "kill"}, launcher_has_store=launcher_has_store)
+    assert outcome.codes == [0, 0, 0]
+    assert outcome.generations == 2
+    assert not set(outcome.ranks(0)) & set(outcome.ranks(1))
+    assert "the ranks start again from warm parents (1 of 3)" in outcome.output
+    outcome.assert_nothing_is_left()
+
+
+def test_faults_one_after_the_other_and_on_several_ranks_at_once(tmp_path: Path) -> None:
+    acts = {"0": "kill", "1": "wait", "1:0": "exit 1", "2": "wait", "2:2": "kill", "2:1": "end"}
+    outcome = launch(tmp_path, acts)
+    assert outcome.codes == [0, 0, 0]
+    assert outcome.generations == 4
+    outcome.assert_nothing_is_left()
+
+
+def test_after_so_many_restarts_the_launcher_has_its_turn(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "wait", "0:1": "kill", "1": "wait", "1:2": "kill"}, limit=1)
+    assert outcome.codes == [137, 137, 137]
+    assert outcome.generations == 2
+    outcome.assert_nothing_is_left()
+
+
+def test_a_mistake_is_not_repeated(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "wait", "0:1": "exit 2"})
+    assert outcome.codes == [137, 2, 137]
+    assert outcome.generations == 1
+
+
+def test_a_rank_that_has_done_its_work_comes_back_for_one_that_has_not(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "end", "0:1": "late exit 1"})
+    assert outcome.codes == [0, 0, 0]
+    assert outcome.generations == 2
+
+
+def test_a_rank_whose_parent_is_told_to_end_is_told_and_nobody_waits_for_it(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "late exit 1", "0:1": "exit when told"}, signals=[["SIGTERM", 1]])
+    assert outcome.codes == [1, 9, 1]
+    assert outcome.generations == 1
+    assert (tmp_path / "told").exists(), "what it has started is told too"
+    assert outcome.seconds < 3.9, "the limit of the meeting"
+    outcome.assert_nothing_is_left()
+
+
+def test_other_signals_reach_the_rank_and_end_nothing_by_themselves(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "late exit 0", "0:1": "note and end"}, signals=[["SIGUSR1", 1]])
+    assert outcome.codes == [0, 0, 0]
+    assert (tmp_path / "noted").exists()
+
+
+def test_a_parent_that_is_killed_takes_its_rank_with_it_and_costs_the_others_a_bounded_wait(tmp_path: Path) -> None:
+    outcome = launch(tmp_path, {"0": "late exit 1", "0:1": "wait"}, signals=[["SIGKILL", 1]])
+    assert outcome.codes == [1, -9, 1]
+    assert outcome.generations == 1
+    assert "not all ranks came to start again within 4 s: this is left to the launcher" in outcome.output
+    outcome.assert_nothing_is_left()
+
+
+@pytest.mark.parametrize(("act", "code"), [("late exit 0", 0), ("late exit 1", 1)])
+def test_without_the_launchers_store_ranks_go_on_to_their_end(tmp_path: Path, act: str, code: int) -> None:
+    outcome = launch(tmp_path, {"0": act}, signals=[["SIGKILL", "store"]])
+    assert outcome.codes == [code] * 3
+    assert outcome.generations == 1
+    assert "the launcher's store cannot be reached" in outcome.output

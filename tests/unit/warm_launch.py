@@ -1,0 +1,126 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A launcher of warm parents, whose ranks do as they are told: ``FOLDER JSON``; prints the parents' exit codes."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, NoReturn
+
+from torch import distributed as dist
+
+from megatron_moetion import warm
+
+LIMIT_S = 40.0
+
+
+def fork(act: Callable[[], int]) -> int:
+    pid = os.fork()
+    if not pid:
+        code = 70
+        try:
+            code = act()
+        finally:
+            os._exit(code)
+    return pid
+
+
+def host_store(note: Path) -> int:
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    note.with_suffix(".tmp").write_text(str(store.port))
+    note.with_suffix(".tmp").rename(note)
+    time.sleep(LIMIT_S)
+    return 0
+
+
+def rank(folder: Path, acts: dict[str, str], number: int) -> NoReturn:
+    """As the act of this generation says: ``kill``, ``wait``, ``exit CODE`` once all have noted, ``end`` at once."""
+    generation = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    act = acts.get(f"{generation}:{number}", acts.get(generation, "end"))
+    if act == "exit when told":
+        fork(lambda: helper(folder))
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+    if act == "note and end":
+        signal.signal(signal.SIGUSR1, lambda *_: ((folder / "noted").touch(), os._exit(0)))
+    (folder / f"{generation}.{number}").write_text(str(os.getpid()))
+    while len(list(folder.glob(f"{generation}.?"))) < 3:
+        time.sleep(0.01)
+    match act.split():
+        case ["kill"]:
+            os.kill(os.getpid(), signal.SIGKILL)
+        case ["exit", code]:
+            os._exit(int(code))
+        case ["late", "exit", code]:
+            time.sleep(2)
+            os._exit(int(code))
+        case ["end"]:
+            os._exit(0)
+    time.sleep(LIMIT_S)
+    os._exit(71)
+
+
+def helper(folder: Path) -> int:
+    """A process that the rank has started: a writer of checkpoints, for instance."""
+
+    def note(*_: object) -> None:
+        (folder / "told").touch()
+        os._exit(0)
+
+    signal.signal(signal.SIGTERM, note)
+    time.sleep(LIMIT_S)
+    return 0
+
+
+def free_port() -> int:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return int(found.getsockname()[1])
+
+
+def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
+    environ = {
+        "RANK": str(number), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
+        "TORCHELASTIC_USE_AGENT_STORE": str(settings["launcher_has_store"]), "TORCHELASTIC_RESTART_COUNT": "0",
+    }  # fmt: skip
+    os.environ.update(environ)
+    launch = warm.Launch(
+        rank=number, world_size=3, environ=environ, limit=settings["limit"], timeout=timedelta(seconds=20), meet_s=4
+    )
+    return warm.stay(lambda: rank(folder, settings["acts"], number), launch)
+
+
+def main(folder: Path, settings: dict[str, Any]) -> None:
+    store, port = 0, free_port()
+    if settings["launcher_has_store"]:
+        store = fork(lambda: host_store(folder / "port"))
+        while not (folder / "port").exists():
+            time.sleep(0.01)
+        port = int((folder / "port").read_text())
+    parents = [fork(lambda number=number: parent(folder, settings, number, port)) for number in range(3)]
+    for name, who in settings.get("signals", []):
+        while len(list(folder.glob("0.?"))) < 3:
+            time.sleep(0.01)
+        time.sleep(0.3)
+        os.kill(store if who == "store" else parents[who], signal.Signals[name])
+    began, codes = time.monotonic(), {}
+    while len(codes) < 3 and time.monotonic() - began < LIMIT_S:
+        pid, status = os.waitpid(-1, os.WNOHANG)
+        if pid in parents:
+            codes[parents.index(pid)] = os.waitstatus_to_exitcode(status)
+        time.sleep(0.01)
+    for pid in [*([store] if store else []), *(p for n, p in enumerate(parents) if n not in codes)]:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    print(json.dumps({"codes": [codes.get(n) for n in range(3)], "seconds": time.monotonic() - began}))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), json.loads(sys.argv[2]))
