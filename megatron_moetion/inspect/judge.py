@@ -150,7 +150,7 @@ class Judgement:
     ranks: tuple[RankState, ...]
     """Those of which there is a copy, in order."""
     missing: tuple[int, ...]
-    """Ranks of the run without any."""
+    """Ranks of the run without any, or with too few fragments to rebuild anything."""
     newest: int
     """Newest captured iteration of any rank; -1: none."""
     iteration: int
@@ -179,7 +179,7 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     identity, newest = leader.spec.identity, History.of(leader.page)
     choose = CHOOSE.get(identity.mode, choose_same_iteration)
     judged = [_judged(copy, leader.spec, newest, choose) for copy in copies]
-    usable = [j.copy for j in judged if not j.problem]
+    usable = _of_some_use([j.copy for j in judged if not j.problem])
     owners = sorted({copy.owner for copy in usable})
     units = {copy.owner: copy.units for copy in usable}
     held = held_by_owner(usable, identity.mode)
@@ -204,6 +204,13 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
         vetoed=tuple(sorted(vetoed)),
         staleness=_staleness(usable, held, iteration) if identity.mode == "popularity" and iteration >= 0 else None,
     )
+
+
+def _of_some_use(usable: Sequence[Copy]) -> list[Copy]:
+    """Without the fragments of ranks of which there are too few for anything; where that is all there is, with them."""
+    held = held_by_owner(usable, "")
+    found = [copy for copy in usable if copy.spec.part.is_whole or any(held[copy.owner].values())]
+    return found or list(usable)
 
 
 def as_listed(spec: ArenaSpec, records: Records) -> Records:
