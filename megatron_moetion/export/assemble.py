@@ -75,7 +75,7 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
     steps that cannot be replayed here.
     """
     refuse(owner)
-    chosen = _Chosen(owner, pool)
+    chosen = Chosen(owner, pool)
     (host_unit,) = (u for u, (_, kind) in enumerate(owner.units) if kind is UnitKind.HOST)
     (record,) = (r for r in chosen.records if r.unit == host_unit)
     content = bytes(chosen.payload(record.slot))
@@ -234,7 +234,7 @@ class _Memory:
         return array[(start - first) * size : (end - first) * size]
 
 
-class _Chosen:
+class Chosen:
     """The captures of an owner that lead to T, from several arenas perhaps, under slot numbers of their own."""
 
     def __init__(self, owner: Owner, pool: HostPool) -> None:

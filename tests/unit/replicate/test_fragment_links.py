@@ -32,9 +32,8 @@ def test_each_holder_has_its_fragment_of_everything(tmp_path: Path) -> None:
 def test_a_holder_that_is_away_costs_one_loss_and_two_cost_all(tmp_path: Path) -> None:
     with running(tmp_path, 4, 2, **FOUR) as ranks:
         ranks.step(1)
-        holders = ranks.placement.holders[0]
+        holders, replication = ranks.placement.holders[0], ranks.replications[0]
         for iteration, (away, left) in enumerate(((holders[:1], 1), (holders[:2], 0), (holders, 0)), 2):
-            replication = ranks.replications[0]
             with ranks.faults.cut([0], away, "hold"):
                 ranks.states[0].step(iteration)
                 ranks.commit(0, iteration)
