@@ -60,9 +60,7 @@ class Rounds:
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FragmentMover:
-    """One rank's part. ``arenas`` and ``orders`` as in ``Mover``; ``targets``: the records of what arrives here, each
-    in a slot of its own, by arena and row of the owner's order.
-    """
+    """One rank's part. ``arenas`` and ``orders`` as in ``Mover``."""
 
     rank: int
     arenas: Mapping[Key, Arena]

@@ -10,7 +10,7 @@ kind      from                    words                                         
 ``DROP``  owner                   epoch, 0, 0, 0                                               nothing
 ``YES``   holder                  epoch, 0, 0, 0                                               nothing
 ``NO``    holder                  epoch, 0, 0, 0                                               the reason, UTF-8
-``DIGESTS`` owner                 epoch, 0, 0, 0                                               ``mirror.Late``
+``DIGESTS`` owner                 epoch, 0, 0, 0                                               ``encode_digests``
 ========= ======================= ============================================================ ========================
 
 Captures' bytes follow an ``UPDATE`` that was answered by ``YES``, in the order of its records, without a frame: their
