@@ -42,6 +42,8 @@ class CorruptArena(StoreError):
 class ChannelError(MoetionError):
     """A transfer to or from a peer failed or ran past its time limit."""
 
+    exit_code = 1
+
 
 class DeviceFault(MoetionError):
     """The device refused or failed a copy. Snapshots stop on this rank; training goes on while the device lets it."""

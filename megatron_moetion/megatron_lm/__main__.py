@@ -30,7 +30,7 @@ def run(argv: Sequence[str]) -> int:
         print(USAGE)
         return 0
     restarts, timeout = _warm_restarts(argv[1:])
-    return _code_of(partial(_stay_warm, argv, restarts, timeout) if restarts else partial(run_script, argv))
+    return _code_of(partial(_stay_warm, argv, restarts, timeout) if restarts > 0 else partial(run_script, argv))
 
 
 def run_script(argv: Sequence[str]) -> int:

@@ -14,6 +14,8 @@ from typing import Protocol
 
 from torch import distributed as dist
 
+from megatron_moetion.rendezvous import HOSTED
+
 ENDPOINT = "MOETION_RENDEZVOUS"
 """Environment: host:port of a rendezvous store that lives as long as the job, where the launcher's own does not."""
 _TIMEOUT = timedelta(seconds=20)
@@ -84,13 +86,16 @@ def witness_of(environment: Mapping[str, str], run_id: str) -> Witness:
     """The launcher's store, if it outlives an attempt: named by ``MOETION_RENDEZVOUS``, else torchrun's own.
 
     torchrun keeps one store for all attempts of a job, unless it was told not to share it. A requeued SLURM job has a
-    new one.
+    new one. Warm parents host one for an attempt of the launcher.
     """
     is_requeued = environment.get("SLURM_RESTART_COUNT", "0") not in ("", "0")
     named = environment.get(ENDPOINT, "")
     shared = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") not in ("1", "true", "True")
     if named:
         host, _, port = named.rpartition(":")
+    elif HOSTED in environment:  # it lives as long as the launcher's attempt
+        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+        is_requeued = is_requeued or environment[HOSTED] != "0"
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and shared:
         host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
     else:

@@ -186,8 +186,12 @@ def test_ranks_that_warm_parents_fork_again_are_the_uninterrupted_run(
 ) -> None:
     """A rank dies in a step, another one in the recovery from that, one after it; ``torchrun`` restarts nothing."""
     faults = "0:3:6:mid-pack,1:0:-1:restore,2:2:10:mid-replication"
-    run = train(tmp_path, moetion(store, mode, f"--moetion-warm-restarts 3 --moetion-inject-fault {faults}"))
+    saved = tmp_path / "saved"
+    more = f"--moetion-warm-restarts 3 --moetion-inject-fault {faults} --save {saved} --save-interval 100"
+    run = train(tmp_path, moetion(store, mode, more))
     assert [e["epoch"] for e in run.recoveries] == [1, 2]
+    assert [folder.name for folder in saved.glob("iter_*")] == [f"iter_{ITERATIONS:07d}"], "none for a restart"
+    assert "as the job ends" not in run.output.replace("no checkpoint is written as the job ends", "")
     assert run.curve == reference.curve
     assert run.validation == reference.validation
     assert run.output.count("the ranks start again from warm parents") == 3

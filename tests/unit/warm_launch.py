@@ -15,6 +15,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
 
+import psutil
 from torch import distributed as dist
 
 from megatron_moetion import warm
@@ -48,6 +49,8 @@ def rank(folder: Path, acts: dict[str, str], number: int) -> NoReturn:
     if act == "exit when told":
         fork(lambda: helper(folder))
         signal.signal(signal.SIGTERM, lambda *_: os._exit(9))
+    if act == "end when told":
+        signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
     if act == "note and end":
         signal.signal(signal.SIGUSR1, lambda *_: ((folder / "noted").touch(), os._exit(0)))
     (folder / f"{generation}.{number}").write_text(str(os.getpid()))
@@ -97,6 +100,11 @@ def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> in
     return warm.stay(lambda: rank(folder, settings["acts"], number), launch)
 
 
+def listeners(parents: list[int]) -> list[int]:
+    """The younger child of each."""
+    return [max(child.pid for child in psutil.Process(pid).children()) for pid in parents]
+
+
 def main(folder: Path, settings: dict[str, Any]) -> None:
     store, port = 0, free_port()
     if settings["launcher_has_store"]:
@@ -109,8 +117,10 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
         while len(list(folder.glob("0.?"))) < 3:
             time.sleep(0.01)
         time.sleep(0.3)
-        os.kill(store if who == "store" else parents[who], signal.Signals[name])
-    began, codes = time.monotonic(), {}
+        for pid in listeners(parents) if who == "listeners" else [store if who == "store" else parents[who]]:
+            os.kill(pid, signal.Signals[name])
+    began = time.monotonic()
+    codes: dict[int, int] = {}
     while len(codes) < 3 and time.monotonic() - began < LIMIT_S:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in parents:
@@ -119,7 +129,15 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     for pid in [*([store] if store else []), *(p for n, p in enumerate(parents) if n not in codes)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
-    print(json.dumps({"codes": [codes.get(n) for n in range(3)], "seconds": time.monotonic() - began}))
+    print(
+        json.dumps(
+            {
+                "codes": [codes.get(n) for n in range(3)],
+                "first": next(iter(codes), None),
+                "seconds": time.monotonic() - began,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ from datetime import timedelta
 import pytest
 from torch import distributed as dist
 
+from megatron_moetion.rendezvous import HOSTED
 from megatron_moetion.replicate.protection import USUAL_LIMIT, Distance, limit_of, restarts_left
 from megatron_moetion.replicate.witness import NO_WITNESS, Past, StoreWitness, witness_of
 
@@ -63,6 +64,9 @@ def test_torchruns_store_is_asked_where_it_outlives_an_attempt() -> None:
     assert witness_of(per_round, "a") is NO_WITNESS
     named = {**per_round, "MOETION_RENDEZVOUS": f"127.0.0.1:{server.port}"}
     assert witness_of(named, "a").past() == Past(is_known=True, had_baseline=True)
+    hosted = {**per_round, HOSTED: "0"}
+    assert witness_of(hosted, "b").past() == Past(is_known=True), "by warm parents, from the first start on"
+    assert witness_of({**hosted, HOSTED: "1"}, "b").past() == Past(is_known=False), "that the launcher started again"
     assert witness_of({}, "a") is NO_WITNESS
 
 
