@@ -144,7 +144,7 @@ class Job:
         def row(rank: int) -> list[Any]:
             experts = _MINE if rank % 64 == self.rank % 64 else f"{rank % 64:016x}"
             layout = _layout(rank)[: len(shape.layout)]
-            return [self.keys[self.placement.node_of[rank]], layout, shape.slots, shape.experts, experts]
+            return [self.keys[self.placement.node_of[rank]], "", layout, shape.slots, shape.experts, experts]
 
         return json.dumps([row(rank) for rank in range(len(self.placement.node_of))])
 

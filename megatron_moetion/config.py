@@ -14,7 +14,9 @@ MODES = ("full", "popularity", "exact")
 MIN_PERIOD, MAX_PERIOD = 2, 64
 DEFAULT_PERIOD = 8
 SCHEDULES = ("auto", "bubble", "steady", "eager")
-SWITCH = ("on", "off")
+OFF = "off"
+SWITCH = ("on", OFF)
+SLURM = "slurm"
 TOPICS = (
     "The run and its memory",
     "Copies on other nodes",
@@ -113,6 +115,15 @@ class MoetionConfig:
         topic=_COPIES,
         unit="ranks",
         minimum=0,
+    )
+    failure_domains: str = setting(
+        AUTO,
+        "where nodes stand, so that copies of one state are in different failure domains: a file with a line for each "
+        "node, its name and its domain, which may be nested ('node17 switch1/rack2'); or 'slurm', the switches or "
+        "blocks of SLURM's topology; 'auto', as 'slurm' where SLURM knows them; or 'off'. Other groups of nodes at a "
+        "restart mean that copies move",
+        topic=_COPIES,
+        metavar="FILE",
     )
     network_interface: str = setting(
         "",

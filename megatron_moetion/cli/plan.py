@@ -24,6 +24,7 @@ from megatron_moetion.plan.costs import (
 from megatron_moetion.plan.parallel import Parallel, busiest, loads
 from megatron_moetion.plan.presets import MACHINES, MODELS, Machine
 from megatron_moetion.plan.shape import ModelShape
+from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.select.budget import Limits, experts_per_snapshot
 
 SHOWN_PERIODS = (2, 4, 8, 16, 32)
@@ -160,6 +161,13 @@ def _add_machine(plan: argparse.ArgumentParser) -> None:
     machine = plan.add_argument_group("the machine")
     machine.add_argument("--nodes", type=int, metavar="N", help="needed with a model")
     machine.add_argument(
+        "--nodes-per-domain",
+        type=int,
+        metavar="N",
+        help="with a model: consecutive nodes that are lost together, such as those of a rack "
+        "(--moetion-failure-domains)",
+    )
+    machine.add_argument(
         "--machine", choices=tuple(MACHINES), help="its GPUs, half of its memory, one interface, its peak TFLOPS"
     )
     machine.add_argument(
@@ -267,8 +275,8 @@ def _one_rank(args: argparse.Namespace, stored: Mapping[str, Any]) -> RankState:
             "give a model: --preset, or --num-layers, --hidden-size and the other flags of pretrain_gpt.py; or the "
             "state of one rank: --dense-parameters, --expert-parameters and --experts"
         )
-    for flag in ("--mfu", "--nodes"):
-        if getattr(args, flag[2:]) is not None:
+    for flag in ("--mfu", "--nodes", "--nodes-per-domain"):
+        if getattr(args, flag[2:].replace("-", "_")) is not None:
             raise ConfigError(f"{flag} needs a model: --preset, or --num-layers and the other flags of pretrain_gpt.py")
     return RankState(
         dense_parameters=_count("--dense-parameters", args.dense_parameters),
@@ -324,7 +332,18 @@ def _scenario(args: argparse.Namespace, machine: Machine | None, stored: Mapping
         state=state,
         iteration_s=_iteration_s(args, machine, shape, world),
         mfu=args.mfu,
+        placement=_placement(args),
     )
+
+
+def _placement(args: argparse.Namespace) -> Placement:
+    """Of the nodes, by number."""
+    per_domain = args.nodes_per_domain
+    if per_domain is not None and per_domain < 1:
+        raise ConfigError(f"--nodes-per-domain is {per_domain}; it must be at least 1")
+    nodes = [str(node) for node in range(args.nodes)]
+    domains = [str(n // per_domain) for n in range(args.nodes)] if per_domain else ()
+    return place(nodes, args.replicas, domains, args.coding_nodes)
 
 
 def _iteration_s(args: argparse.Namespace, machine: Machine | None, shape: ModelShape, world: int) -> float | None:

@@ -18,6 +18,8 @@ from megatron_moetion.plan.choice import gib
 from megatron_moetion.plan.costs import GRADIENT_DTYPES, Cost, RankState, Resources, shortage
 from megatron_moetion.plan.parallel import Load, Parallel
 from megatron_moetion.plan.shape import ModelShape
+from megatron_moetion.replicate.placement import Placement
+from megatron_moetion.replicate.survival import exposure, percent, shown
 from megatron_moetion.select.budget import Limits
 
 _COUNTS = (("", 1.0), ("K", 1e3), ("M", 1e6), ("B", 1e9), ("T", 1e12))
@@ -39,6 +41,8 @@ class Scenario:
     """Of a rank of the busiest stage."""
     iteration_s: float | None
     mfu: float | None
+    placement: Placement
+    """Of replicas on the nodes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,6 +114,17 @@ def _model(found: Scenario) -> dict[str, Any]:
         "stages": [asdict(load) for load in found.loads],
         "busiest_stage": found.busiest.stage,
         "iteration_s": found.iteration_s,
+        "survival": None if found.placement.coding.is_on else _survival(found.placement),
+    }
+
+
+def _survival(placement: Placement) -> dict[str, Any]:
+    """Odds that every rank's state survives so many lost nodes, or the loss of one failure domain drawn by chance."""
+    found = exposure(placement)
+    return {
+        "lost_nodes": {str(lost): float(value) for lost, value in shown(placement).items()},
+        "lost_domain": float(found.odds) if found.domains else None,
+        "nodes_with_two_copies_in_a_domain": len(found.exposed),
     }
 
 
@@ -222,6 +237,16 @@ def _copies(state: RankState) -> str:
     return f"any {coding.data} of {coding.holders} fragments" if coding.is_on else f"{state.replicas} replica(s)"
 
 
+def _odds(placement: Placement) -> list[str]:
+    values = ", ".join(f"{percent(value)} of {lost}" for lost, value in shown(placement).items())
+    lines = [f"Odds that all state survives lost nodes: {values}"]
+    found = exposure(placement)
+    if found.domains:
+        two = f"; {len(found.exposed)} nodes have two copies in one" if found.exposed else ""
+        lines.append(f"and one of {found.domains} failure domains: {percent(found.odds)}{two}")
+    return lines
+
+
 def _is_advised(cost: Cost, plan: Plan) -> bool:
     return (cost.mode, cost.period) == (plan.advice.mode, plan.advice.period)
 
@@ -246,6 +271,7 @@ def _caption(plan: Plan) -> str:
         lost = "node" if state.replicas == 1 else f"{state.replicas} nodes"
         held = "fragments" if state.coding.is_on else "copies"
         lines.append(f"Any {lost} of {state.coding.holders + 1} that hold each other's {held} may be lost at once")
+        lines += _odds(plan.scenario.placement) if plan.scenario and not state.coding.is_on else []
     else:
         lines.append("Without replicas a lost node costs all that is in memory")
     marks = ["*: recommended"] if plan.advice.mode else []

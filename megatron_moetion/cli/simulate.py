@@ -28,7 +28,7 @@ def add(commands: Any) -> None:
         "simulate",
         help="run the checkpointing runtime under faults, in a simulated cluster",
         usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--copies COPIES] [--faults N] "
-        "[--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
+        "[--domains D] [--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
         description="Run the production code of a job's ranks in one process, with simulated time, network and memory. "
         "A seed decides what goes wrong: killed processes, lost nodes, cut links, damaged memory and messages, and "
         "more. A model that is written apart from the runtime checks the promises. Ends with exit code 1 where one is "
@@ -52,6 +52,9 @@ def add(commands: Any) -> None:
         "'coding', or any: the seed decides",
     )
     parser.add_argument("--faults", type=int, default=60, metavar="N", help="faults of a seed (default: 60)")
+    parser.add_argument(
+        "--domains", type=int, default=0, metavar="D", help="failure domains that nodes are in (default: none)"
+    )
     parser.add_argument("--kinds", metavar="KIND,...", help="only faults of these kinds (docs/simulator.md)")
     parser.add_argument("--keep", metavar="N,N,...", help="only these of a seed's faults, by number; none: no fault")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="processes that run seeds (default: 1)")
@@ -67,15 +70,28 @@ def _run(args: argparse.Namespace) -> int:
     from megatron_moetion.sim.story import Story, shortened
     from megatron_moetion.snapshot.codec import require_codec
 
+    if args.domains < 0:
+        raise ConfigError(f"--domains is {args.domains}; it must not be negative")
     kept, kinds = _numbers(args.keep, args.faults), tuple(filter(None, (args.kinds or "").split(",")))
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ConfigError(f"there is no kind of fault {unknown[0]!r}; there are {', '.join(KINDS)}")
     if args.copies != "whole":
         require_codec()
+        if args.domains:
+            raise ConfigError("--domains is for whole copies: leave out --copies, or --domains")
+    if "lose-domain" in kinds and not args.domains:
+        raise ConfigError("--kinds lose-domain needs --domains D, the failure domains that nodes are in")
     logging.disable(logging.CRITICAL)  # the runtime's own lines, of many ranks in many runs
     stories = [
         Story(
-            seed=seed, ranks=args.ranks, mode=args.mode, copies=args.copies, faults=args.faults, kinds=kinds, kept=kept
+            seed=seed,
+            ranks=args.ranks,
+            mode=args.mode,
+            copies=args.copies,
+            faults=args.faults,
+            kinds=kinds,
+            kept=kept,
+            domains=args.domains,
         )
         for seed in range(args.first, args.first + args.seeds)
     ]

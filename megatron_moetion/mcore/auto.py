@@ -111,7 +111,8 @@ def choosing(loop: Loop, claimed: Claimed) -> Choosing:
     """Ask all ranks what each mode would take. Collective. ``UnsupportedState`` where no mode can capture the state."""
     config, fabric, node = claimed.config, claimed.fabric, claimed.node
     try:
-        placement = place(fabric.gather(node.key), config.replicas, config.coding_nodes)
+        keys, domains = zip(*fabric.gather([node.key, "" if node.position else claimed.domain]), strict=True)
+        placement = place(keys, config.replicas, domains, config.coding_nodes)
     except ConfigError as error:
         raise shared(error) from None
     copies = Copies(coding=config.coding, ranks_per_node=node.num_ranks)

@@ -78,7 +78,7 @@ def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -
     if world_size % per_node == 0:
         replicas, nodes = max(config.replicas, 0), config.coding_nodes
         enough = per_node * (nodes or replicas + 1)
-        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], replicas, nodes)
+        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], replicas, (), nodes)
 
 
 def settings(

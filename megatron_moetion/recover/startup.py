@@ -103,13 +103,18 @@ class _Facts:
     """What every rank says of itself to all others, in some 120 bytes."""
 
     nodes: Sequence[str]
+    domains: Sequence[str]
+    """Of its node; "" where another rank of the node says it."""
     shapes: Sequence[ArenaShape]
     experts: Sequence[str]
     """A digest of the names of the experts that the rank shares with others."""
 
 
 class Startup:
-    """One rank's part in starting a run. ``choose``, ``shared`` and ``retention`` are the mode's."""
+    """One rank's part in starting a run. ``choose``, ``shared`` and ``retention`` are the mode's.
+
+    ``domain``: the failure domain of its node, "" where it is not known.
+    """
 
     def __init__(
         self,
@@ -117,6 +122,7 @@ class Startup:
         config: MoetionConfig,
         fabric: Fabric,
         node: NodeFolder,
+        domain: str = "",
         spec: ArenaSpec,
         pool: HostPool,
         pinning: Pinning,
@@ -131,6 +137,7 @@ class Startup:
         self._config = config
         self._fabric = fabric
         self._node = node
+        self._domain = domain
         self._spec = spec
         self._units: Units = [(name, UnitKind(kind)) for name, kind, _ in spec.units]
         self._pool = pool
@@ -156,7 +163,7 @@ class Startup:
         nonce, last_attempt = self._require_one_run(attempt)
         facts = self._facts()
         try:
-            placement = place(facts.nodes, self._config.replicas, self._config.coding_nodes)
+            placement = place(facts.nodes, self._config.replicas, facts.domains, self._config.coding_nodes)
         except ConfigError as error:
             raise shared(error) from None
         mine = share_of(rank, self._node.arenas(), placement.node_of[rank], placement)
@@ -197,11 +204,13 @@ class Startup:
     def _facts(self) -> _Facts:
         shape = ArenaShape.of(self._spec)
         names = hashlib.blake2b("\n".join(self._shared).encode(), digest_size=8).hexdigest() if self._shared else ""
-        rows = self._fabric.gather([self._node.key, shape.layout, shape.slots, shape.experts, names])
+        domain = "" if self._node.position else self._domain
+        rows = self._fabric.gather([self._node.key, domain, shape.layout, shape.slots, shape.experts, names])
         return _Facts(
             nodes=[row[0] for row in rows],
-            shapes=[ArenaShape(layout=row[1], slots=row[2], experts=row[3]) for row in rows],
-            experts=[row[4] for row in rows],
+            domains=[row[1] for row in rows],
+            shapes=[ArenaShape(layout=row[2], slots=row[3], experts=row[4]) for row in rows],
+            experts=[row[5] for row in rows],
         )
 
     def _sum_up(self, reports: Sequence[ArenaReport]) -> Summary:

@@ -6,6 +6,7 @@ from __future__ import annotations
 import atexit
 import os
 import secrets
+import socket
 import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -55,6 +56,8 @@ class Host:
     """The machine of a run: one real implementation of each part, which tests and simulations replace by others."""
 
     environment: Mapping[str, str] = field(default_factory=lambda: os.environ)
+    name: str = field(default_factory=socket.gethostname)
+    """Of this machine."""
     clock: Clock = field(default_factory=SystemClock)
     threads: Threads = field(default_factory=SystemThreads)
     open_node: Callable[[MoetionConfig, str, Mapping[str, str], int, Clock], NodeFolder] = open_node

@@ -16,6 +16,7 @@ from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks, require_same
+from megatron_moetion.replicate.domains import own_domain
 from megatron_moetion.replicate.speed import serve_probes
 from megatron_moetion.replicate.witness import NO_WITNESS, Witness
 from megatron_moetion.run.host import Host, Probe
@@ -48,6 +49,8 @@ class Claimed:
     journal: Journal
     probe: Probe
     node: NodeFolder
+    domain: str
+    """The node's failure domain; see ``own_domain``."""
     lock: NodeLock
     undo: ExitStack
     """Closes all of it, in the right order."""
@@ -94,7 +97,7 @@ def claim(*, config: MoetionConfig, fabric: Fabric, witness: Witness = NO_WITNES
         undo.callback(fabric.close)
         serve_probes(fabric.mesh)
 
-        def open_folder() -> tuple[str, Probe, Journal, NodeFolder]:
+        def open_folder() -> tuple[str, Probe, Journal, NodeFolder, str]:
             if config.coding_nodes:
                 require_codec()
             run_id = run_id_of(config, host.environment)
@@ -102,9 +105,9 @@ def claim(*, config: MoetionConfig, fabric: Fabric, witness: Witness = NO_WITNES
             probe, journal = host.make_probe(config, attempt, rank), Journal(rank, attempt, report, host.clock)
             node = host.open_node(config, run_id, host.environment, fabric.world_size, host.clock)
             undo.callback(node.leave)  # also where another rank has none
-            return run_id, probe, journal, node
+            return run_id, probe, journal, node, own_domain(config.failure_domains, host.environment, host.name)
 
-        run_id, probe, journal, node = on_all_ranks(fabric, open_folder)
+        run_id, probe, journal, node, domain = on_all_ranks(fabric, open_folder)
         replicas = settled_replicas(config.replicas, fabric, node.key)
         lock = _take_lock(fabric, node, config, journal, undo)
         on_all_ranks(fabric, lambda: write_pid(node, rank, attempt))
@@ -119,6 +122,7 @@ def claim(*, config: MoetionConfig, fabric: Fabric, witness: Witness = NO_WITNES
             journal=journal,
             probe=probe,
             node=node,
+            domain=domain,
             lock=lock,
             undo=undo.pop_all(),
         )
@@ -181,6 +185,7 @@ def settle(
             journal=claimed.journal,
             probe=claimed.probe,
             node=replace(node, memory=memory),
+            domain=claimed.domain,
             lock=claimed.lock,
             attempt=claimed.attempt,
             mode=mode,

@@ -95,6 +95,8 @@ class Prepared:
     journal: Journal
     probe: Probe
     node: NodeFolder
+    domain: str
+    """The node's failure domain; see ``own_domain``."""
     lock: NodeLock
     attempt: int
     mode: SnapshotMode

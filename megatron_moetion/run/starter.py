@@ -21,6 +21,8 @@ from megatron_moetion.recover.startup import Fetched, Findings, Startup
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks
 from megatron_moetion.replicate.pipeline import SnapshotCounts
+from megatron_moetion.replicate.placement import Placement
+from megatron_moetion.replicate.survival import describe, describe_domains
 from megatron_moetion.replicate.witness import Past
 from megatron_moetion.run.health import ended_before, watch
 from megatron_moetion.run.network import look_at_network, say_network
@@ -105,6 +107,7 @@ class Starter:
             config=self._run.config,
             fabric=self._run.fabric,
             node=self._run.node,
+            domain=self._run.domain,
             spec=self._run.mode.spec,
             pool=self._run.pool,
             pinning=self._run.pinning,
@@ -372,7 +375,17 @@ class Starter:
                 f"torchrun has made up the run id {self._run.node.path.parent.name}: another launch cannot go on from "
                 "this run's memory, which is removed when the run ends well. --moetion-run-id NAME gives it a name",
             )
-        if not config.replicas:
+        if config.replicas:
+            self._say_placement(iteration, findings.placement)
+        else:
             why = "this run has one node" if findings.placement.num_nodes == 1 else "--moetion-replicas 0"
             text = f"{why}: snapshots survive killed processes, and nothing survives the loss of a node or its memory"
             journal.warn_once("replicas", iteration, text)
+
+    def _say_placement(self, iteration: int, placement: Placement) -> None:
+        self._run.journal.info(iteration, describe(placement))
+        text, is_warning = describe_domains(placement)
+        if is_warning:
+            self._run.journal.warn_once("domains", iteration, text)
+        elif text:
+            self._run.journal.info(iteration, text)

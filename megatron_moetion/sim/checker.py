@@ -7,7 +7,7 @@ It knows nothing of the production code. State it knows from ``truth``, arenas f
 from __future__ import annotations
 
 import struct
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -50,6 +50,8 @@ class Claim:
     losses: int
     since_s: float
     why: str
+    domain_of: Mapping[str, str] = field(default_factory=dict)
+    """By memory: where no two copies of a state are in one failure domain, those of a domain are lost as one."""
 
 
 @dataclass(kw_only=True)
@@ -71,6 +73,7 @@ class _Round:
     began_s: float
     known: dict[int, int] = field(default_factory=dict)
     full: dict[int, bool] = field(default_factory=dict)
+    at_home: dict[int, bool] = field(default_factory=dict)
 
 
 class Checker:
@@ -101,6 +104,8 @@ class Checker:
         self._recoveries: list[Begun] = []
         """Those that the present history has been through."""
         self._launched_s = 0.0
+        self._domain_of: Mapping[str, str] = {}
+        """Of the memories of this attempt, where the nodes of each domain are few enough to lie in different groups."""
         self._newest_stable = 0
         """That any rank has ever known, or recovered."""
         self._stable: dict[int, int] = {}
@@ -112,8 +117,13 @@ class Checker:
 
     # -- attempts --------------------------------------------------------------------------------------
 
-    def launching(self, now_s: float, images: Sequence[tuple[str, bytes]]) -> None:
-        """All processes are gone, and new ones are about to start on these arenas (place, bytes)."""
+    def launching(self, now_s: float, images: Sequence[tuple[str, bytes]], domains: Mapping[str, str]) -> None:
+        """All processes are gone, and new ones are about to start on these arenas (place, bytes).
+
+        ``domains``: the failure domain of each node's memory, empty where none are known.
+        """
+        most = max(Counter(domains.values()).values(), default=0)
+        self._domain_of = domains if most <= len(domains) // (self.replicas + 1) else {}
         newest = max(self._stable.values(), default=len(self.chain) - 1)
         self._newest_stable = max(self._newest_stable, newest)
         self._begun, self._launched_s = None, now_s
@@ -173,7 +183,8 @@ class Checker:
             self._check_losses(begun)
             self.had_baseline = True
             self.consented = False
-            self.claims = [Claim(iteration, self.replicas, begun.launched_s, "all ranks have started")]
+            why = "all ranks have started"
+            self.claims = [Claim(iteration, self.replicas, begun.launched_s, why, self._domain_of)]
 
     def _judge_start(self, begun: Begun) -> None:
         floor = self.floor()
@@ -212,9 +223,12 @@ class Checker:
         standing = [
             c
             for c in self.claims
-            if len({m for at_s, m, _ in self.losses if at_s >= c.since_s} | self.deleted) <= c.losses
+            if len({c.domain_of.get(m, m) for m in self._lost_since(c.since_s) | self.deleted}) <= c.losses
         ]
         return max(standing, key=lambda c: c.stable, default=None)
+
+    def _lost_since(self, since_s: float) -> set[str]:
+        return {memory for at_s, memory, _ in self.losses if at_s >= since_s}
 
     def gave_up(self, text: str) -> None:
         """A start has ended with: nothing can be recovered."""
@@ -237,10 +251,13 @@ class Checker:
         if self.chain[iteration] != mark:
             raise Violation(f"rank {rank} is in another history at iteration {iteration}")
 
-    def before_save(self, now_s: float, rank: int, round_number: int, *, is_full: bool) -> None:
-        """A rank is about to say what it holds. ``is_full``: all of its holders count at this moment."""
+    def before_save(self, now_s: float, rank: int, round_number: int, *, is_full: bool, at_home: bool) -> None:
+        """A rank is about to say what it holds. ``is_full``: all of its holders count at this moment.
+
+        ``at_home``: no other rank is, or is asked to be, a holder of it.
+        """
         entry = self._rounds.setdefault(round_number, _Round(began_s=now_s))
-        entry.full[rank] = is_full
+        entry.full[rank], entry.at_home[rank] = is_full, at_home
 
     def saved(
         self,
@@ -252,6 +269,7 @@ class Checker:
         heard: int,
         redundancy: int,
         is_full: bool,
+        at_home: bool,
         took_s: float,
         num_threads: int,
     ) -> None:
@@ -270,6 +288,7 @@ class Checker:
         if entry is not None:
             entry.known[rank] = stable
             entry.full[rank] &= is_full
+            entry.at_home[rank] &= at_home
         if heard > self._heard:
             self._heard = heard
             self._claim(heard, stable, redundancy)
@@ -279,13 +298,13 @@ class Checker:
         entry = self._rounds.get(heard)
         if entry is None or len(entry.known) < self.model.ranks:
             return
-        since_s = entry.began_s
+        since_s, apart = entry.began_s, self._domain_of if all(entry.at_home.values()) else {}
         self.claims = [Claim(stable, 0, since_s, f"stable in round {heard}")]
         if all(entry.full.values()):
-            self.claims.append(Claim(stable, self.replicas, since_s, f"all holders count in round {heard}"))
+            self.claims.append(Claim(stable, self.replicas, since_s, f"all holders count in round {heard}", apart))
         if redundancy:
             said = min(entry.known.values())
-            self.claims.append(Claim(said, redundancy, since_s, f"redundancy said in round {heard}"))
+            self.claims.append(Claim(said, redundancy, since_s, f"redundancy said in round {heard}", apart))
 
     def saved_on_disk(self, iteration: int) -> None:
         """A checkpoint of this iteration is complete."""

@@ -6,6 +6,7 @@ Each rank runs the production code: fabric, ``prepare``, ``Starter``, ``Session`
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,6 +65,8 @@ class Shape:
     step_s: float = 0.4
     save_every: int = 0
     """Iterations between checkpoints on disk; 0: there are none."""
+    domains: int = 0
+    """Failure domains that nodes are in; 0: none are known."""
 
     @property
     def copies_text(self) -> str:
@@ -178,18 +181,28 @@ class Cluster:
         self._seed = seed
         self._folder = folder
         self._machines = 0
+        self._places = random.Random(seed ^ 0xD0)
+        """Where machines that replace others stand."""
         self._launched_s = -RESTART_S
         self._witness = dist.HashStore()
         self._runs = 0
         self._processes: list[Process] = []
-        self.machines = [self.new_machine() for _ in range(shape.nodes)]
+        self.machines = [self.new_machine(node * shape.domains // shape.nodes) for node in range(shape.nodes)]
         """By node of the run: which machine it is."""
 
-    def new_machine(self) -> Machine:
-        """An empty one."""
+    def new_machine(self, domain: int | None = None) -> Machine:
+        """An empty one, in this failure domain; None: in any."""
         number = self._machines
         self._machines += 1
-        machine = Machine(simulator=self.simulator, key=f"m{number}", number=number, folder=self._folder / f"m{number}")
+        if domain is None:
+            domain = self._places.randrange(max(1, self.shape.domains))
+        machine = Machine(
+            simulator=self.simulator,
+            key=f"m{number}",
+            number=number,
+            folder=self._folder / f"m{number}",
+            domain=f"rack{domain}" if self.shape.domains else "",
+        )
         machine.make()
         return machine
 
@@ -427,6 +440,7 @@ class Cluster:
                 "LOCAL_WORLD_SIZE": str(per_node),
                 "LOCAL_RANK": str(rank.number % per_node),
                 "TORCHELASTIC_RESTART_COUNT": str(rank.attempt),
+                **_topology(rank.machine),
             },
             clock=rank.clock,
             threads=rank.threads,
@@ -458,6 +472,16 @@ class SlowPacker(Packer):
             between()
 
         return super().pack(targets, after_batch, *rest)
+
+
+def _topology(machine: Machine) -> dict[str, str]:
+    """What SLURM tells the ranks of a machine."""
+    if not machine.domain:
+        return {}
+    return {
+        "SLURM_TOPOLOGY_ADDR": f"{machine.domain}.{machine.key}",
+        "SLURM_TOPOLOGY_ADDR_PATTERN": "switch.node",
+    }
 
 
 def _blueprint(mode: str, state: Trainee) -> Blueprint:

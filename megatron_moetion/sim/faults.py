@@ -53,13 +53,14 @@ KINDS = {
     "flap-node": 3, "cut-then-lose": 4,
     "stop": 4, "slow": 3, "cut": 6, "cut-one-way": 3, "isolate": 3, "delay": 8, "reset": 14, "damage": 10, "drop": 8,
     "double": 8, "flip": 4, "fill": 3, "delete-store": 2, "clock": 3, "move": 3, "settings": 3, "late-pack": 6,
-    "moved": 4, "grown": 3, "unhealthy": 3,
+    "moved": 4, "grown": 3, "unhealthy": 3, "lose-domain": 10,
 }  # fmt: skip
 """Kinds of faults, and how often each is drawn."""
 
 
-def draw(seed: int, shape: Shape, count: int, *, kinds: Sequence[str] = tuple(KINDS)) -> list[Fault]:
-    """So many faults, in order, over as long as training about takes."""
+def draw(seed: int, shape: Shape, count: int, *, kinds: Sequence[str] = ()) -> list[Fault]:
+    """So many faults, in order, over as long as training about takes. No kinds named: all that the shape can have."""
+    kinds = kinds or [kind for kind in KINDS if shape.domains or kind != "lose-domain"]
     chance = random.Random(seed ^ 0x5EED)
     span_s = shape.iterations * shape.step_s * 1.3
     weights = [KINDS[kind] for kind in kinds]
@@ -108,6 +109,7 @@ class Injector:
             "kill-at": self._arm,
             "kill-all": self._kill_all,
             "lose-node": self._lose_node,
+            "lose-domain": self._lose_domain,
             "lose-in-recovery": self._lose_in_recovery,
             "swap-node": self._swap_node,
             "return-node": self._return_node,
@@ -263,6 +265,13 @@ class Injector:
     def _lose_node(self, fault: Fault) -> bool:
         self._lose(fault.rank)
         return True
+
+    def _lose_domain(self, fault: Fault) -> bool:
+        """All nodes of a failure domain at once."""
+        domain = self._cluster.machines[fault.rank].domain
+        for node in [n for n, machine in enumerate(self._cluster.machines) if domain and machine.domain == domain]:
+            self._lose(node)
+        return bool(domain)
 
     def _lose_in_recovery(self, fault: Fault) -> bool:
         """A node dies, and another one a moment after the next start has begun."""

@@ -43,6 +43,8 @@ class Machine:
     key: str
     number: int
     folder: Path
+    domain: str = ""
+    """Its failure domain."""
     files: dict[str, File] = field(default_factory=dict)
     owners: dict[int, Process] = field(default_factory=dict)
     """By position of a rank on the node: the process that has the lock."""

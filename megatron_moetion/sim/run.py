@@ -66,6 +66,8 @@ class Referee(Watcher):
         self.consent_needed = False
         self._rounds: dict[int, int] = {}
         self._steps: dict[int, int] = {}
+        self._homes: dict[int, set[int]] = {}
+        """By rank: its holders at the start."""
 
     def say(self, text: str) -> None:
         """A line of the story."""
@@ -80,11 +82,13 @@ class Referee(Watcher):
         self.checker.replicas = cluster.config().replicas
         images = [(f"{m.key}/{n}", f.array.tobytes()) for m in cluster.machines for n, f in sorted(m.files.items())]
         self.say(f"attempt {cluster.attempt + 1} on {', '.join(m.key for m in cluster.machines)}")
-        self.checker.launching(self.simulator.now_s, images)
+        domains = {machine.key: machine.domain for machine in cluster.machines if machine.domain}
+        self.checker.launching(self.simulator.now_s, images, domains)
 
     def started(self, rank: Rank, running: Running, resumed: Resumed | None) -> None:
         """See ``Watcher``."""
         state = rank.state
+        self._homes[rank.number] = {holder.rank for holder in running.pipeline.holders()}
         if not rank.number:
             self.say(f"rank 0 starts at {state.iteration}, {'recovered' if resumed else 'new'}")
         self.checker.started(
@@ -111,7 +115,11 @@ class Referee(Watcher):
         if rank.unhealthy:
             self.checker.vetoes(rank.state.iteration)
         self.checker.before_save(
-            self.simulator.now_s, rank.number, self._rounds[rank.number], is_full=self._is_full(session)
+            self.simulator.now_s,
+            rank.number,
+            self._rounds[rank.number],
+            is_full=self._is_full(session),
+            at_home=self._is_at_home(rank, session),
         )
 
     def saved(self, rank: Rank, session: Session, took_s: float) -> None:
@@ -125,6 +133,7 @@ class Referee(Watcher):
             heard=run.agreement.heard,
             redundancy=run.agreement.redundancy,
             is_full=self._is_full(session),
+            at_home=self._is_at_home(rank, session),
             took_s=took_s,
             num_threads=len(rank.process.tasks),
         )
@@ -144,6 +153,9 @@ class Referee(Watcher):
     def _is_full(self, session: Session) -> bool:
         holders = session.running.pipeline.holders()
         return sum(h.is_active for h in holders) >= session.running.coding.holders
+
+    def _is_at_home(self, rank: Rank, session: Session) -> bool:
+        return {h.rank for h in session.running.pipeline.holders()} == self._homes[rank.number]
 
     def on_disk(self, iteration: int) -> None:
         """See ``Watcher``."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from megatron_moetion.sim.cluster import Shape
-from megatron_moetion.sim.faults import KINDS, Fault, draw
+from megatron_moetion.sim.faults import Fault, draw
 from megatron_moetion.sim.run import Outcome, run
 
 RUNS_MAX = 80
@@ -33,6 +33,8 @@ class Story:
     kinds: tuple[str, ...] = ()
     """Of its faults; none named: all."""
     kept: tuple[int, ...] | None = None
+    domains: int = 0
+    """Failure domains that nodes are in; 0: none are known."""
 
     @property
     def shape(self) -> Shape:
@@ -58,11 +60,12 @@ class Story:
             coding_nodes=coding_nodes,
             schedule=schedule,
             save_every=save_every,
+            domains=self.domains,
         )
 
     def all_faults(self) -> list[Fault]:
         """The faults that are drawn."""
-        return draw(self.seed, self.shape, self.faults, kinds=self.kinds or tuple(KINDS))
+        return draw(self.seed, self.shape, self.faults, kinds=self.kinds)
 
     def chosen(self) -> list[Fault]:
         """Those that take place."""
@@ -77,11 +80,12 @@ class Story:
     def line(self) -> str:
         """What repeats it, in a shell."""
         kinds = f" --kinds {','.join(self.kinds)}" if self.kinds else ""
+        domains = f" --domains {self.domains}" if self.domains else ""
         copies = "" if self.copies == "whole" else f" --copies {self.copies}"
         kept = "" if self.kept is None else f" --keep {','.join(map(str, self.kept)) or 'none'}"
         return (
             f"moetion simulate --first {self.seed} --seeds 1 --ranks {self.ranks} --mode {self.mode} "
-            f"--faults {self.faults}{copies}{kinds}{kept}"
+            f"--faults {self.faults}{copies}{domains}{kinds}{kept}"
         )
 
 

@@ -41,6 +41,8 @@ class Mutation:
     """Kinds of faults that look for it, comma separated; none: all."""
     seeds: tuple[int, ...] = ()
     """That look for it; none: those of the command line."""
+    domains: int = 0
+    """Failure domains of the runs that look for it."""
     review: str = ""
     """The fault of an earlier review that it brings back, by its number there."""
 
@@ -52,6 +54,15 @@ class Mutation:
 
 
 MUTATIONS = (
+    Mutation(
+        name="copies of a state share a failure domain",
+        file="replicate/placement.py",
+        old="groups = _apart(where, replicas) if replicas and any(where) else _consecutive(num_nodes, replicas)",
+        new="groups = _consecutive(num_nodes, replicas)",
+        mode="full",
+        kinds="lose-domain,kill",
+        domains=2,
+    ),
     Mutation(
         name="a holder lists what does not verify",
         file="replicate/holder.py",
@@ -294,7 +305,8 @@ def _look(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) 
         if time.process_time() > limit_s:
             break
         kinds = tuple(filter(None, mutation.kinds.split(",")))
-        story = Story(seed=seed, ranks=ranks, mode=mutation.mode, kinds=kinds, faults=20 if kinds else 60)
+        faults = 20 if kinds else 60
+        story = Story(seed=seed, ranks=ranks, mode=mutation.mode, kinds=kinds, faults=faults, domains=mutation.domains)
         tried += 1
         problem = story.play().problem
         if problem is not None:

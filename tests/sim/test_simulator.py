@@ -23,12 +23,15 @@ FIXED = (
     (1, 4, "full", "fragments"), (3, 6, "popularity", "fragments"),
 )  # fmt: skip
 """Seed, ranks, mode, copies."""
+DOMAINS = ((5, 8, "full", 4),)
+"""Seed, ranks, mode, failure domains."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
 QUICK = (
     "a recovery does not begin an epoch",
     "the oldest iteration is chosen, not the newest",
     "T follows the last result, also back",
     "the optimizer does not wait for the copy",
+    "copies of a state share a failure domain",
 )
 """Mutations that the first seed finds within a second or two."""
 
@@ -48,6 +51,16 @@ def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str, cop
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults.total() >= 30, "faults take place"
     assert outcome.attempts > 3, "and end processes"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("seed", "ranks", "mode", "domains"), DOMAINS)
+def test_the_loss_of_a_failure_domain_costs_nothing(seed: int, ranks: int, mode: str, domains: int) -> None:
+    kinds = ("lose-domain", "lose-node", "kill", "move")
+    story = Story(seed=seed, ranks=ranks, mode=mode, faults=12, kinds=kinds, domains=domains)
+    outcome = story.play()
+    assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
+    assert outcome.faults["lose-domain"] >= 2, outcome.faults
 
 
 @pytest.mark.timeout(300)
@@ -117,6 +130,8 @@ def test_a_failure_is_shortened_and_repeated_from_its_line(
         (["--keep", "1,x"], "numbers of faults"),
         (["--keep", "99"], "0 to 59"),
         (["--kinds", "flood"], "no kind of fault"),
+        (["--kinds", "lose-domain"], "needs --domains"),
+        (["--domains", "-1"], "must not be negative"),
     ],
 )
 def test_bad_flags_are_refused(flags: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:

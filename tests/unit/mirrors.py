@@ -109,7 +109,7 @@ class Ranks:
         self.fabrics = loopback_fabrics(num_ranks, cuts=self.faults, **network)
         self.states = list(states or [ToyState(num_experts=2, seed=r) for r in range(num_ranks)])
         self.packers = [make_packer(s.inventory()) for s in self.states]
-        self.placement: Placement = place([f"node{r}" for r in range(num_ranks)], replicas, coding_nodes)
+        self.placement: Placement = place([f"node{r}" for r in range(num_ranks)], replicas, (), coding_nodes)
         self.folders = [folder / f"node{r}" for r in range(num_ranks)]
         self.arenas: list[OpenArenas] = []
         self.replications: list[Replication] = []

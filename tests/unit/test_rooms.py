@@ -62,6 +62,8 @@ PURE = [
     "schedule/sizes.py",
     "schedule/timeline.py",
     "replicate/placement.py",
+    "replicate/substitutes.py",
+    "replicate/survival.py",
     "replicate/agreement.py",
     "replicate/notes.py",
     "recover/plan.py",

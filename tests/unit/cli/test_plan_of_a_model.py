@@ -123,6 +123,29 @@ def test_the_heading_says_what_was_reckoned_with(capsys: pytest.CaptureFixture[s
     assert lines[-1].startswith("Mode 'full' fits")
 
 
+def test_odds_of_lost_nodes_are_those_of_the_layout(capsys: pytest.CaptureFixture[str]) -> None:
+    sixteen = MIXTRAL.replace("--nodes 8", "--nodes 16")
+    found = document(sixteen, capsys)["model"]["survival"]
+    assert found["lost_nodes"] == pytest.approx({"1": 1.0, "2": 1 - 8 / 120, "3": 448 / 560})
+    assert (found["lost_domain"], found["nodes_with_two_copies_in_a_domain"]) == (None, 0)
+    assert "\nOdds that all state survives lost nodes: 100% of 1, 93.3% of 2, 80.0% of 3" in plan(sixteen, capsys)
+    triple = plan(f"{sixteen} --replicas 2", capsys)
+    assert "\nOdds that all state survives lost nodes: 100% of 1, 100% of 2, 98.6% of 3" in triple
+    pair = plan(MIXTRAL.replace("--nodes 8", "--nodes 4"), capsys)
+    assert "100% of 1, 66.7% of 2, 0% of 3" in pair
+    alone = document(f"{MIXTRAL} --replicas 0 --nodes-per-domain 4", capsys)["model"]["survival"]
+    assert (alone["lost_nodes"], alone["lost_domain"]) == ({"1": 0.0, "2": 0.0, "3": 0.0}, 0.0)
+
+
+def test_odds_of_a_lost_failure_domain(capsys: pytest.CaptureFixture[str]) -> None:
+    assert "\nand one of 2 failure domains: 100%" in plan(f"{MIXTRAL} --nodes-per-domain 4", capsys)
+    shared = f"{MIXTRAL} --nodes-per-domain 5"
+    assert "\nand one of 2 failure domains: 50.0%; 2 nodes have two copies in one" in plan(shared, capsys)
+    found = document(shared, capsys)["model"]["survival"]
+    assert (found["lost_domain"], found["nodes_with_two_copies_in_a_domain"]) == (0.5, 2)
+    assert "failure domains" not in plan(f"{MIXTRAL} --nodes-per-domain 8", capsys)
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -148,6 +171,8 @@ def test_an_unknown_flag_is_refused_with_the_nearest_one(
     [
         (MIXTRAL.replace("--nodes 8", ""), "--nodes is needed with a model"),
         ("--nodes 8 --dense-parameters 1M", "--nodes needs a model"),
+        ("--nodes-per-domain 8 --dense-parameters 1M", "--nodes-per-domain needs a model"),
+        (f"{MIXTRAL} --nodes-per-domain 0", "--nodes-per-domain is 0; it must be at least 1"),
         ("--mfu 0.4 --dense-parameters 1M", "--mfu needs a model"),
         ("--tensor-model-parallel-size 2 --dense-parameters 1M", "--tensor-model-parallel-size needs a model"),
         (f"{MIXTRAL} --dense-parameters 1M", "--dense-parameters is of one rank's state"),

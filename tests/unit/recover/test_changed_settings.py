@@ -14,10 +14,10 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import IdentityMismatch
 
 OTHER = {
-    "replicas": 0, "coding_nodes": 4, "ranks_per_node": 2, "network_interface": "lo", "interval": 2,
-    "selection": "sequential",
-    "capacity_recalibration": "on", "recalibration_iterations": 9, "schedule": "eager", "pack_threads": 2,
-    "pack_sms": 2, "max_stall_ms": 1900, "timeout_s": 11, "hang_timeout_s": 0, "holder_patience": 5,
+    "replicas": 0, "coding_nodes": 4, "ranks_per_node": 2, "failure_domains": "off", "network_interface": "lo",
+    "interval": 2, "selection": "sequential", "capacity_recalibration": "on", "recalibration_iterations": 9,
+    "schedule": "eager",
+    "pack_threads": 2, "pack_sms": 2, "max_stall_ms": 1900, "timeout_s": 11, "hang_timeout_s": 0, "holder_patience": 5,
     "max_unprotected_iterations": 9, "max_fruitless_recoveries": 0, "in_flight_bytes": 1 << 20,
     "state_hash_interval": 2, "trace_dir": "traces", "report": "report.jsonl", "allow_fresh": True,
     "inject_fault": "9:0:1:before-commit", "save": "off", "save_interval": 5, "grace_s": 5, "save_limit_s": 60,

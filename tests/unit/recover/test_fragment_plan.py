@@ -20,7 +20,7 @@ from megatron_moetion.recover.plan import (
 from megatron_moetion.replicate.placement import place
 from megatron_moetion.store.manifest import NO_SLOT, Record, Records
 
-FOUR = place(["a", "b", "c", "d"], 2, 4)
+FOUR = place(["a", "b", "c", "d"], 2, coding_nodes=4)
 ONE, TWO, PARITY = (Coding(holders=3, data=2).part(n) for n in range(3))
 
 

@@ -51,6 +51,7 @@ class Job:
         self.folder, self.draw, self.choose = folder, draw, choose
         self.nodes = [folder / f"node{r // ranks_a_node}" for r in range(RANKS)]
         self.placement: Placement = place([node.name for node in self.nodes], 1)
+        self.domains = [""] * RANKS
         self.position = [r % ranks_a_node for r in range(RANKS)]
         self.num_ranks = ranks_a_node
         self.states = [ToyState(num_experts=EXPERTS, seed=r, elements=300, frozen=True) for r in range(RANKS)]
@@ -103,6 +104,11 @@ class Job:
             (self.folder / f"was{node}").rename(self.folder / f"node{(node + by) % num_nodes}")
         self.arenas = {(owner, (node + by) % num_nodes): arena for (owner, node), arena in self.arenas.items()}
 
+    def know_domains(self, domains: Sequence[str]) -> None:
+        """From the next start on nodes have failure domains, by rank."""
+        self.domains = list(domains)
+        self.placement = place([node.name for node in self.nodes], 1, domains)
+
     def expected(self) -> World | NoPlan:
         units = [[(name, UnitKind(kind)) for name, kind, _ in spec.units] for spec in self.specs]
         return plan_world(units, found_in(self.arenas), self.placement, self.choose, nonce=100)
@@ -115,6 +121,7 @@ class Job:
                     config=MoetionConfig(run_id="run", replicas=1, timeout_s=10, interval=intervals[rank]),
                     fabric=fabrics[rank],
                     node=node_folder(node, self.position[rank], self.num_ranks),
+                    domain=self.domains[rank],
                     spec=self.specs[rank],
                     pool=POOL,
                     pinning=Pinning(make_packer(self.states[rank].inventory()), SystemThreads(), SystemClock()),
@@ -210,6 +217,38 @@ def test_every_rank_on_another_node_with_nothing_but_its_own_arena_left(tmp_path
     outcome = job.recover()
     assert isinstance(outcome, RecoveryPlan)
     assert outcome.iteration >= STABLE
+
+
+@pytest.mark.parametrize("lost", [[], [(0, 0), (1, 0)]])
+def test_groups_that_change_at_a_restart_take_their_replicas_along(tmp_path: Path, lost: list[tuple[int, int]]) -> None:
+    """Failure domains are known now, or a spare stands in another one; ``lost``: it has nothing."""
+    job = Job(tmp_path, random.Random(0), ranks_a_node=1, choose=choose_same_iteration)
+    job.train(0.0)
+    before = job.placement.groups
+    job.lose(*lost)
+    job.know_domains(["rack1", "rack1", "rack2", "rack2"])
+    assert (before, job.placement.groups) == (((0, 1), (2, 3)), ((0, 2), (1, 3)))
+    outcome = job.recover()
+    assert isinstance(outcome, RecoveryPlan)
+    assert outcome.iteration == LAST
+
+
+def test_one_rank_of_a_node_tells_its_failure_domain_to_all(tmp_path: Path) -> None:
+    job = Job(tmp_path, random.Random(0), ranks_a_node=1, choose=choose_same_iteration)
+    job.train(0.0)
+    job.know_domains(["s1/r1", "s1/r1", "s2/r1", "s2/r1"])
+    for arena in job.arenas.values():
+        arena.close()
+
+    def survey(rank: Rank) -> Placement:
+        findings = rank.startup.survey(1)
+        rank.startup.close()
+        return findings.placement
+
+    with loopback_fabrics(RANKS) as fabrics:
+        found = together(*(partial(survey, rank) for rank in job.ranks(fabrics)))
+    assert found == [job.placement] * RANKS
+    assert job.placement.domains == (("s1", "r1"), ("s1", "r1"), ("s2", "r1"), ("s2", "r1"))
 
 
 def test_an_arena_of_another_model_is_refused_by_all_whoever_finds_it(tmp_path: Path) -> None:

@@ -80,6 +80,14 @@ def test_substitutes_are_on_the_next_nodes_of_the_ring_at_the_same_place() -> No
     assert substitutes_of(0, place(["a", "b"], 1)) == ()
 
 
+def test_substitutes_in_other_failure_domains_are_asked_first() -> None:
+    racks = [f"s{r // 8}/r{r // 4}" for r in range(16)]  # two nodes a rack, two racks a switch
+    placement = place([f"node{r // 2}" for r in range(16)], 1, racks)
+    assert placement.groups == ((0, 4), (1, 5), (2, 6), (3, 7))
+    assert placement.holders[0] == (8,)
+    assert substitutes_of(0, placement) == (4, 6, 12), "racks 0 and 2 have a copy already"
+
+
 class Busy(SystemThreads):
     """Threads that come to what they are for when there is time."""
 

@@ -44,7 +44,7 @@ class Late(Packer):
 
 class Rig:
     def __init__(self, folder: Path, copies: int = 3) -> None:
-        state = ToyState(num_experts=2)
+        self.state = state = ToyState(num_experts=2)  # captures read its memory
         self.arena: Arena = make_arena(folder, state, copies=copies)
         self.packer = Late(state.inventory(), CHUNK_BYTES, POOL, None)
         self.reads = 0

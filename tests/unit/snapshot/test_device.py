@@ -137,9 +137,10 @@ def test_a_device_that_fails_is_named_with_rank_and_ranges_and_not_used_again() 
     for _ in range(2):
         with pytest.raises(DeviceFault, match=rf"rank 3: scatter of 1 pieces from \[{source}, .* on model failed: ker"):
             packer.freeze(b"")
-    packer.adopt(arena_for(state.inventory))
+    arena = arena_for(state.inventory)
+    packer.adopt(arena)
     with pytest.raises(DeviceFault, match=r"rank 3: scatter .* invalid device function"):
-        packer.pack(targets_in(arena_for(state.inventory), state.inventory), lambda: None)
+        packer.pack(targets_in(arena, state.inventory), lambda: None)
 
 
 def test_a_cancelled_pack_waits_for_nothing_and_may_be_repeated() -> None:

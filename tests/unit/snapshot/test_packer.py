@@ -47,7 +47,7 @@ def test_a_capture_is_its_regions_in_order_with_zeros_between(tmp_path: Path) ->
 
 
 def test_any_flipped_byte_is_caught(tmp_path: Path) -> None:
-    _, packer, arena = rig(tmp_path)
+    _state, packer, arena = rig(tmp_path)
     for record in capture(packer, arena, 1):
         for view in (arena.payload(record.slot), arena.digests(record.slot).view(np.uint8)):
             for position in {0, 1, len(view) // 2, len(view) - 1, *range(0, len(view), 997)}:
@@ -74,21 +74,21 @@ def test_what_cannot_wait_is_taken_at_freeze_time(tmp_path: Path) -> None:
 
 
 def test_a_shorter_host_state_leaves_nothing_of_the_longer_one(tmp_path: Path) -> None:
-    _, packer, arena = rig(tmp_path)
+    _state, packer, arena = rig(tmp_path)
     packer.freeze(b"long" * 100)
     host = capture(packer, arena, 7)[-1]
     assert arena.payload(host.slot).tobytes().rstrip(b"\0") == b"host state of 7"
 
 
 def test_host_state_beyond_its_room_is_refused(tmp_path: Path) -> None:
-    _, packer, _ = rig(tmp_path)
+    _state, packer, _ = rig(tmp_path)
     packer.freeze(b"x" * 1000)
     with pytest.raises(UnsupportedState, match="host state grew to 1001 bytes; 1000 were reserved"):
         packer.freeze(b"x" * 1001)
 
 
 def test_a_cancelled_pack_returns_none_until_it_is_allowed_again(tmp_path: Path) -> None:
-    _, packer, arena = rig(tmp_path)
+    _state, packer, arena = rig(tmp_path)
     _, targets = acquire(arena, (0,))
     packer.freeze(b"")
     packer.cancel()
@@ -98,7 +98,7 @@ def test_a_cancelled_pack_returns_none_until_it_is_allowed_again(tmp_path: Path)
 
 
 def test_between_is_called_after_each_batch(tmp_path: Path) -> None:
-    _, packer, arena = rig(tmp_path, batch_bytes=1)
+    _state, packer, arena = rig(tmp_path, batch_bytes=1)
     calls: list[int] = []
     _, targets = acquire(arena, range(len(arena.spec.units)))
     packer.freeze(b"")
@@ -108,7 +108,7 @@ def test_between_is_called_after_each_batch(tmp_path: Path) -> None:
 
 
 def test_nothing_to_pack(tmp_path: Path) -> None:
-    _, packer, arena = rig(tmp_path)
+    _state, packer, arena = rig(tmp_path)
     _, targets = acquire(arena, ())
     digests = packer.pack(targets, lambda: None)
     assert digests is not None
