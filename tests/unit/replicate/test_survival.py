@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_moetion.coding import Coding
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.replicate.survival import (
     describe,
@@ -47,6 +48,8 @@ def test_the_published_figures() -> None:
         node_of=tuple(range(16)),
         holders=tuple(((n + 1) % 16,) for n in range(16)),
         groups=(tuple(range(16)),),
+        coding=Coding(holders=1),
+        parts=(),
         domains=((),) * 16,
     )
     assert percent(odds(ring, 2)) == "86.7%"
