@@ -57,8 +57,8 @@ MUTATIONS = (
     Mutation(
         name="copies of a state share a failure domain",
         file="replicate/placement.py",
-        old="groups = _apart(where, coding.holders) if replicas and any(where) else _consecutive(num_nodes, coding.holders)",
-        new="groups = _consecutive(num_nodes, coding.holders)",
+        old="groups = _apart(where, coding.holders) if replicas and any(where) else _consecutive(",
+        new="groups = _consecutive(",
         mode="full",
         kinds="lose-domain,kill",
         domains=2,
