@@ -95,11 +95,17 @@ def report(benchmark: str, results: Sequence[Result], json_path: Path | None, no
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": machine,
             "versions": versions(),
-            "command": shlex.join(["python", *sys.argv]),
+            "command": shlex.join(["python", *_program(sys.argv[0]), *sys.argv[1:]]),
             "results": [asdict(result) for result in results],
         }
         json_path.parent.mkdir(parents=True, exist_ok=True)
         json_path.write_text(json.dumps(document, indent=1) + "\n")
+
+
+def _program(script: str) -> list[str]:
+    """How this program is started; a package by its name, since Python puts the path of its main module there."""
+    package = Path(script).parent
+    return ["-m", f"benchmarks.{package.name}"] if Path(script).name == "__main__.py" else [script]
 
 
 def hardware() -> dict[str, Any]:

@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import exact_mode, replication_overhead
 from benchmarks.accuracy_under_faults import tables
+from benchmarks.soak import tables as soak
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
@@ -27,7 +28,8 @@ def draw_all(folder: Path) -> list[Path]:
         replication_overhead.plot(figures(name), folder / f"{name}.png")
     exact_mode.plot(figures("exact_mode"), exact_mode.FULL_SIZE, folder / "exact_mode.png")
     tables.draw(tables.read(RESULTS / "accuracy_under_faults"), folder / "accuracy_under_faults.png")
-    return sorted(folder / f"{name}.png" for name in (*SWEEPS, "exact_mode", "accuracy_under_faults"))
+    soak.draw(soak.read(RESULTS / "soak"), folder / "soak.png")
+    return sorted(folder / f"{name}.png" for name in (*SWEEPS, "exact_mode", "accuracy_under_faults", "soak"))
 
 
 def figures(benchmark: str) -> dict[str, float | None]:

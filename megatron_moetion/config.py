@@ -404,7 +404,8 @@ class MoetionConfig:
     )
     inject_fault: str = setting(
         "",
-        "for tests: ATTEMPT:RANK:ITERATION:POINT[,...] kills that rank there with SIGKILL",
+        "for tests: ATTEMPT:RANK:ITERATION:POINT[:KIND][,...] hurts that rank there, once, after a line that says so; "
+        "KIND is SIGKILL (the default), SIGTERM, SIGINT, SIGSTOP, WORKLOAD_EXC, OS_ABORT, SEGFAULT or LOCK_GIL",
         topic=_FAULTS,
         per_rank=True,
     )

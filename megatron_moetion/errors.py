@@ -3,6 +3,9 @@
 
 from __future__ import annotations
 
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 
@@ -75,3 +78,14 @@ NOT_OURS = (
     ValueError, KeyError, TypeError, AttributeError, IndexError, OverflowError, RecursionError,
 )  # fmt: skip
 """What reading a JSON document raises that is none of ours, whatever it is: nested too deep, a number like no other."""
+
+
+@contextmanager
+def understood(what: str) -> Iterator[None]:
+    """What another rank has said is read within this; ``ChannelError`` where that is not ``what`` it should be."""
+    try:
+        yield
+    except MoetionError:
+        raise  # a ``ConfigError`` is a ``ValueError`` too
+    except (*NOT_OURS, struct.error) as error:
+        raise ChannelError(f"another rank has said something else than {what}: {error!r}") from error

@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 
-from benchmarks.testbed import namespaces
+from benchmarks.testbed import damage, namespaces
 from benchmarks.testbed.interrupts import Interrupts
 from benchmarks.testbed.namespaces import COMMAND_LIMIT_S, TestbedUnavailable, call
 
@@ -153,6 +153,30 @@ class Testbed:
         """Cut the host's link, or mend it; its processes and its memory stay."""
         self._demand_up(host)
         call("ip", "-n", self._switch, "link", "set", f"p{host}", "up" if up else "down")
+
+    def set_damage(
+        self, host: int, *, lost_share: float = 0.0, damaged_share: float = 0.0, ports: Sequence[int] = ()
+    ) -> None:
+        """Hurt packets that reach the host from now on, see ``damage.rules``; without shares they are whole again.
+
+        Ask ``damage.why_unavailable`` first.
+        """
+        self._demand_up(host)
+        nft = ["ip", "netns", "exec", self._name(host), "nft"]
+        call(*nft, f"add table netdev {damage.TABLE}; delete table netdev {damage.TABLE}")
+        if lost_share or damaged_share:
+            call(*nft, damage.rules(lost_share, damaged_share, ports))
+
+    def memory(self, host: int) -> Path:
+        """The host's ``/dev/shm``, as this process finds it."""
+        self._demand_up(host)
+        return Path(f"/proc/{self._holders[host].pid}/root/dev/shm")
+
+    def processes(self, host: int) -> list[int]:
+        """Ids of what runs on the host."""
+        self._demand_up(host)
+        found = map(int, call("ip", "netns", "pids", self._name(host)).split())
+        return [pid for pid in found if pid != self._holders[host].pid]
 
     def restore(self, host: int) -> None:
         """An empty machine takes the place, name and addresses of a lost one."""

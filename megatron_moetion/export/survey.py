@@ -143,7 +143,8 @@ def _open_all(folders: Sequence[Path], run_id: str, notes: list[str]) -> list[tu
 def _choose(
     judged: Judgement, arenas: Sequence[Arena], folders: Sequence[Path], wanted: int | None, notes: list[str]
 ) -> Found:
-    assert judged.identity is not None, "there are arenas"
+    if judged.identity is None:
+        raise NothingRecoverable(f"there is nothing to export: {judged.reason}")
     if judged.missing:
         ranks = ", ".join(map(str, judged.missing[:_NAMED_MAX])) + (", ..." if len(judged.missing) > _NAMED_MAX else "")
         raise NothingRecoverable(

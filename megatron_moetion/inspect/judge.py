@@ -171,15 +171,15 @@ class Judgement:
 def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     """What these copies add up to. ``vetoed``: iterations of the newest history that were called unhealthy."""
     if not copies:
-        return Judgement(
-            identity=None, history=History(), copies=(), ranks=(), missing=(), newest=-1, iteration=-1,
-            reason="there is no arena that can be read", vetoed=(), staleness=None,
-        )  # fmt: skip
+        return _nothing(History(), (), "there is no arena that can be read")
     leader = max(copies, key=lambda copy: History.of(copy.page).age)
     identity, newest = leader.spec.identity, History.of(leader.page)
     choose = CHOOSE.get(identity.mode, choose_same_iteration)
     judged = [_judged(copy, leader.spec, newest, choose) for copy in copies]
     usable = _of_some_use([j.copy for j in judged if not j.problem])
+    if not usable:
+        why = next(j.problem for j in judged if j.copy.spec is leader.spec)
+        return _nothing(newest, judged, f"there is no arena that can be used: the newest {why}")
     owners = sorted({copy.owner for copy in usable})
     units = {copy.owner: copy.units for copy in usable}
     held = held_by_owner(usable, identity.mode)
@@ -216,6 +216,14 @@ def _of_some_use(usable: Sequence[Copy]) -> list[Copy]:
 def as_listed(spec: ArenaSpec, records: Records) -> Records:
     """Records of a page, of which it is not known which captures the fragments are of: one iteration has one only."""
     return records if spec.part.is_whole else records.replace(digest=0)
+
+
+def _nothing(history: History, judged: Sequence[JudgedCopy], reason: str) -> Judgement:
+    """Where no arena can be used."""
+    return Judgement(
+        identity=None, history=history, copies=tuple(judged), ranks=(), missing=(), newest=-1, iteration=-1,
+        reason=reason, vetoed=(), staleness=None,
+    )  # fmt: skip
 
 
 def newest_history(copies: Sequence[Copy]) -> History | None:

@@ -30,8 +30,7 @@ from megatron_moetion.recover.capacity import CapacityRules, boosts, repaid
 
 RECENT_ITERATIONS = 10
 """What the moving averages of an iteration's tokens look back, about."""
-
-
+_NO_RANK = -1
 _INNER_LAYER = ("mtp_model_layer", "transformer_layer")
 """What a spec of a layer for multi-token prediction calls the layer that it runs, in megatron-core 0.19 and 0.16."""
 
@@ -434,12 +433,15 @@ class RouterWatch:
 def _group_of(like: dist.ProcessGroup | None) -> dist.ProcessGroup | None:
     """A new group of the ranks of ``like``, for this rank if it is in one. Collective over all ranks."""
     everyone = dist.new_group(backend="gloo")
-    sets: list[list[int]] = [[] for _ in range(dist.get_world_size())]
-    dist.all_gather_object(sets, sorted(dist.get_process_group_ranks(like)) if like is not None else [], group=everyone)
+    lowest = min(dist.get_process_group_ranks(like)) if like is not None else _NO_RANK
+    found = [torch.empty(1, dtype=torch.int64, device="cpu") for _ in range(dist.get_world_size())]
+    dist.all_gather(found, torch.tensor([lowest], dtype=torch.int64, device="cpu"), group=everyone)
     dist.destroy_process_group(everyone)
+    lowest_of = [int(each) for each in found]  # groups of one kind share no rank, so its lowest one stands for a group
     mine = None
-    for ranks in sorted({tuple(s) for s in sets if s}):
-        group = dist.new_group(list(ranks))
+    for first in sorted(set(lowest_of) - {_NO_RANK}):
+        ranks = [rank for rank, each in enumerate(lowest_of) if each == first]
+        group = dist.new_group(ranks)
         if dist.get_rank() in ranks:
             mine = group
     return mine

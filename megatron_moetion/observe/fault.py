@@ -1,13 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Deliberate faults for tests: SIGKILL of a rank at a named point of an iteration."""
+"""Deliberate faults for tests: a rank is hurt at a named point of an iteration.
+
+The kinds that NVIDIA's resiliency extension has too are named as there
+(``nvidia_resiliency_ext.inprocess.tools.inject_fault``).
+"""
 
 from __future__ import annotations
 
+import ctypes
 import os
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
+from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ConfigError
 
 POINTS = (
@@ -17,41 +24,86 @@ POINTS = (
 )
 """Where a fault can be injected. The second row is of a holder that mirrors another rank's iteration; the last four are
 phases of a recovery, at whatever iteration."""
+USUAL = "SIGKILL"
+LOCKED_S = 1 << 30
+
+
+class InjectedFault(Exception):
+    """What nobody expects of training's code."""
+
+
+def _raise() -> None:
+    raise InjectedFault("injected by --moetion-inject-fault")
+
+
+def _read_nothing() -> None:
+    ctypes.string_at(0)
+
+
+def _lock_gil() -> None:
+    """Sleep without letting any other thread run Python."""
+    ctypes.PyDLL(None).sleep(LOCKED_S)
+
+
+def _send(number: signal.Signals) -> None:
+    os.kill(os.getpid(), number)
+
+
+KINDS: Mapping[str, Callable[[], None]] = {
+    **{s.name: partial(_send, s) for s in (signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGSTOP)},
+    "WORKLOAD_EXC": _raise,
+    "OS_ABORT": os.abort,
+    "SEGFAULT": _read_nothing,
+    "LOCK_GIL": _lock_gil,
+}
+"""What happens to the process. A signal that is caught acts as it does where it comes from outside."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Kill ``rank`` in restart number ``attempt`` when it reaches ``point`` of ``iteration`` (-1: any)."""
+    """Hurt ``rank`` in restart number ``attempt`` when it reaches ``point`` of ``iteration`` (-1: any)."""
 
     attempt: int
     rank: int
     iteration: int
     point: str
+    kind: str = USUAL
 
 
 def parse_faults(text: str) -> tuple[Fault, ...]:
-    """``ATTEMPT:RANK:ITERATION:POINT[,...]``; raises ``ConfigError`` that says what is wrong."""
+    """``ATTEMPT:RANK:ITERATION:POINT[:KIND][,...]``; raises ``ConfigError`` that says what is wrong."""
     faults = []
     for part in filter(None, text.split(",")):
-        fields = part.split(":")
-        if len(fields) != 4 or fields[3] not in POINTS:
+        fields = [*part.split(":"), USUAL][:5]
+        if part.count(":") > 4 or len(fields) != 5 or fields[3] not in POINTS or fields[4] not in KINDS:
             raise ConfigError(
-                f"--moetion-inject-fault: {part!r} is not ATTEMPT:RANK:ITERATION:POINT; points are {', '.join(POINTS)}"
+                f"--moetion-inject-fault: {part!r} is not ATTEMPT:RANK:ITERATION:POINT[:KIND]; points are "
+                f"{', '.join(POINTS)}; kinds are {', '.join(KINDS)}"
             )
         try:
             attempt, rank, iteration = (int(f) for f in fields[:3])
         except ValueError as error:
             raise ConfigError(f"--moetion-inject-fault: {part!r}: {error}") from error
-        faults.append(Fault(attempt=attempt, rank=rank, iteration=iteration, point=fields[3]))
+        faults.append(Fault(attempt=attempt, rank=rank, iteration=iteration, point=fields[3], kind=fields[4]))
     return tuple(faults)
 
 
 def make_probe(faults: tuple[Fault, ...], attempt: int, rank: int) -> Callable[[str, int], None]:
-    """A function that the runtime calls at each point; without faults it does nothing."""
-    mine = {(f.point, f.iteration) for f in faults if f.attempt == attempt and f.rank == rank}
+    """A function that the runtime calls at each point; without faults it does nothing. Each fault happens once."""
+    mine = {(f.point, f.iteration): f.kind for f in faults if f.attempt == attempt and f.rank == rank}
 
     def probe(point: str, iteration: int) -> None:
-        if (point, iteration) in mine or (point, -1) in mine:
-            os.kill(os.getpid(), signal.SIGKILL)
+        for at in ((point, iteration), (point, -1)):
+            kind = mine.pop(at, None)
+            if kind is not None:
+                _announce(rank, iteration, point, kind)
+                KINDS[kind]()
 
     return probe
+
+
+def _announce(rank: int, iteration: int, point: str, kind: str) -> None:
+    """One write to standard error: the fault may hold every lock that a logger needs."""
+    now_s = SystemClock().unix_ns() / 1e9
+    line = f"[moetion] rank {rank} iteration {iteration}: injected {kind} at {point}, pid {os.getpid()}, {now_s:.3f}"
+    os.write(2, f"{line}\n".encode())

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_moetion.errors import ConfigError
+from megatron_moetion.errors import NOT_OURS, ConfigError
 from megatron_moetion.observe.lanes import TRAFFIC, Lane
 from megatron_moetion.observe.trace import LANES
 
@@ -75,23 +75,23 @@ def _read(path: Path) -> list[Bar]:
             continue
         try:
             event: Any = json.loads(text)
-        except ValueError:
+        except (ValueError, RecursionError):
             break  # the process was killed in the middle of this line
         try:
             if event["ph"] == "X":
                 found.append(_bar(event))
-        except (AttributeError, IndexError, KeyError, StopIteration, TypeError, ValueError) as error:
+        except (StopIteration, *NOT_OURS) as error:
             raise ConfigError(f"{path} is not a trace of this version: {text[:80]}; move it away") from error
     return found
 
 
 def _bar(event: dict[str, Any]) -> Bar:
-    begin = event["ts"] / 1e6
+    begin = float(event["ts"]) / 1e6
     return Bar(
-        rank=event["pid"],
+        rank=int(event["pid"]),
         lane=LANES[event["tid"]],
         begin_s=begin,
-        end_s=begin + event["dur"] / 1e6,
+        end_s=begin + float(event["dur"]) / 1e6,
         value=int(next(iter(event["args"].values()))),
     )
 

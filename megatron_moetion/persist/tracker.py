@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import re
 import secrets
 import shutil
 from contextlib import suppress
@@ -14,6 +15,8 @@ from types import TracebackType
 from megatron_moetion.errors import ConfigError
 
 TRACKER = "latest_checkpointed_iteration.txt"
+_TRACKER_BYTES_MAX = 64
+_NUMBER = re.compile(r"[0-9]{1,18}")
 DRAFT, _REPLACED, _TRASH = ".draft", ".replaced", ".removed"
 
 
@@ -27,8 +30,9 @@ def latest_iteration(root: str) -> int | None:
     tracker = Path(root) / TRACKER
     if not tracker.is_file():
         return None
-    text = tracker.read_text(encoding="utf-8").strip()
-    if not text.isdigit():
+    with tracker.open("rb") as file:
+        text = file.read(_TRACKER_BYTES_MAX).decode(errors="replace").strip()
+    if not _NUMBER.fullmatch(text):
         raise ConfigError(f"{tracker} holds {text!r}; it must hold the number of an iteration")
     return int(text)
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +42,13 @@ def check_supported(optimizer: MegatronOptimizer) -> None:
 
 def last_saved(root: str) -> int:
     """The iteration of the newest complete checkpoint, -1 without one. All ranks call it, rank 0 looks."""
-    found = [-1]
+    iteration = None
     if dist.get_rank() == 0:
-        try:
+        with suppress(OSError, ValueError):  # whatever it is, the next save replaces it
             iteration = latest_iteration(root)
-        except (OSError, ValueError):
-            iteration = None  # whatever it is, the next save replaces it
-        found = [-1 if iteration is None else iteration]
-    dist.broadcast_object_list(found, src=0)
-    return found[0]
+    found = torch.tensor([-1 if iteration is None else iteration], device=torch.cuda.current_device())
+    dist.broadcast(found, src=0)
+    return int(found.item())
 
 
 def save_checkpoint(

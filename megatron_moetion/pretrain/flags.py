@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from megatron_moetion.config import flag_of
-from megatron_moetion.errors import ConfigError
+from megatron_moetion.errors import NOT_OURS, ConfigError, CorruptArena
 
 RECORD_BYTES = 8192
 """A record's size, whatever the flags are: the size of state must not depend on a flag that may change."""
@@ -79,7 +79,10 @@ def compare(before: bytes, now: bytes, *, same_run: bool) -> str:
     begin. ``ConfigError`` names every flag that must not differ, with both values. A flag that one of the two records
     lacks is not compared.
     """
-    then, today = json.loads(before), json.loads(now)
+    try:
+        then, today = dict(json.loads(before)), json.loads(now)
+    except NOT_OURS as error:
+        raise CorruptArena(f"the flags of the last start cannot be read: {error}") from error
     changed = [name for name in EFFECTS if name in then and name in today and then[name] != today[name]]
     fatal = (Effect.MODEL, Effect.RUN) if same_run else (Effect.MODEL,)
     refused = [name for name in changed if EFFECTS[name] in fatal]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_moetion.errors import StoreError, shared
+from megatron_moetion.errors import StoreError, shared, understood
 from megatron_moetion.observe.journal import Journal
 from megatron_moetion.recover.plan import NoPlan, RecoveryPlan
 from megatron_moetion.replicate.channel import Fabric
@@ -106,7 +106,8 @@ def load_from_disk(fabric: Fabric, disk: Disk, in_memory: int | None, newest: in
 
 
 def _seen(raw: Mapping[str, Any]) -> Seen:
-    return Seen(**{**raw, "named": tuple(raw["named"])})
+    with understood("what it has found on disk"):
+        return Seen(**{**raw, "named": tuple(raw["named"])})
 
 
 def _both_seen(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

@@ -16,10 +16,16 @@ _DOCUMENT_BYTES_MAX = 1 << 30
 """More is no table of captures and no specification."""
 
 
-def swap(channel: Channel, outgoing: Mapping[int, bytes], senders: Collection[int]) -> dict[int, bytes]:
+def swap(
+    channel: Channel,
+    outgoing: Mapping[int, bytes],
+    senders: Collection[int],
+    bytes_max: int = _DOCUMENT_BYTES_MAX,
+) -> dict[int, bytes]:
     """Send a document to each of some ranks, and receive one of each of ``senders``; by rank.
 
-    All ranks of these pairs call together. ``ChannelError`` on a lost peer, and where a document arrives damaged.
+    All ranks of these pairs call together. ``ChannelError`` on a lost peer, and where a document arrives damaged or has
+    more than ``bytes_max``.
     """
     if not outgoing and not senders:
         return {}
@@ -30,7 +36,7 @@ def swap(channel: Channel, outgoing: Mapping[int, bytes], senders: Collection[in
         [Message(peer=p, data=size.view(np.uint8)) for p, size in sizes.items()],
     )
     for peer, size in sizes.items():
-        if not _DIGEST_BYTES <= size[0] <= _DOCUMENT_BYTES_MAX:
+        if not _DIGEST_BYTES <= size[0] <= bytes_max:
             raise ChannelError(f"rank {peer} announces a document of {size[0]} bytes; restart to try again")
     arrived = {peer: np.empty(int(size[0]), dtype=np.uint8) for peer, size in sizes.items()}
     channel.exchange(

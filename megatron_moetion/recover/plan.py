@@ -19,6 +19,7 @@ import numpy as np
 
 from megatron_moetion.arrays import Flags, Int64s
 from megatron_moetion.coding import WHOLE, Part
+from megatron_moetion.errors import understood
 from megatron_moetion.recover.report import History, Summary
 from megatron_moetion.recover.shared import ITERATIONS_MAX
 from megatron_moetion.replicate.placement import Placement
@@ -143,7 +144,8 @@ class Reach:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Reach:
         """Inverse of ``to_json``."""
-        return cls(lost=raw["lost"], **{name: tuple(found) for name, found in raw.items() if name != "lost"})
+        with understood("the iterations that it can reach"):
+            return cls(lost=raw["lost"], **{name: tuple(found) for name, found in raw.items() if name != "lost"})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -310,11 +312,12 @@ class Order:
 
     @classmethod
     def from_bytes(cls, owner: int, data: bytes) -> Order:
-        """Inverse of ``to_bytes``."""
-        count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
-        words = np.frombuffer(data, dtype=np.int64, count=_PLACE_WORDS * count, offset=8).reshape(-1, _PLACE_WORDS)
-        places = tuple(Place(node, Part.of(*part)) for node, *part in words.tolist())
-        return cls(owner=owner, places=places, table=np.frombuffer(data, dtype=ORDER, offset=8 + words.nbytes))
+        """Inverse of ``to_bytes``; ``ChannelError`` for bytes that are no order."""
+        with understood("an order of captures"):
+            count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
+            words = np.frombuffer(data, dtype=np.int64, count=_PLACE_WORDS * count, offset=8).reshape(-1, _PLACE_WORDS)
+            places = tuple(Place(node, Part.of(*part)) for node, *part in words.tolist())
+            return cls(owner=owner, places=places, table=np.frombuffer(data, dtype=ORDER, offset=8 + words.nbytes))
 
 
 def _has_bit(masks: Any, number: int) -> Flags:

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from megatron_moetion.coding import WHOLE, Part
+from megatron_moetion.errors import understood
 from megatron_moetion.store.manifest import NO_RECORDS, Branch, Page, Records
 
 _TEXTS_MAX = 3
@@ -132,8 +133,9 @@ class Summary:
     @classmethod
     def from_json(cls, raw: Mapping[str, Any]) -> Summary:
         """Inverse of ``to_json``."""
-        newest = History.from_json(raw["newest"]) if raw["newest"] is not None else None
-        return cls(**{**raw, "newest": newest, "texts": tuple(raw["texts"])})
+        with understood("what it has found"):
+            newest = History.from_json(raw["newest"]) if raw["newest"] is not None else None
+            return cls(**{**raw, "newest": newest, "texts": tuple(raw["texts"])})
 
 
 def of_history(reports: Sequence[ArenaReport], newest: History) -> tuple[ArenaReport, ...]:

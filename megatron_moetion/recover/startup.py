@@ -50,6 +50,7 @@ from megatron_moetion.recover.shared import captured_at, common, iterations_of, 
 from megatron_moetion.recover.survey import share_of, survey_store
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks, require_same
+from megatron_moetion.replicate.mirror import records_of
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
@@ -458,7 +459,7 @@ def unpacked(document: bytes) -> list[Records]:
         nbytes = int.from_bytes(document[at : at + 8], "little") * RECORD.itemsize
         if at + 8 + nbytes > len(document):
             raise ChannelError(f"{len(document)} bytes are no tables of captures; restart to try again")
-        found.append(Records.from_bytes(document[at + 8 : at + 8 + nbytes]))
+        found.append(records_of(document[at + 8 : at + 8 + nbytes]))
         at += 8 + nbytes
     return found
 

@@ -13,7 +13,7 @@ import psutil
 from torch import distributed as dist
 
 from megatron_moetion.clock import Clock
-from megatron_moetion.errors import ChannelError, ConfigError
+from megatron_moetion.errors import ChannelError, ConfigError, understood
 from megatron_moetion.replicate.channel import Address
 
 _PREFIX = "moetion/net"
@@ -59,16 +59,22 @@ class Directory:
                 self._store.set(f"{self._prefix}/job", job)
             else:
                 job = self._get("job", "rank 0", timeout_s)
-        told, ranks_per_host = json.loads(job)
-        self.token = bytes.fromhex(told)
-        return Job(token=self.token, ranks_per_host=int(ranks_per_host))
+        with understood("the token of the job and the ranks of a host"):
+            told, ranks_per_host = json.loads(job)
+            found = Job(token=bytes.fromhex(told), ranks_per_host=int(ranks_per_host))
+            if found.ranks_per_host < 1:
+                raise ValueError(job)
+        self.token = found.token
+        return found
 
     def find(self, peer: int, timeout_s: float) -> tuple[str, int]:
         """Host and port of a rank. ``ChannelError`` where it has not said so in time."""
         if peer not in self._places:
             with _errors():
-                host, port = json.loads(self._get(f"at/{peer}", f"rank {peer}", timeout_s))
-            self._places[peer] = (str(host), int(port))
+                said = self._get(f"at/{peer}", f"rank {peer}", timeout_s)
+            with understood("where it listens"):
+                host, port = json.loads(said)
+                self._places[peer] = (str(host), int(port))
         return self._places[peer]
 
     def _get(self, key: str, who: str, timeout_s: float) -> str:
@@ -80,7 +86,7 @@ class Directory:
                 raise ChannelError(f"{who} has not said within {timeout_s:g} s where it listens")
             self._clock.sleep(pause_s)
             pause_s = min(longest_s, pause_s * 2)
-        return str(self._store.get(name).decode())
+        return str(self._store.get(name).decode(errors="replace"))
 
 
 def job_store(environment: Mapping[str, str]) -> dist.Store:

@@ -8,12 +8,16 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 from megatron_moetion import errors
-from megatron_moetion.errors import ChannelError, ConfigError, MoetionError, shared
+from megatron_moetion.errors import ChannelError, ConfigError, MoetionError, shared, understood
 from megatron_moetion.replicate.channel import Fabric
 
 T = TypeVar("T")
 _TEXT_MAX = 4000
 """Characters of an error that others hear."""
+_KINDS = {
+    name: kind for name, kind in vars(errors).items() if isinstance(kind, type) and issubclass(kind, MoetionError)
+}
+"""Of errors that others hear of, by name."""
 
 
 def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
@@ -44,9 +48,10 @@ def on_all_ranks(fabric: Fabric, action: Callable[[], T]) -> T:
         return result
     if problem is not None and not isinstance(problem, MoetionError):
         raise problem
-    others = f" (and {first['ranks'] - 1} more ranks failed)" if first["ranks"] > 1 else ""
-    kind: type[MoetionError] = getattr(errors, first["kind"])
-    raise shared(kind(f"rank {first['rank']} on {first['host']}: {first['text']}{others}")) from problem
+    with understood("why it failed"):
+        others = f" (and {first['ranks'] - 1} more ranks failed)" if first["ranks"] > 1 else ""
+        text, kind = f"rank {first['rank']} on {first['host']}: {first['text']}{others}", _KINDS[first["kind"]]
+    raise shared(kind(text)) from problem
 
 
 def require_same(fabric: Fabric, settings: Mapping[str, Any]) -> None:
@@ -56,17 +61,17 @@ def require_same(fabric: Fabric, settings: Mapping[str, Any]) -> None:
     """
     mine = {"rank": fabric.rank, "settings": dict(settings)}
     found = fabric.reduce({"first": mine, "other": None}, _first_difference)
-    first, other = found["first"], found["other"]
-    if other is None:
-        return
-    name = next(k for k, v in first["settings"].items() if other["settings"].get(k) != v)
-    raise shared(
-        ConfigError(
-            f"ranks {first['rank']} and {other['rank']} were started differently: {name} is "
-            f"{first['settings'][name]!r} on one and {other['settings'].get(name)!r} on the other; give all ranks the "
-            f"same settings"
+    with understood("its settings"):
+        first, other = found["first"], found["other"]
+        if other is None:
+            return
+        one, another = first["settings"], other["settings"]
+        name = next(k for k in (*one, *another) if one.get(k) != another.get(k))
+        text = (
+            f"ranks {first['rank']} and {other['rank']} were started differently: {name} is {one.get(name)!r} on one "
+            f"and {another.get(name)!r} on the other; give all ranks the same settings"
         )
-    )
+    raise shared(ConfigError(text))
 
 
 def _first_difference(lower: Mapping[str, Any], higher: Mapping[str, Any]) -> dict[str, Any]:

@@ -391,20 +391,23 @@ class Control:
                 return False
             start = stop
             neighbour.pause_s = _REDIAL_S[0]
-            if body[0] == _BEAT and (length - _BODY.size) % _SILENT.itemsize:
-                return False
-            self._take(neighbour, body)
-            if neighbour.socket is None:
+            if not self._take(neighbour, body) or neighbour.socket is None:
                 return False
         del arrived[:start]
         return True
 
-    def _take(self, neighbour: _Neighbour, body: bytes) -> None:
+    def _take(self, neighbour: _Neighbour, body: bytes) -> bool:
+        """Act on a frame; False where it is none that a rank of this job can have made."""
         kind, key, number, floor = _BODY.unpack_from(body)
         payload, peer = body[_BODY.size :], neighbour.peer
         if kind == _BEAT:
-            now_s = self._clock.monotonic()
+            if len(payload) % _SILENT.itemsize or len(payload) > NAMED * _SILENT.itemsize:
+                return False
             told = np.frombuffer(payload, dtype=_SILENT)
+            assert self._mesh is not None, "a rank that is alone has no neighbours"
+            if not (np.isfinite(told["seconds"]).all() and (told["rank"] < self._mesh.world_size).all()):
+                return False
+            now_s = self._clock.monotonic()
             neighbour.reported = {int(r): now_s - float(s) for r, s in zip(told["rank"], told["seconds"], strict=True)}
         elif kind == _FAREWELL:  # it is closed in good order, and silent from now on
             neighbour.is_watched, neighbour.reported = False, {}
@@ -418,6 +421,7 @@ class Control:
                 self.act(key, lambda rounds: rounds.from_child(peer, number, floor, payload))
             elif kind == Kind.DOWN and peer == place.parent:
                 self.act(key, lambda rounds: rounds.from_parent(number, payload))
+        return True
 
     def _write(self, neighbour: _Neighbour) -> None:
         """Hand over what the kernel takes; be called again when it takes more."""

@@ -12,7 +12,7 @@ from torch import distributed as dist
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.config import flag_of
-from megatron_moetion.errors import ChannelError
+from megatron_moetion.errors import ChannelError, understood
 from megatron_moetion.replicate.addresses import Directory
 from megatron_moetion.replicate.channel import Address, Channel, Combine, Connection, Mesh, Message
 from megatron_moetion.replicate.connection import NO_CUTS, PROGRESS_S, UNSENT_BYTES, Cuts
@@ -124,15 +124,20 @@ class SocketFabric:
 
     def gather(self, document: Any) -> list[Any]:
         """See ``Fabric``."""
-        return list(json.loads(b"[" + self._collective(b"g", document, b",".join) + b"]"))
+        found = self._collective(b"g", document, b",".join)
+        with understood("documents of all ranks"):
+            return list(json.loads(b"[" + found + b"]"))
 
     def reduce(self, document: Any, combine: Callable[[Any, Any], Any]) -> Any:
         """See ``Fabric``."""
 
         def merge(bodies: Sequence[bytes]) -> bytes:
-            return json.dumps(reduce(combine, (json.loads(body) for body in bodies))).encode()
+            with understood("a document to combine"):
+                return json.dumps(reduce(combine, (json.loads(body) for body in bodies))).encode()
 
-        return json.loads(self._collective(b"r", document, merge))
+        found = self._collective(b"r", document, merge)
+        with understood("a document of all ranks"):
+            return json.loads(found)
 
     def reducer(self, name: str, members: Sequence[int], combine: Combine) -> TreeReducer:
         """See ``Fabric``."""

@@ -31,7 +31,7 @@ from megatron_moetion.errors import NOT_OURS, ChannelError, CorruptArena
 from megatron_moetion.replicate.channel import Connection
 from megatron_moetion.snapshot.digest import digest_of
 from megatron_moetion.snapshot.packer import HostPool
-from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Page
+from megatron_moetion.store.manifest import MAX_BRANCHES, Branch, Page, is_possible
 from megatron_moetion.store.spec import ArenaSpec
 
 PURPOSE = "hold"
@@ -140,6 +140,8 @@ class Opening:
             raw = json.loads(data.tobytes())
             branches = tuple(Branch(epoch=int(e), iteration=int(i), nonce=int(n)) for e, i, n in raw["branches"])
             page = Page(epoch=int(raw["epoch"]), lineage=int(raw["lineage"]), branches=branches)
+            if not is_possible(page):
+                raise ValueError("no run comes to such a page")
             return cls(spec=ArenaSpec.from_json(raw["spec"].encode()), page=page)
         except (*NOT_OURS, CorruptArena) as error:
             raise ChannelError(f"rank {peer} opens with something else than an arena: {error}") from error

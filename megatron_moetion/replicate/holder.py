@@ -32,7 +32,7 @@ from megatron_moetion.replicate.worker import Lock, Threads
 from megatron_moetion.snapshot.digest import num_chunks_of, scatter_digests, verify
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import NO_SLOT, Page
+from megatron_moetion.store.manifest import ITERATIONS_MAX, NO_SLOT, Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.spec import ArenaShape, ArenaSpec, check_identity
@@ -216,6 +216,8 @@ class Holder:
 
     def _update(self, connection: Connection, arena: Arena, frame: Frame) -> None:
         page = arena.page
+        if not -1 <= frame.stable < ITERATIONS_MAX:
+            raise ChannelError(f"rank {connection.peer} calls iteration {frame.stable} stable")
         update = decode_update(
             frame.body,
             dropped=frame.dropped,

@@ -14,12 +14,11 @@ import numpy as np
 from megatron_moetion.arrays import Bytes, Digests, Flags, Int64s
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.snapshot.digest import num_chunks_of
-from megatron_moetion.store.manifest import NO_RECORDS, NO_SLOT, RECORD, Branch, Records, in_history
+from megatron_moetion.store.manifest import ITERATIONS_MAX, NO_RECORDS, NO_SLOT, RECORD, Branch, Records, in_history
 from megatron_moetion.store.spec import ArenaSpec
 
 _ADDED = np.dtype([("unit", "<u4"), ("is_zero", "<u4"), ("epoch", "<u4"), ("digest", "<u8"), ("tokens", "<u8")])
 _DROPPED = np.dtype([("unit", "<u4"), ("iteration", "<i8")])
-_ITERATIONS_MAX = 1 << 40
 
 
 def plain(records: Records) -> Records:
@@ -148,7 +147,7 @@ def decode_update(
     ``is_late``: digests follow the captures' bytes. ``ChannelError`` where an arena like this cannot have caused it.
     """
     first, second = dropped * _DROPPED.itemsize, added * _ADDED.itemsize
-    if first + second > body.nbytes or not 0 <= iteration < _ITERATIONS_MAX:
+    if first + second > body.nbytes or not 0 <= iteration < ITERATIONS_MAX:
         raise ChannelError(
             f"{dropped} dropped and {added} added captures of iteration {iteration} do not fit {body.nbytes} bytes"
         )
@@ -177,21 +176,26 @@ def decode_update(
     )
     if not in_history(records, branches, epoch).all():
         raise ChannelError(f"captures of iteration {iteration} belong to a history that a recovery has ended")
-    keys = gone["unit"].astype(np.int64) * _ITERATIONS_MAX + gone["iteration"]
+    keys = gone["unit"].astype(np.int64) * ITERATIONS_MAX + gone["iteration"]
     digests = body[first + second :].copy().view(np.uint64)
     return Received(dropped=keys, added=records, digests=digests, num_late=num_digests if is_late else 0)
 
 
+def records_of(data: bytes | Bytes) -> Records:
+    """The records that another rank lists; ``ChannelError`` for bytes that are none."""
+    if len(data) % RECORD.itemsize:
+        raise ChannelError(f"{len(data)} bytes are no table of records")
+    return Records.from_bytes(data) if len(data) else NO_RECORDS
+
+
 def table_of(data: Bytes) -> Records:
     """The records that a holder lists, ``plain``; ``ChannelError`` for bytes that are none."""
-    if data.nbytes % RECORD.itemsize:
-        raise ChannelError(f"{data.nbytes} bytes are no table of records")
-    return plain(Records.from_bytes(data)) if data.nbytes else NO_RECORDS
+    return plain(records_of(data))
 
 
 def keys_of(records: Records) -> Int64s:
     """One number for unit and iteration, by which both are in order; int64[n]."""
-    keys: Int64s = records.table["unit"].astype(np.int64) * _ITERATIONS_MAX + records.table["iteration"]
+    keys: Int64s = records.table["unit"].astype(np.int64) * ITERATIONS_MAX + records.table["iteration"]
     return keys
 
 

@@ -7,6 +7,7 @@ import json
 import struct
 from collections.abc import Mapping, Sequence
 
+from megatron_moetion.errors import ChannelError, understood
 from megatron_moetion.replicate.channel import Combine, Note, Reduced
 from megatron_moetion.replicate.control import Control, Tree
 
@@ -24,6 +25,8 @@ class TreeReducer:
             words, notes = unpack(payloads[0])
             for payload in payloads[1:]:
                 more_words, more_notes = unpack(payload)
+                if len(more_words) != len(words):
+                    raise ChannelError(f"ranks give {len(words)} and {len(more_words)} words to one round of {name!r}")
                 words, notes = tuple(combine(words, more_words)), merge_notes(notes, more_notes)
             return pack(words, notes)
 
@@ -70,11 +73,13 @@ def pack(words: Sequence[int], notes: Mapping[str, Note]) -> bytes:
 
 
 def unpack(payload: bytes) -> tuple[tuple[int, ...], dict[str, Note]]:
-    """See ``pack``."""
-    (num,) = struct.unpack_from("<I", payload)
-    text = payload[4 + 8 * num :]
-    notes = {
-        str(kind): Note(ranks=int(ranks), rank=int(rank), iteration=int(iteration), text=str(said))
-        for kind, (ranks, rank, iteration, said) in (json.loads(text) if text else {}).items()
-    }
-    return struct.unpack_from(f"<{num}q", payload, 4), notes
+    """See ``pack``. ``ChannelError`` for bytes that it cannot have made."""
+    with understood("words and notes of a round"):
+        (num,) = struct.unpack_from("<I", payload)
+        words = struct.unpack_from(f"<{num}q", payload, 4)
+        text = payload[4 + 8 * num :]
+        notes = {
+            kind: Note(ranks=int(ranks), rank=int(rank), iteration=int(iteration), text=str(said)[:TEXT_MAX])
+            for kind, (ranks, rank, iteration, said) in (json.loads(text) if text else {}).items()
+        }
+        return words, notes

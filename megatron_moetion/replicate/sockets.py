@@ -220,7 +220,7 @@ class SocketMesh:
         name, mac = (self._read(sock, nbytes, deadline_s) for nbytes in (length, _MAC_BYTES))
         if not hmac.compare_digest(mac, self._mac(challenge + head + name)):
             raise ConnectionError("not a rank of this job")
-        purpose = name.decode("ascii")
+        purpose = name.decode("ascii", "replace")
         handler = self._handlers.get(purpose)
         if handler is None:
             raise ConnectionError("nobody serves this yet")

@@ -10,7 +10,7 @@ import sys
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from megatron_moetion.errors import NOT_OURS, HungPeer, StoreError
+from megatron_moetion.errors import NOT_OURS, HungPeer, StoreError, understood
 from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.watchdog import Hang, Watchdog, named, speaks
 from megatron_moetion.run.running import Prepared, Running
@@ -59,7 +59,8 @@ def ended_before(fabric: Fabric, node: NodeFolder) -> Ended | None:
     """The last attempt's end, by any node's note; the same on all ranks. Collective."""
     mine = take_ended(node)
     latest = fabric.reduce(None if mine is None else asdict(mine), _later)
-    return None if latest is None else Ended(**latest)
+    with understood("when it has ended"):
+        return None if latest is None else Ended(unix_s=float(latest["unix_s"]), detect_s=float(latest["detect_s"]))
 
 
 def _later(one: Any, other: Any) -> Any:

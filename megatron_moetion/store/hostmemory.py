@@ -10,6 +10,7 @@ import ctypes
 import errno
 import mmap
 import os
+import sys
 from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -21,7 +22,8 @@ from typing import Protocol
 import numpy as np
 
 from megatron_moetion.clock import Clock, SystemClock
-from megatron_moetion.store.hugepages import mapped_bytes, why_not_offered
+from megatron_moetion.store.groups import left_by_groups
+from megatron_moetion.store.hugepages import is_in_memory, mapped_bytes, why_not_offered
 from megatron_moetion.store.numa import ANYWHERE, LinuxNuma, NumaCalls, NumaNode
 from megatron_moetion.store.population import Population
 
@@ -37,10 +39,18 @@ _libc = ctypes.CDLL(None, use_errno=True)
 _libc.madvise.argtypes = [ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int]
 
 
+class OverLimit(OSError):
+    """The limits of this process's control groups leave too little memory."""
+
+
 class Kernel(Protocol):
     """What the kernel does for memory."""
 
     numa: NumaCalls
+
+    def left_bytes(self, fd: int) -> int:
+        """What the limits of this process's control groups leave for pages of this file; very much without a limit."""
+        ...
 
     def advise(self, address: int, nbytes: int, advice: int) -> None:
         """``madvise``. ``OSError``."""
@@ -64,6 +74,10 @@ class Linux:
 
     def __init__(self) -> None:
         self.numa: NumaCalls = LinuxNuma()
+
+    def left_bytes(self, fd: int) -> int:
+        """See ``Kernel``. Pages of a file on disk can be written there."""
+        return left_by_groups() if is_in_memory(fd) else sys.maxsize
 
     def advise(self, address: int, nbytes: int, advice: int) -> None:
         """See ``Kernel``."""
@@ -106,6 +120,9 @@ class HostMemory:
         with suppress(OSError):  # a kernel without huge pages
             self.kernel.advise(address, nbytes, mmap.MADV_HUGEPAGE)
         has_memory = _is_allocated(fd)
+        if not has_memory and (left := self.kernel.left_bytes(fd)) < nbytes:
+            what = f"of which the limits of this process's control groups leave {left / 2**20:,.1f} MiB"
+            raise OverLimit(errno.ENOMEM, what)
         parts = [(address + at, min(self.part_bytes, nbytes - at)) for at in range(0, nbytes, self.part_bytes)]
         try:
             # Reading maps many pages a fault. Only writing makes new ones stay, even if nobody ever writes to them.

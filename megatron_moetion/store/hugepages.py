@@ -27,6 +27,17 @@ def why_not_offered(fd: int) -> str | None:
     return reason(f"{os.major(device)}:{os.minor(device)}", mounts, switch)
 
 
+def is_in_memory(fd: int) -> bool:
+    """Whether this file is in a tmpfs."""
+    device = os.fstat(fd).st_dev
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    name = f"{os.major(device)}:{os.minor(device)}"
+    return any(line.split()[2:3] == [name] and " - tmpfs " in line for line in mounts)
+
+
 def reason(device: str, mounts: Iterable[str], switch: str) -> str | None:
     """Why a file on ``device`` (major:minor) cannot have huge pages.
 

@@ -12,6 +12,7 @@ import hashlib
 import struct
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import Any, overload
 
 import numpy as np
@@ -31,6 +32,9 @@ NO_SLOT = 0xFFFFFFFF
 
 _LAST = (1 << 63) - 1
 """No iteration is later."""
+ITERATIONS_MAX = 1 << 40
+"""No run comes so far."""
+_EPOCHS_MAX = 1 << 31
 
 RECORD = np.dtype(
     [
@@ -227,7 +231,7 @@ def encode_page(page: Page, max_records: int) -> bytes:
 
 
 def decode_page(data: bytes | memoryview) -> Page | None:
-    """The page in ``data``, or None where it is torn, damaged or was never written."""
+    """The page in ``data``, or None where it is torn, damaged, was never written, or none that a run could write."""
     if len(data) < _HEAD.size + _DIGEST_BYTES:
         return None
     magic, sequence, epoch, num_records, stable, num_branches, lineage = _HEAD.unpack_from(data, 0)
@@ -240,13 +244,29 @@ def decode_page(data: bytes | memoryview) -> Page | None:
         Branch(epoch=e, iteration=i, nonce=n)
         for e, n, i in (_BRANCH.unpack_from(data, _HEAD.size + n * _BRANCH.size) for n in range(num_branches))
     )
-    return Page(
+    page = Page(
         sequence=sequence,
         epoch=epoch,
         stable=stable,
         lineage=lineage,
         branches=branches,
         records=Records.from_bytes(data[end - num_records * RECORD.itemsize : end]),
+    )
+    return page if is_possible(page) else None
+
+
+def is_possible(page: Page) -> bool:
+    """Whether a run can have come to this page, and can go on from it: a later one must fit the format too."""
+    numbers = (page.sequence, page.lineage, page.epoch, *(b.nonce for b in page.branches))
+    limits = (_LAST, _LAST, _EPOCHS_MAX, *[1 << 32] * len(page.branches))
+    iteration, epochs = page.records.table["iteration"], [b.epoch for b in page.branches]
+    return (
+        all(0 <= number < limit for number, limit in zip(numbers, limits, strict=True))
+        and -1 <= page.stable < ITERATIONS_MAX
+        and all(0 <= b.iteration < ITERATIONS_MAX and 0 < b.epoch <= page.epoch for b in page.branches)
+        and all(one < other for one, other in pairwise(epochs))
+        and bool(((iteration >= 0) & (iteration < ITERATIONS_MAX)).all())
+        and bool((page.records.table["epoch"] <= page.epoch).all())
     )
 
 

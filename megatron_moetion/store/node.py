@@ -27,6 +27,8 @@ from megatron_moetion.store.spec import ArenaSpec
 
 NODE_MARKER = "node.id"
 """In every node's folder: the node's key."""
+_KEY_BYTES_MAX = 64
+_KEY = re.compile(rb"[!-~]{1,%d}" % _KEY_BYTES_MAX)
 _ROOM_LOCK = "room.lock"
 
 _MADE_UP = re.compile(r"[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}|\d{30,39}")
@@ -269,10 +271,13 @@ def _key(path: Path) -> str:
             with suppress(FileExistsError):
                 os.link(scratch, marker)  # atomic: the first rank of the node wins
             try:
-                with open(open_regular(marker, os.O_RDONLY)) as found:
-                    return found.read()
-            except CorruptArena:  # something else stands under the name
-                clear(marker)
+                with open(open_regular(marker, os.O_RDONLY), "rb") as found:
+                    key = found.read(_KEY_BYTES_MAX + 1)
+                if _KEY.fullmatch(key):
+                    return key.decode()
+            except CorruptArena:
+                pass
+            clear(marker)  # something else stands under the name
     finally:
         scratch.unlink()
     raise StoreError(f"{marker} is made something else than a file again and again; who does that?")

@@ -7,9 +7,7 @@ A file gets all of its memory when it is made, so that memory cannot run out lat
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +16,8 @@ from megatron_moetion.arrays import Bytes
 from megatron_moetion.errors import CorruptArena, StoreError
 from megatron_moetion.store.arena import Arena, first_bytes, read_arena
 from megatron_moetion.store.files import open_regular
-from megatron_moetion.store.hostmemory import PLAIN, HostMemory
+from megatron_moetion.store.groups import left_by_groups
+from megatron_moetion.store.hostmemory import PLAIN, HostMemory, OverLimit
 from megatron_moetion.store.manifest import Page
 from megatron_moetion.store.mapping import MappedFile
 from megatron_moetion.store.population import Population
@@ -147,41 +146,19 @@ def free_bytes(folder: Path) -> int:
 
 
 def available_bytes(proc: Path = Path("/proc"), cgroup: Path = Path("/sys/fs/cgroup")) -> int:
-    """Memory that may be taken without another process losing its own: the kernel's word, and the limits of the control
-    groups (v2) that this process is in. A group can drop what it has of files on disk, so that counts as free.
-    """
+    """Memory that may be taken without another process losing its own: the kernel's word, and ``left_by_groups``."""
     lines = (proc / "meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:"))
-    try:
-        own = (proc / "self" / "cgroup").read_text().strip().rpartition("::")[2].strip("/")
-    except OSError:
-        own = ""
-    for group in (cgroup / own, *(cgroup / own).parents):
-        free = min(free, _free_in(group))
-        if group == cgroup:
-            break
-    return free
+    return min(free, left_by_groups(proc, cgroup))
 
 
-def _free_in(group: Path) -> int:
-    """What a control group may still take; very much without a limit."""
-    try:
-        most, used = ((group / name).read_text().strip() for name in ("memory.max", "memory.current"))
-    except OSError:
-        return sys.maxsize
-    cached = 0
-    with suppress(OSError):
-        lines = (line.split() for line in (group / "memory.stat").read_text().splitlines())
-        cached = sum(int(nbytes) for name, nbytes in lines if name in ("active_file", "inactive_file"))
-    return sys.maxsize if most == "max" else max(0, int(most) - int(used) + cached)
-
-
-def _no_space(folder: Path, need: int) -> StoreError:
+def _no_space(folder: Path, need: int, error: OSError | None = None) -> StoreError:
     have = free_bytes(folder)
+    limit = f", {error.strerror}," if isinstance(error, OverLimit) else ""
     return StoreError(
-        f"the store {folder} has {have / 2**20:,.1f} MiB free and this arena needs {need / 2**20:,.1f} MiB: "
-        f"enlarge shared memory, point --moetion-store elsewhere, or lower --moetion-replicas, in mode 'popularity' "
-        f"--moetion-max-experts-per-snapshot, in mode 'exact' --moetion-period"
+        f"the store {folder} has {have / 2**20:,.1f} MiB free{limit} and this arena needs {need / 2**20:,.1f} MiB: "
+        f"enlarge {'the limit' if limit else 'shared memory'}, point --moetion-store elsewhere, or lower "
+        f"--moetion-replicas, in mode 'popularity' --moetion-max-experts-per-snapshot, in mode 'exact' --moetion-period"
     )
 
 
@@ -199,7 +176,7 @@ def _new_file(path: Path, nbytes: int, make: Callable[[int], MappedFile]) -> tup
             os.ftruncate(fd, nbytes)
             mapping = make(fd)
         except OSError as error:
-            raise _no_space(path.parent, nbytes) from error
+            raise _no_space(path.parent, nbytes, error) from error
         os.rename(scratch, path)
         return mapping, os.fstat(fd).st_ino
     except BaseException:

@@ -19,6 +19,10 @@ from megatron_moetion.errors import NOT_OURS, CorruptArena
 from megatron_moetion.units import Inventory, Region, Role
 
 SHEET_VERSION = 1
+_RATIO_MAX = 16
+"""Bytes of text for one that is stored."""
+_TEXT_BYTES_MIN = 1 << 16
+"""What a sheet may have however small it is stored."""
 _STATE = (Role.MASTER, Role.EXP_AVG, Role.EXP_AVG_SQ)
 
 
@@ -63,7 +67,25 @@ def sheet_of(inventory: Inventory) -> str:
         "units": units,
         "guide": json.loads(inventory.guide) if inventory.guide else {},
     }
-    return base64.b64encode(zlib.compress(json.dumps(document, separators=(",", ":")).encode())).decode()
+    text = json.dumps(document, separators=(",", ":")).encode()
+    packed = zlib.compress(text)
+    if len(text) > _text_bytes_max(packed):
+        packed = zlib.compress(text, 0)
+    return base64.b64encode(packed).decode()
+
+
+def _text_bytes_max(packed: bytes) -> int:
+    """What a reader unpacks of so many bytes at most: a text that is nothing but repetition is stored as it is."""
+    return _TEXT_BYTES_MIN + _RATIO_MAX * len(packed)
+
+
+def _unpacked(packed: bytes) -> bytes:
+    """``ValueError`` where there is more, or less, than there may be."""
+    reader = zlib.decompressobj()
+    text = reader.decompress(packed, _text_bytes_max(packed))
+    if not reader.eof:
+        raise ValueError(f"its {len(packed)} bytes are cut off, or unpack to more than {_text_bytes_max(packed)}")
+    return text
 
 
 def export_problem(guide: Mapping[str, Any]) -> str | None:
@@ -95,7 +117,7 @@ def replay_problem(sheet: Sheet) -> str | None:
 def read_sheet(text: str) -> Sheet:
     """Inverse of ``sheet_of``; ``CorruptArena`` where the text is none of this version."""
     try:
-        raw = json.loads(zlib.decompress(base64.b64decode(text, validate=True)))
+        raw = json.loads(_unpacked(base64.b64decode(text, validate=True)))
         if raw["version"] != SHEET_VERSION:
             raise ValueError(f"its version is {raw['version']!r}, and this program reads {SHEET_VERSION}")
         tensors = [str(name) for name in raw["tensors"]]

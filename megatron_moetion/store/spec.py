@@ -22,7 +22,7 @@ from megatron_moetion.config import flag_of
 from megatron_moetion.errors import NOT_OURS, CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
 from megatron_moetion.store.sheet import sheet_of
-from megatron_moetion.units import Inventory, UnitKind, align_up
+from megatron_moetion.units import LOG_SUFFIX, Inventory, UnitKind, align_up
 
 FORMAT_VERSION = 3
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
@@ -32,6 +32,8 @@ _SHAPE_BYTES = 8
 """Of each of the two digests of a shape."""
 _SIZE_MAX = 1 << 48
 """Bytes, or slots. Sums of such sizes over all units of a rank fit in 64 bits."""
+_RANKS_MAX = 1 << 17
+"""Of a run: more than there are anywhere, and few enough to go through."""
 _SPELLED = {name: flag_of(f"moetion_{name}") for name in ("run_id", "mode", "chunk_bytes", "period")}
 """Fields of the identity that are flags."""
 
@@ -135,11 +137,11 @@ class ArenaSpec:
 
     def to_json(self) -> bytes:
         """The header's document."""
-        document = asdict(self)
+        identity = dict(vars(self.identity))
         if self.part.is_whole:  # versions without fragments read it too
             for name in ("fragment", "data", "parity"):
-                del document["identity"][name]
-        return json.dumps(document, separators=(",", ":")).encode()
+                del identity[name]
+        return json.dumps({**vars(self), "identity": identity}, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ArenaSpec:
@@ -168,6 +170,8 @@ class ArenaSpec:
             )
             if part != WHOLE and not is_fragment:
                 raise ValueError(f"there is no fragment {part.number} of {part.data}+{part.parity}")
+            if problem := _contradiction(found):
+                raise ValueError(problem)
         except NOT_OURS as error:
             raise CorruptArena(f"the arena header is not one of format {FORMAT_VERSION}: {error}") from error
         return found
@@ -262,6 +266,22 @@ def check_identity(found: ArenaSpec, ours: ArenaIdentity, shape: ArenaShape | No
             f"{path} belongs to something else ({'; '.join(sides)}). Go back to what it was made with, take another "
             f"--moetion-run-id, or delete it"
         )
+
+
+def _contradiction(spec: ArenaSpec) -> str | None:
+    """Why there is no rank with such an arena."""
+    identity, units = spec.identity, {name: UnitKind(kind) for name, kind, _ in spec.units}
+    kept = {nbytes for nbytes, count in spec.slots if count}
+    if not (0 <= identity.owner < _RANKS_MAX and 0 < identity.world_size <= _RANKS_MAX):
+        return f"it is of rank {identity.owner} of {identity.world_size}; there are at most {_RANKS_MAX}"
+    if len(units) != len(spec.units) or len(dict(spec.slots)) != len(spec.slots):
+        return "a unit, or a size of slots, comes twice"
+    if homeless := next((name for name, _, nbytes in spec.units if nbytes not in kept), None):
+        return f"unit {homeless} has no slot"
+    logged = {name.removesuffix(LOG_SUFFIX) for name, kind in units.items() if kind is UnitKind.LOG}
+    if strange := next((name for name in logged if units.get(name, UnitKind.LOG) is UnitKind.LOG), None):
+        return f"a gradient is logged of {strange}, which is no unit"
+    return None
 
 
 def _slots_start(spec: ArenaSpec) -> int:

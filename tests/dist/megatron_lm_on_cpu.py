@@ -14,6 +14,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from functools import partial
 from multiprocessing.managers import SyncManager
@@ -37,8 +38,10 @@ def note_losses(path: Path, then: Callable[[int], None] = lambda iteration: None
 
     def training_log(losses: dict[str, Any], total: Any, rate: Any, iteration: int, *args: Any, **kwargs: Any) -> Any:
         if losses:
+            note = {"iteration": iteration, "loss": float(losses["lm loss"]).hex(), "time": time.time()}
+            note["attempt"] = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
             with path.open("a") as out:
-                out.write(json.dumps({"iteration": iteration, "loss": float(losses["lm loss"]).hex()}) + "\n")
+                out.write(json.dumps(note) + "\n")
         then(iteration)
         return original(losses, total, rate, iteration, *args, **kwargs)
 

@@ -21,6 +21,7 @@ from benchmarks.testbed import (  # noqa: E402
     JobFailed,
     Testbed,
     TestbedUnavailable,
+    damage,
     hosts,
     launch,
     namespaces,
@@ -196,6 +197,32 @@ def test_a_link_is_as_fast_as_it_is_said_to_be() -> None:
         assert measured_mbit(testbed, megabytes=64) > 5 * slow
         testbed.set_rate(RATE_MBIT / 2)
         assert 0.35 < measured_mbit(testbed, megabytes=4) / slow < 0.65
+
+
+@pytest.mark.dist
+@pytest.mark.timeout(60)
+@pytest.mark.usefixtures("live")
+def test_packets_are_damaged_where_and_while_it_is_asked_for() -> None:
+    if damage.why_unavailable():
+        pytest.skip(damage.why_unavailable())
+    with Testbed(2) as testbed:
+        assert arrives_whole(testbed)
+        testbed.set_damage(1, damaged_share=0.5, ports=[PORT])
+        assert not arrives_whole(testbed)
+        testbed.set_damage(1, damaged_share=0.5, ports=[PORT + 1])
+        assert arrives_whole(testbed)
+        testbed.set_damage(1, damaged_share=0.5)
+        assert not arrives_whole(testbed)
+        testbed.set_damage(1, lost_share=1.0)
+        with pytest.raises(AssertionError, match=r"timed out|TimeoutError"):
+            arrives_whole(testbed)
+        testbed.set_damage(1)
+        assert arrives_whole(testbed)
+
+
+def test_shares_of_packets_out_of_range_are_refused() -> None:
+    with pytest.raises(ValueError, match="from 0 to 1"):
+        damage.rules(1.5, 0.0, ())
 
 
 @pytest.mark.dist
@@ -422,6 +449,38 @@ with Testbed(2) as testbed:
     print(testbed.popen(0, ["sleep", "600"], Path("/dev/null")).pid, flush=True)
     time.sleep(600)
 """
+
+
+WHOLE = """
+import socket
+server = socket.create_server(("", {port}))
+print("listening", flush=True)
+server.settimeout(4)
+connection, _ = server.accept()
+found = b""
+while block := connection.recv(1 << 20):
+    found += block
+print(found == bytes({size}))
+"""
+
+SEND_ZEROS = """
+import socket
+socket.create_connection(("host1", {port}), timeout=2).sendall(bytes({size}))
+"""
+
+
+def arrives_whole(testbed: Testbed, size: int = 4_000_000) -> bool:
+    """Whether zeros that host 0 sends to host 1 are zeros there."""
+    argv = testbed.command(1, [sys.executable, "-c", WHOLE.format(port=PORT, size=size)])
+    receiver = subprocess.Popen(argv, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert receiver.stdout is not None
+    with receiver.stdout as said:
+        try:
+            assert said.readline().strip() == "listening"
+            on(testbed, 0, SEND_ZEROS.format(port=PORT, size=size))
+            return said.readline().strip() == "True"
+        finally:
+            receiver.wait(20)
 
 
 def own_namespaces() -> list[str]:

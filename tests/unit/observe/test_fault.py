@@ -5,7 +5,11 @@ from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
+import time
 
+import psutil
 import pytest
 
 from megatron_moetion.errors import ConfigError
@@ -18,9 +22,14 @@ def test_faults_are_parsed() -> None:
         Fault(attempt=0, rank=1, iteration=7, point="mid-pack"),
         Fault(attempt=1, rank=0, iteration=-1, point="survey"),
     )
+    assert parse_faults("0:1:7:fetch:SIGSTOP") == (
+        Fault(attempt=0, rank=1, iteration=7, point="fetch", kind="SIGSTOP"),
+    )
 
 
-@pytest.mark.parametrize("text", ["0:1:7", "0:1:7:nowhere", "0:1:7:mid-pack:more", "a:1:7:mid-pack"])
+@pytest.mark.parametrize(
+    "text", ["0:1:7", "0:1:7:nowhere", "0:1:7:mid-pack:more", "0:1:7:mid-pack:SIGKILL:", "a:1:7:mid-pack"]
+)
 def test_a_mistake_is_quoted(text: str) -> None:
     with pytest.raises(ConfigError, match=text):
         parse_faults(text)
@@ -42,3 +51,52 @@ def test_a_probe_kills_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     probe("mid-pack", 7)
     probe("fetch", 3)
     assert killed == [(os.getpid(), signal.SIGKILL)] * 2
+    probe("mid-pack", 7)
+    assert len(killed) == 2, "a fault that is over does not come again"
+
+
+def hurt(kind: str) -> tuple[int, str]:
+    """What ends a process that is hurt so, and what it says."""
+    code = (
+        "import signal; signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # a background job has it ignored
+        "from megatron_moetion.observe.fault import make_probe, parse_faults\n"
+        f"make_probe(parse_faults('0:3:7:mid-pack:{kind}'), 0, 3)('mid-pack', 7)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=30)
+    return done.returncode, done.stderr
+
+
+@pytest.mark.parametrize(
+    ("kind", "code"),
+    [
+        ("SIGKILL", -signal.SIGKILL), ("SIGTERM", -signal.SIGTERM), ("SIGINT", -signal.SIGINT),
+        ("OS_ABORT", -signal.SIGABRT), ("SEGFAULT", -signal.SIGSEGV), ("WORKLOAD_EXC", 1),
+    ],
+)  # fmt: skip
+def test_each_kind_ends_a_process_as_its_name_says(kind: str, code: int) -> None:
+    ended, said = hurt(kind)
+    assert ended == code
+    assert f"rank 3 iteration 7: injected {kind} at mid-pack, pid " in said
+    assert ("InjectedFault" in said) == (kind == "WORKLOAD_EXC")
+
+
+@pytest.mark.parametrize(("kind", "state"), [("SIGSTOP", psutil.STATUS_STOPPED), ("LOCK_GIL", psutil.STATUS_SLEEPING)])
+def test_a_rank_can_be_held_up(kind: str, state: str) -> None:
+    code = (
+        "import threading, time\n"
+        "from megatron_moetion.observe.fault import KINDS\n"
+        "threading.Thread(target=lambda: [print(i, flush=True) or time.sleep(0.01) for i in range(10**6)]).start()\n"
+        f"time.sleep(0.1); KINDS[{kind!r}]()\n"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        seen = psutil.Process(process.pid)
+        deadline = time.monotonic() + 20
+        os.set_blocking(process.stdout.fileno(), False)
+        quiet_since = time.monotonic()
+        while time.monotonic() - quiet_since < 0.5 or seen.status() != state:
+            assert time.monotonic() < deadline, seen.status()
+            if process.stdout.read() or seen.cpu_times().user < 0.01:
+                quiet_since = time.monotonic()
+            time.sleep(0.02)
+        process.kill()

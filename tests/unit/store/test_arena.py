@@ -389,7 +389,7 @@ def test_a_header_with_values_of_another_kind_is_refused(tmp_path: Path, field: 
 
 def test_a_header_that_claims_many_slots_is_corrupt_before_they_are_counted(tmp_path: Path) -> None:
     arena = create(tmp_path)
-    huge = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 1 << 40),)).to_json()
+    huge = ArenaSpec(identity=identity(), units=SPEC.units, slots=((SMALL, 1 << 40), (LARGE, 1))).to_json()
     data = bytearray(Path(arena.name).read_bytes())
     digest = hashlib.blake2b(huge, digest_size=16).digest()
     data[: 32 + len(huge)] = b"MOETION3" + len(huge).to_bytes(8, "little") + digest + huge

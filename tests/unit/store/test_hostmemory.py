@@ -6,6 +6,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -18,10 +19,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from megatron_moetion.errors import StoreError
 from megatron_moetion.store.hostmemory import PLAIN, HostMemory, Kernel, Linux
 from megatron_moetion.store.mapping import MappedFile
 from megatron_moetion.store.numa import LinuxNuma, NumaCalls, NumaNode
 from megatron_moetion.store.population import Population
+from megatron_moetion.store.sharedfile import SharedFile
 
 PAGE = mmap.PAGESIZE
 NODE = NumaNode(number=1, cpus=frozenset({0}), note="NUMA node 1")
@@ -37,6 +40,7 @@ class Calls(Linux):
         self.numa = numa or Nodes()
         self.refused = refused
         self.why = why
+        self.left = sys.maxsize
         self.advised: list[tuple[int, int]] = []
         self.threads: set[int] = set()
         self.cpus: list[Collection[int]] = []
@@ -52,6 +56,9 @@ class Calls(Linux):
     def run_on(self, cpus: Collection[int]) -> None:
         self.cpus.append(cpus)
         super().run_on(cpus)
+
+    def left_bytes(self, fd: int) -> int:
+        return self.left
 
     def why_no_huge_pages(self, fd: int) -> str | None:
         return self.why
@@ -219,6 +226,20 @@ def test_huge_pages_that_the_kernel_offers_are_taken_and_counted(tmp_path: Path)
     no_huge, nbytes = in_a_tmpfs(tmp_path, "size=16m,huge=advise", WITH_HUGE_PAGES).split()
     assert no_huge == "None"
     assert int(nbytes) in range((8 << 20) + 1), "how many come depends on how fragmented memory is"
+
+
+def test_the_limit_of_a_container_is_an_error_that_names_both_figures(tmp_path: Path) -> None:
+    kernel = Calls()
+    kernel.left = 3 << 20
+    memory = HostMemory(kernel=kernel)
+    SharedFile.create(tmp_path / "fits", 3 << 20, (), memory)
+    kernel.left = (3 << 20) - 1
+    with pytest.raises(StoreError) as refused:
+        SharedFile.create(tmp_path / "more", 3 << 20, (), memory)
+    limit = "of which the limits of this process's control groups leave 3.0 MiB, and this arena needs 3.0 MiB"
+    assert re.search(rf"has [\d,.]+ MiB free, {limit}", str(refused.value))
+    assert [path.name for path in tmp_path.iterdir()] == ["fits"], "nothing is left"
+    SharedFile.open(tmp_path / "fits", memory)  # it has its memory
 
 
 # -- NUMA -----------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from megatron_moetion.store.manifest import (
+    ITERATIONS_MAX,
     MAX_BRANCHES,
     Branch,
     Page,
@@ -24,18 +25,32 @@ from megatron_moetion.store.manifest import (
     successor,
 )
 
-U32, U64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
-I64 = st.integers(-(2**63), 2**63 - 1)
-RECORDS = st.builds(Record, unit=U32, iteration=I64, epoch=U32, slot=U32, nbytes=U64, digest=U64, tokens=U64)
-PAGES = st.builds(
-    Page,
-    sequence=U64,
-    epoch=U32,
-    stable=I64,
-    lineage=U64,
-    branches=st.lists(st.builds(Branch, epoch=U32, iteration=I64, nonce=U32), max_size=MAX_BRANCHES).map(tuple),
-    records=st.lists(RECORDS, max_size=5).map(tuple),
-)
+U32, U64, U63 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1), st.integers(0, 2**63 - 2)
+ITERATIONS = st.integers(0, ITERATIONS_MAX - 1)
+
+
+def any_record(epochs: st.SearchStrategy[int]) -> st.SearchStrategy[Record]:
+    return st.builds(
+        Record, unit=U32, iteration=ITERATIONS, epoch=epochs, slot=U32, nbytes=U64, digest=U64, tokens=U64
+    )  # fmt: skip
+
+
+@st.composite
+def pages(draw: st.DrawFn) -> Page:
+    """Pages that a run can write."""
+    epoch = draw(st.integers(0, 2**31 - 1))
+    recoveries = draw(st.lists(st.integers(1, epoch), max_size=MAX_BRANCHES, unique=True)) if epoch else []
+    return Page(
+        sequence=draw(U63),
+        epoch=epoch,
+        stable=draw(st.integers(-1, ITERATIONS_MAX - 1)),
+        lineage=draw(U63),
+        branches=tuple(Branch(epoch=e, iteration=draw(ITERATIONS), nonce=draw(U32)) for e in sorted(recoveries)),
+        records=tuple(draw(st.lists(any_record(st.integers(0, epoch)), max_size=5))),
+    )
+
+
+PAGES = pages()
 
 
 def record(unit: int, iteration: int, slot: int = 0, epoch: int = 0) -> Record:
@@ -66,7 +81,8 @@ def test_a_page_refuses_more_records_than_it_has_room_for() -> None:
 
 
 def test_only_the_newest_branches_are_written() -> None:
-    many = Page(branches=tuple(Branch(epoch=e, iteration=e) for e in range(1, MAX_BRANCHES + 6)))
+    last = MAX_BRANCHES + 5
+    many = Page(epoch=last, branches=tuple(Branch(epoch=e, iteration=e) for e in range(1, last + 1)))
     found = decode_page(encode_page(many, 0))
     assert found is not None
     assert found.branches == many.branches[-MAX_BRANCHES:]
@@ -153,7 +169,7 @@ def test_a_capture_from_before_the_remembered_branches_is_refused() -> None:
 KEYS = st.lists(st.tuples(st.integers(0, 3), st.integers(0, 9)), unique=True, max_size=12)
 
 
-@given(st.lists(RECORDS, max_size=6))
+@given(st.lists(any_record(U32), max_size=6))
 def test_records_are_a_sequence_of_record(plain: list[Record]) -> None:
     records = Records.of(plain)
     assert records == plain

@@ -68,3 +68,15 @@ def test_a_role_that_nobody_knows_is_refused() -> None:
     document["units"][0][0][1] = 77
     with pytest.raises(CorruptArena, match="77"):
         read_sheet(packed(document))
+
+
+def test_a_few_bytes_that_unpack_to_very_many_are_refused() -> None:
+    many = base64.b64encode(zlib.compress(b'{"version":1,"tensors":[' + b"0," * (1 << 22) + b"0]}", 9)).decode()
+    assert len(many) < 1 << 14
+    with pytest.raises(CorruptArena, match="unpack to more"):
+        read_sheet(many)
+
+
+def test_a_sheet_of_much_repetition_is_read_all_the_same() -> None:
+    guide = {"parameters": [{"numel": 40, "views": []}] * 20_000}
+    assert read_sheet(sheet_of(inventory(json.dumps(guide)))).guide == guide
