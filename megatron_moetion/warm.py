@@ -309,12 +309,12 @@ class _Parent:
             if word == LEFT or self._must_end():  # whoever has told this parent to end has set a limit too
                 self._ask(lambda board: board.leave())
                 return exit_code_of(self._await_rank(code))
-            was_ended = self._rank_pid and self._end_rank()
+            was_ended = self._end_rank()
             if word == LEAVE:
-                return self._leave(code, bool(was_ended))
+                return self._leave(code, was_ended)
             if self._ask(lambda board: board.meet(self._launch.meet_s), self._launch.meet_s + TELL_S) != ALL:
                 self._say(f"{why}; not all ranks can be started again from warm parents, which the launcher does now")
-                return self._leave(code, bool(was_ended))
+                return self._leave(code, was_ended)
             if self._must_end():
                 return exit_code_of(code or -signal.SIGTERM)
             number = f"{generation + 1} of {self._launch.limit}"
@@ -404,11 +404,11 @@ class _Parent:
                 os.kill(self._rank_pid, number)
 
     def _end_rank(self) -> bool:
-        """End the rank at once, its memory is safe, and tell what it has started."""
+        """End the rank at once, its memory is safe, and tell what it has started; whether there was one."""
         pid, self._rank_pid = self._rank_pid, 0
         _end(pid)
         _tell_group(pid, signal.SIGTERM)
-        return True
+        return pid != 0
 
     def _await_rank(self, code: int) -> int:
         """How the rank has ended: it trains on without a parent's help."""

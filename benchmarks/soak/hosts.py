@@ -26,6 +26,9 @@ LOST_SHARE = 0.03
 DAMAGED_SHARE = 0.3
 
 
+NO_NETWORK = "without network namespaces a story has no faults of links and no full memory"
+
+
 class Hosts(Protocol):
     """Machines, each with an agent, ranks and memory of its own."""
 
@@ -157,16 +160,16 @@ class Folders:
         """There is nothing to make."""
 
     def cut(self, host: int, *, off: bool) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(NO_NETWORK)
 
     def slow(self, *, on: bool) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(NO_NETWORK)
 
     def damage(self, host: int, *, lost: float, damaged: float, ports: Sequence[int] = ()) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(NO_NETWORK)
 
     def fill(self, host: int) -> None:
-        raise NotImplementedError
+        raise NotImplementedError(NO_NETWORK)
 
 
 @contextmanager

@@ -31,13 +31,13 @@ def chain_layout(units: Sequence[tuple[str, int, int]]) -> ChainLayout:
 
 
 def log_units(units: Sequence[tuple[str, UnitKind]]) -> dict[int, int]:
-    """From names and kinds by unit number: for each unit whose gradient is logged, the unit of that log."""
-    numbers = {name: number for number, (name, _) in enumerate(units)}
-    return {
-        numbers[name.removesuffix(LOG_SUFFIX)]: number
-        for number, (name, kind) in enumerate(units)
-        if kind is UnitKind.LOG
-    }
+    """From names and kinds by unit number: for each unit whose gradient is logged, the unit of that log.
+
+    The log of a unit that is not there, which no run has, is none.
+    """
+    numbers = {name: number for number, (name, kind) in enumerate(units) if kind is not UnitKind.LOG}
+    logs = [(name.removesuffix(LOG_SUFFIX), n) for n, (name, kind) in enumerate(units) if kind is UnitKind.LOG]
+    return {numbers[name]: number for name, number in logs if name in numbers}
 
 
 def always_of(kinds: Sequence[UnitKind], log_of: Mapping[int, int]) -> tuple[int, ...]:

@@ -22,7 +22,7 @@ from megatron_moetion.config import flag_of
 from megatron_moetion.errors import NOT_OURS, CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
 from megatron_moetion.store.sheet import sheet_of
-from megatron_moetion.units import LOG_SUFFIX, Inventory, UnitKind, align_up
+from megatron_moetion.units import Inventory, UnitKind, align_up
 
 FORMAT_VERSION = 3
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
@@ -278,9 +278,6 @@ def _contradiction(spec: ArenaSpec) -> str | None:
         return "a unit, or a size of slots, comes twice"
     if homeless := next((name for name, _, nbytes in spec.units if nbytes not in kept), None):
         return f"unit {homeless} has no slot"
-    logged = {name.removesuffix(LOG_SUFFIX) for name, kind in units.items() if kind is UnitKind.LOG}
-    if strange := next((name for name in logged if units.get(name, UnitKind.LOG) is UnitKind.LOG), None):
-        return f"a gradient is logged of {strange}, which is no unit"
     return None
 
 

@@ -528,7 +528,7 @@ CONVERSATION = Shape(
 def frame_apart_or_raw(data: bytes) -> Value:
     try:
         return frame_apart(data)
-    except Exception:
+    except Exception:  # of the mutator's own reading: what is no frame is changed byte by byte, and fed all the same
         return data
 
 

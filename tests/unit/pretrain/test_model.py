@@ -188,7 +188,7 @@ torch.cuda.get_device_name = lambda index: "a GPU"
 torch.cuda.current_device = lambda: "cpu"
 from megatron_moetion.pretrain import loop
 
-def pretrain(args, place):
+def pretrain(args, place, source):
     torch.compiler.set_stance("force_eager")
     from megatron.core.transformer.moe.router import TopKRouter
     from megatron.core.transformer.transformer_config import TransformerConfig
