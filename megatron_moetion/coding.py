@@ -73,6 +73,11 @@ class Coding:
         """Bytes that a rank sends, and that its holders keep, for each byte that it captures."""
         return self.holders / self.data
 
+    @property
+    def losses(self) -> int:
+        """Node losses that an owner's state survives while all holders have their parts of it."""
+        return self.survives(self.holders)
+
     def part(self, position: int) -> Part:
         """What the holder at this position of an owner's holders keeps, if all begin anew."""
         return Part(number=position + 1, data=self.data, parity=self.holders - self.data) if self.is_on else WHOLE

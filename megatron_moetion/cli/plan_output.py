@@ -114,7 +114,7 @@ def _model(found: Scenario) -> dict[str, Any]:
         "stages": [asdict(load) for load in found.loads],
         "busiest_stage": found.busiest.stage,
         "iteration_s": found.iteration_s,
-        "survival": None if found.placement.coding.is_on else _survival(found.placement),
+        "survival": _survival(found.placement),
     }
 
 
@@ -242,7 +242,8 @@ def _odds(placement: Placement) -> list[str]:
     lines = [f"Odds that all state survives lost nodes: {values}"]
     found = exposure(placement)
     if found.domains:
-        two = f"; {len(found.exposed)} nodes have two copies in one" if found.exposed else ""
+        kept = "fragments" if placement.coding.is_on else "copies"
+        two = f"; {len(found.exposed)} nodes have two {kept} in one" if found.exposed else ""
         lines.append(f"and one of {found.domains} failure domains: {percent(found.odds)}{two}")
     return lines
 
@@ -271,7 +272,7 @@ def _caption(plan: Plan) -> str:
         lost = "node" if state.replicas == 1 else f"{state.replicas} nodes"
         held = "fragments" if state.coding.is_on else "copies"
         lines.append(f"Any {lost} of {state.coding.holders + 1} that hold each other's {held} may be lost at once")
-        lines += _odds(plan.scenario.placement) if plan.scenario and not state.coding.is_on else []
+        lines += _odds(plan.scenario.placement) if plan.scenario else []
     else:
         lines.append("Without replicas a lost node costs all that is in memory")
     marks = ["*: recommended"] if plan.advice.mode else []

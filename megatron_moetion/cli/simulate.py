@@ -77,8 +77,6 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError(f"there is no kind of fault {unknown[0]!r}; there are {', '.join(KINDS)}")
     if args.copies != "whole":
         require_codec()
-        if args.domains:
-            raise ConfigError("--domains is for whole copies: leave out --copies, or --domains")
     if "lose-domain" in kinds and not args.domains:
         raise ConfigError("--kinds lose-domain needs --domains D, the failure domains that nodes are in")
     logging.disable(logging.CRITICAL)  # the runtime's own lines, of many ranks in many runs

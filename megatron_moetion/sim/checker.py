@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from megatron_moetion.sim import truth
-from megatron_moetion.sim.reader import Capture, Contents, mark_of, read, rebuilt
+from megatron_moetion.sim.reader import Capture, Way, mark_of, read, ways
 
 DENSE, FROZEN, HOST = "layers.0.dense", "frozen", "host"
 STEP_LIMIT_S = 60.0
@@ -27,6 +28,10 @@ LAG_MAX = 12
 
 class Violation(Exception):
     """A promise was broken."""
+
+
+_Have = dict[tuple[int, str], dict[int, list[frozenset[str]]]]
+"""By rank and unit, and by iteration: the memories that each way to have the capture takes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,6 +105,8 @@ class Checker:
         """What memory held at the launch of this attempt, by a naive look; None: unknown."""
         self.vetoed: set[int] = set()
         self.replicas = model.replicas
+        self.group_nodes = model.replicas + 1
+        """Nodes that keep copies, or fragments, of each other."""
         self._begun: Begun | None = None
         self._recoveries: list[Begun] = []
         """Those that the present history has been through."""
@@ -123,19 +130,30 @@ class Checker:
         ``domains``: the failure domain of each node's memory, empty where none are known.
         """
         most = max(Counter(domains.values()).values(), default=0)
-        self._domain_of = domains if most <= len(domains) // (self.replicas + 1) else {}
+        self._domain_of = domains if most <= len(domains) // self.group_nodes else {}
         newest = max(self._stable.values(), default=len(self.chain) - 1)
         self._newest_stable = max(self._newest_stable, newest)
         self._begun, self._launched_s = None, now_s
         self._stable, self._pages, self._rounds, self._heard = {}, {}, {}, -1
         found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
-        if not self.losses or all(how == "lost" for _, _, how in self.losses):
-            if len(found) != len(images):
-                raise Violation("an arena that nobody damaged cannot be read")
-            for place, contents in found:
-                self._check_whole(place, contents)
-            self._check_rebuilt([contents for _, contents in found])
-        self.reachable = self._newest([contents for _, contents in found])
+        is_undamaged = all(how == "lost" for _, _, how in self.losses)
+        if is_undamaged and len(found) != len(images):
+            raise Violation("an arena that nobody damaged cannot be read")
+        for place, contents in found if is_undamaged else ():
+            if contents.stable > self._newest_stable:
+                raise Violation(
+                    f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}"
+                )
+        self.reachable = None
+        if self.model.mode == "exact":
+            return
+        there = list(ways(found))
+        if is_undamaged:
+            self._check_bytes(there)
+        have = self._have(there)
+        self.reachable = self._newest(have, frozenset())
+        if is_undamaged:
+            self._check_claims(have, {_memory(place) for place, _ in images})
 
     def lost(self, now_s: float, memory: str, how: str) -> None:
         """A node's memory is lost (``lost``) or damaged (``damaged``)."""
@@ -389,23 +407,30 @@ class Checker:
 
     # -- arenas ----------------------------------------------------------------------------------------
 
-    def _check_whole(self, place: str, contents: Contents) -> None:
-        """Whole or invisible: what a page lists is what some history had then."""
-        if contents.stable > self._newest_stable:
-            raise Violation(f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}")
-        if self.model.mode == "exact" or contents.fragment:
-            return
-        for capture in contents.captures:
+    def _check_bytes(self, there: Iterable[Way]) -> None:
+        """Whole or invisible: what pages list, and what any fragments that are enough make together, once was so."""
+        for way in there:
+            capture = way.capture
             self.checks += 1
-            if not any(self._is_of(contents.owner, capture, mark) for mark in self.marks[capture.iteration]):
-                raise Violation(f"{place} lists {capture.unit} of iteration {capture.iteration} with other bytes")
+            if not any(self._is_of(way.owner, capture, mark) for mark in self.marks[capture.iteration]):
+                where = " and ".join(way.places)
+                raise Violation(f"{capture.unit} of iteration {capture.iteration} has other bytes in {where}")
 
-    def _check_rebuilt(self, found: Sequence[Contents]) -> None:
-        """The same of what any fragments that are enough make together."""
-        for contents, capture in () if self.model.mode == "exact" else rebuilt(found):
-            self.checks += 1
-            if not any(self._is_of(contents.owner, capture, mark) for mark in self.marks[capture.iteration]):
-                raise Violation(f"fragments of {capture.unit} of iteration {capture.iteration} make other bytes")
+    def _check_claims(self, have: _Have, memories: set[str]) -> None:
+        """What a claim says holds whichever memories are lost, and not only for those that chance has taken."""
+        for claim in self.claims:
+            group = {memory: claim.domain_of.get(memory, memory) for memory in memories}
+            gone = self._lost_since(claim.since_s) | self.deleted
+            lost = {claim.domain_of.get(memory, memory) for memory in gone}
+            left = sorted({*group.values()} - lost)
+            if len(lost) > claim.losses:
+                continue
+            for more in combinations(left, min(claim.losses - len(lost), len(left))):
+                self.checks += 1
+                without = {*gone, *(memory for memory in memories if group[memory] in {*lost, *more})}
+                newest = self._newest(have, without)
+                if newest < claim.stable:
+                    raise Violation(f"{claim}, and without {sorted(without)} memory holds {newest}")
 
     def _is_of(self, owner: int, capture: Capture, mark: bytes) -> bool:
         if capture.unit == HOST:
@@ -423,29 +448,42 @@ class Checker:
             return list(found) == self._counts(owner, capture.iteration)
         return True
 
-    def _newest(self, found: Iterable[Contents]) -> int | None:
-        """The newest iteration of the present history of which every unit of every rank is in memory."""
-        if self.model.mode == "exact":
-            return None
-        have: dict[tuple[int, str], set[int]] = defaultdict(set)
-        found = list(found)
-        captures = [(contents, c) for contents in found if not contents.fragment for c in contents.captures]
-        for contents, capture in [*captures, *rebuilt(found)]:
-            i = capture.iteration
-            if i < len(self.chain) and self._is_of(contents.owner, capture, self.chain[i]):
-                have[contents.owner, capture.unit].add(i)
-        ranks = range(self.model.ranks)
-        best = -1
-        for i in range(len(self.chain)):
-            whole = all(i in have[r, DENSE] and i in have[r, HOST] and have[r, FROZEN] for r in ranks)
-            if whole and all(self._has_expert(have, r, e, i) for r in ranks for e in range(self.model.experts)):
-                best = i
-        return best
+    def _have(self, there: Iterable[Way]) -> _Have:
+        """The ways to have what is of the present history."""
+        have: _Have = defaultdict(lambda: defaultdict(list))
+        for way in there:
+            i = way.capture.iteration
+            if i < len(self.chain) and self._is_of(way.owner, way.capture, self.chain[i]):
+                have[way.owner, way.capture.unit][i].append(frozenset(map(_memory, way.places)))
+        return have
 
-    def _has_expert(self, have: Mapping[tuple[int, str], set[int]], rank: int, expert: int, iteration: int) -> bool:
-        name = f"layers.0.experts.{rank % 2 * self.model.experts + expert}"
-        if self.model.mode == "full":
-            return iteration in have[rank, name]
-        sharers = range(rank % 2, self.model.ranks, 2)
-        common = set.intersection(*(have[r, name] for r in sharers))
-        return any(c <= iteration for c in common)
+    def _newest(self, have: _Have, without: Collection[str]) -> int:
+        """The newest iteration of which every unit of every rank is there without these memories; -1: none."""
+
+        def there(rank: int, unit: str) -> set[int]:
+            return {i for i, found in have[rank, unit].items() if any(way.isdisjoint(without) for way in found)}
+
+        ranks, experts = range(self.model.ranks), range(self.model.experts)
+        common = set(range(len(self.chain)))
+        for rank in ranks:
+            common &= there(rank, DENSE) & there(rank, HOST)
+            if not there(rank, FROZEN):
+                return -1
+        for rank in ranks if self.model.mode == "full" else ():
+            for expert in experts:
+                common &= there(rank, self._expert(rank, expert))
+        if self.model.mode == "popularity":  # of an expert, its shards on all ranks that share it, of any one iteration
+            for parity in (0, 1):
+                sharers = range(parity, self.model.ranks, 2)
+                for expert in experts:
+                    shards = set.intersection(*(there(rank, self._expert(rank, expert)) for rank in sharers))
+                    common = {i for i in common if any(c <= i for c in shards)}
+        return max(common, default=-1)
+
+    def _expert(self, rank: int, expert: int) -> str:
+        return f"layers.0.experts.{rank % 2 * self.model.experts + expert}"
+
+
+def _memory(place: str) -> str:
+    """Whose memory it is in."""
+    return place.partition("/")[0]

@@ -10,7 +10,7 @@ import struct
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import combinations
+from itertools import combinations, product
 
 from megatron_moetion.sim.galois import joined
 
@@ -49,21 +49,37 @@ class Contents:
     parity: int
 
 
-def rebuilt(found: Iterable[Contents]) -> Iterator[tuple[Contents, Capture]]:
-    """Captures that fragments tell of, put together from every choice of as many as are enough, with their owner's."""
-    pieces: dict[tuple[object, ...], dict[int, tuple[Contents, Capture]]] = defaultdict(dict)
-    for contents in found:
-        for capture in contents.captures if contents.fragment else ():
-            if not capture.of:  # zeros
-                yield contents, replace(capture, data=bytes(capture.nbytes))
-                continue
-            key = (contents.owner, contents.rows, contents.parity, capture.unit, capture.iteration, capture.of)
-            pieces[key][contents.fragment] = contents, capture
+@dataclass(frozen=True, kw_only=True)
+class Way:
+    """One way to have a capture: from one place that has all of it, or from as many fragments as are enough."""
+
+    owner: int
+    capture: Capture
+    places: tuple[str, ...]
+
+
+def ways(found: Iterable[tuple[str, Contents]]) -> Iterator[Way]:
+    """Every way to have each capture that these arenas list, by place: every choice of enough fragments is one."""
+    pieces: dict[tuple[object, ...], dict[int, list[tuple[str, Contents, Capture]]]] = defaultdict(dict)
+    for place, contents in found:
+        for capture in contents.captures:
+            if not contents.fragment:
+                yield Way(owner=contents.owner, capture=capture, places=(place,))
+            elif not capture.of:
+                zeros = replace(capture, data=bytes(capture.nbytes))
+                yield Way(owner=contents.owner, capture=zeros, places=(place,))
+            else:
+                key = (contents.owner, contents.rows, contents.parity, capture.unit, capture.iteration, capture.of)
+                pieces[key].setdefault(contents.fragment, []).append((place, contents, capture))
     for numbers in pieces.values():
-        contents, capture = next(iter(numbers.values()))
+        contents = next(iter(numbers.values()))[0][1]
         for chosen in combinations(sorted(numbers), contents.rows):
-            data = joined({n: numbers[n][1].data for n in chosen}, contents.rows, capture.nbytes)
-            yield contents, replace(capture, data=data, of=0)
+            for pick in product(*(numbers[number] for number in chosen)):
+                rows = {number: capture.data for number, (_, _, capture) in zip(chosen, pick, strict=True)}
+                capture = pick[0][2]
+                data = joined(rows, contents.rows, capture.nbytes)
+                places = tuple(place for place, _, _ in pick)
+                yield Way(owner=contents.owner, capture=replace(capture, data=data, of=0), places=places)
 
 
 def read(image: bytes) -> Contents | None:

@@ -79,7 +79,8 @@ class Referee(Watcher):
         """See ``Checker.launching``."""
         self._rounds, self._steps = {}, {}
         self.consent_needed = False
-        self.checker.replicas = cluster.config().replicas
+        config = cluster.config()
+        self.checker.replicas, self.checker.group_nodes = config.replicas, config.coding_nodes or config.replicas + 1
         images = [(f"{m.key}/{n}", f.array.tobytes()) for m in cluster.machines for n, f in sorted(m.files.items())]
         self.say(f"attempt {cluster.attempt + 1} on {', '.join(m.key for m in cluster.machines)}")
         domains = {machine.key: machine.domain for machine in cluster.machines if machine.domain}

@@ -43,6 +43,10 @@ class Mutation:
     """That look for it; none: those of the command line."""
     domains: int = 0
     """Failure domains of the runs that look for it."""
+    copies: str = "whole"
+    """What nodes keep of each other in these runs."""
+    ranks: int = 0
+    """Of these runs; 0: as many as the command line says."""
     review: str = ""
     """The fault of an earlier review that it brings back, by its number there."""
 
@@ -256,6 +260,74 @@ MUTATIONS = (
         review="F9",
         kinds="delete-store,kill",
     ),
+    Mutation(
+        name="one loss more is said to be survived than fragments are left for",
+        file="coding.py",
+        old="return max(0, parts - self.data + 1)",
+        new="return max(0, parts - self.data + 2)",
+        copies="fragments",
+        kinds="kill",
+    ),
+    Mutation(
+        name="the same fragment counts twice",
+        file="replicate/replication.py",
+        old="return self._coding.survives(len(set(parts)) if self._coding.is_on else len(parts))",
+        new="return self._coding.survives(len(parts))",
+        copies="fragments",
+        ranks=6,
+        kinds="cut-then-lose,isolate,kill",
+    ),
+    Mutation(
+        name="holders that lack fragments get none in a recovery",
+        file="recover/plan.py",
+        old="return [leg for leg in legs if len(leg.rows)]",
+        new="return [leg for leg in legs if len(leg.rows) and leg.part.is_whole]",
+        copies="fragments",
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="one fragment too few is enough",
+        file="recover/plan.py",
+        old="if key not in found and len(numbers) >= data:",
+        new="if key not in found and len(numbers) >= data - 1:",
+        copies="fragments",
+        kinds="lose-node,lose-in-recovery",
+    ),
+    Mutation(
+        name="fragments of two iterations are put together",
+        file="recover/plan.py",
+        old="numbers = pieces.setdefault((key, digest, place.part.data, place.part.parity), {})",
+        new="numbers = pieces.setdefault((key, 0, place.part.data, place.part.parity), {})\n"
+        "            key = next((k for k in records.keys if k[0] == key[0]), key)",
+        copies="fragments",
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="a substitute keeps another fragment than the holder that it stands in for",
+        file="replicate/replication.py",
+        old="                self._connect(rank, seat.part)\n                seat.candidate = rank",
+        new="                self._connect(rank, self._seats[0].part)\n                seat.candidate = rank",
+        copies="fragments",
+        ranks=6,
+        kinds="cut-then-lose,isolate,kill",
+    ),
+    Mutation(
+        name="a computed row is that of another fragment",
+        file="snapshot/codec.py",
+        old="self._driver.encode(rows.tobytes())[number - 1]",
+        new="self._driver.encode(rows.tobytes())[self._data]",
+        copies="fragments",
+        ranks=6,
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="captures are cut into fragments while their slots are used again",
+        file="replicate/link.py",
+        old="if are_sound and all(row in still for row in stored.table.tolist()):",
+        new="if len(still) >= 0:",
+        copies="fragments",
+        kinds="delay,slow,stop,kill",
+    ),
 )  # fmt: skip
 
 
@@ -306,7 +378,15 @@ def _look(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) 
             break
         kinds = tuple(filter(None, mutation.kinds.split(",")))
         faults = 20 if kinds else 60
-        story = Story(seed=seed, ranks=ranks, mode=mutation.mode, kinds=kinds, faults=faults, domains=mutation.domains)
+        story = Story(
+            seed=seed,
+            ranks=mutation.ranks or ranks,
+            mode=mutation.mode,
+            copies=mutation.copies,
+            kinds=kinds,
+            faults=faults,
+            domains=mutation.domains,
+        )
         tried += 1
         problem = story.play().problem
         if problem is not None:
