@@ -43,8 +43,12 @@ class Part:
 
     @classmethod
     def of(cls, number: int, data: int, parity: int) -> Part:
-        """Inverse of ``astuple``."""
-        return cls(number=number, data=data, parity=parity)
+        """Inverse of ``astuple``, for what was read. ``ValueError`` where there is no such part."""
+        found = cls(number=number, data=data, parity=parity)
+        is_fragment = data > 1 and parity > 0 and 0 < number <= data + parity <= FRAGMENTS_MAX
+        if found != WHOLE and not is_fragment:
+            raise ValueError(f"there is no fragment {number} of {data}+{parity}")
+        return found
 
     def __str__(self) -> str:
         return "whole copies" if self.is_whole else f"fragment {self.number} of {self.data}+{self.parity}"

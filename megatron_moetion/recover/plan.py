@@ -317,7 +317,10 @@ class Order:
             count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
             words = np.frombuffer(data, dtype=np.int64, count=_PLACE_WORDS * count, offset=8).reshape(-1, _PLACE_WORDS)
             places = tuple(Place(node, Part.of(*part)) for node, *part in words.tolist())
-            return cls(owner=owner, places=places, table=np.frombuffer(data, dtype=ORDER, offset=8 + words.nbytes))
+            table = np.frombuffer(data, dtype=ORDER, offset=8 + words.nbytes)
+            if len(places) > BITS or any(not mask or mask >> len(places) for mask in set(table["sources"].tolist())):
+                raise ValueError("captures are read from nowhere")
+            return cls(owner=owner, places=places, table=table)
 
 
 def _has_bit(masks: Any, number: int) -> Flags:

@@ -16,7 +16,7 @@ from typing import Any
 from megatron_moetion.clock import Clock
 from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, shared
+from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, shared, understood
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.exchange import Meeting, swap
 from megatron_moetion.recover.opened import Opened
@@ -52,6 +52,7 @@ from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks, require_same
 from megatron_moetion.replicate.mirror import records_of
 from megatron_moetion.replicate.placement import Placement, place
+from megatron_moetion.snapshot.codec import require_codec
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import RECORD, Page, Records, in_history
@@ -227,7 +228,8 @@ class Startup:
             if not r.problem
         }
         kept = self._fabric.gather([_key_word(key) for key in sorted(tables)])
-        keepers = keepers_of((map(_key_of, row) for row in kept), placement)
+        with understood("the arenas that it keeps"):
+            keepers = keepers_of((map(_key_of, row) for row in kept), placement)
         placement = with_parts_kept(placement, keepers)
         mine: dict[int, list[Place]] = {}
         for at, keeper in sorted(keepers.get(rank, {}).items()):
@@ -300,6 +302,8 @@ class Startup:
         kept = {(report.owner, report.part) for report in findings.reports if not report.problem}
 
         def open_arenas() -> tuple[OpenArenas, dict[Key, Arena]]:
+            if orders[rank].is_rebuilt.any():  # also where the run no longer asks for fragments
+                require_codec()
             opened = self._open(placement, specs, kept, page)
             self._remove_damaged(findings)
             return opened

@@ -351,9 +351,9 @@ class Link:
             done += len(spans)
             connection.send([buffer], gate=self._turns.gate)
         # A slot is freed by an edit before it is written to again: what is listed now was there all the time.
-        still = set(self._own.page.records.table.tolist())
+        are_still_there = among(plain(stored), plain(self._own.page.records)).all()
         body = np.empty(0, dtype=np.uint8)
-        if are_sound and all(row in still for row in stored.table.tolist()):
+        if are_sound and are_still_there:
             places = digests.ctypes.data + 8 * (np.cumsum(counts) - counts)
             body = encode_digests(capture_digests(self._pool, places, counts), digests)
         send_frame(connection, self._pool, Frame(kind=Kind.DIGESTS, epoch=page.epoch, body=body))

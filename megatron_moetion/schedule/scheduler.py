@@ -257,9 +257,9 @@ class Scheduler:
         capacity, link = planner.capacity_bytes(windows, rates)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
+        each = f" for each of the {times:.3g} times that they cross it" if link is Link.NETWORK and times > 1 else ""
         why = (
-            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s"
-            f"{f' a replica, {times:.3g} of them' if link is Link.NETWORK and times > 1 else ''}, "
+            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s{each}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
         return Carried(nbytes=capacity, why=why, is_settled=is_settled)

@@ -33,8 +33,8 @@ def require_codec() -> None:
         import pyeclib.ec_iface  # noqa: F401  # an optional extra
     except ImportError as error:
         raise ConfigError(
-            f"--moetion-coding-nodes needs PyECLib ({error}): pip install 'megatron-moetion[coding]' on all nodes, or "
-            f"leave the flag out for whole copies"
+            f"fragments of snapshots need PyECLib ({error}): pip install 'megatron-moetion[coding]' on all nodes. "
+            f"Without --moetion-coding-nodes nodes keep whole copies of each other's snapshots"
         ) from error
 
 

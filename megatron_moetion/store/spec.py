@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from megatron_moetion.arrays import Int64s
-from megatron_moetion.coding import FRAGMENTS_MAX, WHOLE, Part
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.config import flag_of
 from megatron_moetion.errors import NOT_OURS, CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
@@ -164,12 +164,7 @@ class ArenaSpec:
                 raise ValueError("a size is negative")
             if max(*sizes, found.identity.chunk_bytes) > _SIZE_MAX:
                 raise ValueError("a size is larger than any memory")
-            part = found.part
-            is_fragment = (
-                part.data > 1 and part.parity > 0 and 0 < part.number <= part.data + part.parity <= FRAGMENTS_MAX
-            )
-            if part != WHOLE and not is_fragment:
-                raise ValueError(f"there is no fragment {part.number} of {part.data}+{part.parity}")
+            Part.of(found.identity.fragment, found.identity.data, found.identity.parity)
             if problem := _contradiction(found):
                 raise ValueError(problem)
         except NOT_OURS as error:

@@ -296,9 +296,10 @@ MUTATIONS = (
     Mutation(
         name="fragments of two iterations are put together",
         file="recover/plan.py",
-        old="numbers = pieces.setdefault((key, digest, place.part.data, place.part.parity), {})",
-        new="numbers = pieces.setdefault((key, 0, place.part.data, place.part.parity), {})\n"
-        "            key = next((k for k in records.keys if k[0] == key[0]), key)",
+        old="    for (key, _, data, _), numbers in pieces.items():\n",
+        new="    for (key, _, data, _), numbers in pieces.items():\n"
+        "        others = [ns for (k, *_), ns in pieces.items() if k[0] == key[0]]\n"
+        "        numbers = {n: p for ns in [*others, numbers] for n, p in ns.items()}\n",
         copies="fragments",
         kinds="lose-node,kill",
     ),
@@ -323,8 +324,8 @@ MUTATIONS = (
     Mutation(
         name="captures are cut into fragments while their slots are used again",
         file="replicate/link.py",
-        old="if are_sound and all(row in still for row in stored.table.tolist()):",
-        new="if len(still) >= 0:",
+        old="if are_sound and are_still_there:",
+        new="if True:",
         copies="fragments",
         kinds="delay,slow,stop,kill",
     ),

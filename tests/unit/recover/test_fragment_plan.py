@@ -5,7 +5,10 @@ from __future__ import annotations
 
 from itertools import permutations
 
+import pytest
+
 from megatron_moetion.coding import WHOLE, Coding, Part
+from megatron_moetion.errors import ChannelError
 from megatron_moetion.recover.plan import (
     Order,
     Place,
@@ -82,3 +85,17 @@ def test_of_two_holders_with_one_fragment_the_usual_one_keeps_it_and_no_fragment
     assert with_parts_kept(FOUR, {}) == FOUR
     whole = place(["a", "b"], 1)
     assert with_parts_kept(whole, {0: {Place(1, ONE): 1}}) == whole
+
+
+def test_an_order_that_reads_from_nowhere_is_refused() -> None:
+    copies = {Place(1, ONE): captures(1), Place(3, PARITY): captures(1)}
+    order = order_of(0, [(0, 1)], copies, FOUR)
+    no_place, no_part = order.table.copy(), (Place(1, Part(number=4, data=2, parity=1)), Place(3, PARITY))
+    no_place["sources"] = 0b101
+    for wrong in (
+        Order(owner=0, places=order.places, table=no_place),
+        Order(owner=0, places=no_part, table=order.table),
+        Order(owner=0, places=order.places * 40, table=order.table),
+    ):
+        with pytest.raises(ChannelError, match="something else than an order"):
+            Order.from_bytes(0, wrong.to_bytes())

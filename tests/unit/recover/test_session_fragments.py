@@ -112,6 +112,21 @@ def test_without_the_library_the_flag_says_what_to_install(tmp_path: Path, monke
         Job(tmp_path, **FOUR)  # type: ignore[arg-type]
 
 
+def test_without_the_library_fragments_that_are_needed_stay_where_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The restart asks for whole copies, and what is left to make them of is fragments."""
+    last, before = trained(tmp_path)
+    lose(tmp_path, 0)
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "pyeclib.ec_iface", None)
+        job = Job(tmp_path, attempt=1, **{**FOUR, "coding_nodes": 0})  # type: ignore[arg-type]
+        with pytest.raises(ConfigError, match=r"rank 0 .*megatron-moetion\[coding\]"):
+            job.start()
+        job.crash()
+    assert_back(tmp_path, 2, last, before, coding_nodes=0).crash()
+
+
 @pytest.mark.parametrize("settings", [{"replicas": 1}, {"replicas": -1}, {"replicas": 2, "coding_nodes": 3}])
 def test_settings_that_save_nothing_are_refused(settings: dict[str, int]) -> None:
     with pytest.raises(ConfigError, match="--moetion-coding-nodes"):
