@@ -78,7 +78,7 @@ class Size:
     """Counted iterations a block; one more is run and left out."""
 
 
-FULL_SIZE = Size(capture_bytes=192 << 20, repetitions=11, cycles=12, block_iterations=5)
+FULL_SIZE = Size(capture_bytes=96 << 20, repetitions=9, cycles=8, block_iterations=4)
 QUICK_SIZE = Size(capture_bytes=24 << 20, repetitions=5, cycles=3, block_iterations=2)
 
 

@@ -163,7 +163,11 @@ RUN_S_OWN = ("progress",)
 
 
 @pytest.mark.parametrize(
-    ("mode", "parts"), [(FRAGMENTS, (("node0", "node2"), ("node1", "node3"))), (EXACT, (("node0",), ("node1",)))]
+    ("mode", "parts"),
+    [
+        pytest.param(FRAGMENTS, (("node0", "node2"), ("node1", "node3")), id="full, fragments"),
+        pytest.param(EXACT, (("node0",), ("node1",)), id="exact, copies"),
+    ],
 )
 def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(
     dead: Dead, tmp_path: Path, mode: str, parts: tuple[tuple[str, ...], ...]

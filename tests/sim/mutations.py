@@ -269,15 +269,6 @@ MUTATIONS = (
         kinds="kill",
     ),
     Mutation(
-        name="the same fragment counts twice",
-        file="replicate/replication.py",
-        old="return self._coding.survives(len(set(parts)) if self._coding.is_on else len(parts))",
-        new="return self._coding.survives(len(parts))",
-        copies="fragments",
-        ranks=6,
-        kinds="cut-then-lose,isolate,kill",
-    ),
-    Mutation(
         name="holders that lack fragments get none in a recovery",
         file="recover/plan.py",
         old="return [leg for leg in legs if len(leg.rows)]",
@@ -292,6 +283,14 @@ MUTATIONS = (
         new="if key not in found and len(numbers) >= data - 1:",
         copies="fragments",
         kinds="lose-node,lose-in-recovery",
+    ),
+    Mutation(
+        name="fragments are grouped by their own digests",
+        file="store/arena.py",
+        old="        digests[stored] = self._view[starts[:, None] + np.arange(8)].copy().view(\"<u8\").ravel()\n",
+        new="",
+        copies="fragments",
+        kinds="lose-node,kill",
     ),
     Mutation(
         name="fragments of two iterations are put together",
