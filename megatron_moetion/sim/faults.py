@@ -479,7 +479,7 @@ class Injector:
         for fault in self._messages:
             if fault.rank % self._cluster.shape.ranks != rank or self._is_closed:
                 continue
-            if purpose not in ("hold", "control") or (purpose == "control" and fault.kind != "damage"):
+            if purpose != "hold" and not (purpose in ("control", "exchange") and fault.kind == "damage"):
                 continue
             key = (-1, id(fault))
             self._skip[key] = self._skip.get(key, 0) + 1

@@ -26,6 +26,8 @@ class Capture:
     unit: str
     iteration: int
     epoch: int
+    is_zero: bool
+    """It has no slot: all of its bytes are zero."""
     data: bytes
     nbytes: int
     """Of the whole capture."""
@@ -41,6 +43,8 @@ class Contents:
     stable: int
     epoch: int
     lineage: int
+    units: tuple[tuple[str, int], ...]
+    """Name and capture size of each unit."""
     captures: tuple[Capture, ...]
     fragment: int
     """0: captures are whole."""
@@ -53,8 +57,10 @@ class Contents:
 class Way:
     """One way to have a capture: from one place that has all of it, or from as many fragments as are enough."""
 
-    owner: int
+    contents: Contents
+    """Of the first of ``places``."""
     capture: Capture
+    """All of it."""
     places: tuple[str, ...]
 
 
@@ -64,22 +70,21 @@ def ways(found: Iterable[tuple[str, Contents]]) -> Iterator[Way]:
     for place, contents in found:
         for capture in contents.captures:
             if not contents.fragment:
-                yield Way(owner=contents.owner, capture=capture, places=(place,))
+                yield Way(contents=contents, capture=capture, places=(place,))
             elif not capture.of:
                 zeros = replace(capture, data=bytes(capture.nbytes))
-                yield Way(owner=contents.owner, capture=zeros, places=(place,))
+                yield Way(contents=contents, capture=zeros, places=(place,))
             else:
                 key = (contents.owner, contents.rows, contents.parity, capture.unit, capture.iteration, capture.of)
                 pieces[key].setdefault(contents.fragment, []).append((place, contents, capture))
     for numbers in pieces.values():
-        contents = next(iter(numbers.values()))[0][1]
-        for chosen in combinations(sorted(numbers), contents.rows):
+        rows = next(iter(numbers.values()))[0][1].rows
+        for chosen in combinations(sorted(numbers), rows):
             for pick in product(*(numbers[number] for number in chosen)):
-                rows = {number: capture.data for number, (_, _, capture) in zip(chosen, pick, strict=True)}
-                capture = pick[0][2]
-                data = joined(rows, contents.rows, capture.nbytes)
+                _, contents, capture = pick[0]
+                data = joined({c.fragment: piece.data for _, c, piece in pick}, rows, capture.nbytes)
                 places = tuple(place for place, _, _ in pick)
-                yield Way(owner=contents.owner, capture=replace(capture, data=data, of=0), places=places)
+                yield Way(contents=contents, capture=replace(capture, data=data, of=0), places=places)
 
 
 def read(image: bytes) -> Contents | None:
@@ -120,12 +125,23 @@ def read(image: bytes) -> Contents | None:
         data, of = bytes(size) if slot == _NO_SLOT else image[starts[slot] : starts[slot] + nbytes], 0
         if fragment and slot != _NO_SLOT:
             (of,), data = struct.unpack_from("<Q", data), data[_FRAME:]
-        captures.append(Capture(unit=name, iteration=iteration, epoch=of_epoch, data=data, nbytes=size, of=of))
+        captures.append(
+            Capture(
+                unit=name,
+                iteration=iteration,
+                epoch=of_epoch,
+                is_zero=slot == _NO_SLOT,
+                data=data,
+                nbytes=size,
+                of=of,
+            )
+        )
     return Contents(
         owner=int(identity["owner"]),
         stable=stable,
         epoch=epoch,
         lineage=lineage,
+        units=tuple((name, size) for name, _, size in spec["units"]),
         captures=tuple(captures),
         fragment=fragment,
         rows=rows,

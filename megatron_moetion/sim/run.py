@@ -43,9 +43,11 @@ class Outcome:
 class Referee(Watcher):
     """Tells the checker what happens, and stops the run where it objects."""
 
-    def __init__(self, simulator: Simulator, shape: Shape) -> None:
+    def __init__(self, simulator: Simulator, shape: Shape, folder: str) -> None:
         self.simulator = simulator
         self.shape = shape
+        self._folder = folder
+        """Of the run's small files: its name is another one in each run, and is left out of the story."""
         frozen = {r: truth.contents(b"frozen", r, "frozen", 64) for r in range(shape.ranks)}
         self.checker = Checker(
             Model(
@@ -165,7 +167,8 @@ class Referee(Watcher):
 
     def failed(self, rank: Rank, error: MoetionError) -> None:
         """See ``Watcher``."""
-        self.say(f"rank {rank.number} ends: {type(error).__name__}: {str(error)[:300]}")
+        text = str(error).replace(self._folder, "")
+        self.say(f"rank {rank.number} ends: {type(error).__name__}: {text[:300]}")
         if isinstance(error, NothingRecoverable):
             self.checker.gave_up(str(error))
             self.consent_needed = True
@@ -175,7 +178,7 @@ def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
     """Train through all these faults, then on without any; one process, no other effects."""
     with tempfile.TemporaryDirectory(prefix="moetion-sim-") as folder:
         simulator = Simulator(seed)
-        referee = Referee(simulator, shape)
+        referee = Referee(simulator, shape, folder)
         cluster = Cluster(simulator, shape, Path(folder), seed, referee)
         referee.ranks = lambda: cluster.ranks
         injector = Injector(cluster, referee, faults)
