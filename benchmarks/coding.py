@@ -4,7 +4,7 @@
 Two parts, each within one run.
 
 Arithmetic, in one process on one thread: of a capture, a plain copy, the fragments for all of its holders as a link
-makes them (verify what they are made of, compute, digest), and the capture from the fragments that take most work, as a
+makes them (compute, digest, verify what they are made of), and the capture from the fragments that take most work, as a
 recovery rebuilds it (compute, digest). They take turns; a ratio is the median over the repetitions of (time / time of
 the copy in the same repetition).
 
@@ -166,11 +166,11 @@ def make(pool: HostPool, codec: Codec, coding: Coding, capture: Bytes, digests: 
     """What the links of an owner do with a capture, all holders' fragments one after the other."""
     for position in range(coding.holders):
         part = coding.part(position)
-        assert is_sound(pool, CHUNK_BYTES, part, capture, digests, whole)
         for (span,) in spans_of([part.stored_bytes(capture.nbytes)], CHUNK_BYTES, CALL_BYTES):
             out = np.empty(span.nbytes, dtype=np.uint8)
             codec.fragment(part.number, capture, whole, span.start, out)
             digests_of(pool, out)
+        assert is_sound(pool, CHUNK_BYTES, part, capture, digests, whole)
 
 
 def hardest_rows(codec: Codec, coding: Coding, capture: Bytes) -> dict[int, Bytes]:

@@ -160,12 +160,13 @@ class FragmentMover:
         arena, record = self.arenas[leg.out_of], self.orders[leg.owner].records[row]
         slot = self._places[leg.out_of][record.key]
         capture = arena.payload(slot)
-        if not span.start and not is_sound(
+        data = np.empty(span.nbytes, dtype=np.uint8)
+        codec.fragment(leg.part.number, capture, record.digest, span.start, data)
+        is_last = span.start + span.nbytes == leg.part.stored_bytes(len(capture))
+        if is_last and not is_sound(
             self.pool, self._chunk_bytes, leg.part, capture, arena.digests(slot), record.digest
         ):
             raise ChannelError(f"{arena.name}: a capture changed after it was surveyed; restart to try again")
-        data = np.empty(span.nbytes, dtype=np.uint8)
-        codec.fragment(leg.part.number, capture, record.digest, span.start, data)
         spans = chunk_spans(np.array([data.ctypes.data]), np.array([data.nbytes]), self._chunk_bytes)
         digests = np.empty(len(spans), dtype=np.uint64)
         self.pool.digest(spans, digests)

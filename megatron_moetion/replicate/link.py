@@ -341,11 +341,11 @@ class Link:
             places = np.cumsum(lengths) - lengths
             for span, place in zip(batch, places.tolist(), strict=True):
                 record, payload = stored[span.capture], payloads[span.capture]
-                if not span.start:
-                    own = self._own.digests(record.slot)
-                    are_sound = are_sound and is_sound(self._pool, chunk_bytes, part, payload, own, record.digest)
                 out = buffer[place : place + span.nbytes]
                 codec.fragment(part.number, payload, record.digest, span.start, out)
+                if span.start + span.nbytes == sizes[span.capture]:  # what was wrong when it was read still is
+                    own = self._own.digests(record.slot)
+                    are_sound = are_sound and is_sound(self._pool, chunk_bytes, part, payload, own, record.digest)
             spans = chunk_spans(buffer.ctypes.data + places, lengths, chunk_bytes)
             self._pool.digest(spans, digests[done : done + len(spans)])
             done += len(spans)
