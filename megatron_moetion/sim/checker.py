@@ -192,8 +192,11 @@ class Checker:
         state: Mapping[str, bytes],
         counts: Sequence[int],
         lost_tokens: int,
-    ) -> None:
-        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters."""
+    ) -> bool:
+        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters.
+
+        Whether it is the last one.
+        """
         self.checks += 1
         begun = self._begun
         if begun is None:
@@ -225,6 +228,14 @@ class Checker:
             self.consented = False
             why = "all ranks have started"
             self.claims = [Claim(iteration, self.replicas, begun.launched_s, why, self._domain_of)]
+        return len(begun.ranks) == self.model.ranks
+
+    def all_have_started(self, images: Sequence[tuple[str, bytes]]) -> None:
+        """The last rank has, on these arenas: copies are complete again."""
+        if all(how == "lost" for _, _, how in self.losses):
+            found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
+            have = self._have([contents for _, contents in found], ways(found))
+            self._check_claims(have, {_memory(place) for place, _ in images})
 
     def _judge_start(self, begun: Begun) -> None:
         floor = self.floor()

@@ -266,6 +266,7 @@ MUTATIONS = (
         old="return max(0, parts - self.data + 1)",
         new="return max(0, parts - self.data + 2)",
         copies="fragments",
+        ranks=5,
         kinds="kill",
     ),
     Mutation(
@@ -274,6 +275,7 @@ MUTATIONS = (
         old="return [leg for leg in legs if len(leg.rows)]",
         new="return [leg for leg in legs if len(leg.rows) and leg.part.is_whole]",
         copies="fragments",
+        ranks=5,
         kinds="lose-node,kill",
     ),
     Mutation(
@@ -282,6 +284,7 @@ MUTATIONS = (
         old="if key not in found and len(numbers) >= data:",
         new="if key not in found and len(numbers) >= data - 1:",
         copies="fragments",
+        ranks=5,
         kinds="lose-node,lose-in-recovery",
     ),
     Mutation(
@@ -290,6 +293,7 @@ MUTATIONS = (
         old="        digests[stored] = self._view[starts[:, None] + np.arange(8)].copy().view(\"<u8\").ravel()\n",
         new="",
         copies="fragments",
+        ranks=5,
         kinds="lose-node,kill",
     ),
     Mutation(
@@ -300,6 +304,7 @@ MUTATIONS = (
         "        others = [ns for (k, *_), ns in pieces.items() if k[0] == key[0]]\n"
         "        numbers = {n: p for ns in [*others, numbers] for n, p in ns.items()}\n",
         copies="fragments",
+        ranks=5,
         kinds="lose-node,kill",
     ),
     Mutation(
@@ -308,7 +313,7 @@ MUTATIONS = (
         old="                self._connect(rank, seat.part)\n                seat.candidate = rank",
         new="                self._connect(rank, self._seats[0].part)\n                seat.candidate = rank",
         copies="fragments",
-        ranks=6,
+        ranks=5,
         kinds="cut-then-lose,isolate,kill",
     ),
     Mutation(
@@ -317,7 +322,7 @@ MUTATIONS = (
         old="self._driver.encode(rows.tobytes())[number - 1]",
         new="self._driver.encode(rows.tobytes())[self._data]",
         copies="fragments",
-        ranks=6,
+        ranks=5,
         kinds="lose-node,kill",
     ),
     Mutation(
@@ -326,6 +331,7 @@ MUTATIONS = (
         old="if are_sound and are_still_there:",
         new="if True:",
         copies="fragments",
+        ranks=5,
         kinds="delay,slow,stop,kill",
     ),
 )  # fmt: skip
