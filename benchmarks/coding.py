@@ -54,7 +54,8 @@ RANKS = 5
 MODEL_FLAGS = (
     "--num-layers 2 --hidden-size 256 --ffn-hidden-size 1024 --num-attention-heads 4 --seq-length 128 "
     "--max-position-embeddings 128 --num-experts 8 --moe-router-topk 1 --moe-router-pre-softmax "
-    "--moe-ffn-hidden-size 1024 --moe-router-load-balancing-type aux_loss --moe-aux-loss-coeff 1e-2 "
+    "--moe-ffn-hidden-size 1024 --disable-bias-linear --moe-router-load-balancing-type aux_loss "
+    "--moe-aux-loss-coeff 1e-2 "
     f"--micro-batch-size 1 --global-batch-size {4 * RANKS} --lr 1e-4 --bf16 --use-distributed-optimizer "
     "--train-iters 100000 --eval-iters 0 --seed 1"
 )
@@ -78,7 +79,7 @@ class Size:
     """Counted iterations a block; one more is run and left out."""
 
 
-FULL_SIZE = Size(capture_bytes=96 << 20, repetitions=9, cycles=8, block_iterations=4)
+FULL_SIZE = Size(capture_bytes=96 << 20, repetitions=9, cycles=6, block_iterations=4)
 QUICK_SIZE = Size(capture_bytes=24 << 20, repetitions=5, cycles=3, block_iterations=2)
 
 

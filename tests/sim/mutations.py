@@ -285,7 +285,8 @@ MUTATIONS = (
         new="if key not in found and len(numbers) >= data - 1:",
         copies="fragments",
         ranks=5,
-        kinds="lose-node,lose-in-recovery",
+        kinds="lose-domain,kill",
+        domains=2,
     ),
     Mutation(
         name="fragments are grouped by their own digests",
@@ -305,7 +306,7 @@ MUTATIONS = (
         "        numbers = {n: p for ns in [*others, numbers] for n, p in ns.items()}\n",
         copies="fragments",
         ranks=5,
-        kinds="lose-node,kill",
+        kinds="cut-then-lose,lose-node,reset",
     ),
     Mutation(
         name="a substitute keeps another fragment than the holder that it stands in for",
