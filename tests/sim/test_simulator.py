@@ -32,6 +32,8 @@ QUICK = (
     "T follows the last result, also back",
     "the optimizer does not wait for the copy",
     "copies of a state share a failure domain",
+    "one loss more is said to be survived than fragments are left for",
+    "holders that lack fragments get none in a recovery",
 )
 """Mutations that the first seed finds within a second or two."""
 
