@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "simulate",
         help="run the checkpointing runtime under faults, in a simulated cluster",
-        usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--copies COPIES] [--faults N] "
-        "[--domains D] [--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
+        usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--state STATE] [--copies COPIES] "
+        "[--faults N] [--domains D] [--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
         description="Run the production code of a job's ranks in one process, with simulated time, network and memory. "
         "A seed decides what goes wrong: killed processes, lost nodes, cut links, damaged memory and messages, and "
         "more. A model that is written apart from the runtime checks the promises. Ends with exit code 1 where one is "
@@ -50,6 +50,12 @@ def add(commands: Any) -> None:
         default="whole",
         help="what nodes keep of each other: whole copies (default), fragments, which need 4 nodes and the extra "
         "'coding', or any: the seed decides",
+    )
+    parser.add_argument(
+        "--state",
+        choices=("host", "device", "any"),
+        default="host",
+        help="where state lies: in host memory (default), on a simulated device, or any: the seed decides",
     )
     parser.add_argument("--faults", type=int, default=60, metavar="N", help="faults of a seed (default: 60)")
     parser.add_argument(
@@ -86,6 +92,7 @@ def _run(args: argparse.Namespace) -> int:
             ranks=args.ranks,
             mode=args.mode,
             copies=args.copies,
+            state=args.state,
             faults=args.faults,
             kinds=kinds,
             kept=kept,

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import distributed as dist
 
@@ -32,11 +32,14 @@ from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
+from megatron_moetion.sim.device import NAME as DEVICE
+from megatron_moetion.sim.device import Device, LazyPool
 from megatron_moetion.sim.memory import Machine, SimNode
 from megatron_moetion.sim.network import Network, SimKernel
 from megatron_moetion.sim.schedule import Killed, Process, Simulator
 from megatron_moetion.sim.threads import SimClock, SimEvent, SimThreads
 from megatron_moetion.sim.trainee import Descender, Trainee
+from megatron_moetion.snapshot.device import DevicePacker
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.hostmemory import PLAIN
 from megatron_moetion.units import Inventory
@@ -48,6 +51,8 @@ KILLED = 137
 RESTART_S = 0.5
 """An attempt that lasts less long is followed by a pause as long."""
 POOL = HostPool(1)
+_DEVICE_LIMIT_S = 1.0
+"""What a device has not done by then is late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,6 +72,8 @@ class Shape:
     """Iterations between checkpoints on disk; 0: there are none."""
     domains: int = 0
     """Failure domains that nodes are in; 0: none are known."""
+    on_device: bool = False
+    """State lies on devices, not in host memory."""
 
     @property
     def copies_text(self) -> str:
@@ -279,16 +286,18 @@ class Cluster:
         machine = self.machines[node]
         kind = Descender if self.shape.mode == "exact" else Trainee
         self._runs += 1
-        return Rank(
+        device = Device(self.simulator, process, lambda: rank.slow_pack_s) if self.shape.on_device else None
+        rank = Rank(
             number=number,
             attempt=self.attempt,
             machine=machine,
             process=process,
-            state=kind(number, self.shape.ranks, self.shape.experts, self.attempt),
+            state=kind(number, self.shape.ranks, self.shape.experts, self.attempt, device),
             kernel=SimKernel(self.network, machine.number, process, self._seed * 7919 + self._runs),
             clock=SimClock(self.simulator, lambda: machine.skew_s),
             threads=SimThreads(self.simulator, process),
         )
+        return rank
 
     # -- a rank ----------------------------------------------------------------------------------------
 
@@ -368,6 +377,7 @@ class Cluster:
         while state.iteration < self.goal:
             rank.clock.sleep(self.step_s * 0.9)
             self.barrier.meet(rank.number, state.iteration)
+            state.compute()
             session.before_optimizer_step()
             state.advance()
             self.watcher.stepped(rank)
@@ -383,6 +393,7 @@ class Cluster:
 
     def _save(self, rank: Rank) -> None:
         state = rank.state
+        state.settle()
         part = self._saving.setdefault((rank.attempt, state.iteration), {})
         part[rank.number] = Saved(
             mark=state.mark,
@@ -425,7 +436,17 @@ class Cluster:
             )
 
         def make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, number: int) -> Packer:
-            return SlowPacker(inventory, config.chunk_bytes, pool, rank)
+            if rank.state.device is None:
+                return SlowPacker(inventory, config.chunk_bytes, pool, rank)
+            found = DevicePacker(
+                DEVICE,
+                cast(Any, LazyPool(rank.state.device, pool)),
+                [unit for unit in inventory.units if unit.regions],
+                chunk_bytes=config.chunk_bytes,
+                batch_bytes=512,
+                timeout_s=_DEVICE_LIMIT_S,
+            )
+            return Packer(inventory, config.chunk_bytes, pool, found, clock=rank.clock)
 
         def probe(point: str, iteration: int) -> None:
             simulator.check()

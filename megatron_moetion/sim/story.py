@@ -35,6 +35,8 @@ class Story:
     kept: tuple[int, ...] | None = None
     domains: int = 0
     """Failure domains that nodes are in; 0: none are known."""
+    state: str = "host"
+    """Where state lies: in ``host`` memory, on a ``device``, or ``any``: the seed decides."""
 
     @property
     def shape(self) -> Shape:
@@ -61,6 +63,8 @@ class Story:
             schedule=schedule,
             save_every=save_every,
             domains=self.domains,
+            on_device=self.state == "device"
+            or (self.state == "any" and random.Random(self.seed ^ 0xDE1).random() < 0.5),
         )
 
     def all_faults(self) -> list[Fault]:
@@ -82,10 +86,11 @@ class Story:
         kinds = f" --kinds {','.join(self.kinds)}" if self.kinds else ""
         domains = f" --domains {self.domains}" if self.domains else ""
         copies = "" if self.copies == "whole" else f" --copies {self.copies}"
+        state = "" if self.state == "host" else f" --state {self.state}"
         kept = "" if self.kept is None else f" --keep {','.join(map(str, self.kept)) or 'none'}"
         return (
             f"moetion simulate --first {self.seed} --seeds 1 --ranks {self.ranks} --mode {self.mode} "
-            f"--faults {self.faults}{copies}{domains}{kinds}{kept}"
+            f"--faults {self.faults}{state}{copies}{domains}{kinds}{kept}"
         )
 
 

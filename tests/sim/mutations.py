@@ -41,6 +41,8 @@ class Mutation:
     """Kinds of faults that look for it, comma separated; none: all."""
     seeds: tuple[int, ...] = ()
     """That look for it; none: those of the command line."""
+    state: str = "host"
+    """Where state of the runs lies that look for it."""
     domains: int = 0
     """Failure domains of the runs that look for it."""
     copies: str = "whole"
@@ -246,6 +248,38 @@ MUTATIONS = (
         kinds="kill",
     ),
     Mutation(
+        name="chains end one iteration too early",
+        file="store/chains.py",
+        old="all(i in logged for i in range(newest + 1, at + 1))",
+        new="all(i in logged for i in range(newest + 1, at + 2))",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="a gradient of zeros is logged as that of the iteration before",
+        file="snapshot/capture.py",
+        old="        zeros = Records.make(len(zero), unit=sorted(zero), iteration=iteration,",
+        new="        zeros = Records.make(len(zero), unit=sorted(zero), iteration=iteration - 1,",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="training's stream does not wait for the copies that read live state",
+        file="snapshot/device.py",
+        old="                self._pool.order_after(self._streams.current(), held_for)",
+        new="                pass",
+        state="device",
+        kinds="kill,late-pack",
+    ),
+    Mutation(
+        name="copies begin before training's stream has come to them",
+        file="snapshot/device.py",
+        old="            return self._drain(cancel, self._timeout_s)",
+        new="            return True",
+        state="device",
+        kinds="kill,late-pack",
+    ),
+    Mutation(
         name="a child's word is lost with its connection",
         file="replicate/rounds.py",
         old="self._up(number, payload) for number, payload in sorted(self._said.items())",
@@ -393,6 +427,7 @@ def _look(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) 
             kinds=kinds,
             faults=faults,
             domains=mutation.domains,
+            state=mutation.state,
         )
         tried += 1
         problem = story.play().problem

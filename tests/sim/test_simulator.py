@@ -23,6 +23,7 @@ FIXED = (
     (1, 4, "full", "fragments"), (3, 6, "popularity", "fragments"),
 )  # fmt: skip
 """Seed, ranks, mode, copies."""
+ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
 DOMAINS = ((5, 8, "full", 4),)
 """Seed, ranks, mode, failure domains."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
@@ -34,6 +35,8 @@ QUICK = (
     "copies of a state share a failure domain",
     "one loss more is said to be survived than fragments are left for",
     "holders that lack fragments get none in a recovery",
+    "training's stream does not wait for the copies that read live state",
+    "chains end one iteration too early",
 )
 """Mutations that the first seed finds within a second or two."""
 
@@ -53,6 +56,15 @@ def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str, cop
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults.total() >= 30, "faults take place"
     assert outcome.attempts > 3, "and end processes"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("seed", "ranks", "mode"), ON_DEVICE)
+def test_no_promise_is_broken_where_state_lies_on_devices(seed: int, ranks: int, mode: str) -> None:
+    story = Story(seed=seed, ranks=ranks, mode=mode, faults=40, state="device")
+    outcome = story.play()
+    assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
+    assert outcome.faults.total() >= 20, "faults take place"
 
 
 @pytest.mark.timeout(300)
