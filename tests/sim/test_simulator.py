@@ -24,8 +24,8 @@ FIXED = (
 )  # fmt: skip
 """Seed, ranks, mode, copies."""
 ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
-DOMAINS = ((5, 8, "full", 4),)
-"""Seed, ranks, mode, failure domains."""
+DOMAINS = ((5, 8, "full", 4, "whole"), (4, 8, "full", 4, "fragments"))
+"""Seed, ranks, mode, failure domains, copies."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
 QUICK = (
     "a recovery does not begin an epoch",
@@ -68,10 +68,12 @@ def test_no_promise_is_broken_where_state_lies_on_devices(seed: int, ranks: int,
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("seed", "ranks", "mode", "domains"), DOMAINS)
-def test_the_loss_of_a_failure_domain_costs_nothing(seed: int, ranks: int, mode: str, domains: int) -> None:
+@pytest.mark.parametrize(("seed", "ranks", "mode", "domains", "copies"), DOMAINS)
+def test_the_loss_of_a_failure_domain_costs_nothing(
+    seed: int, ranks: int, mode: str, domains: int, copies: str
+) -> None:
     kinds = ("lose-domain", "lose-node", "kill", "move")
-    story = Story(seed=seed, ranks=ranks, mode=mode, faults=12, kinds=kinds, domains=domains)
+    story = Story(seed=seed, ranks=ranks, mode=mode, copies=copies, faults=12, kinds=kinds, domains=domains)
     outcome = story.play()
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults["lose-domain"] >= 2, outcome.faults
