@@ -24,9 +24,7 @@ def odds(placement: Placement, lost: int) -> Fraction:
     Counted are the sets of nodes that cost no rank's state. Copies and fragments stay within a group, so the sets of
     all groups multiply.
     """
-    alike = {
-        len(group): group for group in placement.groups
-    }  # each is a ring, so as many sets of one size are harmless
+    alike = {len(group): group for group in placement.groups}  # rings: in those of one size as many sets are harmless
     harmless = {
         size: [_harmless(placement, group, number) for number in range(min(lost, size) + 1)]
         for size, group in alike.items()

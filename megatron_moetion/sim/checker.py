@@ -519,10 +519,10 @@ class Checker:
         chains = self._chains.get(capture.epoch, [])
         return bool(chains) and all(chain[upto] == self.chain[upto] for chain in chains)
 
-    def _newest(self, units: Mapping[int, set[str]], ways: _Ways, without: Collection[str] = ()) -> int:
+    def _newest(self, units: Mapping[int, set[str]], there: _Ways, without: Collection[str] = ()) -> int:
         """The newest iteration of which every unit of every rank is there without these memories; -1: none."""
         have: dict[tuple[int, str], set[int]] = defaultdict(set)
-        for key, iterations in ways.items():
+        for key, iterations in there.items():
             have[key] = {i for i, found in iterations.items() if any(way.isdisjoint(without) for way in found)}
         ranks = range(self.model.ranks)
         for i in range(len(self.chain) - 1, -1, -1):
