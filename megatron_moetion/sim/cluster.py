@@ -173,6 +173,8 @@ class Cluster:
         """Changes to the run's settings, from the next attempt on."""
         self.cuts: Callable[[Rank], Cuts] = lambda rank: NO_CUTS
         self.probes: Callable[[Rank, str, int], None] = lambda rank, point, iteration: None
+        self.in_page: Callable[[Rank], None] = lambda rank: None
+        """Told of every page that is half written, by whom."""
         self.disk: dict[int, dict[int, Saved]] = {}
         """Checkpoints on disk: by iteration, the state of each rank. They appear when they are complete."""
         self._saving: dict[tuple[int, int], dict[int, Saved]] = {}
@@ -433,6 +435,7 @@ class Cluster:
                 memory=PLAIN,
                 machine=rank.machine,
                 process=rank.process,
+                in_page=lambda: self.in_page(rank),
             )
 
         def make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, number: int) -> Packer:

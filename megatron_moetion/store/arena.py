@@ -76,8 +76,8 @@ class Arena:
     Views returned by ``payload`` and ``digests`` live as long as the arena is open; so do addresses.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        """Open what stands in ``memory``. Errors as ``read_arena``."""
+    def __init__(self, memory: Memory, write: Callable[[Bytes, bytes], None] | None = None) -> None:
+        """Open what stands in ``memory``. Errors as ``read_arena``. ``write`` puts a page in its place."""
         view = memory.array
 
         def read(start: int, nbytes: int) -> bytes:
@@ -86,6 +86,7 @@ class Arena:
         self.spec, pages, self._page = read_arena(read, len(view), memory.name)
         self._memory = memory
         self._view = view
+        self._put = write or _put
         self._layout = Layout.of(self.spec)
         self._max_records = self.spec.num_records
         self._unit_bytes = self.spec.stored_bytes
@@ -250,7 +251,7 @@ class Arena:
     def _write(self, page: Page) -> None:
         start = self._layout.page_starts[self._next_page]
         data = encode_page(page, self._max_records)
-        self._view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        self._put(self._view[start : start + len(data)], data)
         self._page = page
         self._listed = self._slots_of(page)
         self._next_page = 1 - self._next_page
@@ -261,6 +262,10 @@ class Arena:
         found = np.zeros(self.spec.num_slots, dtype=bool)
         found[slots[slots < self.spec.num_slots]] = True
         return found
+
+
+def _put(place: Bytes, data: bytes) -> None:
+    place[:] = np.frombuffer(data, dtype=np.uint8)
 
 
 def first_bytes(spec: ArenaSpec, page: Page) -> tuple[tuple[int, bytes], ...]:

@@ -280,6 +280,13 @@ MUTATIONS = (
         kinds="kill,late-pack",
     ),
     Mutation(
+        name="commits always write the same page",
+        file="store/arena.py",
+        old="        self._next_page = 1 - self._next_page\n",
+        new="",
+        kinds="kill-in-page,kill",
+    ),
+    Mutation(
         name="a child's word is lost with its connection",
         file="replicate/rounds.py",
         old="self._up(number, payload) for number, payload in sorted(self._said.items())",
