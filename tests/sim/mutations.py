@@ -350,15 +350,6 @@ MUTATIONS = (
         kinds="cut-then-lose,lose-node,reset",
     ),
     Mutation(
-        name="a substitute keeps another fragment than the holder that it stands in for",
-        file="replicate/replication.py",
-        old="                self._connect(rank, seat.part)\n                seat.candidate = rank",
-        new="                self._connect(rank, self._seats[0].part)\n                seat.candidate = rank",
-        copies="fragments",
-        ranks=5,
-        kinds="cut-then-lose,isolate,kill",
-    ),
-    Mutation(
         name="a computed row is that of another fragment",
         file="snapshot/codec.py",
         old="self._driver.encode(rows.tobytes())[number - 1]",
@@ -366,15 +357,6 @@ MUTATIONS = (
         copies="fragments",
         ranks=5,
         kinds="lose-node,kill",
-    ),
-    Mutation(
-        name="captures are cut into fragments while their slots are used again",
-        file="replicate/link.py",
-        old="if are_sound and are_still_there:",
-        new="if True:",
-        copies="fragments",
-        ranks=5,
-        kinds="delay,slow,stop,kill",
     ),
 )  # fmt: skip
 
