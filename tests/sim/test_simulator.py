@@ -20,7 +20,7 @@ from megatron_moetion.sim.story import Story
 ROOT = Path(__file__).parents[2]
 FIXED = (
     (1, 4, "full", "whole"), (2, 4, "popularity", "whole"), (3, 4, "exact", "whole"), (4, 8, "any", "whole"),
-    (1, 4, "full", "fragments"), (3, 6, "popularity", "fragments"),
+    (1, 4, "full", "fragments"), (3, 5, "popularity", "fragments"),
 )  # fmt: skip
 """Seed, ranks, mode, copies."""
 ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
