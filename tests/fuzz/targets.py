@@ -342,9 +342,9 @@ def read_arenas(data: bytes) -> None:
     assert Summary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
     if summary.newest is not None:
         of_history(reports, summary.newest)
+    sources_of({Place(0, report.part): report.records for report in reports if not report.problem}, 0)
     arena = Arena(Image(data, name))
     use_records(arena.page, chain_layout(arena.spec.units))
-    sources_of({Place(0, arena.spec.part): arena.whole_records(arena.page.records)}, 0)
     update_bytes_max(arena.spec)
     copy = Copy.of(0, arena.spec, arena.page)
     judge([copy, replace(copy, node=1)], vetoed=[5])
