@@ -175,6 +175,7 @@ class Ranks:
             eager_slice_bytes=EAGER_SLICE_BYTES,
             draw=no_drawing,
             is_waited_for=self._mode_waits,
+            packing_share=spread_share(policy.state.replicas) if toll.device_bytes_per_s else 0.0,
         )
         limits = policy.limits if policy.mode == "popularity" else Limits(fewest=0, usual=0, most=0)
         self._sizes = Sizes(limits.fewest, limits.usual)
