@@ -17,7 +17,7 @@ from typing import Any
 from benchmarks.cluster.faults import Faults, Outcome, Protection, simulate_faults
 from benchmarks.cluster.sparsity import published
 from megatron_moetion.plan.presets import MACHINES
-from megatron_moetion.replicate.placement import Placement, place
+from megatron_moetion.replicate.placement import place
 from megatron_moetion.replicate.survival import odds
 
 DATA = Path(__file__).with_name("papers.json")
@@ -161,11 +161,10 @@ def _modelled(given: Mapping[str, float], number: int) -> dict[str, tuple[float 
     model, faults = peers(given), Faults(mtbf_s=600.0, nodes=int(given["nodes"]), node_share=0.0)
     nodes = [str(n) for n in range(int(given["gemini_nodes"]))]
     groups = place(nodes, 1)
-    ring = Placement(
-        node_of=groups.node_of,
+    ring = replace(
+        groups,
         holders=tuple(((n + 1) % len(nodes),) for n in range(len(nodes))),
         groups=(tuple(range(len(nodes))),),
-        domains=groups.domains,
     )
     gemini_state = given["gemini_parameters"] * given["bytes_a_parameter"]
     from_store_s = gemini_state / given["gemini_store_bytes_per_s"]

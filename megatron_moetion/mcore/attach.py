@@ -158,7 +158,7 @@ class Attached:
         for optimizer in state.inner_optimizers():
             handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
             self._undo.callback(handle.remove)
-        if self.scheduler.draws or (self.scheduler.needs_windows and running.replicas):
+        if self.scheduler.draws or (self.scheduler.needs_windows and running.coding.holders):
             given = self.pipeline_arguments.get("p2p_communicator")
             found = self._loop.watch(self.scheduler, running.node_of, self._undo, given)
             self.pipeline_arguments = self.pipeline_arguments or found

@@ -238,10 +238,10 @@ class Scheduler:
         if nbytes >= MEASURED_MIN_BYTES and end_s > begin_s:
             self._packing.learn(nbytes / (end_s - begin_s))
 
-    def carries(self, replicas: int) -> Carried:
+    def carries(self, times: float) -> Carried:
         """Bytes of a snapshot that the windows of both links carry in an iteration.
 
-        A snapshot leaves the device once and crosses the network ``replicas`` times. Training moves nothing between
+        A snapshot leaves the device once and crosses the network ``times`` times. Training moves nothing between
         device and host, so that link's window is the iteration. A link that nothing has gone over yet limits nothing.
         Infinite in schedule ``eager``, and before any iteration was measured.
         """
@@ -255,17 +255,17 @@ class Scheduler:
         if self._packing.is_known:
             windows[Link.D2H] = (Window(begin_s=0.0, end_s=typical_s),)
             rates[Link.D2H] = self._packing.bytes_per_s
-        if replicas and self._paced.is_known:
+        if times and self._paced.is_known:
             windows[Link.NETWORK] = self._windows(self._timelines, typical_s)
-            rates[Link.NETWORK] = self._paced.bytes_per_s / replicas
+            rates[Link.NETWORK] = self._paced.bytes_per_s / times
         if not windows:
             return nothing_limits
         capacity, link = planner.capacity_bytes(windows, rates)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
+        each = f" for each of the {times:.3g} times that they cross it" if link is Link.NETWORK and times > 1 else ""
         why = (
-            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s"
-            f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
+            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s{each}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
         return Carried(nbytes=capacity, why=why, is_settled=is_settled)

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from megatron_moetion.sim import truth
-from megatron_moetion.sim.reader import Capture, Contents, mark_of, read
+from megatron_moetion.sim.reader import Capture, Contents, Way, mark_of, read, ways
 
 DENSE, FROZEN, HOST = "layers.0.dense", "frozen", "host"
 BUFFERS, GRADIENT = f"{DENSE}.buffers", ".grad"
@@ -29,6 +30,28 @@ LAG_MAX = 12
 
 class Violation(Exception):
     """A promise was broken."""
+
+
+_Ways = dict[tuple[int, str], dict[int, list[frozenset[str]]]]
+"""By rank and unit, and by iteration: the memories that each way to have the capture takes."""
+
+
+def _no_ways() -> _Ways:
+    return defaultdict(lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class _Have:
+    """What memory has of the present history, at least and at most.
+
+    The bytes of a gradient of zeros do not tell of which history it is. Its epoch does, where all histories of that
+    epoch are one up to there.
+    """
+
+    units: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Of each rank."""
+    least: _Ways = field(default_factory=_no_ways)
+    most: _Ways = field(default_factory=_no_ways)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -102,6 +125,8 @@ class Checker:
         """What memory held at the launch of this attempt, by a naive look: at least, and at most."""
         self.vetoed: set[int] = set()
         self.replicas = model.replicas
+        self.group_nodes = model.replicas + 1
+        """Nodes that keep copies, or fragments, of each other."""
         self._begun: Begun | None = None
         self._recoveries: list[Begun] = []
         """Those that the present history has been through."""
@@ -129,18 +154,27 @@ class Checker:
         ``domains``: the failure domain of each node's memory, empty where none are known.
         """
         most = max(Counter(domains.values()).values(), default=0)
-        self._domain_of = domains if most <= len(domains) // (self.replicas + 1) else {}
+        self._domain_of = domains if most <= len(domains) // self.group_nodes else {}
         newest = max(self._stable.values(), default=len(self.chain) - 1)
         self._newest_stable = max(self._newest_stable, newest)
         self._begun, self._launched_s = None, now_s
         self._stable, self._pages, self._rounds, self._heard = {}, {}, {}, -1
         found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
-        if not self.losses or all(how == "lost" for _, _, how in self.losses):
-            if len(found) != len(images):
-                raise Violation("an arena that nobody damaged cannot be read")
-            for place, contents in found:
-                self._check_whole(place, contents)
-        self.reachable = self._newest([contents for _, contents in found])
+        is_undamaged = all(how == "lost" for _, _, how in self.losses)
+        if is_undamaged and len(found) != len(images):
+            raise Violation("an arena that nobody damaged cannot be read")
+        for place, contents in found if is_undamaged else ():
+            if contents.stable > self._newest_stable:
+                raise Violation(
+                    f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}"
+                )
+        there = list(ways(found))
+        if is_undamaged:
+            self._check_bytes(there)
+        have = self._have([contents for _, contents in found], there)
+        self.reachable = self._newest(have.units, have.least), self._newest(have.units, have.most)
+        if is_undamaged:
+            self._check_claims(have, {_memory(place) for place, _ in images})
 
     def lost(self, now_s: float, memory: str, how: str) -> None:
         """A node's memory is lost (``lost``) or damaged (``damaged``)."""
@@ -158,8 +192,11 @@ class Checker:
         state: Mapping[str, bytes],
         counts: Sequence[int],
         lost_tokens: int,
-    ) -> None:
-        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters."""
+    ) -> bool:
+        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters.
+
+        Whether it is the last one.
+        """
         self.checks += 1
         begun = self._begun
         if begun is None:
@@ -191,6 +228,14 @@ class Checker:
             self.consented = False
             why = "all ranks have started"
             self.claims = [Claim(iteration, self.replicas, begun.launched_s, why, self._domain_of)]
+        return len(begun.ranks) == self.model.ranks
+
+    def all_have_started(self, images: Sequence[tuple[str, bytes]]) -> None:
+        """The last rank has, on these arenas: copies are complete again."""
+        if all(how == "lost" for _, _, how in self.losses):
+            found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
+            have = self._have([contents for _, contents in found], ways(found))
+            self._check_claims(have, {_memory(place) for place, _ in images})
 
     def _judge_start(self, begun: Begun) -> None:
         floor = self.floor()
@@ -400,14 +445,30 @@ class Checker:
 
     # -- arenas ----------------------------------------------------------------------------------------
 
-    def _check_whole(self, place: str, contents: Contents) -> None:
-        """Whole or invisible: what a page lists is what some history had then."""
-        if contents.stable > self._newest_stable:
-            raise Violation(f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}")
-        for capture in contents.captures:
+    def _check_bytes(self, there: Iterable[Way]) -> None:
+        """Whole or invisible: what pages list, and what any fragments that are enough make together, once was so."""
+        for way in there:
+            capture = way.capture
             self.checks += 1
-            if not any(self._is_of(contents, capture, mark) for mark in self.marks[capture.iteration]):
-                raise Violation(f"{place} lists {capture.unit} of iteration {capture.iteration} with other bytes")
+            if not any(self._is_of(way.contents, capture, mark) for mark in self.marks[capture.iteration]):
+                where = " and ".join(way.places)
+                raise Violation(f"{capture.unit} of iteration {capture.iteration} has other bytes in {where}")
+
+    def _check_claims(self, have: _Have, memories: set[str]) -> None:
+        """What a claim says holds whichever memories are lost, and not only for those that chance has taken."""
+        for claim in self.claims:
+            group = {memory: claim.domain_of.get(memory, memory) for memory in memories}
+            gone = self._lost_since(claim.since_s) | self.deleted
+            lost = {claim.domain_of.get(memory, memory) for memory in gone}
+            left = sorted({*group.values()} - lost)
+            if len(lost) > claim.losses:
+                continue
+            for more in combinations(left, min(claim.losses - len(lost), len(left))):
+                self.checks += 1
+                without = {*gone, *(memory for memory in memories if group[memory] in {*lost, *more})}
+                newest = self._newest(have.units, have.most, without)
+                if newest < claim.stable:
+                    raise Violation(f"{claim}, and without {sorted(without)} memory holds {newest}")
 
     def _is_of(self, contents: Contents, capture: Capture, mark: bytes) -> bool:
         """Whether a capture has the bytes of this mark."""
@@ -438,24 +499,19 @@ class Checker:
     def _has_counts(self, rank: int, data: bytes, iteration: int) -> bool:
         return list(struct.unpack_from(f"<{self.model.experts}q", data)) == self._counts(rank, iteration)
 
-    def _newest(self, found: Sequence[Contents]) -> tuple[int, int]:
-        """The newest iteration of the present history of which every unit of every rank is in memory.
-
-        At least and at most: the bytes of a gradient of zeros do not tell of which history it is. Its epoch does, where
-        all histories of that epoch are one up to there.
-        """
-        least: dict[tuple[int, str], set[int]] = defaultdict(set)
-        most: dict[tuple[int, str], set[int]] = defaultdict(set)
-        units: dict[int, set[str]] = defaultdict(set)
+    def _have(self, found: Sequence[Contents], there: Iterable[Way]) -> _Have:
+        """What is of the present history."""
+        have = _Have()
         for contents in found:
-            units[contents.owner] |= {name for name, _ in contents.units}
-            for capture in contents.captures:
-                i = capture.iteration
-                if i < len(self.chain) and self._is_of(contents, capture, self.chain[i]):
-                    most[contents.owner, capture.unit].add(i)
-                    if not capture.is_zero or self._is_known(capture):
-                        least[contents.owner, capture.unit].add(i)
-        return self._newest_of(units, least), self._newest_of(units, most)
+            have.units[contents.owner] |= {name for name, _ in contents.units}
+        for way in there:
+            i, key = way.capture.iteration, (way.contents.owner, way.capture.unit)
+            if i < len(self.chain) and self._is_of(way.contents, way.capture, self.chain[i]):
+                memories = frozenset(map(_memory, way.places))
+                have.most[key][i].append(memories)
+                if not way.capture.is_zero or self._is_known(way.capture):
+                    have.least[key][i].append(memories)
+        return have
 
     def _is_known(self, capture: Capture) -> bool:
         """Whether all histories of a capture's epoch are the present one, up to its iteration."""
@@ -463,7 +519,11 @@ class Checker:
         chains = self._chains.get(capture.epoch, [])
         return bool(chains) and all(chain[upto] == self.chain[upto] for chain in chains)
 
-    def _newest_of(self, units: Mapping[int, set[str]], have: Mapping[tuple[int, str], set[int]]) -> int:
+    def _newest(self, units: Mapping[int, set[str]], there: _Ways, without: Collection[str] = ()) -> int:
+        """The newest iteration of which every unit of every rank is there without these memories; -1: none."""
+        have: dict[tuple[int, str], set[int]] = defaultdict(set)
+        for key, iterations in there.items():
+            have[key] = {i for i, found in iterations.items() if any(way.isdisjoint(without) for way in found)}
         ranks = range(self.model.ranks)
         for i in range(len(self.chain) - 1, -1, -1):
             if all(units[r] and all(self._is_there(have, r, name, i) for name in units[r]) for r in ranks):
@@ -491,3 +551,8 @@ def _place(contents: Contents, name: str) -> tuple[str, int]:
     before = [n for n, _ in contents.units if mark and n.partition("#")[0] == unit and not n.endswith(GRADIENT)]
     sizes = dict(contents.units)
     return unit, sum(sizes[n] for n in before if int(n.partition("#")[2]) < int(turn))
+
+
+def _memory(place: str) -> str:
+    """Whose memory it is in."""
+    return place.partition("/")[0]

@@ -62,6 +62,7 @@ class Shape:
     ranks: int = 4
     ranks_per_node: int = 1
     replicas: int = 1
+    coding_nodes: int = 0
     mode: str = "full"
     schedule: str = "eager"
     iterations: int = 40
@@ -73,6 +74,13 @@ class Shape:
     """Failure domains that nodes are in; 0: none are known."""
     on_device: bool = False
     """State lies on devices, not in host memory."""
+
+    @property
+    def copies_text(self) -> str:
+        """What nodes keep of each other, for a person."""
+        if not self.coding_nodes:
+            return f"{self.replicas} replicas"
+        return f"any {self.coding_nodes - self.replicas} of {self.coding_nodes - 1} fragments"
 
     @property
     def nodes(self) -> int:
@@ -312,6 +320,7 @@ class Cluster:
             "mode": self.shape.mode,
             "run_id": RUN_ID,
             "replicas": self.shape.replicas,
+            "coding_nodes": self.shape.coding_nodes,
             "ranks_per_node": self.shape.ranks_per_node,
             "chunk_bytes": 4096,
             "pack_threads": 1,

@@ -394,6 +394,7 @@ class Injector:
             shape, settings = self._cluster.shape, self._cluster.settings
             settings["schedule"] = ("eager", "steady", "bubble")[fault.amount % 3]
             settings["replicas"] = min(fault.other % 3, shape.nodes - 1)
+            settings["coding_nodes"] = shape.coding_nodes if settings["replicas"] == shape.replicas else 0
             if shape.mode != "exact":
                 settings["interval"] = 1 + fault.amount % 3
 

@@ -89,7 +89,7 @@ class Arena:
         self._put = write or _put
         self._layout = Layout.of(self.spec)
         self._max_records = self.spec.num_records
-        self._unit_bytes = np.array([nbytes for _, _, nbytes in self.spec.units], dtype=np.int64)
+        self._unit_bytes = self.spec.stored_bytes
         self._lock = threading.RLock()
         self._next_page = 1 - pages.index(self._page)
         older = pages[self._next_page]
@@ -149,7 +149,7 @@ class Arena:
 
     @property
     def unit_bytes(self) -> Int64s:
-        """Bytes of a capture, by unit."""
+        """Bytes that a capture takes here, by unit."""
         return self._unit_bytes
 
     def payload(self, slot: int) -> Bytes:
@@ -177,6 +177,20 @@ class Arena:
     def slot_bytes(self, slots: Int64s) -> Int64s:
         """The capture bytes of each slot."""
         return self._layout.slot_sizes[slots]
+
+    def whole_records(self, records: Records) -> Records:
+        """The captures that these records of the arena are of, as their owner lists them: size and digest of the whole.
+
+        Slots are those of this arena. The fragments must be sound: what they are of stands before their bytes.
+        """
+        if self.spec.part.is_whole or not records:
+            return records
+        stored = ~records.is_zero
+        starts = self._layout.slot_starts[records.table["slot"][stored].astype(np.int64)]
+        digests = records.table["digest"].copy()
+        digests[stored] = self._view[starts[:, None] + np.arange(8)].copy().view("<u8").ravel()
+        sizes = np.array([nbytes for _, _, nbytes in self.spec.units], dtype=np.int64)[records.table["unit"]]
+        return records.replace(digest=digests, nbytes=np.where(stored, sizes, 0))
 
     # -- writing --------------------------------------------------------------------------------------
 

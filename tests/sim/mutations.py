@@ -45,6 +45,10 @@ class Mutation:
     """Where state of the runs lies that look for it."""
     domains: int = 0
     """Failure domains of the runs that look for it."""
+    copies: str = "whole"
+    """What nodes keep of each other in these runs."""
+    ranks: int = 0
+    """Of these runs; 0: as many as the command line says."""
     review: str = ""
     """The fault of an earlier review that it brings back, by its number there."""
 
@@ -59,8 +63,8 @@ MUTATIONS = (
     Mutation(
         name="copies of a state share a failure domain",
         file="replicate/placement.py",
-        old="groups = _apart(where, replicas) if replicas and any(where) else _consecutive(num_nodes, replicas)",
-        new="groups = _consecutive(num_nodes, replicas)",
+        old="groups = _apart(where, coding.holders) if replicas and any(where) else _consecutive(",
+        new="groups = _consecutive(",
         mode="full",
         kinds="lose-domain,kill",
         domains=2,
@@ -297,6 +301,63 @@ MUTATIONS = (
         review="F9",
         kinds="delete-store,kill",
     ),
+    Mutation(
+        name="one loss more is said to be survived than fragments are left for",
+        file="coding.py",
+        old="return max(0, parts - self.data + 1)",
+        new="return max(0, parts - self.data + 2)",
+        copies="fragments",
+        ranks=5,
+        kinds="kill",
+    ),
+    Mutation(
+        name="holders that lack fragments get none in a recovery",
+        file="recover/plan.py",
+        old="return [leg for leg in legs if len(leg.rows)]",
+        new="return [leg for leg in legs if len(leg.rows) and leg.part.is_whole]",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="one fragment too few is enough",
+        file="recover/plan.py",
+        old="if key not in found and len(numbers) >= data:",
+        new="if key not in found and len(numbers) >= data - 1:",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-domain,kill",
+        domains=2,
+    ),
+    Mutation(
+        name="fragments are grouped by their own digests",
+        file="store/arena.py",
+        old="        digests[stored] = self._view[starts[:, None] + np.arange(8)].copy().view(\"<u8\").ravel()\n",
+        new="",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="fragments of two iterations are put together",
+        file="recover/plan.py",
+        old="    for (key, _, data, _), numbers in pieces.items():\n",
+        new="    for (key, _, data, _), numbers in pieces.items():\n"
+        "        others = [ns for (k, *_), ns in pieces.items() if k[0] == key[0]]\n"
+        "        numbers = {n: p for ns in [*others, numbers] for n, p in ns.items()}\n",
+        copies="fragments",
+        ranks=5,
+        kinds="cut-then-lose,lose-node,reset",
+    ),
+    Mutation(
+        name="a computed row is that of another fragment",
+        file="snapshot/codec.py",
+        old="self._driver.encode(rows.tobytes())[number - 1]",
+        new="self._driver.encode(rows.tobytes())[self._data]",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-node,kill",
+    ),
 )  # fmt: skip
 
 
@@ -349,8 +410,9 @@ def _look(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) 
         faults = 20 if kinds else 60
         story = Story(
             seed=seed,
-            ranks=ranks,
+            ranks=mutation.ranks or ranks,
             mode=mutation.mode,
+            copies=mutation.copies,
             kinds=kinds,
             faults=faults,
             domains=mutation.domains,

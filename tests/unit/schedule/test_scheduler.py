@@ -239,7 +239,7 @@ def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None
         clock.sleep(0.05)
     one, two = (fast.carries(n) for n in (1, 2))
     assert two.nbytes == pytest.approx(one.nbytes / 2)
-    assert "a replica, 2 of them" in two.why
+    assert "for each of the 2 times that they cross it" in two.why
 
 
 def test_what_a_link_has_shown_counts_in_the_next_iteration() -> None:
