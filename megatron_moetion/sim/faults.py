@@ -179,15 +179,18 @@ class Injector:
         self._referee.say(str(fault))
 
     def _settle(self) -> None:
-        """Nothing new goes wrong; steps are long, so that few of them are made until all has settled."""
+        """Nothing new goes wrong; steps are long, so that few of them are made until all has settled.
+
+        What has waited for its point or its message until now would come too late to be over when all must be well.
+        """
+        self._armed.clear()
+        self._messages.clear()
         self._cluster.step_s = 4 * self._cluster.shape.step_s
 
     def _become_calm(self) -> None:
         """The last fault is over, and so is what it left: training goes on for so long that all must be well again."""
         if self._is_closed:
             return
-        self._armed.clear()
-        self._messages.clear()
         self._cluster.step_s = self._cluster.shape.step_s
         self._referee.say("no fault comes any more")
         self._referee.is_calm = True
