@@ -48,6 +48,8 @@ class Placement:
     domains: tuple[Domain, ...]
     """Failure domain of each node; all are empty where that of any node is not known."""
     coding: Coding
+    unknown: tuple[int, ...] = ()
+    """Nodes whose domain is not known, where that of others is."""
 
     @property
     def num_nodes(self) -> int:
@@ -104,7 +106,7 @@ def place(node_keys: Sequence[str], replicas: int, domains: Sequence[str] = (), 
             f"({len(node_keys)} ranks, {sizes.pop()} a node). Add nodes, emulate them with "
             f"--moetion-ranks-per-node, or accept with --moetion-replicas 0 that nothing survives the loss of a node"
         )
-    where = _domains(members, domains)
+    where, unknown = _domains(members, domains)
     groups = _apart(where, coding.holders) if replicas and any(where) else _consecutive(num_nodes, coding.holders)
     holders: list[tuple[int, ...]] = [()] * len(node_of)
     for group in groups:
@@ -114,7 +116,15 @@ def place(node_keys: Sequence[str], replicas: int, domains: Sequence[str] = (), 
                     members[group[(position + step) % len(group)]][local] for step in range(1, coding.holders + 1)
                 )
     parts = tuple(tuple(coding.part(position) for position in range(coding.holders)) for _ in node_of)
-    return Placement(node_of=node_of, holders=tuple(holders), parts=parts, groups=groups, domains=where, coding=coding)
+    return Placement(
+        node_of=node_of,
+        holders=tuple(holders),
+        parts=parts,
+        groups=groups,
+        domains=where,
+        coding=coding,
+        unknown=unknown,
+    )
 
 
 def in_common(one: Domain, other: Domain) -> int:
@@ -135,10 +145,15 @@ def _by_value(pairs: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
     return {first: tuple(seconds) for first, seconds in found.items()}
 
 
-def _domains(members: Mapping[int, Sequence[int]], domains: Sequence[str]) -> tuple[Domain, ...]:
-    """Of each node what the first of its ranks says that says anything."""
+def _domains(
+    members: Mapping[int, Sequence[int]], domains: Sequence[str]
+) -> tuple[tuple[Domain, ...], tuple[int, ...]]:
+    """Of each node what the first of its ranks says that says anything, and the nodes that alone say nothing."""
     said = [next((domains[r] for r in ranks if domains and domains[r]), "") for ranks in members.values()]
-    return tuple(tuple(text.split("/")) for text in said) if all(said) else ((),) * len(said)
+    if all(said):
+        return tuple(tuple(text.split("/")) for text in said), ()
+    unknown = tuple(node for node, text in enumerate(said) if not text)
+    return ((),) * len(said), unknown if any(said) else ()
 
 
 def _consecutive(num_nodes: int, replicas: int) -> tuple[tuple[int, ...], ...]:

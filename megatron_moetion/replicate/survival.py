@@ -109,6 +109,14 @@ def describe_domains(placement: Placement) -> tuple[str, bool]:
     """A line about failure domains where they are known, and whether it is a warning. "" where none are."""
     found, num_nodes = exposure(placement), placement.num_nodes
     kept = "fragments" if placement.coding.is_on else "copies"
+    if placement.unknown:
+        nodes = _listed([str(node) for node in placement.unknown])
+        return (
+            f"failure domains: those of {num_nodes - len(placement.unknown)} of {num_nodes} nodes are known, so none "
+            f"counts; SLURM says nothing on node(s) {nodes}. Start all ranks by srun, or give a file with "
+            f"--moetion-failure-domains",
+            True,
+        )
     if not any(placement.domains):
         return "", False
     if not found.domains:

@@ -154,6 +154,9 @@ def test_a_line_says_where_fragments_lie_together() -> None:
         (["r/a", "r/a", "r/a", "r/b"],
          "the state of 2 of 4 nodes has two copies in one domain, since a domain has more than 2 nodes, one for each "
          "group: nodes 0 and 2 share r/a. The loss of one of these domains would cost state: r/a (2 nodes)", True),
+        (["r/a", "", "r/a", "r/b"],
+         "those of 3 of 4 nodes are known, so none counts; SLURM says nothing on node(s) 1. Start all ranks by srun, "
+         "or give a file with --moetion-failure-domains", True),
         (["p/a", "p/b", "p/c", "q/d"],
          "the state of 2 of 4 nodes has two copies in one domain, since a domain has more than 2 nodes, one for each "
          "group: nodes 0 and 2 share p. The loss of one of these domains would cost state: p (2 nodes)", True),
