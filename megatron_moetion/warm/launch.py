@@ -120,14 +120,20 @@ class Launch:
         store = dist.PrefixStore("moetion/warm", open_store(self.environ, self.rank, self.world_size, self.timeout))
         token = agree_on_token(store, self.rank, self.world_size, self.timeout, self.restarts)
         if self.rank % self.ranks_a_place == 0:
-            store.set(f"{token}/name/{self.place}", self.environ.get("SLURMD_NODENAME") or socket.gethostname())
+            store.set(f"{token}/name/{self.place}", self._name)
         return token
 
-    def name_of(self, place: int, token: str) -> str:
-        """Of the machine that has begun this launch there."""
+    def rename(self, place: int, token: str) -> str:
+        """This machine has that place from now on; the name of the one that had it."""
         store = dist.PrefixStore("moetion/warm", open_store(self.environ, self.rank, self.world_size, self.timeout))
         key = f"{token}/name/{place}"
-        return store.get(key).decode() if store.check([key]) else f"machine {place}"
+        before = store.get(key).decode()
+        store.set(key, self._name)
+        return before
+
+    @property
+    def _name(self) -> str:
+        return self.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
     def host_store(self) -> int:
         """A process with the launch's store; ``ChannelError`` where the port is taken."""

@@ -152,7 +152,7 @@ class Standby:
     def _follow(self, launch: Launch, generation: int) -> str:
         def take(board: Board) -> str:
             taken = board.take_a_lost_place(self._name, launch.patience_s)
-            return "" if taken is None else f"{TAKEN} {taken} {launch.name_of(taken, self._token)}"
+            return "" if taken is None else f"{TAKEN} {taken} {launch.rename(taken, self._token)}"
 
         return follow(launch.boards(self._token), generation, take, launch.meet_s)
 

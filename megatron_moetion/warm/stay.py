@@ -34,11 +34,11 @@ def stay(program: Callable[[], NoReturn], launch: Launch) -> int:
     shared with a fork.
     """
     if "MASTER_ADDR" not in launch.environ:
-        raise ConfigError("--moetion-warm-restarts needs a launcher that sets MASTER_ADDR: start with torchrun")
+        raise ConfigError("warm restarts need a launcher that sets MASTER_ADDR: start with torchrun")
     if has_called_cuda():
         raise ConfigError(
-            "an import of this program has called CUDA, which a forked rank could not use then: leave "
-            "--moetion-warm-restarts out"
+            "an import of this program has called CUDA, which a forked rank could not use then: start it with "
+            "PYTORCH_NVML_BASED_CUDA_CHECK=1 if it only asks whether there is a GPU, or leave warm restarts out"
         )
     if launch.environ.get(STANDBY):
         return Standby(program, launch).run()

@@ -112,7 +112,8 @@ def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> in
 
 
 def standby(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
-    os.environ.update({"MOETION_RENDEZVOUS": f"127.0.0.1:{port}", STANDBY: str(folder / f"standby{number}")})
+    os.environ.update({"MOETION_RENDEZVOUS": f"127.0.0.1:{port}", "SLURMD_NODENAME": f"spare{number}"})
+    os.environ[STANDBY] = str(folder / f"standby{number}")
     await_job(os.environ)
     return stay(lambda: rank(folder, settings["acts"]), launch(settings))
 

@@ -209,13 +209,70 @@ def test_one_spare_takes_a_lost_nodes_place(tmp_path, end):
 
 def test_a_node_whose_place_was_taken_ends_its_agent(tmp_path):
     node = subprocess.Popen(
-        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "sleep", "60"],
+        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "0", "1", "1", "sleep", "60"],
         env=os.environ | {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n0", "BEAT_S": "0.02"},
     )
     await_file(tmp_path / "beat-n0")
     (tmp_path / "taken-n0").mkdir()
     assert node.wait(30) == 128 + signal.SIGTERM
     assert not (tmp_path / "code-n0").exists(), "what counts is the spare's"
+
+
+FAKE_STANDBY = """#!/usr/bin/env bash
+if [[ -n ${MOETION_STANDBY:-} ]]; then
+  case $FAKE_END in
+    alarmed) trap 'printf n0 >"$MOETION_STANDBY"; exit 0' USR1; while sleep 0.01; do :; done ;;
+    dies) exit 7 ;;
+    deaf) exec sleep 60 ;;
+    *) printf n0 >"$MOETION_STANDBY"; sleep 0.2; exit "$FAKE_END" ;;
+  esac
+fi
+echo "agent: $*"
+"""
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "agent"),
+    [
+        ("0", "taking the place of n0", False),
+        ("3", "taking the place of n0", True),
+        ("alarmed", "taking the place of n0", False),
+        ("dies", "the process that stands by has ended with exit code 7", True),
+        ("deaf", "taking the place of n0", True),
+    ],
+)
+def test_warm_ranks_of_a_spare_come_first_and_its_agent_where_they_fail(
+    tmp_path: Path, end: str, said: str, agent: bool
+) -> None:
+    """They take the place of a lost node before or after this script has noticed, and leave it to the agent, or not."""
+    program = tmp_path / "program"
+    program.write_text(FAKE_STANDBY)
+    program.chmod(0o755)
+    if not end.isdigit():
+        (tmp_path / "beat-n0").touch()  # and never again
+    arguments = [str(tmp_path), "1", "5", "1", "2", str(program), "-m", "launcher", "train.py", "--flag"]
+    done = subprocess.run(
+        ["bash", str(SCRIPT.parent / "node.sh"), *arguments],
+        env=os.environ | {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n1", "BEAT_S": "0.02", "FAKE_END": end},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said in done.stdout
+    assert ("agent: -m launcher train.py --flag" in done.stdout) == agent
+    assert (tmp_path / "taken-n0").is_dir()
+    assert (tmp_path / "code-n1").read_text() == "0\n"
+    assert (tmp_path / "finished").exists() == (not agent)
+
+
+def test_an_agent_does_not_wait_for_a_lost_nodes_at_the_end(tmp_path: Path) -> None:
+    node = subprocess.Popen(
+        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "5", "1", "1", "sleep", "60"],
+        env=os.environ | {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n0", "BEAT_S": "0.02"},
+    )
+    await_file(tmp_path / "beat-n0")
+    (tmp_path / "finished").touch()
+    assert node.wait(30) == 0
+    assert (tmp_path / "code-n0").read_text() == "0\n"
 
 
 def test_memory_is_kept_when_training_gave_up(tmp_path):
