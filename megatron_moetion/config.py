@@ -296,7 +296,8 @@ class MoetionConfig:
     warm_restarts: int = setting(
         0,
         "restarts for which processes that have imported everything stand by and fork each rank again, which takes a "
-        "part of the time of a new process; faults beyond that, and a lost node, are left to torchrun. 0: none",
+        "part of the time of a new process; faults beyond that, and a lost node for which no other one stands by, are "
+        "left to torchrun. 0: none",
         topic=_FAULTS,
         unit="restarts of a launch",
         minimum=0,
