@@ -15,7 +15,7 @@ from megatron_moetion.rendezvous import has_come
 
 _LONGEST_S = 2_000_000.0
 """The longest wait that torch's store takes, with a few days to spare; it writes two lines when it runs out."""
-LOOK_S = 600.0
+LOOK_S = 3600.0
 """Who has no rank asks so often whether the store is still there."""
 FOLLOW_S = 240.0
 """More than the end of a generation takes: ranks are killed, and their parents meet."""

@@ -126,7 +126,9 @@ class Parent:
         """Wait for the end of the job, without a rank: a launcher that saw this parent end would start all again."""
         if self._launch.rank % self._launch.ranks_a_place == 0:
             self._complain("this machine did not answer in time after a fault, and another one has its place now")
-        while not self._must_end():
+        for number in ENDING:
+            signal.signal(number, signal.SIG_DFL)
+        while not self._must_end():  # told so before
             said = self._errand(self._follow).hear_within(LOOK_S + FOLLOW_S)
             generation, _, word = said.partition(" ")
             if word:

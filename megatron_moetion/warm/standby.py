@@ -5,7 +5,7 @@ It is no part of the launch. It follows what the parents tell each other. After 
 so at once, and it takes the place of one that does not. A machine whose place was taken does not get it back, however
 late it answers. A standby that ends, waiting or not, leaves a job as it would be without it.
 
-It waits for as long as the job's rendezvous store answers, which it asks every few minutes. Like a parent it sends
+It waits for as long as the job's rendezvous store answers, which it asks every hour. Like a parent it sends
 children on errands to stores.
 """
 
