@@ -152,6 +152,7 @@ def main() -> int:
                 for iteration, found in losses_in(running.metrics).items():
                     losses[iteration] |= found
             print(f"{cycle + 1} of {cycles}: {arm}, {sum(samples[arm][-1].values()):.1f} s", flush=True)
+            print(*(line for _, line in running.log.lines if "recovered, epoch" in line), flush=True)
     report("lost_machine", results(samples, losses, waiting_mb), args.json)
     return 0
 

@@ -221,7 +221,7 @@ def test_a_node_whose_place_was_taken_ends_its_agent(tmp_path):
 FAKE_STANDBY = """#!/usr/bin/env bash
 if [[ -n ${MOETION_STANDBY:-} ]]; then
   case $FAKE_END in
-    alarmed) trap 'printf n0 >"$MOETION_STANDBY"; exit 0' USR1; while sleep 0.01; do :; done ;;
+    alarmed) exec "$FAKE_PYTHON" -ISc "$FAKE_ALARMED" "$MOETION_STANDBY" ;;
     dies) exit 7 ;;
     deaf) exec sleep 60 ;;
     *) printf n0 >"$MOETION_STANDBY"; sleep 0.2; exit "$FAKE_END" ;;
@@ -229,6 +229,13 @@ if [[ -n ${MOETION_STANDBY:-} ]]; then
 fi
 echo "agent: $*"
 """
+FAKE_ALARMED = """
+import pathlib, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.pause()
+pathlib.Path(sys.argv[1]).write_text("n0")
+"""
+"""A shell that was started with a signal ignored cannot hear it."""
 
 
 @pytest.mark.parametrize(
@@ -250,10 +257,12 @@ def test_warm_ranks_of_a_spare_come_first_and_its_agent_where_they_fail(
     program.chmod(0o755)
     if not end.isdigit():
         (tmp_path / "beat-n0").touch()  # and never again
+    fake = {"FAKE_PYTHON": sys.executable, "FAKE_ALARMED": FAKE_ALARMED, "FAKE_END": end}
+    fake["BEAT_S"] = "0.1" if end == "alarmed" else "0.02"  # it has to hear of it
     arguments = [str(tmp_path), "1", "5", "1", "2", str(program), "-m", "launcher", "train.py", "--flag"]
     done = subprocess.run(
         ["bash", str(SCRIPT.parent / "node.sh"), *arguments],
-        env=os.environ | {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n1", "BEAT_S": "0.02", "FAKE_END": end},
+        env=os.environ | fake | {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"},
         capture_output=True, text=True, timeout=60,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
