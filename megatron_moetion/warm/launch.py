@@ -120,16 +120,23 @@ class Launch:
         store = dist.PrefixStore("moetion/warm", open_store(self.environ, self.rank, self.world_size, self.timeout))
         token = agree_on_token(store, self.rank, self.world_size, self.timeout, self.restarts)
         if self.rank % self.ranks_a_place == 0:
-            store.set(f"{token}/name/{self.place}", self._name)
+            self.name(token)
         return token
+
+    def name(self, token: str) -> None:
+        """This machine has its place from the launch's beginning on."""
+        self._names(token).set(str(self.place), self._name)
 
     def rename(self, place: int, token: str) -> str:
         """This machine has that place from now on; the name of the one that had it."""
-        store = dist.PrefixStore("moetion/warm", open_store(self.environ, self.rank, self.world_size, self.timeout))
-        key = f"{token}/name/{place}"
-        before = store.get(key).decode()
-        store.set(key, self._name)
+        names = self._names(token)
+        before = names.get(str(place)).decode()
+        names.set(str(place), self._name)
         return before
+
+    def _names(self, token: str) -> dist.Store:
+        store = open_store(self.environ, self.rank, self.world_size, self.timeout)
+        return dist.PrefixStore(f"moetion/warm/{token}/name", store)
 
     @property
     def _name(self) -> str:
