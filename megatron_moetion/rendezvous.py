@@ -24,6 +24,8 @@ HOSTED = "MOETION_STORE_IS_HOSTED"
 """In the environment of ranks whose warm parents host the store; see ``warm``."""
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's own for gloo."""
+CONNECT_S = 4.0
+"""For the first connection to a store; another one is tried after it."""
 _RING = "moetion/ring"
 _TORCHS_PREFIX = "default_pg"
 
@@ -132,14 +134,37 @@ def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: 
             raise ChannelError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set; start with torchrun")
         return dist.HashStore()
     is_there = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or HOSTED in environ
+    if is_there or rank != 0:
+        return connect_to_store(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout)
     return dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
-        is_master=rank == 0 and not is_there,
+        is_master=True,
         timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,
     )
+
+
+def connect_to_store(host: str, port: int, timeout: timedelta) -> dist.Store:
+    """A store that somebody else hosts, whose waits end after ``timeout``; ``RuntimeError`` where there is none.
+
+    Torch (2.13) may wait in vain for a connection to a store that is there, about one in a hundred on a machine with
+    much to do, and then for as long as it is allowed to. The next one comes at once.
+    """
+    deadline, limit_s = time.monotonic() + timeout.total_seconds(), CONNECT_S
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
+        try:
+            limit = timedelta(seconds=min(limit_s, left_s))
+            store = dist.TCPStore(host, port, timeout=limit, wait_for_workers=False)
+        except dist.DistNetworkError:
+            if time.monotonic() >= deadline:
+                raise
+            limit_s *= 2  # torch writes some lines each time, and a host may be late
+        else:
+            store.set_timeout(timeout)
+            return store
 
 
 def agree_on_token(store: dist.Store, rank: int, world_size: int, timeout: timedelta, restarts: int) -> str:

@@ -15,7 +15,7 @@ from typing import Protocol
 from torch import distributed as dist
 
 from megatron_moetion.config import ENDPOINT
-from megatron_moetion.rendezvous import HOSTED
+from megatron_moetion.rendezvous import HOSTED, connect_to_store
 
 _TIMEOUT = timedelta(seconds=20)
 
@@ -84,7 +84,7 @@ class StoreWitness:
 def open_endpoint(endpoint: str, timeout: timedelta) -> dist.Store:
     """The store at host:port; ``RuntimeError`` or ``ValueError`` where there is none."""
     host, _, port = endpoint.rpartition(":")
-    return dist.TCPStore(host, int(port), is_master=False, timeout=timeout, wait_for_workers=False)
+    return connect_to_store(host, int(port), timeout)
 
 
 def witness_of(environment: Mapping[str, str], run_id: str) -> Witness:

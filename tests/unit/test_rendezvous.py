@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -160,3 +161,32 @@ def test_who_waits_in_vain_says_for_whom() -> None:
         rendezvous.agree_on_token(store, 0, 3, limit, 0)
     with pytest.raises(ChannelError, match="rank 2 found no rank 0"):
         rendezvous.agree_on_token(dist.HashStore(), 2, 3, limit, 0)
+
+
+def test_a_connection_to_a_store_that_does_not_come_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    tries: list[timedelta] = []
+
+    def store(*args: Any, timeout: timedelta, **others: Any) -> dist.Store:
+        tries.append(timeout)
+        if len(tries) == 1:
+            raise dist.DistNetworkError("the client socket has timed out")
+        return TCPStore(*args, timeout=timeout, **others)
+
+    TCPStore = dist.TCPStore
+    monkeypatch.setattr(dist, "TCPStore", store)
+    found = rendezvous.connect_to_store("localhost", host.port, timedelta(seconds=30))
+    found.set("key", "value")
+    assert host.get("key") == b"value"
+    assert tries == [timedelta(seconds=rendezvous.CONNECT_S * times) for times in (1, 2)]
+    assert found.timeout == timedelta(seconds=30)
+
+
+def test_a_store_that_is_not_there_is_given_up_in_time() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(dist.DistNetworkError):
+        rendezvous.connect_to_store("127.0.0.1", port, timedelta(seconds=0.5))
+    assert time.monotonic() - began < 5
