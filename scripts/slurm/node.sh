@@ -27,7 +27,8 @@ BEAT_S=${BEAT_S:-5}
 LOST_BEATS=12 # without a sign of life: by counts and not by clocks, so that a file system that hangs loses no node
 WARM_BEATS=12 # more, in which warm ranks may take the place of a node that is lost
 WARM_STARTS=5 # of a spare's process
-standby='' starts=0 alarmed=''
+standby='' starts=0
+declare -A suspect=() # beats since a node was found lost
 note=$folder/note-$me
 
 say() { printf '[slurm] %s: %s\n' "$me" "$*"; }
@@ -91,12 +92,11 @@ stand_by_warm() {
 lost() {
   [[ ! -d $folder/taken-$1 ]] || return 1
   if [[ -n $standby ]]; then
-    if [[ $alarmed != "$1 "* ]]; then
-      alarmed="$1 0"
+    if [[ -z ${suspect[$1]:-} ]]; then # once: all ranks start again
       kill -USR1 "$standby" 2>/dev/null || true
     fi
-    alarmed="$1 $((${alarmed##* } + 1))"
-    ((${alarmed##* } > WARM_BEATS)) || return 1
+    suspect[$1]=$((${suspect[$1]:-0} + 1))
+    ((suspect[$1] > WARM_BEATS)) || return 1
   fi
   take "$1" || return 1
   if [[ -n $standby ]]; then

@@ -183,6 +183,18 @@ def test_the_agents_can_take_a_node_in_that_joins_later(tmp_path):
     assert f"MOETION_RENDEZVOUS={endpoint.removeprefix('--rdzv-endpoint=')}" in command
 
 
+def test_warm_restarts_are_asked_for_once_and_by_name(tmp_path):
+    """Without the setting a flag among the arguments counts."""
+    slurm = Slurm(tmp_path, nodes=1)
+    assert slurm.run("--moetion-warm-restarts", "3")[0] == 0
+    assert value(slurm.step, "--moetion-warm-restarts") == "3"
+    assert slurm.step.count("--moetion-warm-restarts") == 1
+    other = Slurm(tmp_path, nodes=1)
+    other.calls_path.unlink()
+    assert other.run(WARM_RESTARTS="7")[0] == 0
+    assert value(other.step, "--moetion-warm-restarts") == "7"
+
+
 def test_a_spare_that_is_not_needed_starts_no_agent(tmp_path):
     slurm = Slurm(tmp_path, nodes=5)
     code, output = slurm.run(SPARES="1")
@@ -257,6 +269,8 @@ def test_warm_ranks_of_a_spare_come_first_and_its_agent_where_they_fail(
     program.chmod(0o755)
     if not end.isdigit():
         (tmp_path / "beat-n0").touch()  # and never again
+    if end == "deaf":
+        (tmp_path / "beat-n9").touch()  # there is no spare for this one
     fake = {"FAKE_PYTHON": sys.executable, "FAKE_ALARMED": FAKE_ALARMED, "FAKE_END": end}
     fake["BEAT_S"] = "0.1" if end == "alarmed" else "0.02"  # it has to hear of it
     arguments = [str(tmp_path), "1", "5", "1", "2", str(program), "-m", "launcher", "train.py", "--flag"]
