@@ -135,6 +135,7 @@ class Standby:
     def _raise_alarm(self, number: int, frame: FrameType | None) -> None:
         if (launch := self._launch) is not None:
             self._errand(lambda: _tell_lost(launch.boards(self._token), launch.limit)).hear_within(TELL_S)
+            os.kill(os.getpid(), signal.SIGCHLD)  # this wait may have taken the one that ``run`` waits for
 
     # -- errands ---------------------------------------------------------------------------------------
 

@@ -105,6 +105,13 @@ class Outcome:
     def generations(self) -> int:
         return len({path.name.split(".")[0] for path in self.folder.glob("?.?")})
 
+    def assert_left_to_the_launcher(self, killed: dict[int, int]) -> None:
+        """Of ranks that end at about the same time, the first one may have had the others ended."""
+        assert {n: code for n, code in enumerate(self.codes) if n in killed} == killed
+        assert {code for n, code in enumerate(self.codes) if n not in killed} in ({1}, {1, 143})
+        assert self.generations == 1
+        assert "not all ranks can be started again from warm parents" in self.output
+
     def assert_nothing_is_left(self) -> None:
         pids = [int(path.read_text()) for path in self.folder.glob("?.?")]
         deadline = time.monotonic() + 5
@@ -219,9 +226,7 @@ def test_a_store_that_hangs_holds_nobody_for_ever(tmp_path: Path) -> None:
 
 def test_a_parent_that_is_killed_takes_its_rank_with_it_and_costs_the_others_a_bounded_wait(tmp_path: Path) -> None:
     outcome = launch(tmp_path, {"0": "late exit 1", "0:1": "wait"}, signals=[["SIGKILL", 1]])
-    assert outcome.codes == [1, -9, 1]
-    assert outcome.generations == 1
-    assert "not all ranks can be started again from warm parents" in outcome.output
+    outcome.assert_left_to_the_launcher({1: -9})
     outcome.assert_nothing_is_left()
 
 
@@ -249,9 +254,7 @@ def test_a_standby_takes_the_place_of_a_lost_machine_and_another_one_that_of_the
 def test_a_standby_that_is_lost_while_it_waits_leaves_all_as_without_one(tmp_path: Path) -> None:
     acts = {"0": "late exit 1", "0:1": "wait"}
     outcome = launch(tmp_path, acts, signals=[["SIGKILL", 3], ["SIGKILL", 1]], standbys=1)
-    assert outcome.codes == [1, -9, 1, -9]
-    assert outcome.generations == 1
-    assert "not all ranks can be started again from warm parents" in outcome.output
+    outcome.assert_left_to_the_launcher({1: -9, 3: -9})
     outcome.assert_nothing_is_left()
 
 

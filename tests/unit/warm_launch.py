@@ -114,13 +114,28 @@ def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> in
 def standby(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
     os.environ.update({"MOETION_RENDEZVOUS": f"127.0.0.1:{port}", "SLURMD_NODENAME": f"spare{number}"})
     os.environ[STANDBY] = str(folder / f"standby{number}")
+    with said_by(folder, number).open("w") as said:
+        os.dup2(said.fileno(), sys.stdout.fileno())
     await_job(os.environ)
     return stay(lambda: rank(folder, settings["acts"]), launch(settings))
 
 
-def listeners(parents: list[int]) -> list[int]:
-    """The younger child of each."""
-    return [max(child.pid for child in psutil.Process(pid).children()) for pid in parents]
+def said_by(folder: Path, standby: int) -> Path:
+    return folder / f"standby{standby}.said"
+
+
+def listener(parent: int) -> int:
+    """The younger child."""
+    return max(child.pid for child in psutil.Process(parent).children())
+
+
+def await_ready(folder: Path, standbys: int) -> None:
+    """Ranks have begun, and standbys stand by."""
+    while len(list(folder.glob("0.?"))) < 3:
+        time.sleep(0.01)
+    said = [said_by(folder, number) for number in range(standbys)]
+    while not all(path.exists() and "stands by" in path.read_text() for path in said):
+        time.sleep(0.01)
 
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
@@ -134,17 +149,21 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     standbys, late = settings.get("standbys", 0), 0
     parents += [fork(lambda number=number: standby(folder, settings, number, port)) for number in range(standbys)]
     for name, who, *noted in settings.get("signals", []):
-        while len(list(folder.glob("0.?"))) < 3:
-            time.sleep(0.01)
+        await_ready(folder, standbys)
         while not all((folder / note).exists() for note in noted):
             time.sleep(0.01)
         time.sleep(0.3)
-        if who == "listener of 1":
-            late = late or listeners(parents)[1]
-            os.kill(late, signal.Signals[name])
-            continue
-        who = {"listeners": listeners(parents), "store": [store]}.get(who) or [parents[who]]
-        for pid in who:
+        match who:
+            case "listener of 1":
+                late = late or listener(parents[1])
+                pids = [late]
+            case "listeners":
+                pids = [listener(pid) for pid in parents[:3]]
+            case "store":
+                pids = [store]
+            case number:
+                pids = [parents[number]]
+        for pid in pids:
             os.kill(pid, signal.Signals[name])
     began = time.monotonic()
     codes: dict[int, int] = {}
@@ -156,6 +175,8 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     for pid in [*([store] if store else []), *(p for n, p in enumerate(parents) if n not in codes)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    for number in range(standbys):
+        print(said_by(folder, number).read_text(), end="")
     print(
         json.dumps(
             {
