@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 from benchmarks._common import Result, at_most, median, parser, report  # noqa: E402
 from benchmarks.restart import MODEL, STEPS_BETWEEN, Log, losses_in  # noqa: E402
 
-CYCLES, QUICK_CYCLES = 4, 1
+CYCLES, QUICK_CYCLES = 2, 1
 ARMS = {"spare": 0, "standby": 8}
 ITERATION = r"iteration +\d+/"
 MOMENTS = {

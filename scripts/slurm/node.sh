@@ -118,10 +118,13 @@ beat() {
     if [[ -d $folder/taken-$me ]]; then
       kill -TERM "$1" || true
     fi
-    # A lost node's agent is not there when the others' wait for each other at the end, five minutes long.
+    # A lost node's agent is not there when the others' wait for each other at the end, five minutes long and deaf to
+    # SIGTERM.
     if [[ -f $folder/finished ]]; then
       sleep "$BEAT_S"
       kill -TERM "$1" || true
+      sleep "$BEAT_S"
+      kill -KILL "$1" || true
     fi
     sleep "$BEAT_S"
   done
@@ -133,6 +136,7 @@ serve() {
   touch -- "$folder/beat-$me"
   beat "$1" >/dev/null 2>&1 &
   wait "$1" || code=$?
+  [[ ! -f $folder/finished ]] || code=0
   return "$code"
 }
 
@@ -149,6 +153,5 @@ fi
 "${python[@]}" "${launcher[@]}" "${program[@]}" &
 code=0
 serve "$!" || code=$?
-[[ ! -f $folder/finished ]] || code=0
 answer "$code"
 exit "$code"

@@ -144,8 +144,8 @@ class Job:
             assert self._script.poll() is None, f"over and not {what}:\n{self.log.read_text()[-9000:]}"
             time.sleep(0.02)
 
-    def wait(self) -> int:
-        return self._script.wait(90)
+    def wait(self, limit_s: float = 90) -> int:
+        return self._script.wait(limit_s)
 
     def end(self) -> None:
         """End what a failed test has left."""
@@ -217,6 +217,7 @@ def test_a_spare_changes_nothing_until_it_takes_a_lost_nodes_place(tmp_path: Pat
     assert not list(memory.glob("*/4711")), "memory of a finished run is removed"
 
 
+@pytest.mark.timeout(600)
 def test_warm_spares_take_the_places_of_two_nodes_that_are_lost_one_after_the_other(
     tmp_path: Path, memory: Path
 ) -> None:
@@ -233,7 +234,7 @@ def test_warm_spares_take_the_places_of_two_nodes_that_are_lost_one_after_the_ot
         job.await_it("said", lambda: f": taking the place of {SECOND}" in job.log.read_text())
         taker = SPARE if f"{SPARE}: taking the place of {SECOND}" in job.log.read_text() else OTHER_SPARE
         job.lose(taker)
-        assert job.wait() == 0, job.log.read_text()[-9000:]
+        assert job.wait(180) == 0, job.log.read_text()[-9000:]
     finally:
         job.end()
     recovered = job.events("recovered")
