@@ -91,10 +91,6 @@ class Job:
         self._train_on(moment)
         return phases
 
-    def memory_of_the_standby(self) -> float:
-        """MB that nobody shares with it."""
-        return psutil.Process(self.processes[2].pid).memory_full_info().uss / 1e6
-
     def _train_on(self, moment: float) -> float:
         for _ in range(STEPS_BETWEEN):
             moment, _ = self.log.await_line(ITERATION, moment)
@@ -141,25 +137,20 @@ def main() -> int:
     args = parser(__doc__ or "").parse_args()
     samples: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     losses: dict[int, set[str]] = defaultdict(set)
-    waiting_mb: list[float] = []
     cycles = QUICK_CYCLES if args.quick else CYCLES
     for cycle in range(cycles):
         for arm in ARMS:
             with job(arm) as running:
                 samples[arm].append(running.lose())
-                if ARMS[arm]:
-                    waiting_mb.append(running.memory_of_the_standby())
                 for iteration, found in losses_in(running.metrics).items():
                     losses[iteration] |= found
             print(f"{cycle + 1} of {cycles}: {arm}, {sum(samples[arm][-1].values()):.1f} s", flush=True)
             print(*(line for _, line in running.log.lines if "recovered, epoch" in line), flush=True)
-    report("lost_machine", results(samples, losses, waiting_mb), args.json)
+    report("lost_machine", results(samples, losses), args.json)
     return 0
 
 
-def results(
-    samples: Mapping[str, list[dict[str, float]]], losses: Mapping[int, set[str]], waiting_mb: list[float]
-) -> list[Result]:
+def results(samples: Mapping[str, list[dict[str, float]]], losses: Mapping[int, set[str]]) -> list[Result]:
     """Medians over all jobs."""
     found: list[Result] = []
     medians = {arm: median([sum(phases.values()) for phases in samples[arm]]) for arm in ARMS}
@@ -171,7 +162,6 @@ def results(
             for phase, _ in MOMENTS[arm]
         ]
     found.append(at_most("standby / spare", medians["standby"] / medians["spare"], "", 1 / 3))
-    found.append(Result(name="memory of the standby's process alone", value=median(waiting_mb), unit="MB"))
     differing = sum(len(bits) > 1 for bits in losses.values())
     found.append(at_most(f"iterations of {len(losses)} with losses that differ in any bit", differing, "", 0))
     return found
