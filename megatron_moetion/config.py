@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from megatron_moetion.coding import Coding, coding_of
 from megatron_moetion.errors import ConfigError
 
 AUTO = "auto"
@@ -99,6 +100,16 @@ class MoetionConfig:
         topic=_COPIES,
         unit="copies",
         minimum=-1,
+    )
+    coding_nodes: int = setting(
+        0,
+        "nodes of a group, n, that keep fragments of each other's snapshots and no whole copies; 0: whole copies. With "
+        "r replicas each of the n - 1 other nodes keeps a fragment, any n - r of them rebuild a snapshot, and memory "
+        "and network for copies fall from r to (n - 1) / (n - r) times a snapshot: with 2 replicas and 5 nodes from 2 "
+        "to 1.33. Needs 2 replicas or more, n from r + 2 to 33, and the extra 'coding'",
+        topic=_COPIES,
+        unit="nodes",
+        minimum=0,
     )
     ranks_per_node: int = setting(
         0,
@@ -435,6 +446,8 @@ class MoetionConfig:
                 f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
             )
 
+        if self.coding_nodes:
+            coding_of(self.replicas, self.coding_nodes)
         if not self.allowed_modes:
             given = ", ".join(flag_of(f"moetion_{f.name}") for f in self._given() if "modes" in f.metadata)
             raise ConfigError(f"no mode has a meaning for all of these settings: {given}; leave one of them out")
@@ -449,6 +462,11 @@ class MoetionConfig:
     def in_mode(self, mode: str, period: int = 0) -> MoetionConfig:
         """These settings, with 'auto' replaced by one of ``allowed_modes``; ``period`` where none is given."""
         return replace(self, mode=mode, period=self.period or period)
+
+    @property
+    def coding(self) -> Coding:
+        """What other nodes keep, once ``replicas`` is settled."""
+        return coding_of(self.replicas, self.coding_nodes)
 
     @property
     def recalibrates(self) -> bool:

@@ -75,9 +75,9 @@ def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -
 
     per_node = config.ranks_per_node or local_world_size
     if world_size % per_node == 0:
-        replicas = max(config.replicas, 0)
-        enough = per_node * (replicas + 1)
-        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], replicas)
+        replicas, nodes = max(config.replicas, 0), config.coding_nodes
+        enough = per_node * (nodes or replicas + 1)
+        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], replicas, (), nodes)
 
 
 def settings(
