@@ -31,6 +31,8 @@ TOPICS = (
 _RUN, _COPIES, _CONTENTS, _POPULARITY, _TRAVEL, _FAULTS, _DISK, _OUTPUT = TOPICS
 _REFUSED = "refused: go back to the old value, or take another --moetion-run-id"
 _ROOM = "refused where arenas would need another size: go back to the old value, or take another --moetion-run-id"
+ENDPOINT = "MOETION_RENDEZVOUS"
+"""Environment: host:port of a rendezvous store that lives as long as the job, where the launcher's own does not."""
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
 
 
@@ -305,7 +307,8 @@ class MoetionConfig:
     warm_restarts: int = setting(
         0,
         "restarts for which processes that have imported everything stand by and fork each rank again, which takes a "
-        "part of the time of a new process; faults beyond that, and a lost node, are left to torchrun. 0: none",
+        "part of the time of a new process; faults beyond that, and a lost node for which no other one stands by, are "
+        "left to torchrun. 0: none",
         topic=_FAULTS,
         unit="restarts of a launch",
         minimum=0,

@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_moetion"
 NAME = PACKAGE.name
 
 FLOORS = [
-    {"units", "framework", "coding", "config", "errors", "output", "clock", "arrays", "rendezvous", "_C"},
+    {"units", "framework", "coding", "config", "errors", "output", "clock", "arrays", "rendezvous", "ending", "_C"},
     {"observe"},
     {"store"},
     {"snapshot"},
