@@ -36,7 +36,7 @@ RESULTS = ROOT / "benchmarks" / "results" / "peers"
 LAYOUTS = ("2x2", "1x4")
 SLOW_MBIT = 400.0
 LINKS: dict[str, float | None] = {"free": None, "slow": SLOW_MBIT}
-CYCLES, QUICK_CYCLES = 4, 1
+CYCLES, QUICK_CYCLES = 3, 1
 MEASURE_LIMIT_S = 540.0
 FAULTS: dict[str, Callable[[Job, Truth], dict[str, Any]]] = {
     "killed-rank": faults.run_killed_rank,
@@ -57,7 +57,7 @@ def main() -> int:
     options.add_argument("--links", nargs="+", choices=LINKS, default=list(LINKS), help=f"slow: {SLOW_MBIT:g} Mbit/s")
     options.add_argument("--faults", nargs="*", choices=FAULTS, default=list(FAULTS))
     options.add_argument("--no-measure", action="store_true", help="only faults")
-    options.add_argument("--quick", action="store_true", help="one cycle of blocks in place of four")
+    options.add_argument("--quick", action="store_true", help="one cycle of blocks in place of three")
     options.add_argument("--results", type=Path, default=RESULTS, metavar="DIR")
     options.add_argument("--venvs", type=Path, default=ROOT / "out" / "peers" / "venvs", metavar="DIR")
     options.add_argument("--work", type=Path, default=ROOT / "out" / "peers" / "work", metavar="DIR", help="logs")

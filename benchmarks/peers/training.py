@@ -74,8 +74,7 @@ class Training:
         )
         for inner in self._inner():  # as its first step would make it
             for parameter in self._parameters(inner):
-                zeros = {name: torch.zeros_like(parameter) for name in STATES}
-                inner.state[parameter] = {"step": torch.tensor(0.0), **zeros}
+                inner.state[parameter] = {name: torch.zeros_like(parameter) for name in STATES}
         self._tensors = dict(self._walk())
         largest = max(self._tensors, key=lambda name: (name.endswith(".master"), self._tensors[name].numel()))
         self._marked = self._tensors[largest].view(-1)
@@ -163,7 +162,10 @@ class Training:
         with torch.no_grad():
             for name, live in self._tensors.items():
                 live.copy_(tensors[name])
-        self.adopt(extra["iteration"])
+        self.iteration = extra["iteration"]
+        for inner in self._inner():
+            for group in inner.param_groups:
+                group["step"] = self.iteration  # the Adam of machines without a GPU keeps it there, as Apex's does
         self.scheduler.num_steps = 0  # loading adds
         self.scheduler.load_state_dict(dict(extra["scheduler"]))
         with torch.no_grad():
@@ -173,13 +175,6 @@ class Training:
         get_cuda_rng_tracker().set_states({name: state.clone() for name, state in extra["tracker"].items()})
         torch.set_rng_state(extra["rng"])
 
-    def adopt(self, iteration: int) -> None:
-        """State is that after this iteration."""
-        self.iteration = iteration
-        for inner in self._inner():
-            for parameter in self._parameters(inner):
-                inner.state[parameter]["step"].fill_(float(iteration))
-
     def digest(self) -> str:
         """A hash of all state of this rank, random generators included."""
         found = hashlib.sha256()
@@ -187,7 +182,8 @@ class Training:
             found.update(name.encode())
             found.update(tensor.detach().contiguous().view(-1).view(torch.uint8).numpy())
         extra = self.extra()
-        found.update(repr((extra["iteration"], sorted(extra["scheduler"].items()))).encode())
+        groups = [{k: v for k, v in g.items() if k != "params"} for o in self._inner() for g in o.param_groups]
+        found.update(repr((extra["iteration"], sorted(extra["scheduler"].items()), groups)).encode())
         for state in (extra["rng"], *(state for _, state in sorted(extra["tracker"].items()))):
             found.update(state.numpy())
         for parameter in self.model.parameters():
