@@ -15,6 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks import exact_mode, replication_overhead
 from benchmarks.accuracy_under_faults import tables
+from benchmarks.peers import tables as peers
 from benchmarks.soak import tables as soak
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,7 +30,8 @@ def draw_all(folder: Path) -> list[Path]:
     exact_mode.plot(figures("exact_mode"), exact_mode.FULL_SIZE, folder / "exact_mode.png")
     tables.draw(tables.read(RESULTS / "accuracy_under_faults"), folder / "accuracy_under_faults.png")
     soak.draw(soak.read(RESULTS / "soak"), folder / "soak.png")
-    return sorted(folder / f"{name}.png" for name in (*SWEEPS, "exact_mode", "accuracy_under_faults", "soak"))
+    peers.draw(peers.read(RESULTS / "peers"), folder / "peers.png")
+    return sorted(folder / f"{name}.png" for name in (*SWEEPS, "exact_mode", "accuracy_under_faults", "soak", "peers"))
 
 
 def figures(benchmark: str) -> dict[str, float | None]:

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks._common import hardware
-from benchmarks.peers import faults, tables
+from benchmarks.peers import faults, pages, tables
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.environments import python_of
 from benchmarks.peers.jobs import HOSTS, RANKS, Job, JobStuck
@@ -63,6 +63,7 @@ def main() -> int:
     options.add_argument("--work", type=Path, default=ROOT / "out" / "peers" / "work", metavar="DIR", help="logs")
     options.add_argument("--report", action="store_true", help="run nothing")
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the picture there")
+    options.add_argument("--pages", action="store_true", help="put the tables into README.md and docs/peers.md")
     args = options.parse_args()
     if not args.report:
         try:
@@ -70,9 +71,13 @@ def main() -> int:
         except TestbedUnavailable as error:
             print(f"error: {error}", file=sys.stderr)
             return TestbedUnavailable.exit_code
-    print(tables.render(tables.read(args.results)))
+    records = tables.read(args.results)
+    print(tables.render(records))
     if args.plot is not None:
-        tables.draw(tables.read(args.results), args.plot)
+        tables.draw(records, args.plot)
+    if args.pages:
+        pages.fill(ROOT / "docs" / "peers.md", tables.render(records))
+        pages.fill(ROOT / "README.md", tables.summary(records))
     return 0
 
 

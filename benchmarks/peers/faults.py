@@ -43,7 +43,7 @@ def run_lost_host(job: Job, truth: Truth) -> dict[str, Any]:
     """A host goes with its processes and its memory, and an empty one takes its place."""
 
     def fault() -> None:
-        job.testbed.lose(LOST_HOST)
+        job.testbed.lose(LOST_HOST, silent=False)
         job.end_survivors(range(RANKS_PER_HOST))
         job.testbed.restore(LOST_HOST)
 

@@ -26,8 +26,8 @@ ROOT = HERE.parents[1]
 HOSTS, RANKS_PER_HOST = 2, 2
 RANKS = HOSTS * RANKS_PER_HOST
 FIRST_PORT = 29600
-GRACE_S = 10.0
-"""From SIGTERM to SIGKILL, for ranks that outlive another one; launchers give 10 to 60 s."""
+GRACE_S = 30.0
+"""From SIGTERM to SIGKILL, for ranks that outlive another one: what torchrun gives them."""
 POLL_S = 0.01
 MEMORY = Path("/dev/shm/peers")
 

@@ -62,7 +62,7 @@ def recovery(before: Sequence[Events], after: Sequence[Events], fault_s: float, 
     if len(at) != 1:
         return Recovery(None, None, None, None, False, f"ranks came back to iterations {sorted(at)}")
     resumed = at.pop()
-    lost = reached(before) - resumed
+    lost = max(0, reached(before) - resumed)  # a copy may be whole before a rank has said that it is done
     load = max(start["seconds"] for start in starts if start is not None)
     steps = [[e for e in events if e["event"] == "step"] for events in after]
     if not all(steps):

@@ -130,6 +130,44 @@ def render(records: Records) -> str:
     return "\n\n".join(parts)
 
 
+def summary(records: Records) -> str:
+    """The table of the first page: PP 2, EP 2, free links."""
+    found, rows = costs(records, "2x2", "free"), []
+    for name, peer in PEERS.items():
+        faults = {kind: records.get(f"{name}-{kind}") for kind in ("lost-host", "flipped-bit")}
+        if name == NOTHING or not (name in found or any(faults.values())):
+            continue
+        each = found.get(name)
+        flipped = faults["flipped-bit"]
+        rows.append(
+            [
+                peer.title,
+                MISSING if each is None else f"{each.each:.2f}",
+                MISSING if each is None else "needs each" if each.rarely is None else f"{each.rarely:.2f}",
+                MISSING if each is None else f"{each.stall_s * 1e3:.0f}",
+                _in_short(faults["lost-host"], peer.keeps_all),
+                MISSING if flipped is None else VERDICTS.get(flipped["verdict"], MISSING),
+            ]
+        )
+    head = [
+        "system",
+        "a copy each iteration: time, ratio to none",
+        f"every {RARE}th",
+        "stall, ms",
+        "a host is lost with its memory: iterations lost",
+        "one flipped bit in the copy that recovery reads",
+    ]
+    return _markdown(head, rows)
+
+
+def _in_short(record: Record | None, keeps_all: bool) -> str:
+    if record is None:
+        return MISSING
+    if record["resumed"] is None or record["seconds"] is None:
+        return "**not recovered**"
+    return f"{record['lost']}, {'bitwise' if record['bitwise'] else '**differs**' if keeps_all else 'older experts'}"
+
+
 def cost_table(found: Mapping[str, Cost]) -> str:
     """One row a system."""
     rows = []

@@ -22,6 +22,8 @@ from megatron_moetion.mcore import cpu_device
 
 cpu_device.install()  # before anything of Megatron is imported
 
+import torch  # noqa: E402
+
 from benchmarks.peers import meters  # noqa: E402
 from benchmarks.peers.systems import System, system_class  # noqa: E402
 from benchmarks.peers.training import Place, Training, connect  # noqa: E402
@@ -128,6 +130,8 @@ def measure(training: Training, system: System, place: Place, tell: Callable[...
         order.shuffle(blocks)
         for block in (RARELY, *blocks):
             tell("block", cycle=cycle, **_run_block(training, system, block, place))
+    system.leave(RARE)
+    torch.distributed.barrier()
     with meters.Peak() as peak:
         for _ in range(COUNTED + 1):
             _one(training, system, 1)
@@ -141,6 +145,8 @@ def measure(training: Training, system: System, place: Place, tell: Callable[...
 def _run_block(training: Training, system: System, block: Block, place: Place) -> dict[str, Any]:
     """Seconds are of the counted iterations; processor, bytes and whole copies of all of them, and of what is late."""
     has_link = place.local_rank == 0
+    for _ in range(system.warming if block.interval else 0):
+        _one(training, system, block.interval)
     whole, cpu, sent = system.drain(), meters.cpu_seconds(), meters.sent_bytes() if has_link else 0
     seconds, stalls = [], []
     for number in range(block.settling + block.counted):

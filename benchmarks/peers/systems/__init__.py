@@ -14,6 +14,9 @@ if TYPE_CHECKING:
 class System(Protocol):
     """What the driver asks of a system; all of it is called by the training thread of every rank."""
 
+    warming: int
+    """Iterations with copies, after some without, before a copy is again what it costs in a long run."""
+
     def start(self) -> int | None:
         """Restore the newest copy into the training; its iteration. None: there is none, or nobody can read one."""
 
@@ -29,11 +32,16 @@ class System(Protocol):
     def drain(self) -> int:
         """Wait until all copies that were begun are whole or given up; how many became whole so far."""
 
+    def leave(self, interval: int) -> None:
+        """No more copies are due at this interval: what is kept for it alone goes."""
+
     def close(self) -> None: ...
 
 
 class Nothing:
     """No copies at all: the reference."""
+
+    warming = 0
 
     def __init__(
         self, training: Training, place: Place, memory: Path, shared: Path, intervals: tuple[int, ...]
@@ -56,6 +64,9 @@ class Nothing:
 
     def drain(self) -> int:
         return self.whole
+
+    def leave(self, interval: int) -> None:
+        pass
 
     def close(self) -> None:
         pass

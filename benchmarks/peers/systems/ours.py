@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from typing import Any
 
@@ -10,6 +11,7 @@ import megatron_moetion
 from benchmarks._common import whole_since
 from benchmarks.peers.systems import Nothing
 from megatron_moetion import MoetionConfig
+from megatron_moetion.config import DEFAULT_PERIOD
 
 
 class Full(Nothing):
@@ -21,7 +23,6 @@ class Full(Nothing):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         self._began_s = time.monotonic()
-        self._used = self.intervals[0]
         self._sessions: dict[int, Any] = {}
 
     def start(self) -> int | None:
@@ -43,8 +44,8 @@ class Full(Nothing):
         return int(resumed.iteration)
 
     def after_step(self, iteration: int, interval: int) -> None:
-        self._used = interval
-        self._sessions[interval].on_step_end(iteration)
+        if interval in self._sessions:
+            self._sessions[interval].on_step_end(iteration)
 
     def pipeline_arguments(self, interval: int) -> dict[str, Any]:
         session = self._sessions.get(interval)
@@ -58,15 +59,22 @@ class Full(Nothing):
             session.drain()
         return sum(len(whole_since(session, self._began_s)) for session in self._sessions.values())
 
+    def leave(self, interval: int) -> None:
+        if interval in self._sessions:
+            self._sessions.pop(interval).close()
+            if self.place.local_rank == 0:
+                shutil.rmtree(self.memory / f"peers-{interval}")
+
     def close(self) -> None:
         for session in reversed(self._sessions.values()):
             session.close()
 
 
 class Exact(Full):
-    """Mode ``exact``, which needs every iteration."""
+    """Mode ``exact``, which needs every iteration: after some that it was not told of, its chains begin anew."""
 
     mode = "exact"
+    warming = DEFAULT_PERIOD + 4
     has_intervals = False
 
 

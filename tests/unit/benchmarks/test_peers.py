@@ -24,7 +24,6 @@ from benchmarks.peers.judge import (
     reached,
     recovery,
 )  # fmt: skip
-from benchmarks.peers.systems import System
 
 RANKS = 4
 NEWEST = 12
@@ -204,6 +203,3 @@ def test_every_system_has_requirements_and_a_module() -> None:
         assert (environments.REQUIREMENTS / f"{peer.environment}.txt").is_file()
         module = peer.system.partition(":")[0]
         assert not module or (environments.HERE / "systems" / f"{module}.py").is_file()
-    assert {name for name in dir(System) if not name.startswith("_")} == {
-        "after_step", "close", "drain", "pipeline_arguments", "start", "waited_s",
-    }  # fmt: skip
