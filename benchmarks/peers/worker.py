@@ -145,7 +145,7 @@ def measure(training: Training, system: System, place: Place, tell: Callable[...
 def _run_block(training: Training, system: System, block: Block, place: Place) -> dict[str, Any]:
     """Seconds are of the counted iterations; processor, bytes and whole copies of all of them, and of what is late."""
     has_link = place.local_rank == 0
-    for _ in range(system.warming if block.interval else 0):
+    for _ in range(system.warming if block.interval == 1 else 0):
         _one(training, system, block.interval)
     whole, cpu, sent = system.drain(), meters.cpu_seconds(), meters.sent_bytes() if has_link else 0
     seconds, stalls = [], []
