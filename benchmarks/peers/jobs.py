@@ -28,7 +28,7 @@ RANKS = HOSTS * RANKS_PER_HOST
 FIRST_PORT = 29600
 GRACE_S = 30.0
 """From SIGTERM to SIGKILL, for ranks that outlive another one: what torchrun gives them."""
-POLL_S = 0.01
+POLL_S, END_POLL_S = 0.2, 0.01
 MEMORY = Path("/dev/shm/peers")
 
 
@@ -128,7 +128,7 @@ class Job:
                 os.kill(self._pid(rank), signal.SIGTERM)
         deadline = time.monotonic() + GRACE_S
         while time.monotonic() < deadline and any(self.ranks[rank].poll() is None for rank in alive):
-            time.sleep(POLL_S)
+            time.sleep(END_POLL_S)
         agents = {agent.pid for agent in self.agents.values() if agent.poll() is None}
         self._end(agents | {child.pid for pid in agents for child in psutil.Process(pid).children(recursive=True)})
 
