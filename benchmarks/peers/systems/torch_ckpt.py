@@ -8,8 +8,13 @@ from concurrent.futures import Future
 from typing import Any
 
 from torch_checkpointing import CheckpointManager
+from torch_checkpointing.checkpoint_process import CheckpointProcessConfig
+from torch_checkpointing.config import AsyncCheckpointSaverConfig
 
 from benchmarks.peers.systems.on_disk import OnDisk
+
+START_LIMIT_S = 300
+"""Of its process; 30 s, the default, is little where four of them start on two cores."""
 
 
 class Manager(OnDisk):
@@ -17,7 +22,9 @@ class Manager(OnDisk):
 
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
-        self._manager = CheckpointManager(CheckpointManager.Config())
+        patient = CheckpointProcessConfig(subprocess_init_timeout_secs=START_LIMIT_S)
+        config = CheckpointManager.Config(save=AsyncCheckpointSaverConfig(process_config=patient))
+        self._manager = CheckpointManager(config)
         self._saving: Future[Any] | None = None
         self._waited_s = 0.0
         self._locks: list[Any] = []
