@@ -10,6 +10,7 @@ from typing import Any
 from torch_checkpointing import CheckpointManager
 from torch_checkpointing.checkpoint_process import CheckpointProcessConfig
 from torch_checkpointing.config import AsyncCheckpointSaverConfig
+from torch_checkpointing.storage.filesystem import LocalFileSystemStorageConfig
 
 from benchmarks.peers.systems.on_disk import OnDisk
 
@@ -23,7 +24,10 @@ class Manager(OnDisk):
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         patient = CheckpointProcessConfig(subprocess_init_timeout_secs=START_LIMIT_S)
-        config = CheckpointManager.Config(save=AsyncCheckpointSaverConfig(process_config=patient))
+        config = CheckpointManager.Config(
+            save=AsyncCheckpointSaverConfig(process_config=patient),
+            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),  # with it, the default, writing fails here
+        )
         self._manager = CheckpointManager(config)
         self._saving: Future[Any] | None = None
         self._waited_s = 0.0
