@@ -26,7 +26,7 @@ class Manager(OnDisk):
         patient = CheckpointProcessConfig(subprocess_init_timeout_secs=START_LIMIT_S)
         config = CheckpointManager.Config(
             save=AsyncCheckpointSaverConfig(process_config=patient),
-            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),  # with it, the default, writing fails here
+            storage_config=LocalFileSystemStorageConfig(use_direct_io=False),  # its default fails here
         )
         self._manager = CheckpointManager(config)
         self._saving: Future[Any] | None = None
