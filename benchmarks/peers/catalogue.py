@@ -72,7 +72,7 @@ PEERS = {
         interval="10",
     ),
     "lm-verified": Peer(
-        title="the same, verify_integrity",
+        title="lm-resiliency 0.2.0, verify_integrity",
         environment="lm",
         system="lm:GeminiVerified",
         configuration="as above, with checksums in the files that a restart reads",
@@ -86,7 +86,7 @@ PEERS = {
         configuration="LocalCheckpointManager in /dev/shm, clique of 2 hosts, a forked process writes",
     ),
     "nvrx-sync": Peer(
-        title="the same, sync",
+        title="nvidia-resiliency-ext 0.4.1, local, sync",
         environment="nvrx",
         system="nvrx:LocalSync",
         configuration="as above, training waits",
@@ -118,7 +118,7 @@ PEERS = {
         agent="dlrover",
     ),
     "dlrover-replica": Peer(
-        title="the same, replica_count=2",
+        title="DLRover 0.6.1, replica_count=2",
         environment="dlrover",
         system="dlrover:FlashReplica",
         configuration="as above, each checkpoint also on the other host",

@@ -259,23 +259,24 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(records: Records, path: Path) -> None:
-    """Slowdown at both intervals, free and limited links, PP 2; every cycle a dot, the median a bar."""
+    """Slowdown at both intervals, PP 2, on the links that were measured; every cycle a dot, the median a bar."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    found = {link: costs(records, "2x2", link) for link in LINKS}
+    found = {link: each for link in LINKS if (each := costs(records, "2x2", link))}
     names = [name for name in PEERS if any(name in each for each in found.values())]
-    figure, panels = pyplot.subplots(
-        1, len(LINKS), figsize=(11, 0.42 * len(names) + 1.9), sharey=True, layout="constrained"
+    size = (3.0 + 4.2 * len(found), 0.42 * len(names) + 1.9)
+    figure, (panels,) = pyplot.subplots(
+        1, len(found), figsize=size, sharex=True, sharey=True, squeeze=False, layout="constrained"
     )
     arms = (("a copy each iteration", "#D55E00", -0.15), (f"a copy every {RARE}th iteration", "#0072B2", 0.15))
-    for panel, (link, words) in zip(panels, LINKS.items(), strict=True):
+    for panel, link in zip(panels, found, strict=True):
         for row, name in enumerate(names):
             each = found[link].get(name)
             if each is None:
-                panel.text(1.0, row, "not measured", va="center", color="#888888", fontsize=8)
+                panel.text(1.03, row, MISSING, va="center", color="#888888", fontsize=8)
                 continue
             for (_, color, offset), cycles in zip(arms, (each.each_cycles, each.rarely_cycles), strict=True):
                 if cycles:
@@ -286,7 +287,7 @@ def draw(records: Records, path: Path) -> None:
         ticks = [1, 1.5, 2, 3, 5, 10, 20]
         panel.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         panel.minorticks_off()
-        panel.set_title(words, loc="left", fontsize=10)
+        panel.set_title(LINKS[link], loc="left", fontsize=10)
         panel.set_xlabel("time of an iteration, ratio to none")
         panel.grid(axis="x", color="#DDDDDD")
         panel.spines[["top", "right"]].set_visible(False)
