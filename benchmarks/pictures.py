@@ -30,8 +30,11 @@ def draw_all(folder: Path) -> list[Path]:
     exact_mode.plot(figures("exact_mode"), exact_mode.FULL_SIZE, folder / "exact_mode.png")
     tables.draw(tables.read(RESULTS / "accuracy_under_faults"), folder / "accuracy_under_faults.png")
     soak.draw(soak.read(RESULTS / "soak"), folder / "soak.png")
-    peers.draw(peers.read(RESULTS / "peers"), folder / "peers.png")
-    return sorted(folder / f"{name}.png" for name in (*SWEEPS, "exact_mode", "accuracy_under_faults", "soak", "peers"))
+    drawn = [*SWEEPS, "exact_mode", "accuracy_under_faults", "soak"]
+    if measured := peers.read(RESULTS / "peers"):
+        peers.draw(measured, folder / "peers.png")
+        drawn.append("peers")
+    return sorted(folder / f"{name}.png" for name in drawn)
 
 
 def figures(benchmark: str) -> dict[str, float | None]:

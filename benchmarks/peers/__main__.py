@@ -63,7 +63,7 @@ def main() -> int:
     options.add_argument("--work", type=Path, default=ROOT / "out" / "peers" / "work", metavar="DIR", help="logs")
     options.add_argument("--report", action="store_true", help="run nothing")
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the picture there")
-    options.add_argument("--pages", action="store_true", help="put the tables into README.md and docs/peers.md")
+    options.add_argument("--pages", action="store_true", help="put the tables into docs/peers.md")
     args = options.parse_args()
     if not args.report:
         try:
@@ -77,7 +77,6 @@ def main() -> int:
         tables.draw(records, args.plot)
     if args.pages:
         pages.fill(ROOT / "docs" / "peers.md", tables.render(records))
-        pages.fill(ROOT / "README.md", tables.summary(records))
     return 0
 
 

@@ -119,19 +119,24 @@ def costs(records: Records, layout: str, link: str) -> dict[str, Cost]:
 
 def render(records: Records) -> str:
     """All tables, as Markdown."""
-    parts = []
+    parts = ["### Systems", system_table()]
+    if short := summary(records):
+        parts += ["### In short (PP 2, EP 2, free links)", short]
     for layout, layout_words in LAYOUTS.items():
         for link, link_words in LINKS.items():
             if found := costs(records, layout, link):
                 parts += [f"### {layout_words}, {link_words}", cost_table(found)]
-    parts += ["### After a fault (PP 2, EP 2, free links, a copy each iteration)", fault_table(records)]
+    if faults := fault_table(records):
+        parts += ["### After a fault (PP 2, EP 2, free links, a copy each iteration)", faults]
+    if len(parts) == 2:
+        parts += ["### Figures", f"{MISSING.capitalize()} yet."]
     if ABSENT:
         parts += ["### Not run", absent_table()]
     return "\n\n".join(parts)
 
 
 def summary(records: Records) -> str:
-    """The table of the first page: PP 2, EP 2, free links."""
+    """One row a system, of what matters most, at PP 2, EP 2 and free links; empty without any."""
     found, rows = costs(records, "2x2", "free"), []
     for name, peer in PEERS.items():
         faults = {kind: records.get(f"{name}-{kind}") for kind in ("lost-host", "flipped-bit")}
@@ -157,7 +162,7 @@ def summary(records: Records) -> str:
         "a host is lost with its memory: iterations lost",
         "one flipped bit in the copy that recovery reads",
     ]
-    return _markdown(head, rows)
+    return _markdown(head, rows) if rows else ""
 
 
 def _in_short(record: Record | None, keeps_all: bool) -> str:
@@ -214,7 +219,7 @@ def recommended(name: str, found: Cost) -> str:
 
 
 def fault_table(records: Records) -> str:
-    """One row a system."""
+    """One row a system; empty without any."""
     rows = []
     for name, peer in PEERS.items():
         cells = [_recovered(records.get(f"{name}-{kind}"), peer.keeps_all) for kind in ("killed-rank", "lost-host")]
@@ -229,7 +234,7 @@ def fault_table(records: Records) -> str:
         "a host is lost with its memory: the same",
         "one flipped bit in the copy",
     ]
-    return _markdown(head, rows)
+    return _markdown(head, rows) if rows else ""
 
 
 def _recovered(record: Record | None, keeps_all: bool) -> str:
@@ -241,6 +246,12 @@ def _recovered(record: Record | None, keeps_all: bool) -> str:
         return f"**training did not go on**: {record['problem'].splitlines()[0]}"
     bitwise = "bitwise" if record["bitwise"] else "**differs**" if keeps_all else "experts are older, by design"
     return f"{record['seconds']:.1f} ({record['load_s']:.2f}), {record['lost']} lost, {bitwise}"
+
+
+def system_table() -> str:
+    """What is run, and how."""
+    rows = [[p.title, p.configuration, p.interval or "none is given"] for n, p in PEERS.items() if n != NOTHING]
+    return _markdown(["system", "configuration", "copies every so many iterations, by its documentation"], rows)
 
 
 def absent_table() -> str:

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks.peers import catalogue, environments, tables
+from benchmarks.peers import catalogue, environments, pages, tables
 from benchmarks.peers.faults import BIT, BYTE, flip
 from benchmarks.peers.judge import (
     FROM_ZERO,
@@ -203,3 +203,14 @@ def test_every_system_has_requirements_and_a_module() -> None:
         assert (environments.REQUIREMENTS / f"{peer.environment}.txt").is_file()
         module = peer.system.partition(":")[0]
         assert not module or (environments.HERE / "systems" / f"{module}.py").is_file()
+
+
+def test_the_page_shows_the_committed_results() -> None:
+    results = Path(tables.__file__).parents[1] / "results" / "peers"
+    page = (Path(tables.__file__).parents[2] / "docs" / "peers.md").read_text()
+    assert pages.filled(page, tables.render(tables.read(results))) == page
+
+
+def test_a_page_without_marks_is_refused() -> None:
+    with pytest.raises(ValueError, match="has no lines"):
+        pages.filled("a page", "a table")
