@@ -5,6 +5,7 @@
     python -m benchmarks.peers --systems full lm    some of it
     python -m benchmarks.peers --report             only the table and the picture, from what is there
 
+Exit codes: 0, 1 if a configuration did not run to its end, 2 if hosts cannot be emulated here.
 Every system runs in a virtual environment of its own, which is made first. Each configuration leaves a JSON file in
 ``--results``, and is not run again while that file is there. Needs root, for two emulated hosts (benchmarks/testbed).
 """
@@ -65,9 +66,12 @@ def main() -> int:
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the picture there")
     options.add_argument("--pages", action="store_true", help="put the tables into docs/peers.md")
     args = options.parse_args()
+    failed: list[str] = []
     if not args.report:
         try:
-            Runs(args).all()
+            runs = Runs(args)
+            runs.all()
+            failed = runs.failed
         except TestbedUnavailable as error:
             print(f"error: {error}", file=sys.stderr)
             return TestbedUnavailable.exit_code
@@ -77,7 +81,9 @@ def main() -> int:
         tables.draw(records, args.plot)
     if args.pages:
         pages.fill(ROOT / "docs" / "peers.md", tables.render(records))
-    return 0
+    if failed:
+        print(f"not run to the end: {', '.join(failed)}; their logs are in {args.work}", file=sys.stderr)
+    return 1 if failed else 0
 
 
 class Runs:
@@ -85,6 +91,7 @@ class Runs:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args = args
+        self.failed: list[str] = []
         args.results.mkdir(parents=True, exist_ok=True)
 
     def all(self) -> None:
@@ -93,12 +100,13 @@ class Runs:
             peer = PEERS[name]
             for layout in [] if self.args.no_measure or peer.only_flip else self.args.layouts:
                 for link in self.args.links:
-                    self._once(f"{name}-{layout}-{link}", peer, self._measure(peer, layout, LINKS[link]))
+                    self._once(name, f"{layout}-{link}", self._measure(peer, layout, LINKS[link]))
             for fault in self.args.faults if peer.system else []:
                 if fault == "flipped-bit" or not peer.only_flip:
-                    self._once(f"{name}-{fault}", peer, self._fault(peer, FAULTS[fault]))
+                    self._once(name, fault, self._fault(peer, FAULTS[fault]))
 
-    def _once(self, name: str, peer: Peer, run: Callable[[], dict[str, Any]]) -> None:
+    def _once(self, system: str, what: str, run: Callable[[], dict[str, Any]]) -> None:
+        name = f"{system}-{what}"
         path = self.args.results / f"{name}.json"
         if path.exists():
             return
@@ -107,12 +115,13 @@ class Runs:
             found = run()
         except JobStuck as error:
             print(f"{name}: {error}", file=sys.stderr, flush=True)
+            self.failed.append(name)
             return
         facts = {
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": hardware(),
-            "versions": versions(python_of(peer.environment, self.args.venvs)),
-            "command": f"python -m benchmarks.peers --systems {name.split('-')[0]}",
+            "versions": versions(python_of(PEERS[system].environment, self.args.venvs)),
+            "command": f"python -m benchmarks.peers --systems {system}{' --quick' if self.args.quick else ''}",
         }
         path.write_text(json.dumps(facts | found, indent=1) + "\n")
 
