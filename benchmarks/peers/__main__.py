@@ -39,7 +39,7 @@ SLOW_MBIT = 400.0
 LINKS: dict[str, float | None] = {"free": None, "slow": SLOW_MBIT}
 CYCLES, QUICK_CYCLES = 3, 1
 MEASURE_LIMIT_S = 540.0
-FAULTS: dict[str, Callable[[Job, Truth], dict[str, Any]]] = {
+FAULTS: dict[str, Callable[[Job, Truth, int], dict[str, Any]]] = {
     "killed-rank": faults.run_killed_rank,
     "lost-host": faults.run_lost_host,
     "flipped-bit": faults.run_flipped_bit,
@@ -64,7 +64,7 @@ def main() -> int:
     options.add_argument("--work", type=Path, default=ROOT / "out" / "peers" / "work", metavar="DIR", help="logs")
     options.add_argument("--report", action="store_true", help="run nothing")
     options.add_argument("--plot", type=Path, metavar="PATH", help="draw the picture there")
-    options.add_argument("--pages", action="store_true", help="put the tables into docs/peers.md")
+    options.add_argument("--pages", action="store_true", help="put the tables into README.md and docs/peers.md")
     args = options.parse_args()
     failed: list[str] = []
     if not args.report:
@@ -81,6 +81,7 @@ def main() -> int:
         tables.draw(records, args.plot)
     if args.pages:
         pages.fill(ROOT / "docs" / "peers.md", tables.render(records))
+        pages.fill(ROOT / "README.md", tables.summary(records))
     if failed:
         print(f"not run to the end: {', '.join(failed)}; their logs are in {args.work}", file=sys.stderr)
     return 1 if failed else 0
@@ -134,11 +135,11 @@ class Runs:
 
         return run
 
-    def _fault(self, peer: Peer, do: Callable[[Job, Truth], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
+    def _fault(self, peer: Peer, do: Callable[[Job, Truth, int], dict[str, Any]]) -> Callable[[], dict[str, Any]]:
         def run() -> dict[str, Any]:
             truth = self._truth(peer)
             with self._job(peer, FAULT_LAYOUT, None) as job:
-                return {"layout": FAULT_LAYOUT, **do(job, truth)}
+                return {"layout": FAULT_LAYOUT, **do(job, truth, peer.fault_at)}
 
         return run
 

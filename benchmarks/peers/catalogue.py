@@ -23,6 +23,10 @@ class Peer:
     rare: bool = True
     """Whether copies can be rarer than one an iteration."""
     only_flip: bool = False
+    variant: bool = False
+    """Another configuration of a system, beside the one that the summary shows."""
+    fault_at: int = 5
+    """The iteration after which faults come; later where a system's copies take some to be what they always are."""
     agent: str = ""
     """Module below ``systems/`` that runs once on each host, outlives the ranks, and is ended with the host."""
 
@@ -53,6 +57,7 @@ PEERS = {
         environment=TORCH,
         system="ours:Exact",
         configuration="mode exact, one replica",
+        fault_at=12,
         interval="1",
         rare=False,
     ),
@@ -61,6 +66,7 @@ PEERS = {
         environment=TORCH,
         system="ours:Popularity",
         configuration="mode popularity, one replica",
+        fault_at=12,
         interval="1",
         keeps_all=False,
     ),
@@ -68,7 +74,7 @@ PEERS = {
         title="lm-resiliency 0.2.0, GEMINI",
         environment="lm",
         system="lm:Gemini",
-        configuration="save_tensors, one peer on the other host, folder for restarts in memory",
+        configuration="save_tensors, one peer on the other host; what ends in an orderly way writes to a disk that all hosts see",
         interval="10",
     ),
     "lm-verified": Peer(
@@ -76,6 +82,7 @@ PEERS = {
         environment="lm",
         system="lm:GeminiVerified",
         configuration="as above, with checksums in the files that a restart reads",
+        variant=True,
         interval="10",
         only_flip=True,
     ),
@@ -90,6 +97,7 @@ PEERS = {
         environment="nvrx",
         system="nvrx:LocalSync",
         configuration="as above, training waits",
+        variant=True,
     ),
     "dcp": Peer(
         title="torch DCP async_save, thread",
@@ -102,6 +110,7 @@ PEERS = {
         environment=TORCH,
         system="dcp:Process",
         configuration="as above, staged in shared memory",
+        variant=True,
     ),
     "torch-checkpointing": Peer(
         title="torch_checkpointing 0.1.1",
@@ -114,6 +123,7 @@ PEERS = {
         environment="dlrover",
         system="dlrover:Flash",
         configuration="StorageType.MEMORY, no replica (its default), its saver in an agent of each host",
+        variant=True,
         interval="5",
         agent="dlrover",
     ),

@@ -13,9 +13,9 @@ from typing import Any
 from benchmarks.peers.jobs import MEMORY, RANKS, RANKS_PER_HOST, Job, JobStuck
 from benchmarks.peers.judge import REFUSED, Events, Truth, flip_verdict, reached, recovery
 
-FAULT_AT, TRAINED_ON = 12, 3
-"""The iteration that all ranks have finished when the fault comes, and those that are compared after it."""
-TRUTH_UNTIL = FAULT_AT + 8
+TRAINED_ON = 3
+"""Iterations that are compared after the one that a run came back to."""
+TRUTH_UNTIL = 20
 KILLED_RANK, LOST_HOST, FLIPPED_RANK = 3, 1, 1
 START_LIMIT_S, RESTART_LIMIT_S = 180.0, 120.0
 BYTE, BIT = 34, 3
@@ -24,22 +24,25 @@ BYTE, BIT = 34, 3
 
 def run_truth(job: Job) -> Truth:
     """Train without a fault, and without any system."""
-    job.start("train", "--until", str(TRUTH_UNTIL))
+    job.start("train", "--digests", "--until", str(TRUTH_UNTIL))
     job.await_all(_said("ended"), START_LIMIT_S)
     return Truth.of(_events(job))
 
 
-def run_killed_rank(job: Job, truth: Truth) -> dict[str, Any]:
-    """SIGKILL to one rank in the middle of an iteration; the others get SIGTERM, and all are started again."""
+def run_killed_rank(job: Job, truth: Truth, fault_at: int) -> dict[str, Any]:
+    """SIGKILL to one rank in the middle of an iteration; the others get SIGTERM, and all are started again.
+
+    ``fault_at``: the iteration that all ranks have finished when a fault comes.
+    """
 
     def fault() -> None:
         job.kill(KILLED_RANK)
         job.end_survivors()
 
-    return _run_fault(job, truth, fault)
+    return _run_fault(job, truth, fault, fault_at)
 
 
-def run_lost_host(job: Job, truth: Truth) -> dict[str, Any]:
+def run_lost_host(job: Job, truth: Truth, fault_at: int) -> dict[str, Any]:
     """A host goes with its processes and its memory, and an empty one takes its place."""
 
     def fault() -> None:
@@ -47,18 +50,18 @@ def run_lost_host(job: Job, truth: Truth) -> dict[str, Any]:
         job.end_survivors(range(RANKS_PER_HOST))
         job.testbed.restore(LOST_HOST)
 
-    return _run_fault(job, truth, fault)
+    return _run_fault(job, truth, fault, fault_at)
 
 
-def _run_fault(job: Job, truth: Truth, fault: Callable[[], None]) -> dict[str, Any]:
+def _run_fault(job: Job, truth: Truth, fault: Callable[[], None], fault_at: int) -> dict[str, Any]:
     job.start("train", "--until", "100000")
-    job.await_all(_has_step(FAULT_AT), START_LIMIT_S)
+    job.await_all(_has_step(fault_at), START_LIMIT_S)
     before = _events(job)
     time.sleep(_iteration_s(before[0]) / 2)
     began = time.monotonic()
     fault()
     before = _events(job)
-    job.start("train", "--until", str(reached(before) + TRAINED_ON))
+    job.start("train", "--digests", "--until", str(reached(before) + TRAINED_ON))
     problem = ""
     try:
         job.await_all(_said("ended"), RESTART_LIMIT_S)
@@ -69,21 +72,21 @@ def _run_fault(job: Job, truth: Truth, fault: Callable[[], None]) -> dict[str, A
     return asdict(found) | ({"problem": problem} if problem else {})
 
 
-def run_flipped_bit(job: Job, truth: Truth) -> dict[str, Any]:
+def run_flipped_bit(job: Job, truth: Truth, fault_at: int) -> dict[str, Any]:
     """All copies are whole and all ranks are ended with SIGTERM; then one bit of a copy is flipped, and they start."""
-    job.start("train", "--until", "100000", "--hold-at", str(FAULT_AT))
+    job.start("train", "--until", "100000", "--hold-at", str(fault_at))
     job.await_all(_said("held"), START_LIMIT_S)
     job.end_survivors()
     flipped = flip(_files(job), truth.needles[FLIPPED_RANK])
     if flipped is None:
         return {"verdict": None, "problem": "the marked bytes are in no copy"}
-    job.start("train", "--until", str(FAULT_AT + TRAINED_ON))
+    job.start("train", "--digests", "--until", str(fault_at + TRAINED_ON))
     problem = ""
     try:
-        job.await_all(_said("ended"), RESTART_LIMIT_S)
+        job.await_all(_has_step(1), RESTART_LIMIT_S)
     except JobStuck as error:
         problem = str(error)
-    verdict = flip_verdict(_events(job), FAULT_AT, FLIPPED_RANK, flipped["bytes"], truth)
+    verdict = flip_verdict(_events(job), fault_at, FLIPPED_RANK, flipped["bytes"], truth)
     starts = [event for events in _events(job) for event in events if event["event"] == "started"]
     job.end()
     said = {"words": problem} if verdict == REFUSED else {"problem": problem} if problem else {}

@@ -120,8 +120,6 @@ def costs(records: Records, layout: str, link: str) -> dict[str, Cost]:
 def render(records: Records) -> str:
     """All tables, as Markdown."""
     parts = ["### Systems", system_table()]
-    if short := summary(records):
-        parts += ["### In short (PP 2, EP 2, free links)", short]
     for layout, layout_words in LAYOUTS.items():
         for link, link_words in LINKS.items():
             if found := costs(records, layout, link):
@@ -136,33 +134,31 @@ def render(records: Records) -> str:
 
 
 def summary(records: Records) -> str:
-    """One row a system, of what matters most, at PP 2, EP 2 and free links; empty without any."""
+    """What matters most, one row a system, at PP 2, EP 2 and free links; empty without any."""
     found, rows = costs(records, "2x2", "free"), []
     for name, peer in PEERS.items():
-        faults = {kind: records.get(f"{name}-{kind}") for kind in ("lost-host", "flipped-bit")}
-        if name == NOTHING or not (name in found or any(faults.values())):
+        faults = [records.get(f"{name}-{kind}") for kind in ("killed-rank", "lost-host", "flipped-bit")]
+        if name == NOTHING or peer.variant or not (name in found or any(faults)):
             continue
         each = found.get(name)
-        flipped = faults["flipped-bit"]
         rows.append(
             [
                 peer.title,
+                *(_in_short(record, peer.keeps_all) for record in faults[:2]),
+                _verdict(faults[2]),
                 MISSING if each is None else f"{each.each:.2f}",
                 MISSING if each is None else "needs each" if each.rarely is None else f"{each.rarely:.2f}",
-                MISSING if each is None else f"{each.stall_s * 1e3:.0f}",
-                _in_short(faults["lost-host"], peer.keeps_all),
-                MISSING if flipped is None else VERDICTS.get(flipped["verdict"], MISSING),
             ]
         )
     head = [
         "system",
-        "a copy each iteration: time, ratio to none",
+        "a rank is killed: iterations lost, state",
+        "a host is lost with its memory",
+        "one flipped bit in the copy",
+        "time with a copy each iteration, ratio to none",
         f"every {RARE}th",
-        "stall, ms",
-        "a host is lost with its memory: iterations lost",
-        "one flipped bit in the copy that recovery reads",
     ]
-    return _markdown(head, rows) if rows else ""
+    return _markdown(head, rows) if rows else f"{MISSING.capitalize()} yet."
 
 
 def _in_short(record: Record | None, keeps_all: bool) -> str:
@@ -226,8 +222,7 @@ def fault_table(records: Records) -> str:
         flipped = records.get(f"{name}-flipped-bit")
         if name == NOTHING or not (flipped or any(cells)):
             continue
-        verdict = MISSING if flipped is None else VERDICTS.get(flipped["verdict"], str(flipped.get("problem")))
-        rows.append([peer.title, *(cell or MISSING for cell in cells), verdict])
+        rows.append([peer.title, *(cell or MISSING for cell in cells), _verdict(flipped)])
     head = [
         "system",
         "a rank is killed: s to the first step (of it in the system), iterations lost, bitwise",
@@ -246,6 +241,12 @@ def _recovered(record: Record | None, keeps_all: bool) -> str:
         return f"**training did not go on**: {record['problem'].splitlines()[0]}"
     bitwise = "bitwise" if record["bitwise"] else "**differs**" if keeps_all else "experts are older, by design"
     return f"{record['seconds']:.1f} ({record['load_s']:.2f}), {record['lost']} lost, {bitwise}"
+
+
+def _verdict(record: Record | None) -> str:
+    if record is None:
+        return MISSING
+    return VERDICTS.get(record["verdict"]) or f"{MISSING}: {record['problem'].splitlines()[0]}"
 
 
 def system_table() -> str:

@@ -45,6 +45,7 @@ def main() -> int:
     options.add_argument("--memory", type=Path, required=True, metavar="DIR", help="of this host's memory")
     options.add_argument("--shared", type=Path, required=True, metavar="DIR", help="on a disk that all hosts see")
     options.add_argument("--until", type=int, default=0, help="train: the last iteration")
+    options.add_argument("--digests", action="store_true", help="train: say a hash of all state after each iteration")
     options.add_argument("--hold-at", type=int, default=0, help="train: wait for copies there, and then to be killed")
     options.add_argument("--cycles", type=int, default=4, help="measure: how often blocks alternate")
     args = options.parse_args()
@@ -61,25 +62,28 @@ def main() -> int:
         intervals = (1, RARE) if args.work == "measure" else (1,)
         system = system_class(args.system)(training, place, args.memory, args.shared, intervals)
         if args.work == "train":
-            train(training, system, tell, args.until, args.hold_at)
+            train(training, system, tell, args)
         else:
             measure(training, system, place, tell, args.cycles)
     os._exit(0)  # what a system has left behind in threads or processes is not waited for
 
 
-def train(training: Training, system: System, tell: Callable[..., None], until: int, hold_at: int) -> None:
+def train(training: Training, system: System, tell: Callable[..., None], args: argparse.Namespace) -> None:
     """From the newest copy that there is, with a copy of each iteration."""
+
+    def state() -> dict[str, str]:
+        return {"digest": training.digest(), "needle": training.needle().hex()} if args.digests else {}
+
     began = time.monotonic()
     resumed = system.start()
     tell(
         "started",
         iteration=resumed,
         seconds=time.monotonic() - began,
-        digest=training.digest(),
-        needle=training.needle().hex(),
         at=training.iteration,
+        **state(),
     )
-    while training.iteration < until:
+    while training.iteration < args.until:
         training.pipeline_arguments = system.pipeline_arguments(1)
         loss = training.step()
         moment = time.monotonic()
@@ -89,10 +93,9 @@ def train(training: Training, system: System, tell: Callable[..., None], until: 
             iteration=training.iteration,
             over_s=moment,
             loss=None if loss is None else float(loss).hex(),
-            digest=training.digest(),
-            needle=training.needle().hex(),
+            **state(),
         )
-        if training.iteration == hold_at:
+        if training.iteration == args.hold_at:
             system.drain()
             tell("held")
             while True:

@@ -13,7 +13,11 @@ from benchmarks.peers.systems import Nothing
 
 
 class Gemini(Nothing):
-    """Copies live in the memory of the processes; those that end in an orderly way write them to a local folder."""
+    """Copies live in the memory of the processes; those that end in an orderly way write their own and their peer's.
+
+    A rank reads only its own folder when it starts. Survivors therefore write to a disk that all hosts see: there the
+    replica of a lost rank is found by the one that takes its place, without a manager that moves files between hosts.
+    """
 
     verify = False
 
@@ -23,7 +27,7 @@ class Gemini(Nothing):
             interval=1,  # the driver says when
             replication_jump=RANKS_PER_HOST,
             disk_flush_interval=0,
-            disk_folder=str(self.memory),
+            disk_folder=str(self.shared),
             run_id="peers",
             verify_integrity=self.verify,
             pin_memory=False,  # needs CUDA

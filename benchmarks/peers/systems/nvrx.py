@@ -7,12 +7,26 @@ from typing import Any
 
 import torch
 from nvidia_resiliency_ext.checkpointing.async_ckpt.core import AsyncCallsQueue
-from nvidia_resiliency_ext.checkpointing.local.basic_state_dict import BasicTensorAwareStateDict
+from nvidia_resiliency_ext.checkpointing.local.basic_state_dict import (
+    BasicTensorAwareStateDict,
+    dict_list_map_inplace,
+)
 from nvidia_resiliency_ext.checkpointing.local.ckpt_managers.local_manager import LocalCheckpointManager
 from nvidia_resiliency_ext.checkpointing.local.replication.strategies import CliqueReplicationStrategy
 
 from benchmarks.peers.jobs import HOSTS, RANKS_PER_HOST
 from benchmarks.peers.systems import Nothing
+
+
+class HostTensors(BasicTensorAwareStateDict):
+    """Of a machine without a GPU: theirs refuses tensors that are not on one, and copies by moving them off it."""
+
+    def __init__(self, state_dict: dict[str, Any]) -> None:
+        self.state_dict = state_dict
+        self._is_hollow = False
+
+    def copy_tensors_to_cpu(self, non_blocking: bool = False) -> None:
+        dict_list_map_inplace(lambda x: x.clone() if isinstance(x, torch.Tensor) else x, self.state_dict)
 
 
 class Local(Nothing):
@@ -40,7 +54,7 @@ class Local(Nothing):
         if iteration % interval:
             return
         state = {"tensors": self.training.tensors(), "extra": self.training.extra()}
-        request = self._manager.save(BasicTensorAwareStateDict(state), iteration, is_async=self.is_async)
+        request = self._manager.save(HostTensors(state), iteration, is_async=self.is_async)
         if request is not None:
             self._queue.schedule_async_request(request)
         self.whole += 1
