@@ -190,7 +190,12 @@ def test_tables_name_what_was_not_measured(tmp_path: Path) -> None:
     lost = {"resumed": None, "lost": 12, "seconds": 9.0, "load_s": 0.1, "bitwise": None, "problem": "no copy\nmore"}
     (tmp_path / "torch-save-lost-host.json").write_text(json.dumps(lost))
     (tmp_path / "torch-save-flipped-bit.json").write_text(json.dumps({"verdict": UNNOTICED}))
-    text = tables.render(tables.read(tmp_path))
+    records = tables.read(tmp_path)
+    assert (
+        f"| torch.save to /dev/shm | {tables.MISSING} | **not recovered** | **restored unnoticed** | 1.50 | 1.10 |"
+        in tables.summary(records)
+    )
+    text = tables.render(records)
     assert "| torch.save to /dev/shm | 1.50 (1.50 to 1.50) | 1.10" in text
     assert (
         f"| torch.save to /dev/shm | {tables.MISSING} | **not recovered**: no copy | **restored unnoticed** |" in text
@@ -205,10 +210,12 @@ def test_every_system_has_requirements_and_a_module() -> None:
         assert not module or (environments.HERE / "systems" / f"{module}.py").is_file()
 
 
-def test_the_page_shows_the_committed_results() -> None:
-    results = Path(tables.__file__).parents[1] / "results" / "peers"
-    page = (Path(tables.__file__).parents[2] / "docs" / "peers.md").read_text()
-    assert pages.filled(page, tables.render(tables.read(results))) == page
+def test_pages_show_the_committed_results() -> None:
+    root = Path(tables.__file__).parents[2]
+    records = tables.read(root / "benchmarks" / "results" / "peers")
+    for page, table in (("docs/peers.md", tables.render(records)), ("README.md", tables.summary(records))):
+        text = (root / page).read_text()
+        assert pages.filled(text, table) == text
 
 
 def test_a_page_without_marks_is_refused() -> None:
