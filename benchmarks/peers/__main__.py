@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -122,6 +123,8 @@ class Runs:
             "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
             "hardware": hardware(),
             "versions": versions(python_of(PEERS[system].environment, self.args.venvs)),
+            "nice": os.nice(0),
+            "load_average": os.getloadavg()[0],
             "command": f"python -m benchmarks.peers --systems {system}{' --quick' if self.args.quick else ''}",
         }
         path.write_text(json.dumps(facts | found, indent=1) + "\n")

@@ -30,6 +30,11 @@ class Peer:
     agent: str = ""
     """Module below ``systems/`` that runs once on each host, outlives the ranks, and is ended with the host."""
 
+    @property
+    def is_ours(self) -> bool:
+        """Whether it is this project."""
+        return self.system.startswith("ours:")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Absent:
@@ -74,7 +79,7 @@ PEERS = {
         title="lm-resiliency 0.2.0, GEMINI",
         environment="lm",
         system="lm:Gemini",
-        configuration="save_tensors, one peer on the other host; what ends in an orderly way writes to a disk that all hosts see",
+        configuration="save_tensors, one peer on the other host; ranks that outlive a fault write to a disk that all hosts see",
         interval="10",
     ),
     "lm-verified": Peer(

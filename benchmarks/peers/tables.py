@@ -126,8 +126,10 @@ def render(records: Records) -> str:
                 parts += [f"### {layout_words}, {link_words}", cost_table(found)]
     if faults := fault_table(records):
         parts += ["### After a fault (PP 2, EP 2, free links, a copy each iteration)", faults]
-    if len(parts) == 2:
-        parts += ["### Figures", f"{MISSING.capitalize()} yet."]
+    if best := best_table(records):
+        parts += ["### The best of each (PP 2, EP 2, free links)", best]
+    if missing := unmeasured(records):
+        parts += ["### Not measured yet", missing]
     if ABSENT:
         parts += ["### Not run", absent_table()]
     return "\n\n".join(parts)
@@ -159,6 +161,60 @@ def summary(records: Records) -> str:
         f"every {RARE}th",
     ]
     return _markdown(head, rows) if rows else f"{MISSING.capitalize()} yet."
+
+
+def best_table(records: Records) -> str:
+    """Which peer and which mode of ours has the lowest figure of each kind; empty without any."""
+    found = {name: each for name, each in costs(records, "2x2", "free").items() if name != NOTHING}
+    loads = {name: records[f"{name}-killed-rank"] for name in PEERS if f"{name}-killed-rank" in records}
+    kinds: dict[str, tuple[str, dict[str, float]]] = {
+        "time with a copy each iteration, ratio to none": (".2f", {n: c.each for n, c in found.items()}),
+        f"time with a copy every {RARE}th iteration, ratio to none": (
+            ".2f",
+            {n: c.rarely for n, c in found.items() if c.rarely is not None},
+        ),
+        "stall of the training thread, ms a copy": (".0f", {n: c.stall_s * 1e3 for n, c in found.items()}),
+        "CPU, s a copy": (".2f", {n: c.cpu_s for n, c in found.items() if c.whole}),
+        "host memory, MB": (".0f", {n: c.memory / 1e6 for n, c in found.items() if c.memory is not None}),
+        "recovery of a killed rank: s in the system": (
+            ".2f",
+            {n: load["load_s"] for n, load in loads.items() if load["resumed"] is not None},
+        ),
+    }
+    rows = []
+    for kind, (form, figures) in kinds.items():
+        sides = [[n for n in figures if PEERS[n].is_ours is ours] for ours in (False, True)]
+        least = [min(side, key=lambda name: figures[name], default=None) for side in sides]
+        if any(least):
+            rows.append([kind, *(f"{figures[n]:{form}} ({PEERS[n].title})" if n else MISSING for n in least)])
+    return _markdown(["lower is better", "peers", "ours"], rows) if rows else ""
+
+
+def unmeasured(records: Records) -> str:
+    """A list of what has no record; empty if there is none."""
+    kinds = {
+        **{
+            f"cost at {layout_words}, {link_words}": {
+                name: f"{name}-{layout}-{link}" for name, peer in PEERS.items() if not peer.only_flip
+            }
+            for layout, layout_words in LAYOUTS.items()
+            for link, link_words in LINKS.items()
+        },
+        **{
+            f"after a fault ({kind})": {
+                name: f"{name}-{kind}"
+                for name, peer in PEERS.items()
+                if name != NOTHING and (kind == "flipped-bit" or not peer.only_flip)
+            }
+            for kind in ("killed-rank", "lost-host", "flipped-bit")
+        },
+    }
+    lines = []
+    for kind, wanted in kinds.items():
+        missing = [PEERS[name].title for name, record in wanted.items() if record not in records]
+        if missing:
+            lines.append(f"- {kind}: {'all systems' if len(missing) == len(wanted) else '; '.join(missing)}")
+    return "\n".join(lines)
 
 
 def _in_short(record: Record | None, keeps_all: bool) -> str:
