@@ -79,7 +79,7 @@ PEERS = {
         title="lm-resiliency 0.2.0, GEMINI",
         environment="lm",
         system="lm:Gemini",
-        configuration="save_tensors, one peer on the other host; ranks that outlive a fault write to a disk that all hosts see",
+        configuration="save_tensors, one peer on the other host; survivors write to a disk that all hosts see",
         interval="10",
     ),
     "lm-verified": Peer(
