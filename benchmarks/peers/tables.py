@@ -318,7 +318,8 @@ def absent_table() -> str:
 
 
 def _range(middle: float, cycles: Sequence[float]) -> str:
-    return f"{middle:.2f} ({min(cycles):.2f} to {max(cycles):.2f})"
+    spread = f"{min(cycles):.2f} to {max(cycles):.2f}" if len(cycles) > 1 else "one cycle"
+    return f"{middle:.2f} ({spread})"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
