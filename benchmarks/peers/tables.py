@@ -36,8 +36,9 @@ class Cost:
     iteration_s: float
     """Without copies; median of the blocks' means."""
     each: float
-    """Time of an iteration with a copy each iteration, ratio to none; median over cycles, then all cycles."""
+    """Time of an iteration with a copy each iteration, ratio to none; median over cycles."""
     each_cycles: tuple[float, ...]
+    """Of all cycles; where there is one alone, to its slowest, its mean and its fastest iteration without copies."""
     rarely: float | None
     """The same with a copy every ``RARE`` iterations; None where the system has no such interval."""
     rarely_cycles: tuple[float, ...]
@@ -73,6 +74,9 @@ def cost(record: Record, alone: Record | None, *, rare: bool) -> Cost:
         return mean(of(arm, cycle)[0]["seconds"])
 
     def ratios(arm: str) -> tuple[float, ...]:
+        if len(cycles) == 1:
+            none = of("off", cycles[0])[0]["seconds"]
+            return tuple(seconds(arm, cycles[0]) / each for each in (max(none), mean(none), min(none)))
         return tuple(seconds(arm, cycle) / seconds("off", cycle) for cycle in cycles)
 
     def added(what: str) -> float:
@@ -148,8 +152,12 @@ def summary(records: Records) -> str:
                 peer.title,
                 *(_in_short(record, peer.keeps_all) for record in faults[:2]),
                 _verdict(faults[2]),
-                MISSING if each is None else f"{each.each:.2f}",
-                MISSING if each is None else "needs each" if each.rarely is None else f"{each.rarely:.2f}",
+                MISSING if each is None else _range(each.each, each.each_cycles),
+                MISSING
+                if each is None
+                else "needs each"
+                if each.rarely is None
+                else _range(each.rarely, each.rarely_cycles),
             ]
         )
     head = [
@@ -157,7 +165,7 @@ def summary(records: Records) -> str:
         "a rank is killed: iterations lost, state",
         "a host is lost with its memory",
         "one flipped bit in the copy",
-        "time with a copy each iteration, ratio to none",
+        "time with a copy each iteration, ratio to none (range)",
         f"every {RARE}th",
     ]
     return _markdown(head, rows) if rows else f"{MISSING.capitalize()} yet."
@@ -247,7 +255,7 @@ def cost_table(found: Mapping[str, Cost]) -> str:
         )
     head = [
         "system",
-        "a copy each iteration: time, ratio to none (all cycles)",
+        "a copy each iteration: time, ratio to none (range)",
         f"every {RARE}th",
         "at its own interval",
         "stall, ms",
@@ -318,8 +326,7 @@ def absent_table() -> str:
 
 
 def _range(middle: float, cycles: Sequence[float]) -> str:
-    spread = f"{min(cycles):.2f} to {max(cycles):.2f}" if len(cycles) > 1 else "one cycle"
-    return f"{middle:.2f} ({spread})"
+    return f"{middle:.2f} ({min(cycles):.2f} to {max(cycles):.2f})"
 
 
 def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -185,6 +185,14 @@ def test_costs_are_ratios_within_a_run_and_counted_for_each_whole_copy() -> None
     assert (needs_each.rarely, needs_each.memory, needs_each.whole) == (None, None, 1.0)
 
 
+def test_a_single_cycle_has_the_range_of_its_iterations_without_copies() -> None:
+    record = measured(1.5, 4, 0)
+    for events in record["ranks"]:
+        events[:] = [event for event in events if event.get("cycle", 0) == 0]
+        events[0]["seconds"] = [0.75, 1.0, 1.0, 1.25]
+    assert tables.cost(record, None, rare=True).each_cycles == (1.2, 1.5, 2.0)
+
+
 def test_tables_name_what_was_not_measured(tmp_path: Path) -> None:
     (tmp_path / "torch-save-2x2-free.json").write_text(json.dumps(measured(1.5, 4, 0)))
     lost = {"resumed": None, "lost": 12, "seconds": 9.0, "load_s": 0.1, "bitwise": None, "problem": "no copy\nmore"}
@@ -192,7 +200,7 @@ def test_tables_name_what_was_not_measured(tmp_path: Path) -> None:
     (tmp_path / "torch-save-flipped-bit.json").write_text(json.dumps({"verdict": UNNOTICED}))
     records = tables.read(tmp_path)
     assert (
-        f"| torch.save to /dev/shm | {tables.MISSING} | **not recovered** | **restored unnoticed** | 1.50 | 1.10 |"
+        f"| torch.save to /dev/shm | {tables.MISSING} | **not recovered** | **restored unnoticed** | 1.50 (1.50 to"
         in tables.summary(records)
     )
     text = tables.render(records)
