@@ -23,8 +23,6 @@ def name_host(host: int) -> None:
 class Flash(Nothing):
     """``save_checkpoint`` with ``StorageType.MEMORY``; no replica, which is the default."""
 
-    replicas = 0
-
     def __init__(self, *args: Any) -> None:
         super().__init__(*args)
         host = self.place.rank // RANKS_PER_HOST
@@ -41,7 +39,6 @@ class Flash(Nothing):
             local_shard_num=RANKS_PER_HOST,
             global_shard_num=RANKS,
             comm_backend="gloo",
-            replica_count=self.replicas,
         )
 
     def start(self) -> int | None:
@@ -57,12 +54,6 @@ class Flash(Nothing):
         state = {"tensors": self.training.tensors(), "extra": self.training.extra()}
         self._checkpointer.save_checkpoint(iteration, state, storage_type=self._to_memory)
         self.whole += 1
-
-
-class FlashReplica(Flash):
-    """With a copy on the other host."""
-
-    replicas = HOSTS
 
 
 def main() -> int:
