@@ -37,8 +37,8 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.exchange import sealed
 from megatron_moetion.recover.pinning import Pinning
-from megatron_moetion.recover.plan import RecoveryPlan, choose_newest_experts, custodian, held_of, order_of
-from megatron_moetion.recover.startup import Startup
+from megatron_moetion.recover.plan import Place, RecoveryPlan, choose_newest_experts, custodian, held_of, order_of
+from megatron_moetion.recover.startup import Startup, packed
 from megatron_moetion.replicate.channel import Combine, Mesh, Message, Note, Reduced
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.replicate.worker import SystemThreads
@@ -150,7 +150,7 @@ class Job:
 
     def order_bytes(self, owner: int) -> bytes:
         """What another owner tells those concerned."""
-        copies = dict.fromkeys(self.nodes_with(owner), self.records)
+        copies = dict.fromkeys(map(Place, self.nodes_with(owner)), self.records)
         units = [(name, UnitKind(kind)) for name, kind, _ in self.spec_of(owner).units]
         chosen = choose_newest_experts(units, held_of(copies), NEWEST)
         assert not isinstance(chosen, str), chosen
@@ -187,7 +187,7 @@ class Others:
         self._texts = [job.facts(), json.dumps(job.kept)]
         keepers = {keeper for keeper, owners in enumerate(job.kept) if job.rank in owners} - {job.rank}
         concerned = {*job.placement.owners_held_by(job.rank), *job.kept[job.rank]} - {job.rank}
-        table = job.records.table.tobytes()
+        table = packed(job.records)
         missing = [o for o in job.placement.owners_held_by(job.rank) if o not in job.kept[job.rank]]
         self._documents: list[Mapping[int, bytes]] = [
             {peer: sealed(table) for peer in keepers},
@@ -319,7 +319,7 @@ def measure(world_size: int, records: int, case: str, folder: Path, begun: Calla
         heard_bytes=others.heard_bytes,
         told_bytes=others.told_bytes,
         orders=len(fetched.mover.orders),
-        fetched=int((fetched.order.nodes != home).sum()),
+        fetched=int((~fetched.order.is_from(home)).sum()),
     )
 
 

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+os.environ.setdefault("PYTORCH_NVML_BASED_CUDA_CHECK", "1")  # the question alone makes no CUDA context then
 ON_GPU = torch.cuda.is_available()
 if not ON_GPU:  # before anything of Megatron is imported
     from megatron_moetion.mcore import cpu_device
@@ -133,8 +134,8 @@ def train_step(
     return torch.stack([each["loss"] for each in losses]).mean().item() if losses else None
 
 
-def main() -> None:
-    """Train, from wherever this run stands."""
+def arguments() -> argparse.Namespace:
+    """The flags."""
     parser = argparse.ArgumentParser(description="A training loop of one's own on Megatron-Core, with MoEtion.")
     parser.add_argument("--iterations", type=int, default=20)
     parser.add_argument("--pipeline", type=int, default=2, help="pipeline parallel size")
@@ -143,8 +144,12 @@ def main() -> None:
     parser.add_argument("--run-id", default="", help="start again under the same one to go on")
     parser.add_argument("--store", default="", help="folder for the arenas; default: below /dev/shm")
     parser.add_argument("--ranks-per-node", type=int, default=0, help="emulate nodes of so many ranks")
-    args = parser.parse_args()
+    parser.add_argument("--warm-restarts", type=int, default=0, help="restarts that fork the ranks again, at once")
+    return parser.parse_args()
 
+
+def main(args: argparse.Namespace) -> None:
+    """Train, from wherever this run stands."""
     if ON_GPU:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
     # Takes the arguments of torch's own. Its group comes up again when torchrun restarts the processes.
@@ -184,4 +189,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    flags = arguments()
+    megatron_moetion.run_warm(lambda: main(flags), restarts=flags.warm_restarts)

@@ -6,6 +6,7 @@ from __future__ import annotations
 from dataclasses import Field, dataclass, field, fields, replace
 from typing import Any
 
+from megatron_moetion.coding import Coding, coding_of
 from megatron_moetion.errors import ConfigError
 
 AUTO = "auto"
@@ -30,6 +31,8 @@ TOPICS = (
 _RUN, _COPIES, _CONTENTS, _POPULARITY, _TRAVEL, _FAULTS, _DISK, _OUTPUT = TOPICS
 _REFUSED = "refused: go back to the old value, or take another --moetion-run-id"
 _ROOM = "refused where arenas would need another size: go back to the old value, or take another --moetion-run-id"
+ENDPOINT = "MOETION_RENDEZVOUS"
+"""Environment: host:port of a rendezvous store that lives as long as the job, where the launcher's own does not."""
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")
 
 
@@ -97,6 +100,16 @@ class MoetionConfig:
         topic=_COPIES,
         unit="copies",
         minimum=-1,
+    )
+    coding_nodes: int = setting(
+        0,
+        "nodes of a group, n, that keep fragments of each other's snapshots and no whole copies; 0: whole copies. With "
+        "r replicas each of the n - 1 other nodes keeps a fragment, any n - r of them rebuild a snapshot, and memory "
+        "and network for copies fall from r to (n - 1) / (n - r) times a snapshot: with 2 replicas and 5 nodes from 2 "
+        "to 1.33. Needs 2 replicas or more, n from r + 2 to 33, and the extra 'coding'",
+        topic=_COPIES,
+        unit="nodes",
+        minimum=0,
     )
     ranks_per_node: int = setting(
         0,
@@ -294,7 +307,8 @@ class MoetionConfig:
     warm_restarts: int = setting(
         0,
         "restarts for which processes that have imported everything stand by and fork each rank again, which takes a "
-        "part of the time of a new process; faults beyond that, and a lost node, are left to torchrun. 0: none",
+        "part of the time of a new process; faults beyond that, and a lost node for which no other one stands by, are "
+        "left to torchrun. 0: none",
         topic=_FAULTS,
         unit="restarts of a launch",
         minimum=0,
@@ -432,6 +446,8 @@ class MoetionConfig:
                 f"--moetion-chunk-bytes is {self.chunk_bytes}; it must be a multiple of 64, at least 4096"
             )
 
+        if self.coding_nodes:
+            coding_of(self.replicas, self.coding_nodes)
         if not self.allowed_modes:
             given = ", ".join(flag_of(f"moetion_{f.name}") for f in self._given() if "modes" in f.metadata)
             raise ConfigError(f"no mode has a meaning for all of these settings: {given}; leave one of them out")
@@ -446,6 +462,11 @@ class MoetionConfig:
     def in_mode(self, mode: str, period: int = 0) -> MoetionConfig:
         """These settings, with 'auto' replaced by one of ``allowed_modes``; ``period`` where none is given."""
         return replace(self, mode=mode, period=self.period or period)
+
+    @property
+    def coding(self) -> Coding:
+        """What other nodes keep, once ``replicas`` is settled."""
+        return coding_of(self.replicas, self.coding_nodes)
 
     @property
     def recalibrates(self) -> bool:

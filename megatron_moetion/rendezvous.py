@@ -24,7 +24,9 @@ HOSTED = "MOETION_STORE_IS_HOSTED"
 """In the environment of ranks whose warm parents host the store; see ``warm``."""
 DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's own for gloo."""
-POLL_INTERVAL_S = 0.02
+CONNECT_S = 4.0
+"""For the first connection to a store; another one is tried after it."""
+_RING = "moetion/ring"
 _TORCHS_PREFIX = "default_pg"
 
 
@@ -132,22 +134,46 @@ def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: 
             raise ChannelError(f"WORLD_SIZE is {world_size}, but MASTER_ADDR is not set; start with torchrun")
         return dist.HashStore()
     is_there = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or HOSTED in environ
+    if is_there or rank != 0:
+        return connect_to_store(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout)
     return dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
-        is_master=rank == 0 and not is_there,
+        is_master=True,
         timeout=timeout,
         wait_for_workers=False,
         multi_tenant=True,
     )
 
 
+def connect_to_store(host: str, port: int, timeout: timedelta) -> dist.Store:
+    """A store that somebody else hosts, whose waits end after ``timeout``; ``RuntimeError`` where there is none.
+
+    Torch (2.13) may wait in vain for a connection to a store that is there, about one in a hundred on a machine with
+    much to do, and then for as long as it is allowed to. The next one comes at once.
+    """
+    deadline, limit_s = time.monotonic() + timeout.total_seconds(), CONNECT_S
+    while True:
+        left_s = max(deadline - time.monotonic(), 0.1)
+        try:
+            limit = timedelta(seconds=min(limit_s, left_s))
+            store = dist.TCPStore(host, port, timeout=limit, wait_for_workers=False)
+        except dist.DistNetworkError:
+            if time.monotonic() >= deadline:
+                raise
+            limit_s *= 2  # torch writes some lines each time, and a host may be late
+        else:
+            store.set_timeout(timeout)
+            return store
+
+
 def agree_on_token(store: dist.Store, rank: int, world_size: int, timeout: timedelta, restarts: int) -> str:
     """A string, ``ATTEMPT-UNIQUE``, that exactly the processes alive now share, whatever the store still holds.
 
-    Each process leaves a nonce of its own; rank 0 answers each nonce with the token until every process
-    has taken it. An answer to a dead process's nonce is ignored by its successor. Restart counts alone
-    would not do: each launcher agent counts only the failures of its own node.
+    Each process leaves a nonce of its own, rings, and waits for the answer to this nonce. Rank 0 waits for rings and
+    answers each nonce with the token until every process has taken it. An answer to a dead process's nonce is one that
+    nobody waits for. Restart counts alone would not do: each launcher agent counts only the failures of its own node.
+    ``ChannelError`` where a process does not come within ``timeout``.
     """
     nonce = uuid.uuid4().hex
     deadline = time.monotonic() + timeout.total_seconds()
@@ -157,34 +183,44 @@ def agree_on_token(store: dist.Store, rank: int, world_size: int, timeout: timed
         _answer_all(store, world_size, token, deadline)
         return token
     store.set(f"moetion/nonce/{rank}", nonce)
-    key = f"moetion/answer/{rank}"
-    while True:
-        if store.check([key]):
-            answered, _, token = store.get(key).decode().partition(" ")
-            if answered == nonce:
-                store.add(f"moetion/arrived/{token}", 1)
-                return token
-        wait_a_little(deadline, f"rank {rank} found no rank 0 to start with")
+    store.set(_RING, "1")
+    answer = f"moetion/answer/{nonce}"
+    await_key(store, answer, deadline, f"rank {rank} found no rank 0 to start with")
+    token = store.get(answer).decode()
+    store.delete_key(answer)
+    if store.add(f"moetion/arrived/{token}", 1) == world_size - 1:
+        store.set(_RING, "1")
+    return token
 
 
 def _answer_all(store: dist.Store, world_size: int, token: str, deadline: float) -> None:
     answered: dict[int, str] = {}
+    unseen = set(range(1, world_size))
     while store.add(f"moetion/arrived/{token}", 0) < world_size - 1:
-        for peer in range(1, world_size):
-            key = f"moetion/nonce/{peer}"
-            if not store.check([key]):
-                continue
-            nonce = store.get(key).decode()
+        unseen = {peer for peer in unseen if not store.check([f"moetion/nonce/{peer}"])}
+        for peer in set(range(1, world_size)) - unseen:
+            nonce = store.get(f"moetion/nonce/{peer}").decode()
             if answered.get(peer) != nonce:
-                store.set(f"moetion/answer/{peer}", f"{nonce} {token}")
+                store.set(f"moetion/answer/{nonce}", token)
                 answered[peer] = nonce
-        wait_a_little(deadline, f"rank 0 waits for {world_size - 1} ranks; {len(answered)} have shown up")
+        await_key(store, _RING, deadline, f"rank 0 waits for {world_size - 1} ranks; {len(answered)} have shown up")
+        store.delete_key(_RING)  # before the next look: who rings after it is heard again
 
 
-def wait_a_little(deadline: float, complaint: str) -> None:
-    """Pause between two looks into a store; ``ChannelError`` with the complaint after the deadline (monotonic, s)."""
-    if time.monotonic() > deadline:
+def await_key(store: dist.Store, key: str, deadline: float, complaint: str) -> None:
+    """Wait until the store has the key; ``ChannelError`` with the complaint after the deadline (monotonic, s)."""
+    if not has_come(store, key, deadline - time.monotonic()):
         raise ChannelError(
             f"{complaint} within the timeout of the process group (--distributed-timeout-minutes, or timeout=)"
         )
-    time.sleep(POLL_INTERVAL_S)
+
+
+def has_come(store: dist.Store, key: str, limit_s: float) -> bool:
+    """Wait until the store has the key, at most so long; whether it has. It is one request, which the store answers."""
+    try:
+        store.wait([key], timedelta(seconds=max(limit_s, 0.001)))
+    except dist.DistStoreError as error:
+        if "timeout" in str(error).lower() or "timed out" in str(error).lower():
+            return False
+        raise
+    return True

@@ -152,7 +152,7 @@ class Session:
         unfrozen = self._freeze()
         rounds = run.pipeline.rounds | dict.fromkeys(run.mode.given_up(), False)
         recoverable = run.mode.recoverable(rounds)
-        vote = run.mode.vote(run.scheduler.carries(run.replicas))
+        vote = run.mode.vote(run.scheduler.carries(run.coding.share))
         self._say(iteration, vote.remark)
         number = run.agreement.start(
             iteration,

@@ -248,7 +248,7 @@ def cost_table(found: Mapping[str, Cost]) -> str:
                 recommended(name, each),
                 f"{each.stall_s * 1e3:.0f}",
                 f"{each.whole:.0%}",
-                f"{each.sent / 1e6:.0f}",
+                f"{round(each.sent / 1e6) if each.whole else 0}",
                 f"{each.cpu_s:.2f}",
                 MISSING if each.memory is None else f"{each.memory / 1e6:.0f}",
             ]
@@ -335,7 +335,7 @@ def _markdown(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def draw(records: Records, path: Path) -> None:
-    """Slowdown at both intervals, PP 2, on the links that were measured; every cycle a dot, the median a bar."""
+    """Slowdown at both intervals, PP 2, on the links that were measured; every ratio a dot, the median a bar."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -136,6 +136,9 @@ def _add_settings(plan: argparse.ArgumentParser) -> None:
     settings = plan.add_argument_group("settings of MoEtion")
     settings.add_argument("--replicas", type=int, default=1, help="as --moetion-replicas (default: 1)")
     settings.add_argument(
+        "--coding-nodes", type=int, default=0, help="as --moetion-coding-nodes (default: whole copies)"
+    )
+    settings.add_argument(
         "--period",
         type=int,
         default=0,
@@ -219,6 +222,7 @@ def _plan(args: argparse.Namespace) -> int:
         "exp_avg_sq_bytes": _MOMENTS[args.exp_avg_sq_dtype],
         "host_state_bytes": round(_positive("--host-state-mib", args.host_state_mib) * 2**20),
         "replicas": args.replicas,
+        "coding_nodes": args.coding_nodes,
         "ranks_per_node": ranks_per_node,
     }
     scenario = _scenario(args, machine, stored)
@@ -305,6 +309,8 @@ def _scenario(args: argparse.Namespace, machine: Machine | None, stored: Mapping
             f"{args.replicas} replica(s) need {args.replicas + 1} nodes and there are {args.nodes}: give --replicas "
             f"{max(args.nodes - 1, 0)} or more --nodes"
         )
+    if args.nodes < args.coding_nodes:
+        raise ConfigError(f"--coding-nodes {args.coding_nodes} needs as many nodes and there are {args.nodes}")
     shape = ModelShape(**{**(MODELS[args.preset] if args.preset else {}), **given[ModelShape]})
     implied = {"use_distributed_optimizer": True} if args.preset else {}
     world = args.nodes * max(stored["ranks_per_node"], 1)
@@ -336,7 +342,8 @@ def _placement(args: argparse.Namespace) -> Placement:
     if per_domain is not None and per_domain < 1:
         raise ConfigError(f"--nodes-per-domain is {per_domain}; it must be at least 1")
     nodes = [str(node) for node in range(args.nodes)]
-    return place(nodes, args.replicas, [str(n // per_domain) for n in range(args.nodes)] if per_domain else ())
+    domains = [str(n // per_domain) for n in range(args.nodes)] if per_domain else ()
+    return place(nodes, args.replicas, domains, args.coding_nodes)
 
 
 def _iteration_s(args: argparse.Namespace, machine: Machine | None, shape: ModelShape, world: int) -> float | None:

@@ -193,7 +193,7 @@ def _table(plan: Plan) -> Table:
     gradients = _GRADIENT_NAMES[GRADIENT_DTYPES[state.gradient_bytes]]
     table = Table(
         title=f"{size(plan.costs[0].snapshot_bytes)} bytes of state a rank, {state.ranks_per_node} rank(s) a node, "
-        f"{state.replicas} replica(s), {gradients} gradients",
+        f"{_copies(state)}, {gradients} gradients",
         caption=_caption(plan),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -231,12 +231,19 @@ def _table(plan: Plan) -> Table:
     return table
 
 
+def _copies(state: RankState) -> str:
+    """What other nodes keep."""
+    coding = state.coding
+    return f"any {coding.data} of {coding.holders} fragments" if coding.is_on else f"{state.replicas} replica(s)"
+
+
 def _odds(placement: Placement) -> list[str]:
     values = ", ".join(f"{percent(value)} of {lost}" for lost, value in shown(placement).items())
     lines = [f"Odds that all state survives lost nodes: {values}"]
     found = exposure(placement)
     if found.domains:
-        two = f"; {len(found.exposed)} nodes have two copies in one" if found.exposed else ""
+        kept = "fragments" if placement.coding.is_on else "copies"
+        two = f"; {len(found.exposed)} nodes have two {kept} in one" if found.exposed else ""
         lines.append(f"and one of {found.domains} failure domains: {percent(found.odds)}{two}")
     return lines
 
@@ -263,7 +270,8 @@ def _caption(plan: Plan) -> str:
     ]
     if state.replicas:
         lost = "node" if state.replicas == 1 else f"{state.replicas} nodes"
-        lines.append(f"Any {lost} of {state.replicas + 1} that hold each other's copies may be lost at once")
+        held = "fragments" if state.coding.is_on else "copies"
+        lines.append(f"Any {lost} of {state.coding.holders + 1} that hold each other's {held} may be lost at once")
         lines += _odds(plan.scenario.placement) if plan.scenario else []
     else:
         lines.append("Without replicas a lost node costs all that is in memory")

@@ -27,8 +27,8 @@ def add(commands: Any) -> None:
     parser = commands.add_parser(
         "simulate",
         help="run the checkpointing runtime under faults, in a simulated cluster",
-        usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--faults N] [--domains D] "
-        "[--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
+        usage="%(prog)s [--seeds N] [--first SEED] [--ranks R] [--mode MODE] [--state STATE] [--copies COPIES] "
+        "[--faults N] [--domains D] [--kinds KIND,...] [--keep N,N,...] [--jobs N] [--no-shrink] [--json]",
         description="Run the production code of a job's ranks in one process, with simulated time, network and memory. "
         "A seed decides what goes wrong: killed processes, lost nodes, cut links, damaged memory and messages, and "
         "more. A model that is written apart from the runtime checks the promises. Ends with exit code 1 where one is "
@@ -43,6 +43,19 @@ def add(commands: Any) -> None:
         choices=("any", "full", "popularity", "exact"),
         default="any",
         help="snapshot mode; any: the seed decides (default)",
+    )
+    parser.add_argument(
+        "--copies",
+        choices=("whole", "fragments", "any"),
+        default="whole",
+        help="what nodes keep of each other: whole copies (default), fragments, which need 4 nodes and the extra "
+        "'coding', or any: the seed decides",
+    )
+    parser.add_argument(
+        "--state",
+        choices=("host", "device", "any"),
+        default="host",
+        help="where state lies: in host memory (default), on a simulated device, or any: the seed decides",
     )
     parser.add_argument("--faults", type=int, default=60, metavar="N", help="faults of a seed (default: 60)")
     parser.add_argument(
@@ -61,12 +74,15 @@ def _run(args: argparse.Namespace) -> int:
         raise ConfigError("--ranks is from 2 to 64, --seeds and --jobs at least 1, --faults not negative")
     from megatron_moetion.sim.faults import KINDS
     from megatron_moetion.sim.story import Story, shortened
+    from megatron_moetion.snapshot.codec import require_codec
 
     if args.domains < 0:
         raise ConfigError(f"--domains is {args.domains}; it must not be negative")
     kept, kinds = _numbers(args.keep, args.faults), tuple(filter(None, (args.kinds or "").split(",")))
     if unknown := [kind for kind in kinds if kind not in KINDS]:
         raise ConfigError(f"there is no kind of fault {unknown[0]!r}; there are {', '.join(KINDS)}")
+    if args.copies != "whole":
+        require_codec()
     if "lose-domain" in kinds and not args.domains:
         raise ConfigError("--kinds lose-domain needs --domains D, the failure domains that nodes are in")
     logging.disable(logging.CRITICAL)  # the runtime's own lines, of many ranks in many runs
@@ -75,6 +91,8 @@ def _run(args: argparse.Namespace) -> int:
             seed=seed,
             ranks=args.ranks,
             mode=args.mode,
+            copies=args.copies,
+            state=args.state,
             faults=args.faults,
             kinds=kinds,
             kept=kept,
@@ -89,7 +107,7 @@ def _run(args: argparse.Namespace) -> int:
         traces.append(f"{outcome.trace:08x}")
         attempts, checks = attempts + outcome.attempts, checks + outcome.checks
         say(
-            f"seed {story.seed} ({story.shape.mode}, {story.shape.nodes} nodes, {story.shape.replicas} replicas): "
+            f"seed {story.seed} ({story.shape.mode}, {story.shape.nodes} nodes, {story.shape.copies_text}): "
             f"{outcome.faults.total()} faults, {outcome.attempts} attempts, trace {outcome.trace:08x}"
             f"{'' if outcome.problem is None else ': FAILED'}"
         )

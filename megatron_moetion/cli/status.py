@@ -236,8 +236,10 @@ def _iteration(found: int) -> str:
 
 def _kind(node: NodeFiles, arena: ArenaFile) -> str:
     """Whose arena it is to this node: one of its own ranks, or another's. The notes of its ranks tell."""
-    if arena.spec is None or not node.ranks:
+    if arena.spec is None or (not node.ranks and arena.spec.part.is_whole):
         return "?"
+    if not arena.spec.part.is_whole:
+        return str(arena.spec.part)
     return "own" if arena.spec.identity.owner in node.ranks else "replica"
 
 

@@ -23,7 +23,7 @@ from megatron_moetion.cli.stores import (
     vetoed_on,
 )
 from megatron_moetion.errors import ConfigError, StoreError
-from megatron_moetion.inspect.judge import Copy, Judgement, judge
+from megatron_moetion.inspect.judge import Copy, Judgement, as_listed, judge
 from megatron_moetion.inspect.look import NodeFiles
 from megatron_moetion.inspect.verify import Verified, Verifier, whole_copies
 
@@ -83,7 +83,7 @@ def _verify(args: argparse.Namespace) -> int:
 def _judge(nodes: Sequence[NodeFiles], found: Sequence[tuple[int, Verified]]) -> Judgement:
     """With the captures that are sound alone."""
     copies = [
-        Copy(node=number, spec=v.file.spec, page=v.file.page, records=v.sound)
+        Copy(node=number, spec=v.file.spec, page=v.file.page, records=as_listed(v.file.spec, v.sound))
         for number, v in found
         if v.file.spec is not None and v.file.page is not None
     ]
@@ -101,14 +101,13 @@ def _document(
     damaged = [
         {
             "path": str(verified.file.path),
-            "rank": owner,
+            "rank": spec.identity.owner,
             "unit": spec.units[record.unit][0] if record.unit < len(spec.units) else f"number {record.unit}",
             "iteration": record.iteration,
-            "whole_copies": [str(path) for path in whole_copies(record, owner, found)],
+            "whole_copies": [str(path) for path in whole_copies(record, spec, found)],
         }
         for verified in found
         if (spec := verified.file.spec) is not None
-        for owner in (spec.identity.owner,)
         for record in verified.damaged
     ]
     problems = [{"path": str(n.path), "problem": n.problem} for n in nodes if n.problem]

@@ -17,12 +17,16 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_moetion.arrays import Bytes
+from megatron_moetion.coding import FRAME_BYTES
 from megatron_moetion.errors import ConfigError, CorruptArena
 from megatron_moetion.export.survey import Owner
 from megatron_moetion.framework import StepReplayer
 from megatron_moetion.mcore.offline import require_replayable
+from megatron_moetion.recover.plan import Place, sources_of
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.survey import intact
+from megatron_moetion.snapshot.codec import Codec
+from megatron_moetion.snapshot.digest import chunk_spans, digest_of
 from megatron_moetion.snapshot.host_state import decode
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.chains import log_units
@@ -71,7 +75,7 @@ def write_rank(owner: Owner, iteration: int, part: Part, pool: HostPool, make_re
     steps that cannot be replayed here.
     """
     refuse(owner)
-    chosen = _Chosen(owner)
+    chosen = Chosen(owner, pool)
     (host_unit,) = (u for u, (_, kind) in enumerate(owner.units) if kind is UnitKind.HOST)
     (record,) = (r for r in chosen.records if r.unit == host_unit)
     content = bytes(chosen.payload(record.slot))
@@ -127,9 +131,11 @@ def batches(owner: Owner) -> Iterator[list[int]]:
 
 
 def memory_bytes(owner: Owner) -> int:
-    """What ``write_rank`` holds at most of this rank's state."""
+    """What ``write_rank`` holds at most of this rank's state. What is rebuilt is held twice."""
     units = owner.sources[0].arena.spec.units
-    return max((sum(units[u][2] for u in batch) for batch in batches(owner)), default=0)
+    has_fragments = any(not source.arena.spec.part.is_whole for source in owner.sources)
+    twice = max(nbytes for _, _, nbytes in units) if has_fragments else 0
+    return twice + max((sum(units[u][2] for u in batch) for batch in batches(owner)), default=0)
 
 
 def _sharing_tensors(owner: Owner, units: Sequence[int]) -> list[list[int]]:
@@ -228,35 +234,67 @@ class _Memory:
         return array[(start - first) * size : (end - first) * size]
 
 
-class _Chosen:
+class Chosen:
     """The captures of an owner that lead to T, from several arenas perhaps, under slot numbers of their own."""
 
-    def __init__(self, owner: Owner) -> None:
-        places = [{key: row for row, key in enumerate(source.records.keys)} for source in owner.sources]
-        self._sources = [next(n for n, keys in enumerate(places) if key in keys) for key in owner.chosen]
-        """The number of the source of each."""
+    def __init__(self, owner: Owner, pool: HostPool) -> None:
         self._owner = owner
-        self._found = [
-            owner.sources[n].records[places[n][key]] for n, key in zip(self._sources, owner.chosen, strict=True)
-        ]
+        self._pool = pool
+        arenas = [source.arena for source in owner.sources]
+        self._places = [{key: row for row, key in enumerate(source.records.keys)} for source in owner.sources]
+        copies = {Place(n, arena.spec.part): owner.sources[n].records for n, arena in enumerate(arenas)}
+        sources = sources_of(copies, -1)
+        self._sources = [tuple(place.node for place in sources[key].places) for key in owner.chosen]
+        """The numbers of the sources of each: one, or as many as have fragments that rebuild it."""
+        self._codecs: dict[tuple[int, int], Codec] = {}
+        self._found = [self._record(numbers[0], key) for numbers, key in zip(self._sources, owner.chosen, strict=True)]
         self.records = [
             record if record.is_zero else replace(record, slot=number) for number, record in enumerate(self._found)
         ]
 
     def payload(self, slot: int) -> Bytes:
-        """See ``Payloads``."""
-        return self._owner.sources[self._sources[slot]].arena.payload(self._found[slot].slot)
+        """See ``Payloads``. What is rebuilt from fragments is the caller's alone, and verified."""
+        numbers, record = self._sources[slot], self._found[slot]
+        arenas = [self._owner.sources[number].arena for number in numbers]
+        if arenas[0].spec.part.is_whole:
+            return arenas[0].payload(record.slot)
+        part = arenas[0].spec.part
+        code = (part.data, part.parity)
+        codec = self._codecs[code] = self._codecs.get(code) or Codec(*code)
+        rows = {
+            arena.spec.part.number: arena.payload(self._record(number, record.key).slot)[FRAME_BYTES:]
+            for number, arena in zip(numbers, arenas, strict=True)
+        }
+        capture = np.empty(arenas[0].spec.units[record.unit][2], dtype=np.uint8)
+        codec.restore(rows, 0, capture)
+        address, size = (np.array([n], dtype=np.int64) for n in (capture.ctypes.data, capture.nbytes))
+        spans = chunk_spans(address, size, arenas[0].spec.identity.chunk_bytes)
+        digests = np.empty(len(spans), dtype=np.uint64)
+        self._pool.digest(spans, digests)
+        if digest_of(self._pool, digests.view(np.uint8)) != record.digest:
+            raise _changed(", ".join(arena.name for arena in arenas))
+        return capture
 
     def require_intact(self, records: Sequence[Record], pool: HostPool) -> None:
         """``CorruptArena`` where one of these has changed since it was read."""
         slots = {record.slot for record in records if not record.is_zero}
         for number, source in enumerate(self._owner.sources):
-            used = [self._found[slot] for slot in slots if self._sources[slot] == number]
+            if not source.arena.spec.part.is_whole:
+                continue
+            used = [self._found[slot] for slot in slots if self._sources[slot] == (number,)]
             if used and not intact(source.arena, Records.of(used), pool).all():
-                raise CorruptArena(
-                    f"{source.arena.name}: captures changed while they were read, so a process still writes to them; "
-                    f"run the command again, or end the run first"
-                )
+                raise _changed(source.arena.name)
+
+    def _record(self, number: int, key: tuple[int, int]) -> Record:
+        """Of this source."""
+        return self._owner.sources[number].records[self._places[number][key]]
+
+
+def _changed(name: str) -> CorruptArena:
+    return CorruptArena(
+        f"{name}: captures changed while they were read, so a process still writes to them; run the command again, or "
+        f"end the run first"
+    )
 
 
 def _merged(spans: list[Span]) -> list[tuple[int, int]]:

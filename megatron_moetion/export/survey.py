@@ -31,7 +31,10 @@ _NAMED_MAX = 8
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Source:
-    """One arena of an owner, and those of its captures that verify and belong to the run's newest history."""
+    """One arena of an owner, and those of its captures that verify and belong to the run's newest history.
+
+    ``records`` are of whole captures, also where the arena has fragments of them.
+    """
 
     arena: Arena
     records: Records
@@ -78,7 +81,7 @@ def survey(folders: Sequence[Path], run_id: str, pool: HostPool, say: Say, itera
         sound = arena.page.records.where(intact(arena, arena.page.records, pool))
         if damaged := len(arena.page.records) - len(sound):
             notes.append(f"{arena.name}: {damaged} capture(s) do not verify")
-        copies.append(Copy(node=node, spec=arena.spec, page=arena.page, records=sound))
+        copies.append(Copy(node=node, spec=arena.spec, page=arena.page, records=arena.whole_records(sound)))
         say(f"verified {number} of {len(arenas)} arenas")
     history = newest_history(copies)
     vetoed: set[int] = set()

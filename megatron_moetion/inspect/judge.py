@@ -14,6 +14,7 @@ import numpy as np
 
 from megatron_moetion.recover.plan import (
     Choose,
+    Place,
     Reach,
     Units,
     choose_chains,
@@ -52,12 +53,17 @@ class Copy:
     @classmethod
     def of(cls, node: int, spec: ArenaSpec, page: Page) -> Copy:
         """As the manifest lists it."""
-        return cls(node=node, spec=spec, page=page, records=page.records)
+        return cls(node=node, spec=spec, page=page, records=as_listed(spec, page.records))
 
     @property
     def owner(self) -> int:
         """The rank whose state it is."""
         return self.spec.identity.owner
+
+    @property
+    def place(self) -> Place:
+        """Where it is, and what of captures it has."""
+        return Place(self.node, self.spec.part)
 
     @property
     def units(self) -> Units:
@@ -85,7 +91,8 @@ class JudgedCopy:
     newest: int
     """Newest iteration that it has the host state of; -1: none."""
     reaches: tuple[int, ...]
-    """Iterations of the owner that follow from it alone, the newest first."""
+    """Iterations of the owner that follow from it alone, the newest first; from a copy of fragments with enough others
+    like it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +103,8 @@ class RankState:
     reaches: tuple[int, ...]
     """Iterations of it that can be put together, the newest first; experts that ranks share have to be whole."""
     complete: int
-    """Copies that alone have all that the recovered iteration needs."""
+    """Copies that alone have all that the recovered iteration needs. Of fragments, copies that are worth as much: how
+    many nodes may be lost, and one more."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,7 +150,7 @@ class Judgement:
     ranks: tuple[RankState, ...]
     """Those of which there is a copy, in order."""
     missing: tuple[int, ...]
-    """Ranks of the run without any."""
+    """Ranks of the run without any, or with too few fragments to rebuild anything."""
     newest: int
     """Newest captured iteration of any rank; -1: none."""
     iteration: int
@@ -168,7 +176,7 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     identity, newest = leader.spec.identity, History.of(leader.page)
     choose = CHOOSE.get(identity.mode, choose_same_iteration)
     judged = [_judged(copy, leader.spec, newest, choose) for copy in copies]
-    usable = [j.copy for j in judged if not j.problem]
+    usable = _of_some_use([j.copy for j in judged if not j.problem])
     if not usable:
         why = next(j.problem for j in judged if j.copy.spec is leader.spec)
         return _nothing(newest, judged, f"there is no arena that can be used: the newest {why}")
@@ -198,6 +206,18 @@ def judge(copies: Sequence[Copy], vetoed: Collection[int] = ()) -> Judgement:
     )
 
 
+def _of_some_use(usable: Sequence[Copy]) -> list[Copy]:
+    """Without the fragments of ranks of which there are too few for anything; where that is all there is, with them."""
+    held = held_by_owner(usable, "")
+    found = [copy for copy in usable if copy.spec.part.is_whole or any(held[copy.owner].values())]
+    return found or list(usable)
+
+
+def as_listed(spec: ArenaSpec, records: Records) -> Records:
+    """Records of a page, of which it is not known which captures the fragments are of: one iteration has one only."""
+    return records if spec.part.is_whole else records.replace(digest=0)
+
+
 def _nothing(history: History, judged: Sequence[JudgedCopy], reason: str) -> Judgement:
     """Where no arena can be used."""
     return Judgement(
@@ -223,7 +243,7 @@ def _judged(copy: Copy, leader: ArenaSpec, newest: History, choose: Choose) -> J
     hosts = copy.hosts
     reaches: tuple[int, ...] = ()
     if not problem and hosts:
-        reaches = Reach.of(copy.owner, copy.units, held_of({copy.node: records}), choose).iterations
+        reaches = Reach.of(copy.owner, copy.units, held_of({Place(copy.node): records}), choose).iterations
     return JudgedCopy(copy=copy, problem=problem, captured=len(records), newest=max(hosts, default=-1), reaches=reaches)
 
 
@@ -245,9 +265,9 @@ def _problem(copy: Copy, leader: ArenaSpec, newest: History) -> str | None:
 
 def held_by_owner(usable: Sequence[Copy], mode: str) -> dict[int, dict[int, set[int]]]:
     """By owner and unit: iterations. Of an expert that several ranks have shards of, those that all of these have."""
-    tables: dict[int, dict[int, Records]] = {}
+    tables: dict[int, dict[Place, Records]] = {}
     for copy in usable:
-        tables.setdefault(copy.owner, {})[copy.node] = copy.records
+        tables.setdefault(copy.owner, {})[copy.place] = copy.records
     held = {owner: held_of(found) for owner, found in tables.items()}
     if mode != "popularity":
         return held
@@ -265,7 +285,13 @@ def held_by_owner(usable: Sequence[Copy], mode: str) -> dict[int, dict[int, set[
 
 
 def _complete(judged: Sequence[JudgedCopy], owner: int, iteration: int) -> int:
-    return len({j.copy.node for j in judged if j.copy.owner == owner and iteration in j.reaches})
+    places = {j.copy.place for j in judged if j.copy.owner == owner and iteration in j.reaches}
+    whole = {place.node for place in places if place.part.is_whole}
+    pieces: dict[tuple[int, int], set[int]] = {}
+    for _, part in places:
+        if not part.is_whole:
+            pieces.setdefault((part.data, part.parity), set()).add(part.number)
+    return len(whole) + sum(max(0, len(numbers) - data + 1) for (data, _), numbers in pieces.items())
 
 
 def _reason(

@@ -80,7 +80,7 @@ class Verifier:
 
     def _intact(self, fd: int, spec: ArenaSpec, records: Records) -> Flags:
         """Whether each capture is as it was captured; bool[n]."""
-        layout = Layout.of(spec)
+        layout, unit_bytes = Layout.of(spec), spec.stored_bytes.tolist()
 
         def check(record: Record) -> bool:
             if record.unit >= len(spec.units):
@@ -90,7 +90,7 @@ class Verifier:
             if record.slot >= spec.num_slots or record.nbytes <= 0:
                 return False
             size = int(layout.slot_sizes[record.slot])
-            if not record.nbytes == size == spec.units[record.unit][2]:
+            if not record.nbytes == size == unit_bytes[record.unit]:
                 return False
             return self._is_intact(fd, int(layout.slot_starts[record.slot]), size, spec, record.digest)
 
@@ -98,7 +98,7 @@ class Verifier:
 
     def _is_intact(self, fd: int, start: int, nbytes: int, spec: ArenaSpec, digest: int) -> bool:
         chunk = spec.identity.chunk_bytes
-        reader = self._reader(max(chunk, PIECE_BYTES // chunk * chunk, 1), max(b for _, _, b in spec.units))
+        reader = self._reader(max(chunk, PIECE_BYTES // chunk * chunk, 1), nbytes)
         stored = reader.read_digests(fd, start + nbytes, int(num_chunks_of(np.array([nbytes]), chunk)[0]))
         if stored is None or digest_of(reader.pool, stored.view(np.uint8)) != digest:
             return False
@@ -146,14 +146,21 @@ class _Reader:
         return found if _read(fd, start, found.view(np.uint8)) else None
 
 
-def whole_copies(damaged: Record, owner: int, others: Iterable[Verified]) -> list[Path]:
-    """The arenas that have the same capture, and it is whole."""
+def whole_copies(damaged: Record, spec: ArenaSpec, others: Iterable[Verified]) -> list[Path]:
+    """The arenas that have the same capture, and it is whole. ``spec``: of the arena that has it damaged.
+
+    What a damaged fragment is a part of does not show: one of its owner's whole captures is taken for it.
+    """
     return [
         other.file.path
         for other in others
         if other.file.spec is not None
-        and other.file.spec.identity.owner == owner
-        and any(record.key == damaged.key and record.digest == damaged.digest for record in other.sound)
+        and other.file.spec.identity.owner == spec.identity.owner
+        and other.file.spec.part.is_whole
+        and any(
+            record.key == damaged.key and (record.digest == damaged.digest or not spec.part.is_whole)
+            for record in other.sound
+        )
     ]
 
 

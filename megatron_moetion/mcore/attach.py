@@ -47,6 +47,7 @@ from megatron_moetion.run.prepare import Claimed, claim, settle
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.run.trial import agreed_mode
+from megatron_moetion.schedule.pace import spread_share
 from megatron_moetion.schedule.recorder import EventStopwatch, HostStopwatch
 from megatron_moetion.schedule.scheduler import Draw, Scheduler, no_drawing
 from megatron_moetion.select.book import ExpertState
@@ -157,7 +158,7 @@ class Attached:
         for optimizer in state.inner_optimizers():
             handle = optimizer.register_step_pre_hook(lambda *_: session.before_optimizer_step())
             self._undo.callback(handle.remove)
-        if self.scheduler.draws or (self.scheduler.needs_windows and running.replicas):
+        if self.scheduler.draws or (self.scheduler.needs_windows and running.coding.holders):
             given = self.pipeline_arguments.get("p2p_communicator")
             found = self._loop.watch(self.scheduler, running.node_of, self._undo, given)
             self.pipeline_arguments = self.pipeline_arguments or found
@@ -422,6 +423,7 @@ class Loop:
             eager_slice_bytes=max(1 << 16, min(8 << 20, config.in_flight_bytes // 8)),
             draw=draw,
             is_waited_for=config.mode == "exact",
+            packing_share=spread_share(config.replicas) if on_device else 0.0,
         )
 
     def _schedule(self, config: MoetionConfig) -> str:

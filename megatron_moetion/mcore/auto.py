@@ -112,10 +112,10 @@ def choosing(loop: Loop, claimed: Claimed) -> Choosing:
     config, fabric, node = claimed.config, claimed.fabric, claimed.node
     try:
         keys, domains = zip(*fabric.gather([node.key, "" if node.position else claimed.domain]), strict=True)
-        placement = place(keys, config.replicas, domains)
+        placement = place(keys, config.replicas, domains, config.coding_nodes)
     except ConfigError as error:
         raise shared(error) from None
-    copies = Copies(replicas=config.replicas, ranks_per_node=node.num_ranks)
+    copies = Copies(coding=config.coding, ranks_per_node=node.num_ranks)
     offers = offers_of_all(fabric, costs(loop, config, copies))
     past = claimed.witness.past() if fabric.rank == 0 else Past()
     attempt, past = fabric.reduce([claimed.attempt, asdict(past)], lambda low, high: [max(low[0], high[0]), low[1]])
@@ -125,7 +125,7 @@ def choosing(loop: Loop, claimed: Claimed) -> Choosing:
         offers,
         loop.scheduler(seen, claimed.host),
         claimed.host.clock,
-        replicas=config.replicas,
+        share=config.coding.share,
         lost_token_budget=config.lost_token_budget,
         sees_traffic=not loop.graphs,
     )

@@ -13,10 +13,12 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from megatron_moetion.ending import lead
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.megatron_lm.seams import install
-from megatron_moetion.pretrain.launch import complain, lead
+from megatron_moetion.pretrain.launch import complain
 from megatron_moetion.pretrain.process import Process
+from megatron_moetion.warm.waiting import STANDBY, await_job
 
 HELP = ("-h", "--help")
 MODULES = ("megatron.training", "megatron.training.training", "megatron_moetion.mcore.attach", "torch._dynamo")
@@ -29,8 +31,17 @@ def run(argv: Sequence[str]) -> int:
     if argv and argv[0] in HELP:
         print(USAGE)
         return 0
+    return _code_of(partial(_begin, argv))
+
+
+def _begin(argv: Sequence[str]) -> int:
+    await_job(os.environ)
     restarts, timeout = _warm_restarts(argv[1:])
-    return _code_of(partial(_stay_warm, argv, restarts, timeout) if restarts > 0 else partial(run_script, argv))
+    if restarts > 0:
+        return _stay_warm(argv, restarts, timeout)
+    if os.environ.get(STANDBY):
+        raise ConfigError(f"{STANDBY} is set: that needs --moetion and --moetion-warm-restarts")
+    return run_script(argv)
 
 
 def run_script(argv: Sequence[str]) -> int:
@@ -50,17 +61,14 @@ def _code_of(program: Callable[[], int]) -> int:
 
 def _stay_warm(argv: Sequence[str], restarts: int, timeout: timedelta) -> int:
     """As the parent of this rank, which is forked from here; see ``warm``."""
-    from megatron_moetion import warm
+    from megatron_moetion.warm.launch import Launch
+    from megatron_moetion.warm.stay import stay
 
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question to CUDA itself would make a context
     _stand_in_for(argv)
     for name in MODULES:
         importlib.import_module(name)
-    process = Process.from_environment(os.environ)
-    launch = warm.Launch(
-        rank=process.rank, world_size=process.world_size, environ=dict(os.environ), limit=restarts, timeout=timeout
-    )
-    return warm.stay(lambda: lead(partial(_code_of, partial(run_script, argv))), launch)
+    return stay(lambda: lead(partial(_code_of, partial(run_script, argv))), Launch.here(restarts, timeout))
 
 
 def _stand_in_for(argv: Sequence[str]) -> None:

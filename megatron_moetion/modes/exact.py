@@ -53,7 +53,7 @@ class ExactBlueprint:
             return {"shortest": shortest_period(self.cut(site, MAX_PERIOD), config.snapshot_bytes)}
         return {
             "found": site.node.mode_found()[1],
-            "arenas": site.local_ranks * (1 + config.replicas),
+            "arenas": site.local_ranks * (1 + config.coding.share),
             "needs": [self.spec(site, self.cut(site, p)).nbytes for p in _PERIODS],
             "room": site.node.room_bytes(),
         }
@@ -175,7 +175,7 @@ class ExactMode(SnapshotMode):
         """Snapshots cannot be smaller or rarer; says which period would make them fit."""
         if self._largest_bytes <= carried.nbytes or not carried.is_settled:
             return Vote(mask=_EVERY_SIZE)
-        advice = longer_period(self._log, carried.nbytes, 1 + self._config.replicas)
+        advice = longer_period(self._log, carried.nbytes, 1 + self._config.coding.share)
         text = f"snapshots of {self._largest_bytes / 1e6:.1f} MB do not fit ({carried.why}): {advice}"
         return Vote(mask=_EVERY_SIZE, remark=Remark(kind="budget", text=text))
 

@@ -169,7 +169,11 @@ def _smaller_states(state: RankState, resources: Resources) -> list[str]:
     fewest = min(GRADIENT_DTYPES)
     half = [("bf16 gradients", replace(state, gradient_bytes=fewest))] if state.gradient_bytes > fewest else []
     fewer = [
-        (f"{r} replica{'s' if r > 1 else ''}", replace(state, replicas=r)) for r in reversed(range(1, state.replicas))
+        (
+            f"{r} replica{'s' if r > 1 else ''}",
+            replace(state, replicas=r, coding_nodes=state.coding_nodes if r > 1 else 0),
+        )
+        for r in reversed(range(1, state.replicas))
     ]
     both = [(f"{h} and {f}", replace(s, gradient_bytes=fewest)) for h, _ in half for f, s in fewer]
     alone = [*_first_that_fits(half, resources), *_first_that_fits(fewer, resources)]

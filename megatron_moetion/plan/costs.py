@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from math import ceil
 
+from megatron_moetion.coding import Coding, coding_of
 from megatron_moetion.config import MAX_PERIOD, MIN_PERIOD
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.select.budget import Limits, exact_copies, full_copies, popularity_copies
@@ -46,6 +48,8 @@ class RankState:
     host_state_bytes: int = 1 << 20
     """Random states, cursors, the log of the optimizer's steps."""
     replicas: int = 1
+    coding_nodes: int = 0
+    """See ``coding_of``."""
     ranks_per_node: int = 8
 
     def __post_init__(self) -> None:
@@ -67,6 +71,13 @@ class RankState:
                 f"{self.num_experts} experts with {self.expert_parameters} parameters in all of them together; "
                 f"give both, or neither for a model without experts"
             )
+
+        coding_of(self.replicas, self.coding_nodes)
+
+    @property
+    def coding(self) -> Coding:
+        """What other nodes keep."""
+        return coding_of(self.replicas, self.coding_nodes)
 
     @property
     def parameters(self) -> int:
@@ -95,12 +106,12 @@ class HostMemory:
         """The sum of the three, in bytes."""
         return self.state_bytes + self.log_bytes + self.pending_bytes
 
-    def times(self, number: int) -> HostMemory:
+    def times(self, number: float) -> HostMemory:
         """The memory of ``number`` equal arenas."""
         return HostMemory(
-            state_bytes=self.state_bytes * number,
-            log_bytes=self.log_bytes * number,
-            pending_bytes=self.pending_bytes * number,
+            state_bytes=ceil(self.state_bytes * number),
+            log_bytes=ceil(self.log_bytes * number),
+            pending_bytes=ceil(self.pending_bytes * number),
         )
 
 
@@ -225,7 +236,7 @@ def _costs_of_popularity(state: RankState, limits: Limits) -> Iterator[Cost]:
             least,
             experts=limits.fewest + more,
             snapshot_bytes=snapshot_bytes,
-            sent_bytes=snapshot_bytes * state.replicas,
+            sent_bytes=ceil(snapshot_bytes * state.coding.share),
         )
 
 
@@ -233,7 +244,7 @@ def _costs_of_popularity(state: RankState, limits: Limits) -> Iterator[Cost]:
 class Copies:
     """Where copies of a rank's state go."""
 
-    replicas: int
+    coding: Coding
     ranks_per_node: int
 
 
@@ -299,7 +310,7 @@ def _unit(
 
 
 def _copies(state: RankState) -> Copies:
-    return Copies(replicas=state.replicas, ranks_per_node=state.ranks_per_node)
+    return Copies(coding=state.coding, ranks_per_node=state.ranks_per_node)
 
 
 def _cost_of_log(copies: Copies, log: GradientLog) -> Cost:
@@ -338,13 +349,13 @@ def _cost(
     logs = period * total_bytes(u for u in units if u.kind is UnitKind.LOG)
     everything = sum(slots[u.name] * u.nbytes for u in units)
     arena = HostMemory(state_bytes=once, log_bytes=logs, pending_bytes=everything - once - logs)
-    rank = arena.times(1 + copies.replicas)
+    rank = arena.times(1 + copies.coding.share)
     return Cost(
         mode=mode,
         period=period,
         experts=experts,
         snapshot_bytes=snapshot_bytes,
-        sent_bytes=snapshot_bytes * copies.replicas,
+        sent_bytes=ceil(snapshot_bytes * copies.coding.share),
         arena=arena,
         rank=rank,
         node_bytes=rank.total_bytes * copies.ranks_per_node,

@@ -9,14 +9,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import signal
 import socket
-import sys
 import textwrap
 import time
 import warnings
-from collections.abc import Callable, Mapping, MutableMapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping, MutableMapping, Sequence
 from datetime import timedelta
 from functools import partial
 from itertools import takewhile
@@ -24,10 +21,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from megatron_moetion.config import MoetionConfig
+from megatron_moetion.ending import lead, say_last
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.mcore.argument_checks import Machine, check_arguments
 from megatron_moetion.mcore.arguments import moetion_config, read_arguments
 from megatron_moetion.pretrain.process import Process
+from megatron_moetion.warm.waiting import STANDBY, await_job
 
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 DEVICE_FOLDER = Path("/dev")
@@ -76,9 +75,9 @@ def check_nodes(config: MoetionConfig, world_size: int, local_world_size: int) -
 
     per_node = config.ranks_per_node or local_world_size
     if world_size % per_node == 0:
-        replicas = max(config.replicas, 0)
-        enough = per_node * (replicas + 1)
-        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], replicas)
+        replicas, nodes = max(config.replicas, 0), config.coding_nodes
+        enough = per_node * (nodes or replicas + 1)
+        placement.place([str(rank // per_node) for rank in range(min(world_size, enough))], replicas, (), nodes)
 
 
 def settings(
@@ -120,6 +119,11 @@ def require_gpus(process: Process) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The whole program on this rank. Returns the exit code; a user's mistake is one line, not a traceback."""
+    try:
+        await_job(os.environ)
+    except MoetionError as error:
+        complain(error, Process.from_environment(os.environ), os.environ)
+        return error.exit_code
     process = Process.from_environment(os.environ)
     try:
         args, on_gpu = settings(argv, process, os.environ)
@@ -130,34 +134,33 @@ def run(argv: Sequence[str]) -> int:
         return error.exit_code
     if args.moetion and (restarts := moetion_config(args).warm_restarts):
         return _stay_warm(args, on_gpu, process, restarts)
-    return _train(args, on_gpu, process)
+    if os.environ.get(STANDBY):
+        complain(ConfigError(f"{STANDBY} is set: that needs --moetion-warm-restarts"), process, os.environ)
+        return ConfigError.exit_code
+    return _train(args, on_gpu)
 
 
 def _stay_warm(args: argparse.Namespace, on_gpu: bool, process: Process, restarts: int) -> int:
     """As the parent of this rank, which is forked from here; see ``warm``."""
-    from megatron_moetion import warm
+    from megatron_moetion.warm.stay import stay
 
     try:
         os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question to CUDA itself would make a context
         _load(on_gpu)
         from megatron_moetion.pretrain.ahead import load_ahead
+        from megatron_moetion.warm.launch import Launch
 
         source = load_ahead(args)
-        launch = warm.Launch(
-            rank=process.rank,
-            world_size=process.world_size,
-            environ=dict(os.environ),
-            limit=restarts,
-            timeout=timedelta(minutes=args.distributed_timeout_minutes),
-        )
-        return warm.stay(lambda: lead(partial(_train, args, on_gpu, process, source)), launch)
+        timeout = timedelta(minutes=args.distributed_timeout_minutes)
+        return stay(lambda: lead(partial(_train, args, on_gpu, source)), Launch.here(restarts, timeout))
     except MoetionError as error:
         complain(error, process, os.environ)
         return error.exit_code
 
 
-def _train(args: argparse.Namespace, on_gpu: bool, process: Process, source: Any = None) -> int:
+def _train(args: argparse.Namespace, on_gpu: bool, source: Any = None) -> int:
     """``source``: of samples, where it is there already."""
+    process = Process.from_environment(os.environ)
     try:
         if on_gpu:
             require_gpus(process)
@@ -198,7 +201,7 @@ def complain(error: MoetionError, process: Process, environ: Mapping[str, str]) 
     text = str(error)
     if isinstance(error, ConfigError) and _said_before(text, environ):
         text = f"as before: {textwrap.shorten(text, 60)}"
-    _say_last(text, process.rank)
+    say_last(text, process.rank)
 
 
 def _said_before(text: str, environ: Mapping[str, str]) -> bool:
@@ -219,10 +222,6 @@ def _said_before(text: str, environ: Mapping[str, str]) -> bool:
     return said
 
 
-def _say_last(text: str, rank: int) -> None:
-    print(f"error: rank {rank} on {socket.gethostname()}: {text}", file=sys.stderr, flush=True)
-
-
 def _announce(process: Process, text: str) -> None:
     if process.local_rank == 0:
         print(f"> {text}", flush=True)
@@ -231,51 +230,6 @@ def _announce(process: Process, text: str) -> None:
 def main(argv: Sequence[str]) -> NoReturn:
     """The whole process; see ``lead``."""
     lead(partial(run, argv))
-
-
-def lead(program: Callable[[], int]) -> NoReturn:
-    """The whole process, which ends with ``program``'s code, or at once after the traceback of what nobody expected.
-
-    Python would wait for every thread then, while peers and the launcher wait for this process. It is no exception hook
-    of ours: ``init_process_group`` wraps the hook that it finds, and keeps what that prints until it returns.
-    """
-    try:
-        code = program()
-    except SystemExit as leaving:
-        code = _code_of(leaving)
-    except BaseException as error:
-        code = _say_unexpected(error)
-    leave(code)
-
-
-def _code_of(leaving: SystemExit) -> int:
-    """What Python itself would end with; a text goes to standard error."""
-    if leaving.code is None or isinstance(leaving.code, int):
-        return leaving.code or 0
-    print(leaving.code, file=sys.stderr)
-    return 1
-
-
-def _say_unexpected(error: BaseException) -> int:
-    """The report that Python would print, and one line that says whose it is; the exit code."""
-    with suppress(Exception):  # of a hook of somebody else's
-        sys.excepthook(type(error), error, error.__traceback__)
-    process = Process.from_environment(os.environ)
-    _say_last(textwrap.shorten(f"{type(error).__name__}: {error}", 200) + " (traceback above)", process.rank)
-    return 128 + signal.SIGINT if isinstance(error, KeyboardInterrupt) else 1
-
-
-def leave(code: int) -> NoReturn:
-    """End the process with this exit code.
-
-    After an error there are process groups whose threads still run, and Python's teardown may be aborted by one of
-    them. The code would be lost, by which a job's script tells a mistake from a fault. So there is no teardown then.
-    """
-    if code:
-        sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(code)
-    sys.exit(code)
 
 
 def _quiet_deprecations() -> None:

@@ -15,7 +15,7 @@ from torch import distributed as dist
 
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.pretrain.process import Process
-from megatron_moetion.rendezvous import fresh_store, open_store, wait_a_little
+from megatron_moetion.rendezvous import await_key, fresh_store, open_store
 
 MOST_NAMED = 8
 """Hosts, or stretches of ranks, that an error names before it counts."""
@@ -60,10 +60,11 @@ def compare_devices(store: dist.Store, rank: int, world_size: int, timeout: time
     problem = store.get("moetion/devices").decode()
     if not problem:
         return
-    have_read, deadline = store.add("moetion/devices/read", 1), time.monotonic() + timeout.total_seconds()
-    while rank == 0 and have_read < world_size:  # the store may be this process's own
-        wait_a_little(deadline, f"rank 0 waits for {world_size} ranks to read that {problem}; {have_read} have")
-        have_read = store.add("moetion/devices/read", 0)
+    if store.add("moetion/devices/read", 1) == world_size:
+        store.set("moetion/devices/read-by-all", "1")
+    if rank == 0:  # the store may be this process's own
+        unread = f"rank 0 waits for {world_size} ranks to read that {problem}"
+        await_key(store, "moetion/devices/read-by-all", time.monotonic() + timeout.total_seconds(), unread)
     error = ConfigError(problem)
     error.shared = True
     raise error

@@ -3,7 +3,8 @@
 
 All ranks agree on the newest iteration T that each of them can reach, from the iterations that each one reaches. Then
 every owner orders what it needs to get there: for each unit the capture to load (in mode ``exact`` also the gradients
-since then), the node to load it from, and the holders that lack it. Loading part of a state is never planned.
+since then), the place to load it from, or the places of as many different fragments as rebuild it, and the holders that
+lack it. Loading part of a state is never planned.
 """
 
 from __future__ import annotations
@@ -11,18 +12,19 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import asdict, astuple, dataclass, replace
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from megatron_moetion.arrays import Flags, Int64s
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.errors import understood
 from megatron_moetion.recover.report import History, Summary
 from megatron_moetion.recover.shared import ITERATIONS_MAX
 from megatron_moetion.replicate.placement import Placement
 from megatron_moetion.store.chains import base_of, log_units
-from megatron_moetion.store.manifest import RECORD, Branch, Records
+from megatron_moetion.store.manifest import NO_RECORDS, RECORD, Branch, Records
 from megatron_moetion.units import UnitKind
 
 Units = Sequence[tuple[str, UnitKind]]
@@ -36,9 +38,10 @@ Each mode has its own rule. Of experts that several ranks share, ``Held`` has wh
 """
 
 _RANKS_NAMED = 8
-ORDER = np.dtype([("record", RECORD), ("node", "<i8"), ("lacking", "<u8")])
-HOLDERS_MAX = 64
-"""Bits of ``lacking``."""
+ORDER = np.dtype([("record", RECORD), ("sources", "<u8"), ("lacking", "<u8")])
+BITS = 64
+"""Of ``sources`` and of ``lacking``."""
+_PLACE_WORDS = 4
 
 
 # -- which iteration --------------------------------------------------------------------------------------------
@@ -246,126 +249,250 @@ def custodian(owner: int, node: int, placement: Placement) -> int:
     return ranks[owner % len(ranks)]
 
 
+Key = tuple[int, Part]
+"""Of an arena on a node: its owner, and what of captures it has."""
+
+
+class Place(NamedTuple):
+    """Where some of an owner's captures are: on a node, whole or as one fragment each."""
+
+    node: int
+    part: Part = WHOLE
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Order:
     """What is loaded of one owner, and what travels for that. Made by the owner, and told to those concerned.
 
     ``table`` is a read-only array of ``ORDER``, sorted by unit and iteration: the capture (its ``slot`` says only
-    whether it is one of zeros), the node that it is read from, and a bit for each of the owner's holders that lacks it.
+    whether it is one of zeros), a bit for each of ``places`` that it is read from (one, or as many as have fragments
+    that rebuild it), and a bit for each of the owner's holders that lacks it.
     """
 
     owner: int
+    places: tuple[Place, ...]
     table: np.ndarray[Any, np.dtype[np.void]]
+
+    @property
+    def whole(self) -> Key:
+        """The owner's own arena."""
+        return (self.owner, WHOLE)
 
     @property
     def records(self) -> Records:
         """The captures; of a ``LOG`` unit one for each iteration that is replayed, of other units one."""
         return Records(self.table["record"])
 
-    @property
-    def nodes(self) -> Int64s:
-        """The node that each is read from."""
-        found: Int64s = self.table["node"]
-        return found
+    def read_from(self, number: int) -> Flags:
+        """Whether each is read from the n-th place."""
+        return _has_bit(self.table["sources"], number)
 
     def lacked_by(self, number: int) -> Flags:
         """Whether the owner's n-th holder lacks each."""
-        found: Flags = (self.table["lacking"] >> np.uint64(number)) & np.uint64(1) == 1
+        return _has_bit(self.table["lacking"], number)
+
+    def is_from(self, node: int) -> Flags:
+        """Whether all of each is read on this node."""
+        here = sum(1 << number for number, place in enumerate(self.places) if place.node == node)
+        found: Flags = self.table["sources"] & ~np.uint64(here) == 0
+        return found
+
+    @property
+    def is_rebuilt(self) -> Flags:
+        """Whether each is rebuilt from fragments."""
+        whole = sum(1 << number for number, place in enumerate(self.places) if place.part.is_whole)
+        found: Flags = (self.table["sources"] & np.uint64(whole) == 0) & ~self.records.is_zero
         return found
 
     def to_bytes(self) -> bytes:
-        """The table."""
-        data: bytes = self.table.tobytes()
+        """The places and the table."""
+        words = np.array([[place.node, *astuple(place.part)] for place in self.places], dtype=np.int64)
+        data: bytes = np.int64(len(self.places)).tobytes() + words.tobytes() + self.table.tobytes()
         return data
 
     @classmethod
     def from_bytes(cls, owner: int, data: bytes) -> Order:
-        """Inverse of ``to_bytes``; ``ChannelError`` for bytes that are no table."""
+        """Inverse of ``to_bytes``; ``ChannelError`` for bytes that are no order."""
         with understood("an order of captures"):
-            return cls(owner=owner, table=np.frombuffer(data, dtype=ORDER))
+            count = int(np.frombuffer(data, dtype=np.int64, count=1)[0])
+            words = np.frombuffer(data, dtype=np.int64, count=_PLACE_WORDS * count, offset=8).reshape(-1, _PLACE_WORDS)
+            places = tuple(Place(node, Part.of(*part)) for node, *part in words.tolist())
+            table = np.frombuffer(data, dtype=ORDER, offset=8 + words.nbytes)
+            if len(places) > BITS or any(not mask or mask >> len(places) for mask in set(table["sources"].tolist())):
+                raise ValueError("captures are read from nowhere")
+            return cls(owner=owner, places=places, table=table)
 
 
-def held_of(copies: Mapping[int, Records]) -> dict[int, set[int]]:
-    """By unit: the iterations of one owner's captures on any node. ``copies``: its captures, by node."""
+def _has_bit(masks: Any, number: int) -> Flags:
+    found: Flags = (masks >> np.uint64(number)) & np.uint64(1) == 1
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """What a capture is read from: one whole copy, or fragments that rebuild it."""
+
+    places: tuple[Place, ...]
+    row: int
+    """Of the first place's records."""
+
+
+def sources_of(copies: Mapping[Place, Records], home: int) -> dict[tuple[int, int], Source]:
+    """By unit and iteration: where each capture is read from that can be had at all.
+
+    From the first of these that there is: the node ``home``; another whole copy; fragments, the rows of the capture as
+    they are before computed ones. Fragments rebuild a capture only together with others of the very same one: of one
+    digest, and cut alike. A capture of zeros needs no bytes: any record of it will do.
+    """
+    found: dict[tuple[int, int], Source] = {}
+    pieces: dict[tuple[Any, ...], dict[int, tuple[Place, int]]] = {}
+    for place in sorted(copies, key=lambda p: (not p.part.is_whole, p.node != home, p.node, p.part.number)):
+        records = copies[place]
+        rows = zip(records.keys, records.table["digest"].tolist(), records.is_zero.tolist(), strict=True)
+        for row, (key, digest, is_zero) in enumerate(rows):
+            if key in found:
+                continue
+            if place.part.is_whole or is_zero:
+                found[key] = Source(places=(place,), row=row)
+                continue
+            numbers = pieces.setdefault((key, digest, place.part.data, place.part.parity), {})
+            numbers.setdefault(place.part.number, (place, row))
+    for (key, _, data, _), numbers in pieces.items():
+        if key not in found and len(numbers) >= data:
+            chosen = sorted(numbers, key=lambda n: (numbers[n][0].node != home, n))[:data]
+            found[key] = Source(places=tuple(numbers[n][0] for n in chosen), row=numbers[chosen[0]][1])
+    return found
+
+
+def held_of(copies: Mapping[Place, Records]) -> dict[int, set[int]]:
+    """By unit: the iterations of one owner's captures that can be had. ``copies``: its captures, by place."""
     found: dict[int, set[int]] = {}
-    for records in copies.values():
-        for unit, iteration in records.keys:
-            found.setdefault(unit, set()).add(iteration)
+    for unit, iteration in sources_of(copies, -1):
+        found.setdefault(unit, set()).add(iteration)
     return found
 
 
 def order_of(
-    owner: int, chosen: Sequence[tuple[int, int]], copies: Mapping[int, Records], placement: Placement
+    owner: int, chosen: Sequence[tuple[int, int]], copies: Mapping[Place, Records], placement: Placement
 ) -> Order:
-    """Of each chosen capture (unit, iteration) where it is loaded from: local memory, else the first node that has it.
+    """Of each chosen capture (unit, iteration) where it is loaded from: see ``sources_of``.
 
-    ``copies``: the owner's captures, by node.
+    ``copies``: the owner's captures, by place.
     """
-    home = placement.node_of[owner]
-    places = {node: {key: row for row, key in enumerate(records.keys)} for node, records in copies.items()}
-    nearest = sorted(places, key=lambda node: (node != home, node))
-    holders = [placement.node_of[holder] for holder in placement.holders[owner]]
-    assert len(holders) <= HOLDERS_MAX, f"{len(holders)} replicas"
-    sources = [next(node for node in nearest if key in places[node]) for key in chosen]
-    table = np.zeros(len(chosen), dtype=ORDER)
-    table["node"] = sources
-    table["lacking"] = [
-        sum(1 << n for n, node in enumerate(holders) if key not in places.get(node, ())) for key in chosen
+    sources = sources_of(copies, placement.node_of[owner])
+    places = tuple(sorted({place for key in chosen for place in sources[key].places}))
+    seats = [
+        Place(placement.node_of[h], part)
+        for h, part in zip(placement.holders[owner], placement.parts[owner], strict=True)
     ]
-    for node in set(sources):
-        rows = np.flatnonzero(table["node"] == node)
-        table["record"][rows] = copies[node].table[[places[node][chosen[row]] for row in rows.tolist()]]
-    return Order(owner=owner, table=table)
+    assert max(len(seats), len(places)) <= BITS, f"{len(seats)} holders, {len(places)} places"
+    bits = {place: 1 << number for number, place in enumerate(places)}
+    table = np.zeros(len(chosen), dtype=ORDER)
+    table["sources"] = [sum(bits[place] for place in sources[key].places) for key in chosen]
+    first = [sources[key].places[0] for key in chosen]
+    for place in set(first):
+        rows = [row for row, its in enumerate(first) if its == place]
+        table["record"][rows] = copies[place].table[[sources[chosen[row]].row for row in rows]]
+    wanted = list(zip(chosen, table["record"]["digest"].tolist(), strict=True))
+    for number, seat in enumerate(seats):
+        records = copies.get(seat, NO_RECORDS)
+        there = set(zip(records.keys, records.table["digest"].tolist(), strict=True))
+        table["lacking"] += np.array([0 if each in there else 1 << number for each in wanted], dtype=np.uint64)
+    return Order(owner=owner, places=places, table=table)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Leg:
-    """Captures of ``owner`` that travel from rank ``source`` to rank ``target``: rows of the owner's order."""
+    """Captures of ``owner`` that travel from rank ``source`` to rank ``target``: rows of the owner's order.
+
+    ``part``: what of them is at the end that is not the owner's.
+    """
 
     owner: int
     source: int
     target: int
     rows: Int64s
+    part: Part = WHOLE
 
     @property
-    def key(self) -> tuple[int, int, int]:
+    def out_of(self) -> Key:
+        """The arena that they are read from."""
+        return (self.owner, self.part if self.target == self.owner else WHOLE)
+
+    @property
+    def into(self) -> Key:
+        """The arena that they are written to."""
+        return (self.owner, WHOLE if self.target == self.owner else self.part)
+
+    @property
+    def key(self) -> tuple[int, int, int, Part]:
         """By this all ranks order what travels between two of them."""
-        return (self.owner, self.source, self.target)
+        return (self.owner, self.source, self.target, self.part)
 
 
-Keepers = Mapping[int, Mapping[int, int]]
-"""By owner and node: the rank that keeps the owner's arena of that node open while the run starts."""
+Keepers = Mapping[int, Mapping[Place, int]]
+"""By owner and place: the rank that keeps the owner's arena of that node open while the run starts."""
 
 
-def keepers_of(kept: Iterable[Sequence[int]], placement: Placement) -> dict[int, dict[int, int]]:
-    """From the owners of the arenas that each rank keeps open, by rank: see ``Keepers``."""
-    found: dict[int, dict[int, int]] = {}
-    for keeper, owners in enumerate(kept):
-        for owner in owners:
-            found.setdefault(owner, {})[placement.node_of[keeper]] = keeper
+def keepers_of(kept: Iterable[Iterable[Key]], placement: Placement) -> dict[int, dict[Place, int]]:
+    """From owner and part of the arenas that each rank keeps open, by rank: see ``Keepers``."""
+    found: dict[int, dict[Place, int]] = {}
+    for keeper, arenas in enumerate(kept):
+        for owner, part in arenas:
+            found.setdefault(owner, {})[Place(placement.node_of[keeper], part)] = keeper
     return found
 
 
+def with_parts_kept(placement: Placement, keepers: Keepers) -> Placement:
+    """The placement in which holders go on with the fragments that they have, where no two have the same one.
+
+    Ranks may have come back on other nodes of their group: then less has to travel.
+    """
+    if not placement.coding.is_on:
+        return placement
+    parts = []
+    for owner, holders in enumerate(placement.holders):
+        usual = [placement.coding.part(position) for position in range(len(holders))]
+        there = keepers.get(owner, {})
+        has = [{part for part in usual if Place(placement.node_of[h], part) in there} for h in holders]
+        given = {position: part for position, part in enumerate(usual) if part in has[position]}
+        for position in range(len(holders)):
+            free = sorted(has[position] - set(given.values()))
+            if position not in given and free:
+                given[position] = free[0]
+        left = [part for part in usual if part not in given.values()]
+        parts.append(tuple(given[p] if p in given else left.pop(0) for p in range(len(holders))))
+    return replace(placement, parts=tuple(parts))
+
+
 def fetches_of(order: Order, keepers: Keepers, placement: Placement) -> list[Leg]:
-    """From other nodes to the owner."""
+    """From other nodes to the owner; of fragments also from its own."""
     home = placement.node_of[order.owner]
     return [
         Leg(
             owner=order.owner,
-            source=keepers[order.owner][node],
+            source=keepers[order.owner][place],
             target=order.owner,
-            rows=np.flatnonzero(order.nodes == node),
+            rows=np.flatnonzero(order.read_from(number)),
+            part=place.part,
         )
-        for node in np.unique(order.nodes).tolist()
-        if node != home
+        for number, place in enumerate(order.places)
+        if place != Place(home, WHOLE)
     ]
 
 
 def copies_of(order: Order, placement: Placement) -> list[Leg]:
     """From the owner to holders that lack a capture, so that redundancy is complete again."""
+    holders = zip(placement.holders[order.owner], placement.parts[order.owner], strict=True)
     legs = (
-        Leg(owner=order.owner, source=order.owner, target=holder, rows=np.flatnonzero(order.lacked_by(number)))
-        for number, holder in enumerate(placement.holders[order.owner])
+        Leg(
+            owner=order.owner,
+            source=order.owner,
+            target=holder,
+            rows=np.flatnonzero(order.lacked_by(number)),
+            part=part,
+        )
+        for number, (holder, part) in enumerate(holders)
     )
     return [leg for leg in legs if len(leg.rows)]
 

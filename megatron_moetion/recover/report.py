@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.errors import understood
 from megatron_moetion.store.manifest import NO_RECORDS, Branch, Page, Records
 
@@ -66,9 +67,11 @@ class ArenaReport:
 
     path: str
     owner: int = -1
+    part: Part = WHOLE
+    """What of each capture is there."""
     history: History = History()
     records: Records = NO_RECORDS
-    """Captures whose bytes verify."""
+    """Captures whose bytes verify, as their owner lists them."""
     damaged: int = 0
     """Captures that are listed and do not verify."""
     problem: str | None = None

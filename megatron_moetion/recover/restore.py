@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from megatron_moetion.arrays import Bytes
+from megatron_moetion.arrays import Bytes, Int64s
 from megatron_moetion.errors import ChannelError, CorruptArena
-from megatron_moetion.recover.plan import Leg, Order, RecoveryPlan
+from megatron_moetion.recover.fragments import FragmentMover
+from megatron_moetion.recover.plan import Key, Leg, Order, RecoveryPlan
 from megatron_moetion.recover.survey import intact
 from megatron_moetion.replicate.channel import Channel, Message
 from megatron_moetion.snapshot.packer import HostPool
@@ -22,10 +23,10 @@ from megatron_moetion.store.retention import Retention, Settled
 
 @dataclass(frozen=True, kw_only=True)
 class Mover:
-    """One rank's part in moving captures between nodes. ``arenas`` are those that this rank opened, by owner."""
+    """One rank's part in moving captures between nodes. ``arenas``: those that this rank opened, by owner and part."""
 
     rank: int
-    arenas: Mapping[int, Arena]
+    arenas: Mapping[Key, Arena]
     channel: Channel
     pool: HostPool
     plan: RecoveryPlan
@@ -39,9 +40,10 @@ class Mover:
         T may be newer than what replicas hold. Until every replica has T, a node may still be lost, and then
         the safe iteration is what remains.
         """
-        for owner in {leg.owner for leg in legs if leg.target == self.rank}:
+        for into in {leg.into for leg in legs if leg.target == self.rank}:
+            owner = into[0]
             order = self.orders[owner]
-            here = [leg for leg in legs if (leg.owner, leg.target) == (owner, self.rank)]
+            here = [leg for leg in legs if (leg.into, leg.target) == (into, self.rank)]
             # What is about to arrive is missing here or damaged; a damaged one makes way.
             coming = {key for leg in here for key in self._records(leg).keys}
             wanted = set(order.records.keys)
@@ -58,7 +60,7 @@ class Mover:
                 safe = self.retentions[owner].keep(old, Settled(stable=self.plan.safe))
                 return {"records": _among(live, {*safe.keys, *wanted})}
 
-            self.arenas[owner].edit(change)
+            self.arenas[into].edit(change)
 
     def move(self, legs: Sequence[Leg]) -> int:
         """Take part in these legs, all at once; returns bytes received.
@@ -66,30 +68,54 @@ class Mover:
         ``legs`` are in the order of their keys, which is the same on all ranks. What has arrived is committed at the
         end, if all of it is whole: all of an arena's at once. Else ``ChannelError``.
         """
-        coming = [(leg, self._targets(leg)) for leg in legs if leg.target == self.rank]
+        of_whole = [leg for leg in legs if leg.part.is_whole]
+        coming = [(leg, self._targets(leg.into, leg.rows)) for leg in of_whole if leg.target == self.rank]
         sends = [
             Message(peer=leg.target, data=part)
-            for leg in legs
+            for leg in of_whole
             if leg.source == self.rank
-            for part in self._parts(leg.owner, self._sources(leg))
+            for part in self._parts(leg.out_of, self._sources(leg))
         ]
         receives = [
-            Message(peer=leg.source, data=part) for leg, records in coming for part in self._parts(leg.owner, records)
+            Message(peer=leg.source, data=part) for leg, records in coming for part in self._parts(leg.into, records)
         ]
         self.channel.exchange(sends, receives)
         for leg, records in coming:
             self._require_intact(leg, records)
-        for owner in {leg.owner for leg, _ in coming}:
-            arrived = [records for leg, records in coming if leg.owner == owner]
-            self.arenas[owner].add(Records(np.concatenate([records.table for records in arrived])))
-        return sum(int(records.table["nbytes"].sum()) for _, records in coming)
+        arrived = [(leg.into, records) for leg, records in coming]
+        arrived += self._move_fragments([leg for leg in legs if not leg.part.is_whole])
+        for into in {into for into, _ in arrived}:
+            self.arenas[into].add(Records(np.concatenate([r.table for where, r in arrived if where == into])))
+        return sum(int(records.table["nbytes"].sum()) for _, records in arrived)
+
+    def _move_fragments(self, legs: Sequence[Leg]) -> list[tuple[Key, Records]]:
+        """The same for fragments: to owners, or to holders. What has arrived is not committed yet."""
+        here = [leg for leg in legs if leg.target == self.rank]
+        rows: dict[Key, set[int]] = {}
+        for leg in here:
+            rows.setdefault(leg.into, set()).update(leg.rows.tolist())
+        coming = {into: self._targets(into, np.array(sorted(its), dtype=np.int64)) for into, its in rows.items()}
+        slots = {
+            into: dict(zip(sorted(rows[into]), records.table["slot"].tolist(), strict=True))
+            for into, records in coming.items()
+        }
+        mover = FragmentMover(
+            rank=self.rank, arenas=self.arenas, orders=self.orders, channel=self.channel, pool=self.pool, targets=slots
+        )
+        mover.fetch([leg for leg in legs if leg.target == leg.owner])
+        to_holders = [leg for leg in legs if leg.target != leg.owner]
+        mover.copy(to_holders)
+        for leg in to_holders:
+            if leg.target == self.rank:
+                coming[leg.into] = mover.verified(leg, coming[leg.into])
+        return list(coming.items())
 
     def begin_epoch(self) -> None:
         """Durably: the new epoch, T stable, and only what T needs, in every arena that stays in use.
 
         The captures enter the new epoch, so that they outlive any number of recoveries.
         """
-        for owner, arena in self.arenas.items():
+        for (owner, _), arena in self.arenas.items():
             wanted = set(self.orders[owner].records.keys)
 
             def change(page: Page, wanted: set[tuple[int, int]] = wanted) -> dict[str, Any]:
@@ -103,37 +129,40 @@ class Mover:
             arena.edit(change)
 
     def _records(self, leg: Leg) -> Records:
+        """What a leg moves, as its owner lists it."""
         return Records(self.orders[leg.owner].records.table[leg.rows])
 
     def _sources(self, leg: Leg) -> Records:
         """The records of a leg in this rank's arena."""
-        listed = self.arenas[leg.owner].page.records
+        listed = self.arenas[leg.out_of].page.records
         places = {key: row for row, key in enumerate(listed.keys)}
         wanted = self._records(leg).keys
         missing = [key for key in wanted if key not in places]
         assert not missing, f"rank {leg.owner} has {missing[:3]} fetched from an arena that lacks it"
         return Records(listed.table[[places[key] for key in wanted]])
 
-    def _targets(self, leg: Leg) -> Records:
-        """The records of a leg, each in a free slot of this rank's arena."""
-        arena, records = self.arenas[leg.owner], self._records(leg)
+    def _targets(self, into: Key, rows: Int64s) -> Records:
+        """Rows of the order of this arena's owner, each in a free slot of the arena."""
+        arena, records = self.arenas[into], Records(self.orders[into[0]].records.table[rows])
         stored = ~records.is_zero
-        sizes = records.table["nbytes"][stored].astype(np.int64)
-        assert (sizes == arena.unit_bytes[records.table["unit"][stored]]).all(), f"{arena.name}: sizes of other units"
+        sizes = arena.unit_bytes[records.table["unit"][stored]]
+        part = arena.spec.part
+        expected = [part.stored_bytes(nbytes) for nbytes in records.table["nbytes"][stored].tolist()]
+        assert sizes.tolist() == expected, f"{arena.name}: sizes of other units"
         slots = arena.acquire_all(sizes)
         assert slots is not None, f"no free slots for {len(sizes)} captures in {arena.name}, although room was made"
         found = np.full(len(records), NO_SLOT, dtype=np.int64)
         found[stored] = slots
         return records.replace(slot=found)
 
-    def _parts(self, owner: int, records: Records) -> list[Bytes]:
+    def _parts(self, key: Key, records: Records) -> list[Bytes]:
         """The chunk digests and the bytes of each capture that is not zero."""
-        arena = self.arenas[owner]
+        arena = self.arenas[key]
         slots = records.table["slot"][~records.is_zero].tolist()
         return [part for slot in slots for part in (arena.digests(slot).view(np.uint8), arena.payload(slot))]
 
     def _require_intact(self, leg: Leg, records: Records) -> None:
-        arena = self.arenas[leg.owner]
+        arena = self.arenas[leg.into]
         damaged = np.flatnonzero(~intact(arena, records, self.pool))
         if len(damaged):
             name = arena.spec.units[records[int(damaged[0])].unit][0]

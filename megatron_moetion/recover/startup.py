@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, astuple, dataclass, fields, replace
 from functools import partial
 from typing import Any
 
 from megatron_moetion.clock import Clock
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.config import MoetionConfig
-from megatron_moetion.errors import ConfigError, IdentityMismatch, shared
+from megatron_moetion.errors import ChannelError, ConfigError, IdentityMismatch, shared, understood
 from megatron_moetion.observe.journal import Phases
 from megatron_moetion.recover.exchange import Meeting, swap
 from megatron_moetion.recover.opened import Opened
@@ -23,9 +24,11 @@ from megatron_moetion.recover.pinning import Pinning
 from megatron_moetion.recover.plan import (
     Choose,
     Keepers,
+    Key,
     Leg,
     NoPlan,
     Order,
+    Place,
     Reach,
     RecoveryPlan,
     Units,
@@ -39,6 +42,7 @@ from megatron_moetion.recover.plan import (
     order_of,
     plan_of,
     what_is_missing,
+    with_parts_kept,
 )
 from megatron_moetion.recover.report import ArenaReport, History, Summary, of_history
 from megatron_moetion.recover.restore import Mover
@@ -48,9 +52,10 @@ from megatron_moetion.replicate.channel import Fabric
 from megatron_moetion.replicate.collective import on_all_ranks, require_same
 from megatron_moetion.replicate.mirror import records_of
 from megatron_moetion.replicate.placement import Placement, place
+from megatron_moetion.snapshot.codec import require_codec
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
-from megatron_moetion.store.manifest import Page, Records, in_history
+from megatron_moetion.store.manifest import RECORD, Page, Records, in_history
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
 from megatron_moetion.store.retention import Retention
@@ -73,8 +78,8 @@ class Findings:
     reports: tuple[ArenaReport, ...]
     """Of the arenas that this rank has surveyed; those of a dead history are marked as of no use."""
     keepers: Keepers
-    copies: Mapping[int, Records]
-    """This rank's own captures that are left, by node."""
+    copies: Mapping[Place, Records]
+    """This rank's own captures that are left, by place."""
     held: Mapping[int, set[int]]
     """Their iterations, by unit; of shared experts those that all shards have."""
     shared: Mapping[str, tuple[int, ...]]
@@ -86,8 +91,8 @@ class Fetched:
     """Arenas that hold all that a plan names for this rank, before anything of it is loaded."""
 
     arenas: OpenArenas
-    leftovers: Mapping[int, Arena]
-    """By owner: arenas on this node that are of no use once the recovery is complete."""
+    leftovers: Mapping[Key, Arena]
+    """By owner and part: arenas on this node that are of no use once the recovery is complete."""
     order: Order
     """Of this rank's own captures."""
     captured_at: Mapping[str, int]
@@ -160,7 +165,7 @@ class Startup:
         nonce, last_attempt = self._require_one_run(attempt)
         facts = self._facts()
         try:
-            placement = place(facts.nodes, self._config.replicas, facts.domains)
+            placement = place(facts.nodes, self._config.replicas, facts.domains, self._config.coding_nodes)
         except ConfigError as error:
             raise shared(error) from None
         mine = share_of(rank, self._node.arenas(), placement.node_of[rank], placement)
@@ -218,20 +223,27 @@ class Startup:
         reports = of_history(findings.reports, newest)
         placement, rank = findings.placement, self._fabric.rank
         tables = {
-            r.owner: r.records.where(in_history(r.records, newest.branches, newest.epoch))
+            (r.owner, r.part): r.records.where(in_history(r.records, newest.branches, newest.epoch))
             for r in reports
             if not r.problem
         }
-        keepers = keepers_of(self._fabric.gather(sorted(tables)), placement)
-        mine = {keeper: node for node, keeper in keepers.get(rank, {}).items()}
-        told = swap(
-            self._fabric.channel,
-            {owner: records.table.tobytes() for owner, records in tables.items() if owner != rank},
-            mine.keys() - {rank},
-        )
-        copies = {mine[keeper]: records_of(data) for keeper, data in told.items()}
-        if rank in tables:
-            copies[placement.node_of[rank]] = tables[rank]
+        kept = self._fabric.gather([_key_word(key) for key in sorted(tables)])
+        with understood("the arenas that it keeps"):
+            keepers = keepers_of((map(_key_of, row) for row in kept), placement)
+        placement = with_parts_kept(placement, keepers)
+        mine: dict[int, list[Place]] = {}
+        for at, keeper in sorted(keepers.get(rank, {}).items()):
+            mine.setdefault(keeper, []).append(at)
+        outgoing: dict[int, list[Records]] = {}
+        for owner, part in sorted(tables):
+            outgoing.setdefault(owner, []).append(tables[owner, part])
+        here = outgoing.pop(rank, [])
+        data = {owner: b"".join(map(packed, found)) for owner, found in outgoing.items()}
+        told = swap(self._fabric.channel, data, mine.keys() - {rank})
+        arrived = {keeper: unpacked(document) for keeper, document in told.items()} | ({rank: here} if here else {})
+        copies = {
+            at: records for keeper, places in mine.items() for at, records in zip(places, arrived[keeper], strict=True)
+        }
         held = held_of(copies)
         common_iterations = self._meet(held, facts)
         for number, (name, _) in enumerate(self._units):
@@ -239,6 +251,7 @@ class Startup:
                 held[number] = set(common_iterations[name])
         return replace(
             findings,
+            placement=placement,
             outcome=self._agree(held, newest, nonce, began=findings.summary.began),
             reports=reports,
             keepers=keepers,
@@ -286,15 +299,18 @@ class Startup:
         orders = self._tell(order_of(rank, chosen, findings.copies, placement), findings)
         specs = self._tell_specs(placement, findings.keepers)
         page = Page(epoch=plan.history_epoch, stable=plan.safe, lineage=plan.lineage, branches=plan.branches[:-1])
-        kept = {report.owner for report in findings.reports if not report.problem}
+        kept = {(report.owner, report.part) for report in findings.reports if not report.problem}
 
-        def open_arenas() -> tuple[OpenArenas, dict[int, Arena]]:
+        def open_arenas() -> tuple[OpenArenas, dict[Key, Arena]]:
+            if orders[rank].is_rebuilt.any():  # also where the run no longer asks for fragments
+                require_codec()
             opened = self._open(placement, specs, kept, page)
             self._remove_damaged(findings)
             return opened
 
         arenas, leftovers = on_all_ranks(self._fabric, open_arenas)
-        opened = {rank: arenas.own, **arenas.held, **leftovers}
+        in_use = {(a.spec.identity.owner, a.spec.part): a for a in arenas.all()}
+        opened = {**in_use, **leftovers}
         mover = Mover(
             rank=rank,
             arenas=opened,
@@ -302,7 +318,7 @@ class Startup:
             pool=self._pool,
             plan=plan,
             orders=orders,
-            retentions={owner: self._retention(arena.spec) for owner, arena in opened.items()},
+            retentions={owner: self._retention(arena.spec) for (owner, _), arena in opened.items()},
         )
         fetches = [leg for order in orders.values() for leg in fetches_of(order, findings.keepers, placement)]
         copies = [leg for order in orders.values() for leg in copies_of(order, placement)]
@@ -320,7 +336,7 @@ class Startup:
     def commit(self, fetched: Fetched) -> None:
         """T is loaded on every rank: write the new epoch everywhere before any rank trains on."""
         arenas = fetched.arenas
-        in_use = replace(fetched.mover, arenas={self._fabric.rank: arenas.own, **arenas.held})
+        in_use = replace(fetched.mover, arenas={(a.spec.identity.owner, a.spec.part): a for a in arenas.all()})
         on_all_ranks(self._fabric, in_use.begin_epoch)
         for arena in fetched.leftovers.values():
             arena.remove()
@@ -341,7 +357,7 @@ class Startup:
         rank = self._fabric.rank
 
         def is_missing(owner: int, holder: int) -> bool:
-            return placement.node_of[holder] not in keepers.get(owner, {})
+            return Place(placement.node_of[holder], placement.part_at(holder, owner)) not in keepers.get(owner, {})
 
         told = swap(
             self._fabric.channel,
@@ -376,7 +392,7 @@ class Startup:
 
     def _pin(self, arena: Arena) -> None:
         """This rank's own arena is registered with its device while the rank goes on."""
-        if arena.spec.identity.owner == self._fabric.rank:
+        if (arena.spec.identity.owner, arena.spec.part) == (self._fabric.rank, WHOLE):
             self._pinning.begin(arena.memory)
 
     def _clear_node(self, placement: Placement) -> None:
@@ -387,25 +403,27 @@ class Startup:
                 self._node.clear_arena(name)
 
     def _open(
-        self, placement: Placement, specs: Mapping[int, ArenaSpec], kept: set[int], page: Page
-    ) -> tuple[OpenArenas, dict[int, Arena]]:
-        """Open the arenas of the owners ``kept`` and make those that are missing; leftovers are only read from."""
+        self, placement: Placement, specs: Mapping[int, ArenaSpec], kept: set[Key], page: Page
+    ) -> tuple[OpenArenas, dict[Key, Arena]]:
+        """Open the arenas ``kept`` and make those that are missing; leftovers are only read from."""
         rank = self._fabric.rank
 
-        def take(owner: int) -> Arena:
-            name = arena_name(owner)
-            if owner in kept:
+        def take(owner: int, part: Part) -> Arena:
+            name = arena_name(owner, part)
+            if (owner, part) in kept:
                 return self._opened.take(name)
             self._opened.close(name)
-            return self._node.create_arena(name, specs[owner], page)
+            return self._node.create_arena(name, specs[owner].of_part(part), page)
 
-        if rank not in kept:
+        if (rank, WHOLE) not in kept:
             self._pinning.drop()
-        own = take(rank)
+        own = take(rank, WHOLE)
         self._pin(own)
-        held = {owner: take(owner) for owner in placement.owners_held_by(rank)}
+        parts = {owner: placement.part_at(rank, owner) for owner in placement.owners_held_by(rank)}
+        held = {owner: take(owner, part) for owner, part in parts.items()}
         arenas = OpenArenas(own=own, held=held, retention=self._retention(self._spec))
-        leftovers = {owner: self._opened.take(arena_name(owner)) for owner in kept - {rank, *held}}
+        unused = kept - {(rank, WHOLE), *parts.items()}
+        leftovers = {(owner, part): self._opened.take(arena_name(owner, part)) for owner, part in sorted(unused)}
         self._opened.close_all()
         return arenas, leftovers
 
@@ -413,11 +431,41 @@ class Startup:
         """Remove arenas that do not verify at all, except names in use here: their ranks make those anew."""
         placement = findings.placement
         here = placement.ranks_on(placement.node_of[self._fabric.rank])
-        ours = {arena_name(o) for r in here for o in (r, *placement.owners_held_by(r))}
+        held = {(o, placement.part_at(r, o)) for r in here for o in placement.owners_held_by(r)}
+        ours = {arena_name(*key) for key in {*((r, WHOLE) for r in here), *held}}
         for report in findings.reports:
             name = report.path.rpartition("/")[2]
             if report.problem and name not in ours:
                 self._node.clear_arena(name)
+
+
+def _key_word(key: Key) -> int | list[int]:
+    """A key in a message to all ranks: short where it can be."""
+    owner, part = key
+    return owner if part.is_whole else [owner, *astuple(part)]
+
+
+def _key_of(word: int | list[int]) -> Key:
+    """Inverse of ``_key_word``."""
+    return (word, WHOLE) if isinstance(word, int) else (word[0], Part.of(*word[1:]))
+
+
+def packed(records: Records) -> bytes:
+    """A table among several."""
+    data: bytes = len(records).to_bytes(8, "little") + records.table.tobytes()
+    return data
+
+
+def unpacked(document: bytes) -> list[Records]:
+    """Inverse of ``packed``, of all of them."""
+    found, at = [], 0
+    while at < len(document):
+        nbytes = int.from_bytes(document[at : at + 8], "little") * RECORD.itemsize
+        if at + 8 + nbytes > len(document):
+            raise ChannelError(f"{len(document)} bytes are no tables of captures; restart to try again")
+        found.append(records_of(document[at + 8 : at + 8 + nbytes]))
+        at += 8 + nbytes
+    return found
 
 
 def _both_summaries(mine: Mapping[str, Any], theirs: Mapping[str, Any]) -> dict[str, Any]:

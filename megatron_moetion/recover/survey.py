@@ -20,7 +20,7 @@ from megatron_moetion.snapshot.digest import gather_digests, num_chunks_of, veri
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
-from megatron_moetion.store.spec import ArenaIdentity, ArenaShape, arena_name, check_identity
+from megatron_moetion.store.spec import ArenaIdentity, ArenaShape, check_identity, owner_of
 
 
 def share_of(rank: int, names: Sequence[str], node: int, placement: Placement) -> list[str]:
@@ -28,7 +28,8 @@ def share_of(rank: int, names: Sequence[str], node: int, placement: Placement) -
 
     They are those that it opens afterwards if they are sound. Arenas of no rank of this run go round.
     """
-    owners = {arena_name(owner): owner for owner in range(len(placement.node_of))}
+    found = {name: owner_of(name) for name in names}
+    owners = {name: owner for name, owner in found.items() if owner is not None and owner < len(placement.node_of)}
     ranks = placement.ranks_on(node)
     foreign = [name for name in names if name not in owners]
     ours = [name for name in names if name in owners and custodian(owners[name], node, placement) == rank]
@@ -67,15 +68,16 @@ def _report(
     try:
         owner = arena.spec.identity.owner
         check_identity(arena.spec, ours, shapes[owner] if owner < len(shapes) else None, path)
-        if name != arena_name(owner):
+        if name != arena.spec.name:
             return None
         page = arena.page
         sound = page.records.where(intact(arena, page.records, pool))
         return ArenaReport(
             path=path,
             owner=owner,
+            part=arena.spec.part,
             history=History.of(page),
-            records=sound,
+            records=arena.whole_records(sound),
             damaged=len(page.records) - len(sound),
         )
     except IdentityMismatch as error:

@@ -97,11 +97,15 @@ class SocketConnection:
     def send(self, parts: Sequence[Bytes], *, gate: Gate | None = None) -> None:
         """See ``Connection``."""
         with self.in_use("send to"):
-            parts = self._cuts.sending(self.rank, self.peer, self.purpose, parts)
+            parts = self.cut(parts)
             if gate is None:
                 self._send_all([part.data for part in parts if part.nbytes])
             else:
                 self._send_gated(parts, gate)
+
+    def cut(self, parts: Sequence[Bytes]) -> Sequence[Bytes]:
+        """What is sent in the place of these parts: the same, unless ``Cuts`` says otherwise."""
+        return self._cuts.sending(self.rank, self.peer, self.purpose, parts)
 
     def receive(self, parts: Sequence[Bytes], timeout_s: float | None = None) -> None:
         """See ``Connection``."""

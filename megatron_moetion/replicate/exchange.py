@@ -7,6 +7,7 @@ import selectors
 from collections import deque
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.errors import ChannelError
@@ -32,9 +33,10 @@ class SocketChannel:
 
     def exchange(self, sends: Sequence[Message], receives: Sequence[Message]) -> None:
         """See ``Channel``."""
-        out, into = _by_peer(sends), _by_peer(receives)
-        peers = sorted(out.keys() | into.keys())
+        peers = sorted({m.peer for m in [*sends, *receives] if m.data.nbytes})
         connections = {peer: self._connection(peer) for peer in peers}
+        leaving = [replace(m, data=part) for m in sends if m.data.nbytes for part in connections[m.peer].cut([m.data])]
+        out, into = _by_peer(leaving), _by_peer(receives)
         with ExitStack() as stack:
             for connection in connections.values():
                 stack.enter_context(connection.in_use("exchange with"))

@@ -1,19 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """What an owner and a holder say to each other: a header of eight words and a body, each believed by its digest only.
 
-========= ======================= ============================================================ ========================
-kind      from                    words                                                        body
-========= ======================= ============================================================ ========================
-``OPEN``  owner                   epoch, 0, 0, 0                                               ``Opening``, JSON
-``TABLE`` holder                  epoch, 0, 0, 0                                               its records
-``UPDATE``owner                   epoch, iteration, stable, dropped << 32 | added              ``mirror.Update``
-``DROP``  owner                   epoch, 0, 0, 0                                               nothing
-``YES``   holder                  epoch, 0, 0, 0                                               nothing
-``NO``    holder                  epoch, 0, 0, 0                                               the reason, UTF-8
-========= ======================= ============================================================ ========================
+=========== ======== ================================================ =========================
+kind        from     words                                            body
+=========== ======== ================================================ =========================
+``OPEN``    owner    epoch, 0, 0, 0                                   ``Opening``, JSON
+``TABLE``   holder   epoch, 0, 0, 0                                   its records
+``UPDATE``  owner    epoch, iteration, stable, dropped << 32 | added  ``mirror.Update``
+``DIGESTS`` owner    epoch, 0, 0, 0                                   ``mirror.encode_digests``
+``DROP``    owner    epoch, 0, 0, 0                                   nothing
+``YES``     holder   epoch, 0, 0, 0                                   nothing
+``NO``      holder   epoch, 0, 0, 0                                   the reason, UTF-8
+=========== ======== ================================================ =========================
 
 Captures' bytes follow an ``UPDATE`` that was answered by ``YES``, in the order of its records, without a frame: their
-chunk digests stand in the update.
+chunk digests stand in the update. Those of fragments, which are made as they are sent, follow the bytes in a frame of
+their own; it is empty where the captures have gone meanwhile.
 """
 
 from __future__ import annotations
@@ -48,6 +50,7 @@ class Kind(IntEnum):
     DROP = 4
     YES = 5
     NO = 6
+    DIGESTS = 7
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

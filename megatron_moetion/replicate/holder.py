@@ -35,7 +35,7 @@ from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import ITERATIONS_MAX, NO_SLOT, Page
 from megatron_moetion.store.node import NodeFolder
 from megatron_moetion.store.open import OpenArenas
-from megatron_moetion.store.spec import ArenaShape, ArenaSpec, arena_name, check_identity
+from megatron_moetion.store.spec import ArenaShape, ArenaSpec, check_identity
 
 SPARE_SHARE = 4
 """A node has room for another rank's arena where a part of its size, one in so many, would still be free afterwards."""
@@ -156,7 +156,7 @@ class Holder:
         except StoreError as error:
             send_frame(connection, self._pool, refusal(first.epoch, str(error)))
             return
-        records = plain(arena.page.records).table.view(np.uint8)
+        records = plain(arena.whole_records(arena.page.records)).table.view(np.uint8)
         send_frame(connection, self._pool, Frame(kind=Kind.TABLE, epoch=first.epoch, body=records))
         largest = update_bytes_max(arena.spec)
         while True:
@@ -181,6 +181,8 @@ class Holder:
         if held is None:
             return self._make(spec, opening.page)
         check_identity(held.spec, spec.identity, ArenaShape.of(spec), held.name)
+        if held.spec.part != spec.part:
+            raise IdentityMismatch(f"{held.name} has {held.spec.part}, and rank {owner} asks for {spec.part}")
         if not opening.is_history_of(held.page):
             raise IdentityMismatch(
                 f"{held.name} is of epoch {held.page.epoch}, rank {owner} of epoch {opening.page.epoch}, or of another "
@@ -195,7 +197,7 @@ class Holder:
             free = self._node.spare_bytes()
             if free < spec.nbytes + (0 if owner in self._placed else spec.nbytes // SPARE_SHARE):
                 raise StoreError(f"there is no room for {spec.nbytes} bytes of rank {owner}: {free} are free")
-            arena = self._node.create_arena(arena_name(owner), spec, page)
+            arena = self._node.create_arena(spec.name, spec, page)
         self._arenas.add(arena)
         return arena
 
@@ -225,6 +227,7 @@ class Holder:
             chunk_bytes=arena.spec.identity.chunk_bytes,
             epoch=page.epoch,
             branches=page.branches,
+            is_late=not arena.spec.part.is_whole,
         )
         self._release(arena, update, frame.stable)
         self._probe("held-dropped", frame.iteration)
@@ -264,6 +267,11 @@ class Holder:
                 send_frame(connection, self._pool, Frame(kind=Kind.YES, epoch=frame.epoch))
                 connection.receive(arena.payloads(stored), self._timeout_s)
                 self._probe("held-received", frame.iteration)
+                if update.num_late:
+                    completed = self._digests(connection, arena, update)
+                    if completed is None:
+                        return "the captures have gone, or are damaged, while they were sent"
+                    update = completed
                 if not self._verify(arena, update, stored):
                     return "its bytes are not those that were captured"
             if update.added:
@@ -274,6 +282,14 @@ class Holder:
         finally:
             if not is_listed:
                 arena.release(stored)
+
+    def _digests(self, connection: Connection, arena: Arena, update: Received) -> Received | None:
+        """The update with the digests of its fragments, which follow their bytes; None where their owner has none."""
+        largest = update_bytes_max(arena.spec)
+        frame = receive_frame(connection, self._pool, body_bytes_max=largest, timeout_s=self._timeout_s)
+        if frame.kind is not Kind.DIGESTS:
+            raise ChannelError(f"rank {connection.peer} sends {frame.kind.name} and not the digests of its captures")
+        return update.completed(frame.body)
 
     def _verify(self, arena: Arena, update: Received, stored: Int64s) -> bool:
         """Whether the bytes in these slots are those that the update announced; their digests are then kept."""

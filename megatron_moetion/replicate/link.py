@@ -18,18 +18,22 @@ from typing import Any, Protocol
 import numpy as np
 
 from megatron_moetion.arrays import Digests, Int64s
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.replicate.channel import Connection, Gate, Mesh
 from megatron_moetion.replicate.frames import PURPOSE, Frame, Kind, Opening, receive_frame, send_frame
-from megatron_moetion.replicate.mirror import Difference, Update, among, difference, plain, table_of
+from megatron_moetion.replicate.mirror import Difference, Update, among, difference, encode_digests, plain, table_of
 from megatron_moetion.replicate.worker import Lock
-from megatron_moetion.snapshot.digest import gather_digests, num_chunks_of
+from megatron_moetion.snapshot.codec import Codec, is_sound, spans_of
+from megatron_moetion.snapshot.digest import CALL_BYTES, capture_digests, chunk_spans, gather_digests, num_chunks_of
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import NO_RECORDS, RECORD, Page, Records
 
 _REASON_BYTES_MAX = 4096
 _UNKNOWN = -2
+_BATCH_BYTES = CALL_BYTES
+"""Of fragments, in memory at once and in one call of the pool, about."""
 _NEWS_S = 10.0
 """A link looks at its arena so often at least, whether it is told of news or not."""
 
@@ -155,8 +159,11 @@ class Link:
         timing: Timing,
         changed: threading.Condition,
         tell: Callable[[], None],
+        part: Part = WHOLE,
     ) -> None:
         self.holder = holder
+        self.part = part
+        """What the holder keeps of each capture."""
         self.state = LinkState()
         self._mesh = mesh
         self._own = own
@@ -173,6 +180,7 @@ class Link:
         self._connection: Connection | None = None
         self._is_closed = False
         self._is_retired = False
+        self._codec: Codec | None = None
 
     # -- for others ------------------------------------------------------------------------------------
 
@@ -233,7 +241,7 @@ class Link:
 
     def _open(self, connection: Connection) -> None:
         spec, page = self._own.spec, self._own.page
-        opening = Opening(spec=spec, page=page).encode()
+        opening = Opening(spec=spec.of_part(self.part), page=page).encode()
         send_frame(connection, self._pool, Frame(kind=Kind.OPEN, epoch=page.epoch, body=opening))
         answer = self._answer(connection, max(_REASON_BYTES_MAX, spec.num_records * RECORD.itemsize))
         if answer.kind is not Kind.TABLE:
@@ -282,7 +290,8 @@ class Link:
         ``ChannelError`` where it is not made, except for captures that are gone.
         """
         stored = added.table["slot"][~added.is_zero].astype(np.int64)
-        update = Update(dropped=found.stale, added=added, digests=self._digests(stored))
+        digests = self._digests(stored) if self.part.is_whole else np.empty(0, dtype=np.uint64)
+        update = Update(dropped=found.stale, added=added, digests=digests)
         iteration = int(added.table["iteration"][0]) if added else 0
         frame = Frame(
             kind=Kind.UPDATE,
@@ -298,10 +307,13 @@ class Link:
         self._mirror = self._mirror.where(~among(self._mirror, found.stale))
         self._stable = page.stable
         if len(stored):
-            nbytes = int(added.table["nbytes"].sum())
+            nbytes = sum(map(self.part.stored_bytes, added.table["nbytes"].tolist()))
             with self._turns.transfer(nbytes, snapshots, self._timing.answer_s, self._tell_waiting):
                 self._probe("mid-replication", iteration)
-                connection.send(self._own.payloads(stored), gate=self._turns.gate)
+                if self.part.is_whole:
+                    connection.send(self._own.payloads(stored), gate=self._turns.gate)
+                else:
+                    self._send_fragments(connection, page, added.where(~added.is_zero))
                 answer = self._answer(connection, _REASON_BYTES_MAX)
             if answer.kind is not Kind.YES:
                 self._judge(added, answer.reason)
@@ -310,6 +322,41 @@ class Link:
         self._in_a_row = 0
         taken = self.state.taken + bool(added)
         self._set(updates=self.state.updates + 1, taken=taken, problem=None)
+
+    def _send_fragments(self, connection: Connection, page: Page, stored: Records) -> None:
+        """Make the fragments of these captures, send them, and then their digests.
+
+        None of these are sent where a capture is not what it was, or has lost its slot while it was read.
+        """
+        part, chunk_bytes = self.part, self._own.spec.identity.chunk_bytes
+        codec = self._codec = self._codec or Codec(part.data, part.parity)
+        payloads = self._own.payloads(stored.table["slot"].astype(np.int64))
+        sizes = np.array([part.stored_bytes(len(payload)) for payload in payloads], dtype=np.int64)
+        counts = num_chunks_of(sizes, chunk_bytes)
+        digests = np.empty(int(counts.sum()), dtype=np.uint64)
+        done, are_sound = 0, True
+        for batch in spans_of(sizes.tolist(), chunk_bytes, _BATCH_BYTES):
+            lengths = np.array([span.nbytes for span in batch], dtype=np.int64)
+            buffer = np.empty(int(lengths.sum()), dtype=np.uint8)
+            places = np.cumsum(lengths) - lengths
+            for span, place in zip(batch, places.tolist(), strict=True):
+                record, payload = stored[span.capture], payloads[span.capture]
+                out = buffer[place : place + span.nbytes]
+                codec.fragment(part.number, payload, record.digest, span.start, out)
+                if span.start + span.nbytes == sizes[span.capture]:  # what was wrong when it was read still is
+                    own = self._own.digests(record.slot)
+                    are_sound = are_sound and is_sound(self._pool, chunk_bytes, part, payload, own, record.digest)
+            spans = chunk_spans(buffer.ctypes.data + places, lengths, chunk_bytes)
+            self._pool.digest(spans, digests[done : done + len(spans)])
+            done += len(spans)
+            connection.send([buffer], gate=self._turns.gate)
+        # A slot is freed by an edit before it is written to again: what is listed now was there all the time.
+        are_still_there = among(plain(stored), plain(self._own.page.records)).all()
+        body = np.empty(0, dtype=np.uint8)
+        if are_sound and are_still_there:
+            places = digests.ctypes.data + 8 * (np.cumsum(counts) - counts)
+            body = encode_digests(capture_digests(self._pool, places, counts), digests)
+        send_frame(connection, self._pool, Frame(kind=Kind.DIGESTS, epoch=page.epoch, body=body))
 
     def _agree(self, connection: Connection, iteration: int) -> None:
         answer = self._answer(connection, _REASON_BYTES_MAX)

@@ -7,7 +7,7 @@ equal bytes, in slots of its own. Captures are compared by all that a record say
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -102,8 +102,7 @@ class Update:
 
 def update_bytes_max(spec: ArenaSpec) -> int:
     """The largest body of an update of such an arena."""
-    sizes = np.array([nbytes for _, _, nbytes in spec.units], dtype=np.int64)
-    chunks = int(num_chunks_of(sizes, spec.identity.chunk_bytes).sum())
+    chunks = int(num_chunks_of(spec.stored_bytes, spec.identity.chunk_bytes).sum())
     return spec.num_records * _DROPPED.itemsize + len(spec.units) * _ADDED.itemsize + 8 * chunks
 
 
@@ -115,19 +114,37 @@ class Received:
     """``keys_of`` what is dropped."""
     added: Records
     digests: Digests
+    num_late: int = 0
+    """Chunk digests that follow the captures' bytes."""
 
     def kept(self, records: Records) -> Records:
         """Those of ``records`` that are not dropped."""
         return records.where(~np.isin(keys_of(records), self.dropped)) if len(self.dropped) else records
 
+    def completed(self, body: Bytes) -> Received | None:
+        """With the digests of fragments, which ``encode_digests`` made; None for bytes that are not those."""
+        stored = ~self.added.is_zero
+        count = int(stored.sum())
+        words = body.copy().view(np.uint64) if body.nbytes == 8 * (count + self.num_late) else np.empty(0, np.uint64)
+        if not len(words):
+            return None
+        digests = self.added.table["digest"].copy()
+        digests[stored] = words[:count]
+        return replace(self, added=self.added.replace(digest=digests), digests=words[count:], num_late=0)
+
+
+def encode_digests(captures: Digests, chunks: Digests) -> Bytes:
+    """The body of ``DIGESTS``: of each fragment that is not zero its digest, then the chunk digests of all of them."""
+    return np.concatenate([captures, chunks]).view(np.uint8)
+
 
 def decode_update(
     body: Bytes, *, dropped: int, added: int, iteration: int, unit_bytes: Int64s, chunk_bytes: int,
-    epoch: int, branches: tuple[Branch, ...],
+    epoch: int, branches: tuple[Branch, ...], is_late: bool = False,
 ) -> Received:  # fmt: skip
     """What ``Update.encode`` made, checked against the arena: bytes of a capture by unit, epoch and recoveries.
 
-    ``ChannelError`` for one that an arena like this cannot have caused.
+    ``is_late``: digests follow the captures' bytes. ``ChannelError`` where an arena like this cannot have caused it.
     """
     first, second = dropped * _DROPPED.itemsize, added * _ADDED.itemsize
     if first + second > body.nbytes or not 0 <= iteration < ITERATIONS_MAX:
@@ -145,7 +162,7 @@ def decode_update(
         )
     sizes = np.where(is_zero, 0, sizes)
     num_digests = int(num_chunks_of(sizes, chunk_bytes).sum())
-    if first + second + 8 * num_digests != body.nbytes:
+    if first + second + (0 if is_late else 8 * num_digests) != body.nbytes:
         raise ChannelError(f"{body.nbytes} bytes announce captures that need {num_digests} chunk digests")
     records = Records.make(
         added,
@@ -161,7 +178,7 @@ def decode_update(
         raise ChannelError(f"captures of iteration {iteration} belong to a history that a recovery has ended")
     keys = gone["unit"].astype(np.int64) * ITERATIONS_MAX + gone["iteration"]
     digests = body[first + second :].copy().view(np.uint64)
-    return Received(dropped=keys, added=records, digests=digests)
+    return Received(dropped=keys, added=records, digests=digests, num_late=num_digests if is_late else 0)
 
 
 def records_of(data: bytes | Bytes) -> Records:

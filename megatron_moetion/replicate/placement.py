@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """Who holds whose replicas. Pure.
 
-Nodes form groups of ``replicas + 1``; inside a group every node holds the state of all others, so a group
-survives the loss of any ``replicas`` of its nodes. A larger group is a ring: each node's state goes to the next
-``replicas``. Without failure domains, nodes that do not fill a group join the last one. (GEMINI, SOSP'23, calls this
-mixed placement and shows that it maximises the odds of surviving simultaneous losses.)
+Nodes form groups of ``holders + 1``, where each rank has so many holders: as many as there are replicas, or more that
+keep a fragment each (``coding.py``). Inside a group every node holds the state of all others, so a group survives the
+loss of any ``replicas`` of its nodes. A larger group is a ring: each node's state goes to the next holders. Without
+failure domains, nodes that do not fill a group join the last one. (GEMINI, SOSP'23, calls this mixed placement and
+shows that it maximises the odds of surviving simultaneous losses.)
 
 Failure domains are nested: a node's is a path of names, the outermost first. With them there are G = nodes //
 (replicas + 1) groups, as equal in size as can be. In any placement where all nodes hold equally much, c nodes of a
@@ -22,6 +23,7 @@ from functools import cached_property
 from itertools import takewhile
 from math import comb
 
+from megatron_moetion.coding import WHOLE, Coding, Part, coding_of
 from megatron_moetion.errors import ConfigError
 
 Domain = tuple[str, ...]
@@ -38,11 +40,16 @@ class Placement:
     node_of: tuple[int, ...]
     """Node number of each rank."""
     holders: tuple[tuple[int, ...], ...]
-    """For each owner the holding ranks, on as many different nodes as there are replicas."""
+    """For each owner the holding ranks, each on another node."""
+    parts: tuple[tuple[Part, ...], ...]
+    """For each owner what each of these keeps of its captures."""
     groups: tuple[tuple[int, ...], ...]
     """Placement groups, as node numbers; each is a ring in this order."""
     domains: tuple[Domain, ...]
     """Failure domain of each node; all are empty where that of any node is not known."""
+    coding: Coding
+    unknown: tuple[int, ...] = ()
+    """Nodes whose domain is not known, where that of others is."""
 
     @property
     def num_nodes(self) -> int:
@@ -57,6 +64,11 @@ class Placement:
         """Ranks whose replicas this rank holds."""
         return self._owners.get(rank, ())
 
+    def part_at(self, holder: int, owner: int) -> Part:
+        """What a holder keeps of an owner's captures; all of them on the owner's own node."""
+        found = zip(self.holders[owner], self.parts[owner], strict=True)
+        return next((part for rank, part in found if rank == holder), WHOLE)
+
     @cached_property
     def _ranks(self) -> Mapping[int, tuple[int, ...]]:
         return _by_value((node, rank) for rank, node in enumerate(self.node_of))
@@ -66,14 +78,15 @@ class Placement:
         return _by_value((holder, owner) for owner, holders in enumerate(self.holders) for holder in holders)
 
 
-def place(node_keys: Sequence[str], replicas: int, domains: Sequence[str] = ()) -> Placement:
+def place(node_keys: Sequence[str], replicas: int, domains: Sequence[str] = (), coding_nodes: int = 0) -> Placement:
     """Place the ranks' replicas; ``node_keys[r]`` names the node that rank r runs on.
 
     ``domains[r]``: that node's failure domain, such as ``switch1/rack2``, or "" where another rank of the node says it.
     Unless all nodes have one, none counts. As few nodes of a group share a domain as can be, and none where a domain
     has no more than nodes // (replicas + 1) nodes. The result follows from the arguments alone. ``ConfigError`` where
-    nodes are too few, or do not run equally many ranks.
+    nodes are too few, or do not run equally many ranks. For ``coding_nodes`` see ``coding_of``.
     """
+    coding = coding_of(replicas, coding_nodes)
     order = {key: number for number, key in enumerate(dict.fromkeys(node_keys))}
     node_of = tuple(order[key] for key in node_keys)
     num_nodes = len(order)
@@ -82,22 +95,36 @@ def place(node_keys: Sequence[str], replicas: int, domains: Sequence[str] = ()) 
     if len(sizes) != 1:
         listed = ", ".join(f"{key}: {len(members[n])}" for key, n in order.items())
         raise ConfigError(f"nodes must run equally many ranks; they run {listed}")
+    if coding.is_on and num_nodes < coding_nodes:
+        raise ConfigError(
+            f"--moetion-coding-nodes {coding_nodes} needs as many nodes and this run has {num_nodes} ({len(node_keys)} "
+            f"ranks, {sizes.pop()} a node). Add nodes, or leave it out for whole copies"
+        )
     if num_nodes < replicas + 1:
         raise ConfigError(
             f"{replicas} replica(s) need {replicas + 1} nodes and this run has {num_nodes} "
             f"({len(node_keys)} ranks, {sizes.pop()} a node). Add nodes, emulate them with "
             f"--moetion-ranks-per-node, or accept with --moetion-replicas 0 that nothing survives the loss of a node"
         )
-    where = _domains(members, domains)
-    groups = _apart(where, replicas) if replicas and any(where) else _consecutive(num_nodes, replicas)
+    where, unknown = _domains(members, domains)
+    groups = _apart(where, coding.holders) if replicas and any(where) else _consecutive(num_nodes, coding.holders)
     holders: list[tuple[int, ...]] = [()] * len(node_of)
     for group in groups:
         for position, node in enumerate(group):
             for local, rank in enumerate(members[node]):
                 holders[rank] = tuple(
-                    members[group[(position + step) % len(group)]][local] for step in range(1, replicas + 1)
+                    members[group[(position + step) % len(group)]][local] for step in range(1, coding.holders + 1)
                 )
-    return Placement(node_of=node_of, holders=tuple(holders), groups=groups, domains=where)
+    parts = tuple(tuple(coding.part(position) for position in range(coding.holders)) for _ in node_of)
+    return Placement(
+        node_of=node_of,
+        holders=tuple(holders),
+        parts=parts,
+        groups=groups,
+        domains=where,
+        coding=coding,
+        unknown=unknown,
+    )
 
 
 def in_common(one: Domain, other: Domain) -> int:
@@ -118,10 +145,15 @@ def _by_value(pairs: Iterable[tuple[int, int]]) -> dict[int, tuple[int, ...]]:
     return {first: tuple(seconds) for first, seconds in found.items()}
 
 
-def _domains(members: Mapping[int, Sequence[int]], domains: Sequence[str]) -> tuple[Domain, ...]:
-    """Of each node what the first of its ranks says that says anything."""
+def _domains(
+    members: Mapping[int, Sequence[int]], domains: Sequence[str]
+) -> tuple[tuple[Domain, ...], tuple[int, ...]]:
+    """Of each node what the first of its ranks says that says anything, and the nodes that alone say nothing."""
     said = [next((domains[r] for r in ranks if domains and domains[r]), "") for ranks in members.values()]
-    return tuple(tuple(text.split("/")) for text in said) if all(said) else ((),) * len(said)
+    if all(said):
+        return tuple(tuple(text.split("/")) for text in said), ()
+    unknown = tuple(node for node, text in enumerate(said) if not text)
+    return ((),) * len(said), unknown if any(said) else ()
 
 
 def _consecutive(num_nodes: int, replicas: int) -> tuple[tuple[int, ...], ...]:

@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from megatron_moetion.clock import Clock
+from megatron_moetion.coding import Part
 from megatron_moetion.replicate.agreement import WINDOW
 from megatron_moetion.replicate.channel import Mesh
 from megatron_moetion.replicate.holder import Holder
@@ -51,6 +52,8 @@ class _Seat:
     """The place of one holder. ``holder``: whose copy counts, None while nobody's does."""
 
     home: int
+    part: Part
+    """What it keeps of each capture."""
     holder: int | None
     candidate: int | None = None
     to_ask: deque[int] = field(default_factory=deque)
@@ -94,6 +97,7 @@ class Replication:
         self._own = own
         self._holder = holder
         self._placement = placement
+        self._coding = placement.coding
         self._pool = pool
         self._probe = probe
         self._patience = patience
@@ -108,7 +112,8 @@ class Replication:
         self._workers: dict[int, Worker] = {}
         self._runs: list[Future[None]] = []
         self._watches: dict[int, _Watch] = {}
-        self._seats = [_Seat(home=h, holder=h) for h in placement.holders[rank]]
+        seats = zip(placement.holders[rank], placement.parts[rank], strict=True)
+        self._seats = [_Seat(home=h, holder=h, part=part) for h, part in seats]
         self._offered: dict[int, int] = {}
         """Recent snapshots of which the arena still lists something, and the page's number when it listed them."""
         self._whole: dict[int, float] = {}
@@ -116,7 +121,7 @@ class Replication:
         self._is_closed = False
         with self._changed:
             for seat in self._seats:
-                self._connect(seat.home)
+                self._connect(seat.home, seat.part)
 
     # -- for the pipeline ------------------------------------------------------------------------------
 
@@ -142,10 +147,11 @@ class Replication:
             return dict(self._whole)
 
     def redundancy(self, iteration: int) -> int:
-        """Other nodes that have everything this iteration needs, as far as they can be reached now."""
+        """Losses of nodes that this iteration survives, with the holders that have it and can be reached now."""
         with self._changed:
-            states = [link.state for link in self._links.values() if not link.is_retired]
-            return sum(s.is_up and iteration in s.whole for s in states)
+            links = [link for link in self._links.values() if not link.is_retired]
+            parts = [link.part for link in links if link.state.is_up and iteration in link.state.whole]
+            return self._coding.survives(len(set(parts)) if self._coding.is_on else len(parts))
 
     @property
     def pending(self) -> int:
@@ -264,8 +270,8 @@ class Replication:
         takes = state.taken > 0 and len(state.lacking) <= 1 and behind <= 1
         return state.is_up and (takes or (state.is_level and not behind))
 
-    def _connect(self, rank: int) -> None:
-        """Have a link to this rank, and a wanted one."""
+    def _connect(self, rank: int, part: Part) -> None:
+        """Have a link to this rank, which keeps this part, and a wanted one."""
         self._watches[rank] = _Watch(since_s=self._clock.monotonic())
         if rank in self._links:
             self._links[rank].keep()
@@ -280,6 +286,7 @@ class Replication:
             timing=self._timing,
             changed=self._changed,
             tell=self._on_news,
+            part=part,
         )
         self._links[rank] = link
         if rank not in self._workers:
@@ -323,9 +330,9 @@ class Replication:
     def _forget_ended(self) -> None:
         """Remove links whose holders have given their mirrors up; of one that is wanted again make another."""
         for rank in [r for r, link in self._links.items() if link.state.has_ended]:
-            is_wanted = not self._links.pop(rank).is_retired
-            if is_wanted:
-                self._connect(rank)
+            ended = self._links.pop(rank)
+            if not ended.is_retired:
+                self._connect(rank, ended.part)
 
     # -- seats; all with ``_changed`` held -------------------------------------------------------------
 
@@ -340,7 +347,7 @@ class Replication:
         )
         if rank != seat.home:
             self._links[rank].retire()
-            self._connect(seat.home)
+            self._connect(seat.home, seat.part)
         seat.to_ask = deque(s for s in self._substitutes if s != rank)
         self._ask_next(seat)
 
@@ -350,11 +357,11 @@ class Replication:
             self._links[seat.candidate].retire()
             self._say("substitute", f"{self._name(seat.candidate)} cannot hold this rank's snapshots: it {problem}")
         seat.candidate = None
-        in_use = {rank for rank, link in self._links.items() if not link.is_retired}
+        in_use = {r for r, link in self._links.items() if not link.is_retired or link.part != seat.part}
         while seat.to_ask and seat.candidate is None:
             rank = seat.to_ask.popleft()
             if rank not in in_use:
-                self._connect(rank)
+                self._connect(rank, seat.part)
                 seat.candidate = rank
         if seat.candidate is None:
             self._say(
@@ -385,6 +392,10 @@ class Replication:
         """What losses of nodes would now cost."""
         holders = [s.holder for s in self._seats if s.holder is not None]
         nodes = [self._placement.node_of[r] for r in (self._mesh.rank, *holders)]
+        if self._coding.is_on and len(nodes) > 1:
+            lost = max(1, len(holders) - self._coding.data + 2)
+            others = f" and of {lost - 1} of nodes {', '.join(map(str, nodes[1:]))} with it" if lost > 1 else " alone"
+            return f"and the loss of node {nodes[0]}{others} would cost all that is in memory"
         if len(nodes) == 1:
             return f"and the loss of node {nodes[0]} alone would cost all that is in memory"
         return f"and the loss of nodes {', '.join(map(str, nodes))} together would cost all that is in memory"

@@ -21,15 +21,16 @@ _NAMED_MAX = 4
 def odds(placement: Placement, lost: int) -> Fraction:
     """The probability that every rank's state survives where ``lost`` nodes are lost at once, all sets alike. Exact.
 
-    Counted are the sets of nodes that hold no rank's state with all of its copies. Copies stay within a group, so the
-    sets of all groups multiply.
+    Counted are the sets of nodes that cost no rank's state. Copies and fragments stay within a group, so the sets of
+    all groups multiply.
     """
-    replicas = len(placement.holders[0])
-    copies = _copies(placement)
+    alike = {len(group): group for group in placement.groups}  # rings: in those of one size as many sets are harmless
+    harmless = {
+        size: [_harmless(placement, group, number) for number in range(min(lost, size) + 1)]
+        for size, group in alike.items()
+    }
     ways = [1] + [0] * lost  # by number of lost nodes
-    for group in placement.groups:
-        whole = {copies[node] for node in group}
-        here = [_harmless(group, whole, number, replicas) for number in range(min(lost, len(group)) + 1)]
+    for here in (harmless[len(group)] for group in placement.groups):
         ways = [sum(here[n] * ways[m - n] for n in range(min(m, len(here) - 1) + 1)) for m in range(lost + 1)]
     return Fraction(ways[lost], comb(placement.num_nodes, lost))
 
@@ -58,7 +59,7 @@ class Exposure:
     sharing: tuple[tuple[Domain, tuple[int, ...]], ...]
     """Nodes of one group that share a domain."""
     exposed: tuple[int, ...]
-    """Nodes whose state has two copies in one domain."""
+    """Nodes whose state has two copies, or two fragments, in one domain; what a node has of its own counts."""
     fatal: tuple[tuple[Domain, int], ...]
     """Domains of any level whose loss costs the state of so many nodes."""
 
@@ -70,7 +71,7 @@ class Exposure:
 
 
 def exposure(placement: Placement) -> Exposure:
-    """Where copies lie together although nodes differ."""
+    """Where copies, or fragments, lie together although nodes differ."""
     domains, copies = placement.domains, _copies(placement)
     first, last = min(domains), max(domains)
     around = first[: in_common(first, last)]
@@ -83,7 +84,10 @@ def exposure(placement: Placement) -> Exposure:
                 together[domains[node][:depth]].append(node)
         sharing += [(_innermost(domains, nodes), tuple(nodes)) for nodes in together.values() if len(nodes) > 1]
     exposed = [node for node, nodes in copies.items() if _share(nodes, domains, depth)]
-    fatal = Counter(d for nodes in copies.values() for d in _around_all(nodes, domains) if len(d) >= depth)
+    fatal: Counter[Domain] = Counter()
+    for node, nodes in copies.items():
+        inside = Counter(enclosing([domains[n] for n in nodes]))
+        fatal.update(d for d in enclosing([domains[node]]) if len(d) >= depth and inside[d] > placement.coding.losses)
     return Exposure(
         domains=len({d[:depth] for d in domains if len(d) >= depth}),
         around=around,
@@ -104,16 +108,25 @@ def describe(placement: Placement) -> str:
 def describe_domains(placement: Placement) -> tuple[str, bool]:
     """A line about failure domains where they are known, and whether it is a warning. "" where none are."""
     found, num_nodes = exposure(placement), placement.num_nodes
+    kept = "fragments" if placement.coding.is_on else "copies"
+    if placement.unknown:
+        nodes = _listed([str(node) for node in placement.unknown])
+        return (
+            f"failure domains: those of {num_nodes - len(placement.unknown)} of {num_nodes} nodes are known, so none "
+            f"counts; SLURM says nothing on node(s) {nodes}. Start all ranks by srun, or give a file with "
+            f"--moetion-failure-domains",
+            True,
+        )
     if not any(placement.domains):
         return "", False
     if not found.domains:
         return f"failure domains: all nodes are in {_name(found.around)}, which placement cannot change", False
     if not found.sharing:
-        return f"failure domains: {found.domains}; no two copies of a state are in one of them", False
+        return f"failure domains: {found.domains}; no two {kept} of a state are in one of them", False
     size = len(placement.holders[0]) + 1
     sharing = _listed([f"nodes {_and(nodes)} share {_name(domain)}" for domain, nodes in found.sharing])
     text = (
-        f"failure domains: the state of {len(found.exposed)} of {num_nodes} nodes has two copies in one domain, since "
+        f"failure domains: the state of {len(found.exposed)} of {num_nodes} nodes has two {kept} in one domain, since "
         f"a domain has more than {num_nodes // size} nodes, one for each group: {sharing}"
     )
     if found.fatal:
@@ -129,11 +142,19 @@ def _copies(placement: Placement) -> dict[int, frozenset[int]]:
     return {node: frozenset({node, *(node_of[h] for h in holders[rank])}) for node, rank in homes.items()}
 
 
-def _harmless(group: Sequence[int], whole: Iterable[frozenset[int]], number: int, replicas: int) -> int:
-    """Sets of so many nodes of a group that hold no state with all its copies."""
-    if number <= replicas:
-        return comb(len(group), number)
-    return sum(not any(nodes <= set(lost) for nodes in whole) for lost in combinations(group, number))
+def _harmless(placement: Placement, group: Sequence[int], number: int) -> int:
+    """Sets of so many nodes of a group that cost no state: a lost node's, with more of those that keep it than may be.
+
+    ``group`` is a ring: each node's state is kept by the nodes behind it.
+    """
+    losses, size = placement.coding.losses, len(group)
+    if number <= losses:
+        return comb(size, number)
+    if size == placement.coding.holders + 1:
+        return 0  # each node has the state of all others
+    near = [sum(1 << (first + step) % size for step in range(placement.coding.holders + 1)) for first in range(size)]
+    lost = ((some, sum(1 << place for place in some)) for some in combinations(range(size), number))
+    return sum(all((near[place] & mask).bit_count() <= losses for place in some) for some, mask in lost)
 
 
 def _share(nodes: Iterable[int], domains: Sequence[Domain], depth: int) -> bool:
@@ -143,10 +164,6 @@ def _share(nodes: Iterable[int], domains: Sequence[Domain], depth: int) -> bool:
 def _innermost(domains: Sequence[Domain], nodes: Sequence[int]) -> Domain:
     first, last = min(domains[n] for n in nodes), max(domains[n] for n in nodes)
     return first[: in_common(first, last)]
-
-
-def _around_all(nodes: Iterable[int], domains: Sequence[Domain]) -> list[Domain]:
-    return list(enclosing([_innermost(domains, list(nodes))]))
 
 
 def _name(domain: Domain) -> str:

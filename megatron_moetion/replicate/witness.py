@@ -14,10 +14,9 @@ from typing import Protocol
 
 from torch import distributed as dist
 
-from megatron_moetion.rendezvous import HOSTED
+from megatron_moetion.config import ENDPOINT
+from megatron_moetion.rendezvous import HOSTED, connect_to_store
 
-ENDPOINT = "MOETION_RENDEZVOUS"
-"""Environment: host:port of a rendezvous store that lives as long as the job, where the launcher's own does not."""
 _TIMEOUT = timedelta(seconds=20)
 
 
@@ -82,6 +81,12 @@ class StoreWitness:
             return
 
 
+def open_endpoint(endpoint: str, timeout: timedelta) -> dist.Store:
+    """The store at host:port; ``RuntimeError`` or ``ValueError`` where there is none."""
+    host, _, port = endpoint.rpartition(":")
+    return connect_to_store(host, int(port), timeout)
+
+
 def witness_of(environment: Mapping[str, str], run_id: str) -> Witness:
     """The launcher's store, if it outlives an attempt: named by ``MOETION_RENDEZVOUS``, else torchrun's own.
 
@@ -92,16 +97,16 @@ def witness_of(environment: Mapping[str, str], run_id: str) -> Witness:
     named = environment.get(ENDPOINT, "")
     shared = environment.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE", "0") not in ("1", "true", "True")
     if named:
-        host, _, port = named.rpartition(":")
+        endpoint = named
     elif HOSTED in environment:  # it lives as long as the launcher's attempt
-        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+        endpoint = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
         is_requeued = is_requeued or environment[HOSTED] != "0"
     elif environment.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and shared:
-        host, port = environment["MASTER_ADDR"], environment["MASTER_PORT"]
+        endpoint = f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
     else:
         return NO_WITNESS
     try:
-        store = dist.TCPStore(host, int(port), is_master=False, timeout=_TIMEOUT, wait_for_workers=False)
+        store = open_endpoint(endpoint, _TIMEOUT)
     except (RuntimeError, ValueError):  # torch raises nothing narrower where nobody listens
         return NO_WITNESS
     return StoreWitness(store, run_id, is_first=not is_requeued)

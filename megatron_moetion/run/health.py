@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import sys
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -71,7 +70,7 @@ def _later(one: Any, other: Any) -> Any:
 def watch(prepared: Prepared, running: Running) -> None:
     """Watch the other ranks until this run is closed or abandoned. Collective."""
     fabric, journal, limit_s = prepared.fabric, prepared.journal, prepared.config.hang_timeout_s
-    hosts = fabric.gather(socket.gethostname())
+    hosts = fabric.gather(prepared.host.name)
     if fabric.world_size == 1:
         return
 

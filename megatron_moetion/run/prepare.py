@@ -23,6 +23,7 @@ from megatron_moetion.run.host import Host, Probe
 from megatron_moetion.run.network import Network
 from megatron_moetion.run.running import Prepared
 from megatron_moetion.schedule.scheduler import Scheduler
+from megatron_moetion.snapshot.codec import require_codec
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.lock import LOCK_WAIT_S, NodeLock
 from megatron_moetion.store.node import NodeFolder, restart_count, run_id_of, write_pid
@@ -97,6 +98,8 @@ def claim(*, config: MoetionConfig, fabric: Fabric, witness: Witness = NO_WITNES
         serve_probes(fabric.mesh)
 
         def open_folder() -> tuple[str, Probe, Journal, NodeFolder, str]:
+            if config.coding_nodes:
+                require_codec()
             run_id = run_id_of(config, host.environment)
             report = Path(config.report) if config.report and rank == 0 else None
             probe, journal = host.make_probe(config, attempt, rank), Journal(rank, attempt, report, host.clock)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass
 
+from megatron_moetion.coding import Coding
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import DeviceFault
 from megatron_moetion.framework import StateAdapter
@@ -69,7 +70,8 @@ class Running:
     """Node of each rank, by rank."""
     interval: int
     """Iterations between snapshots."""
-    replicas: int
+    coding: Coding
+    """What other nodes keep of snapshots."""
     max_stall_s: float
     timeout_s: float
     save_limit_s: float
@@ -206,7 +208,7 @@ class Prepared:
             probe=self.probe,
             node_of=placement.node_of,
             interval=config.interval,
-            replicas=config.replicas,
+            coding=config.coding,
             max_stall_s=config.max_stall_ms / 1000,
             timeout_s=config.timeout_s,
             save_limit_s=config.save_limit_s,

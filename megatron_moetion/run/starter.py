@@ -194,8 +194,8 @@ class Starter:
         meeting = Meeting(self._run.fabric, "tokens of shared experts", peers, add, self._run.config.timeout_s)
         mode, packer = self._run.mode, self._run.packer
         mine = mode.recovered(plan.iteration, fetched.captured_at, state, packer, meeting.combine)
-        num_fetched = int((fetched.order.nodes != findings.placement.node_of[self._run.fabric.rank]).sum())
-        num_local = len(fetched.order.nodes) - num_fetched
+        is_local = fetched.order.is_from(findings.placement.node_of[self._run.fabric.rank])
+        num_local, num_fetched = int(is_local.sum()), int((~is_local).sum())
         total = Total.of(self._run.fabric, mine, num_local, num_fetched)
         mode.resume(plan.iteration, total.lost)
         phases.done("resync")
@@ -314,6 +314,16 @@ class Starter:
         releases = make_releases(self._run, self._saving, arenas.own, iteration, epoch)
         return self._run.begin(arenas, findings.placement, iteration, epoch, releases)
 
+    def _copies(self) -> str:
+        """What other nodes keep, for a person."""
+        config = self._run.config
+        if not config.coding.is_on:
+            return f"{config.replicas} replica(s)"
+        return (
+            f"{config.coding.holders} other nodes keep a fragment each, any {config.coding.data} of them rebuild it "
+            f"({config.replicas} nodes may be lost)"
+        )
+
     def _lost(self, findings: Findings) -> str | None:
         """Why state that this run once had is gone; None where there never was any. Collective."""
         seen = self._run.witness.past() if self._run.fabric.rank == 0 else Past()
@@ -356,7 +366,7 @@ class Starter:
             f"mode {mode.name}, {running.scheduler.schedule}: a snapshot every {config.interval} iteration(s)"
             f"{mode.describe()}; state {self._run.state_bytes / 2**20:.1f} MiB, "
             f"arenas {sum(a.nbytes for a in running.arenas.all()) / 2**20:.1f} MiB "
-            f"on this rank; {findings.placement.num_nodes} node(s), {config.replicas} replica(s); "
+            f"on this rank; {findings.placement.num_nodes} node(s), {self._copies()}; "
             f"store {self._run.node.path}",
         )
         if not self._run.is_found_again:

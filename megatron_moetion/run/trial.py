@@ -66,16 +66,19 @@ class Trial:
         scheduler: Scheduler,
         clock: Clock,
         *,
-        replicas: int,
+        share: float,
         lost_token_budget: float,
         sees_traffic: bool = True,
     ) -> None:
-        """``scheduler`` hears of training's traffic, and moves nothing; ``sees_traffic``: whether of all of it."""
+        """``scheduler`` hears of training's traffic, and moves nothing; ``sees_traffic``: whether of all of it.
+
+        ``share``: how often a snapshot crosses the network.
+        """
         self._fabric = fabric
         self._offers = offers
         self.scheduler = scheduler
         self._clock = clock
-        self._replicas = replicas
+        self._share = share
         self._budget = lost_token_budget
         self._sees_traffic = sees_traffic
         self._steps = 0
@@ -138,9 +141,9 @@ class Trial:
         )
         if self._sees_traffic:
             self.scheduler.learn(bytes_per_s)
-            carried = self.scheduler.carries(self._replicas)
+            carried = self.scheduler.carries(self._share)
             if math.isfinite(carried.nbytes):
-                nbytes, why = carried.nbytes * self._replicas, carried.why
+                nbytes, why = carried.nbytes * self._share, carried.why
         return {"nbytes": int(nbytes), "why": why, "rank": self._fabric.rank}
 
 

@@ -67,6 +67,8 @@ class Scheduler:
     ``schedule`` is ``bubble`` (in the gaps), ``steady`` (evenly) or ``eager`` (at once). ``stopwatch`` times training
     on its device, and ``clock`` everything else; the sending thread waits on ``condition``. ``draw`` gets what a trace
     shows. ``is_waited_for``: training waits at the end of each iteration until its snapshot has left.
+    ``packing_share``: share of an iteration that passes before a snapshot travels, where its bytes leave a device at a
+    pace.
     """
 
     def __init__(
@@ -79,8 +81,11 @@ class Scheduler:
         eager_slice_bytes: int,
         draw: Draw,
         is_waited_for: bool = False,
+        packing_share: float = 0.0,
     ) -> None:
         self.schedule = schedule
+        self._steady_share = DEADLINE_SHARE - packing_share
+        """Of an iteration, for a transfer that leaves evenly: so it is over in the one in which it was packed."""
         self._is_waited_for = is_waited_for
         self._clock = clock
         self._draw = draw
@@ -208,10 +213,11 @@ class Scheduler:
         """How long a transfer may take that begins ``since_s`` into an iteration and is to be over in it.
 
         One that leaves evenly has no place in the iteration: it takes as long wherever it begins, so that its rate is
-        the same, and is over before the next one begins.
+        the same, and is over before the next one begins. With the time in which its bytes leave a device, too: a
+        snapshot that takes longer than an iteration leaves no slots for every third one.
         """
         if self._pacer is None and not self._is_waited_for:
-            return DEADLINE_SHARE * typical_s
+            return self._steady_share * typical_s
         return max(DEADLINE_SHARE * typical_s - since_s, LATEST_SHARE * typical_s)
 
     def _windows(self, timelines: Sequence[Timeline], typical_s: float) -> Sequence[Window]:
@@ -220,7 +226,7 @@ class Scheduler:
             return self._fillable
         # Evenly, beside training's own bytes: what these leave of the time until the deadline, wherever in it.
         sending_s = float(timelines[-1].sends.nbytes.sum()) / self._meter.bytes_per_s
-        return (Window(begin_s=0.0, end_s=max(0.0, DEADLINE_SHARE * typical_s - sending_s)),)
+        return (Window(begin_s=0.0, end_s=max(0.0, self._steady_share * typical_s - sending_s)),)
 
     def urgent(self) -> AbstractContextManager[None]:
         """While it is entered, training waits for snapshots to leave, and none of their bytes is held back."""
@@ -232,10 +238,10 @@ class Scheduler:
         if nbytes >= MEASURED_MIN_BYTES and end_s > begin_s:
             self._packing.learn(nbytes / (end_s - begin_s))
 
-    def carries(self, replicas: int) -> Carried:
+    def carries(self, times: float) -> Carried:
         """Bytes of a snapshot that the windows of both links carry in an iteration.
 
-        A snapshot leaves the device once and crosses the network ``replicas`` times. Training moves nothing between
+        A snapshot leaves the device once and crosses the network ``times`` times. Training moves nothing between
         device and host, so that link's window is the iteration. A link that nothing has gone over yet limits nothing.
         Infinite in schedule ``eager``, and before any iteration was measured.
         """
@@ -249,17 +255,17 @@ class Scheduler:
         if self._packing.is_known:
             windows[Link.D2H] = (Window(begin_s=0.0, end_s=typical_s),)
             rates[Link.D2H] = self._packing.bytes_per_s
-        if replicas and self._paced.is_known:
+        if times and self._paced.is_known:
             windows[Link.NETWORK] = self._windows(self._timelines, typical_s)
-            rates[Link.NETWORK] = self._paced.bytes_per_s / replicas
+            rates[Link.NETWORK] = self._paced.bytes_per_s / times
         if not windows:
             return nothing_limits
         capacity, link = planner.capacity_bytes(windows, rates)
         idle_s = sum(w.duration_s for w in windows[link])
         name = "network" if link is Link.NETWORK else "link from device to host"
+        each = f" for each of the {times:.3g} times that they cross it" if link is Link.NETWORK and times > 1 else ""
         why = (
-            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s"
-            f"{f' a replica, {replicas} of them' if link is Link.NETWORK and replicas > 1 else ''}, "
+            f"the {name} has {idle_s:.2f} of {typical_s:.2f} s for them at {rates[link] / 1e6:.0f} MB/s{each}, "
             f"so an iteration carries {capacity / 1e6:.1f} MB"
         )
         return Carried(nbytes=capacity, why=why, is_settled=is_settled)

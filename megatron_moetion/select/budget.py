@@ -103,7 +103,7 @@ def shortest_period(log: GradientLog, snapshot_bytes: float) -> int:
     return max(MIN_PERIOD, math.ceil(log.state_bytes / room)) if room > 0 else MAX_PERIOD + 1
 
 
-def longer_period(log: GradientLog, carried_bytes: float, arenas: int) -> str:
+def longer_period(log: GradientLog, carried_bytes: float, arenas: float) -> str:
     """What to do where snapshots are larger than an iteration carries, for a person; ``arenas`` are held by a rank."""
     now = len(log.groups)
     period = max(shortest_period(log, carried_bytes), now + 1)

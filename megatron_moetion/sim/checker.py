@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import struct
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import combinations
 
 from megatron_moetion.sim import truth
-from megatron_moetion.sim.reader import Capture, Contents, mark_of, read
+from megatron_moetion.sim.reader import Capture, Contents, Way, mark_of, read, ways
 
 DENSE, FROZEN, HOST = "layers.0.dense", "frozen", "host"
+BUFFERS, GRADIENT = f"{DENSE}.buffers", ".grad"
+"""In mode ``exact``: what a unit has beside weights, and what names of gradients end with."""
 STEP_LIMIT_S = 60.0
 """What ``on_step_end`` may take at most: the limits of all waits in it."""
 THREADS_MAX = 200
@@ -27,6 +30,28 @@ LAG_MAX = 12
 
 class Violation(Exception):
     """A promise was broken."""
+
+
+_Ways = dict[tuple[int, str], dict[int, list[frozenset[str]]]]
+"""By rank and unit, and by iteration: the memories that each way to have the capture takes."""
+
+
+def _no_ways() -> _Ways:
+    return defaultdict(lambda: defaultdict(list))
+
+
+@dataclass(frozen=True)
+class _Have:
+    """What memory has of the present history, at least and at most.
+
+    The bytes of a gradient of zeros do not tell of which history it is. Its epoch does, where all histories of that
+    epoch are one up to there.
+    """
+
+    units: dict[int, set[str]] = field(default_factory=lambda: defaultdict(set))
+    """Of each rank."""
+    least: _Ways = field(default_factory=_no_ways)
+    most: _Ways = field(default_factory=_no_ways)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,10 +121,12 @@ class Checker:
         """A person has agreed to begin from nothing."""
         self.on_disk: dict[int, tuple[bytes, ...]] = {}
         """Checkpoints on disk: by iteration, the history that led there."""
-        self.reachable: int | None = None
-        """What memory held at the launch of this attempt, by a naive look; None: unknown."""
+        self.reachable = (-1, -1)
+        """What memory held at the launch of this attempt, by a naive look: at least, and at most."""
         self.vetoed: set[int] = set()
         self.replicas = model.replicas
+        self.group_nodes = model.replicas + 1
+        """Nodes that keep copies, or fragments, of each other."""
         self._begun: Begun | None = None
         self._recoveries: list[Begun] = []
         """Those that the present history has been through."""
@@ -112,8 +139,12 @@ class Checker:
         self._pages: dict[int, int] = {}
         self._rounds: dict[int, _Round] = {}
         self._heard = -1
-        self._words: dict[bytes, dict[tuple[int, str], bytes]] = {}
+        self._words: dict[tuple[bytes, int, str], bytes] = {}
         """State by mark, rank and unit, in mode ``exact``."""
+        self._before: dict[bytes, bytes] = {}
+        """By mark: the one that it came from."""
+        self._chains: dict[int, list[list[bytes]]] = defaultdict(list)
+        """By epoch: the histories that were made in it."""
 
     # -- attempts --------------------------------------------------------------------------------------
 
@@ -123,18 +154,27 @@ class Checker:
         ``domains``: the failure domain of each node's memory, empty where none are known.
         """
         most = max(Counter(domains.values()).values(), default=0)
-        self._domain_of = domains if most <= len(domains) // (self.replicas + 1) else {}
+        self._domain_of = domains if most <= len(domains) // self.group_nodes else {}
         newest = max(self._stable.values(), default=len(self.chain) - 1)
         self._newest_stable = max(self._newest_stable, newest)
         self._begun, self._launched_s = None, now_s
         self._stable, self._pages, self._rounds, self._heard = {}, {}, {}, -1
         found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
-        if not self.losses or all(how == "lost" for _, _, how in self.losses):
-            if len(found) != len(images):
-                raise Violation("an arena that nobody damaged cannot be read")
-            for place, contents in found:
-                self._check_whole(place, contents)
-        self.reachable = self._newest([contents for _, contents in found])
+        is_undamaged = all(how == "lost" for _, _, how in self.losses)
+        if is_undamaged and len(found) != len(images):
+            raise Violation("an arena that nobody damaged cannot be read")
+        for place, contents in found if is_undamaged else ():
+            if contents.stable > self._newest_stable:
+                raise Violation(
+                    f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}"
+                )
+        there = list(ways(found))
+        if is_undamaged:
+            self._check_bytes(there)
+        have = self._have([contents for _, contents in found], there)
+        self.reachable = self._newest(have.units, have.least), self._newest(have.units, have.most)
+        if is_undamaged:
+            self._check_claims(have, {_memory(place) for place, _ in images})
 
     def lost(self, now_s: float, memory: str, how: str) -> None:
         """A node's memory is lost (``lost``) or damaged (``damaged``)."""
@@ -152,8 +192,11 @@ class Checker:
         state: Mapping[str, bytes],
         counts: Sequence[int],
         lost_tokens: int,
-    ) -> None:
-        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters."""
+    ) -> bool:
+        """A rank trains from here on. ``state``: the bytes of its units; ``counts``: its token counters.
+
+        Whether it is the last one.
+        """
         self.checks += 1
         begun = self._begun
         if begun is None:
@@ -169,6 +212,7 @@ class Checker:
                 self.chain = self.chain[: iteration + 1]
             else:
                 self.chain = list(self.on_disk[iteration]) if iteration else [truth.START]
+            self._chains[epoch].append(self.chain)
         here = (begun.iteration, begun.recovered, begun.epoch)
         if (iteration, recovered, epoch) != here:
             raise Violation(f"rank {rank} starts at {(iteration, recovered, epoch)}, others at {here}")
@@ -184,19 +228,28 @@ class Checker:
             self.consented = False
             why = "all ranks have started"
             self.claims = [Claim(iteration, self.replicas, begun.launched_s, why, self._domain_of)]
+        return len(begun.ranks) == self.model.ranks
+
+    def all_have_started(self, images: Sequence[tuple[str, bytes]]) -> None:
+        """The last rank has, on these arenas: copies are complete again."""
+        if all(how == "lost" for _, _, how in self.losses):
+            found = [(place, contents) for place, image in images if (contents := read(image)) is not None]
+            have = self._have([contents for _, contents in found], ways(found))
+            self._check_claims(have, {_memory(place) for place, _ in images})
 
     def _judge_start(self, begun: Begun) -> None:
         floor = self.floor()
         if begun.recovered:
             if floor is not None and begun.iteration < floor.stable:
                 raise Violation(f"recovered {begun.iteration}, and {floor} stands; losses {self.losses[-5:]}")
-            if self.reachable is not None and begun.iteration > self.reachable:
-                raise Violation(f"recovered {begun.iteration}, and memory held {self.reachable} at most")
+            least, most = self.reachable
+            if begun.iteration > most:
+                raise Violation(f"recovered {begun.iteration}, and memory held {most} at most")
             is_sure = not self.vetoed and not any(
                 how == "damaged" or since_s >= self._launched_s for since_s, _, how in self.losses
             )
-            if is_sure and self.reachable is not None and begun.iteration < self.reachable:
-                raise Violation(f"recovered {begun.iteration}, and memory held {self.reachable}")
+            if is_sure and begun.iteration < least:
+                raise Violation(f"recovered {begun.iteration}, and memory held {least}")
             newest = max(self.on_disk, default=-1)
             if newest > begun.iteration:
                 raise Violation(f"recovered {begun.iteration} from memory, and disk has {newest}")
@@ -245,6 +298,7 @@ class Checker:
             expected = truth.mark_after(self.chain[-1], iteration, attempt)
             self.chain.append(expected)
             self.marks[iteration].add(expected)
+            self._before[expected] = self.chain[-2]
         elif iteration > len(self.chain):
             raise Violation(f"rank {rank} makes step {iteration} after {len(self.chain) - 1}")
         if self.chain[iteration] != mark:
@@ -368,19 +422,22 @@ class Checker:
     def _state(self, rank: int, unit: str, iteration: int) -> bytes:
         if unit == FROZEN:
             return self.model.frozen[rank]
+        return self._bytes_at(self.chain[iteration], iteration, rank, unit)
+
+    def _bytes_at(self, mark: bytes, iteration: int, rank: int, unit: str) -> bytes:
+        """What a unit of weights holds at this mark."""
         nbytes = self.model.dense_bytes if unit == DENSE else self.model.expert_bytes
         if self.model.mode != "exact":
-            return truth.contents(self.chain[iteration], rank, unit, nbytes)
-        first = iteration
-        while first > 0 and (rank, unit) not in self._words.get(self.chain[first], {}):
-            first -= 1
-        if first == 0:
-            words = truth.contents(truth.START, rank, unit, nbytes)
-        else:
-            words = self._words[self.chain[first]][rank, unit]
-        for i in range(first + 1, iteration + 1):
-            words = truth.stepped(words, truth.gradient(self.chain[i], rank, unit, nbytes, i), i)
-        self._words.setdefault(self.chain[iteration], {})[rank, unit] = words
+            return truth.contents(mark, rank, unit, nbytes)
+        steps = []
+        while mark != truth.START and (mark, rank, unit) not in self._words:
+            steps.append(mark)
+            mark = self._before[mark]
+        is_first = mark == truth.START
+        words = truth.contents(mark, rank, unit, nbytes) if is_first else self._words[mark, rank, unit]
+        for i, after in enumerate(reversed(steps), iteration - len(steps) + 1):
+            words = truth.stepped(words, truth.gradient(after, rank, unit, nbytes, i), i)
+            self._words[after, rank, unit] = words
         return words
 
     def _counts(self, rank: int, iteration: int) -> list[int]:
@@ -388,55 +445,114 @@ class Checker:
 
     # -- arenas ----------------------------------------------------------------------------------------
 
-    def _check_whole(self, place: str, contents: Contents) -> None:
-        """Whole or invisible: what a page lists is what some history had then."""
-        if contents.stable > self._newest_stable:
-            raise Violation(f"{place} calls {contents.stable} stable, and the newest ever was {self._newest_stable}")
-        if self.model.mode == "exact":
-            return
-        for capture in contents.captures:
+    def _check_bytes(self, there: Iterable[Way]) -> None:
+        """Whole or invisible: what pages list, and what any fragments that are enough make together, once was so."""
+        for way in there:
+            capture = way.capture
             self.checks += 1
-            if not any(self._is_of(contents.owner, capture, mark) for mark in self.marks[capture.iteration]):
-                raise Violation(f"{place} lists {capture.unit} of iteration {capture.iteration} with other bytes")
+            if not any(self._is_of(way.contents, capture, mark) for mark in self.marks[capture.iteration]):
+                where = " and ".join(way.places)
+                raise Violation(f"{capture.unit} of iteration {capture.iteration} has other bytes in {where}")
 
-    def _is_of(self, owner: int, capture: Capture, mark: bytes) -> bool:
-        if capture.unit == HOST:
+    def _check_claims(self, have: _Have, memories: set[str]) -> None:
+        """What a claim says holds whichever memories are lost, and not only for those that chance has taken."""
+        for claim in self.claims:
+            group = {memory: claim.domain_of.get(memory, memory) for memory in memories}
+            gone = self._lost_since(claim.since_s) | self.deleted
+            lost = {claim.domain_of.get(memory, memory) for memory in gone}
+            left = sorted({*group.values()} - lost)
+            if len(lost) > claim.losses:
+                continue
+            for more in combinations(left, min(claim.losses - len(lost), len(left))):
+                self.checks += 1
+                without = {*gone, *(memory for memory in memories if group[memory] in {*lost, *more})}
+                newest = self._newest(have.units, have.most, without)
+                if newest < claim.stable:
+                    raise Violation(f"{claim}, and without {sorted(without)} memory holds {newest}")
+
+    def _is_of(self, contents: Contents, capture: Capture, mark: bytes) -> bool:
+        """Whether a capture has the bytes of this mark."""
+        owner, name, i = contents.owner, capture.unit, capture.iteration
+        if name == HOST:
             try:
                 return mark_of(capture.data) == mark
             except (ValueError, KeyError, struct.error):
                 return False
-        if capture.unit == FROZEN:
+        if name == FROZEN:
             return capture.data.startswith(self.model.frozen[owner])
-        nbytes = self.model.dense_bytes if capture.unit == DENSE else self.model.expert_bytes
-        if not capture.data.startswith(truth.contents(mark, owner, capture.unit, nbytes)):
+        if name == BUFFERS:
+            return self._has_counts(owner, capture.data, i)
+        unit, start = _place(contents, name.removesuffix(GRADIENT))
+        nbytes = self.model.dense_bytes if unit == DENSE else self.model.expert_bytes
+        if name.endswith(GRADIENT):
+            if capture.is_zero and truth.is_skipped(i):
+                return True
+            expected = truth.gradient(mark, owner, unit, nbytes, i)
+        else:
+            expected = self._bytes_at(mark, i, owner, unit)
+        size = min(dict(contents.units)[name], nbytes - start)
+        if not capture.data.startswith(expected[start : start + size]):
             return False
-        if capture.unit == DENSE:
-            found = struct.unpack_from(f"<{self.model.experts}q", capture.data, -(-nbytes // 64) * 64)
-            return list(found) == self._counts(owner, capture.iteration)
-        return True
+        has_counts = name == DENSE and self.model.mode != "exact"
+        return not has_counts or self._has_counts(owner, capture.data[-(-nbytes // 64) * 64 :], i)
 
-    def _newest(self, found: Iterable[Contents]) -> int | None:
-        """The newest iteration of the present history of which every unit of every rank is in memory."""
-        if self.model.mode == "exact":
-            return None
-        have: dict[tuple[int, str], set[int]] = defaultdict(set)
+    def _has_counts(self, rank: int, data: bytes, iteration: int) -> bool:
+        return list(struct.unpack_from(f"<{self.model.experts}q", data)) == self._counts(rank, iteration)
+
+    def _have(self, found: Sequence[Contents], there: Iterable[Way]) -> _Have:
+        """What is of the present history."""
+        have = _Have()
         for contents in found:
-            for capture in contents.captures:
-                i = capture.iteration
-                if i < len(self.chain) and self._is_of(contents.owner, capture, self.chain[i]):
-                    have[contents.owner, capture.unit].add(i)
-        ranks = range(self.model.ranks)
-        best = -1
-        for i in range(len(self.chain)):
-            whole = all(i in have[r, DENSE] and i in have[r, HOST] and have[r, FROZEN] for r in ranks)
-            if whole and all(self._has_expert(have, r, e, i) for r in ranks for e in range(self.model.experts)):
-                best = i
-        return best
+            have.units[contents.owner] |= {name for name, _ in contents.units}
+        for way in there:
+            i, key = way.capture.iteration, (way.contents.owner, way.capture.unit)
+            if i < len(self.chain) and self._is_of(way.contents, way.capture, self.chain[i]):
+                memories = frozenset(map(_memory, way.places))
+                have.most[key][i].append(memories)
+                if not way.capture.is_zero or self._is_known(way.capture):
+                    have.least[key][i].append(memories)
+        return have
 
-    def _has_expert(self, have: Mapping[tuple[int, str], set[int]], rank: int, expert: int, iteration: int) -> bool:
-        name = f"layers.0.experts.{rank % 2 * self.model.experts + expert}"
-        if self.model.mode == "full":
+    def _is_known(self, capture: Capture) -> bool:
+        """Whether all histories of a capture's epoch are the present one, up to its iteration."""
+        upto = slice(capture.iteration + 1)
+        chains = self._chains.get(capture.epoch, [])
+        return bool(chains) and all(chain[upto] == self.chain[upto] for chain in chains)
+
+    def _newest(self, units: Mapping[int, set[str]], there: _Ways, without: Collection[str] = ()) -> int:
+        """The newest iteration of which every unit of every rank is there without these memories; -1: none."""
+        have: dict[tuple[int, str], set[int]] = defaultdict(set)
+        for key, iterations in there.items():
+            have[key] = {i for i, found in iterations.items() if any(way.isdisjoint(without) for way in found)}
+        ranks = range(self.model.ranks)
+        for i in range(len(self.chain) - 1, -1, -1):
+            if all(units[r] and all(self._is_there(have, r, name, i) for name in units[r]) for r in ranks):
+                return i
+        return -1
+
+    def _is_there(self, have: Mapping[tuple[int, str], set[int]], rank: int, name: str, iteration: int) -> bool:
+        """Whether memory has what this unit of a rank needs for this iteration."""
+        if name == FROZEN:
+            return bool(have[rank, name])
+        if self.model.mode == "popularity" and ".experts." in name:
+            common = set.intersection(*(have[r, name] for r in range(rank % 2, self.model.ranks, 2)))
+            return any(c <= iteration for c in common)
+        if self.model.mode != "exact" or name in (HOST, BUFFERS):
             return iteration in have[rank, name]
-        sharers = range(rank % 2, self.model.ranks, 2)
-        common = set.intersection(*(have[r, name] for r in sharers))
-        return any(c <= iteration for c in common)
+        if name.endswith(GRADIENT):
+            return True  # those that a unit of weights needs are looked for with it
+        base = max((c for c in have[rank, name] if c <= iteration), default=None)
+        return base is not None and all(i in have[rank, name + GRADIENT] for i in range(base + 1, iteration + 1))
+
+
+def _place(contents: Contents, name: str) -> tuple[str, int]:
+    """The unit that a slice of mode ``exact`` is of, and its first byte there."""
+    unit, mark, turn = name.partition("#")
+    before = [n for n, _ in contents.units if mark and n.partition("#")[0] == unit and not n.endswith(GRADIENT)]
+    sizes = dict(contents.units)
+    return unit, sum(sizes[n] for n in before if int(n.partition("#")[2]) < int(turn))
+
+
+def _memory(place: str) -> str:
+    """Whose memory it is in."""
+    return place.partition("/")[0]

@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import distributed as dist
 
@@ -32,11 +32,14 @@ from megatron_moetion.run.starter import Resumed, Starter
 from megatron_moetion.schedule.recorder import HostStopwatch
 from megatron_moetion.schedule.scheduler import Scheduler, no_drawing
 from megatron_moetion.session import Session
+from megatron_moetion.sim.device import NAME as DEVICE
+from megatron_moetion.sim.device import Device, LazyPool
 from megatron_moetion.sim.memory import Machine, SimNode
 from megatron_moetion.sim.network import Network, SimKernel
 from megatron_moetion.sim.schedule import Killed, Process, Simulator
 from megatron_moetion.sim.threads import SimClock, SimEvent, SimThreads
 from megatron_moetion.sim.trainee import Descender, Trainee
+from megatron_moetion.snapshot.device import DevicePacker
 from megatron_moetion.snapshot.packer import HostPool, Packer
 from megatron_moetion.store.hostmemory import PLAIN
 from megatron_moetion.units import Inventory
@@ -48,6 +51,8 @@ KILLED = 137
 RESTART_S = 0.5
 """An attempt that lasts less long is followed by a pause as long."""
 POOL = HostPool(1)
+_DEVICE_LIMIT_S = 1.0
+"""What a device has not done by then is late."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,6 +62,7 @@ class Shape:
     ranks: int = 4
     ranks_per_node: int = 1
     replicas: int = 1
+    coding_nodes: int = 0
     mode: str = "full"
     schedule: str = "eager"
     iterations: int = 40
@@ -66,6 +72,15 @@ class Shape:
     """Iterations between checkpoints on disk; 0: there are none."""
     domains: int = 0
     """Failure domains that nodes are in; 0: none are known."""
+    on_device: bool = False
+    """State lies on devices, not in host memory."""
+
+    @property
+    def copies_text(self) -> str:
+        """What nodes keep of each other, for a person."""
+        if not self.coding_nodes:
+            return f"{self.replicas} replicas"
+        return f"any {self.coding_nodes - self.replicas} of {self.coding_nodes - 1} fragments"
 
     @property
     def nodes(self) -> int:
@@ -158,6 +173,8 @@ class Cluster:
         """Changes to the run's settings, from the next attempt on."""
         self.cuts: Callable[[Rank], Cuts] = lambda rank: NO_CUTS
         self.probes: Callable[[Rank, str, int], None] = lambda rank, point, iteration: None
+        self.in_page: Callable[[Rank], None] = lambda rank: None
+        """Told of every page that is half written, by whom."""
         self.disk: dict[int, dict[int, Saved]] = {}
         """Checkpoints on disk: by iteration, the state of each rank. They appear when they are complete."""
         self._saving: dict[tuple[int, int], dict[int, Saved]] = {}
@@ -271,16 +288,18 @@ class Cluster:
         machine = self.machines[node]
         kind = Descender if self.shape.mode == "exact" else Trainee
         self._runs += 1
-        return Rank(
+        device = Device(self.simulator, process, lambda: rank.slow_pack_s) if self.shape.on_device else None
+        rank = Rank(
             number=number,
             attempt=self.attempt,
             machine=machine,
             process=process,
-            state=kind(number, self.shape.ranks, self.shape.experts, self.attempt),
+            state=kind(number, self.shape.ranks, self.shape.experts, self.attempt, device),
             kernel=SimKernel(self.network, machine.number, process, self._seed * 7919 + self._runs),
             clock=SimClock(self.simulator, lambda: machine.skew_s),
             threads=SimThreads(self.simulator, process),
         )
+        return rank
 
     # -- a rank ----------------------------------------------------------------------------------------
 
@@ -301,6 +320,7 @@ class Cluster:
             "mode": self.shape.mode,
             "run_id": RUN_ID,
             "replicas": self.shape.replicas,
+            "coding_nodes": self.shape.coding_nodes,
             "ranks_per_node": self.shape.ranks_per_node,
             "chunk_bytes": 4096,
             "pack_threads": 1,
@@ -359,6 +379,7 @@ class Cluster:
         while state.iteration < self.goal:
             rank.clock.sleep(self.step_s * 0.9)
             self.barrier.meet(rank.number, state.iteration)
+            state.compute()
             session.before_optimizer_step()
             state.advance()
             self.watcher.stepped(rank)
@@ -374,6 +395,7 @@ class Cluster:
 
     def _save(self, rank: Rank) -> None:
         state = rank.state
+        state.settle()
         part = self._saving.setdefault((rank.attempt, state.iteration), {})
         part[rank.number] = Saved(
             mark=state.mark,
@@ -413,10 +435,21 @@ class Cluster:
                 memory=PLAIN,
                 machine=rank.machine,
                 process=rank.process,
+                in_page=lambda: self.in_page(rank),
             )
 
         def make_packer(inventory: Inventory, config: MoetionConfig, pool: HostPool, number: int) -> Packer:
-            return SlowPacker(inventory, config.chunk_bytes, pool, rank)
+            if rank.state.device is None:
+                return SlowPacker(inventory, config.chunk_bytes, pool, rank)
+            found = DevicePacker(
+                DEVICE,
+                cast(Any, LazyPool(rank.state.device, pool)),
+                [unit for unit in inventory.units if unit.regions],
+                chunk_bytes=config.chunk_bytes,
+                batch_bytes=512,
+                timeout_s=_DEVICE_LIMIT_S,
+            )
+            return Packer(inventory, config.chunk_bytes, pool, found, clock=rank.clock)
 
         def probe(point: str, iteration: int) -> None:
             simulator.check()

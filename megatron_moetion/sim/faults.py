@@ -49,8 +49,8 @@ SETTLING_S = 15.0
 """From the end of the last fault until nothing may be seen of it any more, beyond what the calm iterations allow."""
 CALM_ITERATIONS = 30
 KINDS = {
-    "kill": 10, "kill-at": 12, "kill-all": 2, "lose-node": 5, "lose-in-recovery": 3, "swap-node": 2, "return-node": 2,
-    "flap-node": 3, "cut-then-lose": 4,
+    "kill": 10, "kill-at": 12, "kill-in-page": 4, "kill-all": 2, "lose-node": 5, "lose-in-recovery": 3, "swap-node": 2,
+    "return-node": 2, "flap-node": 3, "cut-then-lose": 4,
     "stop": 4, "slow": 3, "cut": 6, "cut-one-way": 3, "isolate": 3, "delay": 8, "reset": 14, "damage": 10, "drop": 8,
     "double": 8, "flip": 4, "fill": 3, "delete-store": 2, "clock": 3, "move": 3, "settings": 3, "late-pack": 6,
     "moved": 4, "grown": 3, "unhealthy": 3, "lose-domain": 10,
@@ -67,7 +67,18 @@ def draw(seed: int, shape: Shape, count: int, *, kinds: Sequence[str] = ()) -> l
     found = []
     for _ in range(count):
         kind = chance.choices(kinds, weights)[0]
-        is_by_rank = kind in ("kill", "kill-at", "kill-all", "stop", "slow", "late-pack", "moved", "grown", "unhealthy")
+        is_by_rank = kind in (
+            "kill",
+            "kill-at",
+            "kill-in-page",
+            "kill-all",
+            "stop",
+            "slow",
+            "late-pack",
+            "moved",
+            "grown",
+            "unhealthy",
+        )
         most = shape.ranks if is_by_rank else shape.nodes
         found.append(
             Fault(
@@ -107,6 +118,7 @@ class Injector:
         self._actions: dict[str, Callable[[Fault], bool]] = {
             "kill": self._kill,
             "kill-at": self._arm,
+            "kill-in-page": self._arm,
             "kill-all": self._kill_all,
             "lose-node": self._lose_node,
             "lose-domain": self._lose_domain,
@@ -137,6 +149,7 @@ class Injector:
             "unhealthy": self._unhealthy,
         }
         cluster.probes = self._probe
+        cluster.in_page = self._in_page
         cluster.cuts = lambda rank: _Wire(self, rank)
         for fault in faults:
             self._simulator.at(fault.at_s, lambda fault=fault: self._do(fault))  # type: ignore[misc]
@@ -166,15 +179,18 @@ class Injector:
         self._referee.say(str(fault))
 
     def _settle(self) -> None:
-        """Nothing new goes wrong; steps are long, so that few of them are made until all has settled."""
+        """Nothing new goes wrong; steps are long, so that few of them are made until all has settled.
+
+        What has waited for its point or its message until now would come too late to be over when all must be well.
+        """
+        self._armed.clear()
+        self._messages.clear()
         self._cluster.step_s = 4 * self._cluster.shape.step_s
 
     def _become_calm(self) -> None:
         """The last fault is over, and so is what it left: training goes on for so long that all must be well again."""
         if self._is_closed:
             return
-        self._armed.clear()
-        self._messages.clear()
         self._cluster.step_s = self._cluster.shape.step_s
         self._referee.say("no fault comes any more")
         self._referee.is_calm = True
@@ -213,7 +229,7 @@ class Injector:
         if self._is_closed:
             return
         for fault in self._armed:
-            if (fault.rank, fault.point) == (rank.number, point):
+            if fault.kind == "kill-at" and (fault.rank, fault.point) == (rank.number, point):
                 seen = self._skip[rank.attempt, id(fault)] = self._skip.get((rank.attempt, id(fault)), 0) + 1
                 if seen < min(fault.amount, 3):
                     continue
@@ -223,6 +239,16 @@ class Injector:
                 self._simulator.check()
         if self._simulator.chance.random() < 0.2:
             self._simulator.pause()
+
+    def _in_page(self, rank: Rank) -> None:
+        """A page of an arena is half written: its process may die, and nobody else goes on in between."""
+        self._simulator.check()
+        for fault in [] if self._is_closed else self._armed:
+            if (fault.kind, fault.rank) == ("kill-in-page", rank.number):
+                self._armed.remove(fault)
+                self._note(fault)
+                self._cluster.kill(rank, KILLED)
+                self._simulator.check()
 
     def _stop(self, fault: Fault) -> bool:
         rank = self._rank(fault.rank)
@@ -371,6 +397,7 @@ class Injector:
             shape, settings = self._cluster.shape, self._cluster.settings
             settings["schedule"] = ("eager", "steady", "bubble")[fault.amount % 3]
             settings["replicas"] = min(fault.other % 3, shape.nodes - 1)
+            settings["coding_nodes"] = shape.coding_nodes if settings["replicas"] == shape.replicas else 0
             if shape.mode != "exact":
                 settings["interval"] = 1 + fault.amount % 3
 
@@ -478,7 +505,7 @@ class Injector:
         for fault in self._messages:
             if fault.rank % self._cluster.shape.ranks != rank or self._is_closed:
                 continue
-            if purpose not in ("hold", "control") or (purpose == "control" and fault.kind != "damage"):
+            if purpose != "hold" and not (purpose in ("control", "exchange") and fault.kind == "damage"):
                 continue
             key = (-1, id(fault))
             self._skip[key] = self._skip.get(key, 0) + 1

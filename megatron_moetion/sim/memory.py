@@ -155,6 +155,17 @@ class SimNode(NodeFolder):
 
     machine: Machine
     process: Process
+    in_page: Callable[[], None] = lambda: None
+    """Called while half of a page is written; may raise ``Killed``."""
+
+    def _open(self, name: str, file: File) -> Arena:
+        def write(place: Bytes, data: bytes) -> None:
+            half = len(data) // 2
+            place[:half] = np.frombuffer(data[:half], dtype=np.uint8)
+            self.in_page()
+            place[half:] = np.frombuffer(data[half:], dtype=np.uint8)
+
+        return Arena(SimMemory(self.machine, name, file, self.process), write)
 
     def lock(self, wait_s: float, say: Callable[[str], None]) -> NodeLock:
         """See ``NodeFolder``."""
@@ -177,7 +188,7 @@ class SimNode(NodeFolder):
         file = self.machine.files.get(name)
         if file is None:
             raise CorruptArena(f"{self.describe(name)} cannot be opened: there is none")
-        return Arena(SimMemory(self.machine, name, file, self.process))
+        return self._open(name, file)
 
     def create_arena(self, name: str, spec: ArenaSpec, page: Page) -> Arena:
         """See ``NodeFolder``."""
@@ -189,7 +200,7 @@ class SimNode(NodeFolder):
         for start, data in first_bytes(spec, page):
             file.array[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
         self.machine.files[name] = file
-        return Arena(SimMemory(self.machine, name, file, self.process))
+        return self._open(name, file)
 
     def peek_arena(self, name: str) -> tuple[ArenaSpec, Page]:
         """See ``NodeFolder``."""

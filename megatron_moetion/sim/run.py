@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -17,6 +17,7 @@ from megatron_moetion.sim import truth
 from megatron_moetion.sim.checker import ATTEMPT_LIMIT_S, CALM_ITERATIONS, Checker, Model, Violation
 from megatron_moetion.sim.cluster import Cluster, Rank, Shape, Watcher
 from megatron_moetion.sim.faults import Fault, Injector
+from megatron_moetion.sim.memory import Machine
 from megatron_moetion.sim.schedule import Simulator, Stuck
 from megatron_moetion.sim.trainee import DENSE_BYTES, EXPERT_BYTES
 
@@ -43,9 +44,11 @@ class Outcome:
 class Referee(Watcher):
     """Tells the checker what happens, and stops the run where it objects."""
 
-    def __init__(self, simulator: Simulator, shape: Shape) -> None:
+    def __init__(self, simulator: Simulator, shape: Shape, folder: str) -> None:
         self.simulator = simulator
         self.shape = shape
+        self._folder = folder
+        """Of the run's small files: its name is another one in each run, and is left out of the story."""
         frozen = {r: truth.contents(b"frozen", r, "frozen", 64) for r in range(shape.ranks)}
         self.checker = Checker(
             Model(
@@ -79,11 +82,11 @@ class Referee(Watcher):
         """See ``Checker.launching``."""
         self._rounds, self._steps = {}, {}
         self.consent_needed = False
-        self.checker.replicas = cluster.config().replicas
-        images = [(f"{m.key}/{n}", f.array.tobytes()) for m in cluster.machines for n, f in sorted(m.files.items())]
+        config = cluster.config()
+        self.checker.replicas, self.checker.group_nodes = config.replicas, config.coding_nodes or config.replicas + 1
         self.say(f"attempt {cluster.attempt + 1} on {', '.join(m.key for m in cluster.machines)}")
         domains = {machine.key: machine.domain for machine in cluster.machines if machine.domain}
-        self.checker.launching(self.simulator.now_s, images, domains)
+        self.checker.launching(self.simulator.now_s, _images(cluster.machines), domains)
 
     def started(self, rank: Rank, running: Running, resumed: Resumed | None) -> None:
         """See ``Watcher``."""
@@ -91,7 +94,7 @@ class Referee(Watcher):
         self._homes[rank.number] = {holder.rank for holder in running.pipeline.holders()}
         if not rank.number:
             self.say(f"rank 0 starts at {state.iteration}, {'recovered' if resumed else 'new'}")
-        self.checker.started(
+        is_last = self.checker.started(
             self.simulator.now_s,
             rank.number,
             iteration=running.agreement.stable,
@@ -102,6 +105,9 @@ class Referee(Watcher):
             counts=state.counts.tolist(),
             lost_tokens=resumed.lost_tokens if resumed is not None else 0,
         )
+        if is_last:
+            machines = {r.machine.key: r.machine for r in self.ranks()}
+            self.checker.all_have_started(_images(machines.values()))
 
     def stepped(self, rank: Rank) -> None:
         """See ``Watcher``."""
@@ -152,7 +158,7 @@ class Referee(Watcher):
 
     def _is_full(self, session: Session) -> bool:
         holders = session.running.pipeline.holders()
-        return sum(h.is_active for h in holders) >= session.running.replicas
+        return sum(h.is_active for h in holders) >= session.running.coding.holders
 
     def _is_at_home(self, rank: Rank, session: Session) -> bool:
         return {h.rank for h in session.running.pipeline.holders()} == self._homes[rank.number]
@@ -164,17 +170,23 @@ class Referee(Watcher):
 
     def failed(self, rank: Rank, error: MoetionError) -> None:
         """See ``Watcher``."""
-        self.say(f"rank {rank.number} ends: {type(error).__name__}: {str(error)[:300]}")
+        text = str(error).replace(self._folder, "")
+        self.say(f"rank {rank.number} ends: {type(error).__name__}: {text[:300]}")
         if isinstance(error, NothingRecoverable):
             self.checker.gave_up(str(error))
             self.consent_needed = True
+
+
+def _images(machines: Iterable[Machine]) -> list[tuple[str, bytes]]:
+    """Every arena in these memories, and its place."""
+    return [(f"{m.key}/{name}", file.array.tobytes()) for m in machines for name, file in sorted(m.files.items())]
 
 
 def run(seed: int, shape: Shape, faults: Sequence[Fault]) -> Outcome:
     """Train through all these faults, then on without any; one process, no other effects."""
     with tempfile.TemporaryDirectory(prefix="moetion-sim-") as folder:
         simulator = Simulator(seed)
-        referee = Referee(simulator, shape)
+        referee = Referee(simulator, shape, folder)
         cluster = Cluster(simulator, shape, Path(folder), seed, referee)
         referee.ranks = lambda: cluster.ranks
         injector = Injector(cluster, referee, faults)

@@ -14,6 +14,8 @@ from megatron_moetion.sim.run import Outcome, run
 
 RUNS_MAX = 80
 """Runs that shortening a story may take."""
+_CODING_NODES_MIN = 4
+"""Of the smallest group that has fragments."""
 _MODES = ("full", "popularity", "exact")
 
 
@@ -24,12 +26,17 @@ class Story:
     seed: int
     ranks: int
     mode: str = "any"
+    copies: str = "whole"
+    """What nodes keep of each other: ``whole`` copies, ``fragments`` where there are nodes enough, or ``any``: the seed
+    decides."""
     faults: int = 60
     kinds: tuple[str, ...] = ()
     """Of its faults; none named: all."""
     kept: tuple[int, ...] | None = None
     domains: int = 0
     """Failure domains that nodes are in; 0: none are known."""
+    state: str = "host"
+    """Where state lies: in ``host`` memory, on a ``device``, or ``any``: the seed decides."""
 
     @property
     def shape(self) -> Shape:
@@ -40,14 +47,24 @@ class Story:
         nodes = self.ranks // per_node
         schedule = chance.choice(("eager", "eager", "steady", "bubble"))
         replicas = min(chance.choice((1, 1, 1, 2)), nodes - 1)
+        save_every = chance.choice((0, 0, 11))
+        coding_nodes = 0
+        if nodes >= _CODING_NODES_MIN and self.copies != "whole":
+            chance = random.Random(self.seed ^ 0xF4A6)  # of its own: whole copies are the same story with and without
+            if self.copies == "fragments" or chance.random() < 0.25:
+                coding_nodes = chance.randint(_CODING_NODES_MIN, min(nodes, 6))
+                replicas = chance.randint(2, coding_nodes - 2)
         return Shape(
             ranks=self.ranks,
             mode=mode if self.mode == "any" else self.mode,
             ranks_per_node=per_node,
             replicas=replicas,
+            coding_nodes=coding_nodes,
             schedule=schedule,
-            save_every=chance.choice((0, 0, 11)),
+            save_every=save_every,
             domains=self.domains,
+            on_device=self.state == "device"
+            or (self.state == "any" and random.Random(self.seed ^ 0xDE1).random() < 0.5),
         )
 
     def all_faults(self) -> list[Fault]:
@@ -68,10 +85,12 @@ class Story:
         """What repeats it, in a shell."""
         kinds = f" --kinds {','.join(self.kinds)}" if self.kinds else ""
         domains = f" --domains {self.domains}" if self.domains else ""
+        copies = "" if self.copies == "whole" else f" --copies {self.copies}"
+        state = "" if self.state == "host" else f" --state {self.state}"
         kept = "" if self.kept is None else f" --keep {','.join(map(str, self.kept)) or 'none'}"
         return (
             f"moetion simulate --first {self.seed} --seeds 1 --ranks {self.ranks} --mode {self.mode} "
-            f"--faults {self.faults}{domains}{kinds}{kept}"
+            f"--faults {self.faults}{state}{copies}{domains}{kinds}{kept}"
         )
 
 

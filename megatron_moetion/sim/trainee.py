@@ -4,7 +4,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ import numpy.typing as npt
 
 from megatron_moetion.framework import StepNote, TokenCounter
 from megatron_moetion.sim import truth
+from megatron_moetion.sim.device import NAME, Device
 from megatron_moetion.units import HOST_UNIT, Inventory, Region, Role, Unit, UnitKind
 
 DENSE_BYTES, EXPERT_BYTES = 320, 128
@@ -25,9 +27,15 @@ def expert_name(rank: int, expert: int, num_experts: int) -> str:
 
 
 class Trainee:
-    """``StateAdapter`` and ``TokenSource`` of one rank, in modes ``full`` and ``popularity``."""
+    """``StateAdapter`` and ``TokenSource`` of one rank, in modes ``full`` and ``popularity``.
 
-    def __init__(self, rank: int, world_size: int, num_experts: int, attempt: int) -> None:
+    ``device``: where its state lies; None: in host memory.
+    """
+
+    def __init__(
+        self, rank: int, world_size: int, num_experts: int, attempt: int, device: Device | None = None
+    ) -> None:
+        self.device = device
         self.rank = rank
         self.attempt = attempt
         self.iteration = 0
@@ -42,23 +50,42 @@ class Trainee:
         self.arrays = {name: np.zeros(n, dtype=np.uint8) for name, n in sizes.items()}
         self.counts = np.zeros(num_experts, dtype=np.int64)
         self.arrays["frozen"][:] = np.frombuffer(truth.contents(b"frozen", rank, "frozen", 64), dtype=np.uint8)
-        self._fill()
+        self._fill(self.mark)
 
-    def _fill(self) -> None:
+    def _fill(self, mark: bytes) -> None:
         for name, array in self.arrays.items():
             if name != "frozen":
-                array[:] = np.frombuffer(truth.contents(self.mark, self.rank, name, array.nbytes), dtype=np.uint8)
+                array[:] = np.frombuffer(truth.contents(mark, self.rank, name, array.nbytes), dtype=np.uint8)
 
-    def advance(self) -> None:
-        """One training step."""
+    def compute(self) -> None:
+        """The part of a training step that comes before the optimizer's."""
         self.iteration += 1
         self.mark = truth.mark_after(self.mark, self.iteration, self.attempt)
-        self._change()
-        for expert in range(len(self._experts)):
-            self.counts[expert] += truth.tokens(self.rank, self.iteration, expert)
 
-    def _change(self) -> None:
-        self._fill()
+    def advance(self) -> None:
+        """The optimizer's step. What it reads of a device first, such as a norm, is waited for."""
+        self.settle()
+        iteration, mark = self.iteration, self.mark
+        self._write(lambda: self._change(iteration, mark))
+        self._write(lambda: self._count(iteration))
+
+    def settle(self) -> None:
+        """Return when the arrays have what training has written."""
+        if self.device is not None:
+            self.device.settle()
+
+    def _write(self, call: Callable[[], None]) -> None:
+        if self.device is not None:
+            self.device.train(call)
+        else:
+            call()
+
+    def _change(self, iteration: int, mark: bytes) -> None:
+        self._fill(mark)
+
+    def _count(self, iteration: int) -> None:
+        for expert in range(len(self._experts)):
+            self.counts[expert] += truth.tokens(self.rank, iteration, expert)
 
     def load(self, iteration: int, mark: bytes, arrays: Mapping[str, bytes], counts: Sequence[int]) -> None:
         """From a checkpoint on disk."""
@@ -81,6 +108,8 @@ class Trainee:
         number = int(name.rpartition(".")[2]) if kind is UnitKind.EXPERT else None
         role = Role.WEIGHT if kind is UnitKind.FROZEN else Role.MASTER
         regions = (_region(name, "weight", self.arrays[name], role), *self._more_of(name), *more)
+        if self.device is not None:
+            regions = tuple(replace(region, device=NAME) for region in regions)
         return Unit(name=name, kind=kind, layer=None if name == "frozen" else 0, expert=number, regions=regions)
 
     def _more_of(self, name: str) -> tuple[Region, ...]:
@@ -146,20 +175,29 @@ class Trainee:
 class Descender(Trainee):
     """``StepReplayer`` too: state follows from gradients, for mode ``exact``."""
 
-    def __init__(self, rank: int, world_size: int, num_experts: int, attempt: int) -> None:
-        super().__init__(rank, world_size, num_experts, attempt)
+    def __init__(
+        self, rank: int, world_size: int, num_experts: int, attempt: int, device: Device | None = None
+    ) -> None:
+        super().__init__(rank, world_size, num_experts, attempt, device)
         self._gradients = {name: np.zeros_like(a) for name, a in self.arrays.items() if name != "frozen"}
         self._told: list[int] = []
         self._remembered = 1
         self._steps_taken = 0
 
-    def _change(self) -> None:
-        for name, array in self._gradients.items():
-            found = truth.gradient(self.mark, self.rank, name, array.nbytes, self.iteration)
-            array[:] = np.frombuffer(found, dtype=np.uint8)
-        self._told.append(self.iteration)
+    def compute(self) -> None:
+        """See ``Trainee``: all gradients are there then."""
+        super().compute()
+        iteration, mark = self.iteration, self.mark
+        self._write(lambda: self._derive(iteration, mark))
+        self._told.append(iteration)
         self._steps_taken += 1
-        self._step(self.iteration)
+
+    def _derive(self, iteration: int, mark: bytes) -> None:
+        for name, array in self._gradients.items():
+            array[:] = np.frombuffer(truth.gradient(mark, self.rank, name, array.nbytes, iteration), dtype=np.uint8)
+
+    def _change(self, iteration: int, mark: bytes) -> None:
+        self._step(iteration)
 
     def _step(self, iteration: int) -> None:
         if not truth.is_skipped(iteration):

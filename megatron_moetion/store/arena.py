@@ -76,8 +76,8 @@ class Arena:
     Views returned by ``payload`` and ``digests`` live as long as the arena is open; so do addresses.
     """
 
-    def __init__(self, memory: Memory) -> None:
-        """Open what stands in ``memory``. Errors as ``read_arena``."""
+    def __init__(self, memory: Memory, write: Callable[[Bytes, bytes], None] | None = None) -> None:
+        """Open what stands in ``memory``. Errors as ``read_arena``. ``write`` puts a page in its place."""
         view = memory.array
 
         def read(start: int, nbytes: int) -> bytes:
@@ -86,9 +86,10 @@ class Arena:
         self.spec, pages, self._page = read_arena(read, len(view), memory.name)
         self._memory = memory
         self._view = view
+        self._put = write or _put
         self._layout = Layout.of(self.spec)
         self._max_records = self.spec.num_records
-        self._unit_bytes = np.array([nbytes for _, _, nbytes in self.spec.units], dtype=np.int64)
+        self._unit_bytes = self.spec.stored_bytes
         self._lock = threading.RLock()
         self._next_page = 1 - pages.index(self._page)
         older = pages[self._next_page]
@@ -148,7 +149,7 @@ class Arena:
 
     @property
     def unit_bytes(self) -> Int64s:
-        """Bytes of a capture, by unit."""
+        """Bytes that a capture takes here, by unit."""
         return self._unit_bytes
 
     def payload(self, slot: int) -> Bytes:
@@ -176,6 +177,20 @@ class Arena:
     def slot_bytes(self, slots: Int64s) -> Int64s:
         """The capture bytes of each slot."""
         return self._layout.slot_sizes[slots]
+
+    def whole_records(self, records: Records) -> Records:
+        """The captures that these records of the arena are of, as their owner lists them: size and digest of the whole.
+
+        Slots are those of this arena. The fragments must be sound: what they are of stands before their bytes.
+        """
+        if self.spec.part.is_whole or not records:
+            return records
+        stored = ~records.is_zero
+        starts = self._layout.slot_starts[records.table["slot"][stored].astype(np.int64)]
+        digests = records.table["digest"].copy()
+        digests[stored] = self._view[starts[:, None] + np.arange(8)].copy().view("<u8").ravel()
+        sizes = np.array([nbytes for _, _, nbytes in self.spec.units], dtype=np.int64)[records.table["unit"]]
+        return records.replace(digest=digests, nbytes=np.where(stored, sizes, 0))
 
     # -- writing --------------------------------------------------------------------------------------
 
@@ -236,7 +251,7 @@ class Arena:
     def _write(self, page: Page) -> None:
         start = self._layout.page_starts[self._next_page]
         data = encode_page(page, self._max_records)
-        self._view[start : start + len(data)] = np.frombuffer(data, dtype=np.uint8)
+        self._put(self._view[start : start + len(data)], data)
         self._page = page
         self._listed = self._slots_of(page)
         self._next_page = 1 - self._next_page
@@ -247,6 +262,10 @@ class Arena:
         found = np.zeros(self.spec.num_slots, dtype=bool)
         found[slots[slots < self.spec.num_slots]] = True
         return found
+
+
+def _put(place: Bytes, data: bytes) -> None:
+    place[:] = np.frombuffer(data, dtype=np.uint8)
 
 
 def first_bytes(spec: ArenaSpec, page: Page) -> tuple[tuple[int, bytes], ...]:

@@ -8,14 +8,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 import numpy as np
 
 from megatron_moetion.arrays import Int64s
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.config import flag_of
 from megatron_moetion.errors import NOT_OURS, CorruptArena, IdentityMismatch
 from megatron_moetion.store.manifest import page_bytes
@@ -25,6 +27,7 @@ from megatron_moetion.units import Inventory, UnitKind, align_up
 FORMAT_VERSION = 3
 HEADER_PREFIX_BYTES = 8 + 8 + 16  # magic, JSON length, BLAKE2b-128 of the JSON
 _BLOCK_BYTES = 4096
+_NAME = re.compile(r"rank(\d{5,})(?:\.\d+\+\d+\.\d+)?\.arena")
 _SHAPE_BYTES = 8
 """Of each of the two digests of a shape."""
 _SIZE_MAX = 1 << 48
@@ -49,6 +52,10 @@ class ArenaIdentity:
     period: int = 0
     """Of mode ``exact``; 0 in others."""
     format_version: int = FORMAT_VERSION
+    fragment: int = 0
+    """What of each capture the arena holds: see ``Part``. Arenas of one run may differ in it."""
+    data: int = 1
+    parity: int = 0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,8 +64,9 @@ class ArenaSpec:
 
     identity: ArenaIdentity
     units: tuple[tuple[str, int, int], ...]
-    """Name, kind and capture bytes of each unit, by unit number."""
+    """Name, kind and capture bytes of each unit, by unit number. Of whole captures, whatever part the arena holds."""
     slots: tuple[tuple[int, int], ...]
+    """The same."""
     experts: int = 0
     """Of the owner's experts, how many a snapshot may hold: what the number of slots comes from. For messages."""
     sheet: str = ""
@@ -81,6 +89,37 @@ class ArenaSpec:
         )
 
     @property
+    def part(self) -> Part:
+        """What of each capture the arena holds."""
+        return Part(number=self.identity.fragment, data=self.identity.data, parity=self.identity.parity)
+
+    def of_part(self, part: Part) -> ArenaSpec:
+        """The specification of an arena that holds this part of the same captures."""
+        identity = replace(self.identity, fragment=part.number, data=part.data, parity=part.parity)
+        return replace(self, identity=identity)
+
+    @property
+    def name(self) -> str:
+        """The arena's file name."""
+        return arena_name(self.identity.owner, self.part)
+
+    @property
+    def stored_bytes(self) -> Int64s:
+        """What a capture of each unit takes here, by unit."""
+        part = self.part
+        return np.array([part.stored_bytes(nbytes) for _, _, nbytes in self.units], dtype=np.int64)
+
+    @property
+    def pools(self) -> tuple[tuple[int, int], ...]:
+        """Slots as they are here: bytes and count, by size."""
+        if self.part.is_whole:
+            return self.slots
+        found: Counter[int] = Counter()
+        for size, count in self.slots:
+            found[self.part.stored_bytes(size)] += count
+        return tuple(sorted(found.items()))
+
+    @property
     def num_slots(self) -> int:
         """Slots in total."""
         return sum(count for _, count in self.slots)
@@ -89,7 +128,7 @@ class ArenaSpec:
     def nbytes(self) -> int:
         """Bytes of the file."""
         chunk_bytes = self.identity.chunk_bytes
-        return _slots_start(self) + sum(count * _stride(size, chunk_bytes) for size, count in self.slots)
+        return _slots_start(self) + sum(count * _stride(size, chunk_bytes) for size, count in self.pools)
 
     @property
     def num_records(self) -> int:
@@ -98,7 +137,11 @@ class ArenaSpec:
 
     def to_json(self) -> bytes:
         """The header's document."""
-        return json.dumps({**vars(self), "identity": vars(self.identity)}, separators=(",", ":")).encode()
+        identity = dict(vars(self.identity))
+        if self.part.is_whole:  # versions without fragments read it too
+            for name in ("fragment", "data", "parity"):
+                del identity[name]
+        return json.dumps({**vars(self), "identity": identity}, separators=(",", ":")).encode()
 
     @classmethod
     def from_json(cls, data: bytes) -> ArenaSpec:
@@ -121,6 +164,7 @@ class ArenaSpec:
                 raise ValueError("a size is negative")
             if max(*sizes, found.identity.chunk_bytes) > _SIZE_MAX:
                 raise ValueError("a size is larger than any memory")
+            Part.of(found.identity.fragment, found.identity.data, found.identity.parity)
             if problem := _contradiction(found):
                 raise ValueError(problem)
         except NOT_OURS as error:
@@ -165,7 +209,7 @@ class Layout:
         header = cursor - 2 * area
         starts, sizes, pools = [], [], {}
         first = 0
-        for size, count in spec.slots:
+        for size, count in spec.pools:
             stride = _stride(size, spec.identity.chunk_bytes)
             starts.append(cursor + stride * np.arange(count, dtype=np.int64))
             sizes.append(np.full(count, size, dtype=np.int64))
@@ -182,9 +226,16 @@ class Layout:
         )
 
 
-def arena_name(owner: int) -> str:
-    """File name of one rank's arena inside a node's store."""
-    return f"rank{owner:05d}.arena"
+def arena_name(owner: int, part: Part = WHOLE) -> str:
+    """File name of an arena inside a node's store: of one rank, and of the part of its captures."""
+    suffix = "" if part.is_whole else f".{part.data}+{part.parity}.{part.number}"
+    return f"rank{owner:05d}{suffix}.arena"
+
+
+def owner_of(name: str) -> int | None:
+    """The rank whose arena has this name; None where it is no arena's."""
+    found = _NAME.fullmatch(name)
+    return int(found[1]) if found else None
 
 
 def num_chunks(nbytes: int, chunk_bytes: int) -> int:
@@ -201,7 +252,7 @@ def check_identity(found: ArenaSpec, ours: ArenaIdentity, shape: ArenaShape | No
     sides = [
         f"{_SPELLED.get(k, k)}: the arena has {theirs[k]!r}, this run has {mine[k]!r}"
         for k in mine
-        if k not in ("owner", "layout") and mine[k] != theirs[k]
+        if k not in ("owner", "layout", "fragment", "data", "parity") and mine[k] != theirs[k]
     ]
     if not sides and shape is not None:
         sides = _other_shape(ArenaShape.of(found), shape)  # where settings differ, this follows from them

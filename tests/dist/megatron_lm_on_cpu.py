@@ -24,8 +24,8 @@ from typing import Any
 import torch
 from official_pretrain import redirect
 
+from megatron_moetion.ending import lead
 from megatron_moetion.megatron_lm.__main__ import run
-from megatron_moetion.pretrain.launch import lead
 
 ASIDE = "LOADERS_DRAW_ASIDE"
 

@@ -16,6 +16,7 @@ import sys
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ import pytest
 import torch
 from jobs import Nursery, damage_captures, logs
 from megatron.core import dist_checkpointing
-from test_restarts import MODEL, WORLD_SIZE, Run
+from test_restarts import MODEL, WORLD_SIZE, Attempt, Run
 from torch import distributed as dist
 
 from megatron_moetion.clock import SystemClock
@@ -49,6 +50,7 @@ COMMON = f"--lr 1e-2 --train-iters {ITERATIONS} --lr-decay-iters 20 --swiglu --m
 COMMON += " --moe-router-score-function sigmoid --disable-bias-linear"
 PLACED = f"{COMMON} --pipeline-model-parallel-size 2"
 EXACT = "exact --moetion-period 3"
+FRAGMENTS = "full --moetion-ranks-per-node 1 --moetion-replicas 2 --moetion-coding-nodes 4"
 FEW_EXPERTS = "popularity --moetion-experts-per-snapshot 1 --moetion-max-experts-per-snapshot 1"
 
 
@@ -79,13 +81,19 @@ class Dead:
 
     def store(self, mode: str, copy: Path) -> Path:
         """A copy of what the dead run of this mode has left: a folder with one for each node."""
-        name = mode.split()[0]
         if mode not in self._stores:
-            run = self.run(name, f"{PLACED} --moetion --moetion-mode {mode} --moetion-ranks-per-node 2")
+            run = self.run(
+                f"dead{len(self._stores)}", f"{PLACED} --moetion --moetion-ranks-per-node 2 --moetion-mode {mode}"
+            )
             attempt = run.attempt(f"--moetion-inject-fault 0:1:{DIES}:before-select")
             assert -9 in attempt.codes, logs(run.folder / "0")
             self._stores[mode] = run.store / "restarts"
         return Path(shutil.copytree(self._stores[mode], copy))
+
+    @cached_property
+    def reference(self) -> Attempt:
+        """The undisturbed run, without any checkpoint."""
+        return self.run("reference", PLACED).finish()
 
 
 @pytest.fixture(scope="module")
@@ -154,16 +162,24 @@ RUN_S_OWN = ("progress",)
 """Holds the record of all flags; those of saving and of in-memory checkpoints differ."""
 
 
-@pytest.mark.parametrize("mode", ["full", EXACT])
-def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dead, tmp_path: Path, mode: str) -> None:
-    """Of both nodes, and of either one alone, whose replicas stand in for the other."""
+@pytest.mark.parametrize(
+    ("mode", "parts"),
+    [
+        pytest.param(FRAGMENTS, (("node0", "node2"), ("node1", "node3")), id="full, fragments"),
+        pytest.param(EXACT, (("node0",), ("node1",)), id="exact, copies"),
+    ],
+)
+def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(
+    dead: Dead, tmp_path: Path, mode: str, parts: tuple[tuple[str, ...], ...]
+) -> None:
+    """Of all nodes; of either one alone, whose replicas stand in for the other; of two that have fragments of four."""
     store = dead.store(mode, tmp_path / "store")
     iteration = None
-    for number, folders in enumerate(([store], [store / "node0"], [store / "node1"])):
+    for number, folders in enumerate(([store], *([store / name for name in names] for names in parts))):
         output = tmp_path / f"out{number}"
         code, found, said = export(output, *folders)
         assert code == 0, said
-        assert iteration in (None, found["iteration"]), "either node has the same iteration"
+        assert iteration in (None, found["iteration"]), "each part has the same iteration"
         iteration = found["iteration"]
         assert DIES - 2 <= iteration < DIES
         assert latest_iteration(str(output)) == iteration
@@ -174,7 +190,7 @@ def test_a_dead_jobs_memory_is_the_checkpoint_that_it_would_have_saved(dead: Dea
             k: v for k, v in saved["progress"].items() if k != "flags"
         }
         assert sum(k.startswith("optimizer.state.") for k in exported) > 30
-    assert found["replayed_steps"] == (0 if mode == "full" else pytest.approx(2, abs=1))
+    assert found["replayed_steps"] == (pytest.approx(2, abs=1) if mode == EXACT else 0)
 
 
 @pytest.mark.parametrize("precision", ["--bf16", ""])
@@ -214,12 +230,24 @@ def test_another_layout_goes_on_from_it(dead: Dead, tmp_path: Path, size: int) -
 
 
 def test_the_same_layout_goes_on_bitwise(dead: Dead, tmp_path: Path) -> None:
-    undisturbed = dead.run("reference", PLACED).finish()
+    undisturbed = dead.reference
     output = tmp_path / "out"
     code, found, said = export(output, dead.store(EXACT, tmp_path / "store"))
     assert code == 0, said
     resumed = dead.run("resumed", f"{PLACED} --load {output}").finish()
     assert resumed.losses == {i: loss for i, loss in undisturbed.losses.items() if i > found["iteration"]}
+
+
+def test_the_trainer_rebuilds_what_two_of_four_nodes_held(dead: Dead) -> None:
+    """Ranks 1 and 2, of both pipeline stages, have nothing left but fragments on the nodes of the other two."""
+    run = dead.run("rebuilt", f"{PLACED} --moetion --moetion-mode {FRAGMENTS}")
+    left = dead.store(FRAGMENTS, run.store / "restarts")
+    for node in ("node1", "node2"):
+        shutil.rmtree(left / node)
+    again = run.finish()
+    assert "recovered, epoch 1" in again.output
+    assert min(again.losses) in (DIES - 1, DIES)
+    assert again.losses == {i: loss for i, loss in dead.reference.losses.items() if i >= min(again.losses)}
 
 
 def test_stale_experts_are_named(dead: Dead, tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ import importlib.util
 import json
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -54,8 +55,8 @@ OFFICIAL = Trainer(
     "--eval-interval 100 --eval-iters 0",
     field="loss",
 )
-HOSTS = ("127.0.0.1", "127.0.0.2", "127.0.0.3")
-FIRST, SECOND, SPARE = HOSTS
+HOSTS = FIRST, SECOND, SPARE, OTHER_SPARE = "127.0.0.1", "127.0.0.2", "127.0.0.3", "127.0.0.4"
+"""Two train."""
 SRUN = """#!{python}
 import os, pathlib, subprocess, sys
 args = sys.argv[1:]
@@ -76,13 +77,14 @@ for number, host in enumerate(named or {hosts}):
         pathlib.Path({folder!r}, f"{{host}}.pid").write_text(str(tasks[-1].pid))
 sys.exit(max(abs(task.wait()) for task in tasks))
 """
-SCONTROL = f"#!/bin/sh\nprintf '%s\\n' {' '.join(HOSTS)}\n"
+SCONTROL = "#!/bin/sh\nprintf '%s\\n' {names}\n"
 
 
 class Job:
-    """A job of two nodes and a spare, as the batch script runs it."""
+    """A job of two nodes and spares, as the batch script runs it; ``warm``: restarts of warm parents."""
 
-    def __init__(self, trainer: Trainer, folder: Path, memory: Path) -> None:
+    def __init__(self, trainer: Trainer, folder: Path, memory: Path, *, spares: int = 1, warm: int = 0) -> None:
+        hosts = HOSTS[: 2 + spares]
         self.trainer = trainer
         self.folder = folder
         self.memory = memory
@@ -90,14 +92,15 @@ class Job:
         folder.mkdir()
         for name, text in (("srun", SRUN), ("scontrol", SCONTROL)):
             path = folder / name
-            path.write_text(text.format(python=sys.executable, hosts=HOSTS, folder=str(folder)))
+            path.write_text(text.format(python=sys.executable, hosts=hosts, folder=str(folder), names=" ".join(hosts)))
             path.chmod(0o755)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         settings = {
-            "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": "3",
-            "SLURM_JOB_NODELIST": "these", "SPARES": "1", "RANKS_PER_NODE": "1", "MODE": "full",
+            "PATH": f"{folder}:{os.environ['PATH']}", "SLURM_JOB_ID": "4711", "SLURM_JOB_NUM_NODES": str(len(hosts)),
+            "SLURM_JOB_NODELIST": "these", "SPARES": str(spares), "WARM_RESTARTS": str(warm),
+            "RANKS_PER_NODE": "1", "MODE": "full",
             "STORE": f"{memory}/@node", "CHECKPOINT_DIR": str(folder / "saved"), "MASTER_PORT": str(port),
             "PYTHON": sys.executable, "BEAT_S": "0.5", "PROGRAM": trainer.program.format(folder=folder),
         }  # fmt: skip
@@ -120,6 +123,10 @@ class Job:
         task = psutil.Process(int((self.folder / f"{host}.pid").read_text()))
         return [task, *task.children(recursive=True)]
 
+    def signal_ranks(self, number: int) -> None:
+        for note in self.memory.glob("*/*/*/rank*.pid"):
+            os.kill(json.loads(note.read_text())["pid"], number)
+
     def kill_a_rank(self, host: str) -> None:
         (pid_file,) = (self.memory / host).glob("*/*/rank*.pid")
         psutil.Process(json.loads(pid_file.read_text())["pid"]).kill()
@@ -137,8 +144,8 @@ class Job:
             assert self._script.poll() is None, f"over and not {what}:\n{self.log.read_text()[-9000:]}"
             time.sleep(0.02)
 
-    def wait(self) -> int:
-        return self._script.wait(90)
+    def wait(self, limit_s: float = 90) -> int:
+        return self._script.wait(limit_s)
 
     def end(self) -> None:
         """End what a failed test has left."""
@@ -207,6 +214,36 @@ def test_a_spare_changes_nothing_until_it_takes_a_lost_nodes_place(tmp_path: Pat
     assert of_a_node["iteration"] > of_a_process["iteration"]
     assert job.curve() == expected
     assert f"{SPARE}: taking the place of {SECOND}" in job.log.read_text()
+    assert not list(memory.glob("*/4711")), "memory of a finished run is removed"
+
+
+@pytest.mark.timeout(600)
+def test_warm_spares_take_the_places_of_two_nodes_that_are_lost_one_after_the_other(
+    tmp_path: Path, memory: Path
+) -> None:
+    """The second one is the first spare, as soon as its ranks have recovered; every loss is as without a fault."""
+    expected = undisturbed(BUNDLED, tmp_path)
+    job = Job(BUNDLED, tmp_path / "job", memory, spares=2, warm=5)
+    try:
+        job.await_it("training", lambda: len(job.curve()) >= 4)
+        job.signal_ranks(signal.SIGSTOP)  # the job is a short one, and spares begin to import when it has begun
+        job.await_it("ready", lambda: job.log.read_text().count("stands by for a lost machine of 2") == 2)
+        job.signal_ranks(signal.SIGCONT)
+        job.lose(SECOND)
+        job.await_it("recovered", lambda: len(job.events("recovered")) == 1)
+        job.await_it("said", lambda: f": taking the place of {SECOND}" in job.log.read_text())
+        taker = SPARE if f"{SPARE}: taking the place of {SECOND}" in job.log.read_text() else OTHER_SPARE
+        job.lose(taker)
+        assert job.wait(180) == 0, job.log.read_text()[-9000:]
+    finally:
+        job.end()
+    recovered = job.events("recovered")
+    assert len(recovered) == 2
+    assert all(event["fetched_units"] > 0 for event in recovered)
+    assert job.curve() == expected
+    log = job.log.read_text()
+    assert log.count("the ranks start again from warm parents") == 2
+    assert f"{OTHER_SPARE if taker == SPARE else SPARE}: taking the place of {taker}" in log
     assert not list(memory.glob("*/4711")), "memory of a finished run is removed"
 
 

@@ -32,10 +32,11 @@ def store() -> Iterator[Path]:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def start(output: IO[str], store: Path, mode: str, restarts: int) -> subprocess.Popen[str]:
+def start(output: IO[str], store: Path, mode: str, restarts: int, warm: int = 0) -> subprocess.Popen[str]:
     """Four ranks on two emulated nodes."""
     launcher = "-W ignore -m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts"
-    loop = f"--ranks-per-node 2 --run-id own --store {store} --mode {mode} --iterations {ITERATIONS}"
+    loop = f"--ranks-per-node 2 --run-id own --store {store} --mode {mode} --iterations {ITERATIONS} "
+    loop += f"--warm-restarts {warm}"
     return subprocess.Popen(
         [sys.executable, *launcher.split(), str(restarts), str(EXAMPLE), *loop.split()],
         env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
@@ -62,12 +63,15 @@ def lose_node_1(store: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.timeout(3 * LIMIT_S)
 def test_the_loop_goes_on_bit_for_bit_after_a_lost_node(tmp_path: Path, store: Path) -> None:
-    """With dropout, and a data loader that draws from the generator of the model when it is made, after start()."""
+    """With dropout, and a data loader that draws from the generator of the model when it is made, after start().
+
+    torchrun starts the ranks again in one job, warm parents in the other.
+    """
     curves = {}
     for name, mode in (("undisturbed", "full"), ("full", "full"), ("exact", "exact")):
         log = tmp_path / name
         with log.open("w") as output:
-            job = start(output, store / name, mode, restarts=0 if name == "undisturbed" else 2)
+            job = start(output, store / name, mode, restarts=2 * (name == "full"), warm=2 * (name == "exact"))
             try:
                 if name != "undisturbed":
                     deadline = time.monotonic() + LIMIT_S
@@ -84,6 +88,7 @@ def test_the_loop_goes_on_bit_for_bit_after_a_lost_node(tmp_path: Path, store: P
         assert code == 0, text
         curves[name] = losses(text)
         if name != "undisturbed":
+            assert ("start again from warm parents (1 of 2)" in text) == (name == "exact"), text
             recovered = re.search(r"\[moetion\] rank 0 iteration (\d+): recovered, epoch 1", text)
             assert recovered is not None, text
             assert KILLED_AT - 3 <= int(recovered.group(1)) < ITERATIONS

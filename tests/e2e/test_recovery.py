@@ -180,14 +180,17 @@ def assert_all_traffic_is_drawn(traces: Path) -> None:
     assert sent["all-to-all"] == 0  # inside a node
 
 
-@pytest.mark.parametrize("mode", ["full", "exact --moetion-period 3"])
+FRAGMENTS = "--moetion-ranks-per-node 1 --moetion-replicas 2 --moetion-coding-nodes 4"
+
+
+@pytest.mark.parametrize(("mode", "copies"), [("full", FRAGMENTS), ("exact --moetion-period 3", "")])
 def test_ranks_that_warm_parents_fork_again_are_the_uninterrupted_run(
-    reference: Run, tmp_path: Path, store: Path, mode: str
+    reference: Run, tmp_path: Path, store: Path, mode: str, copies: str
 ) -> None:
     """A rank dies in a step, another one in the recovery from that, one after it; ``torchrun`` restarts nothing."""
     faults = "0:3:6:mid-pack,1:0:-1:restore,2:2:10:mid-replication"
     saved = tmp_path / "saved"
-    more = f"--moetion-warm-restarts 3 --moetion-inject-fault {faults} --save {saved} --save-interval 100"
+    more = f"{copies} --moetion-warm-restarts 3 --moetion-inject-fault {faults} --save {saved} --save-interval 100"
     run = train(tmp_path, moetion(store, mode, more))
     assert [e["epoch"] for e in run.recoveries] == [1, 2]
     assert [folder.name for folder in saved.glob("iter_*")] == [f"iter_{ITERATIONS:07d}"], "none for a restart"
@@ -207,7 +210,7 @@ def test_a_run_that_dies_before_its_first_snapshot_is_restarted_from_the_beginni
 
 
 ANY_TRAINING = {
-    "config", "errors", "mcore", "mcore.argument_checks", "mcore.arguments", "mcore.chain", "mcore.cpu_adam",
+    "coding", "config", "errors", "mcore", "mcore.argument_checks", "mcore.arguments", "mcore.chain", "mcore.cpu_adam",
     "mcore.cpu_device", "mcore.disk_format", "mcore.engine_names", "mcore.optimizer_state", "mcore.rng",
     "mcore.topology", "output", "persist", "persist.tracker", "rendezvous", "units",
 }  # fmt: skip

@@ -51,7 +51,7 @@ def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Pat
             "seconds": round(time.monotonic() - began, 1),
             "cpu_seconds": round(time.process_time() - cpu, 1),
             "outcomes": dict(sorted(outcomes.items())),
-            "is_guided": is_guided,
+            "guided": outcomes.total() if is_guided else 0,
             "finding": problem,
         }
         scratch = report.with_suffix(".tmp")
@@ -80,7 +80,7 @@ def fuzz(name: str, executions: int, seconds: float, findings: Path, report: Pat
 
     if not is_guided:
         limit_address_space()
-        begin_with, chance = list(inputs(target).values()), random.Random(name)
+        begin_with, chance = list(inputs(target).values()), random.SystemRandom()
         with timed():
             while True:
                 run(change(chance.choice(begin_with), BYTES_MAX, chance.getrandbits(63)))
@@ -147,18 +147,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def add(path: Path, said: dict[str, Any]) -> None:
-    """To the results of other targets in this file."""
+    """To the results of other targets in this file, and to what was done before with this one."""
     document: dict[str, Any] = json.loads(path.read_text()) if path.exists() else {}
-    result = {
+    results = {each["name"]: each for each in document.get("results", [])}
+    before = results.get(said["target"], {})
+    executions = said["executions"] + before.get("value", 0)
+    outcomes = collections.Counter(said.get("outcomes", {})) + collections.Counter(before.get("outcomes", {}))
+    now = facts()
+    results[said["target"]] = {
         "name": said["target"],
-        "value": said["executions"],
+        "value": executions,
         "unit": "executions",
         "target": EXECUTIONS,
-        "met": said["executions"] >= EXECUTIONS and not said.get("finding"),
-        **{key: said.get(key) for key in ("seconds", "cpu_seconds", "is_guided", "outcomes", "finding")},
+        "met": executions >= EXECUTIONS and not said.get("finding"),
+        **{key: round(said.get(key, 0) + before.get(key, 0), 1) for key in ("seconds", "cpu_seconds", "guided")},
+        "outcomes": dict(sorted(outcomes.items())),
+        "commits": sorted({*before.get("commits", []), now["commit"]}),
+        "finding": said.get("finding"),
     }
-    results = {each["name"]: each for each in document.get("results", [])} | {said["target"]: result}
-    path.write_text(json.dumps({**facts(), "results": list(results.values())}, indent=1) + "\n")
+    path.write_text(json.dumps({**now, "results": list(results.values())}, indent=1) + "\n")
 
 
 def facts() -> dict[str, Any]:

@@ -44,6 +44,7 @@ from stand_ins import (
 from support import node_folder
 
 from megatron_moetion.clock import SystemClock
+from megatron_moetion.coding import Part
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ChannelError, ConfigError, CorruptArena, IdentityMismatch, MoetionError, StoreError
 from megatron_moetion.inspect.judge import Copy, judge
@@ -53,9 +54,10 @@ from megatron_moetion.persist.tracker import TRACKER, latest_iteration
 from megatron_moetion.pretrain.flags import RECORD_BYTES, compare
 from megatron_moetion.recover.exchange import sealed, swap
 from megatron_moetion.recover.opened import Opened
-from megatron_moetion.recover.plan import ORDER, Order, Reach, plan_of
+from megatron_moetion.recover.plan import ORDER, Order, Place, Reach, plan_of, sources_of
 from megatron_moetion.recover.report import History, Summary, of_history
 from megatron_moetion.recover.shared import ITERATIONS_MAX, common, iterations_of
+from megatron_moetion.recover.startup import packed, unpacked
 from megatron_moetion.recover.survey import survey_store
 from megatron_moetion.replicate.addresses import Directory
 from megatron_moetion.replicate.channel import Address, Note
@@ -70,6 +72,7 @@ from megatron_moetion.replicate.mirror import (
     Update,
     decode_update,
     difference,
+    encode_digests,
     plain,
     records_of,
     table_of,
@@ -82,12 +85,14 @@ from megatron_moetion.replicate.speed import serve_probes
 from megatron_moetion.replicate.tree import place_of
 from megatron_moetion.replicate.watchdog import named
 from megatron_moetion.run.health import ended_before, take_ended
+from megatron_moetion.snapshot.codec import Codec
 from megatron_moetion.snapshot.digest import digest_of
 from megatron_moetion.snapshot.host_state import decode, encode
 from megatron_moetion.snapshot.packer import HostPool
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.chains import chain_layout
 from megatron_moetion.store.manifest import (
+    NO_RECORDS,
     Branch,
     Page,
     Record,
@@ -191,6 +196,31 @@ def image(owner: int, mode: str) -> bytes:
             )  # fmt: skip
         arena.add(records)
     arena.edit(lambda page: {"stable": 4})
+    return arena.memory.tobytes()
+
+
+PART = Part(number=3, data=2, parity=1)
+"""A computed one."""
+
+
+@cache
+def fragments(owner: int) -> bytes:
+    """An arena that has this part of the captures of ``image``."""
+    of = Arena(Image(image(owner, "full"), arena_name(owner)))
+    spec, page, codec = of.spec.of_part(PART), of.page, Codec(PART.data, PART.parity)
+    arena = new_arena(spec, replace(page, records=NO_RECORDS, stable=-1), spec.name)
+    records = []
+    for record in page.records:
+        slot = arena.acquire(PART.stored_bytes(record.nbytes))
+        assert slot is not None
+        payload, digests = arena.payload(slot), arena.digests(slot)
+        codec.fragment(PART.number, of.payload(record.slot), record.digest, 0, payload)
+        for chunk in range(len(digests)):
+            digests[chunk] = digest_of(POOL, payload[64 * chunk : 64 * chunk + 64])
+        digest = digest_of(POOL, digests.view(np.uint8))
+        records.append(replace(record, slot=slot, nbytes=payload.nbytes, digest=digest))
+    arena.add(records)
+    arena.edit(lambda _: {"stable": page.stable})
     return arena.memory.tobytes()
 
 
@@ -299,19 +329,20 @@ ARENA = Shape(arena_apart, arena_together)
 
 
 def arena_seeds() -> list[bytes]:
-    return [image(0, mode) for mode in ("full", "popularity", "exact")]
+    return [*(image(0, mode) for mode in ("full", "popularity", "exact")), fragments(0)]
 
 
 def read_arenas(data: bytes) -> None:
     """A survey finds the arena, and so do the tools; where it is sound, the rank goes on with it."""
-    name = arena_name(0)
-    opened = Opened(Shelf({name: data}), lambda arena: None)  # type: ignore[arg-type]
+    names = [name := arena_name(0), arena_name(0, PART)]
+    opened = Opened(Shelf(dict.fromkeys(names, data)), lambda arena: None)  # type: ignore[arg-type]
     shapes = [ArenaShape.of(spec_of(owner, "full")) for owner in range(2)]
-    reports = survey_store(opened, [name], identity(1, "full"), shapes, POOL)
+    reports = survey_store(opened, names, identity(1, "full"), shapes, POOL)
     summary = Summary.of(reports)
     assert Summary.from_json(json.loads(json.dumps(summary.to_json()))) == summary
     if summary.newest is not None:
         of_history(reports, summary.newest)
+    sources_of({Place(0, report.part): report.records for report in reports if not report.problem}, 0)
     arena = Arena(Image(data, name))
     use_records(arena.page, chain_layout(arena.spec.units))
     update_bytes_max(arena.spec)
@@ -486,6 +517,8 @@ def frame_apart(data: bytes) -> Value:
             mutate.rows("<Iq", body[: ends[0]]), mutate.rows("<IIIQQ", body[ends[0] : ends[1]]),
             mutate.rows("<Q", body[ends[1] :]),
         ]  # fmt: skip
+    elif kind == Kind.DIGESTS:
+        body = mutate.rows("<Q", body)
     return [kind, words, [dropped, added, 0], body]
 
 
@@ -500,6 +533,8 @@ def frame_together(value: Value) -> bytes:
         content = text_of(body)
     elif kind == Kind.TABLE:
         content = mutate.table(RECORD_FIELDS, body)
+    elif kind == Kind.DIGESTS:
+        content = mutate.table("<Q", body)
     elif kind == Kind.UPDATE and len(items(body)) == 3:
         content = mutate.table("<Iq", body[0]) + mutate.table("<IIIQQ", body[1]) + mutate.table("<Q", body[2])
         dropped, added = (
@@ -553,6 +588,22 @@ def update_of(arena: Arena, iteration: int) -> tuple[Frame, bytes]:
     return frame, b"".join(arena.payload(slot).tobytes() for slot in slots)
 
 
+def late_update_of(owner: int, iteration: int) -> tuple[Frame, bytes, Frame]:
+    """What an owner sends of one iteration to a holder of ``PART``: the frame, fragments, and their digests."""
+    arena = Arena(Image(fragments(owner), "seed"))
+    page = arena.page
+    here = page.records.where(page.records.table["iteration"] == iteration)
+    slots = here.table["slot"].tolist()
+    update = Update(dropped=NO_RECORDS, added=arena.whole_records(here), digests=np.empty(0, dtype=np.uint64))
+    frame = Frame(
+        kind=Kind.UPDATE, epoch=page.epoch, iteration=iteration, stable=page.stable, dropped=0, added=len(here),
+        body=update.encode(),
+    )  # fmt: skip
+    chunks = np.concatenate([arena.digests(slot) for slot in slots])
+    late = Frame(kind=Kind.DIGESTS, epoch=page.epoch, body=encode_digests(here.table["digest"].copy(), chunks))
+    return frame, b"".join(arena.payload(slot).tobytes() for slot in slots), late
+
+
 def frame_seeds() -> list[bytes]:
     arena = Arena(Image(image(1, "full"), "seed"))
     table = plain(arena.page.records).table.view(np.uint8)
@@ -562,6 +613,8 @@ def frame_seeds() -> list[bytes]:
         framed(Frame(kind=Kind.TABLE, epoch=1, body=table)),
         framed(update_of(arena, 5)[0]),
         framed(Frame(kind=Kind.NO, epoch=1, body=refused)),
+        framed(late_update_of(1, 5)[2]),
+        framed(Frame(kind=Kind.DIGESTS, epoch=1, body=np.empty(0, dtype=np.uint8))),
     ]
 
 
@@ -585,6 +638,15 @@ def read_frame(data: bytes) -> None:
             chunk_bytes=64, epoch=1, branches=page.branches,
         )  # fmt: skip
         received.kept(page.records)
+    elif frame.kind is Kind.DIGESTS:
+        update, _, _ = late_update_of(1, 5)
+        stored_bytes = spec.of_part(PART).stored_bytes
+        received = decode_update(
+            update.body, dropped=0, added=update.added, iteration=5, unit_bytes=stored_bytes, chunk_bytes=64, epoch=1,
+            branches=page.branches, is_late=True,
+        )  # fmt: skip
+        completed = received.completed(frame.body)
+        assert completed is None or completed.num_late == 0
     else:
         assert isinstance(frame.reason, str)
 
@@ -596,7 +658,14 @@ def conversation_seeds() -> list[bytes]:
     update, payload = update_of(arena, 5)
     again, more = update_of(arena, 4)
     drop = framed(Frame(kind=Kind.DROP, epoch=1))
+    of_part = framed(
+        Frame(kind=Kind.OPEN, epoch=1, body=replace(opening(), spec=opening().spec.of_part(PART)).encode())
+    )
+    late, fragment_bytes, digests = late_update_of(1, 5)
+    gone = framed(Frame(kind=Kind.DIGESTS, epoch=1))
     return [
+        joined([b"\0", of_part, framed(late), fragment_bytes, framed(digests), drop]),
+        joined([b"\0", of_part, framed(late), fragment_bytes, gone, drop]),
         joined([b"\1", opens, framed(update), payload, drop]),
         joined([b"\1", opens, framed(again), more, framed(update), payload]),
         joined([b"\0", opens, framed(update), payload]),
@@ -829,7 +898,8 @@ def swap_apart(data: bytes) -> Value:
         if kind == b"\0":
             value = mutate.rows(RECORD_FIELDS, document)
         elif kind == b"\1":
-            value = mutate.rows(RECORD_FIELDS + "qQ", document)
+            split = 8 + 32 * int.from_bytes(document[:8], "little")
+            value = [mutate.rows("<qqqq", document[8:split]), mutate.rows(RECORD_FIELDS + "QQ", document[split:])]
         else:
             value = mutate.document(document)
     return [kind, 0 if int.from_bytes(size, "little") == len(document) + 16 else size, value]
@@ -837,8 +907,12 @@ def swap_apart(data: bytes) -> Value:
 
 def swap_together(value: Value) -> bytes:
     kind, size, content = [*items(value), *[b""] * 3][:3]
-    if isinstance(content, list):
-        document = mutate.table(RECORD_FIELDS + ("qQ" if kind == b"\1" else ""), content)
+    if isinstance(content, list) and kind == b"\1" and len(content) == 2:
+        places, rows = content
+        document = mutate.fields("<q", [len(items(places))]) + mutate.table("<qqqq", places)
+        document += mutate.table(RECORD_FIELDS + "QQ", rows)
+    elif isinstance(content, list):
+        document = mutate.table(RECORD_FIELDS, content)
     else:
         document = text_of(content)
     body = sealed(document)
@@ -848,10 +922,12 @@ def swap_together(value: Value) -> bytes:
 
 def swap_seeds() -> list[bytes]:
     records = page_of("full").records
-    order = np.zeros(len(records), dtype=ORDER)
-    order["record"] = records.table
+    table = np.zeros(len(records), dtype=ORDER)
+    table["record"], table["sources"] = records.table, 0b11
+    order = Order(owner=1, places=(Place(0, PART), Place(1, replace(PART, number=1))), table=table)
     return [
-        swap_together([b"\0", 0, records.table.tobytes()]), swap_together([b"\1", 0, order.tobytes()]),
+        swap_together([b"\0", 0, records.table.tobytes()]), swap_together([b"\1", 0, order.to_bytes()]),
+        swap_together([b"\4", 0, packed(records) + packed(records[:1])]),
         swap_together([b"\2", 0, spec_of(1, "full").to_json()]), swap_together([b"\3", 0, b""]),
     ]  # fmt: skip
 
@@ -867,6 +943,10 @@ def swapped(data: bytes) -> None:
             order = Order.from_bytes(1, told)
             order.records.sorted()
             order.lacked_by(0)
+            assert len(order.is_rebuilt) == len(order.is_from(0)) == len(order.records)
+        case b"\4":
+            for records in unpacked(told):
+                use_records(replace(page_of("full"), records=records), chain_layout(spec_of(0, "exact").units))
         case _:
             spec = ArenaSpec.from_json(told)
             assert ArenaSpec.from_json(spec.to_json()) == spec

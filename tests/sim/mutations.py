@@ -41,8 +41,14 @@ class Mutation:
     """Kinds of faults that look for it, comma separated; none: all."""
     seeds: tuple[int, ...] = ()
     """That look for it; none: those of the command line."""
+    state: str = "host"
+    """Where state of the runs lies that look for it."""
     domains: int = 0
     """Failure domains of the runs that look for it."""
+    copies: str = "whole"
+    """What nodes keep of each other in these runs."""
+    ranks: int = 0
+    """Of these runs; 0: as many as the command line says."""
     review: str = ""
     """The fault of an earlier review that it brings back, by its number there."""
 
@@ -57,8 +63,8 @@ MUTATIONS = (
     Mutation(
         name="copies of a state share a failure domain",
         file="replicate/placement.py",
-        old="groups = _apart(where, replicas) if replicas and any(where) else _consecutive(num_nodes, replicas)",
-        new="groups = _consecutive(num_nodes, replicas)",
+        old="groups = _apart(where, coding.holders) if replicas and any(where) else _consecutive(",
+        new="groups = _consecutive(",
         mode="full",
         kinds="lose-domain,kill",
         domains=2,
@@ -242,6 +248,45 @@ MUTATIONS = (
         kinds="kill",
     ),
     Mutation(
+        name="chains end one iteration too early",
+        file="store/chains.py",
+        old="all(i in logged for i in range(newest + 1, at + 1))",
+        new="all(i in logged for i in range(newest + 1, at + 2))",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="a gradient of zeros is logged as that of the iteration before",
+        file="snapshot/capture.py",
+        old="        zeros = Records.make(len(zero), unit=sorted(zero), iteration=iteration,",
+        new="        zeros = Records.make(len(zero), unit=sorted(zero), iteration=iteration - 1,",
+        mode="exact",
+        kinds="kill",
+    ),
+    Mutation(
+        name="training's stream does not wait for the copies that read live state",
+        file="snapshot/device.py",
+        old="                self._pool.order_after(self._streams.current(), held_for)",
+        new="                pass",
+        state="device",
+        kinds="kill,late-pack",
+    ),
+    Mutation(
+        name="copies begin before training's stream has come to them",
+        file="snapshot/device.py",
+        old="            return self._drain(cancel, self._timeout_s)",
+        new="            return True",
+        state="device",
+        kinds="kill,late-pack",
+    ),
+    Mutation(
+        name="commits always write the same page",
+        file="store/arena.py",
+        old="        self._next_page = 1 - self._next_page\n",
+        new="",
+        kinds="kill-in-page,kill",
+    ),
+    Mutation(
         name="a child's word is lost with its connection",
         file="replicate/rounds.py",
         old="self._up(number, payload) for number, payload in sorted(self._said.items())",
@@ -255,6 +300,63 @@ MUTATIONS = (
         new="",
         review="F9",
         kinds="delete-store,kill",
+    ),
+    Mutation(
+        name="one loss more is said to be survived than fragments are left for",
+        file="coding.py",
+        old="return max(0, parts - self.data + 1)",
+        new="return max(0, parts - self.data + 2)",
+        copies="fragments",
+        ranks=5,
+        kinds="kill",
+    ),
+    Mutation(
+        name="holders that lack fragments get none in a recovery",
+        file="recover/plan.py",
+        old="return [leg for leg in legs if len(leg.rows)]",
+        new="return [leg for leg in legs if len(leg.rows) and leg.part.is_whole]",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="one fragment too few is enough",
+        file="recover/plan.py",
+        old="if key not in found and len(numbers) >= data:",
+        new="if key not in found and len(numbers) >= data - 1:",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-domain,kill",
+        domains=2,
+    ),
+    Mutation(
+        name="fragments are grouped by their own digests",
+        file="store/arena.py",
+        old="        digests[stored] = self._view[starts[:, None] + np.arange(8)].copy().view(\"<u8\").ravel()\n",
+        new="",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-node,kill",
+    ),
+    Mutation(
+        name="fragments of two iterations are put together",
+        file="recover/plan.py",
+        old="    for (key, _, data, _), numbers in pieces.items():\n",
+        new="    for (key, _, data, _), numbers in pieces.items():\n"
+        "        others = [ns for (k, *_), ns in pieces.items() if k[0] == key[0]]\n"
+        "        numbers = {n: p for ns in [*others, numbers] for n, p in ns.items()}\n",
+        copies="fragments",
+        ranks=5,
+        kinds="cut-then-lose,lose-node,reset",
+    ),
+    Mutation(
+        name="a computed row is that of another fragment",
+        file="snapshot/codec.py",
+        old="self._driver.encode(rows.tobytes())[number - 1]",
+        new="self._driver.encode(rows.tobytes())[self._data]",
+        copies="fragments",
+        ranks=5,
+        kinds="lose-node,kill",
     ),
 )  # fmt: skip
 
@@ -306,7 +408,16 @@ def _look(mutation: Mutation, seeds: Sequence[int], ranks: int, limit_s: float) 
             break
         kinds = tuple(filter(None, mutation.kinds.split(",")))
         faults = 20 if kinds else 60
-        story = Story(seed=seed, ranks=ranks, mode=mutation.mode, kinds=kinds, faults=faults, domains=mutation.domains)
+        story = Story(
+            seed=seed,
+            ranks=mutation.ranks or ranks,
+            mode=mutation.mode,
+            copies=mutation.copies,
+            kinds=kinds,
+            faults=faults,
+            domains=mutation.domains,
+            state=mutation.state,
+        )
         tried += 1
         problem = story.play().problem
         if problem is not None:

@@ -18,10 +18,14 @@ from megatron_moetion.sim.faults import KINDS
 from megatron_moetion.sim.story import Story
 
 ROOT = Path(__file__).parents[2]
-FIXED = ((1, 4, "full"), (2, 4, "popularity"), (3, 4, "exact"), (4, 8, "any"))
-"""Seed, ranks, mode."""
-DOMAINS = ((5, 8, "full", 4),)
-"""Seed, ranks, mode, failure domains."""
+FIXED = (
+    (1, 4, "full", "whole"), (2, 4, "popularity", "whole"), (3, 4, "exact", "whole"), (4, 8, "any", "whole"),
+    (1, 4, "full", "fragments"), (3, 5, "popularity", "fragments"),
+)  # fmt: skip
+"""Seed, ranks, mode, copies."""
+ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
+DOMAINS = ((5, 8, "full", 4, "whole"), (4, 8, "full", 4, "fragments"))
+"""Seed, ranks, mode, failure domains, copies."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
 QUICK = (
     "a recovery does not begin an epoch",
@@ -29,6 +33,10 @@ QUICK = (
     "T follows the last result, also back",
     "the optimizer does not wait for the copy",
     "copies of a state share a failure domain",
+    "one loss more is said to be survived than fragments are left for",
+    "holders that lack fragments get none in a recovery",
+    "training's stream does not wait for the copies that read live state",
+    "chains end one iteration too early",
 )
 """Mutations that the first seed finds within a second or two."""
 
@@ -40,9 +48,10 @@ def simulate(*flags: str, hash_seed: int = 0) -> subprocess.CompletedProcess[str
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("seed", "ranks", "mode"), FIXED)
-def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str) -> None:
-    story = Story(seed=seed, ranks=ranks, mode=mode)
+@pytest.mark.parametrize(("seed", "ranks", "mode", "copies"), FIXED)
+def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str, copies: str) -> None:
+    story = Story(seed=seed, ranks=ranks, mode=mode, copies=copies)
+    assert (story.shape.coding_nodes > 0) == (copies == "fragments")
     outcome = story.play()
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults.total() >= 30, "faults take place"
@@ -50,10 +59,21 @@ def test_no_promise_is_broken_under_faults(seed: int, ranks: int, mode: str) -> 
 
 
 @pytest.mark.timeout(300)
-@pytest.mark.parametrize(("seed", "ranks", "mode", "domains"), DOMAINS)
-def test_the_loss_of_a_failure_domain_costs_nothing(seed: int, ranks: int, mode: str, domains: int) -> None:
+@pytest.mark.parametrize(("seed", "ranks", "mode"), ON_DEVICE)
+def test_no_promise_is_broken_where_state_lies_on_devices(seed: int, ranks: int, mode: str) -> None:
+    story = Story(seed=seed, ranks=ranks, mode=mode, faults=40, state="device")
+    outcome = story.play()
+    assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
+    assert outcome.faults.total() >= 20, "faults take place"
+
+
+@pytest.mark.timeout(300)
+@pytest.mark.parametrize(("seed", "ranks", "mode", "domains", "copies"), DOMAINS)
+def test_the_loss_of_a_failure_domain_costs_nothing(
+    seed: int, ranks: int, mode: str, domains: int, copies: str
+) -> None:
     kinds = ("lose-domain", "lose-node", "kill", "move")
-    story = Story(seed=seed, ranks=ranks, mode=mode, faults=12, kinds=kinds, domains=domains)
+    story = Story(seed=seed, ranks=ranks, mode=mode, copies=copies, faults=12, kinds=kinds, domains=domains)
     outcome = story.play()
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
     assert outcome.faults["lose-domain"] >= 2, outcome.faults
@@ -61,7 +81,7 @@ def test_the_loss_of_a_failure_domain_costs_nothing(seed: int, ranks: int, mode:
 
 @pytest.mark.timeout(300)
 def test_a_fresh_seed() -> None:
-    story = Story(seed=random.SystemRandom().randrange(1 << 30), ranks=4)
+    story = Story(seed=random.SystemRandom().randrange(1 << 30), ranks=4, copies="any")
     outcome = story.play()
     assert outcome.problem is None, f"{story.line}\n" + "\n".join(outcome.story[-30:])
 

@@ -16,12 +16,14 @@ from support import POOL, ToyState, capture, find, make_arena, make_packer, no_p
 
 from megatron_moetion.arrays import Bytes
 from megatron_moetion.clock import SystemClock
+from megatron_moetion.recover.survey import intact
 from megatron_moetion.replicate.frames import PURPOSE
 from megatron_moetion.replicate.holder import Holder
 from megatron_moetion.replicate.link import Timing
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.replicate.replication import Replication
 from megatron_moetion.replicate.worker import SystemThreads, Threads
+from megatron_moetion.snapshot.codec import Codec
 from megatron_moetion.store.arena import Arena
 from megatron_moetion.store.manifest import Records
 from megatron_moetion.store.node import NodeFolder
@@ -89,6 +91,7 @@ class Ranks:
         num_ranks: int = 2,
         replicas: int = 1,
         *,
+        coding_nodes: int = 0,
         copies: int = 3,
         held_copies: int | None = None,
         patience: int = 1000,
@@ -106,7 +109,7 @@ class Ranks:
         self.fabrics = loopback_fabrics(num_ranks, cuts=self.faults, **network)
         self.states = list(states or [ToyState(num_experts=2, seed=r) for r in range(num_ranks)])
         self.packers = [make_packer(s.inventory()) for s in self.states]
-        self.placement: Placement = place([f"node{r}" for r in range(num_ranks)], replicas)
+        self.placement: Placement = place([f"node{r}" for r in range(num_ranks)], replicas, (), coding_nodes)
         self.folders = [folder / f"node{r}" for r in range(num_ranks)]
         self.arenas: list[OpenArenas] = []
         self.replications: list[Replication] = []
@@ -114,7 +117,9 @@ class Ranks:
         self.probe, self.held_probe = probe, held_probe
         for rank in range(num_ranks):
             held = {
-                o: make_arena(self.folders[rank], self.states[o], o, held_copies or copies)
+                o: make_arena(
+                    self.folders[rank], self.states[o], o, held_copies or copies, self.placement.part_at(rank, o)
+                )
                 for o in self.placement.owners_held_by(rank)
             }
             own = make_arena(self.folders[rank], self.states[rank], rank, copies)
@@ -192,16 +197,23 @@ class Ranks:
         return {r.iteration for r in self.held(holder, owner).page.records}
 
     def is_mirror(self, holder: int, owner: int) -> bool:
-        """Whether the holder's arena lists exactly what the owner's does, byte for byte."""
+        """Whether the holder's arena lists exactly what the owner's does, byte for byte, or fragments of that."""
         own, copy = self.own(owner), self.held(holder, owner)
         ours = {(r.unit, r.iteration, r.epoch, r.digest, r.tokens) for r in own.page.records}
-        theirs = {(r.unit, r.iteration, r.epoch, r.digest, r.tokens) for r in copy.page.records}
+        theirs = {(r.unit, r.iteration, r.epoch, r.digest, r.tokens) for r in copy.whole_records(copy.page.records)}
         if ours != theirs:
             return False
         for record in own.page.records:
             found = find(copy, record.unit, record.iteration)
             assert found is not None
-            if not record.is_zero:
+            if not record.is_zero and not copy.spec.part.is_whole:
+                part = copy.spec.part
+                expected = np.empty(part.stored_bytes(record.nbytes), dtype=np.uint8)
+                codec = Codec(part.data, part.parity)
+                codec.fragment(part.number, own.payload(record.slot), record.digest, 0, expected)
+                assert copy.payload(found.slot).tobytes() == expected.tobytes()
+                assert intact(copy, copy.page.records, POOL).all()
+            elif not record.is_zero:
                 assert copy.payload(found.slot).tobytes() == own.payload(record.slot).tobytes()
                 assert copy.digests(found.slot).tolist() == own.digests(record.slot).tolist()
         return True

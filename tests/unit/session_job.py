@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A whole job of two ranks in one process, one a node, over the loopback."""
+"""A whole job of a few ranks in one process, one a node, over the loopback."""
 
 from __future__ import annotations
 
@@ -28,9 +28,10 @@ class Adapter(ToyState):
     """A toy state that knows whose it is."""
 
     rank = 0
+    ranks = 2
 
     def expert_peers(self) -> tuple[int, ...]:
-        return (0, 1)
+        return tuple(range(self.ranks))
 
 
 class OnDevice(Adapter):
@@ -69,7 +70,7 @@ class TroubledPacker(Packer):
 class Job:
     """One attempt of a job: ranks, one a node, that train in step. ``device``: by rank, options of ``make_device``.
 
-    ``drain_s``: how long a rank waits for the other one after each step; None: as for anything.
+    ``drain_s``: how long a rank waits for the others after each step; None: as for anything.
     """
 
     def __init__(
@@ -84,14 +85,14 @@ class Job:
         state: type[ToyState] | None = None,
         device: Mapping[int, Mapping[str, Any]] | None = None,
         drain_s: float | None = None,
+        ranks: int = 2,
         **settings: object,
     ) -> None:
-        ranks = 2
         self.network = Faults()
         self.states = [(state or Adapter)(num_experts=4, seed=r, elements=elements) for r in range(ranks)]
         for rank, each in enumerate(self.states):
             if isinstance(each, Adapter):
-                each.rank = rank
+                each.rank, each.ranks = rank, ranks
         fields = {"store": str(folder), "run_id": "job", "ranks_per_node": 1, "pack_threads": 1, "timeout_s": 10,
                   "chunk_bytes": 4096, "mode": "full", **settings}  # fmt: skip
         self.witness = witness

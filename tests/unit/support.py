@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from megatron_moetion._C import DevicePool, HostPool
 from megatron_moetion.clock import SystemClock
+from megatron_moetion.coding import WHOLE, Part
 from megatron_moetion.errors import ChannelError
 from megatron_moetion.framework import StateAdapter, StepReplayer, TokenCounter, TokenSource
 from megatron_moetion.modes.exact import ExactBlueprint
@@ -180,10 +181,13 @@ def spec_of(state: ToyState, owner: int = 0, copies: int = 3, **changes: Any) ->
     return ArenaSpec.of(whose, units, {u.name: copies for u in units.units})
 
 
-def make_arena(folder: Path, state: ToyState, owner: int = 0, copies: int = 3, **changes: Any) -> Arena:
+def make_arena(
+    folder: Path, state: ToyState, owner: int = 0, copies: int = 3, part: Part = WHOLE, **changes: Any
+) -> Arena:
     """A new arena for a state, named as in a store."""
     folder.mkdir(parents=True, exist_ok=True)
-    return create_arena(folder / f"rank{owner:05d}.arena", spec_of(state, owner, copies, **changes), Page())
+    spec = spec_of(state, owner, copies, **changes).of_part(part)
+    return create_arena(folder / spec.name, spec, Page())
 
 
 def make_packer(

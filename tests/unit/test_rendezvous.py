@@ -4,7 +4,10 @@
 from __future__ import annotations
 
 import os
+import socket
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from typing import Any
 
@@ -14,6 +17,7 @@ from torch import distributed as dist
 
 import megatron_moetion
 from megatron_moetion import rendezvous
+from megatron_moetion.errors import ChannelError
 from megatron_moetion.rendezvous import SHARE_SWITCH, replacement_warning, restart_warning
 
 TWO_NODES = {
@@ -116,3 +120,73 @@ def test_arguments_are_torchs(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_rank_that_does_not_come_is_named_in_time() -> None:
     with pytest.raises(rendezvous.ChannelError, match="rank 0 waits for 1 ranks; 0 have shown up"):
         megatron_moetion.init_process_group("gloo", None, timedelta(seconds=0.2), 2, 0, dist.HashStore())
+
+
+class Counted:
+    """A store that counts what it is asked for."""
+
+    def __init__(self, store: dist.Store) -> None:
+        self.requests = 0
+        self._store = store
+
+    def __getattr__(self, name: str) -> Any:
+        self.requests += 1
+        return getattr(self._store, name)
+
+
+def test_ranks_that_wait_for_each_other_do_not_ask_again_and_again() -> None:
+    """Among what dead processes have left: their nonces, an answer, and a ring."""
+    host = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    for rank in (1, 2):
+        host.set(f"moetion/nonce/{rank}", "of a dead process")
+    host.set("moetion/ring", "1")
+    stores = [Counted(dist.TCPStore("localhost", host.port, wait_for_workers=False)) for _ in range(3)]
+
+    def begin(rank: int) -> str:
+        time.sleep((0.8, 0, 0.4)[rank])
+        return rendezvous.agree_on_token(stores[rank], rank, 3, timedelta(seconds=20), 0)
+
+    for attempt in range(2):
+        with ThreadPoolExecutor(3) as pool:
+            tokens = set(pool.map(begin, range(3)))
+        assert len(tokens) == 1
+        assert tokens.pop().startswith(f"{attempt}-")
+        assert all(store.requests <= 30 * (attempt + 1) for store in stores), [store.requests for store in stores]
+
+
+def test_who_waits_in_vain_says_for_whom() -> None:
+    limit, store = timedelta(seconds=0.3), dist.HashStore()
+    store.set("moetion/nonce/2", "x")
+    with pytest.raises(ChannelError, match="rank 0 waits for 2 ranks; 1 have shown up within the timeout"):
+        rendezvous.agree_on_token(store, 0, 3, limit, 0)
+    with pytest.raises(ChannelError, match="rank 2 found no rank 0"):
+        rendezvous.agree_on_token(dist.HashStore(), 2, 3, limit, 0)
+
+
+def test_a_connection_to_a_store_that_does_not_come_is_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    host = dist.TCPStore("localhost", 0, is_master=True, wait_for_workers=False)
+    tries: list[timedelta] = []
+
+    def store(*args: Any, timeout: timedelta, **others: Any) -> dist.Store:
+        tries.append(timeout)
+        if len(tries) == 1:
+            raise dist.DistNetworkError("the client socket has timed out")
+        return TCPStore(*args, timeout=timeout, **others)
+
+    TCPStore = dist.TCPStore
+    monkeypatch.setattr(dist, "TCPStore", store)
+    found = rendezvous.connect_to_store("localhost", host.port, timedelta(seconds=30))
+    found.set("key", "value")
+    assert host.get("key") == b"value"
+    assert tries == [timedelta(seconds=rendezvous.CONNECT_S * times) for times in (1, 2)]
+    assert found.timeout == timedelta(seconds=30)
+
+
+def test_a_store_that_is_not_there_is_given_up_in_time() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    began = time.monotonic()
+    with pytest.raises(dist.DistNetworkError):
+        rendezvous.connect_to_store("127.0.0.1", port, timedelta(seconds=0.5))
+    assert time.monotonic() - began < 5

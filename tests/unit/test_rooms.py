@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[2] / "megatron_moetion"
 NAME = PACKAGE.name
 
 FLOORS = [
-    {"units", "framework", "config", "errors", "output", "clock", "arrays", "rendezvous", "_C"},
+    {"units", "framework", "coding", "config", "errors", "output", "clock", "arrays", "rendezvous", "ending", "_C"},
     {"observe"},
     {"store"},
     {"snapshot"},
@@ -40,6 +40,7 @@ FLOORS = [
 
 PURE = [
     "arrays.py",
+    "coding.py",
     "units.py",
     "store/manifest.py",
     "store/population.py",
@@ -79,6 +80,7 @@ PURE = [
     "plan/presets.py",
     "plan/shape.py",
     "sim/checker.py",
+    "sim/galois.py",
     "sim/reader.py",
     "sim/truth.py",
 ]

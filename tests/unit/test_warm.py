@@ -19,10 +19,14 @@ from typing import Any, NoReturn
 
 import pytest
 import torch
+from torch import distributed as dist
 
-from megatron_moetion import warm
 from megatron_moetion.errors import ChannelError, ConfigError
-from megatron_moetion.warm import AGAIN, ENDED, LEAVE, Launch, exit_code_of, stay, verdict
+from megatron_moetion.warm import stay as beginning
+from megatron_moetion.warm import waiting
+from megatron_moetion.warm.board import AGAIN, ENDED, LEAVE, exit_code_of, verdict
+from megatron_moetion.warm.launch import Launch
+from megatron_moetion.warm.stay import stay
 
 ROOT = Path(__file__).parents[2]
 
@@ -81,8 +85,8 @@ def test_the_driver_is_asked_whether_anything_has_called_cuda(
 ) -> None:
     """3 is what CUDA's driver says before anybody has initialised it."""
     driver = SimpleNamespace(cuDeviceGetCount=lambda count: answer)
-    monkeypatch.setattr(warm.ctypes, "CDLL", lambda name: driver)
-    assert warm.has_called_cuda() is expected
+    monkeypatch.setattr(beginning.ctypes, "CDLL", lambda name: driver)
+    assert beginning.has_called_cuda() is expected
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,13 @@ class Outcome:
     def generations(self) -> int:
         return len({path.name.split(".")[0] for path in self.folder.glob("?.?")})
 
+    def assert_left_to_the_launcher(self, killed: dict[int, int]) -> None:
+        """Of ranks that end at about the same time, the first one may have had the others ended."""
+        assert {n: code for n, code in enumerate(self.codes) if n in killed} == killed
+        assert {code for n, code in enumerate(self.codes) if n not in killed} in ({1}, {1, 143})
+        assert self.generations == 1
+        assert "not all ranks can be started again from warm parents" in self.output
+
     def assert_nothing_is_left(self) -> None:
         pids = [int(path.read_text()) for path in self.folder.glob("?.?")]
         deadline = time.monotonic() + 5
@@ -110,9 +121,23 @@ class Outcome:
 
 
 def launch(
-    folder: Path, acts: dict[str, str], *, limit: int = 3, signals: Sequence[Any] = (), launcher_has_store: bool = True
+    folder: Path,
+    acts: dict[str, str],
+    *,
+    limit: int = 3,
+    signals: Sequence[Any] = (),
+    launcher_has_store: bool = True,
+    standbys: int = 0,
 ) -> Outcome:
-    settings = json.dumps({"acts": acts, "limit": limit, "signals": signals, "launcher_has_store": launcher_has_store})
+    settings = json.dumps(
+        {
+            "acts": acts,
+            "limit": limit,
+            "signals": signals,
+            "launcher_has_store": launcher_has_store,
+            "standbys": standbys,
+        }
+    )
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("warm_launch.py")), str(folder), settings],
         env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
@@ -201,9 +226,7 @@ def test_a_store_that_hangs_holds_nobody_for_ever(tmp_path: Path) -> None:
 
 def test_a_parent_that_is_killed_takes_its_rank_with_it_and_costs_the_others_a_bounded_wait(tmp_path: Path) -> None:
     outcome = launch(tmp_path, {"0": "late exit 1", "0:1": "wait"}, signals=[["SIGKILL", 1]])
-    assert outcome.codes == [1, -9, 1]
-    assert outcome.generations == 1
-    assert "not all ranks can be started again from warm parents" in outcome.output
+    outcome.assert_left_to_the_launcher({1: -9})
     outcome.assert_nothing_is_left()
 
 
@@ -213,3 +236,55 @@ def test_without_the_launchers_store_ranks_go_on_to_their_end(tmp_path: Path, ac
     assert outcome.codes == [code] * 3
     assert outcome.generations == 1
     assert outcome.output.count("the launcher's store does not take it") == 3
+
+
+def test_a_standby_takes_the_place_of_a_lost_machine_and_another_one_that_of_the_standby(tmp_path: Path) -> None:
+    """Each machine has one rank. The second fault comes before the first one's ranks have done anything."""
+    acts = {"0": "late exit 1", "0:1": "lose", "1": "wait", "1:0": "kill", "2": "late exit 1", "2:1": "lose"}
+    outcome = launch(tmp_path, acts, standbys=2)
+    assert [outcome.codes[n] for n in (0, 1, 2)] == [0, -9, 0]
+    assert sorted(code if code is not None else 1 for code in outcome.codes[3:]) == [0, 137]
+    assert outcome.generations == 4
+    first = outcome.codes[3:].index(137)
+    assert [(tmp_path / f"standby{n}").read_text() for n in (first, 1 - first)] == ["node1", f"spare{first}"]
+    assert len(re.findall(r"takes the place of \S+ \(ranks 1-1\)", outcome.output)) == 2
+    outcome.assert_nothing_is_left()
+
+
+def test_a_standby_that_is_lost_while_it_waits_leaves_all_as_without_one(tmp_path: Path) -> None:
+    acts = {"0": "late exit 1", "0:1": "wait"}
+    outcome = launch(tmp_path, acts, signals=[["SIGKILL", 3], ["SIGKILL", 1]], standbys=1)
+    outcome.assert_left_to_the_launcher({1: -9, 3: -9})
+    outcome.assert_nothing_is_left()
+
+
+def test_a_machine_that_answers_too_late_has_lost_its_place_and_ends_with_the_job(tmp_path: Path) -> None:
+    acts = {"0": "late exit 1", "0:1": "wait", "1": "late exit 0"}
+    signals = [["SIGSTOP", "listener of 1"], ["SIGCONT", "listener of 1", "standby0"]]
+    outcome = launch(tmp_path, acts, signals=signals, standbys=1)
+    assert outcome.codes == [0, 0, 0, 0]
+    assert outcome.generations == 2
+    assert "this machine did not answer in time after a fault" in outcome.output
+    assert (tmp_path / "1.1").exists()
+    outcome.assert_nothing_is_left()
+
+
+def test_who_watches_machines_can_say_that_one_is_lost(tmp_path: Path) -> None:
+    """Ranks that wait for a machine without power notice it late."""
+    outcome = launch(tmp_path, {"0": "wait"}, signals=[["SIGKILL", 1], ["SIGUSR1", 3]], standbys=1)
+    assert outcome.codes == [0, -9, 0, 0]
+    assert outcome.generations == 2
+    assert "a machine shows no sign of life; the ranks start again from warm parents" in outcome.output
+    outcome.assert_nothing_is_left()
+
+
+def test_a_standby_needs_a_store_and_a_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    environ: dict[str, str] = {"RANK": "3"}
+    waiting.await_job(environ)
+    assert environ == {"RANK": "3"}
+    with pytest.raises(ConfigError, match="MOETION_RENDEZVOUS is not"):
+        waiting.await_job({waiting.STANDBY: "note"})
+    store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    monkeypatch.setattr(waiting, "BEGIN_S", 0.3)
+    with pytest.raises(ChannelError, match=rf"no job has begun at 127.0.0.1:{store.port} within 0 s"):
+        waiting.await_job({waiting.STANDBY: "note", "MOETION_RENDEZVOUS": f"127.0.0.1:{store.port}"})

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, NoReturn
@@ -18,7 +19,9 @@ from typing import Any, NoReturn
 import psutil
 from torch import distributed as dist
 
-from megatron_moetion import warm
+from megatron_moetion.warm.launch import Launch
+from megatron_moetion.warm.stay import stay
+from megatron_moetion.warm.waiting import STANDBY, await_job
 
 LIMIT_S = 40.0
 
@@ -42,9 +45,9 @@ def host_store(note: Path) -> int:
     return 0
 
 
-def rank(folder: Path, acts: dict[str, str], number: int) -> NoReturn:
+def rank(folder: Path, acts: dict[str, str]) -> NoReturn:
     """As the act of this generation says: ``kill``, ``wait``, ``exit CODE`` once all have noted, ``end`` at once."""
-    generation = os.environ["TORCHELASTIC_RESTART_COUNT"]
+    generation, number = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     act = acts.get(f"{generation}:{number}", acts.get(generation, "end"))
     if act == "exit when told":
         fork(lambda: helper(folder))
@@ -57,6 +60,8 @@ def rank(folder: Path, acts: dict[str, str], number: int) -> NoReturn:
     while len(list(folder.glob(f"{generation}.?"))) < 3:
         time.sleep(0.01)
     match act.split():
+        case ["lose"]:  # the machine, with its parent
+            os.kill(os.getppid(), signal.SIGKILL)
         case ["kill"]:
             os.kill(os.getpid(), signal.SIGKILL)
         case ["exit", code]:
@@ -88,21 +93,49 @@ def free_port() -> int:
         return int(found.getsockname()[1])
 
 
+def launch(settings: dict[str, Any]) -> Launch:
+    """Of three machines with a rank each."""
+    here = Launch.here(settings["limit"], timedelta(seconds=20))
+    return replace(here, meet_s=4, answer_s=settings.get("answer_s", 0.5))
+
+
 def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
     environ = {
         "RANK": str(number), "WORLD_SIZE": "3", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port),
-        "TORCHELASTIC_USE_AGENT_STORE": str(settings["launcher_has_store"]), "TORCHELASTIC_RESTART_COUNT": "0",
+        "LOCAL_WORLD_SIZE": "1", "SLURMD_NODENAME": f"node{number}", "TORCHELASTIC_RESTART_COUNT": "0",
+        "TORCHELASTIC_USE_AGENT_STORE": str(settings["launcher_has_store"]),
     }  # fmt: skip
     os.environ.update(environ)
-    launch = warm.Launch(
-        rank=number, world_size=3, environ=environ, limit=settings["limit"], timeout=timedelta(seconds=20), meet_s=4
-    )
-    return warm.stay(lambda: rank(folder, settings["acts"], number), launch)
+    if settings.get("standbys"):
+        os.environ["MOETION_RENDEZVOUS"] = f"127.0.0.1:{port}"
+    return stay(lambda: rank(folder, settings["acts"]), launch(settings))
 
 
-def listeners(parents: list[int]) -> list[int]:
-    """The younger child of each."""
-    return [max(child.pid for child in psutil.Process(pid).children()) for pid in parents]
+def standby(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
+    os.environ.update({"MOETION_RENDEZVOUS": f"127.0.0.1:{port}", "SLURMD_NODENAME": f"spare{number}"})
+    os.environ[STANDBY] = str(folder / f"standby{number}")
+    with said_by(folder, number).open("w") as said:
+        os.dup2(said.fileno(), sys.stdout.fileno())
+    await_job(os.environ)
+    return stay(lambda: rank(folder, settings["acts"]), launch(settings))
+
+
+def said_by(folder: Path, standby: int) -> Path:
+    return folder / f"standby{standby}.said"
+
+
+def listener(parent: int) -> int:
+    """The younger child."""
+    return max(child.pid for child in psutil.Process(parent).children())
+
+
+def await_ready(folder: Path, standbys: int) -> None:
+    """Ranks have begun, and standbys stand by."""
+    while len(list(folder.glob("0.?"))) < 3:
+        time.sleep(0.01)
+    said = [said_by(folder, number) for number in range(standbys)]
+    while not all(path.exists() and "stands by" in path.read_text() for path in said):
+        time.sleep(0.01)
 
 
 def main(folder: Path, settings: dict[str, Any]) -> None:
@@ -113,15 +146,28 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
             time.sleep(0.01)
         port = int((folder / "port").read_text())
     parents = [fork(lambda number=number: parent(folder, settings, number, port)) for number in range(3)]
-    for name, who in settings.get("signals", []):
-        while len(list(folder.glob("0.?"))) < 3:
+    standbys, late = settings.get("standbys", 0), 0
+    parents += [fork(lambda number=number: standby(folder, settings, number, port)) for number in range(standbys)]
+    for name, who, *noted in settings.get("signals", []):
+        await_ready(folder, standbys)
+        while not all((folder / note).exists() for note in noted):
             time.sleep(0.01)
         time.sleep(0.3)
-        for pid in listeners(parents) if who == "listeners" else [store if who == "store" else parents[who]]:
+        match who:
+            case "listener of 1":
+                late = late or listener(parents[1])
+                pids = [late]
+            case "listeners":
+                pids = [listener(pid) for pid in parents[:3]]
+            case "store":
+                pids = [store]
+            case number:
+                pids = [parents[number]]
+        for pid in pids:
             os.kill(pid, signal.Signals[name])
     began = time.monotonic()
     codes: dict[int, int] = {}
-    while len(codes) < 3 and time.monotonic() - began < LIMIT_S:
+    while len(codes) < len(parents) and time.monotonic() - began < LIMIT_S:
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid in parents:
             codes[parents.index(pid)] = os.waitstatus_to_exitcode(status)
@@ -129,10 +175,12 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     for pid in [*([store] if store else []), *(p for n, p in enumerate(parents) if n not in codes)]:
         with suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
+    for number in range(standbys):
+        print(said_by(folder, number).read_text(), end="")
     print(
         json.dumps(
             {
-                "codes": [codes.get(n) for n in range(3)],
+                "codes": [codes.get(n) for n in range(len(parents))],
                 "first": next(iter(codes), None),
                 "seconds": time.monotonic() - began,
             }

@@ -12,8 +12,10 @@ from typing import Any, cast
 
 from support import POOL
 
+from megatron_moetion.coding import WHOLE
 from megatron_moetion.recover.plan import (
     Choose,
+    Key,
     Leg,
     NoPlan,
     Order,
@@ -32,6 +34,7 @@ from megatron_moetion.recover.plan import (
     order_of,
     plan_of,
     what_is_missing,
+    with_parts_kept,
 )
 from megatron_moetion.recover.report import ArenaReport, History, Summary, of_history
 from megatron_moetion.recover.restore import Mover
@@ -114,7 +117,8 @@ class World:
             [
                 Choice(unit=r.unit, iteration=r.iteration, node=node, digest=r.digest, tokens=r.tokens,
                        is_zero=r.is_zero)
-                for r, node in zip(order.records, order.nodes.tolist(), strict=True)
+                for r, mask in zip(order.records, order.table["sources"].tolist(), strict=True)
+                for node in [order.places[(mask & -mask).bit_length() - 1].node]
             ]
             for _, order in sorted(self.orders.items())
         ]  # fmt: skip
@@ -130,18 +134,19 @@ class World:
     def mover(
         self,
         rank: int,
-        arenas: Mapping[int, Any],
+        arenas: Mapping[Any, Any],
         retentions: Mapping[int, Retention],
         channel: Channel | None = None,
     ) -> Mover:
-        """One rank's. It is told the orders that concern it, and no others."""
+        """One rank's. It is told the orders that concern it, and no others. ``arenas``: by owner, or owner and part."""
+        keyed = {key if isinstance(key, tuple) else (key, WHOLE): arena for key, arena in arenas.items()}
         return Mover(
             rank=rank,
-            arenas=cast(Mapping[int, Arena], arenas),
+            arenas=cast(Mapping[Key, Arena], keyed),
             channel=cast(Channel, channel),
             pool=POOL,
             plan=self.plan,
-            orders={owner: self.orders[owner] for owner in arenas},
+            orders={owner: self.orders[owner] for owner, _ in keyed},
             retentions=retentions,
         )
 
@@ -188,14 +193,18 @@ def plan_world(
     newest = summary.newest
     tables = {
         keeper: {
-            r.owner: r.records.where(in_history(r.records, newest.branches, newest.epoch))
+            (r.owner, r.part): r.records.where(in_history(r.records, newest.branches, newest.epoch))
             for r in of_history(reports, newest)
             if not r.problem
         }
         for keeper, reports in surveyed.items()
     }
     keepers = keepers_of([sorted(tables[rank]) for rank in ranks], placement)
-    copies = [{node: tables[keeper][owner] for node, keeper in keepers.get(owner, {}).items()} for owner in ranks]
+    placement = with_parts_kept(placement, keepers)
+    copies = [
+        {place: tables[keeper][owner, place.part] for place, keeper in keepers.get(owner, {}).items()}
+        for owner in ranks
+    ]
     held = [held_of(mine) for mine in copies]
     shared = _meet(units, held) if choose is choose_newest_experts else [{} for _ in ranks]
     for mine, names, iterations in zip(held, units, shared, strict=True):

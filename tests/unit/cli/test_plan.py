@@ -58,13 +58,25 @@ def test_what_does_not_fit_is_marked(capsys: pytest.CaptureFixture[str]) -> None
     assert shown.splitlines()[-1].startswith("Mode 'exact' with --moetion-period 3 fits: a rank sends 11.9 of 14.0 GiB")
 
 
+def test_fragments_take_less_than_whole_copies(capsys: pytest.CaptureFixture[str]) -> None:
+    whole, coded = (document(f"{MODEL} --replicas 2 {more}", capsys) for more in ("", "--coding-nodes 5"))
+    for one, other in zip(whole["modes"], coded["modes"], strict=True):
+        assert other["arena"] == one["arena"]
+        assert other["sent_bytes"] == pytest.approx(one["snapshot_bytes"] * 4 / 3, abs=1)
+        assert other["rank_bytes"] == pytest.approx(one["rank_bytes"] * (1 + 4 / 3) / 3, abs=8)
+    shown = plan(f"{MODEL} --replicas 2 --coding-nodes 5", capsys)
+    assert "any 3 of 4 fragments" in shown
+    assert "Any 2 nodes of 5 that hold each other's fragments may be lost at once" in shown
+
+
 def test_json_is_one_document_in_bytes(capsys: pytest.CaptureFixture[str]) -> None:
     found = document(f"{MODEL} --gradients bf16 --replicas 2 --ranks-per-node 4 --host-state-mib 2", capsys)
     assert found["model"] is None
     assert set(found) == {"model", "state", "resources", "most_experts_per_snapshot", "modes", "recommendation"}
     assert found["state"] == {
         "dense_parameters": 1_200_000_000, "expert_parameters": 400_000_000, "num_experts": 8, "gradient_bytes": 2,
-        "exp_avg_bytes": 4, "exp_avg_sq_bytes": 4, "host_state_bytes": 2 << 20, "replicas": 2, "ranks_per_node": 4,
+        "exp_avg_bytes": 4, "exp_avg_sq_bytes": 4, "host_state_bytes": 2 << 20, "replicas": 2, "coding_nodes": 0,
+        "ranks_per_node": 4,
     }  # fmt: skip
     assert found["resources"] == {"link_bytes": None, "node_bytes": None, "device_bytes": None}
     assert found["most_experts_per_snapshot"] == 4
@@ -149,6 +161,7 @@ def test_counts_with_suffixes(text: str, capsys: pytest.CaptureFixture[str]) -> 
         ("--dense-parameters 1M --experts 8", "8 experts with 0 parameters"),
         ("--dense-parameters 1M --expert-parameters 1M", "0 experts with 1000000 parameters"),
         (f"{MODEL} --replicas -1", "replicas: -1"),
+        (f"{MODEL} --coding-nodes 4", "--moetion-coding-nodes 4 with --moetion-replicas 1"),
         (f"{MODEL} --ranks-per-node 0", "ranks per node: 0"),
         (f"{MODEL} --host-state-mib 0", "--host-state-mib is 0.0; it must be more than 0"),
         (f"{MODEL} --period 1", "period is 1; it must be from 2 to 64"),

@@ -4,20 +4,26 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, cast
 
 import pytest
+from mirrors import eventually, running
+from support import POOL
 
-from megatron_moetion.errors import ConfigError
-from megatron_moetion.export.assemble import batches, memory_bytes, refuse
-from megatron_moetion.store.sheet import Span
+from megatron_moetion.coding import WHOLE
+from megatron_moetion.errors import ConfigError, CorruptArena
+from megatron_moetion.export.assemble import Chosen, batches, memory_bytes, refuse
+from megatron_moetion.export.survey import Owner, Source
+from megatron_moetion.store.sheet import Sheet, Span
 from megatron_moetion.units import Role, UnitKind
 
 
 def owner(*units: tuple[str, UnitKind, tuple[Span, ...]]) -> Any:
     """A rank with these units, of 100 bytes each."""
-    arena = SimpleNamespace(spec=SimpleNamespace(units=[(name, kind, 100) for name, kind, _ in units]))
+    spec = SimpleNamespace(units=[(name, kind, 100) for name, kind, _ in units], part=WHOLE)
+    arena = SimpleNamespace(spec=spec)
     return SimpleNamespace(
         rank=3,
         units=[(name, kind) for name, kind, _ in units],
@@ -71,3 +77,22 @@ def test_logged_steps_of_another_optimizer_than_adam_are_refused() -> None:
 
 def test_the_same_captured_whole_can_be_exported() -> None:
     refuse(owner((*DENSE, spans(Role.REMAINDER, "int16")), HOST))
+
+
+def test_captures_are_rebuilt_from_fragments_and_compared_with_what_was_captured(tmp_path: Path) -> None:
+    """Of four nodes two are left that have fragments of rank 0, and none that has all of it."""
+    with running(tmp_path, 4, 2, coding_nodes=4) as ranks:
+        ranks.step(1)
+        own = ranks.own(0)
+        expected = {r.key: own.payload(r.slot).tobytes() for r in own.page.records}
+        arenas = [ranks.held(holder, 0) for holder in ranks.placement.holders[0][1:]]
+        assert all(eventually(lambda a=a: len(a.page.records) == len(expected)) for a in arenas)  # type: ignore[misc]
+        sources = tuple(Source(arena=a, records=a.whole_records(a.page.records)) for a in arenas)
+        rank = Owner(rank=0, sheet=cast(Sheet, None), units=[], sources=sources, chosen=tuple(expected))
+        chosen = Chosen(rank, POOL)
+        assert {r.key: chosen.payload(r.slot).tobytes() for r in chosen.records} == expected
+        chosen.require_intact(chosen.records, POOL)
+        for record in arenas[1].page.records:
+            arenas[1].payload(record.slot)[70] ^= 1
+        with pytest.raises(CorruptArena, match="captures changed while they were read"):
+            chosen.payload(chosen.records[0].slot)

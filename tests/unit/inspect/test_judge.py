@@ -145,3 +145,19 @@ def test_shared_experts_are_as_old_as_their_oldest_shard() -> None:
 def test_nothing_is_here() -> None:
     found = judge([])
     assert (found.identity, found.iteration, found.least_copies) == (None, -1, 0)
+
+
+def test_fragments_count_where_there_are_enough_of_them() -> None:
+    """Of two and one: what three are worth, two, and one alone. A page tells only digests of fragments."""
+
+    def fragments(count: int) -> list[Copy]:
+        return [copy(0, n, whole(1, 2), fragment=n, data=2, parity=1) for n in range(1, count + 1)]
+
+    other = [copy(1, 9, whole(1, 2))]
+    for count, complete in ((3, 2), (2, 1)):
+        found = judge([*fragments(count), *other])
+        assert (found.iteration, found.least_copies) == (2, 1)
+        assert [rank.complete for rank in found.ranks] == [complete, 1]
+    found = judge([*fragments(1), *other])
+    assert (found.iteration, found.missing, found.least_copies) == (2, (0,), 0)
+    assert judge([copy(0, 0, whole(1, 2)), *fragments(3), *other]).ranks[0].complete == 3

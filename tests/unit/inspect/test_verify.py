@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -164,5 +165,6 @@ def test_another_copy_is_named_only_if_it_is_whole(verifier: Verifier, tmp_path:
     for arena in arenas[:2]:
         arena.payload(record.slot)[0] ^= 1
     found = [verify(verifier, arena) for arena in arenas]
-    assert whole_copies(found[0].damaged[0], 0, found) == [Path(arenas[2].name)]
-    assert whole_copies(found[0].damaged[0], 1, found) == []
+    assert whole_copies(found[0].damaged[0], arenas[0].spec, found) == [Path(arenas[2].name)]
+    other = replace(arenas[0].spec, identity=replace(arenas[0].spec.identity, owner=1))
+    assert whole_copies(found[0].damaged[0], other, found) == []

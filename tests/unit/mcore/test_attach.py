@@ -19,6 +19,7 @@ from megatron.core.optimizer import ChainedOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 import megatron_moetion
+from megatron_moetion.coding import Coding
 from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import ConfigError, UnsupportedState
 from megatron_moetion.mcore import attach as attach_module
@@ -194,6 +195,6 @@ def test_mode_auto_does_not_come_to_popularity_once_graphs_are_captured(
     chunk.config = SimpleNamespace(cuda_graph_impl=graphs, cuda_graph_modules=[])
     monkeypatch.setattr(attach_module.Loop, "state", state)
     loop = attach_module.Loop([chunk], GOOD["optimizer"], None, None, None)
-    found = costs(loop, MoetionConfig(run_id="r"), Copies(replicas=1, ranks_per_node=8))
+    found = costs(loop, MoetionConfig(run_id="r"), Copies(coding=Coding(holders=1), ranks_per_node=8))
     assert found["full"] == found["exact"] == "nothing can be captured here"
     assert ("CUDA graphs" in str(found["popularity"])) == (graphs != "none")

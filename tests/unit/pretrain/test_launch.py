@@ -177,7 +177,7 @@ def test_an_error_keeps_its_exit_code_whatever_the_teardown_would_do(code: int, 
     """A teardown that aborts, as with threads of a process group that still run. Without an error it takes place."""
     script = (
         "import atexit, os\n"
-        "from megatron_moetion.pretrain.launch import leave\n"
+        "from megatron_moetion.ending import leave\n"
         "atexit.register(os.abort)\n"
         "print('said')\n"
         f"leave({code})\n"
@@ -224,7 +224,7 @@ def test_a_script_that_leaves_with_a_code_is_gone_although_threads_still_work(
 ) -> None:
     script = (
         "import sys, threading, time\n"
-        "from megatron_moetion.pretrain.launch import lead\n"
+        "from megatron_moetion.ending import lead\n"
         "def program():\n"
         "    threading.Thread(target=time.sleep, args=(600,)).start()\n"
         f"    sys.exit({left_with})\n"

@@ -14,8 +14,9 @@ from megatron_moetion.config import MoetionConfig
 from megatron_moetion.errors import IdentityMismatch
 
 OTHER = {
-    "replicas": 0, "ranks_per_node": 2, "failure_domains": "off", "network_interface": "lo", "interval": 2,
-    "selection": "sequential", "capacity_recalibration": "on", "recalibration_iterations": 9, "schedule": "eager",
+    "replicas": 0, "coding_nodes": 4, "ranks_per_node": 2, "failure_domains": "off", "network_interface": "lo",
+    "interval": 2, "selection": "sequential", "capacity_recalibration": "on", "recalibration_iterations": 9,
+    "schedule": "eager",
     "pack_threads": 2, "pack_sms": 2, "max_stall_ms": 1900, "timeout_s": 11, "hang_timeout_s": 0, "holder_patience": 5,
     "max_unprotected_iterations": 9, "max_fruitless_recoveries": 0, "in_flight_bytes": 1 << 20,
     "state_hash_interval": 2, "trace_dir": "traces", "report": "report.jsonl", "allow_fresh": True,
@@ -54,8 +55,9 @@ def test_every_setting_says_whether_it_may_change_and_is_tested() -> None:
 def test_settings_that_may_change_go_on_from_the_same_state(tmp_path: Path, mode: str) -> None:
     last = trained(tmp_path, mode=mode)
     meant = [f for f in fields(MoetionConfig) if f.name in OTHER and mode in f.metadata.get("modes", (mode,))]
-    # The ranks of a ``Job`` have a node each; tests/dist/test_faults.py brings ranks back on other nodes.
-    changed = {f.name: OTHER[f.name] for f in meant if f.name != "ranks_per_node"}
+    # The ranks of a ``Job`` have a node each; tests/dist/test_faults.py brings ranks back on other nodes. Two nodes are
+    # too few for fragments; test_session_fragments.py goes over to them and back.
+    changed = {f.name: OTHER[f.name] for f in meant if f.name not in ("ranks_per_node", "coding_nodes")}
     folders = {name: str(tmp_path / changed[name]) for name in ("trace_dir", "report")}
     second = Job(tmp_path, attempt=1, mode=mode, **{**changed, **folders})
     resumed = second.start()

@@ -22,9 +22,10 @@ from mirrors import LONG_S, TIMING, Wires, eventually
 from support import POOL, capture, find, identity, make_packer, no_probe, node_folder, scheduler, together
 
 from megatron_moetion.clock import SystemClock
+from megatron_moetion.coding import WHOLE
 from megatron_moetion.framework import StepNote
 from megatron_moetion.recover.opened import Opened
-from megatron_moetion.recover.plan import RecoveryPlan, fetches_of, order_of
+from megatron_moetion.recover.plan import Place, RecoveryPlan, fetches_of, order_of
 from megatron_moetion.recover.restore import Mover, verified
 from megatron_moetion.recover.rollforward import roll_forward
 from megatron_moetion.recover.survey import survey_store
@@ -407,7 +408,7 @@ def test_what_was_verified_of_zeros_is_that_they_are_listed(run: Run) -> None:
     run.train(1, (), quiet=(b, c))
     records = run.choose(1)
     assert records is not None
-    order = order_of(0, [r.key for r in records], {0: Records.of(records)}, place(["node0", "node1"], 1))
+    order = order_of(0, [r.key for r in records], {Place(0): Records.of(records)}, place(["node0", "node1"], 1))
     assert verified(POOL, run.arena, order) == records
 
 
@@ -520,12 +521,12 @@ def test_zeros_are_fetched_by_their_record_alone(pair: Buddies) -> None:
     pair.held[1].add([zero])
     placement = place(["node0", "node1"], 1)
     plan = RecoveryPlan(iteration=1, epoch=3, lineage=0, branches=(), history_epoch=2, safe=1)
-    order = order_of(0, [zero.key], {1: Records.of([zero])}, placement)
-    (leg,) = fetches_of(order, {0: {1: 1}}, placement)
+    order = order_of(0, [zero.key], {Place(1): Records.of([zero])}, placement)
+    (leg,) = fetches_of(order, {0: {Place(1): 1}}, placement)
     movers = [
         Mover(
             rank=r,
-            arenas={0: arena},
+            arenas={(0, WHOLE): arena},
             channel=pair.fabrics[r].channel,
             pool=POOL,
             plan=plan,

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from megatron_moetion.errors import ChannelError
-from megatron_moetion.replicate.mirror import Received, Update, decode_update, difference, plain
+from megatron_moetion.replicate.mirror import Received, Update, decode_update, difference, encode_digests, plain
 from megatron_moetion.store.manifest import NO_SLOT, Branch, Record, Records
 
 CHUNK_BYTES = 4096
@@ -116,3 +116,17 @@ def test_step_by_step_a_mirror_becomes_what_the_page_lists(seed: int) -> None:
         mirror = plain(mirror + found.missing.where(found.missing.table["iteration"] == iteration))
         assert iteration in difference(page, mirror).whole
     assert difference(page, mirror).is_empty
+
+
+def test_digests_that_follow_the_bytes_complete_an_update() -> None:
+    late = Update(dropped=UPDATE.dropped, added=ADDED, digests=np.empty(0, dtype=np.uint64)).encode()
+    found = decoded(late, is_late=True)
+    assert found.num_late == 3
+    done = found.completed(encode_digests(np.array([5, 6], np.uint64), np.array([1, 2, 3], np.uint64)))
+    assert done is not None
+    assert done.added.table["digest"].tolist() == [5, 6, 0]
+    assert (done.digests.tolist(), done.num_late) == ([1, 2, 3], 0)
+    for body in (b"", b"\0" * 32, b"\0" * 48, b"\0" * 41):
+        assert found.completed(np.frombuffer(body, dtype=np.uint8)) is None, "the captures have gone, or it is damaged"
+    with pytest.raises(ChannelError):
+        decoded(late)

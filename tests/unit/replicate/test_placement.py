@@ -173,7 +173,9 @@ def test_the_farthest_domain_comes_first() -> None:
 def test_unless_all_nodes_have_a_domain_none_counts() -> None:
     known = place(list("abcd"), 1, ["x", "x", "y", "y"])
     assert known.groups == ((0, 2), (1, 3))
-    assert place(list("abcd"), 1, ["x", "x", "", "y"]) == place(list("abcd"), 1)
+    in_part, without = place(list("abcd"), 1, ["x", "x", "", "y"]), place(list("abcd"), 1)
+    assert (in_part.groups, in_part.domains) == (without.groups, without.domains)
+    assert (in_part.unknown, without.unknown) == ((2,), ())
     said_once = place(list("aabbccdd"), 1, ["x", "", "x", "", "", "y", "y", ""])
     assert (said_once.groups, said_once.domains) == (known.groups, (("x",), ("x",), ("y",), ("y",)))
 

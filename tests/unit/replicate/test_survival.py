@@ -11,6 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from megatron_moetion.coding import Coding
 from megatron_moetion.replicate.placement import Placement, place
 from megatron_moetion.replicate.survival import (
     describe,
@@ -22,14 +23,26 @@ from megatron_moetion.replicate.survival import (
 )
 
 
-def of_nodes(num_nodes: int, replicas: int, domains: list[str] | None = None) -> Placement:
-    return place([str(n) for n in range(num_nodes)], replicas, domains or ())
+def of_nodes(num_nodes: int, replicas: int, domains: list[str] | None = None, coding_nodes: int = 0) -> Placement:
+    return place([str(n) for n in range(num_nodes)], replicas, domains or (), coding_nodes)
 
 
 def survives(placement: Placement, lost: set[int]) -> bool:
-    """By looking at every rank."""
+    """By looking at every rank: its own node is there, or different parts of its state that are enough."""
     node_of = placement.node_of
-    return all(any(node_of[r] not in lost for r in (o, *held)) for o, held in enumerate(placement.holders))
+    for owner, (holders, parts) in enumerate(zip(placement.holders, placement.parts, strict=True)):
+        left = [part for holder, part in zip(holders, parts, strict=True) if node_of[holder] not in lost]
+        rebuilt = any(part.is_whole for part in left) or (left and len(set(left)) >= left[0].data)
+        if node_of[owner] in lost and not rebuilt:
+            return False
+    return True
+
+
+CODES = st.one_of(
+    st.integers(0, 3).map(lambda replicas: (replicas, 0)),
+    st.integers(2, 3).flatmap(lambda r: st.tuples(st.just(r), st.integers(r + 2, r + 3))),
+)
+"""Replicas, and the nodes of a group that keep fragments."""
 
 
 def formula(nodes: int, copies: int, lost: int) -> Fraction:
@@ -47,6 +60,8 @@ def test_the_published_figures() -> None:
         node_of=tuple(range(16)),
         holders=tuple(((n + 1) % 16,) for n in range(16)),
         groups=(tuple(range(16)),),
+        coding=Coding(holders=1),
+        parts=(),
         domains=((),) * 16,
     )
     assert percent(odds(ring, 2)) == "86.7%"
@@ -61,11 +76,12 @@ def test_the_published_formula(nodes: int, replicas: int) -> None:
     assert odds(placement, beyond) >= formula(nodes, replicas + 1, beyond)
 
 
-@given(st.integers(0, 3), st.integers(0, 6), st.booleans(), st.data())
-def test_every_set_of_lost_nodes(replicas: int, more: int, has_domains: bool, data: st.DataObject) -> None:
-    nodes = replicas + 1 + more
+@given(CODES, st.integers(0, 6), st.booleans(), st.data())
+def test_every_set_of_lost_nodes(code: tuple[int, int], more: int, has_domains: bool, data: st.DataObject) -> None:
+    replicas, coding_nodes = code
+    nodes = (coding_nodes or replicas + 1) + more
     names = st.lists(st.sampled_from("abc"), min_size=nodes, max_size=nodes)
-    placement = of_nodes(nodes, replicas, data.draw(names) if has_domains else None)
+    placement = of_nodes(nodes, replicas, data.draw(names) if has_domains else None, coding_nodes)
     for lost in range(nodes + 1):
         kept = sum(survives(placement, set(some)) for some in combinations(range(nodes), lost))
         assert odds(placement, lost) == Fraction(kept, comb(nodes, lost))
@@ -81,13 +97,15 @@ def test_odds_of_more_nodes_than_there_are_are_left_out() -> None:
     assert shown(of_nodes(3, 0)) == dict.fromkeys((1, 2, 3), Fraction(0))
 
 
-@given(st.integers(0, 3), st.integers(0, 6), st.data())
-def test_every_lost_domain(replicas: int, more: int, data: st.DataObject) -> None:
-    nodes = replicas + 1 + more
+@given(CODES, st.integers(0, 6), st.data())
+def test_every_lost_domain(code: tuple[int, int], more: int, data: st.DataObject) -> None:
+    replicas, coding_nodes = code
+    nodes = (coding_nodes or replicas + 1) + more
     switches = data.draw(st.lists(st.sampled_from("abc"), min_size=nodes, max_size=nodes))
     racks = data.draw(st.lists(st.sampled_from("xy"), min_size=nodes, max_size=nodes))
     domains = [f"root/{s}/{r}" for s, r in zip(switches, racks, strict=True)]
-    placement, found = of_nodes(nodes, replicas, domains), exposure(of_nodes(nodes, replicas, domains))
+    placement = of_nodes(nodes, replicas, domains, coding_nodes)
+    found = exposure(placement)
     depth = len(found.around) + 1
     inside = {d[:k]: {n for n, e in enumerate(placement.domains) if e[:k] == d[:k]}
               for d in placement.domains for k in range(depth, len(d) + 1)}  # fmt: skip
@@ -104,6 +122,29 @@ def test_a_line_says_the_groups_and_the_odds() -> None:
     assert text.endswith("100% of 1, 92.6% of 2, 78.2% of 3")
 
 
+def test_fragments_survive_fewer_sets_of_losses_than_copies_since_their_groups_are_larger() -> None:
+    copies, fragments = of_nodes(60, 2), of_nodes(60, 2, coding_nodes=5)
+    assert shown(copies)[2] == shown(fragments)[2] == 1
+    assert odds(copies, 3) == formula(60, 3, 3) == 1 - Fraction(20, comb(60, 3))
+    assert odds(fragments, 3) == 1 - Fraction(12 * comb(5, 3), comb(60, 3))
+    assert describe(fragments).startswith("placement: groups of nodes: 12 of 5; odds that all state survives lost")
+
+
+def test_the_odds_of_the_largest_groups_are_quickly_counted() -> None:
+    """A ring of 65 nodes, each of whose states is on the next 32."""
+    ring = of_nodes(65, 2, coding_nodes=33)
+    assert ring.groups == (tuple(range(65)),)
+    assert 0 < shown(ring)[3] < 1
+
+
+def test_a_line_says_where_fragments_lie_together() -> None:
+    text, is_warning = describe_domains(of_nodes(5, 2, ["a", "a", "b", "c", "d"], 5))
+    assert is_warning
+    assert "has two fragments in one domain" in text
+    assert "would cost state" not in text, "any two nodes may be lost"
+    assert "would cost state: a (3 nodes)" in describe_domains(of_nodes(5, 2, ["a", "a", "a", "c", "d"], 5))[0]
+
+
 @pytest.mark.parametrize(
     ("domains", "said", "is_warning"),
     [
@@ -113,6 +154,9 @@ def test_a_line_says_the_groups_and_the_odds() -> None:
         (["r/a", "r/a", "r/a", "r/b"],
          "the state of 2 of 4 nodes has two copies in one domain, since a domain has more than 2 nodes, one for each "
          "group: nodes 0 and 2 share r/a. The loss of one of these domains would cost state: r/a (2 nodes)", True),
+        (["r/a", "", "r/a", "r/b"],
+         "those of 3 of 4 nodes are known, so none counts; SLURM says nothing on node(s) 1. Start all ranks by srun, "
+         "or give a file with --moetion-failure-domains", True),
         (["p/a", "p/b", "p/c", "q/d"],
          "the state of 2 of 4 nodes has two copies in one domain, since a domain has more than 2 nodes, one for each "
          "group: nodes 0 and 2 share p. The loss of one of these domains would cost state: p (2 nodes)", True),

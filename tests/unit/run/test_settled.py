@@ -41,7 +41,7 @@ def test_a_run_goes_on_with_the_settled_number(tmp_path: Path) -> None:
     job = Job(tmp_path)
     job.start()
     assert [prepared.config.replicas for prepared in job.prepared] == [1, 1]
-    assert [session.running.replicas for session in job.sessions] == [1, 1]
+    assert [session.running.coding.holders for session in job.sessions] == [1, 1]
 
 
 class WithGuide(Adapter):

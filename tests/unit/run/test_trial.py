@@ -101,7 +101,7 @@ def trial_of(
         draw=no_drawing,
     )
     offers = offers_of_all(fabric, costs)
-    return Trial(fabric, offers, scheduler, clock, lost_token_budget=0.0375, **{"replicas": 1, **options})
+    return Trial(fabric, offers, scheduler, clock, lost_token_budget=0.0375, **{"share": 1.0, **options})
 
 
 def iterate(trial: Trial, clock: ManualClock, number: int, iteration_s: float, busy_s: float = 0.0) -> bool:
@@ -185,7 +185,7 @@ def test_copies_for_several_holders_share_a_link() -> None:
     """A mode's bytes are those of all copies."""
     rate = 1201 / (HEADROOM * DEADLINE_SHARE) / 2.0
     for replicas in (1, 3):
-        assert chosen([network(rate), network(1e9)], replicas=replicas)[0].mode == "full"
+        assert chosen([network(rate), network(1e9)], share=replicas)[0].mode == "full"
 
 
 def test_a_link_that_nobody_uses_is_no_limit() -> None:

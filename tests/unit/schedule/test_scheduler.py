@@ -18,6 +18,7 @@ from megatron_moetion.run.host import Host
 from megatron_moetion.run.prepare import prepare
 from megatron_moetion.run.starter import Starter
 from megatron_moetion.schedule import planner
+from megatron_moetion.schedule.pace import SHARE_BEFORE_REPLICATION
 from megatron_moetion.schedule.planner import Window
 from megatron_moetion.schedule.recorder import HostStopwatch, StampError
 from megatron_moetion.schedule.scheduler import (
@@ -42,7 +43,9 @@ from megatron_moetion.session import Session
 Drawn = list[tuple[str, float, float, int]]
 
 
-def make(schedule: str, draw: Draw | None = None, is_waited_for: bool = False) -> tuple[Scheduler, ManualClock, Drawn]:
+def make(
+    schedule: str, draw: Draw | None = None, is_waited_for: bool = False, packing_share: float = 0.0
+) -> tuple[Scheduler, ManualClock, Drawn]:
     drawn: Drawn = []
     clock = ManualClock()
     scheduler = Scheduler(
@@ -53,6 +56,7 @@ def make(schedule: str, draw: Draw | None = None, is_waited_for: bool = False) -
         eager_slice_bytes=1 << 20,
         draw=draw or (lambda *what: drawn.append(what)),
         is_waited_for=is_waited_for,
+        packing_share=packing_share,
     )
     return scheduler, clock, drawn
 
@@ -235,7 +239,7 @@ def test_a_slow_device_affords_less_too_and_replicas_share_the_network() -> None
         clock.sleep(0.05)
     one, two = (fast.carries(n) for n in (1, 2))
     assert two.nbytes == pytest.approx(one.nbytes / 2)
-    assert "a replica, 2 of them" in two.why
+    assert "for each of the 2 times that they cross it" in two.why
 
 
 def test_what_a_link_has_shown_counts_in_the_next_iteration() -> None:
@@ -282,6 +286,21 @@ def test_a_steady_transfer_takes_most_of_an_iteration_and_never_listens() -> Non
     assert gone == [pytest.approx(DEADLINE_SHARE * n / 4) for n in range(4)]
     assert scheduler.scalars()["moetion/late-mb"] == 0
     scheduler.recorder.end(blocked)
+
+
+def test_a_snapshot_that_leaves_a_device_at_a_pace_has_left_for_good_within_the_iteration() -> None:
+    """It keeps its slots until then: where packing and sending take longer, every third snapshot finds none."""
+    scheduler, clock, _ = make("steady", packing_share=SHARE_BEFORE_REPLICATION)
+    for number in range(3):
+        iterate(scheduler, clock, number, 1.0)
+    began = clock.monotonic()
+    clock.sleep(SHARE_BEFORE_REPLICATION * 1.0)  # its bytes leave the device
+    with scheduler.transfer(4 << 20):
+        for _ in range(4):
+            scheduler.gate.admit(1 << 20)
+        clock.sleep((DEADLINE_SHARE - SHARE_BEFORE_REPLICATION) / 4)  # the last of them travels
+    assert clock.monotonic() - began == pytest.approx(DEADLINE_SHARE)
+    assert scheduler.scalars()["moetion/late-mb"] == 0
 
 
 def test_a_steady_transfer_has_the_same_rate_wherever_it_begins_unless_training_waits_for_it() -> None:

@@ -183,6 +183,18 @@ def test_the_agents_can_take_a_node_in_that_joins_later(tmp_path):
     assert f"MOETION_RENDEZVOUS={endpoint.removeprefix('--rdzv-endpoint=')}" in command
 
 
+def test_warm_restarts_are_asked_for_once_and_by_name(tmp_path):
+    """Without the setting a flag among the arguments counts."""
+    slurm = Slurm(tmp_path, nodes=1)
+    assert slurm.run("--moetion-warm-restarts", "3")[0] == 0
+    assert value(slurm.step, "--moetion-warm-restarts") == "3"
+    assert slurm.step.count("--moetion-warm-restarts") == 1
+    other = Slurm(tmp_path, nodes=1)
+    other.calls_path.unlink()
+    assert other.run(WARM_RESTARTS="7")[0] == 0
+    assert value(other.step, "--moetion-warm-restarts") == "7"
+
+
 def test_a_spare_that_is_not_needed_starts_no_agent(tmp_path):
     slurm = Slurm(tmp_path, nodes=5)
     code, output = slurm.run(SPARES="1")
@@ -209,13 +221,81 @@ def test_one_spare_takes_a_lost_nodes_place(tmp_path, end):
 
 def test_a_node_whose_place_was_taken_ends_its_agent(tmp_path):
     node = subprocess.Popen(
-        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "sleep", "60"],
+        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "0", "1", "1", "sleep", "60"],
         env=os.environ | {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n0", "BEAT_S": "0.02"},
     )
     await_file(tmp_path / "beat-n0")
     (tmp_path / "taken-n0").mkdir()
     assert node.wait(30) == 128 + signal.SIGTERM
     assert not (tmp_path / "code-n0").exists(), "what counts is the spare's"
+
+
+FAKE_STANDBY = """#!/usr/bin/env bash
+if [[ -n ${MOETION_STANDBY:-} ]]; then
+  case $FAKE_END in
+    alarmed) exec "$FAKE_PYTHON" -ISc "$FAKE_ALARMED" "$MOETION_STANDBY" ;;
+    dies) exit 7 ;;
+    deaf) exec sleep 60 ;;
+    *) printf n0 >"$MOETION_STANDBY"; sleep 0.2; exit "$FAKE_END" ;;
+  esac
+fi
+echo "agent: $*"
+"""
+FAKE_ALARMED = """
+import pathlib, signal, sys
+signal.signal(signal.SIGUSR1, lambda *_: None)
+signal.pause()
+pathlib.Path(sys.argv[1]).write_text("n0")
+"""
+"""A shell that was started with a signal ignored cannot hear it."""
+
+
+@pytest.mark.parametrize(
+    ("end", "said", "agent"),
+    [
+        ("0", "taking the place of n0", False),
+        ("3", "taking the place of n0", True),
+        ("alarmed", "taking the place of n0", False),
+        ("dies", "the process that stands by has ended with exit code 7", True),
+        ("deaf", "taking the place of n0", True),
+    ],
+)
+def test_warm_ranks_of_a_spare_come_first_and_its_agent_where_they_fail(
+    tmp_path: Path, end: str, said: str, agent: bool
+) -> None:
+    """They take the place of a lost node before or after this script has noticed, and leave it to the agent, or not."""
+    program = tmp_path / "program"
+    program.write_text(FAKE_STANDBY)
+    program.chmod(0o755)
+    if not end.isdigit():
+        (tmp_path / "beat-n0").touch()  # and never again
+    if end == "deaf":
+        (tmp_path / "beat-n9").touch()  # there is no spare for this one
+    fake = {"FAKE_PYTHON": sys.executable, "FAKE_ALARMED": FAKE_ALARMED, "FAKE_END": end}
+    fake["BEAT_S"] = "0.1" if end == "alarmed" else "0.02"  # it has to hear of it
+    arguments = [str(tmp_path), "1", "5", "1", "2", str(program), "-m", "launcher", "train.py", "--flag"]
+    done = subprocess.run(
+        ["bash", str(SCRIPT.parent / "node.sh"), *arguments],
+        env=os.environ | fake | {"SLURM_PROCID": "1", "SLURMD_NODENAME": "n1"},
+        capture_output=True, text=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert said in done.stdout
+    assert ("agent: -m launcher train.py --flag" in done.stdout) == agent
+    assert (tmp_path / "taken-n0").is_dir()
+    assert (tmp_path / "code-n1").read_text() == "0\n"
+    assert (tmp_path / "finished").exists() == (not agent)
+
+
+def test_an_agent_does_not_wait_for_a_lost_nodes_at_the_end(tmp_path: Path) -> None:
+    node = subprocess.Popen(
+        ["bash", str(SCRIPT.parent / "node.sh"), str(tmp_path), "1", "5", "1", "1", "sleep", "60"],
+        env=os.environ | {"SLURM_PROCID": "0", "SLURMD_NODENAME": "n0", "BEAT_S": "0.02"},
+    )
+    await_file(tmp_path / "beat-n0")
+    (tmp_path / "finished").touch()
+    assert node.wait(30) == 0
+    assert (tmp_path / "code-n0").read_text() == "0\n"
 
 
 def test_memory_is_kept_when_training_gave_up(tmp_path):

@@ -1,0 +1,1 @@
+"""Ranks that come back without their processes being started anew."""
