@@ -16,11 +16,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from benchmarks import exact_mode, replication_overhead
 from benchmarks.accuracy_under_faults import tables
 from benchmarks.cluster import draw as cluster
+from benchmarks.peers import tables as peers
 from benchmarks.soak import tables as soak
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
-OTHERS = ("exact_mode", "accuracy_under_faults", "soak", "where_sparsity_pays", "cluster_model")
+OTHERS = ("exact_mode", "accuracy_under_faults", "soak", "peers", "where_sparsity_pays", "cluster_model")
 SWEEPS = ("replication_overhead", "replication_overhead_batch8", "replication_overhead_pp1_first")
 
 
@@ -31,6 +32,7 @@ def draw_all(folder: Path) -> list[Path]:
     exact_mode.plot(figures("exact_mode"), exact_mode.FULL_SIZE, folder / "exact_mode.png")
     tables.draw(tables.read(RESULTS / "accuracy_under_faults"), folder / "accuracy_under_faults.png")
     soak.draw(soak.read(RESULTS / "soak"), folder / "soak.png")
+    peers.draw(peers.read(RESULTS / "peers"), folder / "peers.png")
     cluster.where_sparsity_pays(folder / "where_sparsity_pays.png")
     cluster.model(figures("cluster_testbed"), figures("cluster_routing"), folder / "cluster_model.png")
     return sorted(folder / f"{name}.png" for name in (*SWEEPS, *OTHERS))
