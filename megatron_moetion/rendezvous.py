@@ -26,6 +26,8 @@ DEFAULT_TIMEOUT = timedelta(minutes=30)
 """Torch's own for gloo."""
 CONNECT_S = 4.0
 """For the first connection to a store; another one is tried after it."""
+_LOOK_AGAIN_S = 20.0
+"""Torch writes two lines whenever a wait runs out."""
 _RING = "moetion/ring"
 _TORCHS_PREFIX = "default_pg"
 
@@ -127,7 +129,9 @@ def _is_torchs_own(store: dist.Store) -> bool:
         return False
 
 
-def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: timedelta) -> dist.Store:
+def open_store(
+    environ: Mapping[str, str], rank: int, world_size: int, timeout: timedelta, connect_s: float = CONNECT_S
+) -> dist.Store:
     """The launcher's store, or one that rank 0 hosts at ``MASTER_ADDR:MASTER_PORT``; alone, a local one."""
     if "MASTER_ADDR" not in environ:
         if world_size > 1:
@@ -135,7 +139,7 @@ def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: 
         return dist.HashStore()
     is_there = environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True" or HOSTED in environ
     if is_there or rank != 0:
-        return connect_to_store(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout)
+        return connect_to_store(environ["MASTER_ADDR"], int(environ["MASTER_PORT"]), timeout, connect_s)
     return dist.TCPStore(
         environ["MASTER_ADDR"],
         int(environ["MASTER_PORT"]),
@@ -146,13 +150,13 @@ def open_store(environ: Mapping[str, str], rank: int, world_size: int, timeout: 
     )
 
 
-def connect_to_store(host: str, port: int, timeout: timedelta) -> dist.Store:
+def connect_to_store(host: str, port: int, timeout: timedelta, connect_s: float = CONNECT_S) -> dist.Store:
     """A store that somebody else hosts, whose waits end after ``timeout``; ``RuntimeError`` where there is none.
 
     Torch (2.13) may wait in vain for a connection to a store that is there, about one in a hundred on a machine with
     much to do, and then for as long as it is allowed to. The next one comes at once.
     """
-    deadline, limit_s = time.monotonic() + timeout.total_seconds(), CONNECT_S
+    deadline, limit_s = time.monotonic() + timeout.total_seconds(), connect_s
     while True:
         left_s = max(deadline - time.monotonic(), 0.1)
         try:
@@ -203,16 +207,24 @@ def _answer_all(store: dist.Store, world_size: int, token: str, deadline: float)
             if answered.get(peer) != nonce:
                 store.set(f"moetion/answer/{nonce}", token)
                 answered[peer] = nonce
-        await_key(store, _RING, deadline, f"rank 0 waits for {world_size - 1} ranks; {len(answered)} have shown up")
+        # A ring may be lost with whoever rang, or be heard by an earlier rank 0: it looks again by itself, too.
+        until = min(deadline, time.monotonic() + _LOOK_AGAIN_S)
+        if not has_come(store, _RING, until - time.monotonic()):
+            complaint = f"rank 0 waits for {world_size - 1} ranks; {len(answered)} have shown up"
+            if until == deadline:
+                raise ChannelError(_too_late(complaint))
+            continue
         store.delete_key(_RING)  # before the next look: who rings after it is heard again
 
 
 def await_key(store: dist.Store, key: str, deadline: float, complaint: str) -> None:
     """Wait until the store has the key; ``ChannelError`` with the complaint after the deadline (monotonic, s)."""
     if not has_come(store, key, deadline - time.monotonic()):
-        raise ChannelError(
-            f"{complaint} within the timeout of the process group (--distributed-timeout-minutes, or timeout=)"
-        )
+        raise ChannelError(_too_late(complaint))
+
+
+def _too_late(complaint: str) -> str:
+    return f"{complaint} within the timeout of the process group (--distributed-timeout-minutes, or timeout=)"
 
 
 def has_come(store: dist.Store, key: str, limit_s: float) -> bool:

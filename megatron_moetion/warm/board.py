@@ -15,7 +15,7 @@ from megatron_moetion.rendezvous import has_come
 
 _LONGEST_S = 2_000_000.0
 """The longest wait that torch's store takes, with a few days to spare; it writes two lines when it runs out."""
-LOOK_S = 3600.0
+LOOK_S = 300.0
 """Who has no rank asks so often whether the store is still there."""
 FOLLOW_S = 240.0
 """More than the end of a generation takes: ranks are killed, and their parents meet."""
@@ -108,6 +108,10 @@ class Board:
         if self._store.add("met", 1) == self._world_size:
             self._store.compare_set("meeting", "", ALL)
         return self._wait("meeting", limit_s) or self._store.compare_set("meeting", "", SHORT).decode()
+
+    def has_met(self) -> bool:
+        """Whether all parents have met after its end, so that the next generation begins."""
+        return self._store.check(["meeting"]) and self._store.get("meeting").decode() == ALL
 
     def await_meeting(self, limit_s: float) -> str:
         """Its answer, for somebody who does not take part; ``SHORT`` where none comes."""

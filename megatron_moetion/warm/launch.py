@@ -26,6 +26,8 @@ MEET_S = 60.0
 """For the parents of all ranks after a fault: large processes take a while to end, and a lost node never comes."""
 ANSWER_S = 3.0
 """For the parents of a machine that is there to say so after a fault, before a standby takes its place."""
+_CONNECT_S = 1.0
+"""For a first connection that nobody answers: a second one has to be there before a machine counts as lost."""
 _ANSWER_S_A_RANK = 0.0005
 """More, for a store that has so many to hear."""
 _LAUNCHER = (
@@ -73,7 +75,7 @@ class Launch:
 
     def boards(self, token: str) -> Callable[[int], Board]:
         """Of each generation, by one connection."""
-        store = open_store(self.environ, self.rank, self.world_size, self.timeout)
+        store = open_store(self.environ, self.rank, self.world_size, self.timeout, connect_s=_CONNECT_S)
         return lambda generation: Board(store, token, generation, self.world_size, self.num_places)
 
     @property

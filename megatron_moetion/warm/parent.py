@@ -53,6 +53,8 @@ from megatron_moetion.warm.launch import Launch
 
 TELL_S = 10.0
 """For the store to take a word."""
+_LOOK_AGAIN_S = 5.0
+"""Whether a signal has come meanwhile."""
 FINISH_S = 3600.0
 """A parent whose rank has done all its work waits so long for the others: one that was killed says nothing."""
 LISTENERS_MAX = 5
@@ -69,6 +71,8 @@ class Parent:
         self._generation = 0
         self._rank_pid = 0
         self._is_told_to_end = False
+        self.heard_the_end = False
+        """All ranks have done all their work. Its own rank's end with 0 does not say that."""
 
     def __enter__(self) -> Parent:
         self._before = {number: signal.signal(number, self._forward) for number in FORWARDED}
@@ -88,6 +92,8 @@ class Parent:
             code, event = self._await_event()
             word, _, why = event.partition(" ")
             if word == ENDED:
+                self.heard_the_end = True
+                self._outlive_others()
                 return 0
             if word == LOST:
                 return exit_code_of(self._await_rank(code))
@@ -132,6 +138,7 @@ class Parent:
             said = self._errand(self._follow).hear_within(LOOK_S + FOLLOW_S)
             generation, _, word = said.partition(" ")
             if word:
+                self.heard_the_end = word == ENDED
                 return 0 if word == ENDED else exit_code_of(-signal.SIGTERM)
             if not said:
                 break
@@ -146,9 +153,12 @@ class Parent:
         code, until = 0, float("inf")
         listener, listeners = self._listen(), 1
         try:
-            while (pid_and_status := wait_for(-1, until - time.monotonic())) is not None:
-                pid, status = pid_and_status
-                if pid == self._rank_pid:
+            while (left_s := until - time.monotonic()) > 0:
+                found = wait_for(-1, min(left_s, _LOOK_AGAIN_S))
+                if not self._rank_pid and self._must_end():
+                    return code, LEFT
+                pid, status = found or (0, 0)
+                if pid and pid == self._rank_pid:
                     self._rank_pid, code = 0, os.waitstatus_to_exitcode(status)
                     if self._must_end():
                         return code, LEFT
@@ -181,9 +191,13 @@ class Parent:
         if not code or was_ended:
             time.sleep(1)  # the parent of the rank that failed goes first, so that launchers name that one
             code = -signal.SIGTERM
-        if not self._launch.has_store and self._launch.rank == 0:
-            time.sleep(2)  # it hosts the store
+        self._outlive_others()
         return exit_code_of(code)
+
+    def _outlive_others(self) -> None:
+        """They may be in the middle of reading the last word, if this parent hosts the store."""
+        if not self._launch.has_store and self._launch.rank == 0:
+            time.sleep(2)
 
     # -- children --------------------------------------------------------------------------------------
 

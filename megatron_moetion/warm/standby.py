@@ -5,7 +5,7 @@ It is no part of the launch. It follows what the parents tell each other. After 
 so at once, and it takes the place of one that does not. A machine whose place was taken does not get it back, however
 late it answers. A standby that ends, waiting or not, leaves a job as it would be without it.
 
-It waits for as long as the job's rendezvous store answers, which it asks every hour. Like a parent it sends
+It waits for as long as the job's rendezvous store answers, which it asks every few minutes. Like a parent it sends
 children on errands to stores.
 """
 
@@ -15,6 +15,7 @@ import gc
 import os
 import signal
 import socket
+import time
 import uuid
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
@@ -27,13 +28,15 @@ from typing import NoReturn
 from megatron_moetion.config import ENDPOINT
 from megatron_moetion.errors import ChannelError, ConfigError
 from megatron_moetion.replicate.witness import open_endpoint
-from megatron_moetion.warm.board import AGAIN, ENDED, FOLLOW_S, LEAVE, LOOK_S, TAKEN, Board, exit_code_of, follow
+from megatron_moetion.warm.board import AGAIN, DONE, ENDED, FOLLOW_S, LEAVE, LOOK_S, TAKEN, Board, exit_code_of, follow
 from megatron_moetion.warm.children import ENDING, FORWARDED, Errand, fork, wait_for
 from megatron_moetion.warm.launch import STORE_TIMEOUT, Launch, await_published
 from megatron_moetion.warm.parent import TELL_S, Parent
 from megatron_moetion.warm.waiting import STANDBY, Published, place
 
 _ALARM = signal.SIGUSR1
+_PAUSE_S = 1.0
+"""Before a launch is looked for again."""
 
 
 class Standby:
@@ -70,7 +73,11 @@ class Standby:
                 if word.startswith(TAKEN):
                     signal.signal(_ALARM, signal.SIG_IGN)  # whoever raises it has not seen the note yet
                     return self._serve(self._launch, int(followed), word)
-                if word or not said:  # the launcher has its turn, or its store is gone
+                if not said:  # its store does not answer: if the launch goes on, it is found again
+                    print(f"> {socket.gethostname()} has lost sight of the launch, and looks for it", flush=True)
+                    time.sleep(_PAUSE_S)
+                    self._launch, number = None, number - 1
+                elif word:  # the launcher has its turn
                     self._launch = None
                 else:
                     generation = int(followed)
@@ -125,7 +132,8 @@ class Standby:
         here = replace(launch, rank=rank, environ={**launch.environ, **mine}, timeout=self._asked.timeout)
         with Parent(self._program, here, self._token) as parent:
             code = parent.join(generation)
-        os._exit(code)
+        # Whoever started this takes 0 for the end of the job, and ends what is left of it.
+        os._exit(code or (0 if parent.heard_the_end else exit_code_of(-signal.SIGTERM)))
 
     def _forward(self, number: int, frame: FrameType | None) -> None:
         for pid in self._parents:
@@ -153,14 +161,21 @@ class Standby:
     def _follow(self, launch: Launch, generation: int) -> str:
         def take(board: Board) -> str:
             taken = board.take_a_lost_place(self._name, launch.patience_s)
-            return "" if taken is None else f"{TAKEN} {taken} {launch.rename(taken, self._token)}"
+            if taken is None:
+                return ""
+            before = f"place {taken}"
+            with suppress(RuntimeError):  # the place is taken, whatever it was called
+                before = launch.rename(taken, self._token)
+            return f"{TAKEN} {taken} {before}"
 
         return follow(launch.boards(self._token), generation, take, launch.meet_s)
 
 
 def _tell_lost(board_of: Callable[[int], Board], limit: int) -> str:
-    """To the present generation, unless it has an event already."""
+    """To the generation that trains; to none while one is being replaced: the next one is not there yet."""
     generation = 0
-    while generation < limit and board_of(generation).has_event():
+    while (board := board_of(generation)).has_event():
+        if generation == limit or not board.has_met():
+            return DONE
         generation += 1
-    return board_of(generation).tell(f"{AGAIN if generation < limit else LEAVE} a machine shows no sign of life")
+    return board.tell(f"{AGAIN if generation < limit else LEAVE} a machine shows no sign of life")

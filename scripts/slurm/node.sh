@@ -55,6 +55,7 @@ stand_by() {
       if [[ ${last[$node]:-} != "$now" ]]; then
         last[$node]=$now
         unchanged[$node]=0
+        unset "suspect[$node]"
       elif ((++unchanged[$node] >= LOST_BEATS)); then
         lost "$node" && return
       fi
@@ -68,7 +69,12 @@ stand_by_warm() {
   local code=0
   ((warm)) || return 1
   if [[ -n $standby && -s $note ]]; then
-    take "$(<"$note")" || true
+    if ! take "$(<"$note")"; then # another spare was first: two would be one too many for ever
+      kill -KILL "$standby" 2>/dev/null || true
+      rm -f -- "$note"
+      standby=''
+      return 1
+    fi
     serve "$standby" || code=$?
     ((code)) || touch -- "$folder/finished"
     ((code)) || answer 0
@@ -92,17 +98,27 @@ stand_by_warm() {
 lost() {
   [[ ! -d $folder/taken-$1 ]] || return 1
   if [[ -n $standby ]]; then
-    if [[ -z ${suspect[$1]:-} ]]; then # once: all ranks start again
+    if [[ -z ${suspect[$1]:-} ]] && ! claimed "$1"; then # once: all ranks start again
       kill -USR1 "$standby" 2>/dev/null || true
     fi
     suspect[$1]=$((${suspect[$1]:-0} + 1))
     ((suspect[$1] > WARM_BEATS)) || return 1
+    [[ ! -s $note ]] || return 1 # its ranks have just taken a place
   fi
   take "$1" || return 1
   if [[ -n $standby ]]; then
     kill -KILL "$standby" 2>/dev/null || true
     standby=''
   fi
+}
+
+# Whether some spare's warm ranks have taken that node's place already.
+claimed() {
+  local claim
+  for claim in "$folder"/note-*; do
+    [[ $(<"$claim") != "$1" ]] || return 0
+  done
+  return 1
 }
 
 # One spare for each lost node: only one can make the folder.

@@ -19,7 +19,7 @@ from torch import distributed as dist
 
 from megatron_moetion.errors import ChannelError, ConfigError
 from megatron_moetion.warm import own, standby, waiting
-from megatron_moetion.warm.board import AGAIN, ENDED, LEAVE, LEFT, TAKEN, Board
+from megatron_moetion.warm.board import AGAIN, ALL, ENDED, LEAVE, LEFT, SHORT, TAKEN, Board
 from megatron_moetion.warm.launch import Launch, publish
 from megatron_moetion.warm.standby import Standby
 from megatron_moetion.warm.waiting import STANDBY, await_job
@@ -132,6 +132,27 @@ def test_it_ends_with_the_job(job: Job, tmp_path: Path) -> None:
     assert found.run() == 0
 
 
+def test_a_store_that_does_not_answer_once_costs_a_moment_and_not_the_launch(
+    job: Job, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The launch goes on: to wait for a newer one would be to stand by for nothing."""
+    board_of = job.begin("0-a")
+    found = stand_by(job, tmp_path / "note")
+    monkeypatch.setattr(standby, "_PAUSE_S", 0.0)
+    follow, calls = found._follow, []
+
+    def once_in_vain(launch: Launch, generation: int) -> str:
+        calls.append(generation)
+        if len(calls) == 1:
+            board_of(0).tell(ENDED)
+            raise RuntimeError("connection reset")
+        return follow(launch, generation)
+
+    monkeypatch.setattr(found, "_follow", once_in_vain)
+    assert found.run() == 0
+    assert calls == [0, 0]
+
+
 def test_a_job_of_another_size_is_refused(job: Job, tmp_path: Path) -> None:
     job.begin("0-a")
     found = stand_by(job, tmp_path / "note")
@@ -153,8 +174,20 @@ def test_an_alarm_is_for_the_present_generation(job: Job, generations: int, word
     board_of = job.begin("0-a")
     for generation in range(generations):
         board_of(generation).tell(AGAIN)
+        board_of(generation)._store.set("meeting", ALL)
     standby._tell_lost(board_of, LIMIT)
     assert board_of(generations).await_event(1) == f"{word} a machine shows no sign of life"
+
+
+@pytest.mark.parametrize("meeting", ["", SHORT])
+def test_an_alarm_says_nothing_while_ranks_are_being_replaced(job: Job, meeting: str) -> None:
+    """Two machines that notice a loss one after the other must not cost two restarts."""
+    board_of = job.begin("0-a")
+    board_of(0).tell(f"{AGAIN} rank 1 has ended")
+    if meeting:
+        board_of(0)._store.set("meeting", meeting)
+    standby._tell_lost(board_of, LIMIT)
+    assert not board_of(1).has_event()
 
 
 def test_a_program_of_ones_own_runs_here_without_restarts(monkeypatch: pytest.MonkeyPatch) -> None:
