@@ -31,6 +31,8 @@ TOPICS = (
 _RUN, _COPIES, _CONTENTS, _POPULARITY, _TRAVEL, _FAULTS, _DISK, _OUTPUT = TOPICS
 _REFUSED = "refused: go back to the old value, or take another --moetion-run-id"
 _ROOM = "refused where arenas would need another size: go back to the old value, or take another --moetion-run-id"
+STANDBY = "MOETION_STANDBY"
+"""Environment of a machine that stands by: a file, where it writes the name of the one whose place it has taken."""
 ENDPOINT = "MOETION_RENDEZVOUS"
 """Environment: host:port of a rendezvous store that lives as long as the job, where the launcher's own does not."""
 SELECTIONS = ("unsaved-tokens", "popularity-ema", "sequential")

@@ -13,12 +13,12 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+from megatron_moetion.config import STANDBY
 from megatron_moetion.ending import lead
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.megatron_lm.seams import install
 from megatron_moetion.pretrain.launch import complain
 from megatron_moetion.pretrain.process import Process
-from megatron_moetion.warm.waiting import STANDBY, await_job
 
 HELP = ("-h", "--help")
 MODULES = ("megatron.training", "megatron.training.training", "megatron_moetion.mcore.attach", "torch._dynamo")
@@ -35,7 +35,10 @@ def run(argv: Sequence[str]) -> int:
 
 
 def _begin(argv: Sequence[str]) -> int:
-    await_job(os.environ)
+    if os.environ.get(STANDBY):
+        from megatron_moetion.warm.waiting import await_job
+
+        await_job(os.environ)
     restarts, timeout = _warm_restarts(argv[1:])
     if restarts > 0:
         return _stay_warm(argv, restarts, timeout)

@@ -20,13 +20,12 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any, NoReturn
 
-from megatron_moetion.config import MoetionConfig
+from megatron_moetion.config import STANDBY, MoetionConfig
 from megatron_moetion.ending import lead, say_last
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.mcore.argument_checks import Machine, check_arguments
 from megatron_moetion.mcore.arguments import moetion_config, read_arguments
 from megatron_moetion.pretrain.process import Process
-from megatron_moetion.warm.waiting import STANDBY, await_job
 
 GPU_FOLDER = Path("/proc/driver/nvidia/gpus")
 DEVICE_FOLDER = Path("/dev")
@@ -119,11 +118,14 @@ def require_gpus(process: Process) -> None:
 
 def run(argv: Sequence[str]) -> int:
     """The whole program on this rank. Returns the exit code; a user's mistake is one line, not a traceback."""
-    try:
-        await_job(os.environ)
-    except MoetionError as error:
-        complain(error, Process.from_environment(os.environ), os.environ)
-        return error.exit_code
+    if os.environ.get(STANDBY):
+        from megatron_moetion.warm.waiting import await_job
+
+        try:
+            await_job(os.environ)
+        except MoetionError as error:
+            complain(error, Process.from_environment(os.environ), os.environ)
+            return error.exit_code
     process = Process.from_environment(os.environ)
     try:
         args, on_gpu = settings(argv, process, os.environ)

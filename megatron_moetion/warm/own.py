@@ -10,11 +10,12 @@ from datetime import timedelta
 from functools import partial
 from typing import NoReturn
 
+from megatron_moetion.config import STANDBY
 from megatron_moetion.ending import lead, say_last
 from megatron_moetion.errors import ConfigError, MoetionError
 from megatron_moetion.warm.launch import Launch
 from megatron_moetion.warm.stay import stay
-from megatron_moetion.warm.waiting import STANDBY, await_job
+from megatron_moetion.warm.waiting import await_job
 
 AHEAD = ("megatron_moetion.mcore.attach", "torch._dynamo")
 """What every loop imports later: ``torch._dynamo`` where it builds its first optimizer."""

@@ -25,14 +25,14 @@ from pathlib import Path
 from types import FrameType
 from typing import NoReturn
 
-from megatron_moetion.config import ENDPOINT
+from megatron_moetion.config import ENDPOINT, STANDBY
 from megatron_moetion.errors import ChannelError, ConfigError
 from megatron_moetion.replicate.witness import open_endpoint
 from megatron_moetion.warm.board import AGAIN, DONE, ENDED, FOLLOW_S, LEAVE, LOOK_S, TAKEN, Board, exit_code_of, follow
 from megatron_moetion.warm.children import ENDING, FORWARDED, Errand, fork, wait_for
 from megatron_moetion.warm.launch import STORE_TIMEOUT, Launch, await_published
 from megatron_moetion.warm.parent import TELL_S, Parent
-from megatron_moetion.warm.waiting import STANDBY, Published, place
+from megatron_moetion.warm.waiting import Published, place
 
 _ALARM = signal.SIGUSR1
 _PAUSE_S = 1.0

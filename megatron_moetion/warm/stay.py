@@ -15,13 +15,12 @@ from typing import NoReturn
 
 import torch
 
-from megatron_moetion.config import ENDPOINT
+from megatron_moetion.config import ENDPOINT, STANDBY
 from megatron_moetion.errors import ConfigError
 from megatron_moetion.rendezvous import HOSTED
 from megatron_moetion.warm.launch import Launch, close_store, publish
 from megatron_moetion.warm.parent import Parent
 from megatron_moetion.warm.standby import Standby
-from megatron_moetion.warm.waiting import STANDBY
 
 _CUDA_NOT_INITIALIZED = 3
 

@@ -8,12 +8,10 @@ from collections.abc import Callable, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
 
-from megatron_moetion.config import ENDPOINT
+from megatron_moetion.config import ENDPOINT, STANDBY
 from megatron_moetion.errors import ChannelError, ConfigError
 from megatron_moetion.warm.children import Errand
 
-STANDBY = "MOETION_STANDBY"
-"""Environment of a machine that stands by: a file, where it writes the name of the one whose place it has taken."""
 BEGIN_S = 600.0
 """For the job to begin."""
 

@@ -210,9 +210,9 @@ def test_a_run_that_dies_before_its_first_snapshot_is_restarted_from_the_beginni
 
 
 ANY_TRAINING = {
-    "coding", "config", "errors", "mcore", "mcore.argument_checks", "mcore.arguments", "mcore.chain", "mcore.cpu_adam",
-    "mcore.cpu_device", "mcore.disk_format", "mcore.engine_names", "mcore.optimizer_state", "mcore.rng",
-    "mcore.topology", "output", "persist", "persist.tracker", "rendezvous", "units",
+    "coding", "config", "ending", "errors", "mcore", "mcore.argument_checks", "mcore.arguments", "mcore.chain",
+    "mcore.cpu_adam", "mcore.cpu_device", "mcore.disk_format", "mcore.engine_names", "mcore.optimizer_state",
+    "mcore.rng", "mcore.topology", "output", "persist", "persist.tracker", "rendezvous", "units",
 }  # fmt: skip
 """Beside ``pretrain``, what the bundled trainer needs for flags, device, model and its checkpoints on disk."""
 

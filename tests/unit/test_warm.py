@@ -283,8 +283,8 @@ def test_a_standby_needs_a_store_and_a_job(monkeypatch: pytest.MonkeyPatch) -> N
     waiting.await_job(environ)
     assert environ == {"RANK": "3"}
     with pytest.raises(ConfigError, match="MOETION_RENDEZVOUS is not"):
-        waiting.await_job({waiting.STANDBY: "note"})
+        waiting.await_job({"MOETION_STANDBY": "note"})
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     monkeypatch.setattr(waiting, "BEGIN_S", 0.3)
     with pytest.raises(ChannelError, match=rf"no job has begun at 127.0.0.1:{store.port} within 0 s"):
-        waiting.await_job({waiting.STANDBY: "note", "MOETION_RENDEZVOUS": f"127.0.0.1:{store.port}"})
+        waiting.await_job({"MOETION_STANDBY": "note", "MOETION_RENDEZVOUS": f"127.0.0.1:{store.port}"})

@@ -19,9 +19,10 @@ from typing import Any, NoReturn
 import psutil
 from torch import distributed as dist
 
+from megatron_moetion.config import STANDBY
 from megatron_moetion.warm.launch import Launch
 from megatron_moetion.warm.stay import stay
-from megatron_moetion.warm.waiting import STANDBY, await_job
+from megatron_moetion.warm.waiting import await_job
 
 LIMIT_S = 40.0
 

@@ -17,12 +17,13 @@ from typing import Any, NoReturn
 import pytest
 from torch import distributed as dist
 
+from megatron_moetion.config import STANDBY
 from megatron_moetion.errors import ChannelError, ConfigError
 from megatron_moetion.warm import own, standby, waiting
 from megatron_moetion.warm.board import AGAIN, ALL, ENDED, LEAVE, LEFT, SHORT, TAKEN, Board
 from megatron_moetion.warm.launch import Launch, publish
 from megatron_moetion.warm.standby import Standby
-from megatron_moetion.warm.waiting import STANDBY, await_job
+from megatron_moetion.warm.waiting import await_job
 
 LIMIT = 2
 
