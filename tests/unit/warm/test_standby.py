@@ -53,7 +53,7 @@ class Job:
 
     def launch(self, rank: int) -> Launch:
         ours = self.environ | waiting.place(rank, rank % 2, 2) | {"SLURMD_NODENAME": f"node{rank // 2}"}
-        return Launch(rank=rank, world_size=4, environ=ours, limit=LIMIT, timeout=timedelta(seconds=5))
+        return Launch(rank=rank, world_size=4, environ=ours, limit=LIMIT, timeout=timedelta(seconds=20))
 
     def begin(self, token: str) -> Callable[[int], Board]:
         for rank in (0, 2):
