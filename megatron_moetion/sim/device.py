@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
 
@@ -189,6 +188,3 @@ class LazyPool:
         self._issued += 1
         self._tickets[self._issued] = work
         return self._issued
-
-    def __getattr__(self, name: str) -> Any:
-        raise AttributeError(f"the simulated device has no {name!r}")
