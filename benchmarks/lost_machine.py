@@ -65,7 +65,8 @@ class Job:
             self.processes.append(self._start(2, [], {"MOETION_STANDBY": str(self._note)}))
 
     def agent(self, machine: int) -> subprocess.Popen[str]:
-        rendezvous = f"--rdzv-backend=c10d --rdzv-id=restart --rdzv-endpoint={self._endpoint} --local-addr 127.0.0.1"
+        address = f"127.0.0.{machine + 1}"  # the first in order has rank 0 and the store, which must not be lost
+        rendezvous = f"--rdzv-backend=c10d --rdzv-id=restart --rdzv-endpoint={self._endpoint} --local-addr {address}"
         beats = f"--rdzv-conf is_host={int(machine == 0)},keep_alive_interval=2"
         launcher = f"-m torch.distributed.run --nnodes=2 --nproc-per-node=2 --max-restarts=9 {rendezvous} {beats}"
         return self._start(machine, launcher.split(), {})

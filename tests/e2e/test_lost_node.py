@@ -64,8 +64,9 @@ named = [a.split("=", 1)[1] for a in args if a.startswith("--nodelist=")]
 command = args[args.index("rm" if "rm" in args else "bash"):]
 tasks = []
 for number, host in enumerate(named or {hosts}):
-    # The first one hosts the rendezvous; a heartbeat is missed after 6 seconds and not after 15.
-    torchrun = {{"PET_RDZV_CONF": f"is_host={{int(number == 0)}},keep_alive_interval=2", "PET_LOCAL_ADDR": "127.0.0.1"}}
+    # The first one hosts the rendezvous; a heartbeat is missed after 6 seconds and not after 15. Addresses give agents
+    # their order, and the first one hosts the ranks' store: by one address it would be the one with the lowest pid.
+    torchrun = {{"PET_RDZV_CONF": f"is_host={{int(number == 0)}},keep_alive_interval=2", "PET_LOCAL_ADDR": host}}
     tasks.append(
         subprocess.Popen(
             [a.replace("@node", host) for a in command],
