@@ -375,6 +375,7 @@ def reference(hosts: Hosts, trainer: Trainer, mode: str, iterations: int, folder
     """Losses and, with a mode, state hashes of the run without faults, kept in ``folder`` once it is done."""
     kept = folder / "reference.json"
     if not kept.exists():
+        shutil.rmtree(folder / "run", ignore_errors=True)  # of a soak that was stopped
         run = Run(hosts, trainer, mode, iterations, (), folder / "run")
         run.train()
         kept.write_text(json.dumps({"losses": {s.iteration: s.loss for s in run.steps}, "hashes": dict(run.hashes)}))

@@ -161,3 +161,19 @@ def test_fragments_count_where_there_are_enough_of_them() -> None:
     found = judge([*fragments(1), *other])
     assert (found.iteration, found.missing, found.least_copies) == (2, (0,), 0)
     assert judge([copy(0, 0, whole(1, 2)), *fragments(3), *other]).ranks[0].complete == 3
+
+
+def test_a_node_counts_once_whatever_it_has_of_a_rank() -> None:
+    """A whole copy and a fragment, two fragments, fragments of two codings: of a recovery that failed halfway."""
+
+    def held(*places: tuple[int, int], data: int = 2) -> list[Copy]:
+        return [copy(0, node, whole(1, 2), fragment=n, data=data, parity=1) for node, n in places]
+
+    def complete(*copies: Copy) -> int:
+        return judge([*copies, copy(1, 9, whole(1, 2))]).ranks[0].complete
+
+    apart = held((1, 1), (2, 2), (3, 3))
+    assert complete(*apart) == 2
+    assert complete(*held((1, 1), (1, 2), (2, 3))) == 1, "without the first node there is one fragment of two"
+    assert complete(copy(0, 1, whole(1, 2)), *apart) == 2, "one node has both, and the others have two fragments"
+    assert complete(*apart, *held((2, 1), (3, 2), (4, 3), (5, 4), data=3)) == 2, "nodes 2 and 3 have both kinds"
