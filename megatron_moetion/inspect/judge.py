@@ -288,14 +288,14 @@ def _complete(judged: Sequence[JudgedCopy], owner: int, iteration: int) -> int:
     """Never too many: a node that has several of these copies counts once, and so do fragments of several codings."""
     places = {j.copy.place for j in judged if j.copy.owner == owner and iteration in j.reaches}
     whole = {place.node for place in places if place.part.is_whole}
-    codings: dict[tuple[int, int], dict[str, set[int]]] = {}
+    codings: dict[tuple[int, int], dict[int, set[int]]] = {}
     for node, part in places:
         if not part.is_whole and node not in whole:
             codings.setdefault((part.data, part.parity), {}).setdefault(node, set()).add(part.number)
     return len(whole) + max((_losses(held, data) for (data, _), held in codings.items()), default=0)
 
 
-def _losses(held: Mapping[str, set[int]], needed: int) -> int:
+def _losses(held: Mapping[int, set[int]], needed: int) -> int:
     """How many nodes have to be lost, at least, before there are not as many different fragments as needed."""
     left = len(set().union(*held.values())) - needed
     lost = 0

@@ -68,9 +68,15 @@ class Board:
         self._store.compare_set("event", "", event)
         return DONE
 
-    def tell_ended(self) -> str:
-        """One rank has done all its work. The last one says it for all."""
-        if self._store.add("ended", 1) == self._world_size:
+    def tell_ended(self, rank: int, attempt: int) -> str:
+        """This rank has done all its work. The last one says it for all.
+
+        It may be said again, by another ``attempt``, where nobody knows whether it was heard: a rank counts once.
+        """
+        said = f"{attempt}"
+        if self._store.compare_set(f"ended/{rank}", "", said).decode() == said:
+            self._store.add("ended", 1)
+        if self._store.add("ended", 0) == self._world_size:
             self.tell(ENDED)
         return DONE
 

@@ -21,6 +21,7 @@ import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from types import FrameType
 from typing import NoReturn
 
@@ -57,6 +58,8 @@ _LOOK_AGAIN_S = 5.0
 """Whether a signal has come meanwhile."""
 FINISH_S = 3600.0
 """A parent whose rank has done all its work waits so long for the others: one that was killed says nothing."""
+TELLINGS = 3
+"""That a rank has done all its work, at most: others wait long for that. What else happens the launcher sees too."""
 LISTENERS_MAX = 5
 """A listener that ends for nothing is replaced so often in one generation."""
 
@@ -181,10 +184,14 @@ class Parent:
         """Tell the others how this rank has ended; whether that was possible."""
         said = verdict(code, restarts_left=self._launch.limit - self._generation)
         why = f"rank {self._launch.rank} on {socket.gethostname()} has ended with {how(code)}"
-        done = self._ask(lambda board: board.tell_ended() if said == ENDED else board.tell(f"{said} {why}"))
-        if not done:
-            self._complain(f"{why}, and the launcher's store does not take it; this is left to the launcher")
-        return bool(done)
+        for attempt in range(TELLINGS if said == ENDED else 1):
+            if self._ask(partial(self._tell_end, attempt, "" if said == ENDED else f"{said} {why}")):
+                return True
+        self._complain(f"{why}, and the launcher's store does not take it; this is left to the launcher")
+        return False
+
+    def _tell_end(self, attempt: int, event: str, board: Board) -> str:
+        return board.tell(event) if event else board.tell_ended(self._launch.rank, attempt)
 
     def _leave(self, code: int, was_ended: bool) -> int:
         """The exit code; a rank that was only ended for others has that of SIGTERM, as under a launcher."""

@@ -92,3 +92,28 @@ def test_who_hears_nothing_says_where_it_was(board_of: Callable[[int], Board]) -
     assert board_of(0).keep(1)
     assert meet(board_of(0), 4) == [ALL] * 4
     assert follow(board_of, 0, taking("a"), meet_s=5, look_s=0.2) == "1"
+
+
+def test_a_rank_that_says_its_end_again_counts_once(board_of: Callable[[int], Board]) -> None:
+    """Whoever did not hear an answer says it again; so does the last one, whose word for all may have been lost."""
+    board = board_of(0)
+    for rank in range(3):
+        for attempt in range(2):
+            board.tell_ended(rank, attempt)
+    assert not board.has_event()
+    board.tell_ended(3, 0)
+    assert board.await_event(1) == ENDED
+
+
+def test_the_last_rank_says_the_end_of_all_again(
+    board_of: Callable[[int], Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    board = board_of(0)
+    for rank in range(3):
+        board.tell_ended(rank, 0)
+    with monkeypatch.context() as lost:
+        lost.setattr(Board, "tell", lambda self, event: "")
+        board.tell_ended(3, 0)
+    assert not board.has_event()
+    board.tell_ended(3, 1)
+    assert board.await_event(1) == ENDED
