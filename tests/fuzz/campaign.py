@@ -27,6 +27,8 @@ EXECUTIONS = 1_000_000
 """Of each target, where nothing else is asked for."""
 TRACED_EVERY = 16
 """Of so many executions one has its memory measured; the others have a limit of address space."""
+MEMORY = Path("/dev/shm")
+"""Targets write small files, which a disk would make slow."""
 _HERE = Path(__file__).parent
 _SHORT_S = 5.0
 
@@ -114,7 +116,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if unknown := set(options.targets) - set(TARGETS):
         parser.error(f"there is no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
     found = []
-    with tempfile.TemporaryDirectory(prefix="moetion-fuzz-") as folder:
+    with tempfile.TemporaryDirectory(prefix="moetion-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
         report = Path(folder) / "report.json"
         for name in options.targets or TARGETS:
             report.unlink(missing_ok=True)
