@@ -63,9 +63,14 @@ def kinds(faults: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def open_ends(records: Sequence[Record]) -> int:
-    """Faults that nothing came after, in runs that were not cut short."""
-    faults = [fault for record in records if not record["cut_short"] for fault in record["faults"]]
-    return sum(record["stuck"] is not None for record in records) + sum(f["outcome"] == OPEN for f in faults)
+    """Faults that nothing came after, in runs that were not cut short. After the last iteration there is nothing."""
+    dangling = [
+        fault
+        for record in records
+        for fault in record["faults"]
+        if fault["outcome"] == OPEN and fault["iteration"] < record["iterations"] and not record["cut_short"]
+    ]
+    return sum(record["stuck"] is not None for record in records) + len(dangling)
 
 
 def table(records: Sequence[Record]) -> str:

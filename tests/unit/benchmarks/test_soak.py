@@ -161,7 +161,7 @@ def test_ports_of_a_process_are_those_it_listens_on_for_everybody() -> None:
 
 
 RECORD = {
-    "ended": True, "stuck": None, "cut_short": False, "wrong": [], "steps": 40, "hashes": 4,
+    "ended": True, "stuck": None, "cut_short": False, "wrong": [], "iterations": 40, "steps": 40, "hashes": 4,
     "faults": [
         {"kind": "SIGKILL", "outcome": "recovered", "seconds": 4.0, "lost_iterations": 1},
         {"kind": "SIGKILL", "outcome": "recovered", "seconds": 6.0, "lost_iterations": 2},
@@ -191,9 +191,11 @@ def test_a_difference_and_a_stuck_run_miss_their_target() -> None:
 
 
 def test_a_fault_that_nothing_came_of_misses_the_target_unless_the_run_was_cut_short() -> None:
-    dangling = RECORD | {"faults": [{"kind": "SIGINT", "outcome": "open", "seconds": None, "lost_iterations": None}]}
+    fault = {"kind": "SIGINT", "outcome": "open", "iteration": 39, "seconds": None, "lost_iterations": None}
+    dangling = RECORD | {"faults": [fault]}
     assert tables.happened([dangling]) == []
     assert tables.open_ends([dangling]) == 1
+    assert tables.open_ends([RECORD | {"faults": [fault | {"iteration": 40}]}]) == 0, "all iterations were done"
     assert tables.open_ends([dangling | {"cut_short": True, "ended": False}]) == 0
 
 
