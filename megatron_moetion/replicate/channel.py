@@ -130,12 +130,15 @@ class Reducer(Protocol):
     def contribute(self, number: int, words: Sequence[int], notes: Mapping[str, Note] | None = None) -> None:
         """This rank's part of round ``number``: 0, 1, 2 and so on, each once. Words are signed 64-bit integers.
 
-        All members give equally many words. ``notes`` are this rank's, by kind.
+        All members give equally many words, the same number in all rounds. ``notes`` are this rank's, by kind.
         """
         ...
 
     def results(self) -> list[Reduced]:
-        """Results that have arrived since the last call, in order. Does not wait."""
+        """Results that have arrived since the last call, in order. Does not wait.
+
+        ``ChannelError`` for what cannot be one: of a round that this rank has not given yet, or of other words.
+        """
         ...
 
     def wait(self, number: int, timeout_s: float) -> bool:

@@ -30,10 +30,13 @@ class TreeReducer:
                 words, notes = tuple(combine(words, more_words)), merge_notes(notes, more_notes)
             return pack(words, notes)
 
+        self._name = name
         self._tree: Tree = control.join(f"reducer/{name}", members, merge)
+        self._number, self._num_words = -1, 0
 
     def contribute(self, number: int, words: Sequence[int], notes: Mapping[str, Note] | None = None) -> None:
         """See ``Reducer``."""
+        self._number, self._num_words = number, len(words)
         self._tree.contribute(number, pack(words, notes or {}))
 
     def results(self) -> list[Reduced]:
@@ -41,6 +44,11 @@ class TreeReducer:
         found = []
         for number, payload in self._tree.results():
             words, notes = unpack(payload)
+            if number > self._number or len(words) != self._num_words:
+                raise ChannelError(
+                    f"{self._name!r}: a result of {len(words)} words for round {number}, where this rank has given "
+                    f"{self._num_words} words and is in round {self._number}"
+                )
             found.append(Reduced(number=number, words=words, notes=notes))
         return found
 
