@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-LIMIT_S = 120.0
+LIMIT_S = 300.0
 """For whatever is waited for."""
 TORCHRUN_KNOWS = r"failed \(exitcode|Sending process \d+ closing signal"
 ITERATION = r"iteration +\d+/"
