@@ -29,25 +29,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks._common import Result, at_most, median, parser, report  # noqa: E402
-from benchmarks.restart import MODEL, STEPS_BETWEEN, Log, losses_in  # noqa: E402
+from benchmarks._restarts import ITERATION, Log, Restart, losses_in  # noqa: E402
+from benchmarks.restart import MODEL, STEPS_BETWEEN  # noqa: E402
 
 CYCLES, QUICK_CYCLES = 2, 1
 ARMS = {"spare": 0, "standby": 8}
-ITERATION = r"iteration +\d+/"
-MOMENTS = {
-    "standby": (
-        ("fault known, parents told", "start again from warm parents"),
-        ("ranks connected, data read", "^> data: "),
-        ("model, optimizer, state", "^> training from iteration "),
-        ("first step", ITERATION),
-    ),
-    "spare": (
-        ("ranks connected, data read", "^> data: "),
-        ("model, optimizer, state", "^> training from iteration "),
-        ("first step", ITERATION),
-    ),
-}
-"""What follows one another in the logs, and the end of which phase it is."""
+WAITS = {"spare": {}, "standby": {"answer": " takes the place of "}}
+"""What is waited for before new processes begin, and the line that ends it."""
 
 
 class Job:
@@ -55,7 +43,7 @@ class Job:
 
     def __init__(self, arm: str, folder: Path, memory: Path) -> None:
         self.arm, self.memory, self.log = arm, memory, Log()
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics, self.events = folder / "metrics.jsonl", folder / "events.jsonl"
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self._endpoint = f"127.0.0.1:{free.getsockname()[1]}"
@@ -73,33 +61,31 @@ class Job:
 
     def lose(self) -> dict[str, float]:
         """The second machine, and see it through: seconds of each phase, in order."""
-        moment = self._train_on(0.0)
+        self._train_on(0.0)
         if ARMS[self.arm]:
             self.log.await_line("stands by for a lost machine", 0.0)
             time.sleep(1)
-            moment = self._train_on(time.monotonic())
+            self._train_on(time.monotonic())
         lost = psutil.Process(self.processes[1].pid)
-        began = time.monotonic()
-        for process in [lost, *lost.children(recursive=True)]:
+        going = [lost, *lost.children(recursive=True)]
+        restart = Restart(self.log, self.memory, self.events, hurt=(2, 3))
+        for process in going:
             process.kill()
         shutil.rmtree(self.memory / "1")
         if not ARMS[self.arm]:
             self.processes.append(self.agent(2))
-        phases, moment = {}, began
-        for phase, line in MOMENTS[self.arm]:
-            before, (moment, _) = moment, self.log.await_line(line, moment)
-            phases[phase] = moment - before
-        self._train_on(moment)
+        phases = restart.await_phases(by_torchrun=not ARMS[self.arm], waits=WAITS[self.arm])
+        self._train_on(time.monotonic())
         return phases
 
-    def _train_on(self, moment: float) -> float:
+    def _train_on(self, moment: float) -> None:
         for _ in range(STEPS_BETWEEN):
             moment, _ = self.log.await_line(ITERATION, moment)
-        return moment
 
     def _start(self, machine: int, launcher: list[str], more: Mapping[str, str]) -> subprocess.Popen[str]:
         flags = f"{MODEL} --metrics-path {self.metrics} --moetion --moetion-mode full --moetion-run-id restart "
-        flags += f"--moetion-store {self.memory / str(machine)} --moetion-warm-restarts {ARMS[self.arm]}"
+        flags += f"--moetion-store {self.memory / str(machine)} --moetion-warm-restarts {ARMS[self.arm]} "
+        flags += f"--moetion-report {self.events}"
         ours = {
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PYTHONUNBUFFERED": "1", "GLOO_SOCKET_IFNAME": "lo",
             "MOETION_RENDEZVOUS": self._endpoint, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
@@ -160,7 +146,7 @@ def results(samples: Mapping[str, list[dict[str, float]]], losses: Mapping[int, 
         found.append(Result(name=f"{arm}: worst", value=max(sum(p.values()) for p in samples[arm]), unit="s"))
         found += [
             Result(name=f"{arm}: {phase}", value=median([phases[phase] for phases in samples[arm]]), unit="s")
-            for phase, _ in MOMENTS[arm]
+            for phase in samples[arm][0]
         ]
     found.append(at_most("standby / spare", medians["standby"] / medians["spare"], "", 1 / 3))
     differing = sum(len(bits) > 1 for bits in losses.values())

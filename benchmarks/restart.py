@@ -4,7 +4,8 @@
 Four ranks (PP 2 x EP 2, two emulated nodes) train in mode ``full``. Jobs alternate: in one ``torchrun`` starts all
 processes again, in the other warm parents fork the ranks again (``--moetion-warm-restarts``). In each a rank is killed
 twice, then two ranks of one node with the memory of that node, then a rank is stopped, which the others find out after
-``--moetion-hang-timeout-s``. Seconds run from the signal until the trainer says that the first new iteration is done.
+``--moetion-hang-timeout-s``. Seconds run from the signal until the trainer says that the first new iteration is done,
+and are split into the phases of ``_restarts.py``.
 Losses of all jobs are compared bit for bit.
 
 ``lost_machine.py`` has machines that are gone with their parents.
@@ -12,10 +13,7 @@ Losses of all jobs are compared bit for bit.
 
 from __future__ import annotations
 
-import itertools
-import json
 import os
-import re
 import shutil
 import signal
 import subprocess
@@ -26,13 +24,14 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from benchmarks._common import Result, at_most, median, parser, report  # noqa: E402
+from benchmarks._restarts import ITERATION, PHASES, Log, Restart, losses_in, pids  # noqa: E402
 
 MODEL = (
     "--num-layers 2 --hidden-size 64 --num-attention-heads 4 --seq-length 64 --num-experts 8 "
@@ -42,43 +41,24 @@ MODEL = (
 CYCLES, QUICK_CYCLES = 6, 1
 HANG_S = 4
 STEPS_BETWEEN = 6
-LIMIT_S = 120.0
 ARMS = {"torchrun": "", "warm": "--moetion-warm-restarts 8"}
 KINDS = ("killed rank", "killed node", "hung rank")
-PHASES = ("connected, data read", "model, optimizer, state", "first step")
-_ITERATION = re.compile(r"iteration +(\d+)/")
-
-
-@dataclass
-class Log:
-    """What the job says, and when (monotonic clock)."""
-
-    lines: list[tuple[float, str]] = field(default_factory=list)
-
-    def read(self, stream: object) -> None:
-        for line in stream:  # type: ignore[attr-defined]
-            self.lines.append((time.monotonic(), line))
-
-    def await_line(self, pattern: str, since_s: float) -> tuple[float, str]:
-        """The first one after this moment that has the pattern."""
-        wanted, deadline = re.compile(pattern), time.monotonic() + LIMIT_S
-        while time.monotonic() < deadline:
-            for moment, line in list(self.lines):
-                if moment > since_s and wanted.search(line):
-                    return moment, line
-            time.sleep(0.002)
-        said = "".join(text for _, text in self.lines[-200:])
-        raise TimeoutError(f"no {pattern!r} in {LIMIT_S:.0f} s; the job said\n{said}")
 
 
 @dataclass(frozen=True)
 class Sample:
-    """One fault: seconds from the signal, and of its phases."""
+    """One fault, and seconds of what follows it."""
 
     arm: str
     kind: str
-    seconds: float
     phases: Mapping[str, float]
+    recovery: Mapping[str, float]
+    """Of ``survey`` and ``load``, as rank 0 reports them."""
+
+    @property
+    def seconds(self) -> float:
+        """Until the first new step is done."""
+        return sum(self.phases.values())
 
 
 class Job:
@@ -86,10 +66,10 @@ class Job:
 
     def __init__(self, arm: str, folder: Path, store: Path) -> None:
         self.arm, self.store, self.log = arm, store, Log()
-        self.metrics = folder / "metrics.jsonl"
+        self.metrics, self.events = folder / "metrics.jsonl", folder / "events.jsonl"
         where = f"--moetion-store {store} --moetion-run-id restart --moetion-ranks-per-node 2"
         flags = f"{MODEL} --metrics-path {self.metrics} --moetion --moetion-mode full {where} {ARMS[arm]}"
-        flags += f" --moetion-hang-timeout-s {HANG_S}"
+        flags += f" --moetion-hang-timeout-s {HANG_S} --moetion-report {self.events}"
         launcher = "-m torch.distributed.run --standalone --nproc-per-node 4 --max-restarts 9"
         self.process = subprocess.Popen(
             [sys.executable, *launcher.split(), str(ROOT / "pretrain_gpt_moe.py"), *flags.split()],
@@ -98,43 +78,23 @@ class Job:
         )  # fmt: skip
         threading.Thread(target=self.log.read, args=(self.process.stdout,), daemon=True).start()
 
-    def pid(self, rank: int) -> int:
-        (note,) = self.store.glob(f"restart/node*/rank{rank:05d}.pid")
-        return int(json.loads(note.read_text())["pid"])
-
     def cause(self, kind: str, rank: int) -> Sample:
         """Do it, once training has gone on for some steps, and see it through."""
         self._train_on()
-        began = time.monotonic()
-        if kind == "hung rank":
-            os.kill(self.pid(rank), signal.SIGSTOP)
-        elif kind == "killed rank":
-            os.kill(self.pid(rank), signal.SIGKILL)
-        else:
-            for lost in (2, 3):
-                os.kill(self.pid(lost), signal.SIGKILL)
+        hurt = [2, 3] if kind == "killed node" else [rank]
+        pid_of = pids(self.store)
+        restart = Restart(self.log, self.store, self.events, hurt)
+        for each in hurt:
+            os.kill(pid_of[each], signal.SIGSTOP if kind == "hung rank" else signal.SIGKILL)
+        if kind == "killed node":
             shutil.rmtree(self.store / "restart" / "node1")
-        data, _ = self.log.await_line("^> data: ", began)
-        trains, _ = self.log.await_line("^> training from iteration ", data)
-        done, _ = self.log.await_line(_ITERATION.pattern, trains)
-        moments = (began, data, trains, done)
-        phases = dict(zip(PHASES, (b - a for a, b in itertools.pairwise(moments)), strict=True))
-        return Sample(self.arm, kind, done - began, phases)
+        phases = restart.await_phases(by_torchrun=self.arm == "torchrun")
+        return Sample(self.arm, kind, phases, restart.recovered())
 
     def _train_on(self) -> None:
         moment = time.monotonic()
         for _ in range(STEPS_BETWEEN):
-            moment, _ = self.log.await_line(_ITERATION.pattern, moment)
-
-
-def losses_in(metrics: Path) -> dict[int, set[str]]:
-    """Every bit of the losses of each iteration, in all its executions."""
-    found: dict[int, set[str]] = defaultdict(set)
-    for line in metrics.read_text().splitlines():
-        step = json.loads(line)
-        if "loss_hex" in step:
-            found[step["iteration"]].add(step["loss_hex"])
-    return found
+            moment, _ = self.log.await_line(ITERATION, moment)
 
 
 @contextmanager
@@ -156,10 +116,12 @@ def job(arm: str) -> Iterator[Job]:
 
 def main() -> int:
     """Alternate the jobs, then report medians and ratios."""
-    args = parser(__doc__ or "").parse_args()
+    options = parser(__doc__ or "")
+    options.add_argument("--cycles", type=int, default=CYCLES, help="jobs of each kind (%(default)s)")
+    args = options.parse_args()
     samples: list[Sample] = []
     losses: dict[int, set[str]] = defaultdict(set)
-    cycles = QUICK_CYCLES if args.quick else CYCLES
+    cycles = QUICK_CYCLES if args.quick else args.cycles
     for cycle in range(cycles):
         for arm in ARMS:
             with job(arm) as running:
@@ -186,6 +148,12 @@ def results(samples: list[Sample], losses: Mapping[int, set[str]]) -> list[Resul
                 Result(name=f"{kind}, {arm}: {phase}", value=median([s.phases[phase] for s in chosen]), unit="s")
                 for phase in PHASES
             ]
+    for arm in ARMS:
+        reported = [s.recovery for s in samples if (s.arm, s.kind) == (arm, "killed rank")]
+        found += [
+            Result(name=f"killed rank, {arm}: recovery: {phase}", value=median([r[phase] for r in reported]), unit="s")
+            for phase in reported[0]
+        ]
     ratios = {kind: medians["warm", kind] / medians["torchrun", kind] for kind in KINDS}
     found.append(at_most("killed rank, warm / torchrun", ratios["killed rank"], "", 1 / 6))
     found += [Result(name=f"{kind}, warm / torchrun", value=ratios[kind], unit="") for kind in KINDS[1:]]

@@ -21,7 +21,7 @@ from megatron_moetion.pretrain.launch import complain
 from megatron_moetion.pretrain.process import Process
 
 HELP = ("-h", "--help")
-MODULES = ("megatron.training", "megatron.training.training", "megatron_moetion.mcore.attach", "torch._dynamo")
+MODULES = ("megatron.training", "megatron.training.training", "megatron_moetion.mcore.attach")
 """What a parent imports that forks ranks: the script's own imports are mostly among theirs."""
 USAGE = "usage: python -m megatron_moetion.megatron_lm SCRIPT [FLAGS ...], SCRIPT being Megatron-LM's pretrain_gpt.py"
 
@@ -64,12 +64,13 @@ def _code_of(program: Callable[[], int]) -> int:
 
 def _stay_warm(argv: Sequence[str], restarts: int, timeout: timedelta) -> int:
     """As the parent of this rank, which is forked from here; see ``warm``."""
+    from megatron_moetion.warm.later import LATER
     from megatron_moetion.warm.launch import Launch
     from megatron_moetion.warm.stay import stay
 
     os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # a question to CUDA itself would make a context
     _stand_in_for(argv)
-    for name in MODULES:
+    for name in (*MODULES, *LATER):
         importlib.import_module(name)
     return stay(lambda: lead(partial(_code_of, partial(run_script, argv))), Launch.here(restarts, timeout))
 

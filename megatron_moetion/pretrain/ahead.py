@@ -8,11 +8,12 @@ import importlib
 
 from megatron_moetion.pretrain.corpus import SampleSource
 from megatron_moetion.pretrain.startup import build_source
+from megatron_moetion.warm.later import LATER
 
 MODULES = (
     "megatron_moetion.pretrain.loop",
     "megatron_moetion.mcore.attach",
-    "torch._dynamo",  # torch imports it while it builds the first optimizer
+    *LATER,
 )
 
 

@@ -25,7 +25,7 @@ from megatron_moetion.pretrain.corpus import SampleSource, Split, batches, sampl
 from megatron_moetion.pretrain.model import build_model, build_optimizer
 from megatron_moetion.pretrain.process import Process
 from megatron_moetion.pretrain.progress import Progress, RunState
-from megatron_moetion.pretrain.report import Reporter, StepResult, say
+from megatron_moetion.pretrain.report import Reporter, StepResult, say, say_as
 from megatron_moetion.pretrain.startup import build_source, initialize
 
 UNHEALTHY_MAX = 4
@@ -39,13 +39,15 @@ AUX_LOSS_NAMES = {
 
 def pretrain(args: argparse.Namespace, process: Process, source: SampleSource | None = None) -> None:
     """Train to ``--train-iters`` on this rank, from wherever the run stands. ``source``: where it is there already."""
+    say_as(process.rank, f"> connecting {process.world_size} rank(s)")
     attempt = initialize(args, process)
+    say(f"> {process.world_size} rank(s) are connected")
     source = build_source(args) if source is None else source
+    say(f"> data: {source.description}")
     # The last rank is on the last pipeline stage, which has the loss.
     reporter = Reporter(args, active=process.rank == process.world_size - 1, attempt=attempt)
     with closing(reporter):
         trainer = Trainer(args, source, reporter)
-        say(f"> data: {source.description}")
         say(f"> {trainer.num_parameters:,} parameters on rank 0, {args.num_microbatches} micro batches a step")
         trainer.train()
     dist.destroy_process_group()

@@ -188,7 +188,12 @@ def format_line(args: argparse.Namespace, progress: Progress, results: list[Step
 
 def say(text: str) -> None:
     """Print a log line once, from rank 0."""
-    if dist.get_rank() == 0:
+    say_as(dist.get_rank(), text)
+
+
+def say_as(rank: int, text: str) -> None:
+    """As ``say``, also where ranks are not connected."""
+    if rank == 0:
         _print(text)
 
 

@@ -13,12 +13,13 @@ from typing import NoReturn
 from megatron_moetion.config import STANDBY
 from megatron_moetion.ending import lead, say_last
 from megatron_moetion.errors import ConfigError, MoetionError
+from megatron_moetion.warm.later import LATER
 from megatron_moetion.warm.launch import Launch
 from megatron_moetion.warm.stay import stay
 from megatron_moetion.warm.waiting import await_job
 
-AHEAD = ("megatron_moetion.mcore.attach", "torch._dynamo")
-"""What every loop imports later: ``torch._dynamo`` where it builds its first optimizer."""
+AHEAD = ("megatron_moetion.mcore.attach", *LATER)
+"""What every loop imports later."""
 
 
 def run_warm(main: Callable[[], object], *, restarts: int, timeout: timedelta = timedelta(minutes=10)) -> NoReturn:

@@ -46,3 +46,8 @@ def test_the_flag_alone_survives_a_killed_process_and_leaves_nothing_behind(stor
     assert "recovered, epoch 1" in done.stdout
     assert "torchrun has made up the run id" in done.stdout
     assert list(store.iterdir()) == []
+    stages = ("> connecting 2 ", "> 2 rank(s) are connected", "> data: ", "parameters on rank 0", "> training from ")
+    again = done.stdout[done.stdout.index("recovered, epoch 1") :]
+    before = done.stdout[: -len(again)]
+    found = [before.rindex(stage) for stage in stages[:-1]] + [len(before) + again.index(stages[-1])]
+    assert found == sorted(found), "each stage of a start is said as it ends"
