@@ -25,6 +25,8 @@ from typing import Any
 
 EXECUTIONS = 1_000_000
 """Of each target, where nothing else is asked for."""
+A_PROCESS = 100_000
+"""Executions in one process, at most: each measurement of memory (tracemalloc) costs it some kilobytes for good."""
 TRACED_EVERY = 16
 """Of so many executions one has its memory measured; the others have a limit of address space."""
 MEMORY = Path("/dev/shm")
@@ -117,35 +119,37 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no target {', '.join(sorted(unknown))}; there are {', '.join(TARGETS)}")
     found = []
     with tempfile.TemporaryDirectory(prefix="moetion-fuzz-", dir=MEMORY if MEMORY.is_dir() else None) as folder:
-        report = Path(folder) / "report.json"
         for name in options.targets or TARGETS:
-            report.unlink(missing_ok=True)
-            limits = ["--executions", str(options.executions), "--seconds", str(options.seconds)]
-            command = [
-                sys.executable,
-                __file__,
-                name,
-                *limits,
-                "--findings",
-                str(options.findings),
-                "--one",
-                str(report),
-                *(["--unguided"] if options.unguided else []),
-            ]
-            ended = subprocess.run(command, env={**os.environ, "TMPDIR": folder}, stderr=subprocess.PIPE, check=False)
-            said: dict[str, Any] = (
-                json.loads(report.read_text()) if report.exists() else {"target": name, "executions": 0}
-            )
-            if ended.returncode and not said.get("finding"):
-                said["finding"] = f"exit code {ended.returncode}: {ended.stderr.decode(errors='replace')[-2000:]}"
-            found.append(said)
-            outcomes = ", ".join(f"{n:,} {what}" for what, n in said.get("outcomes", {}).items())
-            print(f"{name}: {said['executions']:,} executions, {outcomes or said.get('finding')}", flush=True)
-            if said.get("finding"):
-                print(f"    {said['finding']}", flush=True)
-            if options.json is not None:
-                add(options.json, said)
+            left, until_s = options.executions, time.monotonic() + options.seconds
+            while left > 0 and (left_s := until_s - time.monotonic()) > 0:
+                said = in_a_process(name, min(left, A_PROCESS), left_s, Path(folder), options)
+                left -= max(1, said["executions"])
+                found.append(said)
+                outcomes = ", ".join(f"{n:,} {what}" for what, n in said.get("outcomes", {}).items())
+                print(f"{name}: {said['executions']:,} executions, {outcomes or said.get('finding')}", flush=True)
+                if options.json is not None:
+                    add(options.json, said)
+                if said.get("finding"):
+                    print(f"    {said['finding']}", flush=True)
+                    break
     return int(any(said.get("finding") for said in found))
+
+
+def in_a_process(
+    name: str, executions: int, seconds: float, folder: Path, options: argparse.Namespace
+) -> dict[str, Any]:
+    """One target in a process of its own; what was done, and what was found."""
+    report = folder / "report.json"
+    report.unlink(missing_ok=True)
+    command = [
+        *(sys.executable, __file__, name, "--executions", str(executions), "--seconds", str(seconds)),
+        *("--findings", str(options.findings), "--one", str(report), *(["--unguided"] if options.unguided else [])),
+    ]
+    ended = subprocess.run(command, env={**os.environ, "TMPDIR": str(folder)}, stderr=subprocess.PIPE, check=False)
+    said: dict[str, Any] = json.loads(report.read_text()) if report.exists() else {"target": name, "executions": 0}
+    if ended.returncode and not said.get("finding"):
+        said["finding"] = f"exit code {ended.returncode}: {ended.stderr.decode(errors='replace')[-2000:]}"
+    return said
 
 
 def add(path: Path, said: dict[str, Any]) -> None:
