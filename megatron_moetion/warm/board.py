@@ -73,8 +73,7 @@ class Board:
 
         It may be said again, by another ``attempt``, where nobody knows whether it was heard: a rank counts once.
         """
-        said = f"{attempt}"
-        if self._store.compare_set(f"ended/{rank}", "", said).decode() == said:
+        if self._store.compare_set(f"ended/{rank}", "", str(attempt)).decode() == str(attempt):
             self._store.add("ended", 1)
         if self._store.add("ended", 0) == self._world_size:
             self.tell(ENDED)

@@ -187,6 +187,8 @@ class Parent:
         for attempt in range(TELLINGS if said == ENDED else 1):
             if self._ask(partial(self._tell_end, attempt, "" if said == ENDED else f"{said} {why}")):
                 return True
+            if self._must_end():
+                break
         self._complain(f"{why}, and the launcher's store does not take it; this is left to the launcher")
         return False
 
