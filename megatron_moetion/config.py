@@ -409,8 +409,9 @@ class MoetionConfig:
     )
     inject_fault: str = setting(
         "",
-        "for tests: ATTEMPT:RANK:ITERATION:POINT[:KIND][,...] hurts that rank there, once, after a line that says so; "
-        "KIND is SIGKILL (the default), SIGTERM, SIGINT, SIGSTOP, WORKLOAD_EXC, OS_ABORT, SEGFAULT or LOCK_GIL",
+        "for tests: ATTEMPT:RANK:ITERATION:POINT[:KIND][,...] hurts that rank there, or at the first later iteration "
+        "that reaches the point, once, after a line that says so; KIND is SIGKILL (the default), SIGTERM, SIGINT, "
+        "SIGSTOP, WORKLOAD_EXC, OS_ABORT, SEGFAULT or LOCK_GIL",
         topic=_FAULTS,
         per_rank=True,
     )

@@ -195,12 +195,11 @@ class Run:
 
     def _take(self, found: re.Match[str]) -> None:
         """A rank has said that a fault happens now."""
-        coordinate = f"{found[1]}:{found[2]}:{found[4]}:{found[3]}"
-        hit = [f for f in self._faults if f.inside and (coordinate in f.coordinates or self._is_second(f, found))]
+        hit = [f for f in self._faults if self._may_be(f, found)]
         fresh = [f for f in hit if f.number not in self._happened_s]
         if not fresh:
             if not any(len(f.ranks) > 1 for f in hit):
-                self.again.append(coordinate)
+                self.again.append(f"{found[1]}:{found[2]}:{found[4]}:{found[3]}")
             return
         fault = fresh[0]
         self._happened_s[fault.number] = float(found[6])
@@ -212,8 +211,10 @@ class Run:
             self._over_s[fault.number] = float(found[6])
 
     @staticmethod
-    def _is_second(fault: Fault, found: re.Match[str]) -> bool:
-        return fault.in_recovery and int(found[1]) in fault.ranks and found[4] == fault.point
+    def _may_be(fault: Fault, found: re.Match[str]) -> bool:
+        """Whether the line is of this fault: it strikes at its iteration, or at the next that reaches its point."""
+        is_there = int(found[1]) in fault.ranks and found[4] == fault.point and found[3] == fault.inside
+        return is_there and (fault.in_recovery or int(found[2]) >= fault.iteration)
 
     def _arm(self) -> None:
         """Write down what ranks that start from now on do to themselves."""

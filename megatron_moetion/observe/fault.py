@@ -61,7 +61,8 @@ KINDS: Mapping[str, Callable[[], None]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Fault:
-    """Hurt ``rank`` in restart number ``attempt`` when it reaches ``point`` of ``iteration`` (-1: any)."""
+    """Hurt ``rank`` in restart number ``attempt`` when it reaches ``point`` of ``iteration``, or of the first later one
+    that has it: a snapshot may be dropped. Phases of a recovery have no iteration, and any will do."""
 
     attempt: int
     rank: int
@@ -90,14 +91,14 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
 
 def make_probe(faults: tuple[Fault, ...], attempt: int, rank: int) -> Callable[[str, int], None]:
     """A function that the runtime calls at each point; without faults it does nothing. Each fault happens once."""
-    mine = {(f.point, f.iteration): f.kind for f in faults if f.attempt == attempt and f.rank == rank}
+    mine = sorted((f for f in faults if f.attempt == attempt and f.rank == rank), key=lambda f: f.iteration)
 
     def probe(point: str, iteration: int) -> None:
-        for at in ((point, iteration), (point, -1)):
-            kind = mine.pop(at, None)
-            if kind is not None:
-                _announce(rank, iteration, point, kind)
-                KINDS[kind]()
+        due = next((f for f in mine if f.point == point and (f.iteration <= iteration or iteration < 0)), None)
+        if due is not None:
+            mine.remove(due)
+            _announce(rank, iteration, point, due.kind)
+            KINDS[due.kind]()
 
     return probe
 

@@ -138,10 +138,11 @@ def test_bitwise_modes_are_the_uninterrupted_run_after_two_faults(
 
 
 def test_popularity_loses_little_and_counts_it(reference: Run, tmp_path: Path, store: Path) -> None:
-    faults = "--moetion-inject-fault 0:2:6:before-commit,1:1:10:restored,1:1:9:before-select"
+    faults = "--moetion-inject-fault 0:2:6:before-commit,1:1:-1:restored,2:1:9:before-select"
     more = f"--moetion-staleness-cap 4 --moetion-lost-token-budget 0 {faults} {save_at(tmp_path)}"
     run = train(tmp_path, moetion(store, "popularity", more), restarts=3)
-    first, second = run.recoveries[:2]
+    assert run.output.count("injected SIGKILL at ") == 3, run.output[-6000:]
+    first, second = run.recoveries
     before = {i: v for i, v in reference.curve.items() if i <= first["iteration"]}
     assert {i: run.curve[i] for i in before} == before, "until the fault nothing may differ"
     assert max(run.curve) == ITERATIONS
@@ -192,6 +193,7 @@ def test_ranks_that_warm_parents_fork_again_are_the_uninterrupted_run(
     saved = tmp_path / "saved"
     more = f"{copies} --moetion-warm-restarts 3 --moetion-inject-fault {faults} --save {saved} --save-interval 100"
     run = train(tmp_path, moetion(store, mode, more))
+    assert run.output.count("injected SIGKILL at ") == 3, run.output[-6000:]
     assert [e["epoch"] for e in run.recoveries] == [1, 2]
     assert [folder.name for folder in saved.glob("iter_*")] == [f"iter_{ITERATIONS:07d}"], "none for a restart"
     assert "as the job ends" not in run.output.replace("no checkpoint is written as the job ends", "")

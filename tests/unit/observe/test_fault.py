@@ -55,6 +55,23 @@ def test_a_probe_kills_where_it_is_told(monkeypatch: pytest.MonkeyPatch) -> None
     assert len(killed) == 2, "a fault that is over does not come again"
 
 
+def test_a_fault_waits_for_the_first_iteration_that_reaches_its_point(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A snapshot that is dropped reaches no point; a run whose faults never struck would prove nothing."""
+    killed: list[int] = []
+    monkeypatch.setattr(os, "kill", lambda pid, number: killed.append(number))
+    probe = make_probe(parse_faults("0:0:9:mid-pack:SIGTERM,0:0:6:mid-pack,0:0:6:survey"), 0, 0)
+    probe("survey", -1)
+    assert killed == [signal.SIGKILL], "phases of a recovery have no iteration"
+    killed.clear()
+    probe("mid-pack", 5)
+    assert killed == []
+    probe("mid-pack", 8)
+    probe("mid-pack", 8)
+    assert killed == [signal.SIGKILL], "the other one is of a later iteration"
+    probe("mid-pack", 10)
+    assert killed == [signal.SIGKILL, signal.SIGTERM]
+
+
 def hurt(kind: str) -> tuple[int, str]:
     """What ends a process that is hurt so, and what it says."""
     code = (
