@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import argparse
+import compileall
 import datetime
 import importlib.metadata
 import json
@@ -50,6 +51,14 @@ def parser(description: str) -> argparse.ArgumentParser:
     options.add_argument("--quick", action="store_true", help="a smaller run, of about a minute on 2 cores")
     options.add_argument("--json", type=Path, metavar="PATH", help="write the results there")
     return options
+
+
+def compile_package() -> None:
+    """Leave byte code of the package, as pip does where it installs it.
+
+    Where an environment says that none is to be written, each new process would compile a checkout anew.
+    """
+    compileall.compile_dir(Path(__file__).parents[1] / "megatron_moetion", quiet=1)
 
 
 def start_trainer(flags: str, *, on_gpu: bool = False) -> tuple[Any, Any]:

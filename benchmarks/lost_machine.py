@@ -28,7 +28,7 @@ import psutil
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._common import Result, at_most, median, parser, report  # noqa: E402
+from benchmarks._common import Result, at_most, compile_package, median, parser, report  # noqa: E402
 from benchmarks._restarts import ITERATION, Log, Restart, losses_in  # noqa: E402
 from benchmarks.restart import MODEL, STEPS_BETWEEN  # noqa: E402
 
@@ -122,6 +122,7 @@ def job(arm: str) -> Iterator[Job]:
 def main() -> int:
     """Alternate the jobs, then report medians and the ratio."""
     args = parser(__doc__ or "").parse_args()
+    compile_package()
     samples: dict[str, list[dict[str, float]]] = {arm: [] for arm in ARMS}
     losses: dict[int, set[str]] = defaultdict(set)
     cycles = QUICK_CYCLES if args.quick else CYCLES

@@ -30,7 +30,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from benchmarks._common import Result, at_most, median, parser, report  # noqa: E402
+from benchmarks._common import Result, at_most, compile_package, median, parser, report  # noqa: E402
 from benchmarks._restarts import ITERATION, PHASES, Log, Restart, losses_in, pids  # noqa: E402
 
 MODEL = (
@@ -119,6 +119,7 @@ def main() -> int:
     options = parser(__doc__ or "")
     options.add_argument("--cycles", type=int, default=CYCLES, help="jobs of each kind (%(default)s)")
     args = options.parse_args()
+    compile_package()
     samples: list[Sample] = []
     losses: dict[int, set[str]] = defaultdict(set)
     cycles = QUICK_CYCLES if args.quick else args.cycles

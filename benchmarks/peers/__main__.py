@@ -25,7 +25,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from benchmarks._common import hardware
+from benchmarks._common import compile_package, hardware
 from benchmarks.peers import faults, pages, tables
 from benchmarks.peers.catalogue import PEERS, Peer
 from benchmarks.peers.environments import python_of
@@ -95,6 +95,7 @@ class Runs:
         self.args = args
         self.failed: list[str] = []
         args.results.mkdir(parents=True, exist_ok=True)
+        compile_package()  # peers are installed, and have theirs
 
     def all(self) -> None:
         """Everything that has no file yet; a configuration that fails is noted, and the next one runs."""
