@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks.peers.jobs import MEMORY, RANKS, RANKS_PER_HOST, Job, JobStuck
+from benchmarks.peers.jobs import RANKS, RANKS_PER_HOST, Job, JobStuck
 from benchmarks.peers.judge import REFUSED, Events, Truth, flip_verdict, reached, recovery
 
 TRAINED_ON = 3
@@ -111,7 +111,7 @@ def flip(files: Iterable[Path], needles: Mapping[int, str]) -> dict[str, Any] | 
 
 def _files(job: Job) -> list[Path]:
     """Those in the memory of the host whose rank is hit, then those on the disk that all hosts see."""
-    memory = job.testbed.memory(FLIPPED_RANK // RANKS_PER_HOST) / MEMORY.name
+    memory = job.testbed.memory(FLIPPED_RANK // RANKS_PER_HOST)  # all of it: DLRover's copies are in no folder
     return [path for folder in (memory, job.shared) for path in sorted(folder.rglob("*")) if path.is_file()]
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +17,8 @@ from benchmarks.peers.judge import FROM_ZERO, LOSSY_SOUND, OLDER, REFUSED, UNNOT
 Record = Mapping[str, Any]
 Records = Mapping[str, Record]
 RARE = 10
+SENDS = 0.1
+"""Of its state: who sends less over the links for a copy keeps no copy on another host, or one on a disk."""
 MISSING = "not measured"
 LAYOUTS = {"2x2": "PP 2, EP 2", "1x4": "PP 1, EP 4"}
 LINKS = {"free": "free links", "slow": "400 Mbit/s links"}
@@ -131,7 +134,7 @@ def render(records: Records) -> str:
     if faults := fault_table(records):
         parts += ["### After a fault (PP 2, EP 2, free links, a copy each iteration)", faults]
     if best := best_table(records):
-        parts += ["### The best of each (PP 2, EP 2, free links)", best]
+        parts += ["### The best of each (PP 2, EP 2; free links where none are named)", best]
     if missing := unmeasured(records):
         parts += ["### Not measured yet", missing]
     if ABSENT:
@@ -140,24 +143,20 @@ def render(records: Records) -> str:
 
 
 def summary(records: Records) -> str:
-    """What matters most, one row a system, at PP 2, EP 2 and free links; empty without any."""
-    found, rows = costs(records, "2x2", "free"), []
+    """What matters most, one row a system, at PP 2 and EP 2; empty without any."""
+    found, rows = {link: costs(records, "2x2", link) for link in LINKS}, []
     for name, peer in PEERS.items():
         faults = [records.get(f"{name}-{kind}") for kind in ("killed-rank", "lost-host", "flipped-bit")]
-        if name == NOTHING or peer.variant or not (name in found or any(faults)):
+        if name == NOTHING or peer.variant or not (any(name in of_link for of_link in found.values()) or any(faults)):
             continue
-        each = found.get(name)
+        free, slow = (found[link].get(name) for link in LINKS)
         rows.append(
             [
                 peer.title,
                 *(_in_short(record, peer.keeps_all) for record in faults[:2]),
                 _verdict(faults[2]),
-                MISSING if each is None else _range(each.each, each.each_cycles),
-                MISSING
-                if each is None
-                else "needs each"
-                if each.rarely is None
-                else _range(each.rarely, each.rarely_cycles),
+                MISSING if free is None else _range(free.each, free.each_cycles),
+                MISSING if slow is None else f"{_range(slow.each, slow.each_cycles)}; {slow.whole:.0%}",
             ]
         )
     head = [
@@ -166,36 +165,47 @@ def summary(records: Records) -> str:
         "a host is lost with its memory",
         "one flipped bit in the copy",
         "time with a copy each iteration, ratio to none (range)",
-        f"every {RARE}th",
+        f"the same, {LINKS['slow']}; copies that became whole",
     ]
     return _markdown(head, rows) if rows else f"{MISSING.capitalize()} yet."
 
 
 def best_table(records: Records) -> str:
     """Which peer and which mode of ours has the lowest figure of each kind; empty without any."""
-    found = {name: each for name, each in costs(records, "2x2", "free").items() if name != NOTHING}
+    found, slow = (
+        {name: each for name, each in costs(records, "2x2", link).items() if name != NOTHING} for link in LINKS
+    )
     loads = {name: records[f"{name}-killed-rank"] for name in PEERS if f"{name}-killed-rank" in records}
-    kinds: dict[str, tuple[str, dict[str, float]]] = {
-        "time with a copy each iteration, ratio to none": (".2f", {n: c.each for n, c in found.items()}),
-        f"time with a copy every {RARE}th iteration, ratio to none": (
-            ".2f",
-            {n: c.rarely for n, c in found.items() if c.rarely is not None},
-        ),
-        "stall of the training thread, ms a copy": (".0f", {n: c.stall_s * 1e3 for n, c in found.items()}),
-        "CPU, s a copy": (".2f", {n: c.cpu_s for n, c in found.items() if c.whole}),
-        "host memory, MB": (".0f", {n: c.memory / 1e6 for n, c in found.items() if c.memory is not None}),
-        "recovery of a killed rank: s in the system": (
-            ".2f",
-            {n: load["load_s"] for n, load in loads.items() if load["resumed"] is not None},
-        ),
+    kinds: dict[str, dict[str, tuple[float, str]]] = {
+        "time with a copy each iteration, ratio to none (range)": {
+            n: (c.each, _range(c.each, c.each_cycles)) for n, c in found.items()
+        },
+        f"the same, {LINKS['slow']}": {n: (c.each, _range(c.each, c.each_cycles)) for n, c in slow.items()},
+        f"the same, {LINKS['slow']}, systems that send copies to another host": {
+            n: (c.each, _range(c.each, c.each_cycles)) for n, c in slow.items() if c.sent > SENDS * c.state
+        },
+        f"time with a copy every {RARE}th iteration, ratio to none (range)": {
+            n: (c.rarely, _range(c.rarely, c.rarely_cycles)) for n, c in found.items() if c.rarely is not None
+        },
+        "stall of the training thread, ms a copy": {n: _plain(c.stall_s * 1e3, 0) for n, c in found.items()},
+        f"stall, {LINKS['slow']}": {n: _plain(c.stall_s * 1e3, 0) for n, c in slow.items()},
+        "CPU, s a copy": {n: _plain(c.cpu_s, 2) for n, c in found.items() if c.whole},
+        "host memory, MB": {n: _plain(c.memory / 1e6, 0) for n, c in found.items() if c.memory is not None},
+        "recovery of a killed rank: s in the system": {
+            n: _plain(load["load_s"], 2) for n, load in loads.items() if load["resumed"] is not None
+        },
     }
     rows = []
-    for kind, (form, figures) in kinds.items():
+    for kind, figures in kinds.items():
         sides = [[n for n in figures if PEERS[n].is_ours is ours] for ours in (False, True)]
-        least = [min(side, key=lambda name: figures[name], default=None) for side in sides]
+        least = [min(side, key=lambda name: figures[name][0], default=None) for side in sides]
         if any(least):
-            rows.append([kind, *(f"{figures[n]:{form}} ({PEERS[n].title})" if n else MISSING for n in least)])
+            rows.append([kind, *(f"{figures[n][1]} {PEERS[n].title}" if n else MISSING for n in least)])
     return _markdown(["lower is better", "peers", "ours"], rows) if rows else ""
+
+
+def _plain(value: float, digits: int) -> tuple[float, str]:
+    return value, f"{value:.{digits}f}"
 
 
 def unmeasured(records: Records) -> str:
@@ -302,9 +312,14 @@ def _recovered(record: Record | None, keeps_all: bool) -> str:
     if record["resumed"] is None:
         return f"**not recovered**: {record['problem'].splitlines()[0] if record['problem'] else 'nobody came back'}"
     if record["seconds"] is None:
-        return f"**training did not go on**: {record['problem'].splitlines()[0]}"
+        return f"**training did not go on**: {_gist(record['problem'])}"
     bitwise = "bitwise" if record["bitwise"] else "**differs**" if keeps_all else "experts are older, by design"
     return f"{record['seconds']:.1f} ({record['load_s']:.2f}), {record['lost']} lost, {bitwise}"
+
+
+def _gist(problem: str) -> str:
+    """The last line of what a rank said, without its number and its error's module."""
+    return re.sub(r"^(\s*\[rank\d+\]: *)?(\w+\.)*(?=\w+:)", "", problem.splitlines()[-1]).strip()
 
 
 def _verdict(record: Record | None) -> str:

@@ -211,6 +211,19 @@ def test_tables_name_what_was_not_measured(tmp_path: Path) -> None:
     assert all(absent.reason in text for absent in catalogue.ABSENT.values())
 
 
+def test_slow_links_are_told_with_the_copies_that_became_whole(tmp_path: Path) -> None:
+    for name, each_s, whole, sent in (("torch-save", 1.2, 4, 0), ("lm", 2.5, 4, 50), ("full", 1.3, 2, 50)):
+        (tmp_path / f"{name}-2x2-slow.json").write_text(json.dumps(measured(each_s, whole, sent)))
+    records = tables.read(tmp_path)
+    full = next(line for line in tables.summary(records).splitlines() if line.startswith("| ours, full"))
+    assert full.endswith(f"| {tables.MISSING} | 1.30 (1.30 to 1.30); 50% |")
+    best = {line.split(" | ")[0].strip("| "): line for line in tables.best_table(records).splitlines()}
+    assert "1.20 (1.20 to 1.20) torch.save" in best["the same, 400 Mbit/s links"]
+    senders = best["the same, 400 Mbit/s links, systems that send copies to another host"]
+    assert "2.50 (2.50 to 2.50) lm-resiliency" in senders
+    assert "1.30 (1.30 to 1.30) ours, full" in senders
+
+
 def test_every_system_has_requirements_and_a_module() -> None:
     for peer in catalogue.PEERS.values():
         assert (environments.REQUIREMENTS / f"{peer.environment}.txt").is_file()
