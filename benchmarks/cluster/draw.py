@@ -89,7 +89,7 @@ def model(testbed: Mapping[str, float | None], routed: Mapping[str, float | None
             if re.search(rf"^predicted: .*: {arm}, measured$", name)
         ]
         left.plot(*zip(*pairs, strict=True), mark, color=colour, label=words, markersize=5)
-    span = np.array([0.5, 6.0])
+    span = np.array([0.45, 6.0])
     left.plot(span, span, color="#444444", linewidth=0.8)
     left.fill_between(span, span * 0.95, span * 1.05, color="#DDDDDD", label="within 5%", linewidth=0)
     left.set_xscale("log")
