@@ -13,6 +13,7 @@ import signal
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
+from threading import Lock
 
 from megatron_moetion.clock import SystemClock
 from megatron_moetion.errors import ConfigError
@@ -92,11 +93,14 @@ def parse_faults(text: str) -> tuple[Fault, ...]:
 def make_probe(faults: tuple[Fault, ...], attempt: int, rank: int) -> Callable[[str, int], None]:
     """A function that the runtime calls at each point; without faults it does nothing. Each fault happens once."""
     mine = sorted((f for f in faults if f.attempt == attempt and f.rank == rank), key=lambda f: f.iteration)
+    lock = Lock()  # several threads come to some of the points
 
     def probe(point: str, iteration: int) -> None:
-        due = next((f for f in mine if f.point == point and (f.iteration <= iteration or iteration < 0)), None)
+        with lock:
+            due = next((f for f in mine if f.point == point and (f.iteration <= iteration or iteration < 0)), None)
+            if due is not None:
+                mine.remove(due)
         if due is not None:
-            mine.remove(due)
             _announce(rank, iteration, point, due.kind)
             KINDS[due.kind]()
 
