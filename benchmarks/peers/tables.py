@@ -177,13 +177,11 @@ def best_table(records: Records) -> str:
     )
     loads = {name: records[f"{name}-killed-rank"] for name in PEERS if f"{name}-killed-rank" in records}
     kinds: dict[str, dict[str, tuple[float, str]]] = {
-        "time with a copy each iteration, ratio to none (range)": {
-            n: (c.each, _range(c.each, c.each_cycles)) for n, c in found.items()
-        },
-        f"the same, {LINKS['slow']}": {n: (c.each, _range(c.each, c.each_cycles)) for n, c in slow.items()},
-        f"the same, {LINKS['slow']}, systems that send copies to another host": {
-            n: (c.each, _range(c.each, c.each_cycles)) for n, c in slow.items() if c.sent > SENDS * c.state
-        },
+        "time with a copy each iteration, ratio to none (range)": _slowdowns(found),
+        f"the same, {LINKS['slow']}": _slowdowns(slow),
+        f"the same, {LINKS['slow']}, systems that send copies to another host": _slowdowns(
+            {n: c for n, c in slow.items() if c.sent > SENDS * c.state}
+        ),
         f"time with a copy every {RARE}th iteration, ratio to none (range)": {
             n: (c.rarely, _range(c.rarely, c.rarely_cycles)) for n, c in found.items() if c.rarely is not None
         },
@@ -202,6 +200,10 @@ def best_table(records: Records) -> str:
         if any(least):
             rows.append([kind, *(f"{figures[n][1]} {PEERS[n].title}" if n else MISSING for n in least)])
     return _markdown(["lower is better", "peers", "ours"], rows) if rows else ""
+
+
+def _slowdowns(found: Mapping[str, Cost]) -> dict[str, tuple[float, str]]:
+    return {name: (each.each, _range(each.each, each.each_cycles)) for name, each in found.items()}
 
 
 def _plain(value: float, digits: int) -> tuple[float, str]:

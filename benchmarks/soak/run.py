@@ -203,6 +203,7 @@ class Run:
             return
         fault = fresh[0]
         self._happened_s[fault.number] = float(found[6])
+        self.outcomes.pop(fault.number, None)  # it was taken as missed, by a rank that still has it
         self._arm()
         if fault.kind == "SIGSTOP_SIGCONT":
             pid = int(found[5])

@@ -15,8 +15,18 @@ import pytest
 
 from benchmarks.soak import tables
 from benchmarks.soak.hosts import fill, ports_of
-from benchmarks.soak.judge import OVERTAKEN, RECOVERED, SURVIVED, Start, differences, gaps, outcome_of, wrong_hashes
-from benchmarks.soak.run import flip
+from benchmarks.soak.judge import (
+    NOT_MET,
+    OVERTAKEN,
+    RECOVERED,
+    SURVIVED,
+    Start,
+    differences,
+    gaps,
+    outcome_of,
+    wrong_hashes,
+)
+from benchmarks.soak.run import MISSED_AFTER, Run, flip
 from benchmarks.soak.story import APART, DECK, FIRST, HURTS_MEMORY, NEEDS_TESTBED, Fault, story
 from benchmarks.soak.trainers import TRAINERS, Lines, Step, read_steps
 from megatron_moetion.observe.fault import KINDS, parse_faults
@@ -118,6 +128,21 @@ def test_training_goes_on_with_the_next_iteration_or_where_a_start_says() -> Non
     assert gaps(run, [Start(time_s=5.0, iteration=1)]) == []
     assert gaps(run, []) == ["iteration 2 came after 3"]
     assert gaps(steps((1, 1.0), (3, 3.0)), []) == ["iteration 3 came after 1"]
+
+
+def test_a_fault_that_strikes_late_is_not_one_that_was_missed(tmp_path: Path) -> None:
+    """Its point came in no iteration for long; the rank that has it strikes where it comes at last."""
+    fault = Fault(number=0, kind="SIGKILL", iteration=6, ranks=(1,), point="mid-pack")
+    run = Run(None, TRAINERS["bundled"], "full", 99, [fault], tmp_path / "run")  # type: ignore[arg-type]
+    run.steps.append(Step(iteration=6 + MISSED_AFTER, loss="", time_s=10.0, attempt=0))
+    run._settle()
+    assert run.outcomes[0].outcome == NOT_MET
+    said = tmp_path / "run" / "host0.log"
+    for kind in ("SIGTERM", "SIGKILL"):
+        with said.open("a") as log:
+            log.write(f"[moetion] rank 1 iteration 40: injected {kind} at mid-pack, pid 7, 11.000\n")
+        run._look()
+        assert (0 in run.outcomes) == (kind == "SIGTERM"), "another kind is another fault"
 
 
 def test_a_line_that_is_cut_short_waits_for_its_end(tmp_path: Path) -> None:
