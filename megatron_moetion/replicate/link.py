@@ -195,7 +195,7 @@ class Link:
         self._changed.notify_all()
 
     def keep(self) -> None:
-        """Take ``retire`` back, unless the link has ended. ``changed`` is held."""
+        """Take ``retire`` back; a mirror that is being given up by then is made anew. ``changed`` is held."""
         self._is_retired = False
 
     def close(self) -> None:
@@ -213,7 +213,11 @@ class Link:
             while not self._is_over():
                 try:
                     with self._connected() as connection:
-                        self._serve(connection)
+                        if self._is_to_give_up():
+                            self._give_up(connection)
+                        else:
+                            self._open(connection)
+                            self._serve(connection)
                 except ChannelError as error:
                     self._in_a_row += 1
                     failures = self.state.failures + 1
@@ -224,15 +228,13 @@ class Link:
 
     @contextmanager
     def _connected(self) -> Iterator[Connection]:
-        """A connection whose mirror is known. ``ChannelError`` where there is none."""
+        """``ChannelError`` where there is no connection."""
         connection = self._mesh.dial(self.holder, PURPOSE, self._timing.dial_s)
         try:
             with self._changed:
                 self._connection = connection
                 if self._is_closed:
                     raise ChannelError("the link was closed")
-            if not self._is_retired:
-                self._open(connection)
             yield connection
         finally:
             with self._changed:
@@ -252,7 +254,7 @@ class Link:
 
     def _serve(self, connection: Connection) -> None:
         while not self._is_over():
-            if self._is_retired:
+            if self._is_to_give_up():
                 self._give_up(connection)
                 return
             page, found = self._look()
@@ -370,6 +372,13 @@ class Link:
         """Captures that the arena has dropped meanwhile may have lost their slots: then nothing went wrong."""
         if not difference(added, plain(self._own.page.records)).missing:
             raise ChannelError(f"rank {self.holder} did not get what was sent: {reason}")
+
+    def _is_to_give_up(self) -> bool:
+        """Whether the link is retired. From here on its mirror counts for nothing, even if ``keep`` comes meanwhile."""
+        with self._changed:
+            if self._is_retired:
+                self._set(is_up=False, is_level=False, taken=0, whole=frozenset())
+            return self._is_retired
 
     def _give_up(self, connection: Connection) -> None:
         send_frame(connection, self._pool, Frame(kind=Kind.DROP, epoch=self._own.page.epoch))

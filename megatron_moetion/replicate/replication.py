@@ -61,11 +61,19 @@ class _Seat:
 
 @dataclass
 class _Watch:
-    """How long a holder has taken nothing, in snapshots and since when (monotonic clock)."""
+    """How long a holder has taken nothing, in snapshots and since when (monotonic clock).
+
+    ``updates``: that it had acknowledged then. ``has_taken``: whether it has acknowledged any since it is watched.
+    """
 
     since_s: float
-    updates: int = 0
+    updates: int
+    has_taken: bool = False
     snapshots: int = 0
+
+    def is_taking(self, updates: int, patience: int) -> bool:
+        """Whether the last thing that it has acknowledged, of so many, is not long ago."""
+        return updates != self.updates or (self.has_taken and self.snapshots < patience)
 
 
 class Replication:
@@ -262,19 +270,21 @@ class Replication:
     def _may_count(self, rank: int | None) -> bool:
         """Whether snapshots may wait for a holder: it has everything, or it takes snapshots and lacks only one.
 
-        A holder on a slow link always lacks the last one, unless snapshots wait for it.
+        A holder on a slow link always lacks the last one, unless snapshots wait for it. One that was done without has
+        to take something first: what is known of one that does not answer is old.
         """
         if rank is None or rank not in self._links:
             return False
         state, behind = self._links[rank].state, self._behind(self._links[rank].state)
-        takes = state.taken > 0 and len(state.lacking) <= 1 and behind <= 1
+        lacks_one = state.taken > 0 and len(state.lacking) <= 1 and behind <= 1
+        takes = lacks_one and self._watches[rank].is_taking(state.updates, self._patience)
         return state.is_up and (takes or (state.is_level and not behind))
 
     def _connect(self, rank: int, part: Part) -> None:
         """Have a link to this rank, which keeps this part, and a wanted one."""
-        self._watches[rank] = _Watch(since_s=self._clock.monotonic())
         if rank in self._links:
             self._links[rank].keep()
+            self._watch(rank)
             return
         link = Link(
             holder=rank,
@@ -289,18 +299,24 @@ class Replication:
             part=part,
         )
         self._links[rank] = link
+        self._watch(rank)
         if rank not in self._workers:
             self._workers[rank] = self._threads.worker(f"moetion-link-{rank}")
         self._runs.append(self._workers[rank].submit(link.run))
+
+    def _watch(self, rank: int) -> None:
+        """Begin to; what it has taken before does not count."""
+        self._watches[rank] = _Watch(since_s=self._clock.monotonic(), updates=self._links[rank].state.updates)
 
     def _lose_patience(self) -> None:
         """One more snapshot has come."""
         now = self._clock.monotonic()
         for seat in self._seats:
-            for rank in _ranks(seat.holder, seat.candidate):
+            for rank in _ranks(seat.home if seat.holder is None else seat.holder, seat.candidate):
                 watch, state = self._watches[rank], self._links[rank].state
                 if state.updates != watch.updates or (state.is_level and not self._behind(state)):
-                    self._watches[rank] = _Watch(since_s=now, updates=state.updates)
+                    has_taken = watch.has_taken or state.updates != watch.updates
+                    self._watches[rank] = _Watch(since_s=now, updates=state.updates, has_taken=has_taken)
                 elif not state.is_waiting:  # another holder takes its time, not this one
                     watch.snapshots += 1
             if seat.holder is not None and self._is_away(seat.holder, now):
@@ -339,6 +355,7 @@ class Replication:
     def _do_without(self, seat: _Seat, rank: int) -> None:
         """The active holder stays away: go on with one copy fewer, and look for another holder."""
         seat.holder = None
+        self._watch(rank)
         problem = self._links[rank].state.problem or "it takes nothing"
         self._say(
             "holder-away",
@@ -379,7 +396,7 @@ class Replication:
                     self._links[other].retire()
                 seat.candidate = None
                 seat.to_ask.clear()
-                self._watches[rank] = _Watch(since_s=self._clock.monotonic(), updates=self._links[rank].state.updates)
+                self._watch(rank)
                 self._say("holder", f"{self._name(rank)} has all of this rank's snapshots from now on")
                 return
         if seat.candidate is not None and (refusal := self._links[seat.candidate].state.refusal) is not None:

@@ -25,6 +25,7 @@ from megatron_moetion.warm.stay import stay
 from megatron_moetion.warm.waiting import await_job
 
 LIMIT_S = 40.0
+SIGNALLED = "signalled"
 
 
 def fork(act: Callable[[], int]) -> int:
@@ -47,7 +48,10 @@ def host_store(note: Path) -> int:
 
 
 def rank(folder: Path, acts: dict[str, str]) -> NoReturn:
-    """As the act of this generation says: ``kill``, ``wait``, ``exit CODE`` once all have noted, ``end`` at once."""
+    """As the act of this generation says: ``kill``, ``wait``, ``exit CODE`` once all have noted, ``end`` at once.
+
+    What is ``late`` comes when the signals that wait for nothing have been sent.
+    """
     generation, number = os.environ["TORCHELASTIC_RESTART_COUNT"], os.environ["RANK"]
     act = acts.get(f"{generation}:{number}", acts.get(generation, "end"))
     if act == "exit when told":
@@ -68,6 +72,8 @@ def rank(folder: Path, acts: dict[str, str]) -> NoReturn:
         case ["exit", code]:
             os._exit(int(code))
         case ["late", "exit", code]:
+            while not (folder / SIGNALLED).exists():
+                time.sleep(0.01)
             time.sleep(2)
             os._exit(int(code))
         case ["end"]:
@@ -97,7 +103,7 @@ def free_port() -> int:
 def launch(settings: dict[str, Any]) -> Launch:
     """Of three machines with a rank each."""
     here = Launch.here(settings["limit"], timedelta(seconds=20))
-    return replace(here, meet_s=4, answer_s=settings.get("answer_s", 0.5))
+    return replace(here, meet_s=settings["meet_s"], answer_s=2.0)
 
 
 def parent(folder: Path, settings: dict[str, Any], number: int, port: int) -> int:
@@ -151,6 +157,8 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
     parents += [fork(lambda number=number: standby(folder, settings, number, port)) for number in range(standbys)]
     for name, who, *noted in settings.get("signals", []):
         await_ready(folder, standbys)
+        if noted:
+            (folder / SIGNALLED).touch()
         while not all((folder / note).exists() for note in noted):
             time.sleep(0.01)
         time.sleep(0.3)
@@ -166,6 +174,7 @@ def main(folder: Path, settings: dict[str, Any]) -> None:
                 pids = [parents[number]]
         for pid in pids:
             os.kill(pid, signal.Signals[name])
+    (folder / SIGNALLED).touch()
     began = time.monotonic()
     codes: dict[int, int] = {}
     while len(codes) < len(parents) and time.monotonic() - began < LIMIT_S:

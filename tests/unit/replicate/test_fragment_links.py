@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import itertools
 import threading
 from pathlib import Path
 
@@ -45,15 +46,18 @@ def test_a_holder_that_is_away_costs_one_loss_and_two_cost_all(tmp_path: Path) -
 
 
 def test_a_substitute_keeps_the_fragment_of_the_holder_that_it_stands_in_for(tmp_path: Path) -> None:
+    def goes_on_with_rank_4() -> bool:
+        iteration = next(iterations)
+        ranks.states[0].step(iteration)
+        if ranks.take(0, iteration) and ranks.becomes_whole(0, iteration, 0.05):
+            ranks.settle(0, iteration)
+        return any(s.rank == 4 and s.is_active for s in ranks.replications[0].states())
+
+    iterations = itertools.count(2)
     with running(tmp_path, 8, 2, patience=3, room=(4,), **FOUR) as ranks:
         ranks.step(1)
         with ranks.faults.cut([0], [2], "hold"):
-            for iteration in range(2, 2000):
-                ranks.states[0].step(iteration)
-                if ranks.take(0, iteration) and ranks.becomes_whole(0, iteration, 0.05):
-                    ranks.settle(0, iteration)
-                if any(s.rank == 4 and s.is_active for s in ranks.replications[0].states()):
-                    break
+            assert eventually(goes_on_with_rank_4, LONG_S)
             assert ranks.held(4, 0).spec.part == ranks.placement.part_at(2, 0) == Part(number=2, data=2, parity=1)
             assert eventually(lambda: ranks.is_mirror(4, 0))
             assert eventually(lambda: ranks.replications[0].redundancy(max(ranks.replications[0].whole)) == 2)
