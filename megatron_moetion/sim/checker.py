@@ -69,11 +69,16 @@ class Model:
 
 @dataclass(frozen=True)
 class Claim:
-    """A recovery goes back to ``stable`` or later, while at most ``losses`` memories are lost since ``since_s``."""
+    """A recovery goes back to ``stable`` or later, while at most ``losses`` memories are lost since ``since_s``.
+
+    Damage counts since ``launched_s``, when the attempt was launched: what it has verified at its start, and what was
+    captured since then, nobody looks at again before the next recovery.
+    """
 
     stable: int
     losses: int
     since_s: float
+    launched_s: float
     why: str
     domain_of: Mapping[str, str] = field(default_factory=dict)
     """By memory: where no two copies of a state are in one failure domain, those of a domain are lost as one."""
@@ -227,7 +232,8 @@ class Checker:
             self.had_baseline = True
             self.consented = False
             why = "all ranks have started"
-            self.claims = [Claim(iteration, self.replicas, begun.launched_s, why, self._domain_of)]
+            since_s = begun.launched_s
+            self.claims = [Claim(iteration, self.replicas, since_s, since_s, why, self._domain_of)]
         return len(begun.ranks) == self.model.ranks
 
     def all_have_started(self, images: Sequence[tuple[str, bytes]]) -> None:
@@ -272,15 +278,13 @@ class Checker:
 
     def floor(self) -> Claim | None:
         """The strongest claim that still stands."""
-        standing = [
-            c
-            for c in self.claims
-            if len({c.domain_of.get(m, m) for m in self._lost_since(c.since_s) | self.deleted}) <= c.losses
-        ]
+        standing = [c for c in self.claims if len({c.domain_of.get(m, m) for m in self._lost_for(c)}) <= c.losses]
         return max(standing, key=lambda c: c.stable, default=None)
 
-    def _lost_since(self, since_s: float) -> set[str]:
-        return {memory for at_s, memory, _ in self.losses if at_s >= since_s}
+    def _lost_for(self, claim: Claim) -> set[str]:
+        """Memories that a claim has to do without."""
+        since_s = {"lost": claim.since_s, "damaged": claim.launched_s}
+        return {memory for at_s, memory, how in self.losses if at_s >= since_s[how]} | self.deleted
 
     def gave_up(self, text: str) -> None:
         """A start has ended with: nothing can be recovered."""
@@ -351,13 +355,18 @@ class Checker:
         entry = self._rounds.get(heard)
         if entry is None or len(entry.known) < self.model.ranks:
             return
-        since_s, apart = entry.began_s, self._domain_of if all(entry.at_home.values()) else {}
-        self.claims = [Claim(stable, 0, since_s, f"stable in round {heard}")]
+        apart = self._domain_of if all(entry.at_home.values()) else {}
+
+        def claim(stable: int, losses: int, why: str, apart: Mapping[str, str]) -> None:
+            since = entry.began_s, self._launched_s
+            self.claims.append(Claim(stable, losses, *since, f"{why} in round {heard}", apart))
+
+        self.claims = []
+        claim(stable, 0, "stable", {})
         if all(entry.full.values()):
-            self.claims.append(Claim(stable, self.replicas, since_s, f"all holders count in round {heard}", apart))
+            claim(stable, self.replicas, "all holders count", apart)
         if redundancy:
-            said = min(entry.known.values())
-            self.claims.append(Claim(said, redundancy, since_s, f"redundancy said in round {heard}", apart))
+            claim(min(entry.known.values()), redundancy, "redundancy said", apart)
 
     def saved_on_disk(self, iteration: int) -> None:
         """A checkpoint of this iteration is complete."""
@@ -455,10 +464,14 @@ class Checker:
                 raise Violation(f"{capture.unit} of iteration {capture.iteration} has other bytes in {where}")
 
     def _check_claims(self, have: _Have, memories: set[str]) -> None:
-        """What a claim says holds whichever memories are lost, and not only for those that chance has taken."""
+        """What a claim says holds whichever memories are lost, and not only for those that chance has taken.
+
+        A checkpoint on disk may be newer: who has loaded it needs nothing of what memory held before.
+        """
+        on_disk = max((i for i, history in self.on_disk.items() if self.is_past(history)), default=-1)
         for claim in self.claims:
             group = {memory: claim.domain_of.get(memory, memory) for memory in memories}
-            gone = self._lost_since(claim.since_s) | self.deleted
+            gone = self._lost_for(claim)
             lost = {claim.domain_of.get(memory, memory) for memory in gone}
             left = sorted({*group.values()} - lost)
             if len(lost) > claim.losses:
@@ -467,8 +480,10 @@ class Checker:
                 self.checks += 1
                 without = {*gone, *(memory for memory in memories if group[memory] in {*lost, *more})}
                 newest = self._newest(have.units, have.most, without)
-                if newest < claim.stable:
-                    raise Violation(f"{claim}, and without {sorted(without)} memory holds {newest}")
+                if max(newest, on_disk) < claim.stable:
+                    raise Violation(
+                        f"{claim}, and without {sorted(without)} memory holds {newest}, disk {on_disk} at most"
+                    )
 
     def _is_of(self, contents: Contents, capture: Capture, mark: bytes) -> bool:
         """Whether a capture has the bytes of this mark."""
