@@ -21,6 +21,8 @@ ROOT = Path(__file__).parents[2]
 FIXED = (
     (1, 4, "full", "whole"), (2, 4, "popularity", "whole"), (3, 4, "exact", "whole"), (4, 8, "any", "whole"),
     (1, 4, "full", "fragments"), (3, 5, "popularity", "fragments"),
+    (1, 6, "any", "whole"),  # a newer checkpoint on disk when memory is lost
+    (25, 6, "any", "whole"), (58, 6, "any", "whole"),  # copies that were damaged long before their owners are lost
 )  # fmt: skip
 """Seed, ranks, mode, copies."""
 ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
