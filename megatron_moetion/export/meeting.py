@@ -39,6 +39,7 @@ class Meeting:
         self._world_size = world_size
         self._clock = clock
         self._descriptor = -1
+        self._has_part = False
 
     def enter(self) -> None:
         """Make the folder, and hold it: who tidies up leaves it alone."""
@@ -58,6 +59,12 @@ class Meeting:
     def add_part(self, iteration: int, document: bytes) -> None:
         """This rank's part of ``iteration`` is in the folder, and this says what is in it."""
         self._put(f"{_PART}{iteration}-{self._rank:05d}", document)
+        self._has_part = True
+
+    @property
+    def may_use_part(self) -> bool:
+        """Whether rank 0's process may yet make a checkpoint with this rank's part: it stays in the folder then."""
+        return self._has_part and not self._failure_of_rank_0.exists()
 
     def fail(self, why: str) -> None:
         """This rank will have no part, so nobody need wait for it. Works without room on the disk."""
@@ -67,19 +74,25 @@ class Meeting:
             (self.folder / f"{_FAILED}{self._rank:05d}").touch()
 
     def parts(self, iteration: int, time_left: Callable[[], float]) -> list[bytes]:
-        """The documents of all ranks, by rank. ``MeetingFailed`` where a rank has none, or when no time is left."""
+        """The documents of all ranks, by rank. ``MeetingFailed`` where a rank has none, or when no time is left.
+
+        A rank that has its part and has failed has waited for the others for as long as it may.
+        """
         kind = f"{_PART}{iteration}-"
         while len(there := self._names(kind)) < self._world_size:
-            self._require_no_failure()
-            if time_left() <= 0:
-                missing = sorted(set(range(self._world_size)) - {int(name.removeprefix(kind)) for name in there})
+            done = {int(name.removeprefix(kind)) for name in there}
+            failed = self._failed()
+            for rank in failed.keys() - done:
+                raise MeetingFailed(f"rank {rank}: {failed[rank]}")
+            if failed or time_left() <= 0:
+                missing = sorted(set(range(self._world_size)) - done)
                 raise MeetingFailed(f"{_listed(missing)} of {self._world_size} never wrote a part")
             self._clock.sleep(_POLL_S)
         return [(self.folder / name).read_bytes() for name in sorted(there)]
 
     def require_rank_0(self) -> None:
         """``MeetingFailed`` where rank 0's process has given the checkpoint up."""
-        found = self.folder / f"{_FAILED}{0:05d}"
+        found = self._failure_of_rank_0
         if found.exists():
             raise MeetingFailed(f"rank 0: {found.read_text(errors='replace')}")
 
@@ -115,7 +128,8 @@ class Meeting:
         chosen = self.folder / _CHOSEN
         while not chosen.exists():
             if self._rank == 0:
-                self._require_no_failure()
+                for rank, why in self._failed().items():
+                    raise MeetingFailed(f"rank {rank}: {why}")
                 said = {name.rsplit("-", 1)[0]: int(name.rsplit("-", 1)[1]) for name in self._names(_READY)}
                 if len(said) == self._world_size:
                     newest = max(said.values())
@@ -132,10 +146,14 @@ class Meeting:
     def _names(self, kind: str) -> list[str]:
         return [name for name in os.listdir(self.folder) if name.startswith(kind)]
 
-    def _require_no_failure(self) -> None:
-        for name in sorted(self._names(_FAILED)):
-            why = (self.folder / name).read_text(errors="replace")
-            raise MeetingFailed(f"rank {int(name.removeprefix(_FAILED))}: {why}")
+    @property
+    def _failure_of_rank_0(self) -> Path:
+        return self.folder / f"{_FAILED}{0:05d}"
+
+    def _failed(self) -> dict[int, str]:
+        """The ranks that have, and why."""
+        names = sorted(self._names(_FAILED))
+        return {int(n.removeprefix(_FAILED)): (self.folder / n).read_text(errors="replace") for n in names}
 
     def _put(self, name: str, content: bytes) -> None:
         scratch = self.folder / f".{name}"

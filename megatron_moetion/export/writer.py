@@ -222,7 +222,8 @@ class Service:
         except Exception as error:  # libraries that write raise what they like, and others must not wait for this part
             why = f"{error.strerror}: {error.filename}" if isinstance(error, OSError) else str(error) or repr(error)
             with suppress(OSError):
-                (meeting.folder / part_name(self._settings.rank)).unlink(missing_ok=True)
+                if not meeting.may_use_part:
+                    (meeting.folder / part_name(self._settings.rank)).unlink(missing_ok=True)
             with suppress(OSError):
                 meeting.fail(why)
             if self._settings.rank == 0:

@@ -13,6 +13,8 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
+import time
 import tracemalloc
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -536,6 +538,39 @@ def test_a_writer_that_is_gone_keeps_the_others_waiting_no_longer_than_the_limit
     assert all(each.fates[-1] == ("failed", iteration) for each in heard)
     assert ("rank 2 of 4 never wrote" if absent else "has not put the parts together") in heard[0].why
     assert latest_iteration(str(writers.root)) is None
+
+
+def test_a_writer_whose_time_is_over_takes_no_part_out_of_the_checkpoint(
+    dead: Dead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The last part comes when rank 1 has just given up, and rank 0 has a moment left."""
+    parts, wait, leave = Meeting.parts, Meeting.wait_for_rank_0, Meeting.leave
+    given_up = threading.Event()
+
+    def parts_at_last(meeting: Meeting, iteration: int, time_left: Callable[[], float]) -> list[bytes]:
+        assert given_up.wait(60)
+        while len(list(meeting.folder.glob("moetion-part-*"))) < WORLD_SIZE:
+            time.sleep(0.01)
+        return parts(meeting, iteration, time_left)
+
+    def give_up(meeting: Meeting, time_left: Callable[[], float]) -> None:
+        wait(meeting, (lambda: 0.0) if meeting._rank == 1 else time_left)
+
+    def leave_and_say(meeting: Meeting) -> None:
+        leave(meeting)
+        if meeting._rank == 1:
+            given_up.set()
+
+    monkeypatch.setattr(Meeting, "parts", parts_at_last)
+    monkeypatch.setattr(Meeting, "wait_for_rank_0", give_up)
+    monkeypatch.setattr(Meeting, "leave", leave_and_say)
+    writers = Writers(dead.store("full", tmp_path / "store"), tmp_path / "disk")
+    iteration = writers.stable
+    ranks = [Asking(iteration) for _ in range(WORLD_SIZE)]
+    writers.serve(*ranks)
+    assert [rank.fates[-1][0] for rank in ranks] == ["saved", "failed", "saved", "saved"]
+    written, saved = content_of(checkpoint_folder(str(writers.root), iteration)), dead.saved(iteration)
+    assert differing(but(saved, *RUN_S_OWN), but(written, *RUN_S_OWN)) == []
 
 
 def test_an_older_checkpoint_that_comes_late_does_not_become_the_newest(

@@ -465,11 +465,16 @@ def _train(
 
 
 def _orphan(seconds: int) -> int:
-    """A forked child that holds all it has inherited; its id."""
+    """A forked child that holds all that a fork leaves it; its id, once it has come so far."""
+    begun, begins = os.pipe()
     pid = os.fork()
     if not pid:
+        os.write(begins, b".")
         time.sleep(seconds)
         os._exit(0)
+    os.read(begun, 1)
+    for end in (begun, begins):
+        os.close(end)
     return pid
 
 

@@ -60,6 +60,28 @@ def test_a_rank_that_fails_ends_the_wait_with_its_reason(tmp_path: Path) -> None
     assert found[0] == "rank 2: no space left\non device"
 
 
+def test_ranks_that_have_waited_long_enough_are_not_the_ones_that_are_missing(tmp_path: Path) -> None:
+    made = meetings(tmp_path)
+    for rank in (0, 1, 3):
+        made[rank].add_part(5, b"")
+    made[1].fail("rank 0's process has not put the parts together")
+    with pytest.raises(MeetingFailed, match="rank 2 of 4 never wrote a part"):
+        made[0].parts(5, never)
+    made[2].fail("no space left")
+    with pytest.raises(MeetingFailed, match="rank 2: no space left"):
+        made[0].parts(5, never)
+
+
+def test_a_part_may_be_used_until_rank_0_gives_it_up(tmp_path: Path) -> None:
+    made = meetings(tmp_path)
+    assert not made[1].may_use_part
+    made[1].add_part(5, b"")
+    made[1].fail("it has waited long enough")
+    assert made[1].may_use_part
+    made[0].fail("no space left")
+    assert not made[1].may_use_part
+
+
 def test_ranks_that_never_come_are_named(tmp_path: Path) -> None:
     made = meetings(tmp_path, 12)
     made[0].add_part(5, b"")
