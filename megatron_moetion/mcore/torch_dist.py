@@ -198,8 +198,12 @@ def finish(
     """Give the tensors of all parts their names: after this the folder is a checkpoint.
 
     ``parts``: what each ``PartWriter.close`` has returned. ``expert_parallel_size``: of who will load it; None: one
-    that, like the run's own, is 1, or is not. ``CorruptArena`` where some elements of a tensor are in no part.
+    that, like the run's own, is 1, or is not. ``CorruptArena`` where some elements of a tensor are in no part, or a
+    part is not in the folder.
     """
+    for part in parts:
+        if not (folder / part["file"]).is_file():
+            raise CorruptArena(f"{part['file']} is not in {folder} any more")
     metadata = _metadata(parts)
     common = common_state([rank for part in parts for rank in part["ranks"]], iteration, expert_parallel_size)
     torch.save(common, folder / COMMON_STATE_FNAME)

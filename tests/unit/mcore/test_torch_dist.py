@@ -172,6 +172,14 @@ def test_a_shard_that_no_part_has_is_an_error(tmp_path: Path, values: list[dict[
         finish(tmp_path, [part], 5)
 
 
+def test_a_part_that_has_gone_is_an_error(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
+    parts = written(tmp_path, values, 2, 1)
+    (tmp_path / parts[1]["file"]).unlink()
+    with pytest.raises(CorruptArena, match=r"is not in .* any more"):
+        finish(tmp_path, parts, 5)
+    assert not (tmp_path / ".metadata").exists()
+
+
 def test_copies_are_written_once(tmp_path: Path, values: list[dict[Role, torch.Tensor]]) -> None:
     with PartWriter(tmp_path, 0) as writer:
         for _ in range(3):
