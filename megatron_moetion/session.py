@@ -8,7 +8,7 @@ Policies are in ``modes``, ``select``, ``recover/plan.py`` and ``replicate/place
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from megatron_moetion.errors import ConfigError, DeviceFault, UnsupportedState
 from megatron_moetion.modes.mode import Remark
@@ -151,7 +151,7 @@ class Session:
         missed = run.mode.note_step(iteration, run.agreement.newest, stepped=stepped)
         unfrozen = self._freeze()
         rounds = run.pipeline.rounds | dict.fromkeys(run.mode.given_up(), False)
-        recoverable = run.mode.recoverable(rounds)
+        recoverable = set(run.mode.recoverable(rounds))
         vote = run.mode.vote(run.scheduler.carries(run.coding.share))
         self._say(iteration, vote.remark)
         number = run.agreement.start(
@@ -159,7 +159,7 @@ class Session:
             rounds=rounds,
             recoverable=recoverable,
             vote=vote.mask,
-            redundancy=run.pipeline.redundancy(run.agreement.stable),
+            redundancy=self._redundancy(recoverable),
             notes=run.journal.take_notes(),
         )
         run.mode.contributed(number, run.packer)
@@ -167,6 +167,12 @@ class Session:
         if unfrozen is not None:
             return Skip(reason="freeze", details=unfrozen)
         return Skip(reason="missed", details=missed) if missed is not None else None
+
+    def _redundancy(self, recoverable: Collection[int]) -> int:
+        """Of the stable iteration, and of any that this round may make the stable one: the least."""
+        run = self.running
+        stable = run.agreement.stable
+        return min(run.pipeline.redundancy(i) for i in {stable, *(i for i in recoverable if i > stable)})
 
     def _freeze(self) -> str | None:
         """Copy the state that cannot wait; returns why that is not possible, None if it is."""

@@ -114,6 +114,8 @@ class Injector:
         """Nodes that were taken out, and the history up to what was stable then."""
         self._off: dict[int, float] = {}
         """Nodes from and to which no snapshots get through, and until when."""
+        self._restores: set[tuple[int, int]] = set()
+        """Attempts and ranks: those that have come to restore their state."""
         self._skip: dict[tuple[int, int], int] = {}
         self._actions: dict[str, Callable[[Fault], bool]] = {
             "kill": self._kill,
@@ -228,6 +230,8 @@ class Injector:
     def _probe(self, rank: Rank, point: str, iteration: int) -> None:
         if self._is_closed:
             return
+        if point == "restore":
+            self._restores.add((rank.attempt, rank.number))
         for fault in self._armed:
             if fault.kind == "kill-at" and (fault.rank, fault.point) == (rank.number, point):
                 seen = self._skip[rank.attempt, id(fault)] = self._skip.get((rank.attempt, id(fault)), 0) + 1
@@ -407,8 +411,10 @@ class Injector:
     # -- memory ----------------------------------------------------------------------------------------
 
     def _flip(self, fault: Fault) -> bool:
+        """Not while bytes that are verified become state: a moment that no promise covers (guarantees, G1)."""
         machine = self._cluster.machines[fault.rank]
-        if not machine.files:
+        here = {(r.attempt, r.number) for r in self._cluster.ranks if r.machine is machine}
+        if not machine.files or here & self._restores - self._referee.begun:
             return False
         name = self._chance.choice(sorted(machine.files))
         flip(machine, name, self._chance)

@@ -67,6 +67,8 @@ class Referee(Watcher):
         self.is_calm = False
         """No fault comes any more in this run."""
         self.consent_needed = False
+        self.begun: set[tuple[int, int]] = set()
+        """Attempts and ranks: those whose state is restored."""
         self._rounds: dict[int, int] = {}
         self._steps: dict[int, int] = {}
         self._homes: dict[int, set[int]] = {}
@@ -91,6 +93,7 @@ class Referee(Watcher):
     def started(self, rank: Rank, running: Running, resumed: Resumed | None) -> None:
         """See ``Watcher``."""
         state = rank.state
+        self.begun.add((rank.attempt, rank.number))
         self._homes[rank.number] = {holder.rank for holder in running.pipeline.holders()}
         if not rank.number:
             self.say(f"rank 0 starts at {state.iteration}, {'recovered' if resumed else 'new'}")

@@ -22,10 +22,14 @@ FIXED = (
     (1, 4, "full", "whole"), (2, 4, "popularity", "whole"), (3, 4, "exact", "whole"), (4, 8, "any", "whole"),
     (1, 4, "full", "fragments"), (3, 5, "popularity", "fragments"),
     (1, 6, "any", "whole"),  # a newer checkpoint on disk when memory is lost
+    (4000119, 5, "any", "whole"),  # a report that takes redundancy back, which one rank has not come to
     (25, 6, "any", "whole"), (58, 6, "any", "whole"),  # copies that were damaged long before their owners are lost
 )  # fmt: skip
 """Seed, ranks, mode, copies."""
-ON_DEVICE = ((6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"))
+ON_DEVICE = (
+    (6, 4, "full"), (7, 4, "popularity"), (8, 4, "exact"),
+    (4000232, 6, "any"),  # a bit flips while verified bytes are on their way to a device
+)  # fmt: skip
 DOMAINS = ((5, 8, "full", 4, "whole"), (4, 8, "full", 4, "fragments"))
 """Seed, ranks, mode, failure domains, copies."""
 FOUND = {each["mutation"]: each for each in json.loads((Path(__file__).parent / "mutations_found.json").read_text())}
