@@ -58,6 +58,7 @@ def test_a_forked_child_that_outlives_its_rank_holds_back_no_restart(job: MakeJo
             held = [os.readlink(f) for f in Path(f"/proc/{pid}/fd").iterdir()]
             assert not any(".arena" in line for line in [*maps.splitlines(), *held])
         second = run.finish(limit_s=30, orphan_s=0)
+        assert all(Path(f"/proc/{pid}/fd").exists() and any(Path(f"/proc/{pid}/fd").iterdir()) for pid in orphans)
     finally:
         for pid in orphans:
             os.kill(pid, signal.SIGKILL)

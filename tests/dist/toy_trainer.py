@@ -465,10 +465,14 @@ def _train(
 
 
 def _orphan(seconds: int) -> int:
-    """A forked child that holds all that a fork leaves it; its id, once it has come so far."""
+    """A forked child that holds all that a fork leaves it; its id, once it has come so far.
+
+    It leaves the rank's process group, which ends with an attempt: who asks for it ends it.
+    """
     begun, begins = os.pipe()
     pid = os.fork()
     if not pid:
+        os.setpgid(0, 0)
         os.write(begins, b".")
         time.sleep(seconds)
         os._exit(0)
