@@ -67,7 +67,7 @@ class Meeting:
         return self._has_part and not self._failure_of_rank_0.exists()
 
     def fail(self, why: str) -> None:
-        """This rank will have no part, so nobody need wait for it. Works without room on the disk."""
+        """Nobody need wait for this rank: it has no part, or will wait no longer. Works without room on the disk."""
         try:
             self._put(f"{_FAILED}{self._rank:05d}", why[:_WHY_MAX].encode())
         except OSError:
