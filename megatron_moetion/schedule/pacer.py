@@ -14,6 +14,7 @@ from bisect import bisect_right
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import NamedTuple
 
 from megatron_moetion.clock import Clock
 from megatron_moetion.schedule.planner import SLICES_S, Rhythm, Window
@@ -26,6 +27,15 @@ CALM_FACTOR = 0.8
 """We send at this share of the bandwidth: no queue builds up on the link for training's messages to wait behind."""
 PROBE_FACTOR, PROBE_EVERY = 1.05, 8
 """One transfer in so many goes at this multiple: it shows what the link carries, and whether it became faster."""
+GROWTH_MAX = 2.0
+"""The first probe goes at this multiple. One that kept its pace is followed by another at once, which exceeds what is
+known by twice the share, up to this multiple: so a link that looked slow for a while is soon known again."""
+ANSWER_S = 5e-3
+"""Once its last slice is off the wire, an answer to a transfer may take so long, and only a later one is the link's."""
+KEPT_SHARE = 0.9
+"""A calm transfer that had this share of its rate kept its pace, and shows no limit of the link."""
+LATE_S = SLICES_S[0]
+"""So much time of the link that slices came late is made up for: a longest slice."""
 UNKNOWN_BYTES_PER_S = 1e9
 """Until the first transfer."""
 TICK_S = 1e-5
@@ -40,6 +50,29 @@ network's buffers have swallowed each slice before the next one came."""
 
 Moved = Callable[[float, float, int], None]
 """Called with when a slice was posted, when it had left (monotonic clock, seconds), and its bytes."""
+
+
+class Shown(NamedTuple):
+    """What a transfer, or its first part, has shown."""
+
+    bytes_per_s: float
+    """While it was not on hold."""
+    held_share: float
+    """How long it was on hold, as a share of the time in which it was not."""
+
+
+class Moment(NamedTuple):
+    """How far a transfer is."""
+
+    at_s: float
+    held_s: float
+    nbytes: int
+
+    def until(self, later: Moment) -> Shown | None:
+        """From here to there; None where that is too little to tell."""
+        nbytes, held_s = later.nbytes - self.nbytes, later.held_s - self.held_s
+        took_s = later.at_s - self.at_s - held_s
+        return Shown(nbytes / took_s, held_s / took_s) if nbytes >= MEASURED_MIN_BYTES and took_s > 0 else None
 
 
 class Meter:
@@ -65,16 +98,17 @@ class Meter:
     @contextmanager
     def transfer(self, nbytes: int) -> Iterator[None]:
         """Wrap the transfer of a snapshot of ``nbytes``, acknowledgement included; time on hold is excluded."""
-        began, held = self._now(), self._held_s
+        began = self._moment(0)
         yield
-        held_s = self._held_s - held
-        took_s = self._now() - began - held_s
-        if nbytes >= MEASURED_MIN_BYTES and took_s > 0:
-            self._learn_from(nbytes / took_s, held_s / took_s)
+        self._judge(began, self._moment(nbytes))
 
-    def _learn_from(self, bytes_per_s: float, held_share: float) -> None:
-        """A transfer of a snapshot had this rate while it was not on hold, which it was for this share of that time."""
-        self.learn(bytes_per_s)
+    def _moment(self, nbytes: int) -> Moment:
+        return Moment(at_s=self._now(), held_s=self._held_s, nbytes=nbytes)
+
+    def _judge(self, began: Moment, ended: Moment) -> None:
+        """A transfer is over."""
+        if shown := began.until(ended):
+            self.learn(shown.bytes_per_s)
 
 
 class Eager(Meter):
@@ -103,7 +137,16 @@ class Paced(Meter, ABC):
     """A ``Gate`` with a deadline, one slice at a time. All its waits are on ``condition``.
 
     What it waits for before the deadline is its subclasses' to say.
+
+    Transfers are slower than the link on purpose, so what one of them has shown is seldom the link's bandwidth. A calm
+    one that kept its pace shows no limit, and counts for nothing. A probe counts. So does a transfer that fell behind
+    its pace: the link, or a busy processor, kept it. Of one whose last bytes went without a pace only the others count,
+    because a rank alone may have the link of its node to itself, as it never has while all keep theirs. The last slice
+    and the wait for its answer do not count, as far as such a wait lately took at least.
     """
+
+    _probes_always = True
+    """Whether it probes where there is room enough, too."""
 
     def __init__(self, moved: Moved, clock: Clock, condition: threading.Condition) -> None:
         super().__init__(clock)
@@ -112,28 +155,48 @@ class Paced(Meter, ABC):
         self._is_waiting = False
         self._origin_s = self._now()
         self._deadline_s = 0.0  # without bytes to move nothing is held back
+        self._iteration_s = 0.0
         self._total_bytes = self._admitted_bytes = self._late_bytes = 0
         self._held_before_s = 0.0
         self._is_urgent = False
-        self._is_unpaced = False  # bytes of this plan went as fast as they could
+        self._unpaced: Moment | None = None  # from then on bytes of this plan went as fast as they could
+        self._last = self._moment(0)  # when the last slice was let go
+        self._answers_s: deque[float] = deque(maxlen=REMEMBERED)  # from then until the transfer was over
         self._transfers = 0
+        self._probe = GROWTH_MAX
         self._pace = PROBE_FACTOR
         self._own_free_s = 0.0  # our last slice is on the wire until then
+        self._left_at_s = 0.0  # when the network had taken it
+        self._seen_s = 0.0  # until then it is known why none of our bytes were on the wire
+        self._was_held = True  # and since our last slice there was a reason
 
-    def follow(self, total_bytes: int, deadline_s: float) -> None:
+    def follow(self, total_bytes: int, deadline_s: float, iteration_s: float, *, is_tight: bool = False) -> None:
         """From now on ``total_bytes`` go, all of them before ``deadline_s`` (seconds from now).
 
-        Bytes that find no room go when the deadline comes close.
+        Bytes that find no room go when the deadline comes close. ``iteration_s`` is how long an iteration usually
+        takes. ``is_tight``: as far as is known, the link has hardly room for them, so it matters what it carries.
         """
         with self._changed:
             self._origin_s = self._now()
-            self._deadline_s = deadline_s
+            self._deadline_s, self._iteration_s = deadline_s, iteration_s
             self._total_bytes, self._admitted_bytes, self._late_bytes = total_bytes, 0, 0
             self._held_before_s = self._held_s
-            self._is_unpaced = False
-            self._pace = PROBE_FACTOR if self._transfers % PROBE_EVERY == 0 else CALM_FACTOR
+            self._unpaced = None
+            # Whatever went before has been answered, however long it was to take at its pace.
+            self._own_free_s = self._seen_s = self._origin_s
+            self._was_held = True
+            is_probe = self._probe > PROBE_FACTOR or self._transfers % PROBE_EVERY == 0
+            self._pace = self._probe if is_probe and (is_tight or self._probes_always) else CALM_FACTOR
             self._transfers += 1
             self._changed.notify_all()
+
+    def hasten(self, iteration_s: float) -> None:
+        """Iterations usually take this long, as is known by now: the deadline comes sooner where that is shorter."""
+        with self._changed:
+            if 0 < iteration_s < self._iteration_s:
+                self._deadline_s *= iteration_s / self._iteration_s
+                self._iteration_s = iteration_s
+                self._changed.notify_all()
 
     @contextmanager
     def urgent(self) -> Iterator[None]:
@@ -170,23 +233,62 @@ class Paced(Meter, ABC):
                 pause_s, is_held = self._pause_s(now, nbytes)
                 if pause_s < TICK_S:
                     break
+                self._was_held |= is_held
                 self._changed.wait(pause_s)
-                self._held_s += (self._now() - now) * is_held
+                if is_held:
+                    idle_since_s = max(self._own_free_s, self._left_at_s, self._seen_s)
+                    self._seen_s = self._now()
+                    self._held_s += max(0.0, self._seen_s - idle_since_s)
             self._is_waiting = False
             if self._deadline_s and self._is_late(now, nbytes):
                 self._late_bytes += nbytes
-            if self._deadline_s and not self._left_s(now):
-                self._is_unpaced = True
+            if self._deadline_s and self._unpaced is None and not self._left_s(now):
+                self._unpaced = self._moment(self._admitted_bytes)
+            self._last = self._moment(self._admitted_bytes)
             self._admitted_bytes += nbytes
-            self._own_free_s = max(now, self._own_free_s) + nbytes / (self.bytes_per_s * self._pace)
+            # A busy thread comes late to each slice. The next ones make up for it: what the pace loses would look like
+            # the link's limit, and the pace of the next transfer would be lower by it, and so on.
+            since_s = now if self._was_held else max(self._own_free_s, self._left_at_s, now - LATE_S)
+            self._own_free_s = since_s + nbytes / (self.bytes_per_s * self._pace)
+            self._was_held = False
 
     def left(self, nbytes: int, posted_s: float) -> None:
         """The network takes bytes into its buffers at once; they are on the wire for longer."""
-        self._moved(posted_s, max(self._now(), posted_s + nbytes / self.bytes_per_s), nbytes)
+        self._left_at_s = self._now()
+        self._moved(posted_s, max(self._left_at_s, posted_s + nbytes / self.bytes_per_s), nbytes)
 
-    def _learn_from(self, bytes_per_s: float, held_share: float) -> None:
-        """Without a pace a rank may have the link of its node to itself, as it never has while all keep theirs."""
-        self.learn(min(bytes_per_s, self.bytes_per_s) if self._is_unpaced else bytes_per_s)
+    def _judge(self, began: Moment, ended: Moment) -> None:
+        """See the class."""
+        whole = began.until(ended)
+        if not self._deadline_s or whole is None:
+            super()._judge(began, ended)
+            return
+        known, pace = self.bytes_per_s, self._pace
+        answer_s = ended.at_s - self._last.at_s
+        self._answers_s.append(answer_s)
+        if self._unpaced is not None:
+            shown = began.until(self._unpaced)
+            if shown is None:  # too little kept a pace to tell
+                self.learn(min(whole.bytes_per_s, known))
+                return
+            shown = shown._replace(bytes_per_s=min(shown.bytes_per_s, whole.bytes_per_s))
+        else:
+            last_s = (ended.nbytes - self._last.nbytes) / (known * min(pace, 1.0))
+            waited_s = answer_s - min(*self._answers_s, last_s + ANSWER_S)  # for bytes that were still on their way
+            shown = began.until(self._last._replace(at_s=self._last.at_s + waited_s)) or whole
+        if not self._shows_link(shown):
+            return
+        if pace < 1 and shown.bytes_per_s > KEPT_SHARE * pace * known:
+            return
+        has_grown = pace > 1 and shown.bytes_per_s > known * (1 + pace) / 2
+        # A probe that has met a limit may have met it beyond this rank's share, while others of its node were calm.
+        self.learn(shown.bytes_per_s if has_grown else min(shown.bytes_per_s, known * PROBE_FACTOR))
+        if pace > 1:
+            self._probe = min(2 * pace - 1, GROWTH_MAX) if has_grown else PROBE_FACTOR
+
+    def _shows_link(self, shown: Shown) -> bool:
+        """Whether this is the link's doing, or the pace's."""
+        return True
 
     def _slice_s(self) -> float:
         """How long a slice should occupy the link, in seconds."""
@@ -208,8 +310,11 @@ class Paced(Meter, ABC):
 class Steady(Paced):
     """Bytes leave evenly until the deadline, whatever training does: a bounded rate, for who cannot hear training.
 
-    On a GPU the host enqueues training's traffic long before the device runs it.
+    On a GPU the host enqueues training's traffic long before the device runs it. Where bytes have hardly room, a probe
+    leaves at its own pace: evenly, it would show nothing.
     """
+
+    _probes_always = False
 
     def _pause_s(self, now: float, nbytes: int) -> tuple[float, bool]:
         left_s = self._left_s(now)
@@ -217,15 +322,16 @@ class Steady(Paced):
             return 0.0, False
         if self._own_free_s > now:
             return min(self._own_free_s - now, left_s), False
+        if self._pace > 1:
+            return 0.0, False
         due_s = self._origin_s + self._deadline_s * self._admitted_bytes / self._total_bytes
         return min(due_s - now, left_s), True
 
     def _is_late(self, now: float, nbytes: int) -> bool:
         return now >= self._origin_s + self._deadline_s
 
-    def _learn_from(self, bytes_per_s: float, held_share: float) -> None:
-        if held_share <= SHOWN_SHARE:
-            super()._learn_from(bytes_per_s, held_share)
+    def _shows_link(self, shown: Shown) -> bool:
+        return shown.held_share <= SHOWN_SHARE
 
 
 class Pacer(Paced):

@@ -8,6 +8,7 @@ and says which size of snapshot the measured windows afford.
 from __future__ import annotations
 
 import math
+import statistics
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -37,6 +38,9 @@ SAMPLE_EVERY = 8
 and on a device whose launches share one queue they cost overlap."""
 ALIKE = 1.25
 """Iterations are alike that send as often and of which none takes this many times as long as another."""
+
+TIGHT_SHARE = 0.5
+"""A snapshot that takes more of an iteration's room has to know how fast the network is."""
 
 CHUNKS_MAX = 200
 """Most chunks of a snapshot when the bytes without room are counted."""
@@ -139,6 +143,8 @@ class Scheduler:
         is_example = timeline is not None and timeline.iteration not in self._atypical
         if timeline is not None and is_example:
             self._timelines.append(timeline)
+            if self._paced is not None:
+                self._paced.hasten(typical_duration(tuple(self._timelines)))
         if self._pacer is not None:
             rate = self._pacer.bytes_per_s
             if is_example or rate != self._rhythm_bytes_per_s:
@@ -196,7 +202,8 @@ class Scheduler:
             windows = self._windows(timelines, typical_s)
             iterations = 1 if self._is_waited_for else iterations_for(nbytes * turns, windows, self._paced.bytes_per_s)
             deadline_s = (self._deadline_s(since_s, typical_s) + (iterations - 1) * typical_s) / turns
-            self._paced.follow(nbytes, deadline_s)
+            is_tight = nbytes * turns > TIGHT_SHARE * room_bytes(windows, self._paced.bytes_per_s)
+            self._paced.follow(nbytes, deadline_s, typical_s, is_tight=is_tight)
             self._unplaced_bytes = planner.unplaced_bytes(
                 windows_after(since_s, windows, typical_s, iterations),
                 self._paced.bytes_per_s,
@@ -312,9 +319,8 @@ def records(timelines: Sequence[Timeline], unrecorded: int) -> bool:
 
 
 def typical_duration(timelines: Sequence[Timeline]) -> float:
-    """The median iteration, in seconds."""
-    durations = sorted(t.duration_s for t in timelines)
-    return durations[len(durations) // 2]
+    """The median iteration, in seconds; of an even number the shorter one, because a run's first iteration is long."""
+    return statistics.median_low(t.duration_s for t in timelines)
 
 
 def computing(timeline: Timeline) -> list[tuple[float, float]]:
@@ -329,8 +335,13 @@ def iterations_for(nbytes: int, windows: Sequence[Window], bytes_per_s: float) -
 
     Snapshots that do not fit one iteration are made rarer, by as much.
     """
-    room = planner.HEADROOM * sum(w.duration_s for w in windows) * bytes_per_s
+    room = room_bytes(windows, bytes_per_s)
     return max(1, math.ceil(nbytes / room)) if nbytes < ITERATIONS_MAX * room else ITERATIONS_MAX
+
+
+def room_bytes(windows: Sequence[Window], bytes_per_s: float) -> float:
+    """What the windows of an iteration carry, headroom left."""
+    return planner.HEADROOM * sum(w.duration_s for w in windows) * bytes_per_s
 
 
 def windows_after(since_s: float, windows: Sequence[Window], typical_s: float, iterations: int = 1) -> list[Window]:

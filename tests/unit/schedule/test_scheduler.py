@@ -202,6 +202,42 @@ def test_a_transfer_ends_by_the_end_of_the_iteration_whatever_training_does() ->
     scheduler.recorder.end(blocked)
 
 
+class Training(ManualCondition):
+    """While the sender waits, iterations end that take this long."""
+
+    seconds = 0.0
+    scheduler: Scheduler
+
+    def wait(self, timeout: float | None = None) -> bool:
+        self.clock.sleep(self.seconds)
+        self.scheduler.cut(10)
+        return True
+
+
+@pytest.mark.parametrize("schedule", ["bubble", "steady"])
+def test_after_a_long_first_iteration_a_snapshot_travels_for_no_more_than_two(schedule: str) -> None:
+    """The first one of a run compiles, imports and connects. Training goes on meanwhile, as in a run."""
+    clock = ManualClock()
+    training = Training(clock)
+    scheduler = Scheduler(
+        schedule, HostStopwatch(clock), clock=clock, condition=training, eager_slice_bytes=1 << 20, draw=no_drawing
+    )
+    training.seconds, training.scheduler = 0.5, scheduler
+    with scheduler.transfer(4 << 20):
+        clock.sleep(0.1)
+    clock.sleep(60.0)
+    scheduler.cut(1)
+    began = clock.monotonic()
+    with scheduler.transfer(4 << 20):
+        for _ in range(8):
+            scheduler.gate.admit(1 << 19)
+    assert clock.monotonic() - began <= 2 * 0.5
+    with scheduler.transfer(4 << 20):
+        for _ in range(8):
+            scheduler.gate.admit(1 << 19)
+    assert clock.monotonic() - began <= 4 * 0.5
+
+
 def test_a_slow_link_affords_less_and_says_why() -> None:
     scheduler, clock, _ = make("bubble")
     for number in range(3):
