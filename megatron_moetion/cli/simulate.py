@@ -10,6 +10,7 @@ import os
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from megatron_moetion.cli.stores import print_json
@@ -85,7 +86,6 @@ def _run(args: argparse.Namespace) -> int:
         require_codec()
     if "lose-domain" in kinds and not args.domains:
         raise ConfigError("--kinds lose-domain needs --domains D, the failure domains that nodes are in")
-    logging.disable(logging.CRITICAL)  # the runtime's own lines, of many ranks in many runs
     stories = [
         Story(
             seed=seed,
@@ -102,17 +102,18 @@ def _run(args: argparse.Namespace) -> int:
     ]
     say = _silent if args.json else _say
     totals, failures, traces, attempts, checks = Counter[str](), list[dict[str, Any]](), list[str](), 0, 0
-    for story, outcome in _played(stories, args.jobs):
-        totals += outcome.faults
-        traces.append(f"{outcome.trace:08x}")
-        attempts, checks = attempts + outcome.attempts, checks + outcome.checks
-        say(
-            f"seed {story.seed} ({story.shape.mode}, {story.shape.nodes} nodes, {story.shape.copies_text}): "
-            f"{outcome.faults.total()} faults, {outcome.attempts} attempts, trace {outcome.trace:08x}"
-            f"{'' if outcome.problem is None else ': FAILED'}"
-        )
-        if outcome.problem is not None:
-            failures.append(_failure(story, outcome, args, shortened, say))
+    with _quiet():
+        for story, outcome in _played(stories, args.jobs):
+            totals += outcome.faults
+            traces.append(f"{outcome.trace:08x}")
+            attempts, checks = attempts + outcome.attempts, checks + outcome.checks
+            say(
+                f"seed {story.seed} ({story.shape.mode}, {story.shape.nodes} nodes, {story.shape.copies_text}): "
+                f"{outcome.faults.total()} faults, {outcome.attempts} attempts, trace {outcome.trace:08x}"
+                f"{'' if outcome.problem is None else ': FAILED'}"
+            )
+            if outcome.problem is not None:
+                failures.append(_failure(story, outcome, args, shortened, say))
     if args.json:
         print_json(
             {
@@ -131,6 +132,17 @@ def _run(args: argparse.Namespace) -> int:
     say(f"{args.seeds} seeds, {totals.total()} fault events, {attempts} attempts, {checks} checks; "
         f"{len(failures)} seeds broke a promise")  # fmt: skip
     return 1 if failures else 0
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the runtime's own lines, of many ranks in many runs."""
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logging.disable(before)
 
 
 def _say(text: str) -> None:

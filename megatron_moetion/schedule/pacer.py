@@ -31,7 +31,7 @@ GROWTH_MAX = 2.0
 """The first probe goes at this multiple. One that kept its pace is followed by another at once, which exceeds what is
 known by twice the share, up to this multiple: so a link that looked slow for a while is soon known again."""
 ANSWER_S = 5e-3
-"""Once its last slice is off the wire, an answer to a transfer may take so long, and only a later one is the link's."""
+"""An answer may take so long once the last slice is off the wire. What it takes beyond that counts as the link's."""
 KEPT_SHARE = 0.9
 """A calm transfer that had this share of its rate kept its pace, and shows no limit of the link."""
 LATE_S = SLICES_S[0]

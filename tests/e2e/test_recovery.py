@@ -190,7 +190,7 @@ def test_ranks_that_warm_parents_fork_again_are_the_uninterrupted_run(
     reference: Run, tmp_path: Path, store: Path, mode: str, copies: str
 ) -> None:
     """A rank dies in a step, another one in the recovery from that, one after it; ``torchrun`` restarts nothing."""
-    faults = "0:3:6:mid-pack,1:0:-1:restore,2:2:10:mid-replication"
+    faults = "0:3:6:mid-pack,1:0:-1:restore,2:2:8:mid-replication"
     saved = tmp_path / "saved"
     more = f"{copies} --moetion-warm-restarts 3 --moetion-inject-fault {faults} --save {saved} --save-interval 100"
     run = train(tmp_path, moetion(store, mode, more))

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import random
 import subprocess
@@ -143,6 +144,7 @@ def test_a_failure_is_shortened_and_repeated_from_its_line(
     assert len(kept) == 2
     assert main([*failure["shortest"].split()[1:], "--no-shrink"]) == 1
     assert "Violation: of old" in capsys.readouterr().out
+    assert not logging.root.manager.disable, "whoever called it logs again"
 
 
 @pytest.mark.parametrize(
