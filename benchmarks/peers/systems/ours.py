@@ -7,6 +7,8 @@ import shutil
 import time
 from typing import Any
 
+from torch import distributed as dist
+
 import megatron_moetion
 from benchmarks._common import whole_since
 from benchmarks.peers.systems import Nothing
@@ -62,6 +64,7 @@ class Full(Nothing):
     def leave(self, interval: int) -> None:
         if interval in self._sessions:
             self._sessions.pop(interval).close()
+            dist.barrier()  # the last thing that another rank of the host does there is over
             if self.place.local_rank == 0:
                 shutil.rmtree(self.memory / f"peers-{interval}")
 

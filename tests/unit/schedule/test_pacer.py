@@ -301,6 +301,7 @@ def test_slices_leave_below_the_links_pace_but_one_transfer_in_eight_probes() ->
         gone = [pacer.go(KB100) - (began - 1000.0) for _ in range(5)]
         pace = CALM_FACTOR if number % PROBE_EVERY else PROBE_FACTOR
         assert gone == [pytest.approx(n * KB100 / RATE / pace, abs=1e-5) for n in range(5)]
+    assert REMEMBERED >= 2 * PROBE_EVERY  # what a probe has shown is not forgotten before the next one
 
 
 def test_until_paces_are_kept_bandwidth_is_the_best_of_what_was_seen() -> None:
@@ -314,9 +315,24 @@ def test_until_paces_are_kept_bandwidth_is_the_best_of_what_was_seen() -> None:
     with pacer.transfer(100):  # too little to tell
         pass
     assert pacer.bytes_per_s == 1e6
+    for _ in range(REMEMBERED):
+        with pacer.transfer(10**6):
+            pacer.clock.now_s += 2.0
+    assert pacer.bytes_per_s == 5e5
 
 
 def test_time_on_hold_does_not_count() -> None:
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.begin_iteration(expect((3.0, 5.0)))
+    pacer.follow(10**6, 9.0, 9.0)
+    with pacer.transfer(10**6):
+        pacer.go(10**6)
+        pacer.clock.now_s += 0.5
+    assert pacer.bytes_per_s == 2e6
+
+
+def test_time_on_hold_does_not_count_between_slices_either() -> None:
     pacer = following(expect((3.0, 5.0)), 10**6, deadline_s=9.0)
     with pacer.transfer(10**6):
         assert pacer.go(5 * KB100) == 3.0
@@ -325,6 +341,31 @@ def test_time_on_hold_does_not_count() -> None:
         pacer.left(5 * KB100, pacer.clock.now_s)
         pacer.clock.now_s += 0.5 / CALM_FACTOR
     assert pacer.bytes_per_s == RATE, "it kept its pace"
+
+
+def test_a_thread_that_is_late_before_a_hold_was_on_hold_since_its_slice_had_left() -> None:
+    pacer = following(expect((0.0, 0.2), (1.0, 1.3)), 2 * KB100, deadline_s=5.0)
+    pacer.condition.late_s = 0.05
+    assert [pacer.go(KB100) for _ in range(2)] == [0.0, 1.05]
+    assert pacer.report()[1] == pytest.approx(1.05 - KB100 / RATE / CALM_FACTOR)
+
+
+def test_calm_transfers_that_keep_their_pace_show_no_limit() -> None:
+    wire = Wire(Simulated(), RATE)
+    know(wire.gate)
+    for number in range(1, 4 * REMEMBERED):
+        wire.carry(10**6 if number % PROBE_EVERY else 1000, 0.9, 1.0)  # probes are too small to tell
+    assert wire.gate.bytes_per_s == RATE
+
+
+def test_a_probe_that_meets_a_limit_shows_little_more_than_was_known() -> None:
+    """It may have taken what other ranks of the node leave of its link while they are calm."""
+    pacer = Simulated()
+    pacer.learn(RATE)
+    pacer.follow(10**6, 9.0, 9.0)
+    with pacer.transfer(10**6):
+        pacer.clock.now_s += 1 / 1.4
+    assert pacer.bytes_per_s == pytest.approx(PROBE_FACTOR * RATE)
 
 
 GATES = ("bubble", "steady")
