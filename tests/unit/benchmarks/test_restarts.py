@@ -40,8 +40,8 @@ def test_phases_follow_one_another_and_add_up(tmp_path: Path) -> None:
         log.lines.append((time.monotonic(), f"{text}\n"))
         time.sleep(0.05)
     events.write_text(json.dumps({"event": "recovered", "time": time.time(), "phases_s": seconds}) + "\n")
-    log.lines.append((time.monotonic(), "> training from iteration 4 to 9\n"))
-    log.lines.append((done := time.monotonic() + 0.1, " [2026] iteration 5/ 9 | loss\n"))
+    log.lines.append((trains := time.monotonic(), "> training from iteration 4 to 9\n"))
+    log.lines.append((done := trains + 0.1, " [2026] iteration 5/ 9 | loss\n"))
     phases = restart.await_phases(by_torchrun=False)
     for process in new:
         process.kill()
@@ -51,7 +51,7 @@ def test_phases_follow_one_another_and_add_up(tmp_path: Path) -> None:
     assert phases["detect"] >= 0.05, "the rank that was hurt says nothing of when it was noticed"
     assert phases["kill"] == 0.0
     assert phases["survey"] == pytest.approx(0.02)
-    assert phases["first step"] == pytest.approx(0.1, abs=0.05)
+    assert phases["first step"] == pytest.approx(0.1)
     assert restart.recovered() == {"survey": 0.01, "network": 0.01, "fetch": 0.01}
 
 
@@ -59,7 +59,7 @@ def test_a_process_began_when_it_was_started() -> None:
     before = time.monotonic()
     process = subprocess.Popen(SLEEP)
     try:
-        assert process_began(process.pid) == pytest.approx(before, abs=0.5)
+        assert before - 0.5 <= process_began(process.pid) <= time.monotonic() + 0.5
     finally:
         process.kill()
         process.wait()

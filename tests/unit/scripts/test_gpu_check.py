@@ -102,7 +102,7 @@ def test_a_late_command_is_ended_with_all_that_it_started(tmp_path: Path) -> Non
     waiter = AfterTheChild()
     waiter.start()
     with pytest.raises(Late, match=r"not done in time; see step/log.txt"):
-        execute([sys.executable, "-c", parent, str(note)], tmp_path / "step" / "log.txt", 2.0)
+        execute([sys.executable, "-c", parent, str(note)], tmp_path / "step" / "log.txt", 5.0)
     waiter.join(10)
     deadline = time.monotonic() + 10
     while is_running(int(note.read_text())) and time.monotonic() < deadline:

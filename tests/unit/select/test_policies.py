@@ -166,9 +166,9 @@ def test_many_experts_and_long_staleness_cost_little_time() -> None:
     draw = random.Random(0)
     unsaved = [draw.randrange(10**6) for _ in range(20_000)]
     staleness = [draw.randrange(1, 10**6) for _ in unsaved]
-    began = time.perf_counter()
+    began = time.thread_time()
     choose(unsaved, staleness, 2500, 8)
-    assert time.perf_counter() - began < 2
+    assert time.thread_time() - began < 2
 
 
 # -- the other policies ---------------------------------------------------------------------------------------

@@ -3,13 +3,13 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from torch import distributed as dist
 
+from megatron_moetion.warm import board as board_module
 from megatron_moetion.warm.board import AGAIN, ALL, ENDED, LEAVE, LEFT, SHORT, TAKEN, Board, follow
 
 
@@ -44,18 +44,21 @@ def test_a_place_that_nobody_keeps_is_taken_once(board_of: Callable[[int], Board
     assert board.keep(0)
 
 
-def test_a_machine_that_answers_while_a_standby_waits_keeps_its_place(board_of: Callable[[int], Board]) -> None:
+def test_a_machine_that_answers_while_a_standby_waits_keeps_its_place(
+    board_of: Callable[[int], Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
     board = board_of(0)
     board.tell(AGAIN)
     board.keep(0)
-    with ThreadPoolExecutor(1) as pool:
-        standby = pool.submit(board.take_a_lost_place, "a", 0.5)
-        time.sleep(0.1)
-        assert board.keep(1)
-        assert standby.result() is None
+    kept: list[bool] = []
+    monkeypatch.setattr(board_module.time, "sleep", lambda seconds: kept.append(board.keep(1)))
+    assert board.take_a_lost_place("a", 0.5) is None
+    assert kept == [True]
 
 
-def test_a_standby_follows_through_restarts_that_need_it_not(board_of: Callable[[int], Board]) -> None:
+def test_a_standby_follows_through_restarts_that_need_it_not(
+    board_of: Callable[[int], Board], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """It comes late: of the first generation all is over, and nothing of that is waited for."""
     for generation in (0, 1):
         board_of(generation).tell(AGAIN)
@@ -63,9 +66,10 @@ def test_a_standby_follows_through_restarts_that_need_it_not(board_of: Callable[
         assert meet(board_of(generation), 4) == [ALL] * 4
     board_of(2).tell(AGAIN)
     board_of(2).keep(1)
-    began = time.monotonic()
-    assert follow(board_of, 0, taking("a"), meet_s=5) == f"2 {TAKEN} 0"
-    assert time.monotonic() - began < 0.4
+    slept: list[float] = []
+    monkeypatch.setattr(board_module.time, "sleep", slept.append)
+    assert follow(board_of, 0, taking("a", answer_s=0.1), meet_s=5) == f"2 {TAKEN} 0"
+    assert slept == [0.1], "the answer to the last generation"
 
 
 @pytest.mark.parametrize(("event", "word"), [(ENDED, ENDED), (f"{LEAVE} why", SHORT), (LEFT, SHORT)])
