@@ -146,7 +146,7 @@ def launch(
     )
     done = subprocess.run(
         [sys.executable, str(Path(__file__).with_name("warm_launch.py")), str(folder), settings],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=100,
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=150,
     )  # fmt: skip
     print(done.stdout, done.stderr[-6000:])  # which pytest shows where a test fails
     assert done.returncode == 0

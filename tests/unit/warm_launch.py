@@ -24,7 +24,7 @@ from megatron_moetion.warm.launch import Launch
 from megatron_moetion.warm.stay import stay
 from megatron_moetion.warm.waiting import await_job
 
-LIMIT_S = 40.0
+LIMIT_S = 80.0
 SIGNALLED = "signalled"
 
 
